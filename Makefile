@@ -1,0 +1,57 @@
+# Every target does the set-up it needs: a virtual environment in $(VENV), the pinned dependencies, one compiled op.
+VENV ?= .venv
+# Seconds of pytest in `make test` and `make test-all`; past them the session ends with a failure.
+TEST_BUDGET ?= 900
+TEST_ALL_BUDGET ?= 5400
+# More arguments for pytest: make test ARGS="-k resume -x"
+ARGS ?=
+
+PY := $(abspath $(VENV))/bin/python
+READY := $(VENV)/.ready
+# DeepSpeed's compiled op lives in the environment it was built against, so that two checkouts do not rebuild each
+# other's. launch/local.sh and the tests look there too.
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
+export VENV
+# The launchers and scripts started from here must be this environment's.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY)  ## only the set-up: environment, dependencies, DeepSpeed's CPU op
+
+$(READY): setup.py constraints.txt tools/setup_env.sh
+	@bash tools/setup_env.sh
+	@touch $(READY)
+
+demo: $(READY)  ## train a tiny Qwen3-VL-MoE on real images (2 processes), export it, evaluate the export
+	@$(PY) tools/demo.py
+
+test: $(READY)  ## the test suite without the slow and the GPU tests (at most 15 minutes)
+	@$(PYTEST) -m "not slow and not gpu" --session-timeout=$(TEST_BUDGET) $(ARGS)
+
+test-all: $(READY)  ## every test; GPU tests are skipped where there is no GPU
+	@$(PYTEST) --session-timeout=$(TEST_ALL_BUDGET) $(ARGS)
+
+lint: $(READY)  ## ruff, its formatter and pyright; fails on any finding
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m pyright --pythonpath $(PY)
+
+format: $(READY)  ## rewrite the sources as the linter wants them
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: $(READY)  ## the CPU benchmarks: every tools/bench_*.py
+	@for bench in tools/bench_*.py; do \
+		[ -e "$$bench" ] || { echo "no tools/bench_*.py"; exit 0; }; \
+		echo "== $$bench"; $(PY) "$$bench" --suite cpu || exit 1; \
+	done
+
+clean:  ## remove the environment and the caches (not runs/)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,224 @@
+"""Conversations to token ids, with the exact spans that the loss is taken on.
+
+The chat template is rendered once per *shape* of conversation, with a marker in the place of every text. What the
+template itself wrote is thereby told apart from what a record says: only the former may become control tokens
+(<|im_start|>, <|image_pad|> ...), and answers are found by position. Text that imitates control tokens stays text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count, pairwise
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ds_moe.data.chat import Turn
+from ds_moe.data.images import ImageSource, RecordError
+from ds_moe.errors import UserError
+
+Shape = tuple[tuple[str, tuple[bool, ...]], ...]  # per turn: role, and for each part whether it is an image
+
+
+@dataclass(frozen=True)
+class Control:
+    """A special token written by the template."""
+
+    token: str
+    token_id: int
+    label: bool  # the loss is taken on it
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Plain text written by the template."""
+
+    text: str
+    label: bool
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of the conversation's `index`-th text part."""
+
+    index: int
+    label: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the template makes of a shape; `answer` is the item with which the last assistant turn's labels begin."""
+
+    items: tuple[Control | Fixed | Slot, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ids of one conversation, and for each whether the loss is taken on it. `prompt` ids precede the last answer."""
+
+    ids: list[int]
+    label: list[bool]
+    prompt: int
+
+
+def tokenize(turns: tuple[Turn, ...], processor: Any, image_tokens: list[int]) -> Tokens:
+    """Ids of `turns`, image i taking `image_tokens[i]` ids, labels on every assistant turn and its end token.
+
+    Raises `RecordError` where the template changes a text or gives an image no place, `UserError` where it cannot
+    be trained with at all.
+    """
+    layout = _layout(processor, _shape(turns))
+    texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
+    written = "".join(_text(item, texts) for item in layout.items)
+    if written != _render(processor, _messages(turns)):
+        raise RecordError("the model's chat template rewrites this record's text (strip spaces and <think> markup)")
+    places = sum(isinstance(item, Control) and item.token_id == _image_id(processor) for item in layout.items)
+    if places != len(image_tokens):
+        raise RecordError(f"the model's chat template has places for {places} of the record's {len(image_tokens)} images")
+    runs = _runs(layout, texts)
+    plain = [run for run, _, _ in runs if isinstance(run, str)]
+    encoded = iter(_encode(processor.tokenizer, plain))
+    counts = iter(image_tokens)
+    ids: list[int] = []
+    label: list[bool] = []
+    prompt = 0
+    for run, labelled, starts_answer in runs:
+        if starts_answer:
+            prompt = len(ids)
+        if isinstance(run, str):
+            new = next(encoded)
+        else:
+            new = [run.token_id] * (next(counts) if run.token_id == _image_id(processor) else 1)
+        ids += new
+        label += [labelled] * len(new)
+    return Tokens(ids, label, prompt)
+
+
+def _runs(layout: Layout, texts: list[str]) -> list[tuple[str | Control, bool, bool]]:
+    """Items with neighbouring texts joined, as a tokenizer would see them, except where the labels change.
+
+    An answer is cut from its prompt there because generation also starts from the prompt's own ids.
+    """
+    runs: list[tuple[str | Control, bool, bool]] = []
+    for index, item in enumerate(layout.items):
+        starts = index == layout.answer
+        if isinstance(item, Control):
+            runs.append((item, item.label, starts))
+            continue
+        text = _text(item, texts)
+        last = runs[-1] if runs else None
+        if last and isinstance(last[0], str) and last[1] == item.label and not starts:
+            runs[-1] = (last[0] + text, item.label, last[2])
+        else:
+            runs.append((text, item.label, starts))
+    return runs
+
+
+def _text(item: Control | Fixed | Slot, texts: list[str]) -> str:
+    if isinstance(item, Control):
+        return item.token
+    return item.text if isinstance(item, Fixed) else texts[item.index]
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of plain texts, in which no special token is recognised."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+
+
+def _image_id(processor: Any) -> int | None:
+    return None if processor.image_processor is None else processor.image_token_id
+
+
+def _render(processor: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    try:
+        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise RecordError(f"the model's chat template refuses this conversation: {error}") from error
+
+
+def _messages(turns: tuple[Turn, ...]) -> list[dict[str, Any]]:
+    return [_message(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
+
+
+def _message(role: str, parts: list[str | None]) -> dict[str, Any]:
+    """A message as templates take it, None for an image; without images the content is one string."""
+    if None not in parts:
+        return {"role": role, "content": "".join(part for part in parts if part)}
+    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    return {"role": role, "content": content}
+
+
+def _marker(index: int) -> str:
+    """Stands for text part `index`; a private-use character, which no template writes."""
+    return f"\ue000{index}\ue001"
+
+
+def _control_ids(tokenizer: Any) -> dict[str, int]:
+    """Special tokens and their ids, longest first, so that a regex alternation prefers the longest."""
+    special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return dict(sorted(special.items(), key=lambda item: -len(item[0])))
+
+
+def _shape(turns: tuple[Turn, ...]) -> Shape:
+    return tuple((turn.role, tuple(isinstance(part, ImageSource) for part in turn.parts)) for turn in turns)
+
+
+@lru_cache(maxsize=4096)
+def _layout(processor: Any, shape: Shape) -> Layout:
+    """Render the template with a marker for every text, and cut the result into items."""
+    markers = count()
+    messages = [
+        _message(role, [None if is_image else _marker(next(markers)) for is_image in parts]) for role, parts in shape
+    ]
+    whole = _render(processor, messages)
+    controls = _control_ids(processor.tokenizer)
+    pattern = re.compile("|".join([_marker(0).replace("0", r"\d+"), *map(re.escape, controls)]))
+    spans = _answer_spans(processor, shape, messages, whole, pattern)
+    cuts = {0, len(whole), *(start for start, _ in spans)}
+    cuts |= {position for match in pattern.finditer(whole) for position in match.span()}
+    items: list[Control | Fixed | Slot] = []
+    answer = 0
+    for start, end in pairwise(sorted(cuts)):
+        text, label = whole[start:end], any(first <= start < last for first, last in spans)
+        if start == spans[-1][0]:
+            answer = len(items)
+        if text in controls:
+            items.append(Control(text, controls[text], label))
+        elif pattern.fullmatch(text):
+            items.append(Slot(int(text[1:-1]), label))
+        else:
+            items.append(Fixed(text, label))
+    if [item.index for item in items if isinstance(item, Slot)] != list(range(next(markers))):
+        roles = ", ".join(role for role, _ in shape)
+        raise UserError(f"model: its chat template drops or moves turns of a conversation of {roles} (use another one)")
+    return Layout(tuple(items), answer)
+
+
+def _answer_spans(
+    processor: Any, shape: Shape, messages: list[dict], whole: str, pattern: re.Pattern[str]
+) -> list[tuple[int, int]]:
+    """[start, end) in `whole` of every assistant turn: from where generation starts to the end of its end token.
+
+    The turns before an answer, rendered with a generation prompt, must be the beginning of the whole rendering:
+    else the model would be trained on other prompts than it is asked with.
+    """
+    spans = []
+    texts = 0
+    for index, (role, parts) in enumerate(shape):
+        texts += parts.count(False)
+        if role != "assistant":
+            continue
+        prompt = _render(processor, messages[:index], add_generation_prompt=True)
+        marker = _marker(texts - 1)
+        position = whole.find(marker)
+        end = pattern.search(whole, position + len(marker))
+        if not whole.startswith(prompt) or position < len(prompt) or end is None:
+            raise UserError(
+                f"model: its chat template renders the turns before answer {len(spans) + 1} differently on their own "
+                "than within the conversation, so training and generation would see other prompts (use another one)"
+            )
+        spans.append((len(prompt), end.end()))
+    return spans

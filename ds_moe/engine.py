@@ -1,0 +1,158 @@
+"""From a model and a run's settings to a DeepSpeed engine: groups, parameter groups, and invariants before step 1."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
+from torch import nn
+from transformers import PreTrainedModel, get_scheduler
+
+from ds_moe.binding import BoundMoELayer, create_groups
+from ds_moe.config import RunConfig, TrainConfig
+from ds_moe.errors import UserError
+from ds_moe.models.convert import convert, moe_layers
+from ds_moe.models.qwen3_vl import freeze, has_vision, keep_vision_in_step
+from ds_moe.moe import ExpertParallel, ForwardContext, checkpoint_contexts
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands. `ep_size` consecutive ranks share one copy of the experts."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    ep_size: int
+    device: torch.device
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % self.ep_size
+
+
+def on_cpu() -> bool:
+    return get_accelerator().device_name() == "cpu"
+
+
+def start_distributed(ep_size: int) -> Topology:
+    """Join the job the launcher started (or make one of a single process) and bind this process to its device.
+
+    Raises:
+        UserError: `ep_size` does not divide the number of processes.
+    """
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size % ep_size:
+        raise UserError(
+            f"moe.ep_size={ep_size} does not divide the {world_size} processes of this job; "
+            f"start a multiple of {ep_size} or choose another moe.ep_size"
+        )
+    if not on_cpu():
+        get_accelerator().set_device(local_rank)
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    device = torch.device(get_accelerator().device_name(local_rank) if not on_cpu() else "cpu")
+    return Topology(dist.get_rank(), dist.get_world_size(), local_rank, ep_size, device)
+
+
+def prepare_model(model: PreTrainedModel, config: RunConfig, topology: Topology) -> ForwardContext | None:
+    """Convert, freeze and switch on gradient checkpointing; the forward context is None for a dense model."""
+    context = None
+    freeze(model, config.model.freeze)
+    if config.moe is not None:
+        create_groups(topology.ep_size)
+        ep = ExpertParallel(topology.ep_size, topology.ep_rank)
+        context = convert(model, config.moe, ep, BoundMoELayer)
+    if has_vision(model):
+        keep_vision_in_step(model)
+    if config.train.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+    return context
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups in the form DeepSpeed wants: matrices decay, vectors do not, experts stand apart."""
+    matrices, vectors = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (matrices if parameter.dim() > 1 else vectors).append(parameter)
+    groups = [
+        {"name": "matrices", "params": matrices, "weight_decay": weight_decay},
+        {"name": "vectors", "params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
+
+
+def scheduler_factory(config: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+    """Warm-up, then cosine (to `min_lr_ratio`), linear or constant, over `total_steps` optimizer steps."""
+    kind, specific = config.schedule, {}
+    if kind == "cosine" and config.min_lr_ratio > 0:
+        kind, specific = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
+    elif kind == "constant":
+        kind = "constant_with_warmup"
+    return lambda optimizer: get_scheduler(
+        kind,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=specific,
+    )
+
+
+def build_engine(
+    model: PreTrainedModel, config: RunConfig, ds_config: dict[str, Any], total_steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """`deepspeed.initialize` around a prepared model, with our invariants checked afterwards.
+
+    Raises:
+        UserError: a combination DeepSpeed cannot train.
+        RuntimeError: an invariant does not hold (a bug of ours, or a DeepSpeed we do not know).
+    """
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    layers = moe_layers(model)
+    experts = [parameter for layer in layers for parameter in layer.experts.parameters()]
+    if layers and stage < 3 and not any(parameter.requires_grad for parameter in experts):
+        raise UserError("frozen experts need ZeRO stage 3: choose ds_configs/zero3.json or train the experts")
+    if stage == 3 and layers:
+        set_z3_leaf_modules(model, [BoundMoELayer])
+    groups = parameter_groups(model, config.train.weight_decay)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=groups,
+        config=ds_config,
+        lr_scheduler=scheduler_factory(config.train, total_steps),
+    )
+    _check_invariants(engine, layers, grouped, stage)
+    return engine
+
+
+def _check_invariants(
+    engine: deepspeed.DeepSpeedEngine, layers: list[BoundMoELayer], grouped: list[int], stage: int
+) -> None:
+    trainable = {id(parameter): name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    if sorted(grouped) != sorted(trainable):
+        lost = [name for key, name in trainable.items() if key not in set(grouped)]
+        raise RuntimeError(f"every trainable parameter must be in exactly one optimizer group; lost: {lost[:5]}")
+    for layer in layers:
+        if stage == 3 and not z3_leaf_module(layer):
+            raise RuntimeError(f"MoE layer {layer.index} is no ZeRO-3 leaf module: ranks would gather out of step")
+        group = layer.dispatcher.ep.group if layer.ep_size > 1 else None
+        if layer.ep_size > 1 and dist.get_world_size(group) != layer.ep_size:
+            raise RuntimeError(f"MoE layer {layer.index} exchanges over {dist.get_world_size(group)} ranks")
+        for parameter in layer.experts.parameters():
+            if parameter.allreduce:
+                raise RuntimeError(f"an expert of MoE layer {layer.index} would be averaged with other experts")
+
+

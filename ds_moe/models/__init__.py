@@ -1,0 +1,1 @@
+"""Model families: loading, tiny presets, processors, conversion to expert parallelism."""

@@ -1,0 +1,147 @@
+"""Swap a transformers model's MoE blocks for our layer. A new family is one row of `FAMILIES`.
+
+The converted model keeps its parameter names and, with all experts on one rank, its values and shapes. It stays an
+ordinary transformers model: forward, generate and the recording of router logits work as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_moe.config import MoEConfig
+from ds_moe.errors import UserError
+from ds_moe.moe.balance import BALANCERS
+from ds_moe.moe.dispatch import DISPATCHERS, ExpertParallel
+from ds_moe.moe.experts import Experts
+from ds_moe.moe.layer import MoELayer
+from ds_moe.moe.routers import ROUTERS
+from ds_moe.moe.routing import ForwardContext
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between model families.
+
+    Attributes:
+        block: class name of the MoE block; it holds a router `gate` (`weight`) and fused `experts`
+            (`gate_up_proj`, `down_proj`, `act_fn`).
+        decoder: path of the text decoder, which sees the padding mask and the positions of image tokens.
+        normalizes: whether this config's router renormalises the top-k weights.
+    """
+
+    block: str
+    decoder: str
+    normalizes: Callable[[Any], bool]
+
+
+FAMILIES = {
+    "qwen3_vl_moe": Family("Qwen3VLMoeTextSparseMoeBlock", "model.language_model", lambda config: True),
+    "qwen3_moe": Family("Qwen3MoeSparseMoeBlock", "model", lambda config: config.norm_topk_prob),
+}
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """Our layers in `model`, in the order of their index."""
+    return sorted((m for m in model.modules() if isinstance(m, MoELayer)), key=lambda layer: layer.index)
+
+
+def convert(
+    model: nn.Module,
+    config: MoEConfig,
+    ep: ExpertParallel | None = None,
+    layer_class: type[MoELayer] = MoELayer,
+) -> ForwardContext:
+    """Replace every MoE block of `model` in place, keeping only the experts of rank `ep.rank`.
+
+    Args:
+        model: a transformers model whose `config.model_type` is a key of `FAMILIES`.
+        config: the run's `moe` section.
+        ep: this rank's place in expert parallelism; None: all experts here.
+        layer_class: `MoELayer`, or the subclass that an engine recognises.
+
+    Returns:
+        The context shared by the new layers.
+
+    Raises:
+        UserError: unknown family, no MoE block, or an `ep_size` that does not divide the experts.
+    """
+    ep = ep or ExpertParallel()
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        raise UserError(f"model_type {model.config.model_type!r} has no MoE blocks we know; known: {sorted(FAMILIES)}")
+    text_config = model.config.get_text_config()
+    blocks = [(name, module) for name, module in model.named_modules() if type(module).__name__ == family.block]
+    if not blocks:
+        raise UserError(f"the {model.config.model_type} model has no {family.block}: nothing to convert")
+    if text_config.num_experts % ep.size:
+        raise UserError(f"moe.ep_size={ep.size} does not divide the model's {text_config.num_experts} experts")
+
+    context = ForwardContext()
+    kind = config.dispatch.kind if config.dispatch.kind != "auto" else ("local" if ep.size == 1 else "all_to_all")
+    dispatcher = DISPATCHERS[kind](ep)
+    balancers = [
+        BALANCERS[balance.kind](**balance.model_dump(exclude={"kind"}))
+        for balance in config.balance
+        if balance.kind != "none"
+    ]
+    top_k = config.router.top_k or text_config.num_experts_per_tok
+    for index, (name, block) in enumerate(blocks):
+        router_class = _recordable(ROUTERS[config.router.kind], type(block.gate))
+        layer = layer_class(
+            gate=router_class(block.gate.weight, top_k, family.normalizes(text_config)),
+            experts=_owned_experts(block.experts, ep, config.experts.backend),
+            dispatcher=dispatcher,
+            context=context,
+            index=index,
+            balancers=balancers,
+        )
+        model.set_submodule(name, layer.train(model.training))
+    text_config.num_experts_per_tok = top_k
+    model.get_submodule(family.decoder).register_forward_pre_hook(_begin_forward(context), with_kwargs=True)
+    return context
+
+
+def _recordable(router: type[nn.Module], family_router: type[nn.Module]) -> type[nn.Module]:
+    """Our router as a subclass of the family's, so that transformers' `output_router_logits` finds it."""
+    return type(router.__name__, (router, family_router), {})
+
+
+def _owned_experts(experts: nn.Module, ep: ExpertParallel, backend: str) -> Experts:
+    owned = ep.owned(experts.gate_up_proj.shape[0])
+
+    def shard(weight: nn.Parameter) -> nn.Parameter:
+        if ep.size == 1:
+            return weight
+        return nn.Parameter(weight.detach()[owned].clone(), requires_grad=weight.requires_grad)
+
+    return Experts(shard(experts.gate_up_proj), shard(experts.down_proj), experts.act_fn, backend)
+
+
+def _begin_forward(context: ForwardContext) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("inputs_embeds")
+        given = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
+        mask_BS = kwargs.get("attention_mask")
+        if isinstance(mask_BS, Tensor) and mask_BS.dim() == 2:
+            mask_BS = mask_BS[:, -given.shape[1] :]  # with a cache the mask also covers earlier tokens
+        else:
+            mask_BS = None  # no padding, or a ready-made attention mask that no longer tells padding apart
+        context.begin(mask_BS, kwargs.get("visual_pos_masks"))
+
+    return hook
+
+
+def expert_state(name: str) -> bool:
+    """Whether a parameter of a converted model belongs to the sharded experts, by its name."""
+    return ".mlp.experts." in name
+
+
+def full_shape(name: str, parameter: Tensor, ep_size: int) -> torch.Size:
+    """The shape of a parameter over all ranks (ZeRO-3's `ds_shape` is the shape on one EP rank)."""
+    shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+    return torch.Size([shape[0] * ep_size, *shape[1:]]) if expert_state(name) else shape

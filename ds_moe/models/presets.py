@@ -1,0 +1,83 @@
+"""Tiny models built from a config, for the demo, the tests and first steps: no download, no square expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+
+from ds_moe.errors import UserError
+from ds_moe.models.processor import special_token_ids, tiny_processor
+
+_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+_VISION = {
+    "depth": 2,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_heads": 4,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0],
+}
+
+
+def _vl(config_class: type[PretrainedConfig], text: dict[str, Any]) -> PretrainedConfig:
+    processor = tiny_processor()
+    ids = special_token_ids(processor)
+    token_ids = {key: ids[key] for key in ("pad_token_id", "eos_token_id")}
+    return config_class(
+        text_config={**text, "rope_parameters": _ROPE, "vocab_size": len(processor.tokenizer), **token_ids},
+        vision_config=dict(_VISION),
+        **{key: value for key, value in ids.items() if key not in token_ids},
+    )
+
+
+def _text_only() -> PretrainedConfig:
+    processor = tiny_processor("text")
+    ids = special_token_ids(processor)
+    token_ids = {key: ids[key] for key in ("pad_token_id", "eos_token_id")}
+    return Qwen3MoeConfig(**_TEXT, **_MOE, vocab_size=len(processor.tokenizer), **token_ids)
+
+
+PRESETS = {
+    "tiny-vl-moe": lambda: _vl(Qwen3VLMoeConfig, {**_TEXT, **_MOE}),
+    "tiny-vl-dense": lambda: _vl(Qwen3VLConfig, _TEXT),
+    "tiny-moe": _text_only,
+}
+
+
+def preset_config(name: str) -> PretrainedConfig:
+    """The transformers config of a preset.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"model.preset {name!r} is unknown; choose one of {sorted(PRESETS)}")
+    return PRESETS[name]()
+
+
+def build_preset(name: str, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
+    """A freshly initialised fp32 model, the same on every rank for one seed."""
+    from ds_moe.models.qwen3_vl import MODEL_CLASSES
+
+    config = preset_config(name)
+    config._attn_implementation = attention
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODEL_CLASSES[config.model_type]()(config)

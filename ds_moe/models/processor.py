@@ -1,0 +1,205 @@
+"""Processors: what turns chat text and images into a model's inputs.
+
+A VL processor is a `Qwen3VLProcessor`; a text-only model's tokenizer is wrapped in `TextProcessor`, so that callers
+read `.tokenizer`, `.image_processor` and `.chat_template` of either. The tiny ones are built from code, offline.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import AddedToken, Tokenizer, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoProcessor, AutoTokenizer, Qwen2Tokenizer
+from transformers import Qwen3VLProcessor as HFQwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from ds_moe.data.demo import ANSWERS, QUESTIONS
+from ds_moe.errors import UserError
+
+PAD, EOS, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
+SPECIAL_TOKENS = [PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO]
+VIDEO_CONFIG = "video_preprocessor_config.json"
+TINY_PATCH = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+TINY_PIXELS = {"shortest_edge": 64, "longest_edge": 4096}  # least and most pixels of a resized image: 1 to 64 tokens
+
+# ChatML as Qwen3-VL writes it (without its tool calls): images keep their place in a user turn.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.content is string -%}
+{{- message.content -}}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part.type == 'text' -%}
+{{- part.text -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+class Qwen3VLProcessor(HFQwen3VLProcessor):
+    """Qwen3-VL's processor for images and text, without the video half, which cannot be built without torchvision.
+
+    It keeps its parent's name: `save_pretrained` writes the class name, and a saved folder must name a class that
+    plain transformers knows. `video_config` is what the folder said of videos, carried along to the next save.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.video_token = IMAGE, VIDEO
+        self.vision_start_token, self.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+        for name in ("image", "video", "vision_start", "vision_end"):
+            setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(getattr(self, f"{name}_token")))
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        self.video_processor = None
+        self.video_config: dict[str, Any] | None = None
+
+
+@dataclass(eq=False)
+class TextProcessor:
+    """A tokenizer with the attributes of a VL processor; `image_processor` None says that it takes no images."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: None = None
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.tokenizer.chat_template
+
+    def apply_chat_template(self, conversation: list[dict], **kwargs) -> Any:
+        return self.tokenizer.apply_chat_template(conversation, **kwargs)
+
+    def batch_decode(self, *args, **kwargs) -> list[str]:
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args, **kwargs) -> str:
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
+Processor = HFQwen3VLProcessor | TextProcessor
+
+
+@lru_cache(maxsize=1)
+def _tiny_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a byte-level BPE over the demo's words: any text encodes, the demo's in few tokens."""
+    words = [wording for wordings in QUESTIONS.values() for wording in wordings]
+    answers = [answer(digit) for answer in ANSWERS.values() for digit in range(10)]
+    blank = Qwen2Tokenizer(vocab={PAD: 0}, merges=[])._tokenizer  # its normalizer and pre-tokenizer
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=448, show_progress=False, initial_alphabet=sorted(ByteLevel.alphabet()))
+    tokenizer.train_from_iterator((words + answers + ["system user assistant\n"]) * 2, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+def _tiny_tokenizer() -> PreTrainedTokenizerBase:
+    vocabulary, merges = _tiny_vocabulary()
+    tokenizer = Qwen2Tokenizer(
+        vocab=dict(vocabulary), merges=list(merges), unk_token=None, eos_token=EOS, pad_token=PAD
+    )  # the hub's class for this model family: a folder with a config.json reloads as it, whatever was saved
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]}
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_processor(kind: Literal["vl", "text"] = "vl") -> Processor:
+    """The processor of the tiny presets, built offline and the same in every process: "vl" or "text".
+
+    A 16x16 image becomes 4x4 patches of 4x4 pixels, merged 2x2 into 4 image tokens.
+    """
+    tokenizer = _tiny_tokenizer()
+    if kind == "text":
+        return TextProcessor(tokenizer)
+    if kind != "vl":
+        raise ValueError(f"tiny_processor: kind {kind!r} is neither 'vl' nor 'text'")
+    half = [0.5, 0.5, 0.5]
+    images = Qwen2VLImageProcessorPil(size=dict(TINY_PIXELS), image_mean=half, image_std=half, **TINY_PATCH)
+    processor = Qwen3VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
+    processor.video_config = {"video_processor_type": "Qwen3VLVideoProcessor", **TINY_PATCH}
+    return processor
+
+
+def load_processor(path: str | Path) -> Processor:
+    """Processor of a local folder or hub id: a VL one where the folder describes images, else a `TextProcessor`.
+
+    Raises `UserError` where neither can be read, or where there is no chat template to train with.
+    """
+    if str(path).startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder (give the folder of a saved model, or a hub id)")
+    try:
+        processor = AutoProcessor.from_pretrained(str(path))
+    except (ImportError, OSError, ValueError) as error:  # ImportError: the video half, without torchvision
+        processor = _load_by_class(path, error)
+    if isinstance(processor, PreTrainedTokenizerBase):  # what AutoProcessor falls back to, silently
+        processor = _load_by_class(path, None) if _describes_images(path) else TextProcessor(processor)
+    if not processor.chat_template:
+        raise UserError(f"{path}: its processor has no chat template (add chat_template.jinja to the folder)")
+    return processor
+
+
+def _describes_images(path: str | Path) -> bool:
+    try:
+        Qwen2VLImageProcessorPil.get_image_processor_dict(str(path))
+    except OSError:
+        return False
+    return True
+
+
+def _load_by_class(path: str | Path, cause: Exception | None) -> Processor:
+    """Image processor, tokenizer and template each read by class, as AutoProcessor would with torchvision."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        if not _describes_images(path):
+            return TextProcessor(tokenizer)
+        images = Qwen2VLImageProcessorPil.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        reason = str(cause or error).strip().splitlines()[0]
+        raise UserError(f"{path}: no processor or tokenizer could be loaded from it ({reason})") from error
+    settings, _ = ProcessorMixin.get_processor_dict(str(path))
+    processor = Qwen3VLProcessor(
+        images, tokenizer, chat_template=settings.get("chat_template") or tokenizer.chat_template
+    )
+    file = cached_file(str(path), VIDEO_CONFIG, _raise_exceptions_for_missing_entries=False)
+    processor.video_config = settings.get("video_processor") or (json.loads(Path(file).read_text()) if file else None)
+    return processor
+
+
+def save_processor(processor: Processor, path: str | Path) -> None:
+    """Write all that `load_processor` or plain transformers needs; reloaded, it gives identical ids and pixels."""
+    processor.save_pretrained(str(path))
+    video_config = getattr(processor, "video_config", None)
+    if video_config:
+        (Path(path) / VIDEO_CONFIG).write_text(json.dumps(video_config, indent=2) + "\n")
+
+
+def special_token_ids(processor: Processor) -> dict[str, int]:
+    """The ids that a model's config repeats: image, video, vision start and end, eos (<|im_end|>), pad.
+
+    A text-only model's vocabulary need not have the vision tokens: then those keys are absent.
+    """
+    tokenizer = processor.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    names = {"image": IMAGE, "video": VIDEO, "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    ids = {f"{name}_token_id": vocabulary[token] for name, token in names.items() if token in vocabulary}
+    return {**ids, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

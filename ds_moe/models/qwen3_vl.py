@@ -1,0 +1,128 @@
+"""Load a model and its processor, freeze parts of it, and keep image-less ranks in step with the others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from ds_moe.config import ModelConfig
+from ds_moe.errors import UserError
+from ds_moe.models.presets import build_preset
+
+MODEL_CLASSES: dict[str, Callable[[], type[PreTrainedModel]]] = {
+    "qwen3_vl_moe": lambda: transformers.Qwen3VLMoeForConditionalGeneration,
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM,
+    "qwen3_vl": lambda: transformers.Qwen3VLForConditionalGeneration,
+}
+
+FREEZE_PATTERNS = {
+    "vision": r"^model\.visual\.",
+    "router": r"\.mlp\.gate\.",
+    "experts": r"\.mlp\.experts\.",
+    "embeddings": r"embed_tokens\.|^lm_head\.",
+}
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """The model of a run's `model` section, complete on the CPU of this rank, in `dtype`.
+
+    Raises:
+        UserError: an unsupported family, a path that cannot be read, or a missing or unexpected weight.
+    """
+    if config.preset is not None:
+        model = build_preset(config.preset, seed, config.attention).to(dtype)
+    else:
+        model = load_pretrained(str(config.path), dtype, config.attention)
+    model.config.use_cache = False
+    return model
+
+
+def load_pretrained(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+    """A checkpoint in either expert layout; every weight must be there and none may be left over."""
+    try:
+        model_type = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path {path!r} cannot be read as a transformers checkpoint: {error}") from error
+    if model_type not in MODEL_CLASSES:
+        raise UserError(f"model.path {path!r} is a {model_type!r}; supported: {sorted(MODEL_CLASSES)}")
+    model, report = MODEL_CLASSES[model_type]().from_pretrained(
+        path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+    )
+    wrong = {kind: sorted(map(str, keys))[:5] for kind, keys in report.items() if keys}
+    if wrong:
+        raise UserError(f"model.path {path!r} does not fit {type(model).__name__}: {wrong}")
+    return model
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Stop training the parameters that a pattern names ("vision", "router", "experts", "embeddings" or a regex).
+
+    Raises:
+        UserError: a pattern that matches nothing, or nothing left to train.
+    """
+    for pattern in patterns:
+        expression = re.compile(FREEZE_PATTERNS.get(pattern, pattern))
+        matched = [parameter for name, parameter in model.named_parameters() if expression.search(name)]
+        if not matched:
+            raise UserError(f"model.freeze pattern {pattern!r} matches no parameter of this model")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"model.freeze {patterns} leaves nothing to train")
+
+
+def has_vision(model: nn.Module) -> bool:
+    return hasattr(model.config, "vision_config")
+
+
+def keep_vision_in_step(model: PreTrainedModel) -> None:
+    """Give every forward without an image a vision pass over a blank one, added to the text with weight zero.
+
+    Under data parallelism all ranks must run the same collectives: ZeRO-3 gathers the vision tower, and its gradients
+    are reduced, on all of them. The pass runs after the text embedding and before the decoder, where a real one has
+    just run, and covers the DeepStack features, so forward and backward visit the parameters in the same order.
+    Decoding steps with a filled cache need none, as no rank has an image there.
+    """
+    inner = model.model
+    vision = model.config.vision_config
+    merge, patch = vision.spatial_merge_size, vision.patch_size
+    width = vision.in_channels * vision.temporal_patch_size * patch * patch
+
+    def hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+        cache = kwargs.get("past_key_values")
+        decoding = cache is not None and cache.get_seq_length() > 0
+        if kwargs.get("visual_pos_masks") is not None or decoding or not _parallel():
+            return args, kwargs
+        embeds_BSD: Tensor = kwargs["inputs_embeds"]
+        pixels = torch.zeros(merge * merge, width, device=embeds_BSD.device, dtype=inner.visual.dtype)
+        grid = torch.tensor([[1, merge, merge]], device=embeds_BSD.device)
+        features = inner.visual(pixels, grid_thw=grid, return_dict=True)
+        nothing = sum(feature.sum() for feature in (features.pooler_output, *features.deepstack_features)) * 0.0
+        return args, {**kwargs, "inputs_embeds": embeds_BSD + nothing.to(embeds_BSD.dtype)}
+
+    inner.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _parallel() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def parameter_table(model: nn.Module, parts: dict[str, str] | None = None) -> list[tuple[str, int, int]]:
+    """(part, trainable, all) parameter counts on this rank, in the order of `FREEZE_PATTERNS`, then the rest."""
+    compiled = {part: re.compile(pattern) for part, pattern in (parts or FREEZE_PATTERNS).items()}
+    totals = {part: [0, 0] for part in [*compiled, "rest"]}
+    for name, parameter in model.named_parameters():
+        part = next((part for part, pattern in compiled.items() if pattern.search(name)), "rest")
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        totals[part][0] += size if parameter.requires_grad else 0
+        totals[part][1] += size
+    return [(part, trained, total) for part, (trained, total) in totals.items() if total]
+
+

@@ -1,0 +1,43 @@
+"""Balancers: what keeps the experts evenly loaded. They compose; each says what it adds to the loss.
+
+A new kind is one class and one line in `BALANCERS`. The kind `none` is the empty list.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ds_moe.moe.routing import ForwardContext, RoutingDecision
+
+
+class Balancer(Protocol):
+    """Sees every decision of one layer once (never a recompute's)."""
+
+    def loss(self, decision: RoutingDecision, counts_E: Tensor, context: ForwardContext) -> Tensor | None:
+        """What this decision adds to the micro-batch's loss: a scalar with grad, already weighted, or None."""
+
+
+class AuxLoss:
+    """Switch Transformer's load-balancing loss (Fedus 2021, eq. 4-6), over one micro-batch and layer.
+
+    `weight * E * sum_i f_i * P_i`, where f_i is the share of tokens that use expert i (the f_i sum to K) and P_i
+    the mean score of expert i over the tokens. Perfectly balanced it is `weight * K`. Padding enters neither.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def loss(self, decision: RoutingDecision, counts_E: Tensor, context: ForwardContext) -> Tensor:
+        scores_VE = decision.scores_TE
+        if context.token_V is not None:
+            scores_VE = scores_VE.index_select(0, context.token_V)
+        tokens = max(scores_VE.shape[0], 1)
+        f_E = counts_E.to(torch.float32) / tokens
+        p_E = scores_VE.sum(0) / tokens
+        return self.weight * counts_E.numel() * (f_E * p_E).sum()
+
+
+BALANCERS = {"aux": AuxLoss}

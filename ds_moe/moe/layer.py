@@ -1,0 +1,100 @@
+"""The MoE layer: route -> dispatch -> experts -> combine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ds_moe.moe.balance import Balancer
+from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher, Plan
+from ds_moe.moe.experts import Experts
+from ds_moe.moe.routing import ForwardContext, RoutingDecision, count_experts, current_tape
+
+
+class MoELayer(nn.Module):
+    """Takes the place of a transformers MoE block: (B, S, D) in, (B, S, D) out, same parameter names.
+
+    Args:
+        gate: a router; with the family's router class among its bases transformers records its logits.
+        experts: the experts this rank owns.
+        dispatcher: moves rows between tokens and experts.
+        context: padding and image tokens of the micro-batch in flight, shared by the model's layers.
+        index: which MoE layer of the model this is, 0 ... L-1.
+        balancers: see `balance.py`.
+        shared: an expert every token passes, added to the output; None if the family has none.
+    """
+
+    def __init__(
+        self,
+        gate: nn.Module,
+        experts: Experts,
+        dispatcher: LocalDispatcher | AllToAllDispatcher,
+        context: ForwardContext,
+        index: int,
+        balancers: Sequence[Balancer] = (),
+        shared: nn.Module | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not super(): DeepSpeed's layer class may follow in the MRO
+        self.experts = experts  # before the gate, as transformers orders them
+        self.gate = gate
+        self.shared = shared
+        self.dispatcher = dispatcher
+        self.context = context
+        self.index = index
+        self.balancers = balancers
+        self.load = Load(num_experts=gate.weight.shape[0])
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        decision, plan = self._route(x_TD)
+        rows_RD = self.dispatcher.dispatch(x_TD, decision, plan)
+        rows_RD = self.experts(rows_RD, plan.counts_e)
+        y_TD = self.dispatcher.combine(rows_RD, decision, plan)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD.view_as(hidden_states)
+
+    def _route(self, x_TD: Tensor) -> tuple[RoutingDecision, Plan]:
+        """Decide, or repeat what the forward decided if this is a recompute of it."""
+        tape = current_tape()
+        if tape is not None and tape.replaying:
+            token_V, expert_N, plan = tape.kept[self.index]
+            return self.gate(x_TD, token_V, expert_N), plan
+        decision = self.gate(x_TD, self.context.token_V)
+        plan = self.dispatcher.plan(decision)
+        if tape is not None:
+            tape.kept[self.index] = (self.context.token_V, decision.expert_N, plan)
+        if self.training:
+            self._observe(decision, plan.counts_E)
+        return decision, plan
+
+    def _observe(self, decision: RoutingDecision, counts_E: Tensor) -> None:
+        losses = [balancer.loss(decision, counts_E, self.context) for balancer in self.balancers]
+        self.context.aux_losses += [loss for loss in losses if loss is not None]
+        self.load.add(decision, counts_E, self.context)
+
+
+class Load:
+    """What this rank's tokens asked of one layer's experts since the last `take`."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self._totals: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def add(self, decision: RoutingDecision, counts_E: Tensor, context: ForwardContext) -> None:
+        image_E = torch.zeros_like(counts_E)
+        if context.image_T is not None:
+            image_E = count_experts(decision.expert_N[context.image_T[decision.token_N]], self.num_experts)
+        scores_TE = decision.scores_TE if context.token_V is None else decision.scores_TE[context.token_V]
+        entropy = torch.special.entr(scores_TE).sum()
+        tokens = counts_E.new_tensor(scores_TE.shape[0])
+        new = [counts_E, image_E, tokens, entropy]
+        self._totals = new if self._totals is None else [old + more for old, more in zip(self._totals, new, strict=True)]
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """(counts_E int64, of image tokens int64, tokens int64, summed entropy in nats fp32), and start anew."""
+        totals, self._totals = self._totals, None
+        return None if totals is None else tuple(totals)

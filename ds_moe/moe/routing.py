@@ -1,0 +1,95 @@
+"""What routing decides, and what travels beside the hidden states while a model runs.
+
+Shape suffixes used in this package (after Noam Shazeer; one letter a dimension):
+
+    T tokens of a micro-batch     D model width      F expert width       B batch    S sequence
+    V tokens that are no padding  E experts          e experts of a rank  K top-k    L MoE layers
+    N assignments (token, expert) R rows a rank receives for its experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RoutingDecision(NamedTuple):
+    """Which token goes to which expert and with what weight, as a list of N assignments.
+
+    Top-k routing of V tokens gives N = V * K; a capacity limit, expert dropout, a padding mask or expert
+    choice are just other lists. A tuple whose first field is the logits is what transformers' recorder of
+    router logits expects from a module that subclasses the family's router.
+    """
+
+    logits_TE: Tensor  # raw router logits of every token, model dtype, with grad
+    scores_TE: Tensor  # fp32 scores (softmax or sigmoid), with grad
+    token_N: Tensor  # int64, index into T
+    expert_N: Tensor  # int64, global expert id
+    weight_N: Tensor  # fp32 combine weight, with grad
+
+
+@dataclass
+class ForwardContext:
+    """Facts of the micro-batch in flight, shared by all MoE layers of one model.
+
+    The converter's hook on the decoder refreshes it at every forward, so that the layers, which only see
+    hidden states, know what is padding and what is an image token.
+    """
+
+    token_V: Tensor | None = None  # int64 indices of the real tokens; None: every token is real
+    image_T: Tensor | None = None  # bool, image tokens; None: there is none
+    aux_losses: list[Tensor] = field(default_factory=list)  # one scalar a layer and balancer, with grad
+
+    def begin(self, mask_BS: Tensor | None, image_BS: Tensor | None) -> None:
+        """Start a forward: `mask_BS` is non-zero at real tokens, `image_BS` is true at image tokens."""
+        real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+        self.token_V = None if real_T is None or bool(real_T.all()) else real_T.nonzero().squeeze(1)
+        self.image_T = None if image_BS is None else image_BS.reshape(-1)
+        self.aux_losses = []
+
+
+@dataclass
+class Tape:
+    """What one gradient-checkpointed region decided in its forward, for its recompute to repeat."""
+
+    replaying: bool = False
+    kept: dict[int, Any] = field(default_factory=dict)  # by MoE layer index
+
+
+_TAPE: ContextVar[Tape | None] = ContextVar("ds_moe_tape", default=None)
+
+
+def current_tape() -> Tape | None:
+    """The tape of the checkpointed region that runs in this thread, if any."""
+    return _TAPE.get()
+
+
+@contextmanager
+def _running(tape: Tape, replaying: bool) -> Iterator[None]:
+    tape.replaying = replaying
+    token = _TAPE.set(tape)
+    try:
+        yield
+    finally:
+        _TAPE.reset(token)
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of `torch.utils.checkpoint.checkpoint`: one tape for a region's forward and its recompute.
+
+    A recompute in other rounding (another kernel, another summation order) could flip a tie in top-k, and its
+    counts would be counted twice. With the tape it repeats the forward's decision and reports nothing.
+    """
+    tape = Tape()
+    return _running(tape, replaying=False), _running(tape, replaying=True)
+
+
+def count_experts(expert_N: Tensor, num_experts: int) -> Tensor:
+    """Assignments of each expert, int64 (E,)."""
+    return torch.bincount(expert_N, minlength=num_experts)

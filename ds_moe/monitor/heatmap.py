@@ -1,0 +1,136 @@
+"""The layer x expert load heat map.
+
+Drawn with matplotlib's Agg canvas and without pyplot, whose global state is not safe outside the main thread.
+Blue, white and red stay apart under every common colour blindness; a dead expert is black.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+
+from ds_moe.monitor.meters import max_vio, relative_load
+
+INK, FAINT = "#222222", "#6B6B6B"
+_NUMBERED_CELLS = 32  # a panel of up to so many cells shows the numbers too (each costs 0.7 ms)
+_LOG2_RANGE = 2.0  # colours end at 1/4 and 4 times the fair share
+
+
+class LoadPanel:
+    """The load of one kind of token on `axes`: made once, shown again with other counts."""
+
+    def __init__(
+        self, axes: Axes, layers: int, experts: int, kind: str, *, expert_label: bool = True, layer_label: bool = True
+    ) -> None:
+        numbered = layers * experts <= _NUMBERED_CELLS
+        colors, norm = _load_colors()
+        self._cells = axes.pcolormesh(
+            np.zeros((layers, experts)), cmap=colors, norm=norm, edgecolors="white" if numbered else "none"
+        )
+        self._cells.set_linewidth(1.5 if numbered else 0)
+        self._balance = axes.set_title("", fontsize=8.5, color=FAINT, loc="right", pad=5)
+        self._numbers = [
+            axes.text(expert + 0.5, layer + 0.5, "", ha="center", va="center", fontsize=7.5)
+            for layer in range(layers * numbered)
+            for expert in range(experts)
+        ]
+        axes.set_title(f"{kind} tokens", fontsize=9.5, color=INK, loc="left", pad=5)
+        axes.invert_yaxis()
+        axes.set_xticks(*_ticks(experts))
+        axes.set_yticks(*_ticks(layers))
+        axes.tick_params(length=0, labelsize=8, colors=INK, labelleft=layer_label)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("expert" if expert_label else "", fontsize=9, color=INK)
+        axes.set_ylabel("MoE layer" if layer_label else "", fontsize=9, color=INK)
+        self.changing: list[Artist] = [self._cells, self._balance, *self._numbers]
+
+    def show(self, counts_LE: np.ndarray) -> None:
+        """Show these assignments, (L, E); a layer without any is grey."""
+        load_LE = relative_load(counts_LE)
+        dead = int((load_LE == 0).sum())
+        self._cells.set_array(_log2_load(load_LE))
+        self._balance.set_text(f"MaxVio {max_vio(counts_LE):.2f}" + (f", {dead} dead" if dead else ""))
+        for number, load in zip(self._numbers, load_LE.flat, strict=False):  # no numbers on a large panel
+            number.set_text("-" if np.isnan(load) else f"{load:.2f}" if load < 9.95 else f"{load:.0f}")
+            number.set_color(INK if 0.35 < load < 2.8 or np.isnan(load) else "white")
+
+
+class LoadHeatMap:
+    """One panel a kind of token, one below the other.
+
+    Frame, ticks and labels are drawn once; later draws repaint only what changes, at a fraction of the cost.
+    """
+
+    def __init__(self, layers: int, experts: int, kinds: tuple[str, ...]) -> None:
+        width, height = float(np.clip(0.42 * experts, 2.8, 12)), float(np.clip(0.36 * layers, 0.72, 4.5))  # inches each
+        left, top, right, bottom, gap = 0.75, 0.85, 1.3, 0.6, 0.65
+        total_width = left + width + right
+        total_height = top + len(kinds) * (height + gap) - gap + bottom
+        self.figure = Figure(figsize=(total_width, total_height), dpi=100, facecolor="white")
+        self._canvas = FigureCanvasAgg(self.figure)
+
+        def axes_at(x: float, y: float, w: float, h: float) -> Axes:  # inches from the lower left corner
+            return self.figure.add_axes((x / total_width, y / total_height, w / total_width, h / total_height))
+
+        self._panels = {}
+        for row, kind in enumerate(kinds):
+            axes = axes_at(left, total_height - top - height - row * (height + gap), width, height)
+            self._panels[kind] = LoadPanel(axes, layers, experts, kind, expert_label=row == len(kinds) - 1)
+        bar_height = float(np.clip(height, 1.0, 3.0))
+        draw_load_scale(axes_at(total_width - right + 0.25, total_height - top - bar_height, 0.14, bar_height))
+        self._caption = self.figure.text(
+            0.16 / total_width, 1 - 0.26 / total_height, "", fontsize=10.5, color=INK, va="center"
+        )
+        self._changing = [self._caption, *(artist for panel in self._panels.values() for artist in panel.changing)]
+        for artist in self._changing:
+            artist.set_animated(True)  # left out of canvas.draw()
+        self._canvas.draw()
+        self._still = self._canvas.copy_from_bbox(self.figure.bbox)
+
+    def draw(self, counts: dict[str, np.ndarray], caption: str) -> np.ndarray:
+        """The picture of these counts, by kind of token, as uint8 (height, width, 3)."""
+        self._caption.set_text(caption)
+        for kind, counts_LE in counts.items():
+            self._panels[kind].show(counts_LE)
+        self._canvas.restore_region(self._still)
+        for artist in self._changing:
+            artist.draw(self._canvas.get_renderer())
+        return np.asarray(self._canvas.buffer_rgba())[..., :3].copy()
+
+
+def draw_load_scale(axes: Axes) -> None:
+    """The colour scale of every load panel."""
+    colors, norm = _load_colors()
+    bar = axes.figure.colorbar(ScalarMappable(norm, colors), cax=axes, ticks=[-2, -1, 0, 1, 2])
+    bar.ax.set_yticklabels(["1/4 or less", "1/2", "fair share", "2 x", "4 x or more"], fontsize=8, color=INK)
+    bar.ax.tick_params(length=0)
+    bar.outline.set_visible(False)
+
+
+@functools.cache
+def _load_colors() -> tuple[Colormap, Normalize]:
+    """Colours of log2(load / fair share); `under` is a dead expert, `bad` a layer without tokens."""
+    return colormaps["RdBu_r"].with_extremes(under="black", bad="#DDDDDD"), Normalize(-_LOG2_RANGE, _LOG2_RANGE)
+
+
+def _log2_load(load_LE: np.ndarray) -> np.ndarray:
+    """log2 of the load, held in the scale's range; a dead expert lies below it, NaN stays (masked)."""
+    clipped_LE = np.clip(load_LE, 2**-_LOG2_RANGE, 2**_LOG2_RANGE)
+    return np.ma.masked_invalid(np.where(load_LE == 0, -_LOG2_RANGE - 1, np.log2(clipped_LE)))
+
+
+def _ticks(count: int) -> tuple[np.ndarray, list[str]]:
+    """Tick positions in the middle of cells, and their indices: every one of a few, every 2^n-th of many."""
+    stride = 1
+    while count / stride > 16:
+        stride *= 2
+    indices = np.arange(0, count, stride)
+    return indices + 0.5, [str(i) for i in indices]

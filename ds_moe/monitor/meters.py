@@ -1,0 +1,122 @@
+"""Numbers derived from the reports: balance of the experts, averages over a window, memory, time left."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ds_moe.monitor.reports import RoutingReport, StepReport
+
+
+def relative_load(counts_LE: np.ndarray) -> np.ndarray:
+    """Load relative to uniform, (L, E) float64: 1 is a fair share, 0 a dead expert, NaN in a layer without assignments."""
+    total_L1 = counts_LE.sum(axis=1, keepdims=True).astype(np.float64)
+    total_L1[total_L1 == 0] = np.nan
+    return counts_LE * counts_LE.shape[1] / total_L1
+
+
+def max_vio(counts_LE: np.ndarray) -> float:
+    """MaxVio = max_e load / mean load - 1 of each layer, averaged over the layers (Wang et al. 2024, arXiv 2408.15664).
+
+    0 is perfect balance, E - 1 every token on one expert. Layers without assignments do not count;
+    NaN when there is no layer left.
+    """
+    load_LE = relative_load(counts_LE)
+    load_LE = load_LE[~np.isnan(load_LE[:, 0])]
+    return float((load_LE.max(axis=1) - 1).mean()) if len(load_LE) else float("nan")
+
+
+def split_by_kind(counts_LE: np.ndarray, image_counts_LE: np.ndarray) -> dict[str, np.ndarray]:
+    """Counts of all tokens, and of text and image tokens apart where there are both."""
+    kinds = {"all": counts_LE}
+    text_counts_LE = counts_LE - image_counts_LE
+    if image_counts_LE.any() and text_counts_LE.any():
+        kinds |= {"text": text_counts_LE, "image": image_counts_LE}
+    return kinds
+
+
+def routing_scalars(report: RoutingReport) -> dict[str, float]:
+    """The `moe/*` scalars of one routing report."""
+    kinds = split_by_kind(report.counts_LE, report.image_counts_LE)
+    scalars = {f"moe/max_vio_{kind}" if kind != "all" else "moe/max_vio": max_vio(n_LE) for kind, n_LE in kinds.items()}
+    scalars["moe/entropy"] = report.entropy_L
+    scalars["moe/dead_experts"] = float((report.counts_LE == 0).sum())
+    if report.aux_loss is not None:
+        scalars["moe/aux_loss"] = report.aux_loss
+    return scalars
+
+
+@dataclass
+class Throughput:
+    """What turns tokens a second into a share of the hardware's peak: both known, or no MFU."""
+
+    flops_per_token: float | None  # forward and backward, of the activated parameters
+    peak_flops: float | None  # FLOP/s of all ranks together
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Model FLOPs utilisation in 0 ... 1 (Chowdhery et al. 2022, PaLM)."""
+        if not self.flops_per_token or not self.peak_flops:
+            return None
+        return tokens_per_s * self.flops_per_token / self.peak_flops
+
+
+@dataclass
+class Window:
+    """The steps since the last log step."""
+
+    reports: list[StepReport] = field(default_factory=list)
+
+    def close(self, throughput: Throughput) -> dict[str, float]:
+        """The `train/*` and `perf/*` scalars of the window, which starts anew. Rates are over step time only,
+        so that evaluations and checkpoints in between do not lower them."""
+        steps, self.reports = self.reports, []
+        seconds = max(sum(step.step_s for step in steps), 1e-9)
+        tokens_per_s = sum(step.tokens for step in steps) / seconds
+        scalars = {
+            "train/loss": sum(step.loss for step in steps) / len(steps),
+            "train/lr": steps[-1].lr,
+            "train/grad_norm": sum(step.grad_norm for step in steps) / len(steps),
+            "perf/tokens_per_s": tokens_per_s,
+            "perf/step_s": seconds / len(steps),
+            "perf/data_wait_frac": sum(step.data_wait_s for step in steps) / seconds,
+            "perf/mem_gib": peak_memory_gib(),
+        }
+        mfu = throughput.mfu(tokens_per_s)
+        if mfu is not None:
+            scalars["perf/mfu"] = mfu
+        return scalars
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process in GiB: the accelerator's allocator where one is in use, else resident memory."""
+    import torch
+
+    if torch.accelerator.is_available():
+        allocated = torch.accelerator.max_memory_allocated()
+        if allocated:
+            return allocated / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
+
+
+@dataclass
+class Clock:
+    """Time left, from the wall time between steps: evaluations and checkpoints are part of the wait.
+
+    The first step carries one-off costs (compilation, allocator warm-up), so counting starts behind it.
+    """
+
+    total_steps: int
+    first_step: int | None = None
+    first_s: float = 0.0
+
+    def seconds_left(self, step: int, now_s: float, step_s: float) -> float:
+        """Estimated seconds after `step`; `step_s` stands in while only one step is done."""
+        if self.first_step is None:
+            self.first_step, self.first_s = step, now_s
+        done = step - self.first_step
+        pace_s = (now_s - self.first_s) / done if done > 0 else step_s
+        return pace_s * max(self.total_steps - step, 0)

@@ -1,0 +1,204 @@
+"""The monitor of one run: reports in, curves, pictures, progress and a closing table out.
+
+Rank 0 has a `RunMonitor`; every other rank has the base class, which does nothing. The loop calls both alike, so that
+it needs no `if rank == 0`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ds_moe.config import MonitorConfig, RunConfig
+from ds_moe.monitor.meters import Clock, Throughput, Window, routing_scalars
+from ds_moe.monitor.progress import Display, Lines, make_display, print_table
+from ds_moe.monitor.reports import EvalReport, RoutingReport, StepReport
+
+
+class Monitor:
+    """What every rank can call. This base class only knows which steps are log steps."""
+
+    def __init__(self, config: MonitorConfig, total_steps: int) -> None:
+        self.config = config
+        self.total_steps = total_steps
+
+    def is_log_step(self, step: int) -> bool:
+        """True on all ranks at the steps whose routing counts should be reduced and reported: the first (a long run
+        should show a number soon, and its warm-up in a window of its own), every `log_every`-th and the last."""
+        return step in (1, self.total_steps) or step % self.config.log_every == 0
+
+    def start(self, first_step: int, summary: str, hparams: Mapping[str, Any]) -> None:
+        """Before the first step. `first_step`: number of the step to come, 1 for a new run, saved step + 1 after a
+        resume; `summary`: the topology and parameter table, shown as it is; `hparams`: the config, nested or flat."""
+
+    def step(self, report: StepReport, routing: RoutingReport | None) -> None:
+        """After every optimizer step; `routing` (counts since the last one) at log steps."""
+
+    def evaluated(self, report: EvalReport) -> None:
+        """After an evaluation."""
+
+    def note(self, text: str) -> None:
+        """A remark for the person and for the record: a checkpoint written, records skipped."""
+
+    def finish(self, rows: Mapping[str, str]) -> None:
+        """At the end of a complete run: write everything out, then print `rows` as one table."""
+
+    def close(self) -> None:
+        """Write everything out and give the terminal back. Safe to call twice; also runs when the process exits."""
+
+    def overhead(self) -> float:
+        """Share of the training steps' time that monitoring took: seconds within `step` and processor seconds of the
+        drawing thread, over the sum of `step_s`."""
+        return 0.0
+
+
+class RunMonitor(Monitor):
+    """Rank 0's monitor."""
+
+    def __init__(
+        self, config: MonitorConfig, total_steps: int, throughput: Throughput, run_dir: Path, console: Console
+    ) -> None:
+        super().__init__(config, total_steps)
+        self._throughput = throughput
+        self._run_dir = run_dir
+        self._console = console
+        self._display: Display = Lines(console, total_steps)  # until start
+        self._board: Any = None
+        self._window = Window()
+        self._clock = Clock(total_steps)
+        self._load: RoutingReport | None = None  # summed since the last heat map
+        self._load_from = self._heat_map_step = self._step = 0
+        self._training_s = self._own_s = 0.0
+
+    def start(self, first_step: int, summary: str, hparams: Mapping[str, Any]) -> None:
+        self._step = self._heat_map_step = first_step - 1
+        self._load_from = first_step
+        self._display.say(summary)
+        self._display = make_display(self._console, first_step, self.total_steps)
+        if self.config.tensorboard:
+            from ds_moe.monitor.board import Board  # matplotlib and tensorboard: half a second, rank 0 only
+
+            self._board = Board(self._run_dir / "tensorboard", first_step)
+            self._board.text("run/summary", _preformatted(summary), self._step)
+            self._board.hparams(hparams, self._step)
+        atexit.register(self.close)
+
+    def step(self, report: StepReport, routing: RoutingReport | None) -> None:
+        began_s = time.perf_counter()
+        self._step = report.step
+        self._window.reports.append(report)
+        seconds_left = self._clock.seconds_left(report.step, began_s, report.step_s)
+        scalars = routing_scalars(routing) if routing is not None else {}
+        if self.is_log_step(report.step):
+            scalars = self._window.close(self._throughput) | scalars
+            self._display.window(report.step, scalars, seconds_left)
+        self._display.step(report.step, report.loss, seconds_left)
+        if self._board is not None:
+            self._board.scalars(scalars, report.step)
+            if routing is not None:
+                self._add_load(routing)
+                self._draw_load_when_due()
+        self._training_s += report.step_s
+        self._own_s += time.perf_counter() - began_s
+
+    def evaluated(self, report: EvalReport) -> None:
+        self._display.evaluated(report.step, report.loss, report.accuracy)
+        if self._board is None:
+            return
+        scalars = {"eval/loss": report.loss}
+        for kind, share in report.accuracy.items():
+            scalars["eval/accuracy" if kind == "mean" else f"eval/accuracy_{_tag(kind)}"] = share
+        self._board.scalars(scalars, report.step)
+        shown = report.samples[: self.config.sample_images]
+        if shown:
+            self._board.samples(shown, report.step)
+
+    def note(self, text: str) -> None:
+        self._display.say(text)
+        if self._board is not None:
+            self._board.text("run/notes", text, self._step)
+
+    def finish(self, rows: Mapping[str, str]) -> None:
+        if self._board is not None:
+            if self._load is not None:  # the steps behind the last heat map
+                self._draw_load()
+            self._board.text("run/result", _markdown_table(rows), self._step)
+        self._close(finished=True)
+        print_table(rows, f"{self._run_dir} after {self._step:,} steps", self._console)
+
+    def close(self) -> None:
+        self._close(finished=False)
+
+    def overhead(self) -> float:
+        drawing_s = self._board.drawing_s if self._board is not None else 0.0
+        return (self._own_s + drawing_s) / self._training_s if self._training_s else 0.0
+
+    def _add_load(self, routing: RoutingReport) -> None:
+        if self._load is None:
+            counts_LE, image_counts_LE = routing.counts_LE.copy(), routing.image_counts_LE.copy()
+            self._load = RoutingReport(counts_LE, image_counts_LE, routing.entropy_L, routing.aux_loss)
+        else:
+            self._load.counts_LE += routing.counts_LE
+            self._load.image_counts_LE += routing.image_counts_LE
+
+    def _draw_load_when_due(self) -> None:
+        """At the first routing report past every `heatmap_every`-th step; while the last picture is still being drawn
+        the counts just add up until the next report, so that pictures never queue."""
+        every = self.config.heatmap_every
+        if self._step // every > self._heat_map_step // every and not self._board.drawing:
+            self._draw_load()
+
+    def _draw_load(self) -> None:
+        caption = f"Expert load relative to a fair share, steps {self._load_from:,} to {self._step:,}"
+        self._board.heat_map(self._load, caption, self._step)
+        self._load, self._load_from, self._heat_map_step = None, self._step + 1, self._step
+
+    def _close(self, finished: bool) -> None:
+        atexit.unregister(self.close)
+        self._display.close()
+        if self._board is not None:
+            self._board.close(finished)
+            self._own_s += self._board.drawing_s
+            self._board = None
+
+
+def make_monitor(
+    config: RunConfig,
+    *,
+    rank: int,
+    total_steps: int,
+    flops_per_token: float | None,
+    peak_flops: float | None,
+    run_dir: Path,
+    console: Console | None = None,
+) -> Monitor:
+    """Rank 0's monitor, or one that does nothing.
+
+    flops_per_token: forward and backward, activated parameters only; peak_flops: FLOP/s of all ranks together (MFU is
+    reported only when both are known); run_dir: event files go to its `tensorboard` folder; console: where to show
+    progress, standard output unless told otherwise.
+    """
+    if rank != 0:
+        return Monitor(config.monitor, total_steps)
+    throughput = Throughput(flops_per_token, peak_flops)
+    return RunMonitor(config.monitor, total_steps, throughput, Path(run_dir), console or Console())
+
+
+def _tag(kind: str) -> str:
+    """A kind of question as part of a TensorBoard tag."""
+    return re.sub(r"[^\w.-]+", "_", kind)
+
+
+def _preformatted(text: str) -> str:
+    """Markdown that keeps columns aligned."""
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def _markdown_table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -1,0 +1,127 @@
+"""What a person sees while the run goes on: a bar on a terminal, plain lines in a log file, and a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+
+class Display(Protocol):
+    """Shows steps, window averages and remarks."""
+
+    def step(self, step: int, loss: float, seconds_left: float) -> None: ...
+    def window(self, step: int, scalars: Mapping[str, float], seconds_left: float) -> None: ...
+    def evaluated(self, step: int, loss: float, accuracy: Mapping[str, float]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def make_display(console: Console, first_step: int, total_steps: int) -> Display:
+    """A bar where it can be redrawn, lines everywhere else (files, pipes, CI, SLURM logs, dumb terminals)."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        return Bar(console, first_step, total_steps)
+    return Lines(console, total_steps)
+
+
+class Lines:
+    """One line a window, in ASCII, never wrapped."""
+
+    def __init__(self, console: Console, total_steps: int) -> None:
+        self._console = console
+        self._total_steps = total_steps
+
+    def step(self, step: int, loss: float, seconds_left: float) -> None:
+        pass  # a line a window is enough
+
+    def window(self, step: int, scalars: Mapping[str, float], seconds_left: float) -> None:
+        width = len(str(self._total_steps))
+        self.say(
+            f"step {step:>{width}}/{self._total_steps}  loss {scalars['train/loss']:.4f}  lr {scalars['train/lr']:.2e}  "
+            f"grad {scalars['train/grad_norm']:.3f}  {scalars['perf/tokens_per_s']:,.0f} tokens/s  "
+            f"{scalars['perf/step_s']:.3g} s/step  ETA {duration(seconds_left)}"
+        )
+
+    def evaluated(self, step: int, loss: float, accuracy: Mapping[str, float]) -> None:
+        self.say(f"eval at step {step}  {describe(loss, accuracy)}")
+
+    def say(self, text: str) -> None:
+        # Not console.print, which would style and wrap it; flushed, since a log file is followed while it is written.
+        print(text, file=self._console.file, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class Bar:
+    """A bar in the last line of the terminal, redrawn twice a second by rich's own thread; remarks scroll above it."""
+
+    def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("train"),
+            BarColumn(None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TextColumn("ETA {task.fields[eta]}"),
+            console=console,
+            refresh_per_second=2,
+            expand=True,
+        )
+        self._task = self._progress.add_task(
+            "train", total=total_steps, completed=first_step - 1, facts="waiting for the first step", eta="?"
+        )
+        self._rate = self._accuracy = ""
+        self._progress.start()
+
+    def step(self, step: int, loss: float, seconds_left: float) -> None:
+        facts = f"loss {loss:.4f}{self._accuracy}{self._rate}"
+        self._progress.update(self._task, completed=step, facts=facts, eta=duration(seconds_left))
+
+    def window(self, step: int, scalars: Mapping[str, float], seconds_left: float) -> None:
+        self._rate = f"  {scalars['perf/tokens_per_s']:,.0f} tokens/s  {scalars['perf/step_s']:.3g} s/step"
+
+    def evaluated(self, step: int, loss: float, accuracy: Mapping[str, float]) -> None:
+        if "mean" in accuracy:
+            self._accuracy = f"  accuracy {accuracy['mean']:.3f}"
+        self.say(f"eval at step {step}  {describe(loss, accuracy)}")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def describe(loss: float, accuracy: Mapping[str, float]) -> str:
+    """`loss 0.1234  accuracy 0.950 (digit 0.940, parity 0.960)`."""
+    kinds = ", ".join(f"{kind} {share:.3f}" for kind, share in accuracy.items() if kind != "mean")
+    mean = f"  accuracy {accuracy['mean']:.3f}" if "mean" in accuracy else ""
+    return f"loss {loss:.4f}{mean}" + (f" ({kinds})" if kinds else "")
+
+
+def duration(seconds: float) -> str:
+    """`0:01:40`; `?` where nothing is known."""
+    return str(timedelta(seconds=round(seconds))) if seconds < float("inf") else "?"
+
+
+def print_table(rows: Mapping[str, str], title: str, console: Console | None = None) -> None:
+    """Two columns, name and value. In a log file it is as wide as its longest row: a wrapped path cannot be copied."""
+    console = console or Console()
+    table = Table(title=escape(title), title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold", no_wrap=not console.is_terminal)
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(str(value)))
+    width = console.width if console.is_terminal else max(console.width, console.measure(table).maximum, *_widths(rows))
+    console.print(table, width=width, crop=False)
+
+
+def _widths(rows: Mapping[str, str]) -> list[int]:
+    """Columns each row takes with its borders; one zero more, so that there is always something to compare."""
+    return [0, *(max(map(len, rows)) + len(str(value)) + 7 for value in rows.values())]

@@ -1,0 +1,65 @@
+"""What the loop hands to the monitor: plain data, already reduced over all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass
+class StepReport:
+    """One optimizer step."""
+
+    step: int  # optimizer steps done, this one included: 1 ... total_steps
+    loss: float  # mean over the step's labelled tokens, without auxiliary terms
+    lr: float
+    grad_norm: float  # global, before clipping
+    tokens: int  # non-padding tokens of the step, over all ranks
+    samples: int  # samples of the step, over all ranks
+    step_s: float  # wall seconds of the whole step, waiting for its data included
+    data_wait_s: float  # of these, seconds spent waiting for data
+
+
+@dataclass
+class RoutingReport:
+    """Expert load of the steps since the previous routing report. L MoE layers, E experts."""
+
+    counts_LE: np.ndarray  # int64, assignments of all valid tokens to each expert
+    image_counts_LE: np.ndarray  # int64, of these, assignments of image tokens
+    entropy_L: float  # routing entropy in nats: mean over tokens and layers
+    aux_loss: float | None  # sum of the balancers' loss terms; None when no balancer adds one
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when the two counts cannot belong together."""
+        if self.counts_LE.ndim != 2 or self.counts_LE.shape != self.image_counts_LE.shape:
+            raise ValueError(
+                f"counts_LE {self.counts_LE.shape} and image_counts_LE {self.image_counts_LE.shape} "
+                "must both be (MoE layers, experts)"
+            )
+        if (self.image_counts_LE > self.counts_LE).any():
+            raise ValueError("image_counts_LE exceeds counts_LE: image tokens are counted among all tokens")
+
+
+@dataclass
+class ShownSample:
+    """One evaluated sample, as the sample figure shows it."""
+
+    image: Image | None  # None: a text-only sample
+    question: str
+    answer: str  # the expected one
+    prediction: str  # the generated one
+
+
+@dataclass
+class EvalReport:
+    """One evaluation on held-out data."""
+
+    step: int
+    loss: float
+    accuracy: dict[str, float]  # share of exact matches of each kind of question, and "mean"; empty if not generated
+    samples: list[ShownSample]
