@@ -25,7 +25,8 @@ help:  ## list the targets
 
 setup: $(READY)  ## only the set-up: environment, dependencies, DeepSpeed's CPU op
 
-$(READY): setup.py constraints.txt tools/setup_env.sh
+# ds_moe/__init__.py holds the version, which the installed metadata must repeat.
+$(READY): setup.py constraints.txt tools/setup_env.sh ds_moe/__init__.py
 	@bash tools/setup_env.sh
 	@touch $(READY)
 

@@ -17,6 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     author="the ds_moe authors",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=find_packages(include=["ds_moe", "ds_moe.*"]),
     python_requires=">=3.11",
     entry_points={"console_scripts": ["ds-moe = ds_moe.cli:main"]},
@@ -52,7 +53,6 @@ setup(
     },
     classifiers=[
         "Programming Language :: Python :: 3",
-        "License :: OSI Approved :: Apache Software License",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

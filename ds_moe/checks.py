@@ -18,6 +18,7 @@ from ds_moe.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+
 def check_used(config: RunConfig) -> None:
     """Raise `UserError` for the first contradiction or unused key of a run, as far as the run file alone tells."""
     _raise_first(problems(config))
@@ -103,10 +104,9 @@ def _no_files(config: RunConfig) -> str | None:
 
 UNUSED: dict[str, Callable[[RunConfig], str | None]] = {
     "data.root": _no_files,
+    "data.length_grouping": lambda c: None if c.train.global_batch_size > 1 else "train.global_batch_size is 1",
     "data.prefetch_factor": lambda c: None if c.data.num_workers else "data.num_workers is 0",
-    "train.min_lr_ratio": lambda c: (
-        None if c.train.schedule == "cosine" else f"only the cosine schedule has a floor, this one is {c.train.schedule}"
-    ),
+    "train.min_lr_ratio": lambda c: None if c.train.schedule == "cosine" else f"train.schedule is {c.train.schedule}",
     "train.eval_every": _no_eval,
     "train.eval_batch_size": _no_eval,
     "train.eval_samples": _no_periodic_eval,
@@ -130,7 +130,8 @@ def _one_of(first: str, second: str) -> Callable[[RunConfig], Complaint]:
         if a is None and b is None:
             return section, f"neither {first} nor {second} is set; set one of them"
         if a is not None and b is not None:
-            return second, f"{first} is {a!r} and {second} is {b!r}; set only one of them"
+            later = first if config.at(first).startswith("override ") else second
+            return later, f"{first} is {a!r} and {second} is {b!r}; set only one of them"
         return section, None
 
     return rule
@@ -201,7 +202,8 @@ def _moe_section(config: RunConfig, model_config: PretrainedConfig) -> Complaint
     ep_size, top_k = config.moe.ep_size, config.moe.router.top_k
     if experts % ep_size:
         fits = ", ".join(str(size) for size in range(1, experts + 1) if experts % size == 0)
-        found.append(("moe.ep_size", f"moe.ep_size {ep_size} does not divide the model's {experts} experts ({fits} do)"))
+        text = f"moe.ep_size {ep_size} does not divide the model's {experts} experts ({fits} do)"
+        found.append(("moe.ep_size", text))
     if top_k is not None and top_k > experts:
         found.append(("moe.router.top_k", f"moe.router.top_k {top_k} exceeds the model's {experts} experts"))
     return found

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
+
 class Section(BaseModel):
     """A section of the run file: unknown keys are errors, values are checked and never converted ("8" is no 8)."""
 
@@ -41,18 +42,18 @@ class DataConfig(Section):
     train: str  # JSONL or Parquet file, or "digits" (bundled scans rendered as chat samples)
     eval: str | None = None  # same forms; "digits" is the held-out split
     root: str | None = None  # images must lie below it; default: the folder of the data file
-    max_length: int = Field(2048, gt=0)  # tokens a sample, image tokens included
-    max_pixels: int = Field(16_777_216, gt=0)  # pixels of one image as stored; more is a bad record
+    max_length: int = Field(default=2048, gt=0)  # tokens a sample, image tokens included
+    max_pixels: int = Field(default=16_777_216, gt=0)  # pixels of one image as stored; more is a bad record
     on_bad_record: Literal["stop", "skip"] = "stop"
     shuffle: bool = True
     length_grouping: bool = True  # samples of like length share a micro-batch
-    num_workers: int = Field(0, ge=0)  # processes a rank
-    prefetch_factor: int | None = Field(None, gt=0)  # steps a worker prepares ahead (default 2)
+    num_workers: int = Field(default=0, ge=0)  # processes a rank
+    prefetch_factor: int | None = Field(default=None, gt=0)  # steps a worker prepares ahead (default 2)
 
 
 class RouterConfig(Section):
     kind: Literal["topk"] = "topk"
-    top_k: int | None = Field(None, gt=0)  # default: the model's own
+    top_k: int | None = Field(default=None, gt=0)  # default: the model's own
 
 
 class NoBalance(Section):
@@ -61,7 +62,7 @@ class NoBalance(Section):
 
 class AuxBalance(Section):
     kind: Literal["aux"] = "aux"
-    weight: float = Field(1e-3, gt=0)
+    weight: float = Field(default=1e-3, gt=0)
 
 
 Balance = Annotated[NoBalance | AuxBalance, Field(discriminator="kind")]
@@ -76,7 +77,7 @@ class ExpertsConfig(Section):
 
 
 class MoEConfig(Section):
-    ep_size: int = Field(1, gt=0)  # ranks one copy of the experts is spread over
+    ep_size: int = Field(default=1, gt=0)  # ranks one copy of the experts is spread over
     router: RouterConfig = RouterConfig()
     balance: list[Balance] = []
     dispatch: DispatchConfig = DispatchConfig()
@@ -87,39 +88,39 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
-    output_dir: str = Field("runs/default", min_length=1)
-    seed: int = Field(0, ge=0, lt=2**32)
+    output_dir: str = Field(default="runs/default", min_length=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["fp32", "bf16"] | None = None  # default: bf16 on an accelerator, fp32 on CPU
-    steps: int | None = Field(None, gt=0)  # optimizer steps; or
-    epochs: int | None = Field(None, gt=0)  # passes over the data
-    micro_batch_size: int = Field(1, gt=0)  # samples a rank and forward
-    global_batch_size: int = Field(8, gt=0)  # samples an optimizer step; accumulation follows from it
-    lr: float = Field(1e-5, gt=0)
+    steps: int | None = Field(default=None, gt=0)  # optimizer steps; or
+    epochs: int | None = Field(default=None, gt=0)  # passes over the data
+    micro_batch_size: int = Field(default=1, gt=0)  # samples a rank and forward
+    global_batch_size: int = Field(default=8, gt=0)  # samples an optimizer step; accumulation follows from it
+    lr: float = Field(default=1e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)  # cosine only: floor as a share of lr
-    weight_decay: float = Field(0.0, ge=0)  # matrices only; norms and biases never decay
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
-    max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
+    warmup_steps: int = Field(default=0, ge=0)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)  # cosine only: floor as a share of lr
+    weight_decay: float = Field(default=0.0, ge=0)  # matrices only; norms and biases never decay
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
+    max_grad_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
     gradient_checkpointing: bool = False
-    resume: str = Field("auto", min_length=1)  # auto: newest complete of output_dir | never | a checkpoint folder
-    eval_every: int | None = Field(None, gt=0)  # steps; the end of the run is always evaluated if data.eval is set
-    eval_batch_size: int | None = Field(None, gt=0)  # samples a rank; default micro_batch_size
-    eval_samples: int | None = Field(None, gt=0)  # of data.eval in periodic evaluations; default all
+    resume: str = Field(default="auto", min_length=1)  # newest complete of output_dir | never | a folder
+    eval_every: int | None = Field(default=None, gt=0)  # steps; the end is always evaluated if data.eval is set
+    eval_batch_size: int | None = Field(default=None, gt=0)  # samples a rank; default micro_batch_size
+    eval_samples: int | None = Field(default=None, gt=0)  # of data.eval in periodic evaluations; default all
     eval_generate: bool = True  # also generate answers and count exact matches
-    max_new_tokens: int | None = Field(None, gt=0)  # of a generated answer (default 16)
+    max_new_tokens: int | None = Field(default=None, gt=0)  # of a generated answer (default 16)
 
 
 class MonitorConfig(Section):
     tensorboard: bool = True
-    log_every: int = Field(10, gt=0)  # steps
-    heatmap_every: int = Field(50, gt=0)  # steps between layer x expert load images
-    sample_images: int = Field(4, ge=0)  # evaluated samples shown as images
+    log_every: int = Field(default=10, gt=0)  # steps
+    heatmap_every: int = Field(default=50, gt=0)  # steps between layer x expert load images
+    sample_images: int = Field(default=4, ge=0)  # evaluated samples shown as images
 
 
 class CheckpointConfig(Section):
-    every: int | None = Field(None, gt=0)  # steps; default: only at the end
-    keep: int = Field(2, gt=0)
+    every: int | None = Field(default=None, gt=0)  # steps; default: only at the end
+    keep: int = Field(default=2, gt=0)
 
 
 class RunConfig(Section):

@@ -7,57 +7,19 @@ both can hold is either "auto" in the JSON or equal in both.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_moe.checks import written
 from ds_moe.config import RunConfig
+from ds_moe.ds_keys import ADAM_KEYS, FILLED, PASSED_ON, REFUSED, STAGE_3_ONLY, ZERO_KEYS, ZERO_REFUSED
 from ds_moe.errors import UserError
 from ds_moe.lines import compose_lines, nearest
 
 AUTO = "auto"
-
-# Sections and keys that reach DeepSpeed as they are, beside those that the run fills.
-PASSED_ON = """aio checkpoint communication_data_type comms_config comms_logger csv_monitor data_types disable_python_gc
-    dump_state flops_profiler log_level memory_breakdown steps_per_print timers wall_clock_breakdown wandb
-    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer""".split()
-FILLED = """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer bf16
-    fp16 zero_optimization""".split()
-REFUSED = {
-    "expert_parallel": "ds_moe installs its own expert layers; set moe.ep_size in the run file",
-    "scheduler": "the learning rate follows train.schedule and train.warmup_steps of the run file",
-    "activation_checkpointing": "set train.gradient_checkpointing in the run file",
-    "tensorboard": "set monitor.tensorboard in the run file",
-    "amp": "set train.precision in the run file",
-    "torch_autocast": "set train.precision in the run file",
-    "data_efficiency": "ds_moe orders its data itself (data.shuffle, data.length_grouping)",
-    "dataloader_drop_last": "ds_moe reads its data itself and drops nothing",
-    "gradient_allreduce_op": "ds_moe needs the mean of the gradients",
-    "prescale_gradients": "expert gradients are already averaged over all ranks",
-    "gradient_predivide_factor": "expert gradients are already averaged over all ranks",
-    "tensor_parallel": "ds_moe has expert and data parallelism only",
-    "sequence_parallel_size": "ds_moe has expert and data parallelism only",
-    "pipeline": "ds_moe has expert and data parallelism only",
-    "hybrid_engine": "ds_moe trains with the plain engine",
-    "compile": "it was not verified with expert parallelism",
-}
-ZERO_KEYS = """stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
-    allgather_partitions allgather_bucket_size overlap_comm load_from_fp32_weights offload_param offload_optimizer
-    sub_group_size ignore_unused_parameters round_robin_gradients memory_efficient_linear override_module_apply
-    pipeline_loading_checkpoint log_trace_cache_warnings enable_sanity_checks leaf_module parameter_alignment
-    stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold
-    stage3_max_live_parameters stage3_max_reuse_distance stage3_module_granularity_threshold
-    stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential""".split()
-ZERO_REFUSED = {
-    "stage3_gather_16bit_weights_on_model_save": "weights are written by `ds-moe export`",
-    "zero_quantized_gradients": "DeepSpeed does not support it with expert parallelism",
-    "zero_quantized_weights": "it was not verified with expert parallelism",
-    "zero_hpz_partition_size": "DeepSpeed does not support it with expert parallelism",
-    "elastic_checkpoint": "ds_moe converts checkpoints between topologies itself",
-    "compute_grad_norm": "the run needs the gradient norm",
-}
-STAGE_3_ONLY = ("sub_group_size", "offload_param", "leaf_module")
-ADAM_KEYS = ["lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "fp32_optimizer_states"]
 
 
 @dataclass
@@ -171,6 +133,15 @@ def precision(config: RunConfig, on_cpu: bool) -> str:
     return config.train.precision or ("fp32" if on_cpu else "bf16")
 
 
+def trains_on_cpu() -> bool:
+    """Whether DeepSpeed would train on CPUs on this machine: it was told so, or there is no accelerator."""
+    if told := os.environ.get("DS_ACCELERATOR"):
+        return told == "cpu"
+    import torch  # a second of import that reading a JSON does not need
+
+    return not torch.accelerator.is_available()
+
+
 def _unknown_keys(source: Json) -> list[str]:
     """Complaints about keys that ds_moe does not pass on, and about values that it cannot train with."""
     values = source.values
@@ -200,7 +171,7 @@ def _unknown_keys(source: Json) -> list[str]:
     return found
 
 
-def _check_keys(source: Json, parent: str, values: Any, known: list[str], refused: dict[str, str]) -> list[str]:
+def _check_keys(source: Json, parent: str, values: Any, known: Sequence[str], refused: dict[str, str]) -> list[str]:
     found = []
     for key in values:
         dotted = f"{parent}.{key}" if parent else key
@@ -213,9 +184,7 @@ def _check_keys(source: Json, parent: str, values: Any, known: list[str], refuse
     return found
 
 
-def _fill(
-    resolved: dict[str, Any], key: str, value: Any, yaml_key: str, source: Json, config: RunConfig
-) -> list[str]:
+def _fill(resolved: dict[str, Any], key: str, value: Any, yaml_key: str, source: Json, config: RunConfig) -> list[str]:
     """Set dotted `key` where it is "auto" or absent; a complaint where it says something else than `value`."""
     *parents, name = key.split(".")
     holder = resolved
@@ -229,10 +198,9 @@ def _fill(
     elif given != value or isinstance(given, bool) != isinstance(value, bool):
         ours = "'bf16'" if value is True else "'fp32'" if value is False else f"{value!r}"
         what = "works out to" if name == "gradient_accumulation_steps" else "is"
-        return [
-            f"{source.at(key)}: {key} is {json.dumps(given)}, but {config.at(yaml_key)} {yaml_key} {what} {ours}; "
-            'write "auto" in the JSON or make them agree'
-        ]
+        default = "" if written(config, yaml_key) else " by default"
+        theirs, ours = f"{key} is {json.dumps(given)}", f"{config.at(yaml_key)} {yaml_key} {what} {ours}{default}"
+        return [f'{source.at(key)}: {theirs}, but {ours}; write "auto" in the JSON or make them agree']
     return []
 
 
@@ -249,13 +217,14 @@ def _finish_optimizer(resolved: dict[str, Any], on_cpu: bool) -> None:
 
 def _finish_zero(zero: dict[str, Any], hidden_size: int | None) -> None:
     """Size "auto" buckets (in elements) as transformers does, but not so small that tiny models send crumbs."""
-    bucket = max((hidden_size or 0) ** 2, 2**24)
-    sizes = {"reduce_bucket_size": bucket}
+    bucket = max((hidden_size or 0) ** 2, 2**24)  # DeepSpeed's own 5e8 would hold 2 GiB of each rank
+    sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if zero["stage"] == 3:
         sizes["stage3_prefetch_bucket_size"] = bucket * 9 // 10
-        sizes["stage3_param_persistence_threshold"] = 10 * (hidden_size or 0)
+        if hidden_size:
+            sizes["stage3_param_persistence_threshold"] = 10 * hidden_size
     for key in [key for key, value in zero.items() if value == AUTO]:
-        if hidden_size and key in sizes:
+        if key in sizes:
             zero[key] = sizes[key]
         else:
             del zero[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,8 @@ def start_distributed(ep_size: int) -> Topology:
             f"moe.ep_size={ep_size} does not divide the {world_size} processes of this job; "
             f"start a multiple of {ep_size} or choose another moe.ep_size"
         )
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 warns about at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not on_cpu():
         get_accelerator().set_device(local_rank)
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -66,7 +67,7 @@ def join(parent: str, name: str) -> str:
     return f"{parent}.{name}" if parent else name
 
 
-def nearest(name: str, known: list[str]) -> str | None:
+def nearest(name: str, known: Sequence[str]) -> str | None:
     """The known name that `name` is most likely a typing error of."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return close[0] if close else None

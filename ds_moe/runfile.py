@@ -39,7 +39,7 @@ def parse_run(path: str | Path, overrides: list[str] | None = None) -> tuple[Run
             _override(data, origins, override)
     except UserError as error:
         return None, [str(error)]
-    for key, section in SECTIONS.items():  # `train:` with nothing below it is an empty section
+    for key in SECTIONS:  # `train:` with nothing below it is an empty section
         parent, _, name = key.rpartition(".")
         holder = _descend(data, parent)
         if isinstance(holder, dict) and name in holder and holder[name] is None and key in origins:
@@ -84,7 +84,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _override(data: dict[str, Any], origins: dict[str, str], override: str) -> None:
     """Set one `dotted.key=value` in `data`; its origin and that of all below it becomes the override."""
     key, equals, text = override.partition("=")
-    names = key.strip().split(".")
+    names: list[Any] = key.strip().split(".")
     if not equals or not all(names):
         raise UserError(f"override {override}: write it as dotted.key=value, e.g. train.lr=1e-4")
     try:
@@ -186,7 +186,7 @@ def _complaint(detail: Any, data: dict[str, Any], origins: dict[str, str], file:
         return f"{where}: unknown key {key} ({hint})"
     if kind == "missing":
         parent = key.rpartition(".")[0]
-        return f"{where}: required key {key} is missing" + (f" from section {parent}" if parent in SECTIONS else "")
+        return f"{where}: required key {key} is missing" + (f" from section {parent}" if parent else "")
     if kind.startswith("union_tag"):
         tag = value.get("kind") if isinstance(value, dict) else None
         allowed = context.get("expected_tags", "'none', 'aux'")
@@ -205,16 +205,17 @@ def _line(complaint: str) -> int:
     return int(line[1]) if line else 0
 
 
-def _key_of(location: tuple[int | str, ...], data: Any) -> str:
+def _key_of(location: tuple[int | str, ...], tree: Any) -> str:
     """Dotted key of pydantic's error location, less the tags it inserts after the index of a `kind` union."""
     names: list[str] = []
+    data: Any = tree
     for position, name in enumerate(location):
         tagged = position and isinstance(location[position - 1], int) and isinstance(data, dict)
         if tagged and name == data.get("kind") and name not in data:
             continue
         names.append(str(name))
         if isinstance(data, dict):
-            data = data.get(name)
+            data = data.get(str(name))
         elif isinstance(data, list) and isinstance(name, int) and name < len(data):
             data = data[name]
     return ".".join(names)

@@ -64,7 +64,8 @@ port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind((
 command=(env "${settings[@]}" "$bin/deepspeed" "${processes[@]}" --master_port "$port" --module ds_moe.train "$run" "$@")
 show_command "${command[@]}"
 if [[ $dry_run == yes ]]; then exit 0; fi
-if ((devices == 0)); then
+op=${TORCH_EXTENSIONS_DIR:-nowhere}/deepspeed_shm_comm
+if ((devices == 0)) && [[ ! -f $op/deepspeed_shm_comm.so || -e $op/lock ]]; then
     # Compiles the op, or clears a killed build's lock, before any rank would wait for it without a word.
     env "${settings[@]}" "$python" "$root/tools/build_ops.py" || die "DeepSpeed's CPU op could not be built (see above)"
 fi

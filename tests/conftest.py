@@ -7,13 +7,12 @@ from pathlib import Path
 # Before torch, DeepSpeed or tokenizers are imported: one thread a process (tests start several), no network, quiet.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
-os.environ.setdefault("DS_LOG_LEVEL", "warning")
 # The op that `make` compiled into this environment; without it the first launch of a test compiles for 100 s.
 if sys.prefix != sys.base_prefix:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 CUDA = torch.cuda.is_available()
 if not CUDA:

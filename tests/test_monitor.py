@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import subprocess
 import sys
 import time
@@ -20,7 +22,9 @@ from ds_moe.monitor.board import LOAD_TAG
 from ds_moe.monitor.gallery import sample_gallery
 from ds_moe.monitor.heatmap import LoadHeatMap
 from ds_moe.monitor.meters import Clock, max_vio, relative_load, split_by_kind
+from ds_moe.monitor.monitor import RunMonitor
 
+ROOT = Path(__file__).resolve().parents[1]
 LAYERS, EXPERTS = 2, 8
 
 
@@ -63,6 +67,12 @@ def eval_report(step: int) -> EvalReport:
 def train(monitor: Monitor, first: int, last: int, loss: float | None = None) -> None:
     for step in range(first, last + 1):
         monitor.step(step_report(step, loss), routing_report(step) if monitor.is_log_step(step) else None)
+
+
+def wait_for_pictures(monitor: Monitor) -> None:
+    assert isinstance(monitor, RunMonitor)
+    while monitor._board.drawing:
+        time.sleep(0.001)
 
 
 def events(run_dir: Path) -> EventAccumulator:
@@ -128,7 +138,10 @@ def test_every_scalar_is_written_with_its_value(tmp_path):
         *(f"train/{name}" for name in ("loss", "lr", "grad_norm")),
         *(f"eval/{name}" for name in ("loss", "accuracy", "accuracy_digit", "accuracy_even_or_odd")),
         *(f"perf/{name}" for name in ("tokens_per_s", "step_s", "data_wait_frac", "mem_gib", "mfu")),
-        *(f"moe/{name}" for name in ("max_vio", "max_vio_text", "max_vio_image", "entropy", "dead_experts", "aux_loss")),
+        *(
+            f"moe/{name}"
+            for name in ("max_vio", "max_vio_text", "max_vio_image", "entropy", "dead_experts", "aux_loss")
+        ),
     }
     loss = curve(tmp_path, "train/loss")
     assert list(loss) == [1, 10, 20]
@@ -143,7 +156,13 @@ def test_every_scalar_is_written_with_its_value(tmp_path):
 
 def test_unknown_peak_text_only_and_no_balancer_leave_their_scalars_out(tmp_path):
     monitor = make_monitor(
-        run_config(), rank=0, total_steps=5, flops_per_token=1e6, peak_flops=None, run_dir=tmp_path, console=Console(quiet=True)
+        run_config(),
+        rank=0,
+        total_steps=5,
+        flops_per_token=1e6,
+        peak_flops=None,
+        run_dir=tmp_path,
+        console=Console(quiet=True),
     )
     monitor.start(1, "", {})
     text_only = RoutingReport(np.full((2, 4), 7), np.zeros((2, 4), int), 1.0, None)
@@ -171,8 +190,7 @@ def test_heat_maps_come_when_due_with_the_counts_of_all_steps_since_the_last(tmp
     monitor.start(1, "", {})
     for step in range(1, 101):
         train(monitor, step, step)
-        while monitor._board.drawing:  # a picture still being drawn would put the next one off
-            time.sleep(0.001)
+        wait_for_pictures(monitor)  # one still being drawn would put the next off
     monitor.finish({})
     log = events(tmp_path)
     drawn = [image.step for image in log.Images("moe/expert_load")]
@@ -217,15 +235,14 @@ def test_other_ranks_agree_on_log_steps_and_do_nothing(tmp_path, capsys):
 
 def test_a_process_that_ends_without_finishing_leaves_its_curves(tmp_path):
     program = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from test_monitor import new_monitor, train
+from tests.test_monitor import new_monitor, train
 monitor = new_monitor(Path({str(tmp_path)!r}))
 monitor.start(1, "", {{}})
 train(monitor, 1, 20)
 raise SystemExit(3)
 """
-    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 3
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 3
     assert list(curve(tmp_path, "train/loss")) == [1, 10, 20]
 
 
@@ -249,10 +266,10 @@ def test_heat_map_shows_dead_experts_black_and_repaints_cleanly():
     np.testing.assert_array_equal(heat_map.draw(balanced, "caption"), first)
 
 
-@pytest.mark.parametrize("shape", [(1, 2), (2, 8), (48, 128)])
-def test_heat_map_of_any_model_has_a_readable_size(shape):
-    heat_map = LoadHeatMap(*shape, ("all", "text", "image"))
-    picture = heat_map.draw(dict.fromkeys(("all", "text", "image"), np.ones(shape, int)), "caption")
+@pytest.mark.parametrize("layers, experts", [(1, 2), (2, 8), (48, 128)])
+def test_heat_map_of_any_model_has_a_readable_size(layers, experts):
+    heat_map = LoadHeatMap(layers, experts, ("all", "text", "image"))
+    picture = heat_map.draw(dict.fromkeys(heat_map.kinds, np.ones((layers, experts), int)), "caption")
     assert picture.dtype == np.uint8 and 300 < picture.shape[1] < 1600 and picture.shape[0] < 2000
 
 
@@ -264,8 +281,8 @@ def test_gallery_takes_any_mode_and_any_text():
         *[ShownSample(Image.new("P", (30, 400)), "A question", "a", "a")] * 3,
     ]
     pictures = [sample_gallery(samples[:count], "caption") for count in (1, 4, 6)]
-    assert [picture.shape[1] for picture in pictures] == [340, 1000, 1000]
-    assert pictures[2].shape[0] > pictures[1].shape[0]
+    assert [picture.shape[1] for picture in pictures] == [340, 500, 750]
+    assert pictures[0].shape[0] < pictures[1].shape[0] == pictures[2].shape[0]
     assert pictures[1].std() > 10
 
 
@@ -282,7 +299,7 @@ def test_a_log_file_gets_one_plain_line_a_window(tmp_path):
     monitor.finish({"held-out accuracy": "0.95", "checkpoint": "/a/rather/long/path/" + "x" * 120})
     lines = out.getvalue().splitlines()
     assert lines[0] == "SUMMARY"
-    assert [line.split("  ")[0] for line in lines[1:4]] == ["step   1/100", "step  10/100", "step  20/100"]
+    assert [line.split("  loss")[0] for line in lines[1:4]] == ["step   1/100", "step  10/100", "step  20/100"]
     for part in ("loss 0.13", "lr 1.00e-03", "2,000 tokens/s", "0.5 s/step", "ETA 0:0"):
         assert part in lines[3]
     assert lines[4] == "eval at step 20  loss 0.3000  accuracy 0.950 (digit 0.900, even or odd 1.000)"
@@ -319,14 +336,49 @@ def test_monitoring_costs_under_half_a_millisecond_a_step(tmp_path, record_prope
     monitor = new_monitor(tmp_path, total_steps=400, heatmap_every=10_000)
     monitor.start(1, "", {})
     train(monitor, 1, 200)  # imports, first flush
-    reports = [(step_report(step), routing_report(step) if monitor.is_log_step(step) else None) for step in range(201, 401)]
+    reports = [
+        (step_report(step), routing_report(step) if monitor.is_log_step(step) else None) for step in range(201, 401)
+    ]
     began_s = time.perf_counter()
     for report, routing in reports:
         monitor.step(report, routing)
     cost_ms = (time.perf_counter() - began_s) / len(reports) * 1e3
     overhead = monitor.overhead()
     monitor.close()
+    assert len(curve(tmp_path, "train/loss")) == 41  # nothing was saved by not writing
     record_property("monitor_ms_per_step", cost_ms)
     print(f"monitor.step: {cost_ms:.3f} ms a step, {100 * overhead:.3f} % of a 0.5 s step")
     assert cost_ms < 0.5
     assert 0 < overhead < 0.01
+
+
+# --- tools/plot_run.py -----------------------------------------------------------------------------------------------
+
+
+def plot_run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "plot_run.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+
+
+def test_plot_run_draws_the_picture_and_dumps_the_scalars(tmp_path):
+    monitor = new_monitor(tmp_path / "run", total_steps=50)
+    monitor.start(1, "", {})
+    train(monitor, 1, 50)
+    monitor.evaluated(eval_report(50))
+    monitor.finish({})
+    out, dump = tmp_path / "images" / "run.png", tmp_path / "run.json"
+    result = plot_run(tmp_path / "run", "--out", out, "--json", dump)
+    assert result.returncode == 0, result.stderr
+    picture = np.asarray(Image.open(out).convert("RGB"))
+    assert picture.shape[1] == 1536 and picture.std() > 10
+    assert json.loads(dump.read_text())["eval/accuracy"] == [[50, pytest.approx(0.95)]]
+
+
+def test_plot_run_without_events_says_so(tmp_path):
+    result = plot_run(tmp_path, "--out", tmp_path / "run.png")
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines() == [
+        f"error: {tmp_path}: no TensorBoard event files below it; give the output_dir of a run"
+    ]

@@ -14,6 +14,8 @@ import shutil
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -27,18 +29,15 @@ def lock_holder(lock: Path) -> int | None:
     Only processes of this machine are seen: on a home folder shared by several machines, give each its own
     TORCH_EXTENSIONS_DIR.
     """
-    for process in psutil.process_iter():
-        try:
-            if any(Path(opened) == lock for opened in _open_paths(process.pid)):
-                return process.pid
-        except OSError:
-            continue  # ended meanwhile, or another user's
-    return None
+    return next((pid for pid in psutil.pids() if str(lock) in _open_paths(pid)), None)
 
 
-def _open_paths(pid: int) -> list[str]:
-    descriptors = f"/proc/{pid}/fd"
-    return [os.readlink(f"{descriptors}/{number}") for number in os.listdir(descriptors)]
+def _open_paths(pid: int) -> Iterator[str]:
+    """What process `pid` has open; nothing for one that has ended or belongs to another user."""
+    with suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # closed between the listing and the look
+                yield os.readlink(descriptor)
 
 
 def remove_stale_lock(extensions: Path) -> bool:
@@ -67,8 +66,8 @@ def main() -> int:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         print(
-            f"build_ops: no C++ compiler: `{compiler}` is not on PATH. DeepSpeed compiles its CPU communication op with "
-            "it; install one (Debian/Ubuntu: apt-get install g++) or set CXX, then run this again.",
+            f"build_ops: no C++ compiler: `{compiler}` is not on PATH. DeepSpeed compiles its CPU op "
+            "with it; install one (Debian/Ubuntu: apt-get install g++) or set CXX, then run this again.",
             file=sys.stderr,
         )
         return 1
@@ -82,12 +81,13 @@ def main() -> int:
         return 1
     extensions = extensions_dir()
     built = (extensions / OP / f"{OP}.so").exists()
+    lock = extensions.resolve() / OP / "lock"
     if remove_stale_lock(extensions):
-        print(f"build_ops: removed the lock of a killed build: {extensions / OP / 'lock'}", flush=True)
-    elif (lock := extensions.resolve() / OP / "lock").exists():
-        print(f"build_ops: process {lock_holder(lock)} is building {OP}; waiting for it", flush=True)
-    if not built:
-        print(f"build_ops: compiling DeepSpeed's {OP} (once, about 100 s on 2 cores) ...", flush=True)
+        print(f"build_ops: removed the lock of a killed build: {lock}", flush=True)
+    if lock.exists():
+        print(f"build_ops: process {lock_holder(lock)} is building {OP}; waiting for it ...", flush=True)
+    elif not built:
+        print(f"build_ops: compiling DeepSpeed's {OP} (once; 30 to 100 s on 2 free cores) ...", flush=True)
     start = time.monotonic()
 
     from deepspeed.accelerator import get_accelerator

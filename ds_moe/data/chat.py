@@ -1,19 +1,23 @@
 """Chat records: from one record of a data file to a `Sample`.
 
 Three forms are read, as LLaMA-Factory, ms-swift and TRL write them:
-- `messages`: [{"role", "content"}], content a string or a list of {"type": "text", "text"} | {"type": "image", "image"};
+- `messages`: [{"role", "content"}], content a string or a list of {"type": "text"} and
+  {"type": "image", "image": path} parts;
 - `messages` or `conversations` ([{"from", "value"}], ShareGPT) plus an `images` column (or `image`, as LLaVA has it)
   whose entries take the places of `<image>` in string contents, in order, or of {"type": "image"} parts without a path.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_moe.data.images import ImageSource, RecordError, image_source
+from PIL import Image
+
+from ds_moe.data.images import ImageSource, RecordError, image_source, load_image
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 PLACEHOLDER = "<image>"
@@ -35,7 +39,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. `where` is file:line; `kind` is the record's own label, for accuracies per kind."""
+    """One conversation, ending with an answer.
+
+    `where` is file:line; `kind` is the record's own label, for accuracies per kind.
+    """
 
     turns: tuple[Turn, ...]
     where: str
@@ -46,21 +53,18 @@ class Sample:
         """All images in the order in which they are read."""
         return [part for turn in self.turns for part in turn.parts if isinstance(part, ImageSource)]
 
-    @property
-    def last_assistant(self) -> int:
-        """Index of the last assistant turn, the one whose answer an evaluation generates."""
-        return max(index for index, turn in enumerate(self.turns) if turn.role == "assistant")
+    def first_image(self) -> Image.Image | None:
+        """The first image in RGB, as it is stored; None without one."""
+        return load_image(self.images[0], max_pixels=sys.maxsize) if self.images else None
 
-    @property
-    def question(self) -> str:
-        """Text of the last user turn before the answer."""
-        before = self.turns[: self.last_assistant]
-        return next((turn.text for turn in reversed(before) if turn.role == "user"), "")
+    def last_question(self) -> str:
+        """Text of the last user turn."""
+        return next(turn.text for turn in reversed(self.turns) if turn.role == "user")
 
     @property
     def answer(self) -> str:
-        """Text of the last assistant turn."""
-        return self.turns[self.last_assistant].text
+        """Text of the last turn, which is always the assistant's: what an evaluation generates."""
+        return self.turns[-1].text
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ def parse_record(record: Any, where: str, root: Path) -> Sample:
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
         raise RecordError(f"'kind' is {_type(kind)}, not a string (quote it)")
-    return Sample(turns, where, kind)
+    answers = [number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"]
+    return Sample(turns[: answers[-1]], where, kind)  # what follows the last answer teaches nothing
 
 
 def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -187,9 +192,7 @@ def _image_pool(record: dict[str, Any], root: Path) -> list[ImageSource]:
 
 
 def _fill(turns: list[Turn], pool: Iterator[ImageSource]) -> tuple[Turn, ...]:
-    return tuple(
-        Turn(turn.role, tuple(next(pool) if part is PLACE else part for part in turn.parts)) for turn in turns
-    )
+    return tuple(Turn(turn.role, tuple(next(pool) if part is PLACE else part for part in turn.parts)) for turn in turns)
 
 
 def _check_order(turns: tuple[Turn, ...]) -> None:

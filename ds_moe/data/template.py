@@ -77,7 +77,7 @@ def tokenize(turns: tuple[Turn, ...], processor: Any, image_tokens: list[int]) -
         raise RecordError("the model's chat template rewrites this record's text (strip spaces and <think> markup)")
     places = sum(isinstance(item, Control) and item.token_id == _image_id(processor) for item in layout.items)
     if places != len(image_tokens):
-        raise RecordError(f"the model's chat template has places for {places} of the record's {len(image_tokens)} images")
+        raise RecordError(f"the model's chat template shows {places} of the record's {len(image_tokens)} images")
     runs = _runs(layout, texts)
     plain = [run for run, _, _ in runs if isinstance(run, str)]
     encoded = iter(_encode(processor.tokenizer, plain))

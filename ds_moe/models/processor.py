@@ -60,7 +60,7 @@ class Qwen3VLProcessor(HFQwen3VLProcessor):
     plain transformers knows. `video_config` is what the folder said of videos, carried along to the next save.
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None):
         self.image_token, self.video_token = IMAGE, VIDEO
         self.vision_start_token, self.vision_end_token = "<|vision_start|>", "<|vision_end|>"
         for name in ("image", "video", "vision_start", "vision_end"):
@@ -74,7 +74,7 @@ class Qwen3VLProcessor(HFQwen3VLProcessor):
 class TextProcessor:
     """A tokenizer with the attributes of a VL processor; `image_processor` None says that it takes no images."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     image_processor: None = None
 
     @property
@@ -98,7 +98,7 @@ Processor = HFQwen3VLProcessor | TextProcessor
 
 
 @lru_cache(maxsize=1)
-def _tiny_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _tiny_vocabulary() -> tuple[dict[str, int], Any]:
     """Vocabulary and merges of a byte-level BPE over the demo's words: any text encodes, the demo's in few tokens."""
     words = [wording for wordings in QUESTIONS.values() for wording in wordings]
     answers = [answer(digit) for answer in ANSWERS.values() for digit in range(10)]
@@ -106,19 +106,18 @@ def _tiny_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     trainer = trainers.BpeTrainer(vocab_size=448, show_progress=False, initial_alphabet=sorted(ByteLevel.alphabet()))
-    tokenizer.train_from_iterator((words + answers + ["system user assistant\n"]) * 2, trainer)
+    tokenizer.train_from_iterator([*words, *answers, "system", "user", "assistant"], trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
 def _tiny_tokenizer() -> PreTrainedTokenizerBase:
     vocabulary, merges = _tiny_vocabulary()
-    tokenizer = Qwen2Tokenizer(
-        vocab=dict(vocabulary), merges=list(merges), unk_token=None, eos_token=EOS, pad_token=PAD
-    )  # the hub's class for this model family: a folder with a config.json reloads as it, whatever was saved
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]}
-    )
+    # The hub's class for this model family: a folder with a config.json reloads as it, whatever was saved there.
+    names: dict[str, Any] = {"unk_token": None, "eos_token": EOS, "pad_token": PAD}
+    tokenizer = Qwen2Tokenizer(vocab=dict(vocabulary), merges=list(merges), **names)
+    special: Any = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -134,7 +133,8 @@ def tiny_processor(kind: Literal["vl", "text"] = "vl") -> Processor:
     if kind != "vl":
         raise ValueError(f"tiny_processor: kind {kind!r} is neither 'vl' nor 'text'")
     half = [0.5, 0.5, 0.5]
-    images = Qwen2VLImageProcessorPil(size=dict(TINY_PIXELS), image_mean=half, image_std=half, **TINY_PATCH)
+    settings: dict[str, Any] = {"size": dict(TINY_PIXELS), "image_mean": half, "image_std": half, **TINY_PATCH}
+    images = Qwen2VLImageProcessorPil(**settings)
     processor = Qwen3VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
     processor.video_config = {"video_processor_type": "Qwen3VLVideoProcessor", **TINY_PATCH}
     return processor
@@ -198,7 +198,7 @@ def special_token_ids(processor: Processor) -> dict[str, int]:
 
     A text-only model's vocabulary need not have the vision tokens: then those keys are absent.
     """
-    tokenizer = processor.tokenizer
+    tokenizer: Any = processor.tokenizer
     vocabulary = tokenizer.get_vocab()
     names = {"image": IMAGE, "video": VIDEO, "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
     ids = {f"{name}_token_id": vocabulary[token] for name, token in names.items() if token in vocabulary}

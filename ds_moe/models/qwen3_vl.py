@@ -37,11 +37,8 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTra
         UserError: an unsupported family, a path that cannot be read, or a missing or unexpected weight.
     """
     if config.preset is not None:
-        model = build_preset(config.preset, seed, config.attention).to(dtype)
-    else:
-        model = load_pretrained(str(config.path), dtype, config.attention)
-    model.config.use_cache = False
-    return model
+        return build_preset(config.preset, seed, config.attention).to(dtype)
+    return load_pretrained(str(config.path), dtype, config.attention)
 
 
 def load_pretrained(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:

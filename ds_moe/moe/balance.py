@@ -10,14 +10,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_moe.moe.routing import ForwardContext, RoutingDecision
+from ds_moe.moe.routing import RoutingDecision
 
 
 class Balancer(Protocol):
-    """Sees every decision of one layer once (never a recompute's)."""
+    """Sees the decisions of a layer. A recompute calls it again and discards the result: it must hold no state."""
 
-    def loss(self, decision: RoutingDecision, counts_E: Tensor, context: ForwardContext) -> Tensor | None:
-        """What this decision adds to the micro-batch's loss: a scalar with grad, already weighted, or None."""
+    def loss(self, decision: RoutingDecision, counts_E: Tensor, token_V: Tensor | None) -> Tensor:
+        """What this decision adds to the micro-batch's loss: a scalar with grad, already weighted.
+
+        Args:
+            counts_E: this rank's assignments of each expert, int64.
+            token_V: indices of the tokens that are no padding; None: all.
+        """
 
 
 class AuxLoss:
@@ -30,10 +35,10 @@ class AuxLoss:
     def __init__(self, weight: float) -> None:
         self.weight = weight
 
-    def loss(self, decision: RoutingDecision, counts_E: Tensor, context: ForwardContext) -> Tensor:
+    def loss(self, decision: RoutingDecision, counts_E: Tensor, token_V: Tensor | None) -> Tensor:
         scores_VE = decision.scores_TE
-        if context.token_V is not None:
-            scores_VE = scores_VE.index_select(0, context.token_V)
+        if token_V is not None:
+            scores_VE = scores_VE.index_select(0, token_V)
         tokens = max(scores_VE.shape[0], 1)
         f_E = counts_E.to(torch.float32) / tokens
         p_E = scores_VE.sum(0) / tokens

@@ -59,21 +59,23 @@ class MoELayer(nn.Module):
     def _route(self, x_TD: Tensor) -> tuple[RoutingDecision, Plan]:
         """Decide, or repeat what the forward decided if this is a recompute of it."""
         tape = current_tape()
-        if tape is not None and tape.replaying:
+        replaying = tape is not None and tape.replaying
+        if replaying:
             token_V, expert_N, plan = tape.kept[self.index]
-            return self.gate(x_TD, token_V, expert_N), plan
-        decision = self.gate(x_TD, self.context.token_V)
-        plan = self.dispatcher.plan(decision)
-        if tape is not None:
-            tape.kept[self.index] = (self.context.token_V, decision.expert_N, plan)
+            decision = self.gate(x_TD, token_V, expert_N)
+        else:
+            token_V = self.context.token_V
+            decision = self.gate(x_TD, token_V)
+            plan = self.dispatcher.plan(decision)
+            if tape is not None:
+                tape.kept[self.index] = (token_V, decision.expert_N, plan)
         if self.training:
-            self._observe(decision, plan.counts_E)
+            # A recompute runs the balancers too, to save what their gradients need, but reports nothing again.
+            losses = [balancer.loss(decision, plan.counts_E, token_V) for balancer in self.balancers]
+            if not replaying:
+                self.context.aux_losses += losses
+                self.load.add(decision, plan.counts_E, self.context)
         return decision, plan
-
-    def _observe(self, decision: RoutingDecision, counts_E: Tensor) -> None:
-        losses = [balancer.loss(decision, counts_E, self.context) for balancer in self.balancers]
-        self.context.aux_losses += [loss for loss in losses if loss is not None]
-        self.load.add(decision, counts_E, self.context)
 
 
 class Load:

@@ -1,5 +1,7 @@
 """Watching a run: TensorBoard curves and pictures, a progress bar or log lines, a closing table.
 
+The rooms:
+
     monitor.py    the object the loop talks to; rank 0 only, silent elsewhere
     reports.py    what the loop reports           meters.py    what is computed from it
     board.py      TensorBoard                     progress.py  terminal and log file

@@ -20,7 +20,7 @@ from ds_moe.monitor.heatmap import LoadHeatMap
 from ds_moe.monitor.meters import split_by_kind
 from ds_moe.monitor.reports import RoutingReport, ShownSample
 
-LOAD_TAG = "moe/load_counts"  # int64 (2, L, E): all and image assignments behind each heat map; tools/plot_run.py reads it
+LOAD_TAG = "moe/load_counts"  # int64 (2, L, E): all and image assignments behind each heat map, for later figures
 _FLUSH_S = 5  # a killed run loses at most the curves of so many seconds
 _METRICS = ("eval/accuracy", "eval/loss", "train/loss")  # columns of the hparams page
 
@@ -39,7 +39,7 @@ class Board:
         self._writer = SummaryWriter(str(folder), purge_step=first_step, max_queue=10_000, flush_secs=_FLUSH_S)
         self._artist = ThreadPoolExecutor(1, thread_name_prefix="monitor-pictures")
         self._drawing: Future[None] | None = None
-        self._heat_map: tuple[tuple, LoadHeatMap] | None = None
+        self._heat_map: LoadHeatMap | None = None  # kept: a later picture is cheaper than a first
         self._session_end: Any = None
         self.drawing_s = 0.0  # processor seconds of the background thread
 
@@ -56,7 +56,7 @@ class Board:
         # SummaryWriter.add_hparams would open a second run named by the time; these records belong to this one.
         experiment, start, self._session_end = hparams_summaries(values, dict.fromkeys(_METRICS, 0.0))
         for summary in (experiment, start):
-            self._writer.file_writer.add_summary(summary, step)  # pyright: ignore[reportOptionalMemberAccess]
+            self._writer.file_writer.add_summary(summary, step)
 
     @property
     def drawing(self) -> bool:
@@ -67,12 +67,12 @@ class Board:
         """Draw the load in the background, and keep the counts for later figures."""
         self._writer.add_tensor(LOAD_TAG, torch.from_numpy(np.stack([load.counts_LE, load.image_counts_LE])), step)
         counts = split_by_kind(load.counts_LE, load.image_counts_LE)
-        shape = (*load.counts_LE.shape, tuple(counts))
+        kinds, (layers, experts) = tuple(counts), load.counts_LE.shape
 
         def draw() -> np.ndarray:
-            if self._heat_map is None or self._heat_map[0] != shape:
-                self._heat_map = shape, LoadHeatMap(*shape)
-            return self._heat_map[1].draw(counts, caption)
+            if self._heat_map is None or self._heat_map.kinds != kinds:
+                self._heat_map = LoadHeatMap(layers, experts, kinds)
+            return self._heat_map.draw(counts, caption)
 
         self._draw("moe/expert_load", draw, step)
 
@@ -95,7 +95,7 @@ class Board:
         """Wait for pictures and curves to be on disk. `finished`: mark the run as complete on the hparams page."""
         self._artist.shutdown(wait=True)
         if finished and self._session_end is not None:
-            self._writer.file_writer.add_summary(self._session_end)  # pyright: ignore[reportOptionalMemberAccess]
+            self._writer.file_writer.add_summary(self._session_end)
         self._writer.close()
 
 

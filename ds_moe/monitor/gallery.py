@@ -19,12 +19,12 @@ from ds_moe.monitor.reports import ShownSample
 
 INK, FAINT = "#222222", "#6B6B6B"
 RIGHT, WRONG = "#0072B2", "#D55E00"  # blue and vermilion of Okabe & Ito: apart under every common colour blindness
-_COLUMN, _ROW, _HEAD = 2.5, 3.6, 0.5  # inches
+_COLUMN, _ROW, _HEAD = 2.5, 3.5, 0.5  # inches
 
 
 def sample_gallery(samples: Sequence[ShownSample], caption: str) -> np.ndarray:
-    """At least one sample, four a row, as uint8 (height, width, 3)."""
-    columns = min(len(samples), 4)
+    """At least one sample as uint8 (height, width, 3); narrow, because TensorBoard's cards are."""
+    columns = min(len(samples), 2 if len(samples) <= 4 else 3)
     rows = -(-len(samples) // columns)
     width, height = max(_COLUMN * columns, 3.4), _HEAD + _ROW * rows
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
@@ -51,7 +51,10 @@ def _draw_sample(axes: Axes, sample: ShownSample) -> None:
         axes.imshow(np.asarray(_thumbnail(sample.image)), interpolation="nearest")
     right = sample.prediction.strip() == sample.answer.strip()
     verdict = f"{'right' if right else 'wrong'}: {sample.prediction.strip() or '(empty)'}"
-    blocks = [(_wrapped(sample.question, 33, 3), INK, "normal"), (_wrapped(verdict, 30, 2), RIGHT if right else WRONG, "bold")]
+    blocks = [
+        (_wrapped(sample.question, 33, 3), INK, "normal"),
+        (_wrapped(verdict, 30, 2), RIGHT if right else WRONG, "bold"),
+    ]
     if not right:
         blocks.append((_wrapped(f"expected: {sample.answer.strip()}", 33, 2), FAINT, "normal"))
     below = 7.0  # points from the image's lower edge

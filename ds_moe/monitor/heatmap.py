@@ -20,26 +20,38 @@ from matplotlib.figure import Figure
 from ds_moe.monitor.meters import max_vio, relative_load
 
 INK, FAINT = "#222222", "#6B6B6B"
-_NUMBERED_CELLS = 32  # a panel of up to so many cells shows the numbers too (each costs 0.7 ms)
+_SMALL_CELLS = 64  # panels up to this size have lines between the cells, and numbers where asked for
 _LOG2_RANGE = 2.0  # colours end at 1/4 and 4 times the fair share
 
 
 class LoadPanel:
-    """The load of one kind of token on `axes`: made once, shown again with other counts."""
+    """The load of one kind of token on `axes`: made once, shown again with other counts.
+
+    `numbers` writes the load into each cell of a small panel, at 0.7 ms a cell and showing: right for a figure of a
+    document, too slow for one drawn during a run.
+    """
 
     def __init__(
-        self, axes: Axes, layers: int, experts: int, kind: str, *, expert_label: bool = True, layer_label: bool = True
+        self,
+        axes: Axes,
+        layers: int,
+        experts: int,
+        kind: str,
+        *,
+        expert_label: bool = True,
+        layer_label: bool = True,
+        numbers: bool = False,
     ) -> None:
-        numbered = layers * experts <= _NUMBERED_CELLS
+        small = layers * experts <= _SMALL_CELLS
         colors, norm = _load_colors()
         self._cells = axes.pcolormesh(
-            np.zeros((layers, experts)), cmap=colors, norm=norm, edgecolors="white" if numbered else "none"
+            np.zeros((layers, experts)), cmap=colors, norm=norm, edgecolors="white" if small else "none"
         )
-        self._cells.set_linewidth(1.5 if numbered else 0)
+        self._cells.set_linewidth(1.5 if small else 0)
         self._balance = axes.set_title("", fontsize=8.5, color=FAINT, loc="right", pad=5)
         self._numbers = [
             axes.text(expert + 0.5, layer + 0.5, "", ha="center", va="center", fontsize=7.5)
-            for layer in range(layers * numbered)
+            for layer in range(layers * (small and numbers))
             for expert in range(experts)
         ]
         axes.set_title(f"{kind} tokens", fontsize=9.5, color=INK, loc="left", pad=5)
@@ -50,7 +62,7 @@ class LoadPanel:
         axes.spines[:].set_visible(False)
         axes.set_xlabel("expert" if expert_label else "", fontsize=9, color=INK)
         axes.set_ylabel("MoE layer" if layer_label else "", fontsize=9, color=INK)
-        self.changing: list[Artist] = [self._cells, self._balance, *self._numbers]
+        self.changing: list[Artist] = [self._cells, self._balance]
 
     def show(self, counts_LE: np.ndarray) -> None:
         """Show these assignments, (L, E); a layer without any is grey."""
@@ -58,7 +70,7 @@ class LoadPanel:
         dead = int((load_LE == 0).sum())
         self._cells.set_array(_log2_load(load_LE))
         self._balance.set_text(f"MaxVio {max_vio(counts_LE):.2f}" + (f", {dead} dead" if dead else ""))
-        for number, load in zip(self._numbers, load_LE.flat, strict=False):  # no numbers on a large panel
+        for number, load in zip(self._numbers, load_LE.flat, strict=False):  # there may be no numbers
             number.set_text("-" if np.isnan(load) else f"{load:.2f}" if load < 9.95 else f"{load:.0f}")
             number.set_color(INK if 0.35 < load < 2.8 or np.isnan(load) else "white")
 
@@ -70,6 +82,7 @@ class LoadHeatMap:
     """
 
     def __init__(self, layers: int, experts: int, kinds: tuple[str, ...]) -> None:
+        self.kinds = kinds
         width, height = float(np.clip(0.42 * experts, 2.8, 12)), float(np.clip(0.36 * layers, 0.72, 4.5))  # inches each
         left, top, right, bottom, gap = 0.75, 0.85, 1.3, 0.6, 0.65
         total_width = left + width + right

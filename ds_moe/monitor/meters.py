@@ -12,7 +12,7 @@ from ds_moe.monitor.reports import RoutingReport, StepReport
 
 
 def relative_load(counts_LE: np.ndarray) -> np.ndarray:
-    """Load relative to uniform, (L, E) float64: 1 is a fair share, 0 a dead expert, NaN in a layer without assignments."""
+    """Load relative to uniform, (L, E) float64: 1 a fair share, 0 a dead expert, NaN a layer without assignments."""
     total_L1 = counts_LE.sum(axis=1, keepdims=True).astype(np.float64)
     total_L1[total_L1 == 0] = np.nan
     return counts_LE * counts_LE.shape[1] / total_L1

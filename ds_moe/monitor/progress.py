@@ -9,7 +9,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 
 class Display(Protocol):
@@ -42,9 +42,10 @@ class Lines:
     def window(self, step: int, scalars: Mapping[str, float], seconds_left: float) -> None:
         width = len(str(self._total_steps))
         self.say(
-            f"step {step:>{width}}/{self._total_steps}  loss {scalars['train/loss']:.4f}  lr {scalars['train/lr']:.2e}  "
-            f"grad {scalars['train/grad_norm']:.3f}  {scalars['perf/tokens_per_s']:,.0f} tokens/s  "
-            f"{scalars['perf/step_s']:.3g} s/step  ETA {duration(seconds_left)}"
+            f"step {step:>{width}}/{self._total_steps}  loss {scalars['train/loss']:.4f}  "
+            f"lr {scalars['train/lr']:.2e}  grad {scalars['train/grad_norm']:.3f}  "
+            f"{scalars['perf/tokens_per_s']:,.0f} tokens/s  {scalars['perf/step_s']:.3g} s/step  "
+            f"ETA {duration(seconds_left)}"
         )
 
     def evaluated(self, step: int, loss: float, accuracy: Mapping[str, float]) -> None:
@@ -63,10 +64,10 @@ class Bar:
 
     def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
         self._console = console
+        count = 2 * len(str(total_steps)) + 1
         self._progress = Progress(
-            TextColumn("train"),
-            BarColumn(None),
-            MofNCompleteColumn(),
+            BarColumn(None, table_column=Column(min_width=4)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=count)),
             TextColumn("{task.fields[facts]}"),
             TextColumn("ETA {task.fields[eta]}"),
             console=console,
@@ -84,7 +85,7 @@ class Bar:
         self._progress.update(self._task, completed=step, facts=facts, eta=duration(seconds_left))
 
     def window(self, step: int, scalars: Mapping[str, float], seconds_left: float) -> None:
-        self._rate = f"  {scalars['perf/tokens_per_s']:,.0f} tokens/s  {scalars['perf/step_s']:.3g} s/step"
+        self._rate = f"  {scalars['perf/tokens_per_s']:,.0f} tokens/s"
 
     def evaluated(self, step: int, loss: float, accuracy: Mapping[str, float]) -> None:
         if "mean" in accuracy:
@@ -111,17 +112,16 @@ def duration(seconds: float) -> str:
 
 
 def print_table(rows: Mapping[str, str], title: str, console: Console | None = None) -> None:
-    """Two columns, name and value. In a log file it is as wide as its longest row: a wrapped path cannot be copied."""
+    """Two columns, name and value, below a title. In a log file the table is as wide as its longest row, because a
+    wrapped path cannot be copied."""
     console = console or Console()
-    table = Table(title=escape(title), title_justify="left", show_header=False)
+    if not console.is_terminal:
+        widest = max((len(name) + len(str(value)) for name, value in rows.items()), default=0)
+        console = Console(file=console.file, width=2 * max(widest, console.width))
+    table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold", no_wrap=not console.is_terminal)
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(escape(name), escape(str(value)))
-    width = console.width if console.is_terminal else max(console.width, console.measure(table).maximum, *_widths(rows))
-    console.print(table, width=width, crop=False)
-
-
-def _widths(rows: Mapping[str, str]) -> list[int]:
-    """Columns each row takes with its borders; one zero more, so that there is always something to compare."""
-    return [0, *(max(map(len, rows)) + len(str(value)) + 7 for value in rows.values())]
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(table)

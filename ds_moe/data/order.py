@@ -1,0 +1,46 @@
+"""The order of the data: a function of seed, epoch, data and global batch size, never of ranks or workers.
+
+An epoch is a permutation cut into global batches. Within a global batch samples are sorted by length and dealt out in
+micro-batches, neighbours to the ranks of the same micro-step, so that little is padded and no rank waits for another;
+the optimizer step itself stays an unbiased draw from the data, which sorting over many batches would spoil.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+FILLER = -1  # stands for a record where an epoch's last global batch has none left
+
+
+@lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of `count` records, the same on every rank and in every worker."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which records make up which optimizer step; it knows nothing of ranks."""
+
+    lengths: np.ndarray  # (records,) estimated tokens
+    global_batch_size: int
+    seed: int
+    shuffle: bool
+    length_grouping: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.global_batch_size)
+
+    def global_batch(self, position: int) -> list[int]:
+        """Records of the step at `position` (steps since the very first), longest first, FILLER at the end."""
+        epoch, step = divmod(position, self.steps_per_epoch)
+        size = len(self.lengths)
+        order = epoch_order(size, self.seed, epoch) if self.shuffle else np.arange(size)
+        chosen = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+        if self.length_grouping:
+            chosen = chosen[np.argsort(-self.lengths[chosen], kind="stable")]
+        return chosen.tolist() + [FILLER] * (self.global_batch_size - len(chosen))

@@ -1,0 +1,174 @@
+"""Data files as indexed records: structure checked once, samples parsed again when they are needed.
+
+JSONL is indexed by line (Arrow would want one type for `content` and would not say which line is broken); Parquet is
+memory-mapped through `datasets`. Only offsets, length estimates and bad records stay in memory, no text and no pixel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ds_moe.config import DataConfig
+from ds_moe.data.chat import BadRecord, Sample, parse_record
+from ds_moe.data.images import RecordError, image_size
+from ds_moe.errors import UserError
+
+PIXELS_A_TOKEN = 32 * 32  # of Qwen3-VL; like the next it only ranks samples by length
+CHARACTERS_A_TOKEN = 4
+
+
+class Records(Protocol):
+    """What a stream reads: only records whose structure is good are counted by `len` and given by `sample`."""
+
+    sha256: str  # of the content: a resume refuses to go on with other data
+    lengths: np.ndarray  # (len(self),) int64, estimated tokens
+    bad: list[BadRecord]
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int) -> Sample: ...
+
+    def where(self, index: int) -> str: ...
+
+
+def read_records(path: str, config: DataConfig, cache_dir: str | Path | None = None) -> Records:
+    """The records of a JSONL or Parquet file, or the bundled "digits" (train split), their structure checked.
+
+    Under `on_bad_record: stop` the first bad record raises `UserError`; under `skip` they are in `.bad`. `cache_dir`
+    takes the memory map of a Parquet file (default: a temporary folder).
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f'data: {path} does not exist (give a JSONL or Parquet file, or "digits")')
+    root = Path(config.root or file.parent).resolve()
+    if not root.is_dir():
+        raise UserError(f"data.root: {config.root} is not a folder (give the folder that the image paths start from)")
+    if file.suffix in (".jsonl", ".ndjson", ".json"):
+        records: _FileRecords = JsonlRecords(file, root, config.max_pixels)
+    elif file.suffix == ".parquet":
+        records = ParquetRecords(file, root, config.max_pixels, cache_dir)
+    else:
+        raise UserError(f"data: {path} is neither .jsonl nor .parquet (convert it, or rename it)")
+    if records.bad and config.on_bad_record == "stop":
+        raise UserError(stop_message(records.bad))
+    if not len(records):
+        first = f"; the first: {records.bad[0]}" if records.bad else ""
+        raise UserError(f"data: {path} has no record to use ({len(records.bad)} bad{first})")
+    return records
+
+
+def stop_message(bad: list[BadRecord]) -> str:
+    """One line for the first bad record and the number of the others."""
+    others = f" [and {len(bad) - 1} more bad records]" if len(bad) > 1 else ""
+    return f"{bad[0]}{others}; data.on_bad_record: skip goes on without"
+
+
+class _FileRecords:
+    """Shared by both file forms; a subclass walks over its raw records and reads one of them by key."""
+
+    def __init__(self, file: Path, root: Path, max_pixels: int):
+        self.sha256 = ""
+        self.bad: list[BadRecord] = []
+        self._file, self._root = file, root
+        keys, numbers, lengths = [], [], []
+        for key, number, raw in self._walk():
+            try:
+                lengths.append(_estimate(self._parse(raw, number), max_pixels))
+                keys.append(key)
+                numbers.append(number)
+            except RecordError as error:
+                self.bad.append(BadRecord(f"{file}:{number}", str(error)))
+        self._keys, self._numbers, self.lengths = (np.array(one, dtype=np.int64) for one in (keys, numbers, lengths))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def sample(self, index: int) -> Sample:
+        """Record `index` of the good ones. Raises `RecordError` if its image has gone since the index was made."""
+        return self._parse(self._read(int(self._keys[index])), int(self._numbers[index]))
+
+    def where(self, index: int) -> str:
+        """file:line of record `index` of the good ones."""
+        return f"{self._file}:{self._numbers[index]}"
+
+    def _parse(self, raw: Any, number: int) -> Sample:
+        return parse_record(raw, f"{self._file}:{number}", self._root)
+
+    def _walk(self) -> Iterator[tuple[int, int, Any]]:
+        """(key, line or row number from 1, raw record) of every record."""
+        raise NotImplementedError
+
+    def _read(self, key: int) -> Any:
+        raise NotImplementedError
+
+
+class JsonlRecords(_FileRecords):
+    """One JSON object a line, its key the line's byte offset; blank lines are passed over."""
+
+    def _walk(self) -> Iterator[tuple[int, int, bytes]]:
+        digest = hashlib.sha256()
+        offset = 0
+        with self._file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                digest.update(line)
+                if number == 1 and line.lstrip()[:1] == b"[":
+                    fix = f"jq -c '.[]' {self._file} > {self._file.with_suffix('.jsonl')}"
+                    raise UserError(f"{self._file}:1: a JSON array, not one record a line (convert it: {fix})")
+                if line.strip():
+                    yield offset, number, line
+                offset += len(line)
+        self.sha256 = digest.hexdigest()
+
+    def _read(self, key: int) -> bytes:
+        with self._file.open("rb") as lines:
+            lines.seek(key)
+            return lines.readline()
+
+    def _parse(self, raw: bytes, number: int) -> Sample:
+        try:
+            record = json.loads(raw.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise RecordError(f"broken JSON: not UTF-8: {error} (save the file as UTF-8)") from error
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"broken JSON: {error} (write one complete object a line)") from error
+        return super()._parse(record, number)
+
+
+class ParquetRecords(_FileRecords):
+    """One record a row, its key the row's index."""
+
+    def __init__(self, file: Path, root: Path, max_pixels: int, cache_dir: str | Path | None):
+        import datasets  # a second of import that JSONL does not need
+        from datasets.exceptions import DatasetGenerationError
+
+        datasets.disable_progress_bars()
+        cache = str(cache_dir or tempfile.mkdtemp(prefix="ds_moe_data_"))
+        try:
+            rows = datasets.Dataset.from_parquet(str(file), cache_dir=cache)
+        except (OSError, ValueError, DatasetGenerationError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"data: {file} is not a Parquet file that can be read ({reason})") from error
+        self._table: Any = rows.with_format("arrow")  # raw values: an Image column is not decoded
+        super().__init__(file, root, max_pixels)
+        with file.open("rb") as stream:
+            self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def _walk(self) -> Iterator[tuple[int, int, dict]]:
+        return ((row, row + 1, self._read(row)) for row in range(len(self._table)))
+
+    def _read(self, key: int) -> dict[str, Any]:
+        return self._table[key : key + 1].to_pylist()[0]
+
+
+def _estimate(sample: Sample, max_pixels: int) -> int:
+    """Tokens of a sample, roughly, from its characters and its images' headers."""
+    characters = sum(len(turn.text) for turn in sample.turns)
+    pixels = sum(width * height for width, height in (image_size(source, max_pixels) for source in sample.images))
+    return 4 * len(sample.turns) + characters // CHARACTERS_A_TOKEN + pixels // PIXELS_A_TOKEN

@@ -1,0 +1,175 @@
+"""Micro-batches for one rank: endless optimizer steps to train on, and held-out samples to evaluate."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ds_moe.config import RunConfig
+from ds_moe.data.chat import BadRecord, Sample
+from ds_moe.data.collate import Batch, collate, collate_prompts
+from ds_moe.data.loading import BadRecordLog, Encoder, open_records
+from ds_moe.data.order import FILLER, Plan
+from ds_moe.errors import UserError
+
+PREFETCH = 2  # steps a worker prepares ahead, unless the run file says otherwise
+
+
+@dataclass
+class Step:
+    """One optimizer step on this rank. Bad records travel as values: a worker's traceback is no message."""
+
+    micro_batches: list[Batch]
+    bad: list[BadRecord] = field(default_factory=list)
+
+
+class _StepDataset(Dataset):
+    """Position of a step -> `Step`: runs in the workers."""
+
+    def __init__(self, plan: Plan, encoder: Encoder, processor: Any, slices: list[slice]):
+        self.plan, self.encoder, self.processor, self.slices = plan, encoder, processor, slices
+
+    def __getitem__(self, position: int) -> Step:
+        indices = self.plan.global_batch(position)
+        step = Step([])
+        for one in self.slices:
+            encoded, _, bad = self.encoder.encode(indices[one])
+            step.micro_batches.append(collate(encoded, self.processor))
+            step.bad += bad
+        return step
+
+
+class TrainStream:
+    """Endless optimizer steps for one rank: each a list of `accumulation` micro-batches.
+
+    `skipped` are the bad records so far: of structure (the same on every rank) and, found while loading, of this rank;
+    `<output_dir>/bad_records.jsonl` lists those of all ranks. Raises `UserError` for bad data, as config.data says.
+    """
+
+    def __init__(self, config: RunConfig, processor: Any, *, rank: int, world_size: int):
+        train, data = config.train, config.data
+        per_micro_step = train.micro_batch_size * world_size
+        if train.global_batch_size % per_micro_step:
+            raise UserError(
+                f"train.global_batch_size: {train.global_batch_size} is no multiple of train.micro_batch_size "
+                f"{train.micro_batch_size} x {world_size} ranks (make it a multiple of {per_micro_step})"
+            )
+        self.accumulation = train.global_batch_size // per_micro_step
+        records = open_records(config, data.train, "train")
+        self._sha256 = records.sha256
+        self._plan = Plan(records.lengths, train.global_batch_size, train.seed, data.shuffle, data.length_grouping)
+        self._config, self._processor, self._encoder = config, processor, Encoder(config, records, processor)
+        size = train.micro_batch_size
+        starts = [(micro * world_size + rank) * size for micro in range(self.accumulation)]
+        self._slices = [slice(start, start + size) for start in starts]
+        self._position = 0  # steps yielded since the very first
+        self.steps_per_epoch = self._plan.steps_per_epoch
+        self._log = BadRecordLog(config, records.bad, rank)
+        self.skipped = self._log.records
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        for step in self._loader():
+            self._log.note(step.bad)
+            self._position += 1  # before the yield: a checkpoint taken while the step is in use counts it
+            yield step.micro_batches
+
+    def _loader(self) -> DataLoader:
+        dataset = _StepDataset(self._plan, self._encoder, self._processor, self._slices)
+        data = self._config.data
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=count(self._position),
+            num_workers=data.num_workers,
+            prefetch_factor=(data.prefetch_factor or PREFETCH) if data.num_workers else None,
+            generator=torch.Generator(),  # its own: the model's random state must not depend on when loading starts
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: the place after the last yielded step, and what decided the order up to it."""
+        epoch, step = divmod(self._position, self.steps_per_epoch)
+        return {"epoch": epoch, "step": step, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the saved step. Raises `UserError` if the order would not be the one that was saved."""
+        missing = [key for key in ("epoch", "step", *self._identity()) if key not in state]
+        if missing:
+            raise UserError(
+                f"train.resume: the checkpoint's data position lacks {missing[0]!r} (use another checkpoint)"
+            )
+        for key, now in self._identity().items():
+            if state[key] != now:
+                raise UserError(
+                    f"train.resume: {key} was {state[key]!r} in the checkpoint and is {now!r} now, so the data would "
+                    "not go on where they stopped (restore it, or start anew in another train.output_dir)"
+                )
+        self._position = state["epoch"] * self.steps_per_epoch + state["step"]
+
+    def _identity(self) -> dict[str, Any]:
+        """All that the order of the data depends on, under the names that the run file gives it."""
+        plan = self._plan
+        return {
+            "data.train sha256": self._sha256,
+            "data.train records": len(plan.lengths),
+            "train.seed": plan.seed,
+            "train.global_batch_size": plan.global_batch_size,
+            "data.shuffle": plan.shuffle,
+            "data.length_grouping": plan.length_grouping,
+        }
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """B samples of one rank. `weights` are 0 for fillers, whose labels are all without loss and answers empty."""
+
+    batch: Batch
+    prompt: Batch  # left-padded, without labels
+    answers: list[str]
+    weights: list[int]
+    samples: list[Sample]
+
+
+class EvalSet:
+    """data.eval, dealt out to the ranks in file order. `skipped` are its bad records, as in `TrainStream`."""
+
+    def __init__(self, config: RunConfig, processor: Any, *, rank: int, world_size: int):
+        if config.data.eval is None:
+            raise UserError('data.eval: is not set (give a JSONL or Parquet file, or "digits")')
+        records = open_records(config, config.data.eval, "held-out")
+        self._size = config.train.eval_batch_size or config.train.micro_batch_size
+        self._rank, self._world_size, self._count = rank, world_size, len(records)
+        self._processor, self._encoder = processor, Encoder(config, records, processor)
+        self._log = BadRecordLog(config, records.bad, rank)
+        self.skipped = self._log.records
+
+    def __len__(self) -> int:
+        """Samples over all ranks."""
+        return self._count
+
+    def batches(self, limit: int | None = None) -> Iterator[EvalBatch]:
+        """This rank's batches, equally many on every rank; with a `limit`, of a fixed random choice of samples."""
+        indices = list(range(self._count))
+        if limit is not None and limit < self._count:
+            indices = sorted(random.Random(0).sample(indices, limit))
+        stride = self._size * self._world_size
+        indices += [FILLER] * (-len(indices) % stride)
+        for start in range(self._rank * self._size, len(indices), stride):
+            yield self._batch(indices[start : start + self._size])
+
+    def _batch(self, indices: list[int]) -> EvalBatch:
+        encoded, used, bad = self._encoder.encode(indices)
+        self._log.note(bad)
+        samples = [self._encoder.sample(index) for index in used]
+        return EvalBatch(
+            batch=collate(encoded, self._processor),
+            prompt=collate_prompts(encoded, self._processor),
+            answers=[sample.answer.strip() for sample in samples],
+            weights=[int(index != FILLER) for index in used],
+            samples=samples,
+        )

@@ -1,0 +1,216 @@
+"""Checks that need the model's config, and of its weights the headers only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ds_moe.checks import expert_count, model_problems
+from ds_moe.diagnosis import GIB, Case, Finding
+from ds_moe.errors import UserError
+
+BUSY = 0.9  # share of the memory that a run may plan with; the rest goes to fragmentation
+LEAST_TOKENS_A_STEP = 16  # expected tokens of an expert in an optimizer step; with fewer its gradient is mostly noise
+LEAST_TOKENS_A_RUN = 512  # and in the whole run; with fewer it stays about as it was
+SLOW_EXPERTS = {"batched_mm": "about 100 times slower than grouped_mm", "eager": "a loop over the experts"}
+
+
+def find_model(case: Case) -> Iterator[Finding]:
+    """Read the model's config; sets `case.model`, and `case.folder` for a checkpoint."""
+    from transformers import AutoConfig
+
+    from ds_moe.models.presets import preset_config
+    from ds_moe.models.qwen3_vl import MODEL_CLASSES
+
+    config = case.config
+    if (config.model.preset is None) == (config.model.path is None):
+        return  # already a finding
+    if config.model.preset is not None:
+        try:
+            found = preset_config(config.model.preset)
+        except UserError as error:
+            yield Finding("error", f"{config.at('model.preset')}: {error}")
+            return
+    else:
+        path, where = str(config.model.path), config.at("model.path")
+        try:
+            case.folder = _local_folder(path)
+        except UserError as error:
+            yield Finding("error", f"{where}: {error}")
+            return
+        if case.folder is None:
+            text = f"model.path {path} is not on this machine, so the model, its memory and the records' length were"
+            yield Finding("warning", f"{where}: {text} not checked; fetch it first: hf download {path}")
+            return
+        try:
+            found = AutoConfig.from_pretrained(case.folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            yield Finding("error", f"{where}: model.path {path} has no config that can be read ({reason})")
+            return
+    if found.model_type not in MODEL_CLASSES:
+        kinds = ", ".join(MODEL_CLASSES)
+        text = f"model.path {config.model.path} is a {found.model_type} model; must be one of {kinds}"
+        yield Finding("error", f"{config.at('model.path')}: {text}")
+        return
+    complaints = model_problems(config, found)
+    yield from (Finding("error", complaint) for complaint in complaints)
+    case.model = None if complaints else found
+
+
+def _local_folder(path: str) -> str | None:
+    """The folder of a checkpoint: `path` itself or its copy in the Hugging Face cache; None where it is in neither."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(path).is_dir():
+        return path
+    try:
+        return snapshot_download(path, local_files_only=True)
+    except HFValidationError as error:
+        raise UserError(f"model.path {path} is no folder and no hub id (name/model)") from error
+    except LocalEntryNotFoundError as error:
+        if path.startswith((".", "~")) or "/" not in path:
+            raise UserError(f"model.path {path} is no folder and no hub id (name/model)") from error
+        return None
+
+
+def check_files(case: Case) -> Iterator[Finding]:
+    """Weights of a checkpoint folder: all shards there and readable, and in which layout the experts lie."""
+    if case.folder is None or case.model is None:
+        return
+    folder, where = Path(case.folder), case.config.at("model.path")
+    try:
+        shapes = tensor_shapes(folder)
+    except UserError as error:
+        yield Finding("error", f"{where}: {error}")
+        return
+    text = case.model.get_text_config()
+    down = next((shape for name, shape in shapes.items() if name.endswith("experts.down_proj")), None)
+    layout = "one tensor an expert" if expert_count(case.model) else "no experts"
+    if down is not None:
+        layout = "hub layout" if down[1] == text.moe_intermediate_size else "memory layout"
+        if text.hidden_size == 2 * text.moe_intermediate_size:
+            square = f"experts are square (hidden_size {text.hidden_size} = 2 x {text.moe_intermediate_size})"
+            if layout == "hub layout":
+                fix = "transformers would load gate_up_proj untransposed; convert the checkpoint to memory layout"
+                yield Finding("error", f"{where}: {square} and in hub layout: {fix}")
+                return
+            yield Finding("warning", f"{where}: {square}: export with --layout memory, a hub layout loads wrongly")
+    yield Finding("ok", f"weights: {len(shapes)} tensors in {folder}, {layout}")
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shape of every tensor of a safetensors checkpoint, from headers alone.
+
+    Raises:
+        UserError: no safetensors, or a shard that is missing or broken, by name.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is no index of safetensors ({error})") from error
+    shapes: dict[str, list[int]] = {}
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise UserError(f"{folder} lacks {shard}" + (f", which {index.name} names" if index.is_file() else ""))
+        try:
+            with safe_open(folder / shard, framework="numpy") as tensors:
+                shapes.update({name: tensors.get_slice(name).get_shape() for name in tensors.keys()})
+        except SafetensorError as error:
+            raise UserError(f"{folder / shard} is broken ({error}); fetch it again") from error
+    return shapes
+
+
+def check_experts(case: Case) -> Iterator[Finding]:
+    """How experts are computed, and whether they see enough tokens to learn anything."""
+    config, experts = case.config, expert_count(case.model) if case.model else None
+    if config.moe and config.moe.experts.backend == "reference":
+        where = config.at("moe.experts.backend")
+        yield Finding("warning", f"{where}: moe.experts.backend reference loops over the experts; use grouped_mm")
+    if case.folder is not None:
+        yield from _slow_implementation(Path(case.folder) / "config.json")
+    if case.model is None or config.moe is None or experts is None or case.tokens_a_sample is None:
+        return
+    top_k = config.moe.router.top_k or case.model.get_text_config().num_experts_per_tok
+    step = config.train.global_batch_size * case.tokens_a_sample * top_k / experts
+    text = f"an expert sees about {step:.0f} tokens a step ({experts} experts, top {top_k})"
+    if step < LEAST_TOKENS_A_STEP:
+        fix = f"fewer than {LEAST_TOKENS_A_STEP} barely train it; raise train.global_batch_size"
+        yield Finding("warning", f"{config.at('train.global_batch_size')}: {text}; {fix}")
+    elif case.steps is not None and step * case.steps < LEAST_TOKENS_A_RUN:
+        fix = f"{step * case.steps:.0f} in the whole run, which leave it untrained; train longer or on more data"
+        yield Finding("warning", f"{config.at('train.steps')}: {text}, {fix}")
+    else:
+        yield Finding("ok", f"experts: {text}")
+
+
+def _slow_implementation(file: Path) -> Iterator[Finding]:
+    """A config.json that makes plain transformers compute experts slowly, after an export too."""
+    values: dict[str, Any] = json.loads(file.read_text())
+    for holder in (values, values.get("text_config") or {}):
+        kind = holder.get("experts_implementation", holder.get("_experts_implementation"))
+        if kind in SLOW_EXPERTS:
+            text = f"experts_implementation is {kind}, {SLOW_EXPERTS[kind]}, in evaluation with plain transformers"
+            yield Finding("warning", f"{file}: {text}; remove the key")
+            return
+
+
+def check_skeleton(case: Case) -> Iterator[Finding]:
+    """Frozen parts and predicted memory, on the model without storage."""
+    from ds_moe.memory import predict, skeleton
+    from ds_moe.models.convert import expert_state
+    from ds_moe.models.qwen3_vl import freeze
+
+    if case.model is None:
+        return
+    config, model = case.config, skeleton(case.model)
+    try:
+        freeze(model, config.model.freeze)
+    except UserError as error:
+        yield Finding("error", f"{config.at('model.freeze')}: {error}")
+        return
+    longest = case.model.get_text_config().max_position_embeddings
+    if config.data.max_length > longest:
+        text = f"data.max_length {config.data.max_length} exceeds the {longest} positions the model was made for"
+        yield Finding("warning", f"{config.at('data.max_length')}: {text}")
+    if case.deepspeed is None:
+        return
+    experts = [parameter for name, parameter in model.named_parameters() if expert_state(name)]
+    stage = case.deepspeed["zero_optimization"]["stage"]
+    if stage < 3 and experts and not any(parameter.requires_grad for parameter in experts):
+        text = f"model.freeze freezes all experts, which DeepSpeed cannot do at ZeRO stage {stage}; use stage 3"
+        yield Finding("error", f"{config.at('model.freeze')}: {text}")
+        return
+    memory = predict(model, config, case.deepspeed, case.world_size, case.device.on_cpu)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    yield Finding("ok", f"model: {case.model.model_type}, {parameters:,} parameters, {trained:,} of them trained")
+    needed = sum(memory.device.values()) + (sum(memory.host.values()) if case.device.on_cpu else 0)
+    text = f"memory: about {needed / GIB:.1f} GiB a rank; {case.device.memory / GIB:.1f} GiB are there"
+    if needed > BUSY * case.device.memory:
+        yield Finding("error", f"{text} ({case.device.source}); {_relief(case)}", memory.table())
+    else:
+        yield Finding("ok", f"{text} ({case.device.source})", memory.table())
+
+
+def _relief(case: Case) -> str:
+    """The knobs of this run that would make it smaller, the cheapest first."""
+    config, zero = case.config, (case.deepspeed or {})["zero_optimization"]
+    knobs = []
+    if not config.train.gradient_checkpointing:
+        knobs.append("train.gradient_checkpointing true")
+    if config.train.micro_batch_size > 1:
+        knobs.append("a smaller train.micro_batch_size")
+    if zero["stage"] < 3:
+        knobs.append("zero3.json")
+    elif not zero.get("offload_optimizer") and not case.device.on_cpu:
+        knobs.append("zero3_offload.json")
+    return "try " + ", ".join([*knobs, "a smaller data.max_length", "more ranks"])

@@ -1,0 +1,43 @@
+"""Which keys of a DeepSpeed JSON (0.19) ds_moe fills, passes on or refuses, and why."""
+
+# Sections and keys that reach DeepSpeed as they are, beside those that the run fills.
+PASSED_ON = """aio checkpoint communication_data_type comms_logger csv_monitor data_types disable_python_gc
+    dump_state flops_profiler log_level memory_breakdown steps_per_print timers wall_clock_breakdown wandb
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer""".split()
+FILLED = """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer bf16
+    fp16 zero_optimization""".split()
+REFUSED = {
+    "expert_parallel": "ds_moe installs its own expert layers; set moe.ep_size in the run file",
+    "scheduler": "the learning rate follows train.schedule and train.warmup_steps of the run file",
+    "activation_checkpointing": "set train.gradient_checkpointing in the run file",
+    "tensorboard": "set monitor.tensorboard in the run file",
+    "amp": "set train.precision in the run file",
+    "torch_autocast": "set train.precision in the run file",
+    "data_efficiency": "ds_moe orders its data itself (data.shuffle, data.length_grouping)",
+    "dataloader_drop_last": "ds_moe reads its data itself and drops nothing",
+    "gradient_allreduce_op": "ds_moe needs the mean of the gradients",
+    "prescale_gradients": "expert gradients are already averaged over all ranks",
+    "gradient_predivide_factor": "expert gradients are already averaged over all ranks",
+    "tensor_parallel": "ds_moe has expert and data parallelism only",
+    "sequence_parallel_size": "ds_moe has expert and data parallelism only",
+    "pipeline": "ds_moe has expert and data parallelism only",
+    "hybrid_engine": "ds_moe trains with the plain engine",
+    "compile": "it was not verified with expert parallelism",
+}
+ZERO_KEYS = """stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
+    allgather_partitions allgather_bucket_size overlap_comm load_from_fp32_weights offload_param offload_optimizer
+    sub_group_size ignore_unused_parameters round_robin_gradients memory_efficient_linear override_module_apply
+    pipeline_loading_checkpoint log_trace_cache_warnings enable_sanity_checks leaf_module parameter_alignment
+    stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold
+    stage3_max_live_parameters stage3_max_reuse_distance stage3_module_granularity_threshold
+    stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential""".split()
+ZERO_REFUSED = {
+    "stage3_gather_16bit_weights_on_model_save": "weights are written by `ds-moe export`",
+    "zero_quantized_gradients": "DeepSpeed does not support it with expert parallelism",
+    "zero_quantized_weights": "it was not verified with expert parallelism",
+    "zero_hpz_partition_size": "DeepSpeed does not support it with expert parallelism",
+    "elastic_checkpoint": "ds_moe converts checkpoints between topologies itself",
+    "compute_grad_norm": "the run needs the gradient norm",
+}
+STAGE_3_ONLY = ("sub_group_size", "offload_param", "leaf_module")
+ADAM_KEYS = ["lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "fp32_optimizer_states"]

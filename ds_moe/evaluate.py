@@ -1,0 +1,101 @@
+"""Held-out loss, and the share of generated answers that match exactly, per kind of question."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ds_moe.data.stream import EvalSet
+from ds_moe.monitor import EvalReport, ShownSample
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How answers are generated: greedily, `max_new_tokens` at most; None in its place: only the loss."""
+
+    processor: Any
+    max_new_tokens: int
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    engine: deepspeed.DeepSpeedEngine,
+    eval_set: EvalSet,
+    answering: Answering | None,
+    *,
+    step: int,
+    limit: int | None = None,
+    shown: int = 0,
+) -> EvalReport:
+    """Evaluate on all ranks together (collective); every rank returns the same numbers, rank 0 the samples to show.
+
+    Args:
+        limit: samples to use, over all ranks; None: all.
+        shown: how many samples to return with question, answer and prediction.
+    """
+    engine.eval()
+    loss_sum, label_tokens = 0.0, 0
+    hits: dict[str, int] = defaultdict(int)
+    asked: dict[str, int] = defaultdict(int)
+    samples: list[ShownSample] = []
+    for batch in eval_set.batches(limit):
+        inputs = to_device(batch.batch, engine.device)
+        loss_sum += engine(**inputs, use_cache=False, num_items_in_batch=1).loss.item()
+        label_tokens += int((inputs["labels"][:, 1:] != -100).sum())
+        if answering is None:
+            continue
+        predictions = generate_answers(engine.module, to_device(batch.prompt, engine.device), answering)
+        for sample, answer, prediction, weight in zip(
+            batch.samples, batch.answers, predictions, batch.weights, strict=True
+        ):
+            asked[sample.kind or "all"] += weight
+            hits[sample.kind or "all"] += weight * (prediction == answer)
+            if weight and len(samples) < shown:
+                samples.append(ShownSample(sample.first_image(), sample.last_question(), answer, prediction))
+    engine.train()
+    totals = _over_ranks((loss_sum, label_tokens, dict(hits), dict(asked)))
+    loss = sum(total[0] for total in totals) / max(sum(total[1] for total in totals), 1)
+    return EvalReport(step, loss, _accuracy(totals), samples)
+
+
+def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering) -> list[str]:
+    """Greedy answers to left-padded prompts. Ranks keep step until the last one has finished its longest answer."""
+    tokens = model.generate(
+        **prompt,
+        max_new_tokens=answering.max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
+    )
+    answers = tokens[:, prompt["input_ids"].shape[1] :]
+    return [text.strip() for text in answering.processor.batch_decode(answers, skip_special_tokens=True)]
+
+
+def _accuracy(totals: list[tuple[float, int, dict[str, int], dict[str, int]]]) -> dict[str, float]:
+    kinds = sorted({kind for total in totals for kind, count in total[3].items() if count})
+    accuracy = {
+        kind: sum(total[2].get(kind, 0) for total in totals) / sum(total[3].get(kind, 0) for total in totals)
+        for kind in kinds
+    }
+    if accuracy:
+        accuracy["mean"] = sum(accuracy.values()) / len(accuracy)
+    return accuracy
+
+
+def _over_ranks(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,162 @@
+"""Checkpoint -> plain Hugging Face folder: sharded safetensors, config, processor, generation config, model card.
+
+Reads our checkpoint files tensor by tensor; needs no GPU, no process group and no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from ds_moe import __version__
+from ds_moe.checkpoint import Reader, incomplete, newest_complete
+from ds_moe.errors import UserError
+from ds_moe.models.convert import expert_state
+
+Layout = Literal["memory", "hub"]
+LAYOUTS: dict[str, str] = {
+    "memory": "as transformers keeps experts in memory and `save_pretrained` writes them: (E, 2I, H) and (E, H, I)",
+    "hub": "as the Qwen3-VL-MoE checkpoints on the hub store experts: (E, H, 2I) and (E, I, H)",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: files with weights, their number of parameters and bytes."""
+
+    folder: Path
+    files: list[str]
+    parameters: int
+    bytes: int
+
+
+def export_checkpoint(
+    source: Path, out: Path, layout: Layout = "memory", max_shard_bytes: int = 5 * 2**30, force: bool = False
+) -> Exported:
+    """Write the model of a checkpoint as a folder that `from_pretrained` of plain transformers loads.
+
+    Args:
+        source: a checkpoint folder, or a run's output folder (its newest complete checkpoint is taken).
+        out: the folder to write; must not exist or be empty, unless `force`.
+        layout: a key of `LAYOUTS`.
+        max_shard_bytes: size of one weight file at most (a single larger tensor has a file of its own).
+
+    Raises:
+        UserError: an incomplete checkpoint, a folder in the way, or a layout this model cannot be stored in.
+    """
+    checkpoint = _find(source)
+    if out.exists() and any(out.iterdir()) and not force:
+        raise UserError(f"{out} is not empty: choose another folder or remove it")
+    state = json.loads((checkpoint / "state.json").read_text())
+    config = AutoConfig.from_pretrained(checkpoint / "model").get_text_config()
+    dtype = DTYPES[state["precision"]]
+    reader = Reader(checkpoint)
+    plan = _shards(_sizes(reader, dtype), max_shard_bytes)
+    if layout == "hub":
+        _check_hub_layout(config)
+
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (checkpoint / "model").iterdir():
+        shutil.copy(path, out / path.name)
+    _set_dtype(out / "config.json", dtype)
+    weight_map: dict[str, str] = {}
+    parameters = 0
+    for number, keys in enumerate(plan, start=1):
+        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        tensors = {key.split("/", 1)[1]: _stored(reader, key, dtype, layout) for key in keys}
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        parameters += sum(tensor.numel() for tensor in tensors.values())
+    size = sum((out / file).stat().st_size for file in set(weight_map.values()))
+    if len(plan) > 1:
+        index = {"metadata": {"total_size": size, "total_parameters": parameters}, "weight_map": weight_map}
+        (out / INDEX).write_text(json.dumps(index, indent=2))
+    (out / "README.md").write_text(_model_card(checkpoint, state, config, layout, parameters))
+    return Exported(out, sorted(set(weight_map.values())), parameters, size)
+
+
+def _find(source: Path) -> Path:
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    found = newest_complete(folder)
+    if found is not None:
+        return found
+    problem = incomplete(source)
+    if problem is not None:
+        raise UserError(f"{source} is no complete checkpoint and no run with one: {problem}")
+    return source
+
+
+def _check_hub_layout(config: Any) -> None:
+    if not hasattr(config, "moe_intermediate_size"):
+        raise UserError("--layout hub is about experts, and this model has none: use --layout memory")
+    if config.hidden_size == 2 * config.moe_intermediate_size:
+        raise UserError(
+            f"--layout hub cannot store this model: hidden_size {config.hidden_size} is twice moe_intermediate_size, "
+            "so transformers could not tell the transposed experts apart and would load them wrong; use --layout memory"
+        )
+
+
+def _sizes(reader: Reader, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each weight and persistent buffer by its key in the checkpoint, from the files' headers alone."""
+    keys = [key for key in reader.tensors if key.startswith(("weight/", "buffer/"))]
+    return {key: math.prod(reader.shape(key)) * dtype.itemsize for key in keys}
+
+
+def _shards(sizes: dict[str, int], most: int) -> list[list[str]]:
+    """Keys in order, cut into files of at most `most` bytes."""
+    shards: list[list[str]] = [[]]
+    room = most
+    for key, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = most
+        shards[-1].append(key)
+        room -= size
+    return shards
+
+
+def _stored(reader: Reader, key: str, dtype: torch.dtype, layout: Layout) -> Tensor:
+    tensor = reader.read(key)
+    if tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    if layout == "hub" and expert_state(key):
+        tensor = tensor.transpose(1, 2)
+    return tensor.contiguous()
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    config = json.loads(path.read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2))
+
+
+def _model_card(checkpoint: Path, state: dict[str, Any], config: Any, layout: Layout, parameters: int) -> str:
+    experts = getattr(config, "num_experts", None)
+    about = f"{experts} experts a layer, top-{config.num_experts_per_tok}" if experts else "dense"
+    return f"""---
+library_name: transformers
+tags: [ds_moe]
+---
+# {checkpoint.parent.parent.name}
+
+Trained with ds_moe {__version__} for {state["step"]} optimizer steps on {state["world_size"]} ranks
+(expert parallelism {state["ep_size"]}), {state["precision"]}; {parameters:,} parameters, {about}.
+Experts are stored in the `{layout}` layout: {LAYOUTS[layout]}.
+
+The run, as it was resolved:
+
+```yaml
+{(checkpoint / "run.yaml").read_text().strip()}
+```
+"""

@@ -1,0 +1,69 @@
+"""What a run is about to do, on one screen: topology, parameters, memory, batch arithmetic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ds_moe.engine import Topology
+from ds_moe.models.convert import expert_state, moe_layers
+from ds_moe.models.qwen3_vl import parameter_table
+
+if TYPE_CHECKING:
+    from ds_moe.train import Run
+
+# Dense bf16 peak of one device, FLOP/s, from the vendors' data sheets.
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def peak_flops(topology: Topology) -> float | None:
+    """FLOP/s of all ranks together, or None for a device that is not in the table (a CPU, say)."""
+    if topology.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(topology.device)
+    peak = next((flops for known, flops in PEAK_BF16.items() if known in name), None)
+    return None if peak is None else peak * topology.world_size
+
+
+def active_flops_per_token(model: nn.Module) -> float:
+    """Forward and backward FLOPs of one token: 6 for each parameter it meets, K of E experts; attention left out."""
+    text_config = model.config.get_text_config()
+    share = text_config.num_experts_per_tok / text_config.num_experts if hasattr(text_config, "num_experts") else 1.0
+    met = 0.0
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" not in name and ".visual." not in name:
+            met += parameter.numel() * (share if expert_state(name) else 1.0)
+    return 6.0 * met
+
+
+def run_summary(run: Run) -> str:
+    """Plain text, under 80 columns wide where paths allow."""
+    config, topology, engine = run.config, run.topology, run.engine
+    layers = moe_layers(engine.module)
+    name = config.model.preset or config.model.path
+    lines = [f"model     {name} ({engine.module.config.model_type}), {next(engine.module.parameters()).dtype}"]
+    replicas = topology.world_size // topology.ep_size
+    lines.append(
+        f"topology  {topology.world_size} ranks on {topology.device.type}, ZeRO-{engine.zero_optimization_stage()}, "
+        f"ep_size {topology.ep_size} ({replicas} expert {'replica' if replicas == 1 else 'replicas'})"
+    )
+    if layers:
+        lines.append(
+            f"experts   {len(layers)} MoE layers x {layers[0].num_experts} experts, top-{layers[0].gate.top_k}, "
+            f"{layers[0].num_experts // topology.ep_size} a rank, backend {config.moe.experts.backend}, "
+            f"balance {[balance.kind for balance in config.moe.balance] or 'none'}"
+        )
+    lines.append(
+        f"batch     {config.train.global_batch_size} samples a step = {config.train.micro_batch_size} a rank x "
+        f"{topology.world_size} ranks x {run.stream.accumulation} micro-batches"
+    )
+    lines.append(
+        f"steps     {run.total_steps} of {run.stream.steps_per_epoch} an epoch; lr {config.train.lr:g}, "
+        f"{config.train.schedule}, {config.train.warmup_steps} warm-up"
+    )
+    lines.append("parameters on this rank's EP share (trainable / all):")
+    for part, trained, total in parameter_table(engine.module):
+        lines.append(f"  {part:<11}{trained:>16,} / {total:,}")
+    return "\n".join(lines)

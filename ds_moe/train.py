@@ -1,0 +1,287 @@
+"""`python -m ds_moe.train RUN.yaml [key=value ...]`, started once a rank by `deepspeed` or `torchrun`: the loop."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_moe import checkpoint
+from ds_moe.config import RunConfig
+from ds_moe.checks import check_model
+from ds_moe.data.stream import EvalSet, TrainStream
+from ds_moe.ds_config import precision, resolve_deepspeed
+from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, start_distributed
+from ds_moe.errors import UserError
+from ds_moe.evaluate import Answering, evaluate, to_device
+from ds_moe.models.convert import moe_layers
+from ds_moe.models.processor import load_processor, save_processor, tiny_processor
+from ds_moe.models.qwen3_vl import load_model
+from ds_moe.moe import ForwardContext
+from ds_moe.monitor import EvalReport, Monitor, RoutingReport, StepReport, make_monitor
+from ds_moe.monitor.meters import max_vio
+from ds_moe.runfile import dump, dump_yaml, load_run
+from ds_moe.summary import active_flops_per_token, peak_flops, run_summary
+
+DEFAULT_NEW_TOKENS = 16
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line on standard error when the run cannot start as it is written."""
+    arguments = [argument for argument in (argv or sys.argv[1:]) if not argument.startswith("--local_rank")]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        train(load_run(arguments[0], arguments[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+@dataclass
+class Run:
+    """Everything the loop works with."""
+
+    config: RunConfig
+    topology: Topology
+    engine: deepspeed.DeepSpeedEngine
+    context: ForwardContext | None  # None for a dense model
+    processor: Any
+    stream: TrainStream
+    eval_set: EvalSet | None
+    monitor: Monitor
+    total_steps: int
+    step: int = 0
+    seconds: float = 0.0  # of training steps in this process
+    tokens: int = 0
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.train.output_dir)
+
+    def note_progress(self, report: StepReport) -> None:
+        self.seconds += report.step_s
+        self.tokens += report.tokens
+        self.result |= {"step": report.step, "loss": report.loss, "tokens_per_s": self.tokens / self.seconds}
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train one run to its end; returns what the summary table shows (also in `<output_dir>/result.json`)."""
+    run = set_up(config)
+    resume(run)
+    run.monitor.start(run.step + 1, run_summary(run), dump(config))
+    steps = iter(run.stream)
+    while run.step < run.total_steps:
+        report = train_step(run, steps)
+        run.monitor.step(report, routing_report(run) if run.monitor.is_log_step(run.step) else None)
+        run.note_progress(report)
+        last = run.step == run.total_steps
+        if not last and config.train.eval_every and run.step % config.train.eval_every == 0:
+            run_evaluation(run, config.train.eval_samples)
+        if last or (config.checkpoint.every and run.step % config.checkpoint.every == 0):
+            save_checkpoint(run)
+    if run.eval_set is not None:
+        run_evaluation(run, limit=None)
+    finish(run)
+    run.engine.destroy()
+    return run.result
+
+
+def set_up(config: RunConfig) -> Run:
+    """Data, model, engine and monitor, in the order in which mistakes are cheapest to find."""
+    topology = start_distributed(config.moe.ep_size if config.moe else 1)
+    seed_everything(config.train.seed)
+    dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
+    processor = _processor(config)
+    stream = TrainStream(config, processor, rank=topology.rank, world_size=topology.world_size)
+    eval_set = None
+    if config.data.eval is not None:
+        eval_set = EvalSet(config, processor, rank=topology.rank, world_size=topology.world_size)
+    total_steps = config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch
+    model = load_model(config.model, dtype, config.train.seed)
+    check_model(config, model.config)
+    flops = active_flops_per_token(model)
+    hidden_size = model.config.get_text_config().hidden_size
+    ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
+    context = prepare_model(model, config, topology)
+    engine = build_engine(model, config, ds_config, total_steps)
+    engine.train()
+    seed_everything(config.train.seed + topology.rank)  # from here on ranks draw apart
+    monitor = make_monitor(
+        config,
+        rank=topology.rank,
+        total_steps=total_steps,
+        flops_per_token=flops,
+        peak_flops=peak_flops(topology),
+        run_dir=Path(config.train.output_dir),
+    )
+    return Run(config, topology, engine, context, processor, stream, eval_set, monitor, total_steps)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _processor(config: RunConfig) -> Any:
+    if config.model.path is not None:
+        return load_processor(config.model.path)
+    return tiny_processor("vl" if str(config.model.preset).startswith("tiny-vl") else "text")
+
+
+def resume(run: Run) -> None:
+    """Go on from the newest complete checkpoint, or the one the run names, whatever topology wrote it."""
+    path = checkpoint.resume_path(
+        run.config.train.resume, run.folder / "checkpoints", run.topology, note=run.monitor.note
+    )
+    if path is None:
+        return
+    state = checkpoint.load(run.engine, run.topology, path).state
+    run.stream.load_state_dict(state["data"])
+    run.step = state["step"]
+    run.monitor.note(
+        f"resumed from {path} at step {run.step} "
+        f"(saved by {state['world_size']} ranks with ep_size {state['ep_size']})"
+    )
+
+
+def train_step(run: Run, steps: Any) -> StepReport:
+    """One optimizer step over `accumulation` micro-batches; the loss is the mean over the global batch's tokens."""
+    began = time.perf_counter()
+    micro_batches = [to_device(batch, run.topology.device) for batch in next(steps)]
+    data_wait_s = time.perf_counter() - began
+    labels, tokens = _global_counts(micro_batches, run.topology.device)
+    # DeepSpeed averages over ranks and micro-batches; the loss of each is divided so that the average is the mean.
+    share = max(labels, 1) / (run.topology.world_size * len(micro_batches))
+    lr = run.engine.get_lr()[0]
+    losses = torch.zeros(2, device=run.topology.device)  # language, auxiliary
+    for batch in micro_batches:
+        loss = run.engine(**batch, use_cache=False, num_items_in_batch=share).loss
+        auxiliary = sum(run.context.aux_losses) if run.context is not None and run.context.aux_losses else None
+        losses[0] += loss.detach() / len(micro_batches)
+        if auxiliary is not None:
+            losses[1] += auxiliary.detach() / len(micro_batches)
+        run.engine.backward(loss if auxiliary is None else loss + auxiliary)
+        run.engine.step()
+    dist.all_reduce(losses)
+    losses /= run.topology.world_size
+    run.step += 1
+    run.result["aux_loss"] = losses[1].item()
+    return StepReport(
+        step=run.step,
+        loss=losses[0].item(),
+        lr=lr,
+        grad_norm=float(run.engine.get_global_grad_norm() or 0.0),
+        tokens=tokens,
+        samples=run.config.train.global_batch_size,
+        step_s=time.perf_counter() - began,
+        data_wait_s=data_wait_s,
+    )
+
+
+def _global_counts(micro_batches: list[dict[str, Tensor]], device: torch.device) -> tuple[int, int]:
+    """(labelled, non-padding) tokens of this step over all ranks."""
+    labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
+    tokens = sum(batch["attention_mask"].sum() for batch in micro_batches)
+    counts = torch.stack([torch.as_tensor(labels), torch.as_tensor(tokens)]).to(device, torch.int64)
+    dist.all_reduce(counts)
+    labelled, real = counts.tolist()
+    return labelled, real
+
+
+def routing_report(run: Run) -> RoutingReport | None:
+    """Expert loads since the last report, over all ranks (collective)."""
+    taken = [layer.load.take() for layer in moe_layers(run.engine.module)]
+    loads = [load for load in taken if load is not None]
+    if not loads:
+        return None
+    counts_L2E = torch.stack([torch.stack(load[:2]) for load in loads])
+    sums_L2 = torch.stack([torch.stack([load[2].double(), load[3].double()]) for load in loads])
+    dist.all_reduce(counts_L2E)
+    dist.all_reduce(sums_L2)
+    counts_L2E = counts_L2E.cpu().numpy()
+    tokens, entropy = sums_L2.sum(0).tolist()
+    run.result["max_vio"] = max_vio(counts_L2E[:, 0])
+    aux = run.result["aux_loss"] if moe_layers(run.engine.module)[0].balancers else None
+    return RoutingReport(counts_L2E[:, 0], counts_L2E[:, 1], entropy / tokens, aux)
+
+
+def run_evaluation(run: Run, limit: int | None) -> EvalReport:
+    train_config = run.config.train
+    answering = None
+    if train_config.eval_generate:
+        answering = Answering(run.processor, train_config.max_new_tokens or DEFAULT_NEW_TOKENS)
+    shown = run.config.monitor.sample_images
+    report = evaluate(run.engine, run.eval_set, answering, step=run.step, limit=limit, shown=shown)
+    run.monitor.evaluated(report)
+    run.result |= {"eval_loss": report.loss, "accuracy": report.accuracy}
+    return report
+
+
+def save_checkpoint(run: Run) -> None:
+    def write_extras(folder: Path) -> None:
+        (folder / "run.yaml").write_text(dump_yaml(run.config))
+        model = run.engine.module
+        model.config.save_pretrained(folder / "model")
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder / "model")
+        save_processor(run.processor, folder / "model")
+
+    state = {
+        "step": run.step,
+        "data": run.stream.state_dict(),
+        "precision": precision(run.config, on_cpu()),
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+    }
+    path = checkpoint.save(
+        run.engine, run.topology, run.folder / "checkpoints", state, write_extras, run.config.checkpoint.keep
+    )
+    run.result["checkpoint"] = str(path)
+    run.monitor.note(f"checkpoint {path}")
+
+
+def finish(run: Run) -> None:
+    """Write `result.json` and close with one table."""
+    result = run.result
+    rows: dict[str, str] = {}
+    _row(rows, "training loss", result.get("loss"), "{:.4f}".format)
+    _row(rows, "held-out loss", result.get("eval_loss"), "{:.4f}".format)
+    for kind, value in result.get("accuracy", {}).items():
+        _row(rows, f"held-out accuracy, {kind}", value, "{:.3f}".format)
+    _row(rows, "tokens/s", result.get("tokens_per_s"), "{:,.0f}".format)
+    _row(rows, "MaxVio", result.get("max_vio"), "{:.2f}".format)
+    if run.stream.skipped:
+        rows["bad records skipped"] = f"{len(run.stream.skipped)} (see {run.folder / 'bad_records.jsonl'})"
+    _row(rows, "checkpoint", result.get("checkpoint"), str)
+    rows["TensorBoard"] = f"tensorboard --logdir {run.folder}"
+    if run.topology.rank == 0:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "result.json").write_text(json.dumps(result, indent=1))
+    run.monitor.finish(rows)
+
+
+def _row(rows: dict[str, str], name: str, value: Any, show: Callable[[Any], str]) -> None:
+    if value is not None:
+        rows[name] = show(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

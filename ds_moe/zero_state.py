@@ -1,0 +1,90 @@
+"""fp32 master weights and Adam moments of a ZeRO engine, by parameter, whatever the stage and the world size.
+
+DeepSpeed keeps them in flat partitions, one a group and rank. Reading and writing them parameter by parameter is what
+makes our checkpoints independent of the topology. Expert parameters are read and written over the ranks that hold the
+same experts, so a value here is always that of one EP rank.
+"""
+
+from __future__ import annotations
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_stage3(engine: deepspeed.DeepSpeedEngine) -> bool:
+    return isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
+
+
+def _flat_masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+    if is_stage3(engine):
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return engine.optimizer.single_partition_of_fp32_groups
+
+
+def adam_step(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Steps Adam has taken; 0 before the first."""
+    states = [engine.optimizer.optimizer.state.get(flat, {}) for flat in _flat_masters(engine)]
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def start_adam(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """Give every flat partition zero moments and its own step count, as if Adam had taken `step` steps.
+
+    Each partition gets its own `step` tensor: a shared one would be advanced once a partition.
+    """
+    if step == 0:
+        return
+    optimizer = engine.optimizer.optimizer
+    counts_in_tensors = isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
+    for flat in _flat_masters(engine):
+        state = optimizer.state[flat]
+        state["step"] = torch.tensor(float(step)) if counts_in_tensors else step
+        for moment in MOMENTS:
+            state[moment] = torch.zeros_like(flat, dtype=torch.float32)
+    if not is_stage3(engine):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@torch.no_grad()
+def read(parameter: nn.Parameter, kind: str) -> Tensor:
+    """The full fp32 weight or moment (collective over the parameter's ranks); a frozen weight in its own dtype."""
+    if not parameter.requires_grad:
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            return parameter.detach().clone()
+    value = safe_get_full_fp32_param(parameter) if kind == WEIGHT else safe_get_full_optimizer_state(parameter, kind)
+    return value.detach()
+
+
+@torch.no_grad()
+def write(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    """Put a full weight or moment into this rank's partition, and into the working weight where that is not sharded."""
+    value = value.to(parameter.device)
+    if parameter.requires_grad and kind == WEIGHT:
+        safe_set_full_fp32_param(parameter, value)
+    elif parameter.requires_grad:
+        safe_set_full_optimizer_state(parameter, value, kind)
+    if kind == WEIGHT and hasattr(parameter, "ds_id"):
+        _write_partition(parameter, value)
+    elif kind == WEIGHT:
+        parameter.copy_(value)
+
+
+def _write_partition(parameter: nn.Parameter, value: Tensor) -> None:
+    """ZeRO-3's working shard: an equal share of the flattened weight a rank, the last one padded."""
+    shard = parameter.ds_tensor
+    rank = torch.distributed.get_rank(parameter.ds_process_group)
+    piece = value.flatten()[rank * shard.numel() : (rank + 1) * shard.numel()]
+    shard.data[: piece.numel()].copy_(piece)
+    if parameter.data.numel() == parameter.ds_numel:  # small parameters stay gathered between steps
+        parameter.data.copy_(value.view_as(parameter))

@@ -1,0 +1,120 @@
+"""Ranks of test_parity: every EP x ZeRO x checkpointing of one world size against the unconverted model."""
+
+import copy
+import itertools
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+
+from ds_moe.config import RunConfig
+from ds_moe.data.collate import Encoded, collate, encode
+from ds_moe.data.demo import digits_samples
+from ds_moe.engine import build_engine, prepare_model, start_distributed
+from ds_moe.models.convert import expert_state, moe_layers
+from ds_moe.models.presets import build_preset
+from ds_moe.models.processor import tiny_processor
+from tests.launcher import report
+
+SAMPLES = 3  # a rank
+
+
+def batches(world_size):
+    """Real scans and questions; with several ranks the second has none (text only), and lengths differ."""
+    processor = tiny_processor()
+    samples = digits_samples("train")
+    result = []
+    for rank in range(world_size):
+        encoded = [encode(sample, processor, 256, 2**20) for sample in samples[rank * 7 : rank * 7 + SAMPLES]]
+        if rank == 1:
+            encoded = [_without_image(one, processor.image_token_id) for one in encoded]
+        result.append(collate(encoded, processor))
+    return result
+
+
+def _without_image(encoded, image_token_id):
+    kept = encoded.input_ids != image_token_id
+    return Encoded(encoded.input_ids[kept], encoded.labels[kept], encoded.prompt)
+
+
+def reference(model, everything):
+    """Loss (mean over all labelled tokens) and gradients of plain transformers on the global batch."""
+    labelled = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in everything)
+    total = 0.0
+    for batch in everything:
+        loss = model(**batch, num_items_in_batch=labelled).loss
+        loss.backward()
+        total += loss.item()
+    return labelled, total, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def compare(config, stage, everything, expected, breakage=None):
+    """(loss difference, largest gradient difference relative to its tensor's largest entry) of one configuration."""
+    labelled, expected_loss, expected_grads = expected
+    topology = start_distributed(config.moe.ep_size)
+    model = build_preset("tiny-vl-moe")
+    prepare_model(model, config, topology)
+    if breakage is not None:
+        breakage(model)
+    ds_config = {
+        "train_micro_batch_size_per_gpu": SAMPLES,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }
+    engine = build_engine(model, config, ds_config, total_steps=1)
+    engine.train()
+    loss = engine(**everything[topology.rank], num_items_in_batch=labelled / topology.world_size).loss
+    engine.backward(loss)
+    worst = torch.zeros(2)
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    worst[0] = abs(total.item() / topology.world_size - expected_loss)
+    for name, parameter in engine.module.named_parameters():
+        ours, theirs = safe_get_full_grad(parameter), expected_grads[name]
+        scale = theirs.abs().max()
+        if expert_state(name):
+            local = theirs.shape[0] // topology.ep_size
+            theirs = theirs[topology.ep_rank * local : (topology.ep_rank + 1) * local]
+        worst[1] = torch.maximum(worst[1], (ours - theirs).abs().max() / scale.clamp_min(1e-12))
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    engine.destroy()
+    return worst.tolist()
+
+
+def run_config(ep_size, checkpointing):
+    return RunConfig(
+        model={"preset": "tiny-vl-moe"},
+        data={"train": "digits"},
+        moe={"ep_size": ep_size},
+        train={"gradient_checkpointing": checkpointing, "steps": 1},
+        deepspeed="none",
+    )
+
+
+def change_an_expert(model):
+    layer = moe_layers(model)[0]
+    with torch.no_grad():
+        layer.experts.down_proj += 0.01 * torch.randn_like(layer.experts.down_proj)
+
+
+def main():
+    start_distributed(1)
+    deepspeed.utils.logger.setLevel("ERROR")
+    world_size = dist.get_world_size()
+    everything = batches(world_size)
+    expected = reference(build_preset("tiny-vl-moe").train(), everything)
+    rows = []
+    sizes = [size for size in (1, 2, 4) if world_size % size == 0]
+    for ep_size, stage, checkpointing in itertools.product(sizes, (1, 2, 3), (False, True)):
+        loss, gradient = compare(run_config(ep_size, checkpointing), stage, everything, expected)
+        rows.append([ep_size, stage, checkpointing, loss, gradient])
+    report(rows=rows, reference_loss=expected[1])
+    report(broken=compare(run_config(sizes[-1], False), 3, everything, expected, change_an_expert))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

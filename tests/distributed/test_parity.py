@@ -1,0 +1,28 @@
+"""The converted, sharded, partitioned model against the unconverted one, with real images, fp32.
+
+One rank has no image at all: its dummy vision pass must neither hang the others nor change a gradient.
+"""
+
+import pytest
+
+from tests.launcher import run_ranks
+
+LOSS, GRADIENT = 1e-6, 5e-6  # the invariant: fp32 sums in another order
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_parity_matrix(world_size, show):
+    run = run_ranks("tests/distributed/parity_ranks.py", world_size, timeout=300)
+    lines = [
+        f"parity with unconverted transformers, {world_size} ranks, real images (one rank without), fp32, "
+        f"loss {run.json['reference_loss']:.4f}",
+        "  EP  ZeRO  checkpointing   loss difference   gradient difference / largest entry",
+    ]
+    for ep_size, stage, checkpointing, loss, gradient in run.json["rows"]:
+        lines.append(f"  {ep_size:>2}  {stage:>4}  {'on' if checkpointing else 'off':>13}   {loss:15.1e}   {gradient:19.1e}")
+    show("\n".join(lines))
+    assert len(run.json["rows"]) == 6 * {2: 2, 4: 3}[world_size]
+    for row in run.json["rows"]:
+        assert row[3] <= LOSS and row[4] <= GRADIENT, row
+    broken_loss, broken_gradient = run.json["broken"]
+    assert broken_loss > LOSS and broken_gradient > GRADIENT  # negative control: one layer's experts changed

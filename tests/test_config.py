@@ -1,0 +1,278 @@
+"""Run files: what is read, where each mistake is said to be, and that no key is ever passed over."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import Qwen3MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+
+from ds_moe.checks import UNUSED, check_model, check_used, unused_keys, written
+from ds_moe.config import RunConfig
+from ds_moe.errors import UserError
+from ds_moe.runfile import ALL_KEYS, dump, dump_yaml, load_run, parse_run
+
+RUNS = sorted(Path("ds_configs/runs").glob("*.yaml"))
+BASE = """\
+model:
+  preset: tiny-vl-moe
+data:
+  train: digits
+moe:
+  ep_size: 2
+train:
+  steps: 10
+deepspeed: zero.json
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run(text)` writes run.yaml beside a zero.json and goes to their folder, so that places read "run.yaml:3"."""
+    monkeypatch.chdir(tmp_path)
+    Path("zero.json").write_text("{}")
+
+    def write(text: str = BASE) -> str:
+        Path("run.yaml").write_text(text)
+        return "run.yaml"
+
+    return write
+
+
+def complaint(path: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as raised:
+        load_run(path, list(overrides))
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def test_yaml_then_overrides_then_defaults(run):
+    config = load_run(run(), ["train.lr=1e-4", "moe.ep_size=4", "moe.balance=[{kind: aux, weight: 1e-2}]"])
+    assert config.model.preset == "tiny-vl-moe" and config.train.steps == 10
+    assert config.train.lr == 1e-4 and config.moe and config.moe.ep_size == 4
+    assert [(one.kind, one.weight) for one in config.moe.balance] == [("aux", 0.01)]  # type: ignore[union-attr]
+    assert config.train.betas == (0.9, 0.95) and config.checkpoint.keep == 2
+    assert config.deepspeed == "zero.json"
+
+
+@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("1E4", 1e4), ("-1.5e+3", None), (".5", 0.5), ("3", 3.0)])
+def test_numbers_are_read_as_a_newcomer_writes_them(run, text, value):
+    if value is None:
+        assert "train.lr is -1500.0; must be greater than 0" in complaint(run(), f"train.lr={text}")
+    else:
+        assert load_run(run(), [f"train.lr={text}"]).train.lr == value
+
+
+def test_an_override_reaches_into_a_list_and_makes_sections(run):
+    text = BASE.replace("  ep_size: 2\n", "  ep_size: 2\n  balance:\n  - kind: aux\n    weight: 1\n")
+    config = load_run(run(text), ["moe.balance.0.weight=0.5", "checkpoint.keep=3"])
+    assert config.moe and config.moe.balance[0].weight == 0.5 and config.checkpoint.keep == 3  # type: ignore[union-attr]
+
+
+def test_an_empty_section_is_a_section_and_null_takes_one_away(run):
+    assert load_run(run(BASE.replace("moe:\n  ep_size: 2\n", "moe:\n"))).moe is not None
+    assert load_run(run(), ["moe=null"]).moe is None
+
+
+MISTAKES = {
+    "unknown key": ("  ep_sise: 2", "run.yaml:6: unknown key moe.ep_sise (did you mean moe.ep_size?)"),
+    "key of another section": ("  lr: 3", "run.yaml:6: unknown key moe.lr (did you mean train.lr?)"),
+    "text for a number": ("  ep_size: two", "run.yaml:6: moe.ep_size is 'two'; must be a valid integer"),
+    "quoted number": ("  ep_size: '2'", "run.yaml:6: moe.ep_size is '2'; must be a valid integer"),
+    "fraction": ("  ep_size: 1.5", "run.yaml:6: moe.ep_size is 1.5; must be a valid integer"),
+    "out of range": ("  ep_size: 0", "run.yaml:6: moe.ep_size is 0; must be greater than 0"),
+    "not an option": (
+        "  dispatch: {kind: magic}",
+        "run.yaml:6: moe.dispatch.kind is 'magic'; must be 'auto', 'local' or 'all_to_all'",
+    ),
+    "unknown kind": (
+        "  balance: [{kind: zen}]",
+        "run.yaml:6: moe.balance.0.kind is 'zen'; must be one of 'none', 'aux'",
+    ),
+    "no kind": ("  balance: [{weight: 1}]", "run.yaml:6: moe.balance.0.kind is None; must be one of 'none', 'aux'"),
+    "unknown key of a kind": (
+        "  balance:\n  - kind: aux\n    wight: 1",
+        "run.yaml:8: unknown key moe.balance.0.wight (did you mean moe.balance.0.weight?)",
+    ),
+    "value for a section": ("  router: 3", "run.yaml:6: moe.router is 3; must be a section with keys kind, top_k"),
+    "duplicate": (
+        "  ep_size: 2\n  ep_size: 4",
+        "run.yaml:7: duplicate key moe.ep_size (first at run.yaml:6); keep one of them",
+    ),
+    "broken": ("  ep_size: [1", "run.yaml:7: not valid YAML (expected ',' or ']', but got ':')"),
+    "tab": ("\tep_size: 2", "run.yaml:6: not valid YAML (found character '\\t' that cannot start any token)"),
+}
+
+
+@pytest.mark.parametrize("lines, expected", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_named_with_its_line(run, lines, expected):
+    assert complaint(run(BASE.replace("  ep_size: 2", lines))) == expected
+
+
+def test_required_keys_are_named(run):
+    assert complaint(run(BASE.replace("  train: digits", "  eval: digits"))) == (
+        "run.yaml:3: required key data.train is missing from section data"
+    )
+    assert complaint(run(BASE.replace("deepspeed: zero.json\n", ""))) == "run.yaml: required key deepspeed is missing"
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("moe.ep_sise=4", "override moe.ep_sise=4: unknown key moe.ep_sise (did you mean moe.ep_size?)"),
+        ("mow.ep_size=4", "override mow.ep_size=4: unknown key mow.ep_size (did you mean moe.ep_size?)"),
+        ("lr=1", "override lr=1: unknown key lr (did you mean train.lr?)"),
+        ("train.lr=fast", "override train.lr=fast: train.lr is 'fast'; must be a valid number"),
+        ("train.lr=.inf", "override train.lr=.inf: train.lr is inf; must be a finite number"),
+        ("train.lr", "override train.lr: write it as dotted.key=value, e.g. train.lr=1e-4"),
+        ("train..lr=1", "override train..lr=1: write it as dotted.key=value, e.g. train.lr=1e-4"),
+        ("train.steps.x=1", "override train.steps.x=1: train.steps is 10, not a section"),
+        ("moe={ep_sise: 1}", "override moe={ep_sise: 1}: unknown key moe.ep_sise (did you mean moe.ep_size?)"),
+        ("train.betas=[0.9,1]", "override train.betas=[0.9,1]: train.betas.1 is 1; must be less than 1"),
+        ("model.freeze=['(']", "override model.freeze=['(']: model.freeze: '(' is no regular expression"),
+    ],
+)
+def test_an_override_is_named_instead_of_a_line(run, override, expected):
+    assert complaint(run(), override).startswith(expected)
+
+
+def test_the_file_itself(run, tmp_path):
+    assert complaint("none.yaml") == "none.yaml: cannot read the run file (No such file or directory)"
+    assert "a run file is a mapping" in complaint(run("- a\n"))
+    assert complaint(run(), "deepspeed=zero9.json") == (
+        "override deepspeed=zero9.json: deepspeed is 'zero9.json', which is neither a file beside the run file nor "
+        f"below the working directory {tmp_path}"
+    )
+
+
+def test_all_mistakes_are_found_at_once_in_the_order_of_the_file(run):
+    text = BASE.replace("  ep_size: 2", "  ep_sise: 2").replace("digits", "7").replace("steps: 10", "steps: 0")
+    config, complaints = parse_run(run(text))
+    assert config is None
+    assert [line.split(":")[1] for line in complaints] == ["4", "6", "8"]
+
+
+# Every rule about keys without effect or in contradiction: overrides that trigger it, and words of the complaint.
+RULES = {
+    "path and preset": (["model.path=x"], "model.path is 'x' and model.preset is 'tiny-vl-moe'; set only one"),
+    "neither path nor preset": (["model.preset=null"], "neither model.path nor model.preset is set"),
+    "steps and epochs": (["train.epochs=1"], "train.steps is 10 and train.epochs is 1; set only one"),
+    "neither steps nor epochs": (["train.steps=null"], "neither train.steps nor train.epochs is set"),
+    "local at EP 2": (["moe.dispatch.kind=local"], "moe.dispatch.kind local needs moe.ep_size 1, which is 2"),
+    "all_to_all at EP 1": (
+        ["moe.dispatch.kind=all_to_all", "moe.ep_size=1"],
+        "needs moe.ep_size more than 1, which is 1",
+    ),
+    "aux twice": (["moe.balance=[{kind: aux}, {kind: aux}]"], "moe.balance lists aux 2 times"),
+    "none beside aux": (["moe.balance=[{kind: none}, {kind: aux}]"], "moe.balance lists none beside aux"),
+    "warm-up without end": (["train.warmup_steps=10"], "train.warmup_steps 10 takes all of the 10 train.steps"),
+    "flash attention in fp32": (
+        ["model.attention=flash_attention_2", "train.precision=fp32"],
+        "flash_attention_2 has no fp32 kernels",
+    ),
+    "data.root": (["data.root=images"], 'data.root would not be used: the data is "digits"'),
+    "data.length_grouping": (["data.length_grouping=true", "train.global_batch_size=1"], "global_batch_size is 1"),
+    "data.prefetch_factor": (
+        ["data.prefetch_factor=2"],
+        "data.prefetch_factor would not be used: data.num_workers is 0",
+    ),
+    "train.min_lr_ratio": (["train.min_lr_ratio=0.1", "train.schedule=linear"], "train.schedule is linear"),
+    "train.eval_every": (["train.eval_every=5"], "train.eval_every would not be used: data.eval is not set"),
+    "train.eval_batch_size": (["train.eval_batch_size=5"], "eval_batch_size would not be used: data.eval is not set"),
+    "train.eval_samples": (["train.eval_samples=5", "data.eval=digits"], "train.eval_every is not set"),
+    "train.eval_generate": (["train.eval_generate=false"], "eval_generate would not be used: data.eval is not set"),
+    "train.max_new_tokens": (
+        ["train.max_new_tokens=5", "data.eval=digits", "train.eval_generate=false"],
+        "train.max_new_tokens would not be used: train.eval_generate is false",
+    ),
+    "monitor.heatmap_every": (
+        ["monitor.heatmap_every=5", "monitor.tensorboard=false"],
+        "heatmap_every would not be used: monitor.tensorboard is false",
+    ),
+    "monitor.sample_images": (
+        ["monitor.sample_images=2", "data.eval=digits", "train.eval_generate=false"],
+        "sample_images would not be used: train.eval_generate is false",
+    ),
+}
+
+
+@pytest.mark.parametrize("overrides, expected", RULES.values(), ids=RULES)
+def test_a_rule_names_the_override_at_fault(run, overrides, expected):
+    message = complaint(run(), *overrides)
+    assert expected in message
+    assert message.startswith("override ") or "neither" in message
+
+
+def test_every_unused_rule_is_tested_and_is_about_a_key():
+    assert set(UNUSED) <= set(RULES)
+    assert set(UNUSED) <= set(ALL_KEYS)
+
+
+def test_an_unused_key_names_its_line(run):
+    assert complaint(run(BASE.replace("  steps: 10", "  steps: 10\n  eval_every: 5"))) == (
+        "run.yaml:9: train.eval_every would not be used: data.eval is not set, so nothing is evaluated; remove it"
+    )
+
+
+def test_a_key_set_to_null_is_not_set(run):
+    assert load_run(run(), ["train.eval_every=null", "data.root=null"]).train.eval_every is None
+
+
+def test_a_tree_made_without_a_file_is_checked_too():
+    config = RunConfig.model_validate(
+        {
+            "model": {"preset": "x"},
+            "data": {"train": "digits", "prefetch_factor": 2},
+            "train": {"steps": 1},
+            "deepspeed": "z",
+        }
+    )
+    assert written(config, "data.prefetch_factor") and not written(config, "train.lr")
+    with pytest.raises(UserError, match="^run file: data.prefetch_factor would not be used"):
+        check_used(config)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_dumped_tree_reads_back_as_the_same_run(path, tmp_path):
+    config = load_run(path, ["train.seed=7"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_yaml(config))
+    reloaded = load_run(again)
+    assert dump(reloaded) == dump(config) and reloaded.model_dump() == config.model_dump()
+    text = yaml.safe_load(again.read_text())
+    assert text["train"]["seed"] == 7 and text["train"]["weight_decay"] is not None
+
+
+def test_a_dump_holds_every_used_default_and_no_unused_key(run):
+    config = load_run(run())
+    tree = dump(config)
+    assert tree["moe"]["router"] == {"kind": "topk"} and tree["train"]["lr"] == 1e-5
+    assert {"eval_every", "max_new_tokens"} & set(tree["train"]) == set()
+    assert all(key.rpartition(".")[2] not in tree[key.partition(".")[0]] for key in unused_keys(config))
+
+
+MOE, DENSE, TEXT = Qwen3VLMoeConfig(), Qwen3VLConfig(), Qwen3MoeConfig()  # 60, no and 128 experts
+
+
+@pytest.mark.parametrize(
+    "model, overrides, expected",
+    [
+        (MOE, ["moe=null"], "a qwen3_vl_moe model has experts but the run has no moe section"),
+        (DENSE, [], "run.yaml:5: section moe would not be used: qwen3_vl is a dense model"),
+        (MOE, ["moe.ep_size=8"], "moe.ep_size 8 does not divide the model's 60 experts (1, 2, 3, 4, 5, 6, 10, 12"),
+        (MOE, ["moe.router.top_k=61"], "moe.router.top_k 61 exceeds the model's 60 experts"),
+        (TEXT, [], 'data.train is "digits", images that the text-only qwen3_moe model cannot see'),
+        (TEXT, ["data.train=a.jsonl", "data.max_pixels=9"], "data.max_pixels would not be used: qwen3_moe takes no"),
+    ],
+)
+def test_the_run_must_fit_its_model(run, model, overrides, expected):
+    config = load_run(run(), overrides)
+    with pytest.raises(UserError) as raised:
+        check_model(config, model)
+    assert expected in str(raised.value)
+
+
+def test_runs_that_fit_their_models(run):
+    check_model(load_run(run()), MOE)
+    check_model(load_run(run(), ["moe=null"]), DENSE)
+    check_model(load_run(run(), ["data.train=a.jsonl"]), TEXT)

@@ -1,0 +1,285 @@
+"""What a newcomer meets before any training: metadata, imports, the command, make and the launch scripts."""
+
+import importlib.metadata
+import os
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import ds_moe
+from tools.build_ops import OP, lock_holder, remove_stale_lock
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ["launch/local.sh", "launch/multinode.sh", "launch/slurm.sbatch"]
+RUN = "run file.yaml"  # with a space: quoting must survive every layer
+HOSTILE = "train.output_dir=runs/$(touch pwned);`id` 'x'"
+
+
+def shell(*words, env=None, cwd=ROOT):
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run([*map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def python(code, env=None):
+    return shell(sys.executable, "-c", code, env=env)
+
+
+def modules():
+    return sorted(
+        name for _, name, _ in pkgutil.walk_packages([str(ROOT / "ds_moe")], "ds_moe.") if "__main__" not in name
+    )
+
+
+# --- the package
+
+
+def test_version_is_the_same_everywhere():
+    assert importlib.metadata.version("ds-moe") == ds_moe.__version__
+    assert f"## {ds_moe.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_constraints_hold_for_every_requirement():
+    pins = dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
+    needed = {
+        re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9_.-]+", requirement)[0]).lower()
+        for requirement in importlib.metadata.requires("ds-moe")
+        if 'extra == "triton"' not in requirement
+    }
+    assert needed <= pinned
+
+
+def test_every_module_imports_without_triton_megablocks_or_cuda():
+    # None in sys.modules makes an import of that name fail, whether it is installed here or not.
+    missing = ["triton", "megablocks", "stk", "grouped_gemm", "flash_attn"]
+    code = f"import importlib, sys\nsys.modules.update(dict.fromkeys({missing}))\n"
+    code += f"for name in {modules()}: importlib.import_module(name)"
+    result = python(code, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 0, result.stderr
+
+
+def test_command_help_is_quick_and_light():
+    command = Path(sys.executable).with_name("ds-moe")
+    seconds = []
+    for _ in range(3):  # the best of three: this measures the command, not the disk cache or a neighbour
+        start = time.perf_counter()
+        result = shell(command, "--help")
+        seconds.append(time.perf_counter() - start)
+    assert result.returncode == 0 and "usage" in result.stdout.lower(), result.stderr
+    assert min(seconds) < 1, seconds
+    loaded = python("import sys, ds_moe.cli; print(*({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))")
+    assert loaded.stdout.split() == [], loaded.stderr
+
+
+def test_make_lists_its_targets():
+    listing = shell("make").stdout
+    assert {"demo", "test", "test-all", "lint", "bench"} <= set(re.findall(r"make ([\w-]+)", listing))
+
+
+# --- shell scripts
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "launch/common.bash", "tools/setup_env.sh", ".ci/run"])
+def test_shell_syntax(script):
+    result = shell("bash", "-n", script)
+    assert result.returncode == 0, result.stderr
+    text = (ROOT / script).read_text()
+    assert not re.search(r"^\s*(eval|set -x|printenv)\b|\$\*", text, re.M)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script):
+    result = shell("bash", script, "--help")
+    assert result.returncode == 0 and not result.stderr
+    assert "RUN.yaml" in result.stdout and "--dry-run" in result.stdout and "#" not in result.stdout
+
+
+def dry_run(tmp_path, script, *words, env=None):
+    """The words of the command that `script` would run; tmp_path holds the run file and is the working directory."""
+    (tmp_path / RUN).write_text("")
+    result = shell("bash", ROOT / script, "--dry-run", *words, env=env, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("+ ")
+    return shlex.split(result.stdout.splitlines()[-1])[1:]
+
+
+def test_local_on_cpu(tmp_path):
+    env = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "", "MASTER_PORT": "12345"}
+    words = dry_run(tmp_path, "launch/local.sh", RUN, 2, "moe.ep_size=2", HOSTILE, env=env)
+    assert words[-4:] == ["ds_moe.train", RUN, "moe.ep_size=2", HOSTILE]
+    assert words[0] == "env" and "DS_ACCELERATOR=cpu" in words
+    assert f"OMP_NUM_THREADS={max(1, len(os.sched_getaffinity(0)) // 2)}" in words
+    assert any(word.startswith("MALLOC_TRIM_THRESHOLD_=") for word in words)
+    launcher = next(i for i, word in enumerate(words) if word.endswith("/deepspeed"))
+    assert words[launcher + 1 : -4] == ["--num_accelerators", "2", "--master_port", "12345", "--module"]
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_local_picks_another_port_each_time(tmp_path):
+    def port():
+        words = dry_run(tmp_path, "launch/local.sh", RUN, 2, env={"DS_ACCELERATOR": "cpu"})
+        return int(words[words.index("--master_port") + 1])
+
+    assert 1024 < port() < 65536 and port() != port()
+
+
+def test_multinode_by_hostfile(tmp_path):
+    hostfile = ROOT / "launch/hostfile.example"
+    words = dry_run(tmp_path, "launch/multinode.sh", "--hostfile", hostfile, RUN, HOSTILE)
+    assert words[1:3] == ["--hostfile", str(hostfile)]
+    assert words[-4:] == ["--module", "ds_moe.train", RUN, HOSTILE]
+
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    assert dict(fetch_hostfile(str(hostfile))) == {"node-0": 8, "node-1": 8}
+
+
+def test_multinode_by_torchrun(tmp_path):
+    words = dry_run(tmp_path, "launch/multinode.sh", "--nodes", 4, "--gpus", 8, "--master", "node-0", RUN, HOSTILE)
+    assert words[0].endswith("/torchrun")
+    assert words[words.index("--rdzv_endpoint") + 1] == "node-0:29500"
+    assert words[-4:] == ["--module", "ds_moe.train", RUN, HOSTILE]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["launch/local.sh", RUN], "usage"),
+        (["launch/local.sh", RUN, "two"], "'two'"),
+        (["launch/local.sh", RUN, "0"], "'0'"),
+        (["launch/local.sh", "nowhere.yaml", "2"], "nowhere.yaml"),
+        (["launch/local.sh", RUN, "2", "--steps"], "--steps"),
+        (["launch/local.sh", "--what"], "--what"),
+        (["launch/multinode.sh", RUN], "--hostfile"),
+        (["launch/multinode.sh", "--hostfile", "no-hosts", RUN], "no-hosts"),
+        (["launch/multinode.sh", "--hostfile", RUN, "--nodes", "2", RUN], "two ways"),
+        (["launch/multinode.sh", "--nodes", "2", "--gpus", "x", "--master", "a", RUN], "'x'"),
+        (["launch/slurm.sbatch", RUN], "sbatch"),
+    ],
+    ids=lambda value: None if isinstance(value, list) else value,
+)
+def test_mistakes_get_one_line_and_status_2(tmp_path, words, complaint):
+    (tmp_path / RUN).write_text("")
+    run = tmp_path / RUN
+    result = shell("bash", *(run if word == RUN else word for word in words), env={"DS_ACCELERATOR": "cpu"})
+    assert result.returncode == 2
+    assert complaint in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+# `srun` and `scontrol` as small stand-ins: srun starts the task once a node, one after another in the background, and
+# gives each its SLURM_NODEID; scontrol expands the node list. What they start is the real torchrun.
+FAKE_SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do case $1 in *=*) shift ;; *) shift 2 ;; esac; done
+pids=()
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do SLURM_NODEID=$node "$@" & pids+=($!); done
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=1; done
+exit $status
+"""
+FAKE_SCONTROL = '#!/bin/bash\nprintf "localhost\\nlocalhost\\n"\n'
+# Stands in for ds_moe.train: notes how each rank was started; `fail=RANK` and `sleep=1` do as they say.
+FAKE_TRAIN = """
+import os, pathlib, sys, time
+rank = os.environ["RANK"]
+words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+pathlib.Path(os.environ["SEEN"], rank).write_text("|".join([os.environ["WORLD_SIZE"], *words]))
+print("trained on", rank, flush=True)
+if f"fail={rank}" in words:
+    os.kill(os.getpid(), 9)
+if "sleep=1" in words:
+    time.sleep(300)
+"""
+
+
+@pytest.fixture
+def fake_train(tmp_path):
+    """Environment in which `ds_moe.train` is FAKE_TRAIN; each rank leaves a file in tmp_path/seen."""
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    for folder in ["ds_moe", "seen", "bin"]:
+        (tmp_path / folder).mkdir()
+    (tmp_path / "ds_moe/__init__.py").write_text("")
+    (tmp_path / "ds_moe/train.py").write_text(FAKE_TRAIN)
+    (tmp_path / RUN).write_text("")
+    return {
+        "VIRTUAL_ENV": sys.prefix,
+        "PYTHONPATH": str(tmp_path),
+        "SEEN": str(tmp_path / "seen"),
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def seen(tmp_path):
+    return {file.name: file.read_text() for file in (tmp_path / "seen").iterdir()}
+
+
+def test_slurm_script_starts_one_torchrun_a_node(tmp_path, fake_train):
+    for name, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = fake_train | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "RANKS_PER_NODE": "1",
+    }
+    result = shell("bash", ROOT / "launch/slurm.sbatch", RUN, HOSTILE, env=env, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert seen(tmp_path) == {str(rank): f"2|{RUN}|{HOSTILE}" for rank in range(2)}
+    logs = sorted((tmp_path / f"runs/slurm-{os.getpid()}").glob("node*/*/attempt_0/0/stdout.log"))
+    assert sorted(log.read_text() for log in logs) == ["trained on 0\n", "trained on 1\n"]
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_local_starts_every_rank_and_hands_on_its_failure(tmp_path, fake_train):
+    result = shell("bash", ROOT / "launch/local.sh", RUN, 2, HOSTILE, "fail=1", env=fake_train, cwd=tmp_path)
+    assert result.returncode not in (0, 2), result.stdout + result.stderr
+    assert seen(tmp_path) == {str(rank): f"2|{RUN}|{HOSTILE}|fail=1" for rank in range(2)}
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_stopping_local_stops_every_rank(tmp_path, fake_train):
+    command = ["bash", str(ROOT / "launch/local.sh"), RUN, "2", "sleep=1"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | fake_train, stdout=log, stderr=log)
+    deadline = time.monotonic() + 60
+    while len(seen(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143, (tmp_path / "log").read_text()
+    marked = f"SEEN={fake_train['SEEN']}".encode()
+    left = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if marked in environ.read_bytes():
+                left.append(environ.parent.name)
+    assert left == []
+
+
+# --- DeepSpeed's compiled op
+
+
+def test_only_a_stale_build_lock_is_removed(tmp_path):
+    lock = tmp_path / OP / "lock"
+    lock.parent.mkdir()
+    assert not remove_stale_lock(tmp_path)
+    with open(lock, "w"):  # as a running build has it
+        assert lock_holder(lock) == os.getpid()
+        assert not remove_stale_lock(tmp_path) and lock.exists()
+    assert remove_stale_lock(tmp_path) and not lock.exists()
+
+
+def test_missing_compiler_is_said_in_one_line(tmp_path):
+    result = shell(
+        sys.executable, "tools/build_ops.py", env={"CXX": "g++-nowhere", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    )
+    assert result.returncode == 1
+    assert "g++-nowhere" in result.stderr and len(result.stderr.splitlines()) == 1
