@@ -49,10 +49,14 @@ def start_from(folder: Path, source: Path, name: str) -> Path:
     return output
 
 
+def launch(world_size: int, cases: list) -> None:
+    run_ranks("tests/distributed/resume_ranks.py", world_size, [json.dumps(cases)], timeout=300)
+
+
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("never-stopped")
-    run_ranks("tests/distributed/resume_ranks.py", 2, [json.dumps([["a", [f"train.output_dir={output}"], None]])])
+    launch(2, [["never stopped", [f"train.output_dir={output}"], "train"]])
     return output
 
 
@@ -75,7 +79,7 @@ def test_killed_and_restarted_equals_never_stopped_bit_for_bit(never_stopped, tm
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
 
 
-# name, world size, overrides; all start from the never-stopped run's checkpoint at step 16 (2 ranks, EP 2, ZeRO-3)
+# By world size: name -> overrides. All start from the never-stopped run's step 16 (2 ranks, EP 2, ZeRO-3).
 RESHARDED = {
     2: {
         "EP 2 -> 1": ["moe.ep_size=1"],
@@ -84,7 +88,7 @@ RESHARDED = {
     },
     4: {
         "EP 2 -> 4, 2 -> 4 ranks": ["moe.ep_size=4", "train.micro_batch_size=2"],
-        "EP 2 -> 2, 2 -> 4 ranks": ["train.micro_batch_size=2"],
+        "EP 2, 2 -> 4 ranks": ["train.micro_batch_size=2"],
         "EP 2 -> 1, 2 -> 4 ranks": ["moe.ep_size=1", "train.micro_batch_size=1"],
     },
     1: {"EP 2 -> 1, 2 -> 1 ranks": ["moe.ep_size=1"]},
@@ -93,19 +97,81 @@ RESHARDED = {
 
 @pytest.mark.parametrize("world_size", list(RESHARDED))
 def test_resume_on_another_topology(never_stopped, tmp_path, world_size, show):
+    """What is loaded is bit-equal, whatever the topology; what is trained from it drifts by rounding only."""
     source = checkpoints(never_stopped) / "step_00000016"
     cases, folders = [], {}
     for name, overrides in RESHARDED[world_size].items():
-        folders[name] = start_from(tmp_path, source, name.replace(" ", "_").replace(">", ""))
-        # Straight after loading, a checkpoint of what is in the engine: one step at a learning rate of nothing is not
-        # possible without moving Adam, so the run is also stopped at the loaded step.
-        cases.append([name, [f"train.output_dir={folders[name]}", *overrides], None])
-    run_ranks("tests/distributed/resume_ranks.py", world_size, [json.dumps(cases)], timeout=300)
+        folders[name] = start_from(tmp_path, source, name)
+        cases.append([name, [f"train.output_dir={folders[name]}", *overrides], "train"])
+        again = start_from(tmp_path, source, f"{name} again")
+        cases.append([name, [f"train.output_dir={again}", *overrides], "load and save"])
+    if world_size == 2:  # and back: EP 1 -> 2
+        back = tmp_path / "EP 1 -> 2"
+        loaded = checkpoints(tmp_path / "EP 2 -> 1 again") / source.name
+        cases.append(["EP 1 -> 2", [f"train.output_dir={back}", f"train.resume={loaded}"], "train"])
+        folders["EP 1 -> 2"] = back
+    launch(world_size, cases)
     expected, lines = tensors(checkpoints(never_stopped) / LAST), []
     for name, folder in folders.items():
         ours = tensors(checkpoints(folder) / LAST)
-        drift = {kind: differences(ours, expected, kind) for kind in ("weight", "exp_avg/", "exp_avg_sq/")}
-        lines.append(f"  {name:<26}" + "".join(f"{kind.strip('/')} {value:.1e}   " for kind, value in drift.items()))
+        drift = [differences(ours, expected, kind) for kind in ("weight/", "exp_avg/", "exp_avg_sq/")]
+        lines.append(f"  {name:<26} weights {drift[0]:.1e}, Adam's moments {drift[1]:.1e} and {drift[2]:.1e}")
+        assert max(drift) <= DRIFT, lines[-1]
         assert position(checkpoints(folder) / LAST) == position(checkpoints(never_stopped) / LAST)
-        assert max(drift.values()) <= DRIFT, lines[-1]
-    show("\n".join([f"resumed on {world_size} ranks, largest difference to the run never stopped:", *lines]))
+    show("\n".join(["largest difference to the run never stopped, 8 steps after resuming:", *lines]))
+    for name in RESHARDED[world_size]:
+        again = checkpoints(tmp_path / f"{name} again") / source.name
+        state = json.loads((again / "state.json").read_text())
+        assert state["world_size"] == world_size
+        assert bit_equal(tensors(again), tensors(source)), name
+
+
+def test_resume_without_the_data_position_is_noticed(never_stopped, tmp_path):
+    """Negative control: the comparison above fails when the stream starts anew."""
+    output = start_from(tmp_path, checkpoints(never_stopped) / "step_00000016", "dropped")
+    launch(2, [["dropped", [f"train.output_dir={output}"], "drop the data position"]])
+    ours, theirs = tensors(checkpoints(output) / LAST), tensors(checkpoints(never_stopped) / LAST)
+    assert differences(ours, theirs, "weight/") > DRIFT
+    assert position(checkpoints(output) / LAST) != position(checkpoints(never_stopped) / LAST)
+
+
+@pytest.fixture
+def two_checkpoints(never_stopped, tmp_path) -> Path:
+    shutil.copytree(checkpoints(never_stopped), tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000008")
+    return tmp_path / "checkpoints"
+
+
+def test_resume_refuses_a_checkpoint_with_a_missing_file_by_name_and_takes_the_one_before(two_checkpoints):
+    newest, before = two_checkpoints / LAST, two_checkpoints / "step_00000016"
+    assert newest_complete(two_checkpoints) == newest
+    for victim in ("rank-00001.safetensors", "rng-00000.safetensors", "state.json", "model/config.json"):
+        content = (newest / victim).read_bytes()
+        (newest / victim).unlink()
+        notes: list[str] = []
+        assert newest_complete(two_checkpoints, notes.append) == before
+        assert victim in notes[0] and LAST in notes[0]
+        (newest / victim).write_bytes(content)
+    assert newest_complete(two_checkpoints) == newest
+
+
+def test_resume_refuses_truncated_unreadable_and_partial_checkpoints(two_checkpoints):
+    newest, before = two_checkpoints / LAST, two_checkpoints / "step_00000016"
+    with (newest / "rank-00000.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert "1000 bytes instead of" in str(incomplete(newest))
+    (before / "manifest.json").write_text("{")
+    assert "manifest.json" in str(incomplete(before))
+    (two_checkpoints / ".partial_step_00000032").mkdir()  # what a kill while writing leaves
+    assert newest_complete(two_checkpoints, lambda note: None) is None
+
+
+def test_resume_refuses_a_flipped_bit_when_it_loads(never_stopped, tmp_path):
+    output = start_from(tmp_path, checkpoints(never_stopped) / "step_00000016", "flipped")
+    damaged = checkpoints(output) / "step_00000016" / "rank-00001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-10] ^= 1
+    damaged.write_bytes(content)
+    run = run_ranks("ds_moe.train", 2, [RUN, f"train.output_dir={output}"], check=False)
+    assert run.returncode != 0
+    assert f"{damaged} is damaged" in run.output and "Traceback" not in run.log(0)
