@@ -1,22 +1,12 @@
-"""Checkpoints: one topology-free form for save, resume, reshard and export.
+"""Checkpoints: one topology-free form for save, resume, reshard and export (the files: `checkpoint_files.py`).
 
-    <output_dir>/checkpoints/step_00000120/
-        rank-00000.safetensors ...  fp32 weights and Adam moments by parameter name; experts as blocks of rows
-        rng-00000.safetensors ...   this rank's random states
-        state.json                  step, data position, topology, Adam's step, versions
-        run.yaml, model/            the resolved run; config, generation config and processor of the model
-        manifest.json               every file with size and SHA-256, every tensor with its place; written last
-
-A folder is written under a temporary name and renamed when it is whole; `latest` is moved after that. Nothing in it is
-a pickle. Values are stored by parameter, not by ZeRO partition, so any world size, EP size or ZeRO stage can resume.
+A folder is written under a temporary name and renamed when it is whole; `latest` is moved after that. Values are stored
+by parameter, not by ZeRO partition, so any world size, EP size or ZeRO stage can resume.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,12 +21,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_moe import zero_state
+from ds_moe.checkpoint_files import (
+    FORMAT,
+    MANIFEST,
+    Reader,
+    file_table,
+    incomplete,
+    newest_complete,
+    read_manifest,
+    sha256_of,
+    step_folders,
+    write_json,
+)
 from ds_moe.engine import Topology
 from ds_moe.errors import UserError
 from ds_moe.models.convert import expert_state
-
-FORMAT = 1
-STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
 @dataclass
@@ -79,26 +78,24 @@ def save(
         "ep_size": topology.ep_size,
     }
     tensors = _collect(engine, topology)
-    places = _together(topology, f"write checkpoint {final}", lambda: _write_rank(partial, topology, tensors))
+    shares = _together(topology, f"write checkpoint {final}", lambda: _write_rank(partial, topology, tensors))
 
     def finish() -> None:
         write_extras(partial)
-        _write_json(partial / "state.json", state)
-        files = {
-            str(path.relative_to(partial)): {"size": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(partial.rglob("*"))
-            if path.is_file()
-        }
-        merged: dict[str, list[Any]] = {}
-        for rank_places in places:
-            for key, pieces in rank_places.items():
-                merged.setdefault(key, []).extend(pieces)
-        _write_json(partial / "manifest.json", {"format": FORMAT, "files": files, "tensors": merged})
+        write_json(partial / "state.json", state)
+        written = {name: entry for share in shares for name, entry in share.files.items()}
+        extras = [file for file in partial.rglob("*") if file.is_file() and file.name not in written]
+        pieces: dict[str, list[Any]] = {}
+        for share in shares:
+            for key, piece in share.pieces.items():
+                pieces.setdefault(key, []).append(piece)
+        files = {**written, **file_table(partial, extras)}
+        write_json(partial / MANIFEST, {"format": FORMAT, "files": files, "tensors": pieces})
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _write_json(folder / ".latest", final.name)
+        write_json(folder / ".latest", final.name)
         (folder / ".latest").replace(folder / "latest")
-        for old in _step_folders(folder)[keep:]:
+        for old in step_folders(folder)[keep:]:
             shutil.rmtree(old)
 
     _together(topology, f"finish checkpoint {final}", finish if topology.rank == 0 else lambda: None)
@@ -106,7 +103,7 @@ def save(
 
 
 def _collect(engine: deepspeed.DeepSpeedEngine, topology: Topology) -> dict[str, tuple[Tensor, list[int]]]:
-    """This rank's share of all tensors, {kind/name: (value, rows [start, stop))}; every rank takes part in each read."""
+    """This rank's share of all tensors: {kind/name: (value, rows [start, stop))}; collective."""
     mine: dict[str, tuple[Tensor, list[int]]] = {}
     kinds = (zero_state.WEIGHT, *(zero_state.MOMENTS if zero_state.adam_step(engine) else ()))
     expert_copies = topology.world_size // topology.ep_size
@@ -136,11 +133,20 @@ def _persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _write_rank(folder: Path, topology: Topology, tensors: dict[str, tuple[Tensor, list[int]]]) -> dict[str, list[Any]]:
-    name = f"rank-{topology.rank:05d}.safetensors"
-    save_file({key: value for key, (value, _) in tensors.items()}, folder / name)
-    save_file(_rng_states(topology), folder / f"rng-{topology.rank:05d}.safetensors")
-    return {key: [[name, *rows]] for key, (_, rows) in tensors.items()}
+@dataclass
+class _Share:
+    """What one rank wrote: its files with size and checksum, and where each of its tensors' rows are."""
+
+    files: dict[str, dict[str, Any]]
+    pieces: dict[str, list[Any]]  # kind/name -> [file, first row, end of rows]
+
+
+def _write_rank(folder: Path, topology: Topology, tensors: dict[str, tuple[Tensor, list[int]]]) -> _Share:
+    weights, rng = (folder / f"{kind}-{topology.rank:05d}.safetensors" for kind in ("rank", "rng"))
+    save_file({key: value for key, (value, _) in tensors.items()}, weights)
+    save_file(_rng_states(topology), rng)
+    pieces = {key: [weights.name, *rows] for key, (_, rows) in tensors.items()}
+    return _Share(file_table(folder, [weights, rng]), pieces)
 
 
 def _rng_states(topology: Topology) -> dict[str, Tensor]:
@@ -148,32 +154,6 @@ def _rng_states(topology: Topology) -> dict[str, Tensor]:
     if topology.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(topology.device)
     return states
-
-
-def newest_complete(folder: Path, note: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint below `folder` that is whole; those passed over are noted with the reason."""
-    for path in _step_folders(folder):
-        problem = incomplete(path)
-        if problem is None:
-            return path
-        note(f"checkpoint {path} is not usable: {problem}; trying the one before it")
-    return None
-
-
-def incomplete(path: Path) -> str | None:
-    """Why a checkpoint folder cannot be used, naming the file, or None if every file has its size."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            return f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
-        for name, entry in manifest["files"].items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if (path / name).stat().st_size != entry["size"]:
-                return f"{name} has {(path / name).stat().st_size} bytes instead of {entry['size']}"
-    except (OSError, KeyError, ValueError) as error:
-        return f"manifest.json cannot be read ({error})"
-    return None
 
 
 def resume_path(resume: str, folder: Path, topology: Topology, note: Callable[[str], None] = print) -> Path | None:
@@ -203,7 +183,7 @@ def load(engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path) -> L
     Raises:
         UserError: a file that does not match its checksum, or tensors that do not fit this model.
     """
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = read_manifest(path)
     _together(topology, f"verify checkpoint {path}", lambda: _verify(path, manifest, topology))
     state = json.loads((path / "state.json").read_text())
     reader = Reader(path, manifest)
@@ -258,70 +238,11 @@ def _restore_rng(path: Path, state: dict[str, Any], topology: Topology) -> None:
             torch.cuda.set_rng_state(file.get_tensor("cuda"), topology.device)
 
 
-class Reader:
-    """Reads whole tensors, or some of their first rows, from a checkpoint's pieces; nothing else is loaded."""
-
-    def __init__(self, path: Path, manifest: dict[str, Any] | None = None) -> None:
-        self.path = path
-        self.tensors = (manifest or json.loads((path / "manifest.json").read_text()))["tensors"]
-        self._files: dict[str, Any] = {}
-
-    def _file(self, name: str) -> Any:
-        if name not in self._files:
-            self._files[name] = safe_open(self.path / name, framework="pt")
-        return self._files[name]
-
-    def shape(self, key: str) -> list[int]:
-        """The whole tensor's shape."""
-        pieces = self.tensors[key]
-        shape = self._file(pieces[0][0]).get_slice(key).get_shape()
-        return [max(piece[2] for piece in pieces), *shape[1:]] if shape else shape
-
-    def read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """The tensor `kind/name`, or its rows [start, stop) of the first dimension.
-
-        Raises:
-            UserError: the checkpoint holds no such tensor or not all of these rows.
-        """
-        pieces = sorted(self.tensors.get(key, []), key=lambda piece: piece[1])
-        if not pieces:
-            raise UserError(f"checkpoint {self.path} holds no {key}")
-        start, stop = rows or (0, pieces[-1][2])
-        parts, position = [], start
-        for name, first, last in pieces:
-            if first <= position < min(last, stop):
-                if last - first == 1 and not self._file(name).get_slice(key).get_shape():
-                    return self._file(name).get_tensor(key)
-                parts.append(self._file(name).get_slice(key)[position - first : min(last, stop) - first])
-                position = min(last, stop)
-        if position != stop:
-            raise UserError(f"checkpoint {self.path} holds {key} only up to row {position} of {stop}")
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _verify(path: Path, manifest: dict[str, Any], topology: Topology) -> None:
     """Check the checksums, each rank its share of the files."""
     for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
-        if index % topology.world_size == topology.rank and _sha256(path / name) != entry["sha256"]:
-            raise UserError(f"{path / name} is damaged: its SHA-256 is not the manifest's; delete the checkpoint folder")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _step_folders(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    found = [path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
-    return sorted(found, reverse=True)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+        if index % topology.world_size == topology.rank and sha256_of(path / name) != entry["sha256"]:
+            raise UserError(f"{path / name} is damaged: its SHA-256 is not the manifest's; delete its folder")
 
 
 def _together(topology: Topology, what: str, action: Callable[[], Any]) -> list[Any]:

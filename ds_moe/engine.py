@@ -157,5 +157,3 @@ def _check_invariants(
         for parameter in layer.experts.parameters():
             if parameter.allreduce:
                 raise RuntimeError(f"an expert of MoE layer {layer.index} would be averaged with other experts")
-
-

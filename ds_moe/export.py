@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ds_moe import __version__
-from ds_moe.checkpoint import Reader, incomplete, newest_complete
+from ds_moe.checkpoint_files import Reader, incomplete, newest_complete
 from ds_moe.errors import UserError
 from ds_moe.models.convert import expert_state
 
@@ -36,35 +36,38 @@ class Exported:
     """What was written: files with weights, their number of parameters and bytes."""
 
     folder: Path
+    layout: Layout
     files: list[str]
     parameters: int
     bytes: int
 
 
 def export_checkpoint(
-    source: Path, out: Path, layout: Layout = "memory", max_shard_bytes: int = 5 * 2**30, force: bool = False
+    source: Path, out: Path, layout: Layout | None = None, max_shard_bytes: int = 5 * 2**30
 ) -> Exported:
     """Write the model of a checkpoint as a folder that `from_pretrained` of plain transformers loads.
 
     Args:
         source: a checkpoint folder, or a run's output folder (its newest complete checkpoint is taken).
-        out: the folder to write; must not exist or be empty, unless `force`.
-        layout: a key of `LAYOUTS`.
+        out: the folder to write; must not exist or be empty.
+        layout: a key of `LAYOUTS`; None: `hub` for the family that has it and where it is unambiguous, else `memory`.
         max_shard_bytes: size of one weight file at most (a single larger tensor has a file of its own).
 
     Raises:
         UserError: an incomplete checkpoint, a folder in the way, or a layout this model cannot be stored in.
     """
     checkpoint = _find(source)
-    if out.exists() and any(out.iterdir()) and not force:
+    if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another folder or remove it")
     state = json.loads((checkpoint / "state.json").read_text())
-    config = AutoConfig.from_pretrained(checkpoint / "model").get_text_config()
+    config = AutoConfig.from_pretrained(checkpoint / "model")
+    problem = _hub_layout_problem(config)
+    if layout == "hub" and problem is not None:
+        raise UserError(f"--layout hub cannot store this model: {problem}; use --layout memory")
+    layout = layout or ("memory" if problem is not None else "hub")
     dtype = DTYPES[state["precision"]]
     reader = Reader(checkpoint)
     plan = _shards(_sizes(reader, dtype), max_shard_bytes)
-    if layout == "hub":
-        _check_hub_layout(config)
 
     out.mkdir(parents=True, exist_ok=True)
     for path in (checkpoint / "model").iterdir():
@@ -82,8 +85,8 @@ def export_checkpoint(
     if len(plan) > 1:
         index = {"metadata": {"total_size": size, "total_parameters": parameters}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=2))
-    (out / "README.md").write_text(_model_card(checkpoint, state, config, layout, parameters))
-    return Exported(out, sorted(set(weight_map.values())), parameters, size)
+    (out / "README.md").write_text(_model_card(checkpoint, state, config.get_text_config(), layout, parameters))
+    return Exported(out, layout, sorted(set(weight_map.values())), parameters, size)
 
 
 def _find(source: Path) -> Path:
@@ -97,14 +100,17 @@ def _find(source: Path) -> Path:
     return source
 
 
-def _check_hub_layout(config: Any) -> None:
-    if not hasattr(config, "moe_intermediate_size"):
-        raise UserError("--layout hub is about experts, and this model has none: use --layout memory")
-    if config.hidden_size == 2 * config.moe_intermediate_size:
-        raise UserError(
-            f"--layout hub cannot store this model: hidden_size {config.hidden_size} is twice moe_intermediate_size, "
-            "so transformers could not tell the transposed experts apart and would load them wrong; use --layout memory"
+def _hub_layout_problem(config: Any) -> str | None:
+    """Why experts cannot be stored transposed, or None where they can."""
+    if config.model_type != "qwen3_vl_moe":
+        return f"only qwen3_vl_moe checkpoints have it, this is {config.model_type}"
+    text = config.get_text_config()
+    if text.hidden_size == 2 * text.moe_intermediate_size:
+        return (
+            f"hidden_size {text.hidden_size} is twice moe_intermediate_size, so transformers could not tell the "
+            "transposed experts apart and would load them wrong"
         )
+    return None
 
 
 def _sizes(reader: Reader, dtype: torch.dtype) -> dict[str, int]:

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe import checkpoint
-from ds_moe.config import RunConfig
 from ds_moe.checks import check_model
+from ds_moe.config import RunConfig
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.ds_config import precision, resolve_deepspeed
 from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, start_distributed
@@ -27,7 +27,7 @@ from ds_moe.errors import UserError
 from ds_moe.evaluate import Answering, evaluate, to_device
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.processor import load_processor, save_processor, tiny_processor
-from ds_moe.models.qwen3_vl import load_model
+from ds_moe.models.qwen3_vl import load_model, model_config
 from ds_moe.moe import ForwardContext
 from ds_moe.monitor import EvalReport, Monitor, RoutingReport, StepReport, make_monitor
 from ds_moe.monitor.meters import max_vio
@@ -115,8 +115,8 @@ def set_up(config: RunConfig) -> Run:
     if config.data.eval is not None:
         eval_set = EvalSet(config, processor, rank=topology.rank, world_size=topology.world_size)
     total_steps = config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch
+    check_model(config, model_config(config.model))
     model = load_model(config.model, dtype, config.train.seed)
-    check_model(config, model.config)
     flops = active_flops_per_token(model)
     hidden_size = model.config.get_text_config().hidden_size
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
@@ -158,8 +158,7 @@ def resume(run: Run) -> None:
     run.stream.load_state_dict(state["data"])
     run.step = state["step"]
     run.monitor.note(
-        f"resumed from {path} at step {run.step} "
-        f"(saved by {state['world_size']} ranks with ep_size {state['ep_size']})"
+        f"resumed from {path} at step {run.step} (saved by {state['world_size']} ranks with ep_size {state['ep_size']})"
     )
 
 
@@ -213,8 +212,8 @@ def routing_report(run: Run) -> RoutingReport | None:
     loads = [load for load in taken if load is not None]
     if not loads:
         return None
-    counts_L2E = torch.stack([torch.stack(load[:2]) for load in loads])
-    sums_L2 = torch.stack([torch.stack([load[2].double(), load[3].double()]) for load in loads])
+    counts_L2E = torch.stack([torch.stack([load.counts_E, load.image_E]) for load in loads])
+    sums_L2 = torch.stack([torch.stack([load.tokens.double(), load.entropy.double()]) for load in loads])
     dist.all_reduce(counts_L2E)
     dist.all_reduce(sums_L2)
     counts_L2E = counts_L2E.cpu().numpy()
@@ -240,6 +239,7 @@ def save_checkpoint(run: Run) -> None:
     def write_extras(folder: Path) -> None:
         (folder / "run.yaml").write_text(dump_yaml(run.config))
         model = run.engine.module
+        model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder / "model")
         if model.can_generate():
             model.generation_config.save_pretrained(folder / "model")

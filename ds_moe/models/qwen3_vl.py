@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ds_moe.config import ModelConfig
 from ds_moe.errors import UserError
-from ds_moe.models.presets import build_preset
+from ds_moe.models.presets import build_preset, preset_config
 
 MODEL_CLASSES: dict[str, Callable[[], type[PreTrainedModel]]] = {
     "qwen3_vl_moe": lambda: transformers.Qwen3VLMoeForConditionalGeneration,
@@ -30,31 +30,41 @@ FREEZE_PATTERNS = {
 }
 
 
+def model_config(config: ModelConfig) -> PretrainedConfig:
+    """The transformers config of a run's `model` section; reads no weights.
+
+    Raises:
+        UserError: an unknown preset, a path that cannot be read, or an unsupported family.
+    """
+    if config.preset is not None:
+        return preset_config(config.preset)
+    try:
+        found = AutoConfig.from_pretrained(str(config.path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path {config.path!r} cannot be read as a transformers checkpoint: {error}") from error
+    if found.model_type not in MODEL_CLASSES:
+        raise UserError(f"model.path {config.path!r} is a {found.model_type!r}; supported: {sorted(MODEL_CLASSES)}")
+    return found
+
+
 def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
     """The model of a run's `model` section, complete on the CPU of this rank, in `dtype`.
 
+    A checkpoint may store experts in either layout; every weight must be there and none may be left over.
+
     Raises:
-        UserError: an unsupported family, a path that cannot be read, or a missing or unexpected weight.
+        UserError: as `model_config`, or a missing, unexpected or misshapen weight.
     """
     if config.preset is not None:
         return build_preset(config.preset, seed, config.attention).to(dtype)
-    return load_pretrained(str(config.path), dtype, config.attention)
-
-
-def load_pretrained(path: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """A checkpoint in either expert layout; every weight must be there and none may be left over."""
-    try:
-        model_type = AutoConfig.from_pretrained(path).model_type
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path {path!r} cannot be read as a transformers checkpoint: {error}") from error
-    if model_type not in MODEL_CLASSES:
-        raise UserError(f"model.path {path!r} is a {model_type!r}; supported: {sorted(MODEL_CLASSES)}")
-    model, report = MODEL_CLASSES[model_type]().from_pretrained(
-        path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+    model_class = MODEL_CLASSES[model_config(config).model_type]()
+    loaded: Any = model_class.from_pretrained(
+        str(config.path), dtype=dtype, attn_implementation=config.attention, output_loading_info=True
     )
+    model, report = loaded
     wrong = {kind: sorted(map(str, keys))[:5] for kind, keys in report.items() if keys}
     if wrong:
-        raise UserError(f"model.path {path!r} does not fit {type(model).__name__}: {wrong}")
+        raise UserError(f"model.path {config.path!r} does not fit {model_class.__name__}: {wrong}")
     return model
 
 
@@ -121,5 +131,3 @@ def parameter_table(model: nn.Module, parts: dict[str, str] | None = None) -> li
         totals[part][0] += size if parameter.requires_grad else 0
         totals[part][1] += size
     return [(part, trained, total) for part, (trained, total) in totals.items() if total]
-
-

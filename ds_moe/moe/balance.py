@@ -23,13 +23,15 @@ class Balancer(Protocol):
             counts_E: this rank's assignments of each expert, int64.
             token_V: indices of the tokens that are no padding; None: all.
         """
+        ...
 
 
 class AuxLoss:
     """Switch Transformer's load-balancing loss (Fedus 2021, eq. 4-6), over one micro-batch and layer.
 
     `weight * E * sum_i f_i * P_i`, where f_i is the share of tokens that use expert i (the f_i sum to K) and P_i
-    the mean score of expert i over the tokens. Perfectly balanced it is `weight * K`. Padding enters neither.
+    the mean score of expert i over the tokens. Perfectly balanced it is `weight * K`. Padding enters neither. It is a
+    function of the micro-batch: another micro_batch_size gives another loss.
     """
 
     def __init__(self, weight: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,20 +84,28 @@ class Load:
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
-        self._totals: list[Tensor] | None = None
+        self._totals: LoadTotals | None = None
 
     @torch.no_grad()
     def add(self, decision: RoutingDecision, counts_E: Tensor, context: ForwardContext) -> None:
         image_E = torch.zeros_like(counts_E)
         if context.image_T is not None:
             image_E = count_experts(decision.expert_N[context.image_T[decision.token_N]], self.num_experts)
-        scores_TE = decision.scores_TE if context.token_V is None else decision.scores_TE[context.token_V]
-        entropy = torch.special.entr(scores_TE).sum()
-        tokens = counts_E.new_tensor(scores_TE.shape[0])
-        new = [counts_E, image_E, tokens, entropy]
-        self._totals = new if self._totals is None else [old + more for old, more in zip(self._totals, new, strict=True)]
+        scores_VE = decision.scores_TE if context.token_V is None else decision.scores_TE[context.token_V]
+        tokens = counts_E.new_tensor(scores_VE.shape[0])
+        new = LoadTotals(counts_E, image_E, tokens, torch.special.entr(scores_VE).sum())
+        self._totals = new if self._totals is None else LoadTotals(*map(torch.add, self._totals, new))
 
-    def take(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """(counts_E int64, of image tokens int64, tokens int64, summed entropy in nats fp32), and start anew."""
+    def take(self) -> LoadTotals | None:
+        """The totals, or None if nothing was added; start anew."""
         totals, self._totals = self._totals, None
-        return None if totals is None else tuple(totals)
+        return totals
+
+
+class LoadTotals(NamedTuple):
+    """Sums over the tokens of one rank and layer."""
+
+    counts_E: Tensor  # int64, assignments of each expert
+    image_E: Tensor  # int64, of these, of image tokens
+    tokens: Tensor  # int64 scalar, padding left out
+    entropy: Tensor  # fp32 scalar, nats

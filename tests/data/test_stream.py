@@ -115,6 +115,14 @@ def test_resumed_goes_on_exactly_with_the_next_step(path, run_config, processor,
     assert take(TrainStream(config, processor, rank=0, world_size=world_size), 4, processor) != never_stopped[4:]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_stream_draws_nothing_from_the_global_generator(path, run_config, processor, workers):
+    stream = TrainStream(run_config(path, {"num_workers": workers}), processor, rank=0, world_size=1)
+    before = torch.get_rng_state()
+    take(stream, STEPS + 1, processor)
+    assert torch.get_rng_state().equal(before)
+
+
 def test_resume_on_another_world_size_goes_on_with_the_same_global_batches(path, run_config, processor):
     config = run_config(path)
     never_stopped = whole_steps(config, processor, 1, 6)
@@ -186,6 +194,7 @@ def test_skip_replaces_bad_records_by_fillers_and_lists_each_once(with_bad, run_
         seen = Counter(a for rank in epochs for step in rank[epoch * STEPS : (epoch + 1) * STEPS] for a in step)
         assert seen.pop(None) == 24 - 18 and set(seen.values()) == {1}
         assert set(seen) == {f"number {n}" for n in range(RECORDS) if n not in (3, 7, 11)}
+    TrainStream(config, processor, rank=0, world_size=1)  # a resumed run lists nothing twice
     listed = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
     assert sorted(record["where"].rsplit(":", 1)[1] for record in listed) == ["12", "4", "8"]
     assert {record["where"]: record["reason"] for record in listed} == {

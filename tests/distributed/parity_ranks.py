@@ -1,6 +1,5 @@
 """Ranks of test_parity: every EP x ZeRO x checkpointing of one world size against the unconverted model."""
 
-import copy
 import itertools
 import sys
 

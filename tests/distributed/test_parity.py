@@ -19,7 +19,9 @@ def test_parity_matrix(world_size, show):
         "  EP  ZeRO  checkpointing   loss difference   gradient difference / largest entry",
     ]
     for ep_size, stage, checkpointing, loss, gradient in run.json["rows"]:
-        lines.append(f"  {ep_size:>2}  {stage:>4}  {'on' if checkpointing else 'off':>13}   {loss:15.1e}   {gradient:19.1e}")
+        lines.append(
+            f"  {ep_size:>2}  {stage:>4}  {'on' if checkpointing else 'off':>13}   {loss:15.1e}   {gradient:19.1e}"
+        )
     show("\n".join(lines))
     assert len(run.json["rows"]) == 6 * {2: 2, 4: 3}[world_size]
     for row in run.json["rows"]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_moe.checkpoint import Reader, incomplete, newest_complete
+from ds_moe.checkpoint_files import Reader, incomplete, newest_complete
 from tests.launcher import run_ranks, start_ranks
 
 RUN = "tests/runs/resume.yaml"
