@@ -8,9 +8,6 @@ ARGS ?=
 
 PY := $(abspath $(VENV))/bin/python
 READY := $(VENV)/.ready
-# DeepSpeed's compiled op lives in the environment it was built against, so that two checkouts do not rebuild each
-# other's. launch/local.sh and the tests look there too.
-export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 export VENV
 # The launchers and scripts started from here must be this environment's.
 export PATH := $(abspath $(VENV))/bin:$(PATH)

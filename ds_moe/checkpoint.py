@@ -105,6 +105,7 @@ def save(
 def _collect(engine: deepspeed.DeepSpeedEngine, topology: Topology) -> dict[str, tuple[Tensor, list[int]]]:
     """This rank's share of all tensors: {kind/name: (value, rows [start, stop))}; collective."""
     mine: dict[str, tuple[Tensor, list[int]]] = {}
+    zero_state.link_moments(engine)
     kinds = (zero_state.WEIGHT, *(zero_state.MOMENTS if zero_state.adam_step(engine) else ()))
     expert_copies = topology.world_size // topology.ep_size
     for index, (name, parameter) in enumerate(engine.module.named_parameters()):

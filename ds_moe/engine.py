@@ -17,6 +17,7 @@ from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from torch import nn
 from transformers import PreTrainedModel, get_scheduler
 
+from ds_moe import ops
 from ds_moe.binding import BoundMoELayer, create_groups
 from ds_moe.config import RunConfig, TrainConfig
 from ds_moe.errors import UserError
@@ -50,6 +51,7 @@ def start_distributed(ep_size: int) -> Topology:
     Raises:
         UserError: `ep_size` does not divide the number of processes.
     """
+    ops.use_environment()
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -61,7 +61,7 @@ def export_checkpoint(
         raise UserError(f"{out} is not empty: choose another folder or remove it")
     state = json.loads((checkpoint / "state.json").read_text())
     config = AutoConfig.from_pretrained(checkpoint / "model")
-    problem = _hub_layout_problem(config)
+    problem = hub_layout_problem(config)
     if layout == "hub" and problem is not None:
         raise UserError(f"--layout hub cannot store this model: {problem}; use --layout memory")
     layout = layout or ("memory" if problem is not None else "hub")
@@ -100,7 +100,7 @@ def _find(source: Path) -> Path:
     return source
 
 
-def _hub_layout_problem(config: Any) -> str | None:
+def hub_layout_problem(config: Any) -> str | None:
     """Why experts cannot be stored transposed, or None where they can."""
     if config.model_type != "qwen3_vl_moe":
         return f"only qwen3_vl_moe checkpoints have it, this is {config.model_type}"

@@ -63,6 +63,10 @@ def run_summary(run: Run) -> str:
         f"steps     {run.total_steps} of {run.stream.steps_per_epoch} an epoch; lr {config.train.lr:g}, "
         f"{config.train.schedule}, {config.train.warmup_steps} warm-up"
     )
+    device, host = (sum(part.values()) / 2**30 for part in (run.memory.device, run.memory.host))
+    lines.append(
+        f"memory    about {device:.1f} GiB a rank at the peak{f', {host:.1f} GiB on the host' if host else ''}"
+    )
     lines.append("parameters on this rank's EP share (trainable / all):")
     for part, trained, total in parameter_table(engine.module):
         lines.append(f"  {part:<11}{trained:>16,} / {total:,}")

@@ -20,14 +20,16 @@ from torch import Tensor
 from ds_moe import checkpoint
 from ds_moe.checks import check_model
 from ds_moe.config import RunConfig
+from ds_moe.data.loading import BAD_RECORDS
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.ds_config import precision, resolve_deepspeed
 from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, start_distributed
 from ds_moe.errors import UserError
 from ds_moe.evaluate import Answering, evaluate, to_device
+from ds_moe.memory import Memory, predict, skeleton
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.processor import load_processor, save_processor, tiny_processor
-from ds_moe.models.qwen3_vl import load_model, model_config
+from ds_moe.models.qwen3_vl import freeze, load_model, model_config
 from ds_moe.moe import ForwardContext
 from ds_moe.monitor import EvalReport, Monitor, RoutingReport, StepReport, make_monitor
 from ds_moe.monitor.meters import max_vio
@@ -48,9 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    dist.destroy_process_group()
     return 0
 
 
@@ -67,6 +67,7 @@ class Run:
     eval_set: EvalSet | None
     monitor: Monitor
     total_steps: int
+    memory: Memory  # predicted, of one rank
     step: int = 0
     seconds: float = 0.0  # of training steps in this process
     tokens: int = 0
@@ -115,11 +116,13 @@ def set_up(config: RunConfig) -> Run:
     if config.data.eval is not None:
         eval_set = EvalSet(config, processor, rank=topology.rank, world_size=topology.world_size)
     total_steps = config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch
-    check_model(config, model_config(config.model))
-    model = load_model(config.model, dtype, config.train.seed)
-    flops = active_flops_per_token(model)
-    hidden_size = model.config.get_text_config().hidden_size
+    outline = skeleton(model_config(config.model))
+    check_model(config, outline.config)
+    hidden_size = outline.config.get_text_config().hidden_size
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
+    freeze(outline, config.model.freeze)
+    memory = predict(outline, config, ds_config, topology.world_size, on_cpu())
+    model = load_model(config.model, dtype, config.train.seed)
     context = prepare_model(model, config, topology)
     engine = build_engine(model, config, ds_config, total_steps)
     engine.train()
@@ -128,11 +131,11 @@ def set_up(config: RunConfig) -> Run:
         config,
         rank=topology.rank,
         total_steps=total_steps,
-        flops_per_token=flops,
+        flops_per_token=active_flops_per_token(outline),
         peak_flops=peak_flops(topology),
         run_dir=Path(config.train.output_dir),
     )
-    return Run(config, topology, engine, context, processor, stream, eval_set, monitor, total_steps)
+    return Run(config, topology, engine, context, processor, stream, eval_set, monitor, total_steps, memory)
 
 
 def seed_everything(seed: int) -> None:
@@ -268,10 +271,13 @@ def finish(run: Run) -> None:
         _row(rows, f"held-out accuracy, {kind}", value, "{:.3f}".format)
     _row(rows, "tokens/s", result.get("tokens_per_s"), "{:,.0f}".format)
     _row(rows, "MaxVio", result.get("max_vio"), "{:.2f}".format)
-    if run.stream.skipped:
-        rows["bad records skipped"] = f"{len(run.stream.skipped)} (see {run.folder / 'bad_records.jsonl'})"
+    bad_records = run.folder / BAD_RECORDS
+    if bad_records.exists():  # of all ranks
+        rows["bad records skipped"] = f"{len(bad_records.read_text().splitlines())} (in {bad_records})"
     _row(rows, "checkpoint", result.get("checkpoint"), str)
-    rows["TensorBoard"] = f"tensorboard --logdir {run.folder}"
+    rows["monitoring"] = f"{run.monitor.overhead():.2%} of step time"
+    if run.config.monitor.tensorboard:
+        rows["curves"] = f"tensorboard --logdir {run.folder}"
     if run.topology.rank == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "result.json").write_text(json.dumps(result, indent=1))

@@ -52,7 +52,16 @@ def start_adam(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
         state["step"] = torch.tensor(float(step)) if counts_in_tensors else step
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(flat, dtype=torch.float32)
+    link_moments(engine)
+
+
+def link_moments(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make every parameter's moments readable at ZeRO 1 and 2.
+
+    DeepSpeed 0.19 links them once, after the first group's first step, when the other groups have none yet.
+    """
     if not is_stage3(engine):
+        engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 

@@ -46,19 +46,3 @@ show_command() {
     done
     printf '+%s\n' "$line"
 }
-
-# cpu_settings RANKS: fills the array `settings` for RANKS processes that share this machine's cores.
-# The MALLOC_ lines keep glibc from handing the experts' buffers back after every step, which costs up to a third of
-# a CPU step in page faults.
-cpu_settings() {
-    local cores threads
-    cores=$(env -u OMP_NUM_THREADS nproc)
-    threads=$((cores / $1))
-    # shellcheck disable=SC2034  # used by the script that sources this
-    settings=(
-        "DS_ACCELERATOR=cpu"
-        "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-        "MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}"
-        "MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-34359738368}"
-    )
-}

@@ -1,23 +1,21 @@
 """Settings of every test process and of the processes it starts (they inherit the environment)."""
 
 import os
-import sys
-from pathlib import Path
 
 # Before torch, DeepSpeed or tokenizers are imported: one thread a process (tests start several), no network, quiet.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
-# The op that `make` compiled into this environment; without it the first launch of a test compiles for 100 s.
-if sys.prefix != sys.base_prefix:
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
 
 import pytest
 import torch
+
+from ds_moe import ops
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["DS_ACCELERATOR"] = "cpu"
 torch.set_num_threads(1)
+ops.use_environment()  # without the op that `make` compiled, the first launch of a test would compile for 100 s
 
 
 def pytest_collection_modifyitems(items):

@@ -1,83 +1,209 @@
-"""The helper that the distributed tests stand on: it must report, fail loudly, and leave no process behind."""
+"""`ds-moe train`: the command it makes, and that no rank outlives it."""
 
+import os
+import shlex
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.launcher import REPORTS, RanksFailed, report, run_ranks, start_ranks
+from ds_moe import cli, launcher
+from ds_moe.errors import UserError
+from ds_moe.ops import OP
 
-REPORTING = """
+DEMO = "ds_configs/runs/demo.yaml"
+HOSTILE = "train.output_dir=runs/$(touch pwned);`id` 'x'"
+TAIL = ["--quiet", "--no_local_rank", "--module", "ds_moe.train", DEMO]
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch):
+    for name in ("MASTER_PORT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", *launcher.cpu_settings(1)):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def dry_run(capsys, *words):
+    """(settings, launcher's words) that `ds-moe train --dry-run` prints."""
+    assert cli.main(["train", "--dry-run", *map(str, words)]) == 0
+    printed = shlex.split(capsys.readouterr().out)
+    assert printed.pop(0) == "+"
+    start = next(i for i, word in enumerate(printed) if word.endswith("/deepspeed"))
+    assert printed[:start][:1] in ([], ["env"])
+    return dict(word.split("=", 1) for word in printed[1:start]), printed[start + 1 :]
+
+
+# --- the command
+
+
+def test_cpu_ranks_share_the_cores_and_find_the_compiled_op(capsys):
+    settings, words = dry_run(capsys, DEMO, "--nproc", 2, "--port", 12345, "moe.ep_size=2", HOSTILE)
+    assert words == ["--num_accelerators", "2", "--master_port", "12345", *TAIL, "moe.ep_size=2", HOSTILE]
+    assert settings == {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2)),
+        "MALLOC_MMAP_THRESHOLD_": "4294967296",
+        "MALLOC_TRIM_THRESHOLD_": "34359738368",
+        "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions",
+    }
+
+
+def test_what_the_user_has_set_stays(capsys, monkeypatch):
+    chosen = {"OMP_NUM_THREADS": "7", "MALLOC_TRIM_THRESHOLD_": "1", "TORCH_EXTENSIONS_DIR": "/some/where"}
+    for name, value in {**chosen, "MASTER_PORT": "4000"}.items():
+        monkeypatch.setenv(name, value)
+    settings, words = dry_run(capsys, DEMO)
+    assert settings.items() >= chosen.items()
+    assert words == ["--num_accelerators", "1", "--master_port", "4000", *TAIL]
+    monkeypatch.setenv("MASTER_PORT", "any")
+    with pytest.raises(UserError, match="MASTER_PORT=any is not a port number"):
+        launcher.plan(DEMO, [])
+
+
+def test_every_run_has_a_port_of_its_own(capsys):
+    ports = {dry_run(capsys, DEMO)[1][3] for _ in range(2)}
+    assert len(ports) == 2 and all(1024 < int(port) < 65536 for port in ports)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [DEMO, "train.seed=3", "train.lr=1", "--nproc", 2],
+        [DEMO, "--nproc", 2, "train.seed=3", "train.lr=1"],
+        ["--nproc", 2, DEMO, "train.seed=3", "train.lr=1"],
+        [DEMO, "train.seed=3", "--nproc", 2, "train.lr=1"],
+    ],
+)
+def test_overrides_may_stand_anywhere(words, capsys):
+    assert dry_run(capsys, *words)[1][4:] == [*TAIL, "train.seed=3", "train.lr=1"]
+
+
+def test_the_machines_of_a_hostfile_get_no_settings_of_this_one(capsys, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=8\nb slots=8\n")
+    assert dry_run(capsys, DEMO, "--hostfile", hosts) == ({}, ["--hostfile", str(hosts), *TAIL])
+    words = dry_run(capsys, DEMO, "--hostfile", hosts, "--nproc", 4, "--port", 29501)[1]
+    assert words[2:6] == ["--num_accelerators", "4", "--master_port", "29501"]
+    with pytest.raises(UserError, match="--hostfile none: no such file"):
+        launcher.plan(DEMO, [], hostfile="none")
+
+
+@pytest.mark.parametrize(
+    ("nproc", "visible", "settings", "words"),
+    [
+        (None, "", {}, []),
+        (2, "", {}, ["--num_accelerators", "2"]),
+        (2, "4,5,7", {"CUDA_VISIBLE_DEVICES": "4,5"}, []),
+        (None, "4,5,7", {"CUDA_VISIBLE_DEVICES": "4,5,7"}, []),
+    ],
+)
+def test_accelerators_are_chosen_by_number_or_by_cuda_visible_devices(nproc, visible, settings, words):
+    assert launcher.choose_devices(nproc, 3, visible) == (settings, words)
+
+
+def test_impossible_choices_of_accelerators_are_refused():
+    with pytest.raises(UserError, match=r"--nproc 4: only 3 accelerator\(s\) visible here; DS_ACCELERATOR=cpu"):
+        launcher.choose_devices(4, 3, "")
+    with pytest.raises(UserError, match="only 0 accelerator"):
+        launcher.choose_devices(None, 0, "")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=GPU-8a: .* device numbers only"):
+        launcher.choose_devices(1, 1, "GPU-8a")
+
+
+# --- the processes
+
+RUN_GROUP = """
 import os, sys
-from tests.launcher import report
-report(rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]), args=sys.argv[1:], first=1)
-report(first=2)
-print("said by", os.environ["RANK"])
+from ds_moe import launcher
+launcher.GRACE_S = float(sys.argv[1])
+sys.exit(launcher.run_group([sys.executable, "-c", sys.argv[2]], dict(os.environ)))
 """
-# Rank 1 fails once rank 0 has reported, or the launcher would end rank 0 before it has.
-ONE_FAILS = """
-import os, pathlib, time
-from tests.launcher import REPORTS, report
-if os.environ["RANK"] == "0":
-    report(got_here=True)
-    time.sleep(60)
-while not pathlib.Path(os.environ[REPORTS], "rank0.jsonl").exists():
-    time.sleep(0.05)
-raise ValueError("planted in rank 1")
-"""
-# A worker in a session of its own, as data loaders may have: killing the process group would miss it.
-HANGS = """
-import subprocess, time
-subprocess.Popen(["sleep", "600"], start_new_session=True)
-print("started", flush=True)
+# Dies of a signal at once, unlike its rank, which says when it is up.
+LAUNCHER = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", '''
+import signal, sys, time
+def on_term(*_):
+    time.sleep({needs})
+    sys.exit()
+signal.signal(signal.SIGTERM, on_term)
+print("rank is up", flush=True)
 time.sleep(600)
+''']).wait()
 """
 
 
 @pytest.fixture
-def script(tmp_path):
-    def write(source):
-        path = tmp_path / "rank.py"
-        path.write_text(source)
-        return path
+def group():
+    """`group(grace, needs)`: a `run_group` and, below it, a launcher and a rank that needs `needs` seconds to end."""
+    started = []
 
-    return write
+    def start(grace, needs, before=()):
+        command = [*before, sys.executable, "-c", RUN_GROUP, str(grace), LAUNCHER.format(needs=needs)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "rank is up\n"
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 2
+        started.extend(children)
+        return process, children
 
-
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_every_rank_reports(script, launcher):
-    run = run_ranks(script(REPORTING), 2, ["two words", "moe.x=$(echo no);1"], launcher=launcher)
-    assert [result["rank"] for result in run.json_by_rank] == [0, 1]
-    assert run.json["world"] == 2 and run.json["first"] == 2
-    assert run.json["args"][-2:] == ["two words", "moe.x=$(echo no);1"]
-    assert "said by 1" in run.log(1) and "said by 0" not in run.log(1)
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_a_failing_rank_fails_the_run_and_is_shown(script, launcher):
-    with pytest.raises(RanksFailed, match="planted in rank 1") as failure:
-        run_ranks(script(ONE_FAILS), 2, launcher=launcher, timeout=60)
-    assert failure.value.run.json == {"got_here": True}
-    assert not list(failure.value.run.alive())
+    yield start
+    for process in started:
+        if isinstance(process, subprocess.Popen):
+            process.stdout.close()
+        elif process.is_running():
+            process.kill()
 
 
-def test_a_hanging_run_is_killed_with_its_workers(script):
-    run = start_ranks(script(HANGS), 2)
-    run.wait_for("started", timeout=60, rank=1)
-    assert sum(process.name() == "sleep" for process in run.alive()) >= 1
-    with pytest.raises(RanksFailed, match="not finished after 0 s"):
-        run.wait(timeout=0.2)
-    time.sleep(0.2)
-    assert not list(run.alive())
+def running(processes):
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_one_rank_can_be_killed(script):
-    run = start_ranks(script(HANGS), 2)
-    run.wait_for("started", timeout=60, rank=1)
-    run.kill(rank=1)
-    assert run.wait(timeout=60) != 0
+@pytest.mark.parametrize("number", launcher.STOPPING)
+def test_a_signal_ends_every_rank_before_the_command_ends(group, number):
+    process, ranks = group(grace=20, needs=0.5)
+    process.send_signal(number)
+    assert process.wait(timeout=10) == 128 + number
+    assert not running(ranks)
 
 
-def test_report_outside_a_run_prints(capsys, monkeypatch):
-    monkeypatch.delenv(REPORTS, raising=False)
-    report(loss=0.5)
-    assert capsys.readouterr().out == '{"loss": 0.5}\n'
+def test_a_rank_that_will_not_end_is_killed(group):
+    process, ranks = group(grace=0.5, needs=600)
+    process.terminate()
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    assert not running(ranks)
+
+
+def test_a_rank_does_not_outlive_a_killed_launcher(group):
+    process, ranks = group(grace=20, needs=0)
+    ranks[0].kill()
+    assert process.wait(timeout=10) == 128 + signal.SIGKILL
+    assert not running(ranks)
+
+
+def test_nohup_is_respected(group):
+    process, ranks = group(20, 0, before=["env", "--ignore-signal=HUP"])
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None and len(running(ranks)) == 2
+    process.terminate()
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_the_launchers_exit_code_is_passed_on():
+    assert launcher.run_group([sys.executable, "-c", "import sys; sys.exit(7)"], dict(os.environ)) == 7
+
+
+def test_nothing_is_launched_where_the_op_cannot_be_built(tmp_path):
+    environment = {**os.environ, "CXX": "g++-nowhere", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [Path(sys.executable).with_name("ds-moe"), "train", DEMO]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stdout.startswith("+ env ") and len(result.stdout.splitlines()) == 1
+    assert result.stderr.startswith("error: no C++ compiler: `g++-nowhere`") and result.stderr.count("\n") == 1
+    assert not (tmp_path / OP).exists()

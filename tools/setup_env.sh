@@ -52,5 +52,5 @@ DS_BUILD_OPS=0 pip --no-build-isolation deepspeed
 say "installing ds_moe and its dependencies"
 pip --no-build-isolation -e '.[demo,dev]'
 say "installed; building DeepSpeed's CPU communication op"
-TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions} "$python" tools/build_ops.py
+"$python" -m ds_moe.ops
 say "ready: $venv"

@@ -1,0 +1,176 @@
+"""Start the ranks of a run under DeepSpeed's launcher, and leave none behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil  # DeepSpeed depends on it
+
+from ds_moe import ops
+from ds_moe.ds_config import trains_on_cpu
+from ds_moe.errors import UserError
+
+GRACE_S = 30  # seconds that ranks have to end after a signal
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launcher's argument list and the environment variables it gets beside the caller's own."""
+
+    command: list[str]
+    settings: dict[str, str]
+
+    def __str__(self) -> str:
+        """One line that can be pasted into a shell."""
+        settings = ["env", *(f"{name}={value}" for name, value in self.settings.items())] if self.settings else []
+        return shlex.join([*settings, *self.command])
+
+
+def plan(
+    run: str, overrides: list[str], nproc: int | None = None, hostfile: str | None = None, port: int | None = None
+) -> Launch:
+    """How to start a run on this machine, or on those of a hostfile.
+
+    Args:
+        nproc: ranks a machine. None: every accelerator (of the hostfile: every slot), or one CPU rank.
+        port: of rank 0. None: MASTER_PORT, else a free one, or DeepSpeed's default (29500) with a hostfile.
+
+    Raises:
+        UserError: DeepSpeed or the hostfile is missing, or there are fewer accelerators than ranks.
+    """
+    port = port or _port_from_environment()
+    settings: dict[str, str] = {}
+    if hostfile is not None:
+        if not Path(hostfile).is_file():  # DeepSpeed would train on this machine alone
+            raise UserError(f"--hostfile {hostfile}: no such file")
+        words = ["--hostfile", hostfile]
+    elif trains_on_cpu():
+        settings = cpu_settings(nproc or 1)
+        words = ["--num_accelerators", str(nproc or 1)]
+    else:
+        import torch
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        settings, words = choose_devices(nproc, torch.accelerator.device_count(), visible)
+    if hostfile is not None and nproc:
+        words += ["--num_accelerators", str(nproc)]
+    if hostfile is None or port:
+        words += ["--master_port", str(port or _free_port())]
+    options = ["--quiet", "--no_local_rank", "--module", "ds_moe.train"]
+    return Launch([_deepspeed(), *words, *options, run, *overrides], settings)
+
+
+def choose_devices(nproc: int | None, devices: int, visible: str) -> tuple[dict[str, str], list[str]]:
+    """(settings, launcher options) for `nproc` ranks on a machine that shows `devices` accelerators.
+
+    Of a CUDA_VISIBLE_DEVICES (`visible`) the first `nproc` are taken. DeepSpeed ignores that variable where it gets
+    a number of ranks, and without one starts a rank on every device of it.
+    """
+    if (nproc or 1) > devices:
+        raise UserError(
+            f"--nproc {nproc or 1}: only {devices} accelerator(s) visible here; DS_ACCELERATOR=cpu trains on the CPU"
+        )
+    if not visible:
+        return {}, ["--num_accelerators", str(nproc)] if nproc else []
+    if not re.fullmatch(r"\d+(,\d+)*", visible):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: DeepSpeed's launcher takes device numbers only, such as 0,1")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[:nproc])}, []
+
+
+def cpu_settings(ranks: int) -> dict[str, str]:
+    """Environment of CPU ranks that share this machine's cores; a value that the user has set stays.
+
+    The MALLOC_ lines keep glibc from handing the experts' buffers back to the system after every step, which costs
+    up to a third of a step in page faults.
+    """
+    settings = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        "MALLOC_MMAP_THRESHOLD_": str(2**32),
+        "MALLOC_TRIM_THRESHOLD_": str(2**35),
+    }
+    chosen = {name: os.environ.get(name) or value for name, value in settings.items()}
+    return {"DS_ACCELERATOR": "cpu", **chosen, "TORCH_EXTENSIONS_DIR": str(ops.extensions_dir())}
+
+
+def _deepspeed() -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    launcher = shutil.which("deepspeed", path=path)
+    if launcher is None:
+        raise UserError("there is no `deepspeed` beside this Python or on PATH: install DeepSpeed in this environment")
+    return launcher
+
+
+def _port_from_environment() -> int | None:
+    text = os.environ.get("MASTER_PORT", "")
+    if text and not text.isdecimal():
+        raise UserError(f"MASTER_PORT={text} is not a port number")
+    return int(text) if text else None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(launch: Launch) -> int:
+    """Build what the ranks would otherwise wait for without a word, then run them; the launcher's exit code."""
+    environment = {**os.environ, **launch.settings}
+    if "TORCH_EXTENSIONS_DIR" in launch.settings and not ops.ready(Path(launch.settings["TORCH_EXTENSIONS_DIR"])):
+        code = run_group([sys.executable, "-m", "ds_moe.ops"], environment)
+        if code:
+            return code
+    return run_group(launch.command, environment)
+
+
+def run_group(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command as a process group of its own, of which nothing survives this call; the exit code.
+
+    DeepSpeed's launcher does not wait for ranks that it has told to end, so SIGINT, SIGTERM and SIGHUP become a SIGTERM
+    to all of the group, and a SIGKILL to what is left after GRACE_S. The code is then 128 + the signal, as in shells.
+    """
+    received: list[int] = []
+    heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup stays nohup
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in heeded}
+    try:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and not received:
+            time.sleep(0.1)
+        _end_group(process.pid)
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    return code if code >= 0 else 128 - code
+
+
+def _end_group(group: int) -> None:
+    deadline = time.monotonic() + GRACE_S
+    with suppress(ProcessLookupError):  # it is empty, as after every run that went well
+        os.killpg(group, signal.SIGTERM)
+        while _alive(group) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(group, signal.SIGKILL)
+
+
+def _alive(group: int) -> bool:
+    """Whether a process of the group runs. A zombie does not: in a container nobody may ever collect it."""
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
