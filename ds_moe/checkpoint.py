@@ -25,25 +25,16 @@ from ds_moe.checkpoint_files import (
     FORMAT,
     MANIFEST,
     Reader,
+    damaged,
     file_table,
     incomplete,
-    newest_complete,
     read_manifest,
-    sha256_of,
     step_folders,
     write_json,
 )
 from ds_moe.engine import Topology
 from ds_moe.errors import UserError
 from ds_moe.models.convert import expert_state
-
-
-@dataclass
-class Loaded:
-    """What a resume needs beside the weights: `state` as it was saved, and where it came from."""
-
-    path: Path
-    state: dict[str, Any]
 
 
 def save(
@@ -54,7 +45,7 @@ def save(
     write_extras: Callable[[Path], None],
     keep: int,
 ) -> Path:
-    """Write a checkpoint of the current step (collective) and delete all but the newest `keep`.
+    """Write a checkpoint of the current step (collective) and delete all whole ones before it but `keep` - 1.
 
     Args:
         folder: `<output_dir>/checkpoints`.
@@ -95,7 +86,8 @@ def save(
         partial.rename(final)
         write_json(folder / ".latest", final.name)
         (folder / ".latest").replace(folder / "latest")
-        for old in step_folders(folder)[keep:]:
+        whole = [path for path in step_folders(folder) if path.name <= final.name and incomplete(path) is None]
+        for old in whole[keep:]:
             shutil.rmtree(old)
 
     _together(topology, f"finish checkpoint {final}", finish if topology.rank == 0 else lambda: None)
@@ -157,35 +149,48 @@ def _rng_states(topology: Topology) -> dict[str, Tensor]:
     return states
 
 
-def resume_path(resume: str, folder: Path, topology: Topology, note: Callable[[str], None] = print) -> Path | None:
-    """Rank 0's choice for `train.resume` (auto, never, or a folder), the same on every rank.
+def choose(resume: str, folder: Path, topology: Topology, note: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint that `train.resume` (auto, never, or a folder) means; None to start anew (collective).
+
+    Checksums are verified here, each rank its share. `auto` passes over what is damaged, but never starts anew where
+    there are checkpoints, and nothing is ever written among the later ones of another run.
 
     Raises:
-        UserError: a named folder that is no complete checkpoint.
+        UserError: no usable checkpoint among those there are, or checkpoints in the way.
     """
-
-    def choose() -> Path | None:
-        if resume == "never":
-            return None
-        if resume == "auto":
-            return newest_complete(folder, note)
-        problem = incomplete(Path(resume))
+    [existing, *_] = _together(topology, "list checkpoints", lambda: step_folders(folder))
+    if resume == "never" and existing:
+        raise UserError(f"train.resume=never, but {folder} holds {existing[0].name}: choose another train.output_dir")
+    candidates = {"never": [], "auto": existing}.get(resume, [Path(resume)])
+    for path in candidates:
+        problems = _together(topology, f"check {path}", lambda path=path: _problem(path, topology))
+        problem = next(filter(None, problems), None)
         if problem is not None:
-            raise UserError(f"train.resume={resume} is no complete checkpoint: {problem}")
-        return Path(resume)
+            note(f"checkpoint {path} cannot be used: {problem}")
+            continue
+        later = [other.name for other in existing if other.name > path.name]
+        if resume != "auto" and later:
+            raise UserError(f"train.resume={resume}, but {folder} holds {later[0]}: choose another train.output_dir")
+        return path
+    if candidates:
+        raise UserError(f"train.resume={resume}: no usable checkpoint among {[path.name for path in candidates]}")
+    return None
 
-    choices = _together(topology, "choose a checkpoint", choose if topology.rank == 0 else lambda: None)
-    return choices[0]
+
+def _problem(path: Path, topology: Topology) -> str | None:
+    return incomplete(path) or damaged(path, topology.rank, topology.world_size)
 
 
-def load(engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path) -> Loaded:
-    """Fill weights, Adam, schedule and random states from a checkpoint of any topology (collective).
+def load(engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path) -> dict[str, Any]:
+    """Fill weights, Adam, schedule and random states from a chosen checkpoint of any topology (collective).
+
+    Returns:
+        The `state` it was saved with.
 
     Raises:
-        UserError: a file that does not match its checksum, or tensors that do not fit this model.
+        UserError: tensors that do not fit this model.
     """
     manifest = read_manifest(path)
-    _together(topology, f"verify checkpoint {path}", lambda: _verify(path, manifest, topology))
     state = json.loads((path / "state.json").read_text())
     reader = Reader(path, manifest)
     parameters = dict(engine.module.named_parameters())
@@ -209,7 +214,7 @@ def load(engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path) -> L
     _restore_progress(engine, state)
     _restore_rng(path, state, topology)
     dist.barrier()
-    return Loaded(path, state)
+    return state
 
 
 def _own_rows(name: str, parameter: Tensor, topology: Topology) -> tuple[int, int] | None:
@@ -237,13 +242,6 @@ def _restore_rng(path: Path, state: dict[str, Any], topology: Topology) -> None:
         torch.set_rng_state(file.get_tensor("cpu"))
         if "cuda" in file.keys() and topology.device.type == "cuda":
             torch.cuda.set_rng_state(file.get_tensor("cuda"), topology.device)
-
-
-def _verify(path: Path, manifest: dict[str, Any], topology: Topology) -> None:
-    """Check the checksums, each rank its share of the files."""
-    for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
-        if index % topology.world_size == topology.rank and sha256_of(path / name) != entry["sha256"]:
-            raise UserError(f"{path / name} is damaged: its SHA-256 is not the manifest's; delete its folder")
 
 
 def _together(topology: Topology, what: str, action: Callable[[], Any]) -> list[Any]:

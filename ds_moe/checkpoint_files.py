@@ -57,6 +57,14 @@ def incomplete(path: Path) -> str | None:
     return None
 
 
+def damaged(path: Path, share: int = 0, shares: int = 1) -> str | None:
+    """The first file whose content is not the manifest's, or None; looks at every `shares`-th file from `share` on."""
+    for name, entry in sorted(read_manifest(path)["files"].items())[share::shares]:
+        if sha256_of(path / name) != entry["sha256"]:
+            return f"{name} is damaged: its SHA-256 is not the manifest's"
+    return None
+
+
 class Reader:
     """Reads whole tensors, or some of their first rows, from a checkpoint's pieces; nothing else is loaded."""
 

@@ -68,6 +68,9 @@ def join(parent: str, name: str) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name that `name` is most likely a typing error of."""
+    """The known name that `name` is most likely a typing error of, or short for."""
+    longer = [candidate for candidate in known if candidate.startswith(f"{name}_")]
+    if len(longer) == 1:
+        return longer[0]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return close[0] if close else None

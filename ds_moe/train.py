@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -151,15 +152,15 @@ def _processor(config: RunConfig) -> Any:
 
 
 def resume(run: Run) -> None:
-    """Go on from the newest complete checkpoint, or the one the run names, whatever topology wrote it."""
-    path = checkpoint.resume_path(
-        run.config.train.resume, run.folder / "checkpoints", run.topology, note=run.monitor.note
-    )
+    """Go on from the checkpoint that `train.resume` means, whatever topology wrote it."""
+    folder = run.folder / "checkpoints"
+    path = checkpoint.choose(run.config.train.resume, folder, run.topology, note=run.monitor.note)
     if path is None:
         return
-    state = checkpoint.load(run.engine, run.topology, path).state
+    state = checkpoint.load(run.engine, run.topology, path)
     run.stream.load_state_dict(state["data"])
     run.step = state["step"]
+    run.result = state["result"]
     run.monitor.note(
         f"resumed from {path} at step {run.step} (saved by {state['world_size']} ranks with ep_size {state['ep_size']})"
     )
@@ -240,7 +241,8 @@ def run_evaluation(run: Run, limit: int | None) -> EvalReport:
 
 def save_checkpoint(run: Run) -> None:
     def write_extras(folder: Path) -> None:
-        (folder / "run.yaml").write_text(dump_yaml(run.config))
+        shutil.copy(run.config.deepspeed, folder / "deepspeed.json")
+        (folder / "run.yaml").write_text(dump_yaml(run.config.model_copy(update={"deepspeed": "deepspeed.json"})))
         model = run.engine.module
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder / "model")
@@ -252,6 +254,7 @@ def save_checkpoint(run: Run) -> None:
         "step": run.step,
         "data": run.stream.state_dict(),
         "precision": precision(run.config, on_cpu()),
+        "result": run.result,
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
     path = checkpoint.save(

@@ -166,12 +166,33 @@ def test_resume_refuses_truncated_unreadable_and_partial_checkpoints(two_checkpo
     assert newest_complete(two_checkpoints, lambda note: None) is None
 
 
-def test_resume_refuses_a_flipped_bit_when_it_loads(never_stopped, tmp_path):
-    output = start_from(tmp_path, checkpoints(never_stopped) / "step_00000016", "flipped")
-    damaged = checkpoints(output) / "step_00000016" / "rank-00001.safetensors"
-    content = bytearray(damaged.read_bytes())
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
     content[-10] ^= 1
-    damaged.write_bytes(content)
-    run = run_ranks("ds_moe.train", 2, [RUN, f"train.output_dir={output}"], check=False)
-    assert run.returncode != 0
-    assert f"{damaged} is damaged" in run.output and "Traceback" not in run.log(0)
+    path.write_bytes(content)
+
+
+def test_resume_passes_over_a_flipped_bit_and_never_starts_anew_among_checkpoints(two_checkpoints):
+    output = two_checkpoints.parent
+    damage(two_checkpoints / LAST / "rank-00001.safetensors")
+    run = run_ranks("ds_moe.train", 2, [RUN, f"train.output_dir={output}"])
+    assert "rank-00001.safetensors is damaged" in run.output
+    assert f"resumed from {two_checkpoints / 'step_00000016'}" in run.output
+
+    for folder in two_checkpoints.iterdir():
+        if folder.is_dir():
+            damage(folder / "rank-00000.safetensors")
+    for resume, complaint in {
+        "auto": "no usable checkpoint among",
+        "never": f"{two_checkpoints} holds {LAST}",
+        str(two_checkpoints / LAST): f"no usable checkpoint among ['{LAST}']",
+    }.items():
+        run = run_ranks(
+            "ds_moe.train",
+            1,
+            [RUN, f"train.output_dir={output}", f"train.resume={resume}", "moe.ep_size=1"],
+            check=False,
+        )
+        assert run.returncode != 0
+        assert complaint in run.output and "Traceback" not in run.log(0)
+    assert sorted(path.name for path in two_checkpoints.glob("step_*")) == ["step_00000016", LAST]
