@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ds_moe.data.stream import EvalSet
+from ds_moe.models.qwen3_vl import encode_blank, has_vision, parallel
 from ds_moe.monitor import EvalReport, ShownSample
 
 Batch = dict[str, Tensor]
@@ -73,12 +74,14 @@ def evaluate(
 
 def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering) -> list[str]:
     """Greedy answers to left-padded prompts. Ranks keep step until the last one has finished its longest answer."""
+    if parallel() and has_vision(model) and "pixel_values" not in prompt:
+        encode_blank(model)  # `generate` encodes the other ranks' images at this point
     tokens = model.generate(
         **prompt,
         max_new_tokens=answering.max_new_tokens,
         do_sample=False,
         use_cache=True,
-        synced_gpus=dist.is_initialized() and dist.get_world_size() > 1,
+        synced_gpus=parallel(),
     )
     answers = tokens[:, prompt["input_ids"].shape[1] :]
     return [text.strip() for text in answering.processor.batch_decode(answers, skip_special_tokens=True)]

@@ -95,29 +95,33 @@ def keep_vision_in_step(model: PreTrainedModel) -> None:
     Under data parallelism all ranks must run the same collectives: ZeRO-3 gathers the vision tower, and its gradients
     are reduced, on all of them. The pass runs after the text embedding and before the decoder, where a real one has
     just run, and covers the DeepStack features, so forward and backward visit the parameters in the same order.
-    Decoding steps with a filled cache need none, as no rank has an image there.
+
+    A forward with a cache belongs to `generate`, which encodes images before it: there a rank without an image calls
+    `encode_blank` itself.
     """
-    inner = model.model
-    vision = model.config.vision_config
-    merge, patch = vision.spatial_merge_size, vision.patch_size
-    width = vision.in_channels * vision.temporal_patch_size * patch * patch
 
     def hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
-        cache = kwargs.get("past_key_values")
-        decoding = cache is not None and cache.get_seq_length() > 0
-        if kwargs.get("visual_pos_masks") is not None or decoding or not _parallel():
+        generating = kwargs.get("past_key_values") is not None
+        if generating or kwargs.get("visual_pos_masks") is not None or not parallel():
             return args, kwargs
         embeds_BSD: Tensor = kwargs["inputs_embeds"]
-        pixels = torch.zeros(merge * merge, width, device=embeds_BSD.device, dtype=inner.visual.dtype)
-        grid = torch.tensor([[1, merge, merge]], device=embeds_BSD.device)
-        features = inner.visual(pixels, grid_thw=grid, return_dict=True)
-        nothing = sum(feature.sum() for feature in (features.pooler_output, *features.deepstack_features)) * 0.0
-        return args, {**kwargs, "inputs_embeds": embeds_BSD + nothing.to(embeds_BSD.dtype)}
+        return args, {**kwargs, "inputs_embeds": embeds_BSD + encode_blank(model).to(embeds_BSD.dtype)}
 
-    inner.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _parallel() -> bool:
+def encode_blank(model: PreTrainedModel) -> Tensor:
+    """A vision pass over one blank image: a zero scalar that depends on every vision parameter."""
+    vision = model.config.vision_config
+    side = vision.spatial_merge_size
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.zeros(side * side, width, device=model.device, dtype=model.model.visual.dtype)
+    grid = torch.tensor([[1, side, side]], device=model.device)
+    features = model.model.visual(pixels, grid_thw=grid, return_dict=True)
+    return torch.stack([part.sum() for part in (features.pooler_output, *features.deepstack_features)]).sum() * 0.0
+
+
+def parallel() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 

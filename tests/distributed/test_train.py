@@ -18,7 +18,8 @@ from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.processor import load_processor
 from tests.launcher import run_ranks
 
-SHORT = ["train.steps=6", "train.lr=1e-3", "train.warmup_steps=1", "train.eval_generate=false", "checkpoint.every=null"]
+SHORT = ["train.steps=6", "train.lr=1e-3", "train.warmup_steps=1", "checkpoint.every=null", "train.eval_every=3"]
+GENERATE = ["train.max_new_tokens=3"]  # in batches of which one rank's have no image
 DENSE = ["model.preset=tiny-vl-dense", "moe=null"]
 # name -> overrides of tests/runs/resume.yaml; MIXED and TEXT stand for data files
 RUNS = {
@@ -35,6 +36,7 @@ RUNS = {
         "deepspeed=ds_configs/zero2.json",
     ],
 }
+GENERATING = ("moe", "text only", "aux loss, ZeRO-2")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,8 @@ def runs(files, tmp_path_factory):
     for name, overrides in RUNS.items():
         data = ["data.eval=MIXED", *overrides, "data.shuffle=false", f"train.output_dir={folder / name}"]
         data = [override.replace("MIXED", files["mixed"]).replace("TEXT", files["text"]) for override in data]
-        cases.append([name, [*SHORT, *data], "train"])
+        generate = GENERATE if name in GENERATING else ["train.eval_generate=false"]
+        cases.append([name, [*SHORT, *generate, *data], "train"])
     run_ranks("tests/distributed/resume_ranks.py", 2, [json.dumps(cases)], timeout=400)
     return {name: (folder / name, json.loads((folder / name / "result.json").read_text())) for name in RUNS}
 
@@ -86,6 +89,7 @@ def plain_loss(export, data):
 def test_run_trains_and_its_export_is_the_trained_model(runs, files, tmp_path, name):
     output, result = runs[name]
     assert math.isfinite(result["loss"]) and result["step"] == 6
+    assert bool(result["accuracy"]) == (name in GENERATING)
     data = files["text" if name == "text only" else "mixed"]
     layouts = ["memory"] if name in ("dense", "text only") else ["memory", "hub"]
     for layout in layouts:
