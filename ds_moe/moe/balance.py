@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_moe.moe.routing import RoutingDecision
 
@@ -45,6 +45,19 @@ class AuxLoss:
         f_E = counts_E.to(torch.float32) / tokens
         p_E = scores_VE.sum(0) / tokens
         return self.weight * counts_E.numel() * (f_E * p_E).sum()
+
+
+class LossFreeBalancing(nn.Module):
+    """Auxiliary-loss-free balancing (DeepSeek, Wang 2024): a bias per expert that selects and never weighs."""
+
+    def __init__(self, num_experts: int, update_rate: float = 1e-3) -> None:
+        super().__init__()
+        self.update_rate = update_rate
+        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+
+    def forward(self, scores_TE: Tensor) -> Tensor:
+        """Scores to rank experts by; the weights come from the scores themselves."""
+        return scores_TE + self.bias_E
 
 
 BALANCERS = {"aux": AuxLoss}

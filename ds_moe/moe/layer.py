@@ -62,14 +62,14 @@ class MoELayer(nn.Module):
         tape = current_tape()
         replaying = tape is not None and tape.replaying
         if replaying:
-            token_V, expert_N, plan = tape.kept[self.index]
-            decision = self.gate(x_TD, token_V, expert_N)
+            token_V, chosen, plan = tape.kept[self.index]
+            decision = self.gate(x_TD, token_V, chosen)
         else:
             token_V = self.context.token_V
             decision = self.gate(x_TD, token_V)
             plan = self.dispatcher.plan(decision)
             if tape is not None:
-                tape.kept[self.index] = (token_V, decision.expert_N, plan)
+                tape.kept[self.index] = (token_V, decision.chosen, plan)
         if self.training:
             # A recompute runs the balancers too, to save what their gradients need, but reports nothing again.
             losses = [balancer.loss(decision, plan.counts_E, token_V) for balancer in self.balancers]

@@ -19,6 +19,13 @@ import torch
 from torch import Tensor
 
 
+class Assignments(NamedTuple):
+    """N pairs of token and expert, without a gradient."""
+
+    token_N: Tensor  # int64, index into T
+    expert_N: Tensor  # int64, global expert id
+
+
 class RoutingDecision(NamedTuple):
     """Which token goes to which expert and with what weight, as a list of N assignments.
 
@@ -32,6 +39,10 @@ class RoutingDecision(NamedTuple):
     token_N: Tensor  # int64, index into T
     expert_N: Tensor  # int64, global expert id
     weight_N: Tensor  # fp32 combine weight, with grad
+
+    @property
+    def chosen(self) -> Assignments:
+        return Assignments(self.token_N, self.expert_N)
 
 
 @dataclass

@@ -154,9 +154,9 @@ def test_a_recompute_repeats_the_forwards_decision_even_if_the_router_has_change
     seen = []
     original = layer.gate.forward
 
-    def spying(x_TD, token_V=None, expert_N=None):
-        seen.append(expert_N)
-        return original(x_TD, token_V, expert_N)
+    def spying(x_TD, token_V=None, chosen=None):
+        seen.append(chosen.expert_N)
+        return original(x_TD, token_V, chosen)
 
     expected = [original(x.detach()[0]).expert_N for x in inputs]
     layer.gate.forward = spying
