@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from ds_moe.config import RunConfig
+from ds_moe.config import ExpertChoiceRouting, RouterConfig, RunConfig, TopKRouting
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def used_keys(config: RunConfig) -> dict[str, Any]:
 def written(config: BaseModel, key: str) -> bool:
     """Whether the run file or an override sets this dotted key to something other than null."""
     name, _, rest = key.partition(".")
-    value = getattr(config, name)
+    value = getattr(config, name, None)  # not every kind of router has every key
     if name not in config.model_fields_set or value is None:
         return False
     return written(value, rest) if rest else True
@@ -102,7 +102,28 @@ def _no_files(config: RunConfig) -> str | None:
     return 'the data is "digits", which reads no files' if bundled else None
 
 
+def _no_order(config: RunConfig) -> str | None:
+    router = config.moe.router if config.moe else None
+    sigmoid = isinstance(router, TopKRouting) and router.scores == "sigmoid"
+    return "moe.router.scores is sigmoid, which scores each expert alone, before or after" if sigmoid else None
+
+
+def _no_normalize(config: RunConfig) -> str | None:
+    router = config.moe.router if config.moe else None
+    sums_to_1 = isinstance(router, TopKRouting) and router.order == "topk_then_softmax" and not _no_order(config)
+    return "moe.router.order is topk_then_softmax, whose weights sum to 1 anyway" if sums_to_1 else None
+
+
+def _no_drop(config: RunConfig) -> str | None:
+    router = config.moe.router if config.moe else None
+    dropless = isinstance(router, TopKRouting) and router.capacity_factor is None
+    return "moe.router.capacity_factor is not set, so nothing is dropped" if dropless else None
+
+
 UNUSED: dict[str, Callable[[RunConfig], str | None]] = {
+    "moe.router.order": _no_order,
+    "moe.router.normalize": _no_normalize,
+    "moe.router.drop": _no_drop,
     "data.root": _no_files,
     "data.length_grouping": lambda c: None if c.train.global_batch_size > 1 else "train.global_batch_size is 1",
     "data.prefetch_factor": lambda c: None if c.data.num_workers else "data.num_workers is 0",
@@ -112,6 +133,7 @@ UNUSED: dict[str, Callable[[RunConfig], str | None]] = {
     "train.eval_samples": _no_periodic_eval,
     "train.eval_generate": _no_eval,
     "train.max_new_tokens": _no_generation,
+    "monitor.dead_alarm_steps": lambda c: None if c.moe else "there is no moe section",
     "monitor.heatmap_every": lambda c: _no_tensorboard(c) or (None if c.moe else "there is no moe section"),
     "monitor.sample_images": lambda c: _no_tensorboard(c) or _no_generation(c),
 }
@@ -158,6 +180,59 @@ def _balance(config: RunConfig) -> Complaint:
     return "moe.balance", None
 
 
+def _stage(config: RunConfig) -> Complaint:
+    if config.train.stage == "all":
+        return "train.stage", None
+    if config.moe is None:
+        return "train.stage", "train.stage router_only needs routers, and there is no moe section"
+    kind = config.moe.router.kind
+    text = f"train.stage router_only would train nothing: moe.router.kind {kind} learns nothing"
+    return "train.stage", text if kind in ("hash", "balanced") else None
+
+
+NONCAUSAL = (
+    "moe.router.kind expert_choice makes a token's experts depend on later tokens: a causal language model trained so "
+    "leaks the future and cannot generate; choose topk, or set moe.router.allow_noncausal to true to study it"
+)
+
+
+def _causal(config: RunConfig) -> Complaint:
+    router = config.moe.router if config.moe else None
+    if not isinstance(router, ExpertChoiceRouting):
+        return "moe.router.kind", None
+    if not router.allow_noncausal:
+        return "moe.router.kind", NONCAUSAL
+    generates = config.data.eval is not None and config.train.eval_generate
+    text = "moe.router.kind expert_choice cannot generate answers; set train.eval_generate to false"
+    return "train.eval_generate", text if generates else None
+
+
+def _router_groups(config: RunConfig) -> Complaint:
+    router = config.moe.router if config.moe else None
+    if not isinstance(router, TopKRouting) or (router.groups is None) == (router.top_groups is None):
+        return "moe.router", None
+    there, lacking = ("groups", "top_groups") if router.top_groups is None else ("top_groups", "groups")
+    text = f"moe.router.{there} is {getattr(router, there)} and moe.router.{lacking} is not set; set both or none"
+    return f"moe.router.{there}", text
+
+
+WITHOUT_EFFECT = {
+    "hash": ("aux", "z_loss", "loss_free"),
+    "balanced": ("aux", "z_loss", "loss_free"),
+    "expert_choice": ("aux", "loss_free"),
+}
+
+
+def _balance_effect(config: RunConfig) -> Complaint:
+    """Balancers that cannot change what this router does."""
+    kind = config.moe.router.kind if config.moe else "topk"
+    balances = [balance.kind for balance in config.moe.balance] if config.moe else []
+    useless = next((balance for balance in balances if balance in WITHOUT_EFFECT.get(kind, ())), None)
+    reason = "gives all experts the same load" if kind == "expert_choice" else "learns nothing"
+    text = f"moe.balance {useless} would not be used: moe.router.kind {kind} {reason}; remove it"
+    return "moe.balance", text if useless else None
+
+
 def _warmup(config: RunConfig) -> Complaint:
     warmup, steps = config.train.warmup_steps, config.train.steps
     ends_early = steps is not None and warmup >= steps
@@ -176,6 +251,10 @@ CONTRADICTIONS: list[Callable[[RunConfig], Complaint]] = [
     _one_of("train.steps", "train.epochs"),
     _dispatch,
     _balance,
+    _balance_effect,
+    _causal,
+    _router_groups,
+    _stage,
     _warmup,
     _flash_attention,
 ]
@@ -206,6 +285,26 @@ def _moe_section(config: RunConfig, model_config: PretrainedConfig) -> Complaint
         found.append(("moe.ep_size", text))
     if top_k is not None and top_k > experts:
         found.append(("moe.router.top_k", f"moe.router.top_k {top_k} exceeds the model's {experts} experts"))
+        return found
+    return found + _router(config.moe.router, experts, model_config.get_text_config().num_experts_per_tok)
+
+
+def _router(router: RouterConfig, experts: int, models_top_k: int) -> Complaints:
+    top_k = router.top_k or models_top_k
+    found: Complaints = []
+    if isinstance(router, TopKRouting) and router.groups and router.top_groups:
+        groups, held = router.groups, router.top_groups * experts // router.groups
+        if experts % groups:
+            found.append(("moe.router.groups", f"moe.router.groups {groups} does not divide the {experts} experts"))
+        elif router.top_groups > groups:
+            text = f"moe.router.top_groups {router.top_groups} exceeds moe.router.groups {groups}"
+            found.append(("moe.router.top_groups", text))
+        elif held < top_k:
+            text = f"moe.router.top_groups {router.top_groups} leaves {held} experts, fewer than the top_k of {top_k}"
+            found.append(("moe.router.top_groups", text))
+    if router.expert_dropout and top_k == 1 and not isinstance(router, ExpertChoiceRouting):
+        text = "moe.router.expert_dropout would not be used: a token has one expert only, which it keeps; remove it"
+        found.append(("moe.router.expert_dropout", text))
     return found
 
 

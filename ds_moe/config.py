@@ -8,7 +8,7 @@ comment of each key.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
@@ -51,9 +51,56 @@ class DataConfig(Section):
     prefetch_factor: int | None = Field(default=None, gt=0)  # steps a worker prepares ahead (default 2)
 
 
-class RouterConfig(Section):
-    kind: Literal["topk"] = "topk"
+class AnyRouter(Section):
+    """What every kind of router has; docs/routers.md has their formulas."""
+
+    kind: str
     top_k: int | None = Field(default=None, gt=0)  # default: the model's own
+    expert_dropout: float = Field(default=0.0, ge=0, lt=1)  # of assignments, in training; a token keeps at least one
+
+
+class Jittered(Section):
+    jitter_noise: float = Field(default=0.0, ge=0, lt=1)  # in training the router sees x * uniform(1 - j, 1 + j)
+
+
+class Limited(Section):
+    capacity_factor: float | None = Field(default=None, gt=0)  # training: rows an expert takes / its fair share
+
+
+class TopKRouting(Limited, Jittered, AnyRouter):
+    kind: Literal["topk"] = "topk"
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    order: Literal["softmax_then_topk", "topk_then_softmax"] | None = None  # default softmax_then_topk
+    normalize: bool | None = None  # a token's weights sum to 1; default: as the model family does
+    route_scale: float = Field(default=1.0, gt=0)  # factor of all weights
+    groups: int | None = Field(default=None, gt=0)  # a token chooses from its best top_groups groups of experts
+    top_groups: int | None = Field(default=None, gt=0)
+    temperature: float = Field(default=1.0, gt=0)  # logits are divided by it
+    drop: Literal["position", "score"] | None = None  # whom a full expert refuses; default position
+
+
+class NoisyTopKRouting(TopKRouting):
+    kind: Literal["noisy_topk"] = "noisy_topk"
+    noise_std: float = Field(default=1.0, gt=0)  # factor of the learned noise
+
+
+class ExpertChoiceRouting(Jittered, AnyRouter):
+    kind: Literal["expert_choice"] = "expert_choice"
+    capacity_factor: float = Field(default=1.0, gt=0)  # rows an expert takes / its fair share
+    allow_noncausal: bool = False  # train a causal model although its tokens then depend on later ones
+
+
+class HashRouting(Limited, AnyRouter):
+    kind: Literal["hash"] = "hash"
+
+
+class BalancedRouting(Limited, AnyRouter):
+    kind: Literal["balanced"] = "balanced"
+
+
+RouterConfig = Annotated[
+    TopKRouting | NoisyTopKRouting | ExpertChoiceRouting | HashRouting | BalancedRouting, Field(discriminator="kind")
+]
 
 
 class NoBalance(Section):
@@ -63,9 +110,23 @@ class NoBalance(Section):
 class AuxBalance(Section):
     kind: Literal["aux"] = "aux"
     weight: float = Field(default=1e-3, gt=0)
+    scope: Literal["micro_batch", "global_batch", "sequence"] = "micro_batch"
+    normalize_by_k: bool = False  # perfectly balanced the loss is weight * top_k, or weight with this
 
 
-Balance = Annotated[NoBalance | AuxBalance, Field(discriminator="kind")]
+class ZLossBalance(Section):
+    kind: Literal["z_loss"] = "z_loss"
+    weight: float = Field(default=1e-3, gt=0)
+
+
+class LossFreeBalance(Section):
+    kind: Literal["loss_free"] = "loss_free"
+    update_rate: float = Field(default=1e-3, gt=0)  # step of the bias, in units of the router's scores
+    rule: Literal["sign", "proportional"] = "sign"
+    decay_from: float = Field(default=0.8, ge=0, le=1)  # share of the run after which the step falls to 0; 1: never
+
+
+Balance = Annotated[NoBalance | AuxBalance | ZLossBalance | LossFreeBalance, Field(discriminator="kind")]
 
 
 class DispatchConfig(Section):
@@ -78,10 +139,15 @@ class ExpertsConfig(Section):
 
 class MoEConfig(Section):
     ep_size: int = Field(default=1, gt=0)  # ranks one copy of the experts is spread over
-    router: RouterConfig = RouterConfig()
+    router: RouterConfig = TopKRouting()
     balance: list[Balance] = []
     dispatch: DispatchConfig = DispatchConfig()
     experts: ExpertsConfig = ExpertsConfig()
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _default_kind(cls, router: Any) -> Any:
+        return {"kind": "topk", **router} if isinstance(router, dict) else router
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -89,6 +155,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class TrainConfig(Section):
     output_dir: str = Field(default="runs/default", min_length=1)
+    stage: Literal["all", "router_only"] = "all"  # router_only: everything but the routers is frozen
     seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["fp32", "bf16"] | None = None  # default: bf16 on an accelerator, fp32 on CPU
     steps: int | None = Field(default=None, gt=0)  # optimizer steps; or
@@ -116,6 +183,7 @@ class MonitorConfig(Section):
     log_every: int = Field(default=10, gt=0)  # steps
     heatmap_every: int = Field(default=50, gt=0)  # steps between layer x expert load images
     sample_images: int = Field(default=4, ge=0)  # evaluated samples shown as images
+    dead_alarm_steps: int = Field(default=100, gt=0)  # steps without a token after which an expert is reported
 
 
 class CheckpointConfig(Section):

@@ -21,8 +21,8 @@ from ds_moe import ops
 from ds_moe.binding import BoundMoELayer, create_groups
 from ds_moe.config import RunConfig, TrainConfig
 from ds_moe.errors import UserError
-from ds_moe.models.convert import convert, moe_layers
-from ds_moe.models.qwen3_vl import freeze, has_vision, keep_vision_in_step
+from ds_moe.models.convert import convert, load_expert_bias, moe_layers
+from ds_moe.models.qwen3_vl import freeze, frozen, has_vision, keep_vision_in_step
 from ds_moe.moe import ExpertParallel, ForwardContext, checkpoint_contexts
 
 
@@ -74,11 +74,13 @@ def start_distributed(ep_size: int) -> Topology:
 def prepare_model(model: PreTrainedModel, config: RunConfig, topology: Topology) -> ForwardContext | None:
     """Convert, freeze and switch on gradient checkpointing; the forward context is None for a dense model."""
     context = None
-    freeze(model, config.model.freeze)
+    freeze(model, frozen(config))
     if config.moe is not None:
         create_groups(topology.ep_size)
         ep = ExpertParallel(topology.ep_size, topology.ep_rank)
         context = convert(model, config.moe, ep, BoundMoELayer)
+        if config.model.path is not None:
+            load_expert_bias(model, config.model.path)
     if has_vision(model):
         keep_vision_in_step(model)
     if config.train.gradient_checkpointing:
@@ -128,7 +130,10 @@ def build_engine(
     layers = moe_layers(model)
     experts = [parameter for layer in layers for parameter in layer.experts.parameters()]
     if layers and stage < 3 and not any(parameter.requires_grad for parameter in experts):
-        raise UserError("frozen experts need ZeRO stage 3: choose ds_configs/zero3.json or train the experts")
+        raise UserError(
+            "frozen experts (model.freeze, or train.stage router_only) need ZeRO stage 3: choose ds_configs/zero3.json "
+            "or train the experts"
+        )
     if stage == 3 and layers:
         set_z3_leaf_modules(model, [BoundMoELayer])
     groups = parameter_groups(model, config.train.weight_decay)

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from ds_moe import __version__
 from ds_moe.checkpoint_files import Reader, incomplete, newest_complete
 from ds_moe.errors import UserError
-from ds_moe.models.convert import expert_state
+from ds_moe.models.convert import BIAS_SUFFIX, EXPERT_BIAS, expert_state
 
 Layout = Literal["memory", "hub"]
 LAYOUTS: dict[str, str] = {
@@ -29,6 +29,14 @@ LAYOUTS: dict[str, str] = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
+TRAINING_ONLY = ".mlp.gate.noise_weight"  # ends the names of weights that evaluation does not use and exports leave out
+# model_type -> how transformers calls the bias that selects experts, in place of BIAS_SUFFIX. A family that is not here
+# has none: its weights would not load with one, and plain transformers then selects without it.
+BIAS_NAMES = {
+    "deepseek_v3": ".mlp.gate.e_score_correction_bias",
+    "glm4_moe": ".mlp.gate.e_score_correction_bias",
+    "dots1": ".mlp.gate.e_score_correction_bias",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,12 @@ def export_checkpoint(
     layout = layout or ("memory" if problem is not None else "hub")
     dtype = DTYPES[state["precision"]]
     reader = Reader(checkpoint)
-    plan = _shards(_sizes(reader, dtype), max_shard_bytes)
+    bias_name = BIAS_NAMES.get(config.model_type)
+    biases = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
+    sizes = _sizes(reader, dtype)
+    if bias_name is None:
+        sizes = {key: size for key, size in sizes.items() if key not in biases}
+    plan = _shards(sizes, max_shard_bytes)
 
     out.mkdir(parents=True, exist_ok=True)
     for path in (checkpoint / "model").iterdir():
@@ -77,7 +90,7 @@ def export_checkpoint(
     parameters = 0
     for number, keys in enumerate(plan, start=1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        tensors = {key.split("/", 1)[1]: _stored(reader, key, dtype, layout) for key in keys}
+        tensors = {_stored_name(key, bias_name): _stored(reader, key, dtype, layout) for key in keys}
         save_file(tensors, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         parameters += sum(tensor.numel() for tensor in tensors.values())
@@ -85,7 +98,10 @@ def export_checkpoint(
     if len(plan) > 1:
         index = {"metadata": {"total_size": size, "total_parameters": parameters}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=2))
-    (out / "README.md").write_text(_model_card(checkpoint, state, config.get_text_config(), layout, parameters))
+    if biases and bias_name is None:
+        save_file({key.split("/", 1)[1]: bias for key, bias in biases.items()}, out / EXPERT_BIAS)
+    about = _model_card(checkpoint, state, config.get_text_config(), layout, parameters)
+    (out / "README.md").write_text(about + (BIAS_NOTE if biases and bias_name is None else ""))
     return Exported(out, layout, sorted(set(weight_map.values())), parameters, size)
 
 
@@ -115,7 +131,7 @@ def hub_layout_problem(config: Any) -> str | None:
 
 def _sizes(reader: Reader, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each weight and persistent buffer by its key in the checkpoint, from the files' headers alone."""
-    keys = [key for key in reader.tensors if key.startswith(("weight/", "buffer/"))]
+    keys = [key for key in reader.tensors if key.startswith(("weight/", "buffer/")) and not key.endswith(TRAINING_ONLY)]
     return {key: math.prod(reader.shape(key)) * dtype.itemsize for key in keys}
 
 
@@ -132,9 +148,14 @@ def _shards(sizes: dict[str, int], most: int) -> list[list[str]]:
     return shards
 
 
+def _stored_name(key: str, bias_name: str | None) -> str:
+    name = key.split("/", 1)[1]
+    return name.removesuffix(BIAS_SUFFIX) + bias_name if bias_name and name.endswith(BIAS_SUFFIX) else name
+
+
 def _stored(reader: Reader, key: str, dtype: torch.dtype, layout: Layout) -> Tensor:
     tensor = reader.read(key)
-    if tensor.is_floating_point():
+    if tensor.is_floating_point() and not key.endswith(BIAS_SUFFIX):
         tensor = tensor.to(dtype)
     if layout == "hub" and expert_state(key):
         tensor = tensor.transpose(1, 2)
@@ -145,6 +166,15 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2))
+
+
+BIAS_NOTE = f"""
+## Expert bias
+Trained with auxiliary-loss-free balancing: a bias an expert was added to the router's scores when experts were
+selected. This architecture has no place for it, so plain transformers selects without it, and some tokens go to other
+experts than in training. The biases are in `{EXPERT_BIAS}`; ds_moe reads them when `model.path` is this folder and
+`moe.balance` has `loss_free`.
+"""
 
 
 def _model_card(checkpoint: Path, state: dict[str, Any], config: Any, layout: Layout, parameters: int) -> str:

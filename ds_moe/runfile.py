@@ -146,6 +146,14 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
 
 
+def _kinds(model: type[BaseModel]) -> set[str]:
+    """Names of all kinds of sections."""
+    children = [child for field in model.model_fields.values() for child in _models_in(field.annotation)]
+    own = typing.get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
+    return set(own).union(*map(_kinds, children))
+
+
+KINDS = _kinds(RunConfig)
 SECTIONS = _sections(RunConfig)
 ALL_KEYS = [join(section, name) for section, names in SECTIONS.items() for name in names]
 
@@ -180,6 +188,8 @@ def _complaint(detail: Any, data: dict[str, Any], origins: dict[str, str], file:
         if where.startswith("override "):  # name the key as it was typed, not only the part that went wrong
             typed = where.removeprefix("override ").partition("=")[0].strip()
             key = typed if typed.startswith(key) else key
+        if re.sub(r"\.\d+", "", key) in ALL_KEYS:  # another kind of this section has it
+            return f"{where}: {key} would not be used: the kind of {key.rpartition('.')[0]} has no such key; remove it"
         near = _nearest_key(key)
         allowed = _keys_of(key.rpartition(".")[0]) or SECTIONS[""]
         hint = f"did you mean {near}?" if near else f"keys here: {', '.join(allowed)}"
@@ -189,7 +199,7 @@ def _complaint(detail: Any, data: dict[str, Any], origins: dict[str, str], file:
         return f"{where}: required key {key} is missing" + (f" from section {parent}" if parent else "")
     if kind.startswith("union_tag"):
         tag = value.get("kind") if isinstance(value, dict) else None
-        allowed = context.get("expected_tags", "'none', 'aux'")
+        allowed = context.get("expected_tags", "'none', 'aux', 'z_loss', 'loss_free'")
         return f"{where}: {key}.kind is {tag!r}; must be one of {allowed}"
     if kind in ("model_type", "model_attributes_type"):
         keys = ", ".join(_keys_of(key))
@@ -206,12 +216,13 @@ def _line(complaint: str) -> int:
 
 
 def _key_of(location: tuple[int | str, ...], tree: Any) -> str:
-    """Dotted key of pydantic's error location, less the tags it inserts after the index of a `kind` union."""
+    """Dotted key of pydantic's error location, less the tags it inserts where a section is a union of kinds."""
     names: list[str] = []
     data: Any = tree
-    for position, name in enumerate(location):
-        tagged = position and isinstance(location[position - 1], int) and isinstance(data, dict)
-        if tagged and name == data.get("kind") and name not in data:
+    tagged = False
+    for name in location:
+        tagged = name in KINDS and not tagged  # no key is called like a kind, but a wrong one may be
+        if tagged:
             continue
         names.append(str(name))
         if isinstance(data, dict):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,20 @@ from ds_moe.ds_config import precision, resolve_deepspeed
 from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, start_distributed
 from ds_moe.errors import UserError
 from ds_moe.evaluate import Answering, evaluate, to_device
+from ds_moe.expert_load import counts_so_far, reduce_load, watch_pairs
 from ds_moe.memory import Memory, predict, skeleton
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.processor import load_processor, save_processor, tiny_processor
-from ds_moe.models.qwen3_vl import freeze, load_model, model_config
-from ds_moe.moe import ForwardContext
+from ds_moe.models.qwen3_vl import freeze, frozen, load_model, model_config
+from ds_moe.moe import ForwardContext, MoELayer
+from ds_moe.moe.loss_free import LossFreeBalancing, check_biases_agree, loss_free, update_biases
 from ds_moe.monitor import EvalReport, Monitor, RoutingReport, StepReport, make_monitor
 from ds_moe.monitor.meters import max_vio
 from ds_moe.runfile import dump, dump_yaml, load_run
 from ds_moe.summary import active_flops_per_token, peak_flops, run_summary
 
 DEFAULT_NEW_TOKENS = 16
+BIAS_CHECK_EVERY = 50  # steps; a comparison of 8 bytes a rank
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +76,18 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # of training steps in this process
     tokens: int = 0
+    load_before_step: list[Tensor | int] = field(default_factory=list)  # see expert_load.py
     result: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def layers(self) -> list[MoELayer]:
+        """Empty for a dense model."""
+        return moe_layers(self.engine.module)
+
+    @cached_property
+    def balancings(self) -> list[LossFreeBalancing]:
+        """Of the layers, where a bias takes part in the selection."""
+        return loss_free(self.engine.module)
 
     @property
     def folder(self) -> Path:
@@ -121,7 +136,7 @@ def set_up(config: RunConfig) -> Run:
     check_model(config, outline.config)
     hidden_size = outline.config.get_text_config().hidden_size
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
-    freeze(outline, config.model.freeze)
+    freeze(outline, frozen(config))
     memory = predict(outline, config, ds_config, topology.world_size, on_cpu())
     model = load_model(config.model, dtype, config.train.seed)
     context = prepare_model(model, config, topology)
@@ -136,6 +151,8 @@ def set_up(config: RunConfig) -> Run:
         peak_flops=peak_flops(topology),
         run_dir=Path(config.train.output_dir),
     )
+    if config.monitor.tensorboard:
+        watch_pairs(moe_layers(engine.module))
     return Run(config, topology, engine, context, processor, stream, eval_set, monitor, total_steps, memory)
 
 
@@ -176,6 +193,7 @@ def train_step(run: Run, steps: Any) -> StepReport:
     share = max(labels, 1) / (run.topology.world_size * len(micro_batches))
     lr = run.engine.get_lr()[0]
     losses = torch.zeros(2, device=run.topology.device)  # language, auxiliary
+    run.load_before_step = counts_so_far(run.layers)
     for batch in micro_batches:
         loss = run.engine(**batch, use_cache=False, num_items_in_batch=share).loss
         auxiliary = sum(run.context.aux_losses) if run.context is not None and run.context.aux_losses else None
@@ -184,6 +202,9 @@ def train_step(run: Run, steps: Any) -> StepReport:
             losses[1] += auxiliary.detach() / len(micro_batches)
         run.engine.backward(loss if auxiliary is None else loss + auxiliary)
         run.engine.step()
+    update_biases(run.balancings, progress=run.step / run.total_steps)
+    if run.step % BIAS_CHECK_EVERY == 0:
+        check_biases_agree(run.balancings, run.step + 1)
     dist.all_reduce(losses)
     losses /= run.topology.world_size
     run.step += 1
@@ -212,19 +233,10 @@ def _global_counts(micro_batches: list[dict[str, Tensor]], device: torch.device)
 
 def routing_report(run: Run) -> RoutingReport | None:
     """Expert loads since the last report, over all ranks (collective)."""
-    taken = [layer.load.take() for layer in moe_layers(run.engine.module)]
-    loads = [load for load in taken if load is not None]
-    if not loads:
-        return None
-    counts_L2E = torch.stack([torch.stack([load.counts_E, load.image_E]) for load in loads])
-    sums_L2 = torch.stack([torch.stack([load.tokens.double(), load.entropy.double()]) for load in loads])
-    dist.all_reduce(counts_L2E)
-    dist.all_reduce(sums_L2)
-    counts_L2E = counts_L2E.cpu().numpy()
-    tokens, entropy = sums_L2.sum(0).tolist()
-    run.result["max_vio"] = max_vio(counts_L2E[:, 0])
-    aux = run.result["aux_loss"] if moe_layers(run.engine.module)[0].balancers else None
-    return RoutingReport(counts_L2E[:, 0], counts_L2E[:, 1], entropy / tokens, aux)
+    report = reduce_load(run.layers, run.load_before_step, run.result["aux_loss"])
+    if report is not None:
+        run.result["max_vio"] = max_vio(report.counts_LE)
+    return report
 
 
 def run_evaluation(run: Run, limit: int | None) -> EvalReport:

@@ -87,14 +87,34 @@ MISTAKES = {
     ),
     "unknown kind": (
         "  balance: [{kind: zen}]",
-        "run.yaml:6: moe.balance.0.kind is 'zen'; must be one of 'none', 'aux'",
+        "run.yaml:6: moe.balance.0.kind is 'zen'; must be one of 'none', 'aux', 'z_loss', 'loss_free'",
     ),
-    "no kind": ("  balance: [{weight: 1}]", "run.yaml:6: moe.balance.0.kind is None; must be one of 'none', 'aux'"),
+    "no kind": (
+        "  balance: [{weight: 1}]",
+        "run.yaml:6: moe.balance.0.kind is None; must be one of 'none', 'aux', 'z_loss', 'loss_free'",
+    ),
     "unknown key of a kind": (
         "  balance:\n  - kind: aux\n    wight: 1",
         "run.yaml:8: unknown key moe.balance.0.wight (did you mean moe.balance.0.weight?)",
     ),
-    "value for a section": ("  router: 3", "run.yaml:6: moe.router is 3; must be a section with keys kind, top_k"),
+    "value for a section": ("  dispatch: 3", "run.yaml:6: moe.dispatch is 3; must be a section with keys kind"),
+    "unknown kind of router": (
+        "  router: {kind: zen}",
+        "run.yaml:6: moe.router.kind is 'zen'; must be one of "
+        "'topk', 'noisy_topk', 'expert_choice', 'hash', 'balanced'",
+    ),
+    "key of another kind": (
+        "  router:\n    kind: hash\n    scores: sigmoid",
+        "run.yaml:8: moe.router.scores would not be used: the kind of moe.router has no such key; remove it",
+    ),
+    "unknown key of the kind that is left out": (
+        "  router: {topk: 2}",
+        "run.yaml:6: unknown key moe.router.topk (did you mean moe.router.top_k?)",
+    ),
+    "wrong value of a kind": (
+        "  router: {kind: hash, top_k: two}",
+        "run.yaml:6: moe.router.top_k is 'two'; must be a valid integer",
+    ),
     "duplicate": (
         "  ep_size: 2\n  ep_size: 4",
         "run.yaml:7: duplicate key moe.ep_size (first at run.yaml:6); keep one of them",
@@ -163,6 +183,29 @@ RULES = {
         ["moe.dispatch.kind=all_to_all", "moe.ep_size=1"],
         "needs moe.ep_size more than 1, which is 1",
     ),
+    "moe.router.order": (
+        ["moe.router.order=topk_then_softmax", "moe.router.scores=sigmoid"],
+        "moe.router.order would not be used: moe.router.scores is sigmoid",
+    ),
+    "moe.router.normalize": (
+        ["moe.router.normalize=false", "moe.router.order=topk_then_softmax"],
+        "moe.router.normalize would not be used: moe.router.order is topk_then_softmax",
+    ),
+    "moe.router.drop": (["moe.router.drop=score"], "drop would not be used: moe.router.capacity_factor is not set"),
+    "groups alone": (["moe.router.groups=4"], "moe.router.groups is 4 and moe.router.top_groups is not set"),
+    "expert choice in a causal model": (["moe.router.kind=expert_choice"], "leaks the future and cannot generate"),
+    "expert choice that would generate": (
+        ["data.eval=digits", "train.eval_generate=true", "moe.router={kind: expert_choice, allow_noncausal: true}"],
+        "expert_choice cannot generate answers; set train.eval_generate to false",
+    ),
+    "a balancer of a router that learns nothing": (
+        ["moe.balance=[{kind: aux}]", "moe.router.kind=hash"],
+        "moe.balance aux would not be used: moe.router.kind hash learns nothing",
+    ),
+    "a balancer of balanced experts": (
+        ["moe.balance=[{kind: aux}]", "moe.router={kind: expert_choice, allow_noncausal: true}"],
+        "moe.balance aux would not be used: moe.router.kind expert_choice gives all experts the same load",
+    ),
     "aux twice": (["moe.balance=[{kind: aux}, {kind: aux}]"], "moe.balance lists aux 2 times"),
     "none beside aux": (["moe.balance=[{kind: none}, {kind: aux}]"], "moe.balance lists none beside aux"),
     "warm-up without end": (["train.warmup_steps=10"], "train.warmup_steps 10 takes all of the 10 train.steps"),
@@ -184,6 +227,10 @@ RULES = {
     "train.max_new_tokens": (
         ["train.max_new_tokens=5", "data.eval=digits", "train.eval_generate=false"],
         "train.max_new_tokens would not be used: train.eval_generate is false",
+    ),
+    "monitor.dead_alarm_steps": (
+        ["monitor.dead_alarm_steps=5", "moe=null"],
+        "monitor.dead_alarm_steps would not be used: there is no moe section",
     ),
     "monitor.heatmap_every": (
         ["monitor.heatmap_every=5", "monitor.tensorboard=false"],
@@ -246,7 +293,8 @@ def test_a_dumped_tree_reads_back_as_the_same_run(path, tmp_path):
 def test_a_dump_holds_every_used_default_and_no_unused_key(run):
     config = load_run(run())
     tree = dump(config)
-    assert tree["moe"]["router"] == {"kind": "topk"} and tree["train"]["lr"] == 1e-5
+    expected = {"kind": "topk", "scores": "softmax", "route_scale": 1, "temperature": 1}
+    assert tree["moe"]["router"] == expected | {"expert_dropout": 0, "jitter_noise": 0} and tree["train"]["lr"] == 1e-5
     assert {"eval_every", "max_new_tokens"} & set(tree["train"]) == set()
     assert all(key.rpartition(".")[2] not in tree[key.partition(".")[0]] for key in unused_keys(config))
 
@@ -261,6 +309,10 @@ MOE, DENSE, TEXT = Qwen3VLMoeConfig(), Qwen3VLConfig(), Qwen3MoeConfig()  # 60, 
         (DENSE, [], "run.yaml:5: section moe would not be used: qwen3_vl is a dense model"),
         (MOE, ["moe.ep_size=8"], "moe.ep_size 8 does not divide the model's 60 experts (1, 2, 3, 4, 5, 6, 10, 12"),
         (MOE, ["moe.router.top_k=61"], "moe.router.top_k 61 exceeds the model's 60 experts"),
+        (MOE, ["moe.router={groups: 7, top_groups: 2}"], "moe.router.groups 7 does not divide the 60 experts"),
+        (MOE, ["moe.router={groups: 4, top_groups: 5}"], "moe.router.top_groups 5 exceeds moe.router.groups 4"),
+        (MOE, ["moe.router={groups: 30, top_groups: 1}"], "leaves 2 experts, fewer than the top_k of 4"),
+        (MOE, ["moe.router={top_k: 1, expert_dropout: 0.1}"], "moe.router.expert_dropout would not be used"),
         (TEXT, [], 'data.train is "digits", images that the text-only qwen3_moe model cannot see'),
         (TEXT, ["data.train=a.jsonl", "data.max_pixels=9"], "data.max_pixels would not be used: qwen3_moe takes no"),
     ],

@@ -19,9 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ds_moe.config import RunConfig
 from ds_moe.monitor import EvalReport, Monitor, RoutingReport, ShownSample, StepReport, make_monitor, print_table
 from ds_moe.monitor.board import LOAD_TAG
+from ds_moe.monitor.coactivation import coactivation, draw_coactivation
 from ds_moe.monitor.gallery import sample_gallery
 from ds_moe.monitor.heatmap import LoadHeatMap
-from ds_moe.monitor.meters import Clock, max_vio, relative_load, split_by_kind
+from ds_moe.monitor.meters import Clock, DeadExperts, max_vio, relative_load, routing_scalars, split_by_kind
 from ds_moe.monitor.monitor import RunMonitor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +118,52 @@ def test_counts_that_cannot_belong_together_are_refused(image):
         RoutingReport(np.array([[5, 3]]), image, 1.0, None)
 
 
+def test_an_expert_is_reported_once_when_it_was_dead_long_enough_and_again_when_it_dies_again():
+    dead = DeadExperts(alarm_steps=10)
+    alive_LE, idle_LE = np.array([[1, 2], [3, 4]]), np.array([[1, 0], [3, 4]])
+    assert dead.newly_dead(idle_LE, 6) == []
+    assert dead.newly_dead(idle_LE, 6) == [(0, 1)]
+    assert dead.newly_dead(idle_LE, 6) == []
+    assert dead.newly_dead(alive_LE, 6) == []
+    assert dead.newly_dead(idle_LE, 12) == [(0, 1)]
+
+
+def test_the_alarm_of_a_dead_expert_is_a_note(tmp_path):
+    out = io.StringIO()
+    monitor = new_monitor(tmp_path, console=Console(file=out), log_every=10, dead_alarm_steps=20, tensorboard=False)
+    monitor.start(1, "summary", {})
+    for step in (10, 20, 30):
+        routing = RoutingReport(np.array([[5, 0, 3]]), np.zeros((1, 3), int), 1.0, None)
+        monitor.step(step_report(step), routing)
+    monitor.close()
+    assert out.getvalue().count("step 20: no token for 20 steps: expert 1 of layer 0") == 1
+
+
+def test_coactivation_is_the_share_of_a_row_experts_tokens():
+    pairs_EE = np.array([[8, 2, 0], [2, 4, 2], [0, 2, 0]])
+    expected = [[np.nan, 0.25, 0], [0.5, np.nan, 0.5], [np.nan] * 3]
+    np.testing.assert_array_equal(coactivation(pairs_EE), expected)
+    picture = draw_coactivation(pairs_EE, "caption")
+    assert picture.dtype == np.uint8 and picture.shape == (440, 460, 3) and picture.std() > 0
+
+
+def test_new_routing_scalars_have_their_values():
+    report = RoutingReport(
+        np.array([[6, 2], [4, 4]]),
+        np.zeros((2, 2), int),
+        1.0,
+        None,
+        last_step_LE=np.array([[1, 0], [1, 1]]),
+        drop_rate=0.25,
+        uncovered=0.125,
+        bias_norm=0.5,
+    )
+    scalars = routing_scalars(report)
+    assert scalars["moe/max_vio_layer_0"] == 0.5 and scalars["moe/max_vio_layer_1"] == 0
+    assert scalars["moe/max_vio"] == 0.25 and scalars["moe/max_vio_step"] == 0.5
+    assert (scalars["moe/drop_rate"], scalars["moe/uncovered_tokens"], scalars["moe/bias_norm"]) == (0.25, 0.125, 0.5)
+
+
 def test_time_left_counts_pauses_but_not_the_first_step():
     clock = Clock(total_steps=10)
     assert clock.seconds_left(1, now_s=100, step_s=30) == 9 * 30  # only the slow first step is known
@@ -140,7 +187,10 @@ def test_every_scalar_is_written_with_its_value(tmp_path):
         *(f"perf/{name}" for name in ("tokens_per_s", "step_s", "data_wait_frac", "mem_gib", "mfu")),
         *(
             f"moe/{name}"
-            for name in ("max_vio", "max_vio_text", "max_vio_image", "entropy", "dead_experts", "aux_loss")
+            for name in (
+                *("max_vio", "max_vio_text", "max_vio_image", "entropy", "dead_experts", "aux_loss"),
+                *("max_vio_layer_0", "max_vio_layer_1", "drop_rate", "uncovered_tokens"),
+            )
         ),
     }
     loss = curve(tmp_path, "train/loss")

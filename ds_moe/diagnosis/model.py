@@ -167,13 +167,13 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
     """Frozen parts and predicted memory, on the model without storage."""
     from ds_moe.memory import predict, skeleton
     from ds_moe.models.convert import expert_state
-    from ds_moe.models.qwen3_vl import freeze
+    from ds_moe.models.qwen3_vl import freeze, frozen
 
     if case.model is None:
         return
     config, model = case.config, skeleton(case.model)
     try:
-        freeze(model, config.model.freeze)
+        freeze(model, frozen(config))
     except UserError as error:
         yield Finding("error", f"{config.at('model.freeze')}: {error}")
         return
@@ -186,8 +186,9 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
     experts = [parameter for name, parameter in model.named_parameters() if expert_state(name)]
     stage = case.deepspeed["zero_optimization"]["stage"]
     if stage < 3 and experts and not any(parameter.requires_grad for parameter in experts):
-        text = f"model.freeze freezes all experts, which DeepSpeed cannot do at ZeRO stage {stage}; use stage 3"
-        yield Finding("error", f"{config.at('model.freeze')}: {text}")
+        key = "train.stage" if config.train.stage == "router_only" else "model.freeze"
+        text = f"{key} freezes all experts, which DeepSpeed cannot do at ZeRO stage {stage}; use stage 3"
+        yield Finding("error", f"{config.at(key)}: {text}")
         return
     memory = predict(model, config, case.deepspeed, case.world_size, case.device.on_cpu)
     parameters = sum(parameter.numel() for parameter in model.parameters())

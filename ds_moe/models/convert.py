@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils.hub import cached_file
 
-from ds_moe.config import MoEConfig
+from ds_moe.checks import NONCAUSAL
+from ds_moe.config import ExpertChoiceRouting, LossFreeBalance, MoEConfig, RouterConfig, TopKRouting
 from ds_moe.errors import UserError
 from ds_moe.moe.balance import BALANCERS
 from ds_moe.moe.dispatch import DISPATCHERS, ExpertParallel
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
+from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.moe.routers import ROUTERS
 from ds_moe.moe.routing import ForwardContext
 
@@ -43,6 +47,9 @@ FAMILIES = {
     "qwen3_vl_moe": Family("Qwen3VLMoeTextSparseMoeBlock", "model.language_model", lambda config: True),
     "qwen3_moe": Family("Qwen3MoeSparseMoeBlock", "model", lambda config: config.norm_topk_prob),
 }
+
+BIAS_SUFFIX = ".mlp.gate.balancing.bias_E"  # ends the name of a loss-free bias
+EXPERT_BIAS = "expert_bias.safetensors"  # where an export keeps the biases that its architecture has no place for
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -87,23 +94,81 @@ def convert(
     balancers = [
         BALANCERS[balance.kind](**balance.model_dump(exclude={"kind"}))
         for balance in config.balance
-        if balance.kind != "none"
+        if balance.kind in BALANCERS
     ]
-    top_k = config.router.top_k or text_config.num_experts_per_tok
+    router = ROUTERS[config.router.kind]
+    settings = router_settings(config.router, text_config.num_experts_per_tok, family.normalizes(text_config))
     for index, (name, block) in enumerate(blocks):
-        router_class = _recordable(ROUTERS[config.router.kind], type(block.gate))
+        block.gate.weight.requires_grad_(router.learns and block.gate.weight.requires_grad)
         layer = layer_class(
-            gate=router_class(block.gate.weight, top_k, family.normalizes(text_config)),
+            gate=_recordable(router, type(block.gate))(block.gate.weight, **settings),
             experts=_owned_experts(block.experts, ep, config.experts.backend),
             dispatcher=dispatcher,
             context=context,
             index=index,
             balancers=balancers,
         )
+        for balance in config.balance:
+            if isinstance(balance, LossFreeBalance):
+                layer.gate.balancing = LossFreeBalancing(
+                    text_config.num_experts, **balance.model_dump(exclude={"kind"})
+                )
         model.set_submodule(name, layer.train(model.training))
-    text_config.num_experts_per_tok = top_k
-    model.get_submodule(family.decoder).register_forward_pre_hook(_begin_forward(context), with_kwargs=True)
+    text_config.num_experts_per_tok = settings["top_k"]
+    decoder = model.get_submodule(family.decoder)
+    decoder.register_forward_pre_hook(_begin_forward(context), with_kwargs=True)
+    if not router.causal:
+        decoder.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
+        model.prepare_inputs_for_generation = _refuse_generation
     return context
+
+
+def router_settings(config: RouterConfig, top_k: int, normalizes: bool) -> dict[str, Any]:
+    """Arguments of the router's class: what the run sets, else what the model has or the class presets.
+
+    Raises:
+        UserError: a router that is not causal, in these causal models, unless the run allows it.
+    """
+    if isinstance(config, ExpertChoiceRouting) and not config.allow_noncausal:
+        raise UserError(NONCAUSAL)
+    settings = config.model_dump(exclude={"kind", "allow_noncausal"}, exclude_none=True)
+    settings.setdefault("top_k", top_k)
+    if isinstance(config, TopKRouting):
+        settings.setdefault("normalize", normalizes)
+    return settings
+
+
+def _refuse_generation(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UserError(
+        "moe.router.kind expert_choice cannot generate: its experts choose among all tokens of the sequence, and those "
+        "to come are not there yet; evaluate losses only (train.eval_generate=false)"
+    )
+
+
+def _refuse_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("past_key_values") is not None:
+        _refuse_generation()
+
+
+def load_expert_bias(model: nn.Module, path: str) -> None:
+    """Fill the loss-free biases of a converted model from the export at `path`, if that has any and the run uses them.
+
+    Args:
+        path: local folder or hub id; `EXPERT_BIAS` in it holds one fp32 (E,) tensor a layer, by the bias's name here.
+
+    Raises:
+        UserError: the file is of another model.
+    """
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(BIAS_SUFFIX)}
+    file = cached_file(path, EXPERT_BIAS, _raise_exceptions_for_missing_entries=False) if biases else None
+    if file is None:
+        return
+    saved = load_file(file)
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if shapes != {name: tuple(bias.shape) for name, bias in biases.items()}:
+        raise UserError(f"{file} does not fit this model: it holds {sorted(shapes)[:3]}, wanted {sorted(biases)[:3]}")
+    for name, bias in biases.items():
+        bias.copy_(saved[name])
 
 
 def _recordable(router: type[nn.Module], family_router: type[nn.Module]) -> type[nn.Module]:

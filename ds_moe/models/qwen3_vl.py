@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ds_moe.config import ModelConfig
+from ds_moe.config import ModelConfig, RunConfig
 from ds_moe.errors import UserError
 from ds_moe.models.presets import build_preset, preset_config
 
@@ -28,6 +28,8 @@ FREEZE_PATTERNS = {
     "experts": r"\.mlp\.experts\.",
     "embeddings": r"embed_tokens\.|^lm_head\.",
 }
+
+STAGE_FREEZES = {"all": [], "router_only": [r"^(?!.*\.mlp\.gate\.)"]}  # by train.stage; a router's noise is trained too
 
 
 def model_config(config: ModelConfig) -> PretrainedConfig:
@@ -66,6 +68,11 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTra
     if wrong:
         raise UserError(f"model.path {config.path!r} does not fit {model_class.__name__}: {wrong}")
     return model
+
+
+def frozen(config: RunConfig) -> list[str]:
+    """What a run does not train, as patterns for `freeze`."""
+    return [*config.model.freeze, *STAGE_FREEZES[config.train.stage]]
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:

@@ -1,22 +1,32 @@
 """The Mixture-of-Experts layer in plain PyTorch: route -> dispatch -> experts -> combine."""
 
-from ds_moe.moe.balance import AuxLoss, Balancer
+from ds_moe.moe.balance import AuxLoss, Balancer, Seen, ZLoss
 from ds_moe.moe.dispatch import AllToAllDispatcher, ExpertParallel, LocalDispatcher
 from ds_moe.moe.experts import Experts
+from ds_moe.moe.facade import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss
 from ds_moe.moe.layer import MoELayer
-from ds_moe.moe.routers import TopKRouter
+from ds_moe.moe.loss_free import LossFreeBalancing
+from ds_moe.moe.routers import ROUTERS, Router, TopKRouter
 from ds_moe.moe.routing import ForwardContext, RoutingDecision, checkpoint_contexts
 
 __all__ = [
+    "ROUTERS",
     "AllToAllDispatcher",
     "AuxLoss",
     "Balancer",
-    "Experts",
+    "ExpertChoiceRouter",
     "ExpertParallel",
+    "ExpertRouter",
+    "Experts",
     "ForwardContext",
+    "LoadBalancingLoss",
     "LocalDispatcher",
+    "LossFreeBalancing",
     "MoELayer",
+    "Router",
     "RoutingDecision",
+    "Seen",
     "TopKRouter",
+    "ZLoss",
     "checkpoint_contexts",
 ]

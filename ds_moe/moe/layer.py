@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from ds_moe.moe.balance import Balancer
+from ds_moe.moe.balance import Balancer, Seen, everywhere
 from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher, Plan
 from ds_moe.moe.experts import Experts
-from ds_moe.moe.routing import ForwardContext, RoutingDecision, count_experts, current_tape
+from ds_moe.moe.load import Load
+from ds_moe.moe.routing import ForwardContext, RoutingDecision, current_tape
 
 
 class MoELayer(nn.Module):
@@ -45,11 +44,11 @@ class MoELayer(nn.Module):
         self.context = context
         self.index = index
         self.balancers = balancers
-        self.load = Load(num_experts=gate.weight.shape[0])
+        self.load = Load(gate.weight.shape[0], gate.top_k if gate.causal else None)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        decision, plan = self._route(x_TD)
+        decision, plan = self._route(x_TD, sequences=hidden_states.shape[0])
         rows_RD = self.dispatcher.dispatch(x_TD, decision, plan)
         rows_RD = self.experts(rows_RD, plan.counts_e)
         y_TD = self.dispatcher.combine(rows_RD, decision, plan)
@@ -57,55 +56,33 @@ class MoELayer(nn.Module):
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(hidden_states)
 
-    def _route(self, x_TD: Tensor) -> tuple[RoutingDecision, Plan]:
+    def _route(self, x_TD: Tensor, sequences: int) -> tuple[RoutingDecision, Plan]:
         """Decide, or repeat what the forward decided if this is a recompute of it."""
         tape = current_tape()
         replaying = tape is not None and tape.replaying
         if replaying:
-            token_V, chosen, plan = tape.kept[self.index]
-            decision = self.gate(x_TD, token_V, chosen)
+            chosen, plan, seen = tape.kept[self.index]
+            decision = self.gate(x_TD, seen.token_V, chosen)
         else:
-            token_V = self.context.token_V
-            decision = self.gate(x_TD, token_V)
+            decision = self.gate(x_TD, self.context.token_V)
             plan = self.dispatcher.plan(decision)
+            seen = self._seen(x_TD, sequences, plan)
             if tape is not None:
-                tape.kept[self.index] = (token_V, decision.chosen, plan)
+                tape.kept[self.index] = (decision.chosen, plan, seen)
         if self.training:
             # A recompute runs the balancers too, to save what their gradients need, but reports nothing again.
-            losses = [balancer.loss(decision, plan.counts_E, token_V) for balancer in self.balancers]
+            losses = [balancer.loss(decision, seen) for balancer in self.balancers]
             if not replaying:
                 self.context.aux_losses += losses
-                self.load.add(decision, plan.counts_E, self.context)
+                self.load.add(decision, seen, self.context.image_T)
+                if self.gate.balancing is not None:
+                    self.gate.balancing.add(plan.counts_E)
         return decision, plan
 
-
-class Load:
-    """What this rank's tokens asked of one layer's experts since the last `take`."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-        self._totals: LoadTotals | None = None
-
-    @torch.no_grad()
-    def add(self, decision: RoutingDecision, counts_E: Tensor, context: ForwardContext) -> None:
-        image_E = torch.zeros_like(counts_E)
-        if context.image_T is not None:
-            image_E = count_experts(decision.expert_N[context.image_T[decision.token_N]], self.num_experts)
-        scores_VE = decision.scores_TE if context.token_V is None else decision.scores_TE[context.token_V]
-        tokens = counts_E.new_tensor(scores_VE.shape[0])
-        new = LoadTotals(counts_E, image_E, tokens, torch.special.entr(scores_VE).sum())
-        self._totals = new if self._totals is None else LoadTotals(*map(torch.add, self._totals, new))
-
-    def take(self) -> LoadTotals | None:
-        """The totals, or None if nothing was added; start anew."""
-        totals, self._totals = self._totals, None
-        return totals
-
-
-class LoadTotals(NamedTuple):
-    """Sums over the tokens of one rank and layer."""
-
-    counts_E: Tensor  # int64, assignments of each expert
-    image_E: Tensor  # int64, of these, of image tokens
-    tokens: Tensor  # int64 scalar, padding left out
-    entropy: Tensor  # fp32 scalar, nats
+    def _seen(self, x_TD: Tensor, sequences: int, plan: Plan) -> Seen:
+        """What the balancers may know; kept on the tape, because adding up over ranks must not happen twice."""
+        token_V = self.context.token_V
+        reduced = None
+        if self.training and any(balancer.scope == "global_batch" for balancer in self.balancers):
+            reduced = everywhere(token_V, x_TD.shape[0], plan.counts_E)
+        return Seen(token_V, sequences, plan.counts_E, reduced)

@@ -24,6 +24,11 @@ class Assignments(NamedTuple):
 
     token_N: Tensor  # int64, index into T
     expert_N: Tensor  # int64, global expert id
+    seed: int | None = None  # of the random numbers that went with this selection; None: there were none
+
+    def where(self, kept_N: Tensor) -> Assignments:
+        """The pairs at which the mask is true, in their order."""
+        return self._replace(token_N=self.token_N[kept_N], expert_N=self.expert_N[kept_N])
 
 
 class RoutingDecision(NamedTuple):
@@ -39,10 +44,12 @@ class RoutingDecision(NamedTuple):
     token_N: Tensor  # int64, index into T
     expert_N: Tensor  # int64, global expert id
     weight_N: Tensor  # fp32 combine weight, with grad
+    seed: int | None = None  # of the router's random numbers in this forward; None: it drew none
+    dropped: int = 0  # assignments that the experts' capacity refused; 0 in a recompute
 
     @property
     def chosen(self) -> Assignments:
-        return Assignments(self.token_N, self.expert_N)
+        return Assignments(self.token_N, self.expert_N, self.seed)
 
 
 @dataclass

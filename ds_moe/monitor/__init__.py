@@ -6,6 +6,7 @@ The rooms:
     reports.py    what the loop reports           meters.py    what is computed from it
     board.py      TensorBoard                     progress.py  terminal and log file
     heatmap.py    layer x expert load             gallery.py   evaluated samples
+    coactivation.py  experts that share tokens
 """
 
 from ds_moe.monitor.monitor import Monitor, make_monitor

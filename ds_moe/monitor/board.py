@@ -15,6 +15,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
+from ds_moe.monitor.coactivation import draw_coactivation
 from ds_moe.monitor.gallery import sample_gallery
 from ds_moe.monitor.heatmap import LoadHeatMap
 from ds_moe.monitor.meters import split_by_kind
@@ -75,6 +76,10 @@ class Board:
             return self._heat_map.draw(counts, caption)
 
         self._draw("moe/expert_load", draw, step)
+
+    def pairs(self, pairs_EE: np.ndarray, caption: str, step: int) -> None:
+        """Draw which experts of the first layer serve the same tokens, in the background."""
+        self._draw("moe/coactivation", lambda: draw_coactivation(pairs_EE, caption), step)
 
     def samples(self, shown: list[ShownSample], step: int) -> None:
         """Draw evaluated samples in the background."""

@@ -56,8 +56,8 @@ class LoadPanel:
         ]
         axes.set_title(f"{kind} tokens", fontsize=9.5, color=INK, loc="left", pad=5)
         axes.invert_yaxis()
-        axes.set_xticks(*_ticks(experts))
-        axes.set_yticks(*_ticks(layers))
+        axes.set_xticks(*index_ticks(experts))
+        axes.set_yticks(*index_ticks(layers))
         axes.tick_params(length=0, labelsize=8, colors=INK, labelleft=layer_label)
         axes.spines[:].set_visible(False)
         axes.set_xlabel("expert" if expert_label else "", fontsize=9, color=INK)
@@ -140,7 +140,7 @@ def _log2_load(load_LE: np.ndarray) -> np.ndarray:
     return np.ma.masked_invalid(np.where(load_LE == 0, -_LOG2_RANGE - 1, np.log2(clipped_LE)))
 
 
-def _ticks(count: int) -> tuple[np.ndarray, list[str]]:
+def index_ticks(count: int) -> tuple[np.ndarray, list[str]]:
     """Tick positions in the middle of cells, and their indices: every one of a few, every 2^n-th of many."""
     stride = 1
     while count / stride > 16:

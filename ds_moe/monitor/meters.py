@@ -42,11 +42,34 @@ def routing_scalars(report: RoutingReport) -> dict[str, float]:
     """The `moe/*` scalars of one routing report."""
     kinds = split_by_kind(report.counts_LE, report.image_counts_LE)
     scalars = {f"moe/max_vio_{kind}" if kind != "all" else "moe/max_vio": max_vio(n_LE) for kind, n_LE in kinds.items()}
+    if report.last_step_LE is not None:
+        scalars["moe/max_vio_step"] = max_vio(report.last_step_LE)
+    layers = relative_load(report.counts_LE).max(axis=1) - 1
+    scalars |= {f"moe/max_vio_layer_{layer}": float(vio) for layer, vio in enumerate(layers) if not np.isnan(vio)}
     scalars["moe/entropy"] = report.entropy_L
     scalars["moe/dead_experts"] = float((report.counts_LE == 0).sum())
+    scalars["moe/drop_rate"] = report.drop_rate
+    scalars["moe/uncovered_tokens"] = report.uncovered
+    if report.bias_norm is not None:
+        scalars["moe/bias_norm"] = report.bias_norm
     if report.aux_loss is not None:
         scalars["moe/aux_loss"] = report.aux_loss
     return scalars
+
+
+class DeadExperts:
+    """Experts that got no token for a number of optimizer steps; each is told once, and again if it dies again."""
+
+    def __init__(self, alarm_steps: int) -> None:
+        self.alarm_steps = alarm_steps
+        self._idle_LE: np.ndarray | None = None
+
+    def newly_dead(self, counts_LE: np.ndarray, steps: int) -> list[tuple[int, int]]:
+        """(layer, expert) of those that reach the limit with the counts of `steps` more steps."""
+        before_LE = np.zeros(counts_LE.shape, np.int64) if self._idle_LE is None else self._idle_LE
+        self._idle_LE = np.where(counts_LE == 0, before_LE + steps, 0)
+        dead_LE = (before_LE < self.alarm_steps) & (self._idle_LE >= self.alarm_steps)
+        return [(int(layer), int(expert)) for layer, expert in np.argwhere(dead_LE)]
 
 
 @dataclass

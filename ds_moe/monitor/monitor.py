@@ -7,18 +7,22 @@ it needs no `if rank == 0`.
 from __future__ import annotations
 
 import atexit
+import copy
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from ds_moe.config import MonitorConfig, RunConfig
-from ds_moe.monitor.meters import Clock, Throughput, Window, routing_scalars
+from ds_moe.monitor.meters import Clock, DeadExperts, Throughput, Window, routing_scalars
 from ds_moe.monitor.progress import Display, Lines, make_display, print_table
 from ds_moe.monitor.reports import EvalReport, RoutingReport, StepReport
+
+_NAMED_EXPERTS = 8  # in one alarm
 
 
 class Monitor:
@@ -72,12 +76,13 @@ class RunMonitor(Monitor):
         self._board: Any = None
         self._window = Window()
         self._clock = Clock(total_steps)
+        self._dead = DeadExperts(config.dead_alarm_steps)
         self._load: RoutingReport | None = None  # summed since the last heat map
-        self._load_from = self._heat_map_step = self._step = 0
+        self._load_from = self._heat_map_step = self._step = self._routing_step = 0
         self._training_s = self._own_s = 0.0
 
     def start(self, first_step: int, summary: str, hparams: Mapping[str, Any]) -> None:
-        self._step = self._heat_map_step = first_step - 1
+        self._step = self._heat_map_step = self._routing_step = first_step - 1
         self._load_from = first_step
         self._display.say(summary)
         self._display = make_display(self._console, first_step, self.total_steps)
@@ -99,6 +104,8 @@ class RunMonitor(Monitor):
             scalars = self._window.close(self._throughput) | scalars
             self._display.window(report.step, scalars, seconds_left)
         self._display.step(report.step, report.loss, seconds_left)
+        if routing is not None:
+            self._alarm(routing.counts_LE)
         if self._board is not None:
             self._board.scalars(scalars, report.step)
             if routing is not None:
@@ -139,13 +146,22 @@ class RunMonitor(Monitor):
         drawing_s = self._board.drawing_s if self._board is not None else 0.0
         return (self._own_s + drawing_s) / self._training_s if self._training_s else 0.0
 
+    def _alarm(self, counts_LE: np.ndarray) -> None:
+        dead = self._dead.newly_dead(counts_LE, self._step - self._routing_step)
+        self._routing_step = self._step
+        if dead:
+            names = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:_NAMED_EXPERTS])
+            more = f" and {len(dead) - _NAMED_EXPERTS} more" if len(dead) > _NAMED_EXPERTS else ""
+            self.note(f"step {self._step}: no token for {self.config.dead_alarm_steps} steps: expert {names}{more}")
+
     def _add_load(self, routing: RoutingReport) -> None:
         if self._load is None:
-            counts_LE, image_counts_LE = routing.counts_LE.copy(), routing.image_counts_LE.copy()
-            self._load = RoutingReport(counts_LE, image_counts_LE, routing.entropy_L, routing.aux_loss)
-        else:
-            self._load.counts_LE += routing.counts_LE
-            self._load.image_counts_LE += routing.image_counts_LE
+            self._load = copy.deepcopy(routing)
+            return
+        self._load.counts_LE += routing.counts_LE
+        self._load.image_counts_LE += routing.image_counts_LE
+        if self._load.pairs_EE is not None and routing.pairs_EE is not None:
+            self._load.pairs_EE += routing.pairs_EE
 
     def _draw_load_when_due(self) -> None:
         """At the first routing report past every `heatmap_every`-th step; while the last picture is still being drawn
@@ -157,6 +173,9 @@ class RunMonitor(Monitor):
     def _draw_load(self) -> None:
         caption = f"Expert load relative to a fair share, steps {self._load_from:,} to {self._step:,}"
         self._board.heat_map(self._load, caption, self._step)
+        if self._load.pairs_EE is not None:
+            caption = f"First MoE layer, steps {self._load_from:,} to {self._step:,}"
+            self._board.pairs(self._load.pairs_EE, caption, self._step)
         self._load, self._load_from, self._heat_map_step = None, self._step + 1, self._step
 
     def _close(self, finished: bool) -> None:

@@ -33,6 +33,11 @@ class RoutingReport:
     image_counts_LE: np.ndarray  # int64, of these, assignments of image tokens
     entropy_L: float  # routing entropy in nats: mean over tokens and layers
     aux_loss: float | None  # sum of the balancers' loss terms; None when no balancer adds one
+    last_step_LE: np.ndarray | None = None  # int64, of counts_LE, those of the last optimizer step alone
+    drop_rate: float = 0.0  # share of the assignments lost to a capacity limit or to expert dropout
+    uncovered: float = 0.0  # share of the tokens that no expert took, over all layers
+    bias_norm: float | None = None  # L2 norm of the loss-free bias, mean over layers; None without one
+    pairs_EE: np.ndarray | None = None  # int64, first layer: tokens that use both experts; diagonal: their counts
 
     def __post_init__(self) -> None:
         """Raise ValueError when the two counts cannot belong together."""

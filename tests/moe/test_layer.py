@@ -91,7 +91,7 @@ def test_padding_neither_routes_nor_counts_nor_changes_the_others():
     layer.context.begin(mask, None)
     y = layer(x)
     [aux] = layer.context.aux_losses
-    counts_E, _, tokens, entropy = layer.load.take()
+    counts_E, _, tokens, *_, entropy, _ = layer.load.take()
     assert y[1, 2:].abs().max() == 0
     assert counts_E.sum() == 2 * 8 and tokens == 8
 
@@ -100,7 +100,7 @@ def test_padding_neither_routes_nor_counts_nor_changes_the_others():
     real = x.reshape(-1, D)[mask.flatten().bool()].unsqueeze(0)
     torch.testing.assert_close(alone(real)[0], y.reshape(-1, D)[mask.flatten().bool()], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(alone.context.aux_losses[0], aux)
-    alone_counts, _, _, alone_entropy = alone.load.take()
+    alone_counts, *_, alone_entropy, _ = alone.load.take()
     assert torch.equal(alone_counts, counts_E)
     torch.testing.assert_close(alone_entropy, entropy)
 
@@ -120,7 +120,7 @@ def test_loads_tell_image_tokens_apart():
     image = torch.tensor([[True, True, False, False, False]])
     layer.context.begin(torch.tensor([[1, 1, 1, 1, 0]]), image)
     layer(torch.randn(1, 5, D))
-    counts_E, image_E, tokens, _ = layer.load.take()
+    counts_E, image_E, tokens, *_ = layer.load.take()
     assert (counts_E.sum(), image_E.sum(), tokens) == (8, 4, 4)
     assert (image_E <= counts_E).all() and counts_E.dtype == torch.int64
     assert layer.load.take() is None

@@ -1,0 +1,139 @@
+"""Auxiliary-loss-free balancing (Wang 2024, arXiv 2408.15664; DeepSeek-V3): a bias that selects and never weighs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Rule = Literal["sign", "proportional"]
+
+
+class LossFreeBalancing(nn.Module):
+    """One bias an expert, added to what the experts are ranked by. A router's `balancing`.
+
+    `b_i += u * sign(mean(c) - c_i)` (rule `sign`), or `u * (mean(c) - c_i) / mean(c)` (`proportional`), then the mean
+    of b is subtracted, so that it never drifts. c_i are the assignments of expert i by all tokens but padding since
+    the last update, less what a capacity limit refused. u is in units of the score and must be small against the
+    differences between a token's scores (a softmax of large logits leaves tiny ones beside its first). It stays
+    constant and then falls linearly to zero over the last part of a run, because a constant one never stops
+    oscillating by u.
+
+    `bias_E` is fp32 whatever the model is cast to, and persistent. Nothing here has a gradient.
+
+    Args:
+        num_experts: E.
+        update_rate: u.
+        balance_factor: what the bias is multiplied by where it is added.
+        rule: how far a step goes.
+        decay_from: share of the run after which u falls; 1: never.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        update_rate: float = 1e-3,
+        balance_factor: float = 1.0,
+        rule: Rule = "sign",
+        decay_from: float = 0.8,
+    ) -> None:
+        super().__init__()
+        self.update_rate = update_rate
+        self.balance_factor = balance_factor
+        self.rule = rule
+        self.decay_from = decay_from
+        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, scores_TE: Tensor) -> Tensor:
+        """Scores or logits to rank experts by; the weights come from the scores themselves."""
+        return scores_TE.float() + self.balance_factor * self.bias_E
+
+    @torch.no_grad()
+    def add(self, counts_E: Tensor) -> None:
+        """Count a micro-batch of this rank: int64 assignments of each expert, padding left out."""
+        self.counts_E += counts_E
+
+    def update(self, progress: float = 0.0) -> None:
+        """Move the bias by what was counted since the last update, on all ranks alike (collective).
+
+        Args:
+            progress: share of the run that is done, 0 ... 1, for the decay of u.
+        """
+        update_biases([self], progress)
+
+    def rate(self, progress: float) -> float:
+        """u at this share of the run."""
+        if self.decay_from >= 1 or progress <= self.decay_from:
+            return self.update_rate
+        return self.update_rate * max(1 - progress, 0.0) / (1 - self.decay_from)
+
+    @torch.no_grad()
+    def move(self, counts_E: Tensor, rate: float) -> None:
+        """One step of the bias by counts over all ranks; no counts, no step.
+
+        Who is above and who below the mean is decided in integers, and the rest in float64, so that neither E nor the
+        number of tokens rounds anything.
+        """
+        total = counts_E.sum()
+        excess_E = total - counts_E * counts_E.numel()  # E * (mean - c)
+        if self.rule == "sign":
+            step_E = excess_E.sign().double()
+        else:
+            step_E = excess_E.double() / total.clamp_min(1)
+        bias_E = self.bias_E.double() + rate * step_E
+        self.bias_E.copy_(bias_E - bias_E.mean())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossFreeBalancing:
+        """Follow the model to its device, never to its dtype: in bf16 a step of 1e-3 would be lost on a bias of 0.5."""
+        exact_E = self.bias_E
+        super()._apply(fn, recurse)
+        self.bias_E = exact_E.to(self.bias_E.device)
+        return self
+
+
+def loss_free(model: nn.Module) -> list[LossFreeBalancing]:
+    """Those in `model`, in its order."""
+    return [module for module in model.modules() if isinstance(module, LossFreeBalancing)]
+
+
+@torch.no_grad()
+def update_biases(balancings: Sequence[LossFreeBalancing], progress: float = 0.0) -> None:
+    """Move the biases of all layers by the counts of all ranks: one all-reduce, once an optimizer step (collective).
+
+    Every rank is a data-parallel rank for the router, whatever shares its experts.
+    """
+    if not balancings:
+        return
+    counts_LE = torch.stack([balancing.counts_E for balancing in balancings])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts_LE)
+    for balancing, counts_E in zip(balancings, counts_LE, strict=True):
+        balancing.move(counts_E, balancing.rate(progress))
+        balancing.counts_E.zero_()
+
+
+def check_biases_agree(balancings: Sequence[LossFreeBalancing], step: int) -> None:
+    """Compare a hash of all biases over the ranks (collective).
+
+    Raises:
+        RuntimeError: on every rank, naming the ranks that differ from rank 0.
+    """
+    if not balancings or not dist.is_initialized():
+        return
+    biases_LE = torch.stack([balancing.bias_E for balancing in balancings])
+    digest = hashlib.sha256(biases_LE.cpu().numpy().tobytes()).digest()[:8]
+    mine = torch.tensor([int.from_bytes(digest, "big", signed=True)], device=biases_LE.device)
+    hashes: list[Any] = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(hashes, mine)
+    values = [int(value) for value in hashes]
+    differing = [rank for rank, value in enumerate(values) if value != values[0]]
+    if differing:
+        raise RuntimeError(
+            f"step {step}: the expert biases of rank {', '.join(map(str, differing))} differ from rank 0's; "
+            "all ranks must hold the same"
+        )

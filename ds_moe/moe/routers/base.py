@@ -1,0 +1,152 @@
+"""score -> select -> weigh: what every router shares."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_moe.moe.loss_free import LossFreeBalancing
+from ds_moe.moe.routers.limits import Drop, capacity, survives_dropout, within_capacity
+from ds_moe.moe.routing import Assignments, RoutingDecision
+
+TINY = 1e-20  # beside a sum of scores that could be zero; too small to change one that is not (DeepSeek-V3 adds it too)
+
+
+class Router(nn.Module):
+    """What every kind shares.
+
+    The selection is made without a gradient and the weights are computed from the live scores of whatever was
+    selected, so that a given selection (`chosen`: a recompute's, or a replay's) runs the same operations and saves the
+    same tensors. All that is random in one forward comes from one seed, which the decision keeps: a recompute draws
+    the same jitter and noise, whatever else has used the random state.
+
+    Args:
+        weight_ED: the router matrix, kept as this module's `weight` (the key transformers uses).
+        top_k: experts a token, K (on average, where experts choose).
+        expert_dropout: in training, probability of losing an assignment; a token always keeps one.
+        jitter_noise: in training, the router sees x * uniform(1 - jitter_noise, 1 + jitter_noise) (Fedus 2021).
+        capacity_factor: in training, an expert takes at most ceil(capacity_factor * V * K / E) of the V routed tokens
+            of this rank's micro-batch, the others lose that assignment; None: dropless.
+        drop: which assignments an overfull expert refuses: of the later tokens, or of the lower scores.
+
+    Raises:
+        ValueError: a `top_k` that these experts cannot give.
+    """
+
+    causal = True  # whether a token's experts are independent of the tokens behind it (dropless)
+    learns = True  # whether the weight takes part
+
+    def __init__(
+        self,
+        weight_ED: nn.Parameter,
+        top_k: int,
+        *,
+        expert_dropout: float = 0.0,
+        jitter_noise: float = 0.0,
+        capacity_factor: float | None = None,
+        drop: Drop = "position",
+    ) -> None:
+        nn.Module.__init__(self)  # not super(): a family's router class may follow in the MRO
+        if not 1 <= top_k <= weight_ED.shape[0]:
+            raise ValueError(f"top_k={top_k} must lie between 1 and the number of experts, {weight_ED.shape[0]}")
+        self.weight = weight_ED
+        self.top_k = top_k
+        self.expert_dropout = expert_dropout
+        self.jitter_noise = jitter_noise
+        self.capacity_factor = capacity_factor
+        self.drop: Drop = drop
+        self.balancing: LossFreeBalancing | None = None  # shifts what is selected, never a weight
+
+    def forward(
+        self, x_TD: Tensor, token_V: Tensor | None = None, chosen: Assignments | None = None
+    ) -> RoutingDecision:
+        """Route.
+
+        Args:
+            x_TD: hidden states.
+            token_V: indices of the tokens to route; the others get no assignment. None: all.
+            chosen: assignments to use instead of selecting, a token's beside each other.
+        """
+        tokens = x_TD.shape[0] if token_V is None else token_V.numel()
+        seed, generator = self._randomness(x_TD.device, chosen)
+        if generator is not None and self.jitter_noise:
+            low, high = 1 - self.jitter_noise, 1 + self.jitter_noise
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high, generator=generator)
+        logits_TE = self.logits(x_TD)
+        scores_TE = self.score(logits_TE if generator is None else self.perturb(logits_TE, x_TD, generator))
+        dropped = 0
+        if chosen is None:
+            with torch.no_grad():
+                ranked_TE = scores_TE if self.balancing is None else self.balancing(scores_TE)
+                chosen, dropped = self._limit(self.select(ranked_TE, token_V), scores_TE, tokens, generator)
+        weight_N = self.weigh(scores_TE, chosen, tokens)
+        return RoutingDecision(logits_TE, scores_TE, chosen.token_N, chosen.expert_N, weight_N, seed, dropped)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, E) raw logits in the model's dtype, with grad."""
+        return F.linear(x_TD, self.weight)
+
+    def perturb(self, logits_TE: Tensor, x_TD: Tensor, generator: torch.Generator) -> Tensor:
+        """The logits to score in training."""
+        return logits_TE
+
+    def score(self, logits_TE: Tensor) -> Tensor:
+        """(T, E) fp32 scores, with grad."""
+        return torch.softmax(logits_TE, dim=-1, dtype=score_dtype(logits_TE))
+
+    def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
+        """The assignments, without a gradient. `ranked_TE`: the scores, shifted by a loss-free bias if any."""
+        raise NotImplementedError
+
+    def weigh(self, scores_TE: Tensor, chosen: Assignments, tokens: int) -> Tensor:
+        """(N,) fp32 combine weights from the live scores, with grad. `tokens` is V, how many were routed."""
+        raise NotImplementedError
+
+    @property
+    def random(self) -> bool:
+        """Whether a forward in training draws random numbers."""
+        return bool(self.jitter_noise or self.expert_dropout)
+
+    def _randomness(
+        self, device: torch.device, chosen: Assignments | None
+    ) -> tuple[int | None, torch.Generator | None]:
+        if not (self.training and self.random):
+            return None, None
+        seed = int(torch.randint(2**62, ()))  # of the CPU: no sync. A recompute draws it too, to use the state alike
+        if chosen is not None and chosen.seed is not None:
+            seed = chosen.seed
+        return seed, torch.Generator(device).manual_seed(seed)
+
+    def _limit(
+        self, chosen: Assignments, scores_TE: Tensor, tokens: int, generator: torch.Generator | None
+    ) -> tuple[Assignments, int]:
+        """Dropout, then capacity; how many assignments the capacity refused."""
+        if generator is not None and self.expert_dropout:
+            chosen = chosen.where(survives_dropout(chosen.token_N, scores_TE.shape[0], self.expert_dropout, generator))
+        if self.capacity_factor is None or not self.training:
+            return chosen, 0
+        limit = capacity(self.capacity_factor, tokens, self.top_k, scores_TE.shape[1])
+        kept = chosen.where(within_capacity(chosen, scores_TE, limit, self.drop))
+        return kept, chosen.token_N.numel() - kept.token_N.numel()
+
+
+def score_dtype(logits_TE: Tensor) -> torch.dtype:
+    """fp32 whatever the model's dtype; float64 stays."""
+    return torch.promote_types(logits_TE.dtype, torch.float32)
+
+
+def routed(values_TE: Tensor, token_V: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(indices of the routed tokens, their rows)."""
+    if token_V is None:
+        return torch.arange(values_TE.shape[0], device=values_TE.device), values_TE
+    return token_V, values_TE.index_select(0, token_V)
+
+
+def share_of_token(values_N: Tensor, token_N: Tensor, tokens_total: int, uniform_k: int | None) -> Tensor:
+    """Each token's values divided by their sum; `uniform_k`: every token has this many, beside each other."""
+    if uniform_k is not None:
+        values_VK = values_N.view(-1, uniform_k)
+        return (values_VK / (values_VK.sum(-1, keepdim=True) + TINY)).flatten()
+    sums_T = values_N.new_zeros(tokens_total).index_add(0, token_N, values_N)
+    return values_N / (sums_T.index_select(0, token_N) + TINY)

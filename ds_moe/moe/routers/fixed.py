@@ -1,0 +1,57 @@
+"""Routers that learn nothing: what a benchmark compares with. The gate's weight is not used and gets no gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ds_moe.moe.routers.base import Router, routed
+from ds_moe.moe.routing import Assignments
+
+
+class FixedRouter(Router):
+    """No preference: logits 0, scores 1/E; each of a token's n experts weighs 1/n (n = K, less what was dropped)."""
+
+    learns = False
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return x_TD.new_zeros(x_TD.shape[0], self.weight.shape[0])
+
+    def weigh(self, scores_TE: Tensor, chosen: Assignments, tokens: int) -> Tensor:
+        per_token_T = torch.bincount(chosen.token_N, minlength=scores_TE.shape[0])
+        return per_token_T[chosen.token_N].to(scores_TE.dtype).reciprocal()
+
+
+class HashRouter(FixedRouter):
+    """K distinct experts from a hash of the token's index in the micro-batch: loads even on average only.
+
+    Hash layers (Roller 2021) hash the token's id, which a router does not see; a token's experts are arbitrary here.
+    """
+
+    def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
+        token_V, ranked_VE = routed(ranked_TE, token_V)
+        experts = ranked_VE.shape[1]
+        hash_V1 = _mix(token_V).unsqueeze(1)
+        strides = [stride for stride in range(1, experts + 1) if math.gcd(stride, experts) == 1]
+        stride_V1 = token_V.new_tensor(strides)[_mix(hash_V1 + 1) % len(strides)]  # prime to E: no expert comes twice
+        steps_K = torch.arange(self.top_k, device=token_V.device)
+        return Assignments(token_V.repeat_interleave(self.top_k), ((hash_V1 + stride_V1 * steps_K) % experts).flatten())
+
+
+class BalancedRouter(FixedRouter):
+    """Round robin: assignment n goes to expert n mod E, so that loads differ by one at most."""
+
+    def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
+        token_V, ranked_VE = routed(ranked_TE, token_V)
+        token_N = token_V.repeat_interleave(self.top_k)
+        return Assignments(token_N, torch.arange(token_N.numel(), device=token_N.device) % ranked_VE.shape[1])
+
+
+def _mix(value: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finalizer on non-negative int64: as good as random, and the same everywhere."""
+    value = value & 0xFFFFFFFF
+    value = (value ^ (value >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    value = (value ^ (value >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return value ^ (value >> 16)

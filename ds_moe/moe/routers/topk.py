@@ -1,0 +1,117 @@
+"""Each token chooses its K best experts."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_moe.moe.routers.base import Router, routed, score_dtype, share_of_token
+from ds_moe.moe.routing import Assignments
+
+Scores = Literal["softmax", "sigmoid"]
+Order = Literal["softmax_then_topk", "topk_then_softmax"]
+
+
+class TopKRouter(Router):
+    """The K experts with the largest scores.
+
+    Qwen3-MoE: softmax, normalised. Mixtral and GPT-OSS: `topk_then_softmax`. DeepSeek-V3 (2024, eq. 12-16): sigmoid,
+    normalised, `route_scale` 2.5, 8 groups of which 4 remain.
+
+    Args:
+        normalize: divide a token's weights by their sum, over those it keeps after dropout and capacity.
+        scores: of all experts together (softmax) or of each alone (sigmoid).
+        order: `topk_then_softmax` is the softmax over the chosen logits alone. That is the softmax over all, divided
+            by the sum over the chosen, and computed so; `normalize` is implied.
+        route_scale: factor of all weights.
+        groups: experts are this many groups of neighbours (those of a node, say), and a token chooses from its best
+            `top_groups` of them only. A group's score is the sum of its two best experts', or of its only one.
+        temperature: logits are divided by it before they are scored.
+
+    Raises:
+        ValueError: groups that do not divide the experts, or hold fewer than K.
+    """
+
+    def __init__(
+        self,
+        weight_ED: nn.Parameter,
+        top_k: int,
+        normalize: bool = True,
+        *,
+        scores: Scores = "softmax",
+        order: Order = "softmax_then_topk",
+        route_scale: float = 1.0,
+        groups: int | None = None,
+        top_groups: int | None = None,
+        temperature: float = 1.0,
+        **limits: Any,
+    ) -> None:
+        Router.__init__(self, weight_ED, top_k, **limits)
+        experts = weight_ED.shape[0]
+        if (groups is None) != (top_groups is None):
+            raise ValueError(f"groups={groups} and top_groups={top_groups}: give both or none")
+        if groups and top_groups and (experts % groups or not top_k <= top_groups * experts // groups <= experts):
+            raise ValueError(f"{top_groups=} of {groups=} cannot give {top_k=} of {experts} experts")
+        if scores == "sigmoid" and order == "topk_then_softmax":
+            raise ValueError("order topk_then_softmax needs scores softmax")
+        self.normalize = normalize or order == "topk_then_softmax"
+        self.scores: Scores = scores
+        self.route_scale = route_scale
+        self.groups, self.top_groups = groups, top_groups
+        self.temperature = temperature
+
+    def score(self, logits_TE: Tensor) -> Tensor:
+        logits_TE = logits_TE.to(score_dtype(logits_TE))
+        if self.temperature != 1:
+            logits_TE = logits_TE / self.temperature
+        return logits_TE.sigmoid() if self.scores == "sigmoid" else logits_TE.softmax(-1)
+
+    def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
+        token_V, ranked_VE = routed(ranked_TE, token_V)
+        if self.groups is not None and self.top_groups is not None:
+            ranked_VE = _best_groups(ranked_VE, self.groups, self.top_groups)
+        ids_VK = ranked_VE.topk(self.top_k, dim=-1).indices
+        return Assignments(token_V.repeat_interleave(self.top_k), ids_VK.flatten())
+
+    def weigh(self, scores_TE: Tensor, chosen: Assignments, tokens: int) -> Tensor:
+        weight_N = scores_TE[chosen.token_N, chosen.expert_N]
+        if self.normalize:
+            uniform_k = self.top_k if weight_N.numel() == tokens * self.top_k else None
+            weight_N = share_of_token(weight_N, chosen.token_N, scores_TE.shape[0], uniform_k)
+        return weight_N if self.route_scale == 1 else weight_N * self.route_scale
+
+
+class NoisyTopKRouter(TopKRouter):
+    """Top-k with learned noise in training (Shazeer 2017, eq. 3-5): logits + softplus(x W_noise) * eps * noise_std.
+
+    The noisy logits select and weigh; the clean ones are what the decision reports. `noise_weight` starts at zero,
+    where the noise of every expert has the standard deviation noise_std * ln 2. In evaluation it is plain top-k.
+    """
+
+    def __init__(
+        self, weight_ED: nn.Parameter, top_k: int, normalize: bool = True, *, noise_std: float = 1.0, **settings: Any
+    ) -> None:
+        TopKRouter.__init__(self, weight_ED, top_k, normalize, **settings)
+        self.noise_std = noise_std
+        self.noise_weight = nn.Parameter(torch.zeros_like(weight_ED), requires_grad=weight_ED.requires_grad)
+
+    @property
+    def random(self) -> bool:
+        return True
+
+    def perturb(self, logits_TE: Tensor, x_TD: Tensor, generator: torch.Generator) -> Tensor:
+        dtype = score_dtype(logits_TE)
+        eps_TE = torch.empty_like(logits_TE, dtype=dtype).normal_(generator=generator)
+        width_TE = F.softplus(F.linear(x_TD, self.noise_weight).to(dtype))
+        return logits_TE.to(dtype) + width_TE * eps_TE * self.noise_std
+
+
+def _best_groups(ranked_VE: Tensor, groups: int, top_groups: int) -> Tensor:
+    """Minus infinity outside of each token's best groups."""
+    ranked_VGe = ranked_VE.unflatten(1, (groups, ranked_VE.shape[1] // groups))
+    score_VG = ranked_VGe.topk(min(2, ranked_VGe.shape[-1]), dim=-1).values.sum(-1)
+    best_VG = torch.zeros_like(score_VG, dtype=torch.bool).scatter_(1, score_VG.topk(top_groups, dim=-1).indices, True)
+    return ranked_VGe.masked_fill(~best_VG.unsqueeze(-1), -torch.inf).flatten(1)
