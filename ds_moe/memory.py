@@ -15,8 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.checks import expert_count
 from ds_moe.config import RunConfig
+from ds_moe.models.classes import MODEL_CLASSES
 from ds_moe.models.convert import expert_state
-from ds_moe.models.qwen3_vl import MODEL_CLASSES
 
 GIB = 2**30
 ADAM_BYTES = 12  # an element: fp32 master weight and two moments, which ZeRO keeps apart under fp32 too

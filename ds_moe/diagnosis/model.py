@@ -21,8 +21,8 @@ def find_model(case: Case) -> Iterator[Finding]:
     """Read the model's config; sets `case.model`, and `case.folder` for a checkpoint."""
     from transformers import AutoConfig
 
+    from ds_moe.models.classes import MODEL_CLASSES
     from ds_moe.models.presets import preset_config
-    from ds_moe.models.qwen3_vl import MODEL_CLASSES
 
     config = case.config
     if (config.model.preset is None) == (config.model.path is None):

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ds_moe.config import ModelConfig
 from ds_moe.errors import UserError
+from ds_moe.models.classes import MODEL_CLASSES
 from ds_moe.models.presets import build_preset, preset_config
-
-MODEL_CLASSES: dict[str, Callable[[], type[PreTrainedModel]]] = {
-    "qwen3_vl_moe": lambda: transformers.Qwen3VLMoeForConditionalGeneration,
-    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM,
-    "qwen3_vl": lambda: transformers.Qwen3VLForConditionalGeneration,
-}
 
 FREEZE_PATTERNS = {
     "vision": r"^model\.visual\.",
