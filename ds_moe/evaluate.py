@@ -28,6 +28,8 @@ class Answering:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cuda":  # from pinned memory the copies run beside the computation
+        batch = {key: value.pin_memory() for key, value in batch.items()}
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
@@ -75,7 +77,7 @@ def evaluate(
 def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering) -> list[str]:
     """Greedy answers to left-padded prompts. Ranks keep step until the last one has finished its longest answer."""
     if parallel() and has_vision(model) and "pixel_values" not in prompt:
-        encode_blank(model)  # `generate` encodes the other ranks' images at this point
+        encode_blank(model, prompt["input_ids"].device)  # `generate` encodes the other ranks' images at this point
     tokens = model.generate(
         **prompt,
         max_new_tokens=answering.max_new_tokens,

@@ -95,15 +95,17 @@ def train(config: RunConfig) -> dict[str, Any]:
         run.monitor.step(report, routing_report(run) if run.monitor.is_log_step(run.step) else None)
         run.note_progress(report)
         last = run.step == run.total_steps
-        if not last and config.train.eval_every and run.step % config.train.eval_every == 0:
-            run_evaluation(run, config.train.eval_samples)
-        if last or (config.checkpoint.every and run.step % config.checkpoint.every == 0):
+        if run.eval_set is not None and (last or due(run.step, config.train.eval_every)):
+            run_evaluation(run, limit=None if last else config.train.eval_samples)
+        if last or due(run.step, config.checkpoint.every):
             save_checkpoint(run)
-    if run.eval_set is not None:
-        run_evaluation(run, limit=None)
     finish(run)
     run.engine.destroy()
     return run.result
+
+
+def due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def set_up(config: RunConfig) -> Run:
@@ -160,7 +162,7 @@ def resume(run: Run) -> None:
     state = checkpoint.load(run.engine, run.topology, path)
     run.stream.load_state_dict(state["data"])
     run.step = state["step"]
-    run.result = state["result"]
+    run.result = {**state["result"], "checkpoint": str(path)}
     run.monitor.note(
         f"resumed from {path} at step {run.step} (saved by {state['world_size']} ranks with ep_size {state['ep_size']})"
     )
@@ -177,6 +179,9 @@ def train_step(run: Run, steps: Any) -> StepReport:
     lr = run.engine.get_lr()[0]
     losses = torch.zeros(2, device=run.topology.device)  # language, auxiliary
     for batch in micro_batches:
+        real_B = batch.pop("real")
+        if run.context is not None:
+            run.context.real_B = real_B
         loss = run.engine(**batch, use_cache=False, num_items_in_batch=share).loss
         auxiliary = sum(run.context.aux_losses) if run.context is not None and run.context.aux_losses else None
         losses[0] += loss.detach() / len(micro_batches)
@@ -201,9 +206,9 @@ def train_step(run: Run, steps: Any) -> StepReport:
 
 
 def _global_counts(micro_batches: list[dict[str, Tensor]], device: torch.device) -> tuple[int, int]:
-    """(labelled, non-padding) tokens of this step over all ranks."""
+    """(labelled, real) tokens of this step over all ranks: padding and samples that only fill up are not real."""
     labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
-    tokens = sum(batch["attention_mask"].sum() for batch in micro_batches)
+    tokens = sum((batch["attention_mask"] * batch["real"].unsqueeze(1)).sum() for batch in micro_batches)
     counts = torch.stack([torch.as_tensor(labels), torch.as_tensor(tokens)]).to(device, torch.int64)
     dist.all_reduce(counts)
     labelled, real = counts.tolist()

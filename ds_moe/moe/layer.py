@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ds_moe.moe.balance import Balancer
 from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher, Plan
 from ds_moe.moe.experts import Experts
-from ds_moe.moe.routing import ForwardContext, RoutingDecision, count_experts, current_tape
+from ds_moe.moe.routing import ForwardContext, RoutingDecision, current_tape
 
 
 class MoELayer(nn.Module):
@@ -45,7 +45,7 @@ class MoELayer(nn.Module):
         self.context = context
         self.index = index
         self.balancers = balancers
-        self.load = Load(num_experts=gate.weight.shape[0])
+        self.load = Load()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -82,15 +82,15 @@ class MoELayer(nn.Module):
 class Load:
     """What this rank's tokens asked of one layer's experts since the last `take`."""
 
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
+    def __init__(self) -> None:
         self._totals: LoadTotals | None = None
 
     @torch.no_grad()
     def add(self, decision: RoutingDecision, counts_E: Tensor, context: ForwardContext) -> None:
         image_E = torch.zeros_like(counts_E)
         if context.image_T is not None:
-            image_E = count_experts(decision.expert_N[context.image_T[decision.token_N]], self.num_experts)
+            on_image_N = context.image_T[decision.token_N].to(torch.int64)
+            image_E = image_E.scatter_add(0, decision.expert_N, on_image_N)
         scores_VE = decision.scores_TE if context.token_V is None else decision.scores_TE[context.token_V]
         tokens = counts_E.new_tensor(scores_VE.shape[0])
         new = LoadTotals(counts_E, image_E, tokens, torch.special.entr(scores_VE).sum())
