@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +35,11 @@ from ds_moe.models.convert import convert
 from ds_moe.moe.backends import BACKENDS
 
 EAGER, RIVAL, ROOFLINE = "transformers eager", "transformers grouped_mm", "dense SwiGLU (roofline)"
-REFERENCES = {"rival": RIVAL, "roofline": ROOFLINE}
+SPEEDS = {"speed_to_rival": RIVAL, "speed_to_roofline": ROOFLINE}
 ROUTINGS = ("uniform", "zipf", "one_hot")
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """T tokens of width D choose K of E SwiGLU experts of width F: T * K rows."""
 
     T: int
@@ -49,8 +49,7 @@ class Shape:
     K: int
 
 
-@dataclass(frozen=True)
-class Suite:
+class Suite(NamedTuple):
     device: str
     dtype: torch.dtype
     tolerance: float  # largest difference to the eager layer, relative to the largest value of its tensor
@@ -81,17 +80,10 @@ def moe_block(shape: Shape, suite: Suite, implementation: str, backend: str | No
     return model.model.layers[0].mlp.train().to(suite.device, suite.dtype)
 
 
-class DenseSwiGLU(nn.Module):
-    """One expert that sees all rows."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(2 * shape.F, shape.D) * 0.02)
-        self.down_proj = nn.Parameter(torch.randn(shape.D, shape.F) * 0.02)
-
-    def forward(self, rows_RD: Tensor) -> Tensor:
-        gate_RF, up_RF = F.linear(rows_RD, self.gate_up_proj).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_RF) * up_RF, self.down_proj)
+class SwiGLU(nn.Module):
+    def forward(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 
 def routed_input(shape: Shape, router_ED: Tensor, routing: str) -> Tensor:
@@ -115,7 +107,8 @@ def forward_backward(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 def difference(module: nn.Module, x: Tensor, expected: tuple[Tensor, ...]) -> float:
     pairs = zip(forward_backward(module, x), expected, strict=True)
-    return max(((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item() for ours, theirs in pairs)
+    worst = [(ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30) for ours, theirs in pairs]
+    return torch.stack(worst).max().item()  # NaN if any is
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
@@ -141,7 +134,8 @@ def measure(name: str, suite: Suite, routing: str, repeats: int) -> list[dict]:
     differences = {contender: difference(block, x, expected) for contender, block in blocks.items()}
     del expected
 
-    dense = DenseSwiGLU(shape).to(suite.device, suite.dtype)
+    matrices = nn.Linear(shape.D, 2 * shape.F, bias=False), nn.Linear(shape.F, shape.D, bias=False)
+    dense = nn.Sequential(matrices[0], SwiGLU(), matrices[1]).to(suite.device, suite.dtype)
     rows_RD = torch.randn(shape.T * shape.K, shape.D).to(suite.device, suite.dtype).requires_grad_()
     runs = {ROOFLINE: (dense, rows_RD)}
     runs |= {contender: (block, x) for contender, block in blocks.items() if differences[contender] <= suite.tolerance}
@@ -155,30 +149,25 @@ def measure(name: str, suite: Suite, routing: str, repeats: int) -> list[dict]:
     results = []
     for contender in (ROOFLINE, *blocks):
         result = {"shape": name, "routing": routing, "contender": contender, "difference": differences.get(contender)}
-        if taken := times.get(contender):
-            result |= {"median_s": median_s[contender], "min_s": min(taken), "max_s": max(taken)}
-            for to, reference in REFERENCES.items():
-                result[f"speed_to_{to}"] = median_s.get(reference, float("nan")) / median_s[contender]
+        if own_s := median_s.get(contender):
+            speeds = {key: median_s.get(to, math.nan) / own_s for key, to in SPEEDS.items()}
+            result |= {"median_s": own_s, "min_s": min(times[contender]), "max_s": max(times[contender]), **speeds}
         results.append(result)
     return results
 
 
-def table(results: list[dict], title: str) -> Table:
-    table = Table("shape", "routing", "contender", title=title, title_justify="left")
+def table(results: list[dict]) -> Table:
+    table = Table("shape", "routing", "contender")
     for column in ("median ms", "min - max", f"speed to\n{RIVAL}", "speed to\nroofline", "difference\nto eager"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         cells = ["wrong, not timed", "", "", ""]
         if "median_s" in result:
             median, low, high = (f"{result[key] * 1e3:.1f}" for key in ("median_s", "min_s", "max_s"))
-            cells = [median, f"{low} - {high}", *(f"{result[f'speed_to_{to}']:.2f}" for to in REFERENCES)]
+            cells = [median, f"{low} - {high}", *(f"{result[key]:.2f}" for key in SPEEDS)]
         differs = "" if result["difference"] is None else f"{result['difference']:.0e}"
         table.add_row(result["shape"], result["routing"], result["contender"], *cells, differs)
     return table
-
-
-def listed(values: dict) -> str:
-    return "  ".join(f"{key} {value}" for key, value in values.items() if value != {})
 
 
 def main() -> int:
@@ -205,22 +194,19 @@ def main() -> int:
         print(f"measuring shape {name}, routing {routing}", file=sys.stderr, flush=True)
         results += measure(name, suite, routing, options.repeats)
     environment = {
-        **{"torch": torch.__version__, "transformers": transformers.__version__},
+        **{"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()},
+        "dtype": str(suite.dtype),
         "device": torch.cuda.get_device_name() if suite.device == "cuda" else "cpu",
-        **{"dtype": str(suite.dtype).removeprefix("torch."), "threads": torch.get_num_threads()},
         "load_average": round(os.getloadavg()[0], 1),  # well above `threads`: other processes were running
         "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
     }
-    shapes = {name: asdict(suite.shapes[name]) for name in names}
-    lines = [f"one MoE layer, forward and backward, {options.repeats} repetitions", listed(environment)]
-    lines += [f"shape {name}: {listed(shape)}" for name, shape in shapes.items()]
+    shapes = {name: suite.shapes[name]._asdict() for name in names}
+    facts = {"suite": options.suite, "repeats": options.repeats, "environment": environment, "shapes": shapes}
     console = Console(width=None if sys.stdout.isatty() else 140)  # no wrapped columns in a log file
-    console.print(table(results, "\n".join(lines)), highlight=False)
+    console.print(facts, table(results))
     if options.json:
-        report = {"suite": options.suite, "environment": environment, "shapes": shapes, "repeats": options.repeats}
-        options.json.write_text(json.dumps({**report, "results": results}, indent=1))
-    wrong = sorted({result["contender"] for result in results if "median_s" not in result})
-    if wrong:
+        options.json.write_text(json.dumps({**facts, "results": results}, indent=1))
+    if wrong := sorted({result["contender"] for result in results if "median_s" not in result}):
         print(f"error: results differ from {EAGER} by more than {suite.tolerance}: {wrong}", file=sys.stderr)
     return 1 if wrong else 0
 

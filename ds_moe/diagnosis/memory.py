@@ -59,16 +59,20 @@ def _loading(case: Case, load: Load) -> Iterator[Finding]:
     import psutil  # DeepSpeed depends on it
 
     where, on_cpu = case.config.at("model"), case.device.on_cpu
-    if not on_cpu and load.device > BUSY * case.device.memory:
-        text = f"DeepSpeed moves a rank's {load.device / GIB:.1f} GiB of weights to the device before ZeRO shards them"
+    stage = (case.deepspeed or {})["zero_optimization"]["stage"]
+    if stage == 3 and not on_cpu and load.device > BUSY * case.device.memory:  # at 1 and 2 the peak counts it
+        text = f"a rank's {load.device / GIB:.1f} GiB of weights are moved to the device before ZeRO-3 shards them"
         there = f"{case.device.memory / GIB:.1f} GiB are there ({case.device.source})"
-        yield Finding("error", f"{where}: {text}; {there}; raise moe.ep_size, or take devices with more memory")
+        fix = "raise moe.ep_size, or take larger devices" if case.config.moe else "take larger devices"
+        yield Finding("error", f"{where}: start: {text}; {there}; {fix}")
     ranks = case.world_size if on_cpu else min(case.world_size, RANKS_A_HOST)
     needed, free = ranks * load.host, psutil.virtual_memory().available
-    text = f"start: every rank first holds all {load.host / GIB:.1f} GiB of the model in host memory, in all"
-    text = f"{text} {needed / GIB:.1f} GiB with {ranks} ranks on a host; {free / GIB:.1f} GiB are free here"
+    text = (
+        f"start: every rank holds the whole model in host memory, {load.host / GIB:.1f} GiB x {ranks} ranks of a host "
+        f"= {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free on this machine"
+    )
     if needed > BUSY * free:
-        yield Finding("warning", f"{where}: {text}; check the hosts of the job, or put fewer ranks on each")
+        yield Finding("warning", f"{where}: {text}; see that the hosts of the job have them")
     else:
         yield Finding("ok", text)
 
