@@ -51,8 +51,3 @@ def create_groups(ep_size: int) -> None:
     """EP groups of consecutive ranks and the expert-data-parallel groups across them (idempotent)."""
     if f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
-
-
-def expert_data_group(ep_size: int) -> Any:
-    """The ranks that hold the same experts as this one."""
-    return groups._get_expert_data_parallel_group(f"ep_size_{ep_size}")

@@ -34,7 +34,7 @@ from ds_moe.checkpoint_files import (
 )
 from ds_moe.engine import Topology
 from ds_moe.errors import UserError
-from ds_moe.models.convert import expert_state
+from ds_moe.models.convert import expert_state, full_shape
 
 
 def save(
@@ -57,10 +57,12 @@ def save(
     """
     final = folder / f"step_{state['step']:08d}"
     partial = folder / f".partial_{final.name}"
-    if topology.rank == 0:
+
+    def prepare() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
+
+    _together(topology, f"prepare {partial}", prepare if topology.rank == 0 else lambda: None)
     state = {
         **state,
         "format": FORMAT,
@@ -202,6 +204,10 @@ def load(engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path) -> d
             f"checkpoint {path} does not fit this model: missing {sorted(wanted - saved)[:5]}, "
             f"unexpected {sorted(saved - wanted)[:5]}"
         )
+    for name, parameter in parameters.items():
+        here, there = list(full_shape(name, parameter, topology.ep_size)), reader.shape(f"weight/{name}")
+        if here != there:
+            raise UserError(f"checkpoint {path} does not fit this model: {name} is {there} there and {here} here")
     zero_state.start_adam(engine, state["adam_step"])
     for name, parameter in parameters.items():
         rows = _own_rows(name, parameter, topology)
@@ -248,8 +254,8 @@ def _together(topology: Topology, what: str, action: Callable[[], Any]) -> list[
     """Run `action` on every rank and share results; if it failed anywhere, every rank raises and none waits in vain."""
     try:
         outcome = (True, action())
-    except (OSError, UserError) as error:
-        outcome = (False, f"rank {topology.rank} could not {what}: {error}")
+    except Exception as error:  # whatever it is, the others wait for this rank
+        outcome = (False, f"rank {topology.rank} could not {what}: {type(error).__name__}: {error}")
     outcomes: list[Any] = [None] * topology.world_size
     dist.all_gather_object(outcomes, outcome)
     failures = [message for ok, message in outcomes if not ok]

@@ -44,6 +44,12 @@ def model_problems(config: RunConfig, model_config: PretrainedConfig) -> list[st
     return [f"{config.at(key)}: {text}" for rule in MODEL_RULES for key, text in rule(config, model_config)]
 
 
+def warmup_problem(config: RunConfig, total_steps: int) -> str | None:
+    """The complaint about a warm-up that does not end within `total_steps`, which under train.epochs the data tell."""
+    key, text = _warmup(config, total_steps)
+    return None if text is None else f"{config.at(key)}: {text}"
+
+
 def unused_keys(config: RunConfig) -> dict[str, str]:
     """Dotted keys that this run would not use, written or not, each with the reason."""
     reasons = {key: rule(config) for key, rule in UNUSED.items()}
@@ -233,11 +239,10 @@ def _balance_effect(config: RunConfig) -> Complaint:
     return "moe.balance", text if useless else None
 
 
-def _warmup(config: RunConfig) -> Complaint:
-    warmup, steps = config.train.warmup_steps, config.train.steps
-    ends_early = steps is not None and warmup >= steps
-    text = f"train.warmup_steps {warmup} takes all of the {steps} train.steps; make it smaller"
-    return "train.warmup_steps", text if ends_early else None
+def _warmup(config: RunConfig, steps: int | None) -> Complaint:
+    warmup = config.train.warmup_steps
+    text = f"train.warmup_steps {warmup} takes all of the run's {steps} steps; make it smaller"
+    return "train.warmup_steps", text if steps is not None and warmup >= steps else None
 
 
 def _flash_attention(config: RunConfig) -> Complaint:
@@ -255,7 +260,7 @@ CONTRADICTIONS: list[Callable[[RunConfig], Complaint]] = [
     _causal,
     _router_groups,
     _stage,
-    _warmup,
+    lambda config: _warmup(config, config.train.steps),
     _flash_attention,
 ]
 

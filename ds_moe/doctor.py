@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from ds_moe.diagnosis import Case, Finding, data, model, run
+from ds_moe.diagnosis import Case, Finding, data, memory, model, run
+from ds_moe.errors import UserError
 from ds_moe.runfile import parse_run
 
 COLOURS = {"ok": "32", "warning": "33", "error": "31"}  # ANSI green, yellow, red
@@ -17,9 +18,10 @@ CHECKS = [  # from what is cheap and certain to what needs model and data; later
     model.find_model,
     run.check_deepspeed,
     model.check_files,
-    model.check_skeleton,
+    memory.check_skeleton,
     data.check_data,
     model.check_experts,
+    run.check_warmup,
     run.check_intervals,
 ]
 
@@ -47,7 +49,12 @@ def diagnose(
         return
     if not complaints:
         yield Finding("ok", f"{path}: every key is known, in range and used")
-    case = Case(config, world_size, run.find_device(world_size, device_memory), samples)
+    try:
+        device = run.find_device(world_size, device_memory)
+    except UserError as error:
+        yield Finding("error", str(error))
+        return
+    case = Case(config, world_size, device, samples)
     for check in CHECKS:
         yield from check(case)
 

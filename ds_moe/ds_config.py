@@ -8,30 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ds_moe.checks import written
 from ds_moe.config import RunConfig
-from ds_moe.ds_keys import ADAM_KEYS, FILLED, PASSED_ON, REFUSED, STAGE_3_ONLY, ZERO_KEYS, ZERO_REFUSED
+from ds_moe.ds_json import AUTO, Json, check_keys, read_json, section
+from ds_moe.ds_keys import FP32_NAMES
 from ds_moe.errors import UserError
-from ds_moe.lines import compose_lines, nearest
-
-AUTO = "auto"
-
-
-@dataclass
-class Json:
-    """A DeepSpeed JSON as written: its values and "file:line" of each dotted key."""
-
-    file: str
-    values: dict[str, Any]
-    origins: dict[str, str]
-
-    def at(self, key: str) -> str:
-        return self.origins.get(key, self.file)
 
 
 def resolve_deepspeed(
@@ -63,7 +46,7 @@ def deepspeed_problems(
         source = read_json(config.deepspeed)
     except UserError as error:
         return {}, [str(error)]
-    complaints = _unknown_keys(source)
+    complaints = check_keys(source)
     try:
         accumulation = accumulation_steps(config, world_size)
     except UserError as error:
@@ -86,6 +69,7 @@ def deepspeed_problems(
     resolved = json.loads(json.dumps(source.values))
     for key, (yaml_key, value) in filled.items():
         complaints += _fill(resolved, key, value, yaml_key, source, config)
+    complaints += _other_optimizer(resolved, source)
     if complaints:
         return {}, complaints
     _finish_optimizer(resolved, on_cpu)
@@ -93,22 +77,6 @@ def deepspeed_problems(
     resolved.pop("fp16", None)
     resolved = {key: value for key, value in resolved.items() if value != AUTO}  # what is left has DeepSpeed's default
     return resolved, []
-
-
-def read_json(path: str | Path) -> Json:
-    """Read a DeepSpeed JSON; `UserError` with the line where it is none."""
-    file = str(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot read the DeepSpeed JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: a DeepSpeed JSON is an object, this is a {type(values).__name__}")
-    _, origins = compose_lines(text.replace("\t", " "), file)  # JSON is YAML but for tabs; also refuses duplicates
-    return Json(file, values, origins)
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
@@ -142,48 +110,6 @@ def trains_on_cpu() -> bool:
     return not torch.accelerator.is_available()
 
 
-def _unknown_keys(source: Json) -> list[str]:
-    """Complaints about keys that ds_moe does not pass on, and about values that it cannot train with."""
-    values = source.values
-    found = _check_keys(source, "", values, FILLED + PASSED_ON, REFUSED)
-    fp16 = _section(values, "fp16").get("enabled", False)
-    if fp16 not in (False, AUTO):
-        found.append(f"{source.at('fp16.enabled')}: fp16.enabled is {fp16!r}; ds_moe trains in bf16 or fp32")
-    for key in ("optimizer", "zero_optimization", "bf16", "fp16"):
-        if not isinstance(values.get(key, {}), dict):
-            found.append(f"{source.at(key)}: {key} is {values[key]!r}; must be an object")
-    optimizer = _section(values, "optimizer")
-    found += _check_keys(source, "optimizer", optimizer, ["type", "params"], {})
-    found += _check_keys(source, "optimizer.params", _section(optimizer, "params"), ADAM_KEYS, {})
-    kind = optimizer.get("type", "AdamW")
-    if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
-        found.append(f"{source.at('optimizer.type')}: optimizer.type is {kind!r}; must be 'AdamW' or 'Adam'")
-    zero = _section(values, "zero_optimization")
-    found += _check_keys(source, "zero_optimization", zero, ZERO_KEYS, ZERO_REFUSED)
-    stage = zero.get("stage")
-    if stage not in (1, 2, 3) or isinstance(stage, bool):
-        where = source.at("zero_optimization.stage" if "stage" in zero else "zero_optimization")
-        return [*found, f"{where}: zero_optimization.stage is {stage!r}; must be 1, 2 or 3"]
-    for key, value in zero.items():
-        if stage < 3 and value != AUTO and (key.startswith("stage3_") or key in STAGE_3_ONLY):
-            where = source.at(f"zero_optimization.{key}")
-            found.append(f"{where}: zero_optimization.{key} would not be used: it needs stage 3, this is {stage}")
-    return found
-
-
-def _check_keys(source: Json, parent: str, values: Any, known: Sequence[str], refused: dict[str, str]) -> list[str]:
-    found = []
-    for key in values:
-        dotted = f"{parent}.{key}" if parent else key
-        if key in refused:
-            found.append(f"{source.at(dotted)}: {dotted} is not supported: {refused[key]}")
-        elif key not in known:
-            near = nearest(key, known)
-            hint = f"did you mean {near}?" if near else f"keys here: {', '.join(sorted(known))}"
-            found.append(f"{source.at(dotted)}: unknown key {dotted} ({hint})")
-    return found
-
-
 def _fill(resolved: dict[str, Any], key: str, value: Any, yaml_key: str, source: Json, config: RunConfig) -> list[str]:
     """Set dotted `key` where it is "auto" or absent; a complaint where it says something else than `value`."""
     *parents, name = key.split(".")
@@ -191,7 +117,7 @@ def _fill(resolved: dict[str, Any], key: str, value: Any, yaml_key: str, source:
     for parent in parents:
         holder = holder.setdefault(parent, {})
         if not isinstance(holder, dict):
-            return []  # `_unknown_keys` has complained
+            return []  # `check_keys` has complained
     given = holder.get(name, AUTO)
     if given == AUTO:
         holder[name] = value
@@ -204,13 +130,25 @@ def _fill(resolved: dict[str, Any], key: str, value: Any, yaml_key: str, source:
     return []
 
 
+def _other_optimizer(resolved: dict[str, Any], source: Json) -> list[str]:
+    """A complaint where DeepSpeed would replace its ZeRO-1 optimizer by one that checkpoints cannot be written of."""
+    key, zero = "data_types.grad_accum_dtype", section(resolved, "zero_optimization")
+    dtype = section(resolved, "data_types").get("grad_accum_dtype")
+    offloaded = section(zero, "offload_optimizer").get("device", "none") != "none"
+    bf16 = section(resolved, "bf16").get("enabled") is True
+    if zero.get("stage") != 1 or offloaded or not bf16 or dtype not in FP32_NAMES:
+        return []
+    text = f"{key} {dtype!r} is not supported with bf16 at ZeRO stage 1: DeepSpeed's BF16_Optimizer, which it chooses"
+    return [f"{source.at(key)}: {text}, has no checkpoints of ours; remove it, or use stage 2 or 3"]
+
+
 def _finish_optimizer(resolved: dict[str, Any], on_cpu: bool) -> None:
     optimizer = resolved["optimizer"]
     optimizer.setdefault("type", "AdamW")
     params = optimizer["params"]
     if params.get("eps", AUTO) == AUTO:
         params["eps"] = 1e-8
-    offloaded = _section(resolved["zero_optimization"], "offload_optimizer").get("device", "none") != "none"
+    offloaded = section(resolved["zero_optimization"], "offload_optimizer").get("device", "none") != "none"
     if on_cpu and not offloaded:  # otherwise DeepSpeed compiles its fused Adam for a minute and a half
         params.setdefault("torch_adam", True)
 
@@ -228,8 +166,3 @@ def _finish_zero(zero: dict[str, Any], hidden_size: int | None) -> None:
             zero[key] = sizes[key]
         else:
             del zero[key]
-
-
-def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
-    section = values.get(key)
-    return section if isinstance(section, dict) else {}

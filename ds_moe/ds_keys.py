@@ -27,7 +27,7 @@ REFUSED = {
 ZERO_KEYS = """stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
     allgather_partitions allgather_bucket_size overlap_comm load_from_fp32_weights offload_param offload_optimizer
     sub_group_size ignore_unused_parameters round_robin_gradients memory_efficient_linear override_module_apply
-    pipeline_loading_checkpoint log_trace_cache_warnings enable_sanity_checks leaf_module parameter_alignment
+    pipeline_loading_checkpoint log_trace_cache_warnings enable_sanity_checks parameter_alignment
     stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold
     stage3_max_live_parameters stage3_max_reuse_distance stage3_module_granularity_threshold
     stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential""".split()
@@ -36,8 +36,19 @@ ZERO_REFUSED = {
     "zero_quantized_gradients": "DeepSpeed does not support it with expert parallelism",
     "zero_quantized_weights": "it was not verified with expert parallelism",
     "zero_hpz_partition_size": "DeepSpeed does not support it with expert parallelism",
+    "leaf_module": "ds_moe marks its layers itself",
     "elastic_checkpoint": "ds_moe converts checkpoints between topologies itself",
     "compute_grad_norm": "the run needs the gradient norm",
 }
-STAGE_3_ONLY = ("sub_group_size", "offload_param", "leaf_module")
+STAGE_3_ONLY = ("sub_group_size", "offload_param")
+NO_NVME = "offload to NVMe was not tested; use cpu"
+# Dotted key -> (the value that is refused, why); every other value of these keys is passed on.
+REFUSED_VALUES = {
+    "optimizer.params.fp32_optimizer_states": (False, "checkpoints hold Adam's moments in fp32; remove it"),
+    "bf16.bf16_master_weights_and_grads": (True, "checkpoints hold fp32 master weights; remove it"),
+    "bf16.bf16_optimizer_states": (True, "checkpoints hold Adam's moments in fp32; remove it"),
+    "zero_optimization.offload_optimizer.device": ("nvme", NO_NVME),
+    "zero_optimization.offload_param.device": ("nvme", NO_NVME),
+}
+FP32_NAMES = ("fp32", "float32", "float", "torch.float32")  # as data_types spells it
 ADAM_KEYS = ["lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "fp32_optimizer_states"]

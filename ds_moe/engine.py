@@ -151,6 +151,8 @@ def build_engine(
 def _check_invariants(
     engine: deepspeed.DeepSpeedEngine, layers: list[BoundMoELayer], grouped: list[int], stage: int
 ) -> None:
+    if stage in (1, 2) and not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
+        raise RuntimeError(f"checkpoints cannot be written with DeepSpeed's {type(engine.optimizer).__name__}")
     trainable = {id(parameter): name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     if sorted(grouped) != sorted(trainable):
         lost = [name for key, name in trainable.items() if key not in set(grouped)]

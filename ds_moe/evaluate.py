@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ds_moe.data.stream import EvalSet
+from ds_moe.errors import UserError
 from ds_moe.models.qwen3_vl import encode_blank, has_vision, parallel
 from ds_moe.monitor import EvalReport, ShownSample
 
@@ -28,6 +29,8 @@ class Answering:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cuda":  # from pinned memory the copies run beside the computation
+        batch = {key: value.pin_memory() for key, value in batch.items()}
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
@@ -46,6 +49,9 @@ def evaluate(
     Args:
         limit: samples to use, over all ranks; None: all.
         shown: how many samples to return with question, answer and prediction.
+
+    Raises:
+        UserError: on every rank, when any of them met a bad record.
     """
     engine.eval()
     loss_sum, label_tokens = 0.0, 0
@@ -67,6 +73,7 @@ def evaluate(
             if weight and len(samples) < shown:
                 samples.append(ShownSample(sample.first_image(), sample.last_question(), answer, prediction))
     engine.train()
+    raise_together(eval_set.error)
     totals = _over_ranks((loss_sum, label_tokens, dict(hits), dict(asked)))
     loss = sum(total[0] for total in totals) / max(sum(total[1] for total in totals), 1)
     return EvalReport(step, loss, _accuracy(totals), samples)
@@ -75,7 +82,7 @@ def evaluate(
 def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering) -> list[str]:
     """Greedy answers to left-padded prompts. Ranks keep step until the last one has finished its longest answer."""
     if parallel() and has_vision(model) and "pixel_values" not in prompt:
-        encode_blank(model)  # `generate` encodes the other ranks' images at this point
+        encode_blank(model, prompt["input_ids"].device)  # `generate` encodes the other ranks' images at this point
     tokens = model.generate(
         **prompt,
         max_new_tokens=answering.max_new_tokens,
@@ -85,6 +92,13 @@ def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering
     )
     answers = tokens[:, prompt["input_ids"].shape[1] :]
     return [text.strip() for text in answering.processor.batch_decode(answers, skip_special_tokens=True)]
+
+
+def raise_together(error: str | None) -> None:
+    """Raise `UserError` on every rank if any has an error (collective)."""
+    errors = [found for found in _over_ranks(error) if found]
+    if errors:
+        raise UserError("; ".join(errors))
 
 
 def _accuracy(totals: list[tuple[float, int, dict[str, int], dict[str, int]]]) -> dict[str, float]:

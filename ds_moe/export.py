@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ds_moe import __version__
-from ds_moe.checkpoint_files import Reader, incomplete, newest_complete
+from ds_moe.checkpoint_files import Reader, damaged, incomplete, newest_complete
 from ds_moe.errors import UserError
 from ds_moe.models.convert import BIAS_SUFFIX, EXPERT_BIAS, expert_state
 
@@ -107,13 +107,11 @@ def export_checkpoint(
 
 def _find(source: Path) -> Path:
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    found = newest_complete(folder)
-    if found is not None:
-        return found
-    problem = incomplete(source)
+    found = newest_complete(folder) or source
+    problem = incomplete(found) or damaged(found)
     if problem is not None:
-        raise UserError(f"{source} is no complete checkpoint and no run with one: {problem}")
-    return source
+        raise UserError(f"{found} is no whole checkpoint and no run with one: {problem}")
+    return found
 
 
 def hub_layout_problem(config: Any) -> str | None:

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.checks import expert_count
 from ds_moe.config import RunConfig
+from ds_moe.models.classes import MODEL_CLASSES
 from ds_moe.models.convert import expert_state
-from ds_moe.models.qwen3_vl import MODEL_CLASSES
 
 GIB = 2**30
 ADAM_BYTES = 12  # an element: fp32 master weight and two moments, which ZeRO keeps apart under fp32 too
@@ -39,10 +39,27 @@ class Memory:
         return [f"{name:<22}{size / GIB:>9.3f} GiB  {where}" for where, name, size in rows if size]
 
 
+@dataclass(frozen=True)
+class Load:
+    """Bytes of one rank while the model is loaded, before anything is sharded."""
+
+    host: int  # the complete model
+    device: int  # all weights but other ranks' experts: what DeepSpeed moves there, under ZeRO-3 too
+
+
 def skeleton(model_config: PretrainedConfig) -> PreTrainedModel:
     """The model with its parameters' names and shapes but no storage (the meta device)."""
     with torch.device("meta"):
         return MODEL_CLASSES[model_config.model_type]()(model_config)
+
+
+def load(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any]) -> Load:
+    """Memory of one rank at the start; arguments as for `predict`."""
+    width, ep_size = _width(ds), config.moe.ep_size if config.moe else 1
+    sizes = {True: 0, False: 0}  # elements of the experts, and of all else
+    for name, parameter in model.named_parameters():
+        sizes[bool(expert_state(name))] += parameter.numel()
+    return Load(width * sum(sizes.values()), width * (sizes[False] + sizes[True] // ep_size))
 
 
 def predict(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world_size: int, on_cpu: bool) -> Memory:
@@ -55,7 +72,7 @@ def predict(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world
         world_size: number of ranks, a multiple of `moe.ep_size`.
         on_cpu: whether the ranks train on CPUs, which have no context but hold everything in host memory.
     """
-    zero, width = ds["zero_optimization"], 2 if ds["bf16"]["enabled"] else 4
+    zero, width = ds["zero_optimization"], _width(ds)
     stage, ep_size = zero["stage"], config.moe.ep_size if config.moe else 1
     held = {True: 0.0, False: 0.0}  # elements of this rank's copy: trainable or not
     for name, parameter in model.named_parameters():
@@ -85,6 +102,11 @@ def predict(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world
     if offload["param"]:
         host["weights"] = device.pop("weights")
     return Memory(*({name: int(size) for name, size in part.items()} for part in (device, host)))
+
+
+def _width(ds: dict[str, Any]) -> int:
+    """Bytes of a weight."""
+    return 2 if ds["bf16"]["enabled"] else 4
 
 
 def _elements(model: nn.Module, trainable: bool, ranks: int) -> float:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ds_moe.train import Run
 
 # Dense bf16 peak of one device, FLOP/s, from the vendors' data sheets.
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
 
 def peak_flops(topology: Topology) -> float | None:

@@ -20,14 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe import checkpoint
-from ds_moe.checks import check_model
+from ds_moe.checks import check_model, warmup_problem
 from ds_moe.config import RunConfig
 from ds_moe.data.loading import BAD_RECORDS
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.ds_config import precision, resolve_deepspeed
 from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, start_distributed
 from ds_moe.errors import UserError
-from ds_moe.evaluate import Answering, evaluate, to_device
+from ds_moe.evaluate import Answering, evaluate, raise_together, to_device
 from ds_moe.expert_load import counts_so_far, reduce_load, watch_pairs
 from ds_moe.memory import Memory, predict, skeleton
 from ds_moe.models.convert import moe_layers
@@ -110,15 +110,17 @@ def train(config: RunConfig) -> dict[str, Any]:
         run.monitor.step(report, routing_report(run) if run.monitor.is_log_step(run.step) else None)
         run.note_progress(report)
         last = run.step == run.total_steps
-        if not last and config.train.eval_every and run.step % config.train.eval_every == 0:
-            run_evaluation(run, config.train.eval_samples)
-        if last or (config.checkpoint.every and run.step % config.checkpoint.every == 0):
+        if run.eval_set is not None and (last or due(run.step, config.train.eval_every)):
+            run_evaluation(run, limit=None if last else config.train.eval_samples)
+        if last or due(run.step, config.checkpoint.every):
             save_checkpoint(run)
-    if run.eval_set is not None:
-        run_evaluation(run, limit=None)
     finish(run)
     run.engine.destroy()
     return run.result
+
+
+def due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def set_up(config: RunConfig) -> Run:
@@ -127,11 +129,14 @@ def set_up(config: RunConfig) -> Run:
     seed_everything(config.train.seed)
     dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
     processor = _processor(config)
-    stream = TrainStream(config, processor, rank=topology.rank, world_size=topology.world_size)
+    ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
+    stream = TrainStream(config, processor, **ranks)
     eval_set = None
     if config.data.eval is not None:
-        eval_set = EvalSet(config, processor, rank=topology.rank, world_size=topology.world_size)
+        eval_set = EvalSet(config, processor, **ranks)
     total_steps = config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch
+    if problem := warmup_problem(config, total_steps):
+        raise UserError(problem)
     outline = skeleton(model_config(config.model))
     check_model(config, outline.config)
     hidden_size = outline.config.get_text_config().hidden_size
@@ -177,7 +182,7 @@ def resume(run: Run) -> None:
     state = checkpoint.load(run.engine, run.topology, path)
     run.stream.load_state_dict(state["data"])
     run.step = state["step"]
-    run.result = state["result"]
+    run.result = {**state["result"], "checkpoint": str(path)}
     run.monitor.note(
         f"resumed from {path} at step {run.step} (saved by {state['world_size']} ranks with ep_size {state['ep_size']})"
     )
@@ -188,13 +193,16 @@ def train_step(run: Run, steps: Any) -> StepReport:
     began = time.perf_counter()
     micro_batches = [to_device(batch, run.topology.device) for batch in next(steps)]
     data_wait_s = time.perf_counter() - began
-    labels, tokens = _global_counts(micro_batches, run.topology.device)
+    labels, tokens = _global_counts(micro_batches, run.stream.error, run.topology.device)
     # DeepSpeed averages over ranks and micro-batches; the loss of each is divided so that the average is the mean.
     share = max(labels, 1) / (run.topology.world_size * len(micro_batches))
     lr = run.engine.get_lr()[0]
     losses = torch.zeros(2, device=run.topology.device)  # language, auxiliary
     run.load_before_step = counts_so_far(run.layers)
     for batch in micro_batches:
+        real_B = batch.pop("real")
+        if run.context is not None:
+            run.context.real_B = real_B
         loss = run.engine(**batch, use_cache=False, num_items_in_batch=share).loss
         auxiliary = sum(run.context.aux_losses) if run.context is not None and run.context.aux_losses else None
         losses[0] += loss.detach() / len(micro_batches)
@@ -221,13 +229,21 @@ def train_step(run: Run, steps: Any) -> StepReport:
     )
 
 
-def _global_counts(micro_batches: list[dict[str, Tensor]], device: torch.device) -> tuple[int, int]:
-    """(labelled, non-padding) tokens of this step over all ranks."""
+def _global_counts(micro_batches: list[dict[str, Tensor]], error: str | None, device: torch.device) -> tuple[int, int]:
+    """(labelled, real) tokens of this step over all ranks: padding and samples that only fill up are not real.
+
+    Raises:
+        UserError: on every rank, when any of them met a bad record.
+    """
     labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
-    tokens = sum(batch["attention_mask"].sum() for batch in micro_batches)
-    counts = torch.stack([torch.as_tensor(labels), torch.as_tensor(tokens)]).to(device, torch.int64)
+    tokens = sum((batch["attention_mask"] * batch["real"].unsqueeze(1)).sum() for batch in micro_batches)
+    counts = torch.tensor([0, 0, int(error is not None)], device=device)
+    counts[0] += labels
+    counts[1] += tokens
     dist.all_reduce(counts)
-    labelled, real = counts.tolist()
+    labelled, real, bad = counts.tolist()
+    if bad:
+        raise_together(error)
     return labelled, real
 
 

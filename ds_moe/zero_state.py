@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import deepspeed
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -52,7 +53,21 @@ def start_adam(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
         state["step"] = torch.tensor(float(step)) if counts_in_tensors else step
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(flat, dtype=torch.float32)
+    if isinstance(optimizer, DeepSpeedCPUAdam):
+        _count_up(optimizer, step)
     link_moments(engine)
+
+
+def _count_up(optimizer: DeepSpeedCPUAdam, step: int) -> None:
+    """Let DeepSpeed's C++ Adam count to `step` on one-element tensors.
+
+    It multiplies beta^t up in fp32, one step at a time; told to jump it takes a power, which rounds otherwise, and a
+    resumed run would not be bit-equal.
+    """
+    group, scratch = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
+    settings = (0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"])
+    for past in range(1, step + 1):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, past, *settings, *scratch)
 
 
 def link_moments(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -208,7 +208,7 @@ RULES = {
     ),
     "aux twice": (["moe.balance=[{kind: aux}, {kind: aux}]"], "moe.balance lists aux 2 times"),
     "none beside aux": (["moe.balance=[{kind: none}, {kind: aux}]"], "moe.balance lists none beside aux"),
-    "warm-up without end": (["train.warmup_steps=10"], "train.warmup_steps 10 takes all of the 10 train.steps"),
+    "warm-up without end": (["train.warmup_steps=10"], "train.warmup_steps 10 takes all of the run's 10 steps"),
     "flash attention in fp32": (
         ["model.attention=flash_attention_2", "train.precision=fp32"],
         "flash_attention_2 has no fp32 kernels",

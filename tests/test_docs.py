@@ -10,6 +10,7 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -227,5 +228,56 @@ def test_the_table_of_tags_is_what_the_monitor_writes():
     assert written == tags
 
 
-def test_pages_name_no_folder_of_this_machine():
-    assert not [page.name for page in PAGES if str(ROOT) in page.read_text()]
+# --- what is in git
+
+MACHINE_FOLDER = re.compile(r"(?<![\w.)}$~-])/(?:home|root|work|Users|tmp|mnt|opt|scratch|data)/[\w.-]+")
+NO_MACHINE_FOLDER = ("/data/plugin", "/data/my_data")  # TensorBoard's routes; the data page's example
+RUN_FILE = re.compile(r"(?<![\w/])(?:ds_configs|tests/runs)/[\w./-]+\.(?:yaml|json)")
+
+
+@pytest.fixture(scope="module")
+def in_git() -> list[str]:
+    """Paths of `git ls-files`."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").strip()) != ROOT:
+            pytest.skip("not a git checkout of its own")
+        return [name for name in git("ls-files", "-z").split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+
+
+def texts(names: list[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        with contextlib.suppress(UnicodeDecodeError, FileNotFoundError):  # pictures; what is deleted but not committed
+            yield name, (ROOT / name).read_text(encoding="utf-8")
+
+
+def machine_folders(text: str) -> list[str]:
+    return [path for path in MACHINE_FOLDER.findall(text) if not path.startswith(NO_MACHINE_FOLDER)]
+
+
+def test_no_file_names_a_folder_of_somebody_s_machine(in_git):
+    here = re.compile(rf"(?<![\w.]){re.escape(str(ROOT))}(?![\w-])")
+    found = {name: machine_folders(text) + here.findall(text) for name, text in texts(in_git)}
+    assert not {name: paths for name, paths in found.items() if paths}
+
+
+def test_a_folder_of_a_machine_is_noticed():
+    folders = ["/".join(["", top, "me", "run.yaml"]) for top in ("home", "root", "work")]
+    assert all(machine_folders(text) for folder in folders for text in (folder, f"cd {folder}", f'open("{folder}")'))
+    assert not machine_folders("src/home/me https://host/root/x ${HOME}/work/y ../tmp/z /data/plugin/scalars")
+
+
+def test_run_files_that_are_named_are_in_git(in_git):
+    places = ("README.md", "Makefile", "CONTRIBUTING.md", "docs/", "tests/", "tools/", "launch/", ".ci/")
+    named = {
+        (name, file)
+        for name, text in texts([name for name in in_git if name.startswith(places)])
+        for file in RUN_FILE.findall(text)
+    }
+    assert len(named) > 10
+    assert not [f"{name} names {file}" for name, file in sorted(named) if file not in in_git]

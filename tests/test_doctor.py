@@ -3,18 +3,22 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
+from ds_moe.checks import warmup_problem
 from ds_moe.cli import main
 from ds_moe.diagnosis import Case, Device, Finding
+from ds_moe.diagnosis.memory import _loading
 from ds_moe.diagnosis.model import check_experts, check_files, tensor_shapes
 from ds_moe.diagnosis.run import check_intervals, versions
 from ds_moe.doctor import report
-from ds_moe.memory import predict, skeleton
+from ds_moe.memory import Load, load, predict, skeleton
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import save_processor, tiny_processor
 from ds_moe.models.qwen3_vl import freeze
@@ -138,7 +142,7 @@ BROKEN = {
     "leaf module": (
         lambda: zero(zero_optimization={"stage": 3, "leaf_module": {"classes": ["Qwen3VLMoeTextSparseMoeBlock"]}}),
         2,
-        "zero.json:4: zero_optimization.leaf_module does not name BoundMoELayer",
+        "zero.json:4: zero_optimization.leaf_module is not supported: ds_moe marks its layers itself",
     ),
     "EP and experts": (
         lambda: (edit("ep_size: 2", "ep_size: 3"), edit("global_batch_size: 16", "global_batch_size: 12")),
@@ -323,6 +327,68 @@ def test_epochs_and_records_give_the_steps(healthy):
     assert "monitor.log_every 9 is longer than the run of 8 steps" in next(check_intervals(case)).text
     case.model = preset_config("tiny-vl-moe")
     assert next(check_experts(case)).level == "warning"
+
+
+def test_a_warm_up_longer_than_the_epochs_is_found(healthy, capsys):
+    edit("steps: 100", "epochs: 1\n  warmup_steps: 270")
+    code, lines, _ = doctor(capsys)
+    assert code == 1
+    assert lines == ["error    run.yaml:11: train.warmup_steps 270 takes all of the run's 270 steps; make it smaller"]
+    config = load_run("run.yaml")
+    assert warmup_problem(config, 271) is None
+    assert warmup_problem(config, 270) == lines[0].removeprefix("error").strip()
+
+
+class _Accelerator:
+    """Stands for torch's module of a device that does, or does not, tell its memory."""
+
+    def __init__(self, memory: int | None):
+        if memory is not None:
+            self.get_device_properties = lambda index: SimpleNamespace(total_memory=memory, name="Model 9")
+
+
+@pytest.mark.parametrize(
+    "kind, memory, expected",
+    [
+        ("xpu", 2**34, "this machine's Model 9"),
+        ("mps", None, "this machine's accelerator (mps) does not tell its memory; give --device-memory GIB, or set"),
+        (None, None, "DS_ACCELERATOR is 'cuda', but this machine has no accelerator; give --device-memory GIB, or set"),
+    ],
+)
+def test_accelerators_other_than_cuda_end_in_a_line(healthy, capsys, monkeypatch, kind, memory, expected):
+    monkeypatch.setenv("DS_ACCELERATOR", kind or "cuda")
+    found = None if kind is None else torch.device(kind)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: found)
+    monkeypatch.setattr("torch.get_device_module", lambda device: _Accelerator(memory))
+    code, lines, output = doctor(capsys)
+    if memory is None:
+        assert code == 1 and len(lines) == 1 and lines[0].startswith(f"error    {expected}")
+    else:
+        assert f"16.0 GiB are there ({expected})" in output
+
+
+def test_memory_at_the_start_is_compared_before_anything_is_sharded(healthy, monkeypatch):
+    """By hand: the host holds every weight of every rank, the device the rest and half of the experts."""
+    config = load_run("run.yaml")
+    model = skeleton(preset_config("tiny-vl-moe"))
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    total = sum(p.numel() for p in model.parameters())
+    ds = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    assert load(model, config, ds) == Load(host=2 * total, device=2 * (total - experts // 2))
+
+    def findings(device: Device, stage: int = 3, free: int = 2**40) -> list[Finding]:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+        ds["zero_optimization"]["stage"] = stage
+        case = Case(config, 16, device, samples=2, deepspeed=ds)
+        return list(_loading(case, Load(host=40 * 2**30, device=10 * 2**30)))
+
+    small, large = Device(False, 11 * 2**30, "test"), Device(False, 12 * 2**30, "test")
+    assert [one.level for one in findings(large)] == ["ok"]
+    assert [one.level for one in findings(small)] == ["error", "ok"] and "raise moe.ep_size" in findings(small)[0].text
+    assert [one.level for one in findings(small, stage=2)] == ["ok"]  # there the peak is what exceeds
+    [host] = findings(large, free=350 * 2**30)
+    assert host.level == "warning" and "40.0 GiB x 8 ranks of a host = 320.0 GiB; 350.0 GiB are free" in host.text
+    assert "x 16 ranks of a host" in findings(Device(True, 1, "test"))[0].text
 
 
 def test_versions_outside_the_range_are_warned_about(monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe.ds_config import accumulation_steps, resolve_deepspeed
+from ds_moe.ds_config import accumulation_steps, deepspeed_problems, resolve_deepspeed
 from ds_moe.ds_keys import ADAM_KEYS, FILLED, PASSED_ON, REFUSED, ZERO_KEYS, ZERO_REFUSED
 from ds_moe.errors import UserError
 from ds_moe.runfile import load_run
@@ -164,6 +164,26 @@ REFUSALS = {
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
         "zero_hpz_partition_size is not supported",
     ),
+    "leaf_module": (
+        {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["A"]}}},
+        "zero.json:4: zero_optimization.leaf_module is not supported: ds_moe marks its layers itself",
+    ),
+    "optimizer on NVMe": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/ssd"}}},
+        'zero.json:5: zero_optimization.offload_optimizer.device "nvme" is not supported: offload to NVMe was not',
+    ),
+    "parameters on NVMe": (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+        'zero.json:5: zero_optimization.offload_param.device "nvme" is not supported',
+    ),
+    "moments in bf16": (
+        {"optimizer": {"type": "AdamW", "params": {"fp32_optimizer_states": False}}},
+        "zero.json:8: optimizer.params.fp32_optimizer_states false is not supported: checkpoints hold Adam's moments",
+    ),
+    "masters in bf16": (
+        {"bf16": {"bf16_master_weights_and_grads": True}},
+        "zero.json:6: bf16.bf16_master_weights_and_grads true is not supported",
+    ),
     "bare bf16": ({"bf16": True}, "bf16 is True; must be an object"),
 }
 
@@ -171,6 +191,26 @@ REFUSALS = {
 @pytest.mark.parametrize("values, expected", REFUSALS.values(), ids=REFUSALS)
 def test_what_cannot_be_trained_with_is_refused(run, values, expected):
     assert expected in complaint(run(values))
+
+
+@pytest.mark.parametrize("name", ["fp32", "float32", "torch.float32"])
+def test_fp32_accumulation_is_refused_where_deepspeed_takes_another_optimizer_for_it(run, name):
+    def problems(stage: int, precision: str = "bf16", **zero_options) -> list[str]:
+        values = {"zero_optimization": {"stage": stage, **zero_options}, "data_types": {"grad_accum_dtype": name}}
+        return deepspeed_problems(run(values, f"train.precision={precision}"), 2, on_cpu=True)[1]
+
+    [line] = problems(stage=1)
+    assert line.startswith(
+        f"zero.json:6: data_types.grad_accum_dtype '{name}' is not supported with bf16 at ZeRO stage"
+    )
+    assert problems(2) == problems(3) == problems(1, "fp32") == []
+    assert problems(1, offload_optimizer={"device": "cpu"}) == []
+
+
+def test_fp32_optimizer_states_may_be_written(run):
+    params = {"fp32_optimizer_states": True}
+    resolved = resolve_deepspeed(run({"optimizer": {"type": "AdamW", "params": params}}), 2, on_cpu=True)
+    assert resolved["optimizer"]["params"]["fp32_optimizer_states"] is True
 
 
 def test_fp16_switched_off_is_fine(run):

@@ -22,6 +22,7 @@ from ds_moe.data.images import ImageSource, RecordError, image_source, load_imag
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 PLACEHOLDER = "<image>"
 PLACE = object()  # stands in a turn's parts for the next entry of `images`
+TAKEN_KINDS = ("all", "mean")  # an evaluation's own: of records without a kind, and over all kinds
 UNSUPPORTED = ("videos", "video", "audios", "audio", "tools")  # refused rather than silently trained without
 
 
@@ -100,6 +101,8 @@ def parse_record(record: Any, where: str, root: Path) -> Sample:
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
         raise RecordError(f"'kind' is {_type(kind)}, not a string (quote it)")
+    if kind in TAKEN_KINDS:
+        raise RecordError(f"'kind' is {kind!r}, the name of an evaluation's own row (choose another)")
     answers = [number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"]
     return Sample(turns[: answers[-1]], where, kind)  # what follows the last answer teaches nothing
 

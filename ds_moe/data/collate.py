@@ -28,6 +28,7 @@ class Encoded:
     prompt: int
     pixel_values: Tensor | None = None  # (P, channels * temporal_patch * patch * patch) float32
     image_grid_thw: Tensor | None = None  # (I, 3) int64, patches a side
+    real: bool = True  # False for a filler
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +65,7 @@ def encode(sample: Sample, processor: Any, max_length: int, max_pixels: int) -> 
 
 def filler(processor: Any) -> Encoded:
     """A sample of one token that adds nothing to the loss: it fills up a last batch or stands for a bad record."""
-    return Encoded(torch.tensor([processor.tokenizer.eos_token_id]), torch.tensor([NO_LOSS]), prompt=1)
+    return Encoded(torch.tensor([processor.tokenizer.eos_token_id]), torch.tensor([NO_LOSS]), prompt=1, real=False)
 
 
 def collate(encoded: list[Encoded], processor: Any, side: Literal["right", "left"] = "right") -> Batch:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ds_moe.checkpoint_files import step_folders
 from ds_moe.config import RunConfig
 from ds_moe.data.chat import BadRecord, Sample, Turn
 from ds_moe.data.collate import Encoded, encode, filler
@@ -64,27 +65,56 @@ class Encoder:
         return encoded
 
 
-def check_samples(config: RunConfig, records: Records, processor: Any, count: int) -> list[BadRecord]:
-    """Encode the first `count` samples; those that are bad in ways that only decoding and tokenizing show."""
-    _, _, bad = Encoder(config, records, processor).encode(list(range(min(count, len(records)))))
-    return bad
+def check_samples(config: RunConfig, records: Records, processor: Any, count: int) -> tuple[list[BadRecord], list[int]]:
+    """Decode and tokenize the first `count` samples: those that this shows to be bad, and the tokens of the others."""
+    encoder = Encoder(config, records, processor)
+    found, lengths = [], []
+    for index in range(min(count, len(records))):  # one by one: their pixels are not needed together
+        [encoded], _, bad = encoder.encode([index])
+        found += bad
+        if encoded.real:
+            lengths.append(len(encoded.input_ids))
+    return found, lengths
+
+
+def forget_earlier_run(config: RunConfig) -> None:
+    """Remove the BAD_RECORDS of another run from the output folder. Without a checkpoint there is none to go on with.
+
+    For rank 0, before any rank loads samples.
+    """
+    folder = Path(config.train.output_dir)
+    if not step_folders(folder / "checkpoints"):
+        (folder / BAD_RECORDS).unlink(missing_ok=True)
 
 
 class BadRecordLog:
-    """Bad records met so far, each listed once in the output folder's BAD_RECORDS; under `stop` the first one ends."""
+    """Bad records met so far, each listed once in the output folder's BAD_RECORDS.
 
-    def __init__(self, config: RunConfig, bad: list[BadRecord], rank: int):
-        self._stop = config.data.on_bad_record == "stop"
+    Under `stop` nothing is listed, and the first one is an error: raised, or with `raise_errors` False kept as `error`.
+    """
+
+    def __init__(self, config: RunConfig, bad: list[BadRecord], rank: int, raise_errors: bool = True):
+        self._stop, self._raise_errors = config.data.on_bad_record == "stop", raise_errors
         self._file = Path(config.train.output_dir) / BAD_RECORDS
+        self._listed: set[str] = set()  # lines of the file, of all ranks, as far as it has been read
+        self._read_to = 0
+        self._known = set(bad)
         self.records = list(bad)
+        self.error: str | None = None
         if rank == 0:  # every rank has read the same structure
             self._write(bad)
 
     def note(self, bad: list[BadRecord]) -> None:
         """Take up what loading a step has shown; a record comes again in every epoch. Raises `UserError` under stop."""
-        new = [record for record in bad if record not in self.records]
-        if new and self._stop:
-            raise UserError(stop_message(new))
+        new = [record for record in dict.fromkeys(bad) if record not in self._known]
+        if not new:
+            return
+        if self._stop:
+            self.error = self.error or stop_message(new)
+            if self._raise_errors:
+                raise UserError(self.error)
+            return
+        self._known.update(new)
         self.records += new
         self._write(new)
 
@@ -92,7 +122,9 @@ class BadRecordLog:
         if not bad:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        known = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
         lines = [json.dumps({"where": record.where, "reason": record.reason}) for record in bad]
-        with self._file.open("a", encoding="utf-8") as stream:  # short appended lines of several ranks do not mix
-            stream.writelines(f"{line}\n" for line in lines if line not in known)
+        with self._file.open("a+", encoding="utf-8") as stream:  # short appended lines of several ranks do not mix
+            stream.seek(self._read_to)
+            self._listed.update(stream.read().splitlines())
+            self._read_to = stream.tell()
+            stream.writelines(f"{line}\n" for line in lines if line not in self._listed)

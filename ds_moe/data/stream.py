@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ds_moe.config import RunConfig
 from ds_moe.data.chat import BadRecord, Sample
 from ds_moe.data.collate import Batch, collate, collate_prompts
-from ds_moe.data.loading import BadRecordLog, Encoder, open_records
+from ds_moe.data.loading import BadRecordLog, Encoder, forget_earlier_run, open_records
 from ds_moe.data.order import FILLER, Plan
 from ds_moe.errors import UserError
 
@@ -40,7 +40,8 @@ class _StepDataset(Dataset):
         step = Step([])
         for one in self.slices:
             encoded, _, bad = self.encoder.encode(indices[one])
-            step.micro_batches.append(collate(encoded, self.processor))
+            real = torch.tensor([sample.real for sample in encoded])
+            step.micro_batches.append(collate(encoded, self.processor) | {"real": real})
             step.bad += bad
         return step
 
@@ -48,11 +49,15 @@ class _StepDataset(Dataset):
 class TrainStream:
     """Endless optimizer steps for one rank: each a list of `accumulation` micro-batches.
 
+    A micro-batch is what the model's forward takes and, to be taken out before, "real": (B,) bool, False for fillers.
     `skipped` are the bad records so far: of structure (the same on every rank) and, found while loading, of this rank;
     `<output_dir>/bad_records.jsonl` lists those of all ranks. Raises `UserError` for bad data, as config.data says.
+
+    With `raise_errors` False a bad record found while loading under `stop` is not raised but kept as `error`, and the
+    step, a filler in the record's place, is yielded all the same: so that ranks can tell each other and stop together.
     """
 
-    def __init__(self, config: RunConfig, processor: Any, *, rank: int, world_size: int):
+    def __init__(self, config: RunConfig, processor: Any, *, rank: int, world_size: int, raise_errors: bool = True):
         train, data = config.train, config.data
         per_micro_step = train.micro_batch_size * world_size
         if train.global_batch_size % per_micro_step:
@@ -70,8 +75,15 @@ class TrainStream:
         self._slices = [slice(start, start + size) for start in starts]
         self._position = 0  # steps yielded since the very first
         self.steps_per_epoch = self._plan.steps_per_epoch
-        self._log = BadRecordLog(config, records.bad, rank)
+        if rank == 0:
+            forget_earlier_run(config)
+        self._log = BadRecordLog(config, records.bad, rank, raise_errors)
         self.skipped = self._log.records
+
+    @property
+    def error(self) -> str | None:
+        """Without `raise_errors`: the bad record, with the fix, that must end the run. None: all is well."""
+        return self._log.error
 
     def __iter__(self) -> Iterator[list[Batch]]:
         for step in self._loader():
@@ -136,17 +148,21 @@ class EvalBatch:
 
 
 class EvalSet:
-    """data.eval, dealt out to the ranks in file order. `skipped` are its bad records, as in `TrainStream`."""
+    """data.eval, dealt out to the ranks in file order. `skipped`, `raise_errors` and `error` as in `TrainStream`."""
 
-    def __init__(self, config: RunConfig, processor: Any, *, rank: int, world_size: int):
+    def __init__(self, config: RunConfig, processor: Any, *, rank: int, world_size: int, raise_errors: bool = True):
         if config.data.eval is None:
             raise UserError('data.eval: is not set (give a JSONL or Parquet file, or "digits")')
         records = open_records(config, config.data.eval, "held-out")
         self._size = config.train.eval_batch_size or config.train.micro_batch_size
         self._rank, self._world_size, self._count = rank, world_size, len(records)
         self._processor, self._encoder = processor, Encoder(config, records, processor)
-        self._log = BadRecordLog(config, records.bad, rank)
+        self._log = BadRecordLog(config, records.bad, rank, raise_errors)
         self.skipped = self._log.records
+
+    @property
+    def error(self) -> str | None:
+        return self._log.error
 
     def __len__(self) -> int:
         """Samples over all ranks."""

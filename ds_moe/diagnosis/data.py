@@ -35,6 +35,8 @@ def _processor(case: Case) -> Any:
 
 
 def _check_split(case: Case, split: str, processor: Any) -> Iterator[Finding]:
+    from ds_moe.data.loading import check_samples
+
     config, path, where = case.config, getattr(case.config.data, split), case.config.at(f"data.{split}")
     try:
         records = _records(case, split)
@@ -42,8 +44,10 @@ def _check_split(case: Case, split: str, processor: Any) -> Iterator[Finding]:
         yield Finding("error", f"{where}: {error}")
         return
     bad = [str(one) for one in records.bad]
-    encoded_bad, lengths = _encode_first(case, records, processor) if processor else ([], [])
-    bad += encoded_bad
+    lengths: list[int] = []
+    if processor is not None:
+        found, lengths = check_samples(config, records, processor, case.samples)
+        bad += map(str, found)
     level = "warning" if config.data.on_bad_record == "skip" else "error"
     yield from (Finding(level, line) for line in bad[:SHOWN])
     if len(bad) > SHOWN:
@@ -67,18 +71,3 @@ def _records(case: Case, split: str) -> Any:
     if path == "digits":
         return DigitsRecords("train" if split == "train" else "held-out")
     return read_records(path, case.config.data.model_copy(update={"on_bad_record": "skip"}))
-
-
-def _encode_first(case: Case, records: Any, processor: Any) -> tuple[list[str], list[int]]:
-    """(complaints, tokens of each good one) of the first `case.samples` records."""
-    from ds_moe.data.collate import encode
-    from ds_moe.data.images import RecordError
-
-    data, complaints, lengths = case.config.data, [], []
-    for index in range(min(case.samples, len(records))):
-        try:
-            encoded = encode(records.sample(index), processor, data.max_length, data.max_pixels)
-            lengths.append(len(encoded.input_ids))
-        except RecordError as error:
-            complaints.append(f"{records.where(index)}: {error}")
-    return complaints, lengths

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_moe.checks import expert_count, model_problems
-from ds_moe.diagnosis import GIB, Case, Finding
+from ds_moe.diagnosis import Case, Finding
 from ds_moe.errors import UserError
 
-BUSY = 0.9  # share of the memory that a run may plan with; the rest goes to fragmentation
 LEAST_TOKENS_A_STEP = 16  # expected tokens of an expert in an optimizer step; with fewer its gradient is mostly noise
 LEAST_TOKENS_A_RUN = 512  # and in the whole run; with fewer it stays about as it was
 SLOW_EXPERTS = {"batched_mm": "about 100 times slower than grouped_mm", "eager": "a loop over the experts"}
@@ -21,8 +20,8 @@ def find_model(case: Case) -> Iterator[Finding]:
     """Read the model's config; sets `case.model`, and `case.folder` for a checkpoint."""
     from transformers import AutoConfig
 
+    from ds_moe.models.classes import MODEL_CLASSES
     from ds_moe.models.presets import preset_config
-    from ds_moe.models.qwen3_vl import MODEL_CLASSES
 
     config = case.config
     if (config.model.preset is None) == (config.model.path is None):
@@ -161,57 +160,3 @@ def _slow_implementation(file: Path) -> Iterator[Finding]:
             text = f"experts_implementation is {kind}, {SLOW_EXPERTS[kind]}, in evaluation with plain transformers"
             yield Finding("warning", f"{file}: {text}; remove the key")
             return
-
-
-def check_skeleton(case: Case) -> Iterator[Finding]:
-    """Frozen parts and predicted memory, on the model without storage."""
-    from ds_moe.memory import predict, skeleton
-    from ds_moe.models.convert import expert_state
-    from ds_moe.models.qwen3_vl import freeze, frozen
-
-    if case.model is None:
-        return
-    config, model = case.config, skeleton(case.model)
-    try:
-        freeze(model, frozen(config))
-    except UserError as error:
-        yield Finding("error", f"{config.at('model.freeze')}: {error}")
-        return
-    longest = case.model.get_text_config().max_position_embeddings
-    if config.data.max_length > longest:
-        text = f"data.max_length {config.data.max_length} exceeds the {longest} positions the model was made for"
-        yield Finding("warning", f"{config.at('data.max_length')}: {text}")
-    if case.deepspeed is None:
-        return
-    experts = [parameter for name, parameter in model.named_parameters() if expert_state(name)]
-    stage = case.deepspeed["zero_optimization"]["stage"]
-    if stage < 3 and experts and not any(parameter.requires_grad for parameter in experts):
-        key = "train.stage" if config.train.stage == "router_only" else "model.freeze"
-        text = f"{key} freezes all experts, which DeepSpeed cannot do at ZeRO stage {stage}; use stage 3"
-        yield Finding("error", f"{config.at(key)}: {text}")
-        return
-    memory = predict(model, config, case.deepspeed, case.world_size, case.device.on_cpu)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    yield Finding("ok", f"model: {case.model.model_type}, {parameters:,} parameters, {trained:,} of them trained")
-    needed = sum(memory.device.values()) + (sum(memory.host.values()) if case.device.on_cpu else 0)
-    text = f"memory: about {needed / GIB:.1f} GiB a rank; {case.device.memory / GIB:.1f} GiB are there"
-    if needed > BUSY * case.device.memory:
-        yield Finding("error", f"{text} ({case.device.source}); {_relief(case)}", memory.table())
-    else:
-        yield Finding("ok", f"{text} ({case.device.source})", memory.table())
-
-
-def _relief(case: Case) -> str:
-    """The knobs of this run that would make it smaller, the cheapest first."""
-    config, zero = case.config, (case.deepspeed or {})["zero_optimization"]
-    knobs = []
-    if not config.train.gradient_checkpointing:
-        knobs.append("train.gradient_checkpointing true")
-    if config.train.micro_batch_size > 1:
-        knobs.append("a smaller train.micro_batch_size")
-    if zero["stage"] < 3:
-        knobs.append("zero3.json")
-    elif not zero.get("offload_optimizer") and not case.device.on_cpu:
-        knobs.append("zero3_offload.json")
-    return "try " + ", ".join([*knobs, "a smaller data.max_length", "more ranks"])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
 
-from ds_moe.checks import written
+from ds_moe.checks import warmup_problem, written
 from ds_moe.diagnosis import GIB, Case, Device, Finding
-from ds_moe.ds_config import deepspeed_problems, precision, read_json, trains_on_cpu
+from ds_moe.ds_config import deepspeed_problems, precision, trains_on_cpu
 from ds_moe.errors import UserError
 
-LEAF_CLASS = "BoundMoELayer"  # the expert layer of ds_moe.binding, which ZeRO-3 must gather as a whole
 WATCHED = ("torch", "deepspeed", "transformers")  # always named in the report
 
 
@@ -47,18 +46,35 @@ def _version(package: str) -> str | None:
 
 
 def find_device(world_size: int, device_memory: float | None) -> Device:
-    """What the ranks would compute on: accelerators of `device_memory` GiB, else this machine's, else its CPUs."""
+    """What the ranks would compute on: accelerators of `device_memory` GiB, else this machine's, else its CPUs.
+
+    Raises:
+        UserError: this machine's accelerator does not tell its memory, or DS_ACCELERATOR names one that is not there.
+    """
     if device_memory is not None:
         return Device(False, device_memory * GIB, "--device-memory")
     if not trains_on_cpu():
-        import torch
-
-        properties = torch.cuda.get_device_properties(0)
-        return Device(False, properties.total_memory, f"this machine's {properties.name}")
+        return _accelerator()
     import psutil  # DeepSpeed depends on it
 
     share = psutil.virtual_memory().available / world_size
     return Device(True, share, f"this machine's free memory over {world_size} CPU ranks")
+
+
+def _accelerator() -> Device:
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        told = os.environ["DS_ACCELERATOR"]  # else the ranks would train on CPUs
+        text = f"DS_ACCELERATOR is {told!r}, but this machine has no accelerator; give --device-memory GIB"
+        raise UserError(f"{text}, or set DS_ACCELERATOR=cpu for a job on CPUs")
+    properties = getattr(torch.get_device_module(found), "get_device_properties", lambda index: None)(0)
+    memory = getattr(properties, "total_memory", None)
+    if memory is None:
+        text = f"this machine's accelerator ({found.type}) does not tell its memory; give --device-memory GIB"
+        raise UserError(f"{text}, or set DS_ACCELERATOR=cpu for a job on CPUs")
+    return Device(False, memory, f"this machine's {properties.name}")
 
 
 def check_device(case: Case) -> Iterator[Finding]:
@@ -84,7 +100,6 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
     hidden_size = case.model.get_text_config().hidden_size if case.model else None
     resolved, complaints = deepspeed_problems(config, case.world_size, case.device.on_cpu, hidden_size)
     yield from (Finding("error", complaint) for complaint in complaints)
-    yield from _leaf_modules(case)
     if complaints:
         return
     case.deepspeed = resolved
@@ -98,25 +113,19 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
     )
 
 
-def _leaf_modules(case: Case) -> Iterator[Finding]:
-    """ds_moe marks its own layers; a list in the JSON replaces DeepSpeed's defaults and must not leave them out."""
-    try:
-        source = read_json(case.config.deepspeed)
-    except UserError:
-        return  # already a finding
-    zero = source.values.get("zero_optimization")
-    leaf = zero.get("leaf_module") if isinstance(zero, dict) else None
-    if case.config.moe and leaf is not None and LEAF_CLASS not in json.dumps(leaf):
-        where = source.at("zero_optimization.leaf_module")
-        text = f"leaf_module does not name {LEAF_CLASS}, so ranks without tokens would hang; remove leaf_module"
-        yield Finding("error", f"{where}: zero_optimization.{text}")
-
-
 def check_resume(case: Case) -> Iterator[Finding]:
     resume = case.config.train.resume
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         where = case.config.at("train.resume")
         yield Finding("error", f"{where}: train.resume is {resume!r}; must be auto, never or a checkpoint folder")
+
+
+def check_warmup(case: Case) -> Iterator[Finding]:
+    """A warm-up that takes the whole run, where the length of the data decided how long that is."""
+    if case.config.train.steps is None and case.steps is not None:
+        problem = warmup_problem(case.config, case.steps)
+        if problem is not None:
+            yield Finding("error", problem)
 
 
 def check_intervals(case: Case) -> Iterator[Finding]:

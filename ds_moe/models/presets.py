@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from ds_moe.errors import UserError
+from ds_moe.models.classes import MODEL_CLASSES
 from ds_moe.models.processor import special_token_ids, tiny_processor
 
 _TEXT = {
@@ -74,8 +75,6 @@ def preset_config(name: str) -> PretrainedConfig:
 
 def build_preset(name: str, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
     """A freshly initialised fp32 model, the same on every rank for one seed."""
-    from ds_moe.models.qwen3_vl import MODEL_CLASSES
-
     config = preset_config(name)
     config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ds_moe.config import ModelConfig, RunConfig
 from ds_moe.errors import UserError
+from ds_moe.models.classes import MODEL_CLASSES
 from ds_moe.models.presets import build_preset, preset_config
-
-MODEL_CLASSES: dict[str, Callable[[], type[PreTrainedModel]]] = {
-    "qwen3_vl_moe": lambda: transformers.Qwen3VLMoeForConditionalGeneration,
-    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM,
-    "qwen3_vl": lambda: transformers.Qwen3VLForConditionalGeneration,
-}
 
 FREEZE_PATTERNS = {
     "vision": r"^model\.visual\.",
@@ -58,7 +51,10 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTra
         UserError: as `model_config`, or a missing, unexpected or misshapen weight.
     """
     if config.preset is not None:
-        return build_preset(config.preset, seed, config.attention).to(dtype)
+        model = build_preset(config.preset, seed, config.attention)
+        for parameter in model.parameters():  # not .to(): rotary frequencies stay fp32, as from_pretrained keeps them
+            parameter.data = parameter.data.to(dtype)
+        return model
     model_class = MODEL_CLASSES[model_config(config).model_type]()
     loaded: Any = model_class.from_pretrained(
         str(config.path), dtype=dtype, attn_implementation=config.attention, output_loading_info=True
@@ -112,18 +108,21 @@ def keep_vision_in_step(model: PreTrainedModel) -> None:
         if generating or kwargs.get("visual_pos_masks") is not None or not parallel():
             return args, kwargs
         embeds_BSD: Tensor = kwargs["inputs_embeds"]
-        return args, {**kwargs, "inputs_embeds": embeds_BSD + encode_blank(model).to(embeds_BSD.dtype)}
+        return args, {
+            **kwargs,
+            "inputs_embeds": embeds_BSD + encode_blank(model, embeds_BSD.device).to(embeds_BSD.dtype),
+        }
 
     model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def encode_blank(model: PreTrainedModel) -> Tensor:
+def encode_blank(model: PreTrainedModel, device: torch.device) -> Tensor:
     """A vision pass over one blank image: a zero scalar that depends on every vision parameter."""
     vision = model.config.vision_config
     side = vision.spatial_merge_size
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.zeros(side * side, width, device=model.device, dtype=model.model.visual.dtype)
-    grid = torch.tensor([[1, side, side]], device=model.device)
+    pixels = torch.zeros(side * side, width, device=device, dtype=model.model.visual.dtype)
+    grid = torch.tensor([[1, side, side]], device=device)
     features = model.model.visual(pixels, grid_thw=grid, return_dict=True)
     return torch.stack([part.sum() for part in (features.pooler_output, *features.deepstack_features)]).sum() * 0.0
 

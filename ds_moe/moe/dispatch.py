@@ -89,7 +89,9 @@ class AllToAllDispatcher:
         dist.all_to_all_single(received_Pe, sent_Pe, group=self.ep.group)
         send, receive = torch.stack([sent_Pe.sum(1), received_Pe.sum(1)]).tolist()
         local_ids = torch.arange(received_Pe.shape[1], device=counts_E.device).repeat(self.ep.size)
-        by_expert_R = torch.argsort(local_ids.repeat_interleave(received_Pe.flatten()), stable=True)
+        by_expert_R = torch.argsort(
+            local_ids.repeat_interleave(received_Pe.flatten(), output_size=sum(receive)), stable=True
+        )
         order_N = torch.argsort(decision.expert_N, stable=True)
         return Plan(order_N, counts_E, received_Pe.sum(0), send, receive, by_expert_R)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_moe.moe.balance import Seen, shares
-from ds_moe.moe.routing import RoutingDecision, count_experts
+from ds_moe.moe.routing import RoutingDecision
 
 
 class LoadTotals(NamedTuple):
@@ -42,7 +42,8 @@ class Load:
         counts_E = seen.counts_E
         image_E = torch.zeros_like(counts_E)
         if image_T is not None:
-            image_E = count_experts(decision.expert_N[image_T[decision.token_N]], self.num_experts)
+            on_image_N = image_T[decision.token_N].to(torch.int64)
+            image_E = image_E.scatter_add(0, decision.expert_N, on_image_N)
         shares_VE = shares(decision, seen)
         tokens = counts_E.new_tensor(shares_VE.shape[0])
         covered_T = torch.zeros(decision.logits_TE.shape[0], dtype=torch.bool, device=counts_E.device)

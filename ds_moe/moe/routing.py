@@ -61,11 +61,15 @@ class ForwardContext:
     """
 
     token_V: Tensor | None = None  # int64 indices of the real tokens; None: every token is real
+    real_B: Tensor | None = None  # bool, false for samples that only fill up the next forward's batch; used once
     image_T: Tensor | None = None  # bool, image tokens; None: there is none
     aux_losses: list[Tensor] = field(default_factory=list)  # one scalar a layer and balancer, with grad
 
     def begin(self, mask_BS: Tensor | None, image_BS: Tensor | None) -> None:
         """Start a forward: `mask_BS` is non-zero at real tokens, `image_BS` is true at image tokens."""
+        real_B, self.real_B = self.real_B, None
+        if real_B is not None and mask_BS is not None:
+            mask_BS = mask_BS.bool() & real_B.unsqueeze(1)
         real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
         self.token_V = None if real_T is None or bool(real_T.all()) else real_T.nonzero().squeeze(1)
         self.image_T = None if image_BS is None else image_BS.reshape(-1)
@@ -109,5 +113,6 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 
 def count_experts(expert_N: Tensor, num_experts: int) -> Tensor:
-    """Assignments of each expert, int64 (E,)."""
-    return torch.bincount(expert_N, minlength=num_experts)
+    """Assignments of each expert, int64 (E,). Not bincount, which reads its largest entry on the host."""
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_N.device)
+    return counts_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))

@@ -74,4 +74,5 @@ def test_over_long_is_refused_at_exactly_one_token_too_many(processor, folder):
 def test_filler_has_no_label_and_no_image(processor):
     batch = collate([filler(processor)], processor)
     assert batch["labels"].tolist() == [[NO_LOSS]] and batch["attention_mask"].tolist() == [[1]]
+    assert not filler(processor).real
     assert "pixel_values" not in batch and batch["mm_token_type_ids"].tolist() == [[0]]

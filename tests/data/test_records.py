@@ -141,6 +141,8 @@ BAD = {
     "decompression bomb": (user("<image>?", images=["bomb.png"]), "decompression bomb"),
     "videos": (user("hi", videos=["v.mp4"]), "'videos' is not supported"),
     "a kind of a wrong type": (user("hi", kind=3), "'kind' is a number"),
+    "the kind of records without one": (user("hi", kind="all"), "'kind' is 'all', the name of an evaluation's own row"),
+    "the kind of the mean": (user("hi", kind="mean"), "'kind' is 'mean', the name of an evaluation's own row"),
 }
 
 

@@ -1,6 +1,7 @@
 """Order, sharding, resume and bad records of the training stream, and the evaluation set."""
 
 import json
+import time
 from collections import Counter
 from itertools import islice
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ds_moe.data.chat import BadRecord
 from ds_moe.data.collate import NO_LOSS
 from ds_moe.data.demo import digits_samples
-from ds_moe.data.loading import check_samples, open_records
+from ds_moe.data.loading import BadRecordLog, check_samples, open_records
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.errors import UserError
 
@@ -81,6 +83,17 @@ def test_every_record_once_an_epoch_fillers_last_and_another_order_next_epoch(pa
         sorted(map(str, flat(step))) for step in steps[STEPS:]
     ]
     assert all(len(batch["input_ids"]) == 2 for step in islice(stream, 3) for batch in step)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_real_marks_what_is_no_filler(with_bad, run_config, processor, workers):
+    config = run_config(with_bad, {**LIMITS, "num_workers": workers}, micro_batch_size=4)
+    stream = TrainStream(config, processor, rank=0, world_size=1)
+    batches = sum(islice(stream, STEPS), [])
+    assert all(batch["real"].dtype == torch.bool and batch["real"].shape == (4,) for batch in batches)
+    for batch in batches:  # fillers of the last batch and those for bad records alike
+        assert batch["real"].tolist() == [answer is not None for answer in answers(batch, processor)]
+    assert sum(int(batch["real"].sum()) for batch in batches) == RECORDS - 3
 
 
 def test_seed_decides_the_order_and_without_shuffle_it_is_the_file_s(path, run_config, processor):
@@ -194,14 +207,72 @@ def test_skip_replaces_bad_records_by_fillers_and_lists_each_once(with_bad, run_
         seen = Counter(a for rank in epochs for step in rank[epoch * STEPS : (epoch + 1) * STEPS] for a in step)
         assert seen.pop(None) == 24 - 18 and set(seen.values()) == {1}
         assert set(seen) == {f"number {n}" for n in range(RECORDS) if n not in (3, 7, 11)}
-    TrainStream(config, processor, rank=0, world_size=1)  # a resumed run lists nothing twice
-    listed = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    for stream in streams:  # in a later epoch the other rank may come across a record: it is listed once
+        stream._log._known.clear()
+        stream._log.note(streams[0].skipped + streams[1].skipped)
+    listed = listed_records(tmp_path)
     assert sorted(record["where"].rsplit(":", 1)[1] for record in listed) == ["12", "4", "8"]
     assert {record["where"]: record["reason"] for record in listed} == {
         bad.where: bad.reason for stream in streams for bad in stream.skipped
     }
     reasons = " ".join(record["reason"] for record in listed)
     assert all(word in reasons for word in ("truncated image", "over-long", "broken JSON"))
+
+
+def listed_records(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+
+
+def test_another_run_s_bad_records_are_forgotten_and_a_resumed_run_s_are_kept(
+    with_bad, path, run_config, processor, tmp_path
+):
+    config = run_config(with_bad, {**LIMITS, "eval": str(with_bad)})
+    earlier = {"where": "earlier.jsonl:1", "reason": "of a run that has nothing to do with this one"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "bad_records.jsonl").write_text(json.dumps(earlier) + "\n")
+    take(TrainStream(config, processor, rank=1, world_size=2), 1, processor)
+    assert earlier in listed_records(tmp_path)  # only rank 0 removes it, before any step
+    take(TrainStream(config, processor, rank=0, world_size=1), STEPS, processor)
+    EvalSet(config, processor, rank=0, world_size=1)
+    assert [record["where"].rsplit(":", 1)[1] for record in listed_records(tmp_path)].count("12") == 1
+    assert earlier not in listed_records(tmp_path) and len(listed_records(tmp_path)) == 3
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    TrainStream(config, processor, rank=0, world_size=1)
+    assert len(listed_records(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stop_without_raising_yields_the_step_and_keeps_the_error(with_bad, run_config, processor, tmp_path, workers):
+    lines = with_bad.read_text().splitlines()
+    with_bad.write_text("\n".join(lines[:11] + lines[12:]))
+    config = run_config(with_bad, {"max_length": 128, "num_workers": workers, "eval": str(with_bad)})
+    stream = TrainStream(config, processor, rank=0, world_size=1, raise_errors=False)
+    assert stream.error is None
+    errors, real = [], 0
+    for step in islice(stream, STEPS):
+        real += sum(int(batch["real"].sum()) for batch in step)
+        errors.append(stream.error)
+    first = next(error for error in errors if error)
+    assert first.startswith((f"{with_bad}:4: truncated", f"{with_bad}:8: over-long")) and "\n" not in first
+    assert errors[-1] == first and real == RECORDS - 3
+    held_out = EvalSet(config, processor, rank=0, world_size=1, raise_errors=False)
+    assert held_out.error is None
+    assert sum(sum(batch.weights) for batch in held_out.batches()) == RECORDS - 3
+    assert str(held_out.error).startswith(f"{with_bad}:4: truncated image 'cut.png'")
+    assert not (tmp_path / "run" / "bad_records.jsonl").exists()  # nothing was skipped
+    with pytest.raises(UserError, match="truncated image"):
+        list(EvalSet(config, processor, rank=0, world_size=1).batches())
+
+
+def test_many_bad_records_are_taken_up_in_no_time(path, run_config):
+    log = BadRecordLog(run_config(path, {"on_bad_record": "skip"}), [], rank=0)
+    bad = [BadRecord(f"data.jsonl:{number}", "over-long") for number in range(20_000)]
+    started = time.process_time()
+    for start in range(0, len(bad), 100):
+        log.note(bad[start : start + 100])
+        log.note(bad[start : start + 100])
+    assert log.records == bad
+    assert time.process_time() - started < 5  # far longer where each is looked for in a list
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -217,15 +288,18 @@ def test_stop_raises_one_line_also_out_of_a_worker(with_bad, run_config, process
 def test_check_samples_finds_what_only_loading_shows(with_bad, run_config, processor):
     config = run_config(with_bad, LIMITS)
     records = open_records(config, str(with_bad), "train")
-    assert [bad.where for bad in check_samples(config, records, processor, 100)] == [f"{with_bad}:4", f"{with_bad}:8"]
-    assert check_samples(config, records, processor, 3) == []
+    found, lengths = check_samples(config, records, processor, 100)
+    assert [bad.where for bad in found] == [f"{with_bad}:4", f"{with_bad}:8"]
+    assert len(lengths) == RECORDS - 3 and 1 < min(lengths) < max(lengths) <= 128
+    found, lengths = check_samples(config, records, processor, 3)
+    assert found == [] and len(lengths) == 3
 
 
 def test_text_only_model_and_image_less_micro_batches(write_jsonl, run_config, text_processor, processor):
     path = write_jsonl([chat("hi", f"number {n}") for n in range(8)])
     for model, keys in [(text_processor, 3), (processor, 4)]:
         [step] = islice(TrainStream(run_config(path), model, rank=0, world_size=1), 1)
-        assert all(len(batch) == keys and "pixel_values" not in batch for batch in step)
+        assert all(len(batch) == keys + 1 and "pixel_values" not in batch for batch in step)  # and "real"
 
 
 def test_encoded_samples_are_kept_and_unchanged(path, run_config, processor):
@@ -249,6 +323,7 @@ def test_evaluation_gives_every_sample_once_in_equally_many_batches(path, run_co
     assert sorted(real) == sorted(f"number {n}" for n in range(RECORDS))
     for batch in (b for rank in batches for b in rank):
         given = [answer or "" for answer in answers(batch.batch, processor)]
+        assert "real" not in batch.batch and "real" not in batch.prompt
         assert batch.answers == given == [sample.answer for sample in batch.samples]
         assert [int(answer != "") for answer in given] == batch.weights
         ends = processor.tokenizer.batch_decode(batch.prompt["input_ids"])

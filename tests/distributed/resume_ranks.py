@@ -1,15 +1,24 @@
 """Ranks of test_resume: several runs in one launch. Argument: JSON list of [name, overrides, mode]."""
 
 import json
+import os
 import sys
 from unittest.mock import patch
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ds_moe import checkpoint
 from ds_moe.data.stream import TrainStream
 from ds_moe.runfile import load_run
 from ds_moe.train import resume, save_checkpoint, set_up, train
 from tests.launcher import report
 
 RUN = "tests/runs/resume.yaml"
+
+
+def _full_disk(tensors, path):
+    raise SafetensorError("No space left on device")
 
 
 def main():
@@ -20,6 +29,9 @@ def main():
         elif mode == "drop the data position":
             with patch.object(TrainStream, "load_state_dict", lambda self, state: None):
                 report(**{name: train(config)["loss"]})
+        elif mode == "rank 1 cannot write":
+            with patch.object(checkpoint, "save_file", _full_disk if os.environ["RANK"] == "1" else save_file):
+                train(config)
         elif mode == "load and save":
             run = set_up(config)
             resume(run)

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from ds_moe.checkpoint_files import Reader, incomplete, newest_complete
+from ds_moe.errors import UserError
+from ds_moe.export import export_checkpoint
 from tests.launcher import run_ranks, start_ranks
 
 RUN = "tests/runs/resume.yaml"
@@ -196,3 +198,33 @@ def test_resume_passes_over_a_flipped_bit_and_never_starts_anew_among_checkpoint
         assert run.returncode != 0
         assert complaint in run.output and "Traceback" not in run.log(0)
     assert sorted(path.name for path in two_checkpoints.glob("step_*")) == ["step_00000016", LAST]
+
+
+def test_a_rank_that_cannot_write_ends_the_run_everywhere_and_leaves_what_was_saved(two_checkpoints):
+    output = two_checkpoints.parent
+    before = sorted(path.name for path in two_checkpoints.iterdir())
+    arguments = [json.dumps([["full", [f"train.output_dir={output}", "train.steps=25"], "rank 1 cannot write"]])]
+    run = run_ranks("tests/distributed/resume_ranks.py", 2, arguments, check=False)
+    assert run.returncode != 0
+    for rank in range(2):  # both know, and neither waits for the other
+        assert "rank 1 could not write checkpoint" in run.log(rank) and "No space left on device" in run.log(rank)
+    after = {path.name for path in two_checkpoints.iterdir() if not path.name.startswith(".partial_")}
+    assert sorted(after) == before
+
+
+def test_resume_refuses_another_model_by_name_and_shape(two_checkpoints):
+    output = two_checkpoints.parent
+    run = run_ranks(
+        "ds_moe.train",
+        1,
+        [RUN, f"train.output_dir={output}", "moe.ep_size=1", "model.preset=tiny-vl-dense", "moe=null"],
+        check=False,
+    )
+    assert run.returncode != 0
+    assert "does not fit this model" in run.output and "Traceback" not in run.log(0)
+
+
+def test_export_refuses_a_damaged_checkpoint(two_checkpoints, tmp_path):
+    damage(two_checkpoints / LAST / "rank-00001.safetensors")
+    with pytest.raises(UserError, match=r"rank-00001\.safetensors is damaged"):
+        export_checkpoint(two_checkpoints.parent, tmp_path / "out")

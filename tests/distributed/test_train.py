@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +140,21 @@ def test_export_refuses_the_hub_layout_where_a_square_would_be_loaded_wrong():
     assert hub_layout_problem(config) is None
     config.text_config.moe_intermediate_size = config.text_config.hidden_size // 2
     assert "twice moe_intermediate_size" in str(hub_layout_problem(config))
+
+
+def test_a_bad_record_on_one_rank_stops_every_rank_with_its_line(files, tmp_path):
+    """The picture is found truncated while it is loaded, by one rank, in the middle of the run."""
+    lines = Path(files["mixed"]).read_text().splitlines()
+    root = Path(files["mixed"]).parent
+    broken = root / "digits" / "truncated.png"
+    picture = json.loads(lines[0])["messages"][0]["content"][0]["image"]
+    whole = (root / picture).read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    lines[16] = lines[0].replace(picture, "digits/truncated.png")
+    data = root / "bad.jsonl"
+    data.write_text("\n".join(lines))
+    arguments = ["tests/runs/resume.yaml", f"data.train={data}", "data.shuffle=false", f"train.output_dir={tmp_path}"]
+    run = run_ranks("ds_moe.train", 2, arguments, check=False)
+    assert run.returncode != 0
+    for rank in range(2):
+        assert f"{data}:17" in run.log(rank) and "Traceback" not in run.log(rank), run.log(rank)

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
-from ds_moe.config import MoEConfig
+from ds_moe.config import ModelConfig, MoEConfig
 from ds_moe.errors import UserError
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.presets import build_preset
+from ds_moe.models.qwen3_vl import load_model
 from ds_moe.moe import ExpertParallel
 
 
@@ -104,3 +105,9 @@ def test_what_cannot_be_converted_is_refused():
         convert(build_preset("tiny-vl-dense"), MoEConfig())
     with pytest.raises(UserError, match="ep_size=3 does not divide the model's 8 experts"):
         convert(build_preset("tiny-vl-moe"), MoEConfig(ep_size=3), ExpertParallel(size=3))
+
+
+def test_a_bf16_preset_keeps_fp32_rotary_frequencies_as_from_pretrained_does():
+    model = load_model(ModelConfig(preset="tiny-vl-moe"), torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for name, buffer in model.named_buffers() if "inv_freq" in name} == {torch.float32}

@@ -191,3 +191,17 @@ def test_evaluation_leaves_loads_and_losses_alone():
 def test_impossible_top_k_is_refused(top_k):
     with pytest.raises(ValueError, match="top_k"):
         make_layer(top_k)
+
+
+def test_samples_that_fill_up_a_batch_neither_route_nor_count_nor_weigh_in_the_aux_loss():
+    layer = make_layer(balancers=[AuxLoss(1.0)])
+    layer.context.real_B = torch.tensor([True, False])
+    layer.context.begin(torch.ones(2, 4), None)
+    y = layer(torch.randn(2, 4, D))
+    assert y[1].abs().max() == 0 and layer.load.take().counts_E.sum() == 2 * 4
+    layer.context.real_B = torch.tensor([False, False])
+    layer.context.begin(torch.ones(2, 4), None)
+    layer(torch.randn(2, 4, D))
+    assert layer.load.take().counts_E.sum() == 0 and layer.context.aux_losses[0] == 0
+    layer.context.begin(torch.ones(2, 4), None)  # the mask was for one forward
+    assert layer.context.token_V is None
