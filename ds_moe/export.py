@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
 from ds_moe import __version__
-from ds_moe.checkpoint_files import Reader, damaged, incomplete, newest_complete
+from ds_moe.checkpoint_files import Reader, damaged, incomplete, newest_complete, write_tensors
 from ds_moe.errors import UserError
 from ds_moe.models.convert import expert_state
 
 Layout = Literal["memory", "hub"]
 LAYOUTS: dict[str, str] = {
-    "memory": "as transformers keeps experts in memory and `save_pretrained` writes them: (E, 2I, H) and (E, H, I)",
+    "memory": "as transformers keeps experts in memory: (E, 2I, H) and (E, H, I)",
     "hub": "as the Qwen3-VL-MoE checkpoints on the hub store experts: (E, H, 2I) and (E, I, H)",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -69,7 +68,10 @@ def export_checkpoint(
     reader = Reader(checkpoint)
     plan = _shards(_sizes(reader, dtype), max_shard_bytes)
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder") from error
     for path in (checkpoint / "model").iterdir():
         shutil.copy(path, out / path.name)
     _set_dtype(out / "config.json", dtype)
@@ -78,7 +80,7 @@ def export_checkpoint(
     for number, keys in enumerate(plan, start=1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         tensors = {key.split("/", 1)[1]: _stored(reader, key, dtype, layout) for key in keys}
-        save_file(tensors, out / file, metadata={"format": "pt"})
+        write_tensors(out / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         parameters += sum(tensor.numel() for tensor in tensors.values())
     size = sum((out / file).stat().st_size for file in set(weight_map.values()))
