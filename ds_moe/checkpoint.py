@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_moe import zero_state
@@ -31,6 +31,7 @@ from ds_moe.checkpoint_files import (
     read_manifest,
     step_folders,
     write_json,
+    write_tensors,
 )
 from ds_moe.engine import Topology
 from ds_moe.errors import UserError
@@ -138,8 +139,8 @@ class _Share:
 
 def _write_rank(folder: Path, topology: Topology, tensors: dict[str, tuple[Tensor, list[int]]]) -> _Share:
     weights, rng = (folder / f"{kind}-{topology.rank:05d}.safetensors" for kind in ("rank", "rng"))
-    save_file({key: value for key, (value, _) in tensors.items()}, weights)
-    save_file(_rng_states(topology), rng)
+    write_tensors(weights, {key: value for key, (value, _) in tensors.items()})
+    write_tensors(rng, _rng_states(topology))
     pieces = {key: [weights.name, *rows] for key, (_, rows) in tensors.items()}
     return _Share(file_table(folder, [weights, rng]), pieces)
 
@@ -236,7 +237,9 @@ def _restore_progress(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any]) 
     engine.global_samples = step * engine.train_batch_size()
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     engine.lr_scheduler.last_epoch = step - 1
-    engine.lr_scheduler.step()  # the schedule is a function of the step: no state to convert between topologies
+    with warnings.catch_warnings():  # torch takes this for a step of the schedule before one of the optimizer
+        warnings.simplefilter("ignore", UserWarning)
+        engine.lr_scheduler.step()  # the schedule is a function of the step: no state to convert between topologies
 
 
 def _restore_rng(path: Path, state: dict[str, Any], topology: Topology) -> None:

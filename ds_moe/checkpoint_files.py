@@ -4,7 +4,8 @@
         rank-00000.safetensors ...  fp32 weights and Adam moments by parameter name; experts as blocks of rows
         rng-00000.safetensors ...   this rank's random states
         state.json                  step, data position, topology, Adam's step, versions
-        run.yaml, model/            the resolved run; config, generation config and processor of the model
+        run.yaml, deepspeed.json    the resolved run
+        model/                      config, generation config and processor of the model
         manifest.json               every file with size and SHA-256, every tensor with its place; written last
 
 Nothing in it is a pickle.
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_moe.errors import UserError
@@ -127,6 +129,14 @@ def step_folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = [path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
     return sorted(found, reverse=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write safetensors with the permissions of any other new file (the library's own writer leaves 0600)."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def write_json(path: Path, value: Any) -> None:

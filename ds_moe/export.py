@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+import yaml
 from torch import Tensor
 from transformers import AutoConfig
 
 from ds_moe import __version__
-from ds_moe.checkpoint_files import Reader, damaged, incomplete, newest_complete
+from ds_moe.checkpoint_files import Reader, damaged, incomplete, newest_complete, write_tensors
 from ds_moe.errors import UserError
 from ds_moe.models.convert import BIAS_SUFFIX, EXPERT_BIAS, expert_state
 
 Layout = Literal["memory", "hub"]
 LAYOUTS: dict[str, str] = {
-    "memory": "as transformers keeps experts in memory and `save_pretrained` writes them: (E, 2I, H) and (E, H, I)",
+    "memory": "as transformers keeps experts in memory: (E, 2I, H) and (E, H, I)",
     "hub": "as the Qwen3-VL-MoE checkpoints on the hub store experts: (E, H, 2I) and (E, I, H)",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -82,7 +82,10 @@ def export_checkpoint(
         sizes = {key: size for key, size in sizes.items() if key not in biases}
     plan = _shards(sizes, max_shard_bytes)
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder") from error
     for path in (checkpoint / "model").iterdir():
         shutil.copy(path, out / path.name)
     _set_dtype(out / "config.json", dtype)
@@ -91,7 +94,7 @@ def export_checkpoint(
     for number, keys in enumerate(plan, start=1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         tensors = {_stored_name(key, bias_name): _stored(reader, key, dtype, layout) for key in keys}
-        save_file(tensors, out / file, metadata={"format": "pt"})
+        write_tensors(out / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         parameters += sum(tensor.numel() for tensor in tensors.values())
     size = sum((out / file).stat().st_size for file in set(weight_map.values()))
@@ -99,9 +102,12 @@ def export_checkpoint(
         index = {"metadata": {"total_size": size, "total_parameters": parameters}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=2))
     if biases and bias_name is None:
-        save_file({key.split("/", 1)[1]: bias for key, bias in biases.items()}, out / EXPERT_BIAS)
+        write_tensors(out / EXPERT_BIAS, {key.split("/", 1)[1]: bias for key, bias in biases.items()})
     about = _model_card(checkpoint, state, config.get_text_config(), layout, parameters)
-    (out / "README.md").write_text(about + (BIAS_NOTE if biases and bias_name is None else ""))
+    differs = _routing_that_differs(checkpoint)
+    notes = [BIAS_NOTE] if biases and bias_name is None else []
+    notes += [ROUTER_NOTE.format(settings=differs)] if differs else []
+    (out / "README.md").write_text(about + "".join(notes))
     return Exported(out, layout, sorted(set(weight_map.values())), parameters, size)
 
 
@@ -173,6 +179,25 @@ selected. This architecture has no place for it, so plain transformers selects w
 experts than in training. The biases are in `{EXPERT_BIAS}`; ds_moe reads them when `model.path` is this folder and
 `moe.balance` has `loss_free`.
 """
+
+
+ROUTER_NOTE = """
+## Router
+Trained with `{settings}`. Plain transformers routes by softmax and top-k alone, so some tokens go to other experts, or
+with other weights, than in training: evaluate the export before you rely on it.
+"""
+
+
+def _routing_that_differs(checkpoint: Path) -> str | None:
+    """The router settings of a run that plain transformers cannot repeat, as YAML says them."""
+    run = yaml.safe_load((checkpoint / "run.yaml").read_text())
+    router = run.get("moe", {}).get("router", {})
+    plain = {"scores": "softmax", "route_scale": 1.0, "temperature": 1.0}
+    asked = ("scores", "groups", "top_groups", "route_scale", "temperature", "normalize")
+    differing = {key: router[key] for key in asked if key in router and router[key] not in (None, plain.get(key))}
+    if router.get("kind", "topk") not in ("topk", "noisy_topk"):
+        differing = {"kind": router["kind"], **differing}
+    return ", ".join(f"{key}: {value}" for key, value in differing.items()) or None
 
 
 def _model_card(checkpoint: Path, state: dict[str, Any], config: Any, layout: Layout, parameters: int) -> str:

@@ -60,8 +60,8 @@ def run_summary(run: Run) -> str:
         f"{topology.world_size} ranks x {run.stream.accumulation} micro-batches"
     )
     lines.append(
-        f"steps     {run.total_steps} of {run.stream.steps_per_epoch} an epoch; lr {config.train.lr:g}, "
-        f"{config.train.schedule}, {config.train.warmup_steps} warm-up"
+        f"steps     {run.total_steps}, {run.total_steps / run.stream.steps_per_epoch:.1f} epochs; "
+        f"lr {config.train.lr:g}, {config.train.schedule}, {config.train.warmup_steps} warm-up"
     )
     device, host = (sum(part.values()) / 2**30 for part in (run.memory.device, run.memory.host))
     lines.append(

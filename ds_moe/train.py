@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -104,6 +105,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     run = set_up(config)
     resume(run)
     run.monitor.start(run.step + 1, run_summary(run), dump(config))
+    if run.step >= run.total_steps:
+        run.monitor.note(f"all {run.total_steps} steps are done: nothing to train (raise train.steps to go on)")
     steps = iter(run.stream)
     while run.step < run.total_steps:
         report = train_step(run, steps)
@@ -126,6 +129,7 @@ def due(step: int, every: int | None) -> bool:
 def set_up(config: RunConfig) -> Run:
     """Data, model, engine and monitor, in the order in which mistakes are cheapest to find."""
     topology = start_distributed(config.moe.ep_size if config.moe else 1)
+    raise_together(_unwritable(Path(config.train.output_dir)))
     seed_everything(config.train.seed)
     dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
     processor = _processor(config)
@@ -159,6 +163,16 @@ def set_up(config: RunConfig) -> Run:
     if config.monitor.tensorboard:
         watch_pairs(moe_layers(engine.module))
     return Run(config, topology, engine, context, processor, stream, eval_set, monitor, total_steps, memory)
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why a run could not write below its output folder, before anything is loaded for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"train.output_dir {folder} cannot be written ({error.strerror}); choose another"
 
 
 def seed_everything(seed: int) -> None:

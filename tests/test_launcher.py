@@ -142,7 +142,7 @@ def group():
     """`group(grace, needs)`: a `run_group` and, below it, a launcher and a rank that needs `needs` seconds to end."""
     started = []
 
-    def start(grace, needs, before=()):
+    def start(grace, needs, before=("env", "--default-signal=INT,HUP,TERM")):  # whatever this run of tests ignores
         command = [*before, sys.executable, "-c", RUN_GROUP, str(grace), LAUNCHER.format(needs=needs)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         started.append(process)

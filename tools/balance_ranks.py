@@ -18,6 +18,7 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -96,7 +97,8 @@ def training_steps(text: np.ndarray, seed: int, topology: Topology) -> Iterator[
     for step in itertools.count():
         random = np.random.default_rng([seed, step])
         starts = random.integers(len(text) - SEQUENCE, size=MICRO_BATCH * topology.world_size)
-        yield [as_batch(windows(text, starts[topology.rank :: topology.world_size]))]
+        batch = as_batch(windows(text, starts[topology.rank :: topology.world_size]))
+        yield [{**batch, "real": torch.ones(MICRO_BATCH).bool()}]
 
 
 def held_out_batches(text: np.ndarray, topology: Topology) -> list[dict[str, Tensor]]:
@@ -159,7 +161,8 @@ def start_run(balance: list[dict[str, Any]], seed: int, steps: int, topology: To
     engine = build_engine(model, config, ds_config, steps)
     engine.train()
     absent: Any = None
-    return Run(config, topology, engine, context, absent, absent, None, absent, steps, absent)
+    stream: Any = SimpleNamespace(error=None)
+    return Run(config, topology, engine, context, absent, stream, None, absent, steps, absent)
 
 
 def measure(plan: dict[str, Any], method: str, seed: int, texts: tuple[np.ndarray, np.ndarray], topology: Topology):

@@ -119,7 +119,7 @@ class JsonlRecords(_FileRecords):
             for number, line in enumerate(lines, start=1):
                 digest.update(line)
                 if number == 1 and line.lstrip()[:1] == b"[":
-                    fix = f"jq -c '.[]' {self._file} > {self._file.with_suffix('.jsonl')}"
+                    fix = f"jq -c '.[]' {self._file} > {self._file.with_suffix('.converted.jsonl')}"
                     raise UserError(f"{self._file}:1: a JSON array, not one record a line (convert it: {fix})")
                 if line.strip():
                     yield offset, number, line

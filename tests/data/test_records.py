@@ -293,3 +293,12 @@ def test_longer_records_have_longer_estimates(write_jsonl, folder):
     short, long, small, large = read(write_jsonl(texts)).lengths
     assert short < long and small < large
     assert json.dumps([int(short)])  # plain numbers
+
+
+def test_the_advice_for_a_json_array_never_writes_over_the_file(tmp_path):
+    path = tmp_path / "array.jsonl"
+    path.write_text('[{"messages": []}]')
+    with pytest.raises(UserError) as caught:
+        read_records(str(path), DataConfig(train=str(path)))
+    source, target = str(caught.value).split("jq -c '.[]' ")[1].rstrip(")").split(" > ")
+    assert source == str(path) and target != source

@@ -64,12 +64,13 @@ def start(config, stage):
     engine = build_engine(model, config, ds_config, steps)
     engine.train()
     absent = SimpleNamespace()
-    return Run(config, topology, engine, context, absent, absent, None, absent, steps, absent)
+    stream = SimpleNamespace(error=None)
+    return Run(config, topology, engine, context, absent, stream, None, absent, steps, absent)
 
 
 def own_share(everything, topology):
     """This rank's micro-batches, in the order of accumulation: those of all ranks at one time are neighbours."""
-    return everything[topology.rank :: topology.world_size]
+    return [{**batch, "real": torch.ones(SAMPLES).bool()} for batch in everything[topology.rank :: topology.world_size]]
 
 
 def recording(moves):

@@ -8,7 +8,7 @@ from unittest.mock import patch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ds_moe import checkpoint
+from ds_moe import checkpoint_files
 from ds_moe.data.stream import TrainStream
 from ds_moe.runfile import load_run
 from ds_moe.train import resume, save_checkpoint, set_up, train
@@ -17,7 +17,7 @@ from tests.launcher import report
 RUN = "tests/runs/resume.yaml"
 
 
-def _full_disk(tensors, path):
+def _full_disk(tensors, path, metadata=None):
     raise SafetensorError("No space left on device")
 
 
@@ -30,7 +30,7 @@ def main():
             with patch.object(TrainStream, "load_state_dict", lambda self, state: None):
                 report(**{name: train(config)["loss"]})
         elif mode == "rank 1 cannot write":
-            with patch.object(checkpoint, "save_file", _full_disk if os.environ["RANK"] == "1" else save_file):
+            with patch.object(checkpoint_files, "save_file", _full_disk if os.environ["RANK"] == "1" else save_file):
                 train(config)
         elif mode == "load and save":
             run = set_up(config)
