@@ -49,6 +49,14 @@ def report(**results: Any) -> None:
         file.write(line + "\n")
 
 
+def leave() -> None:
+    """Called last in a rank: close the process group together, or gloo's threads may abort an interpreter that exits."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 class RanksFailed(AssertionError):
     """A run ended non-zero or ran out of time. `run` holds what it had reported and logged until then."""
 

@@ -125,6 +125,7 @@ def test_scalars_are_listed(page):
         *("eval/loss", "eval/accuracy", "eval/accuracy_digit", "eval/accuracy_parity", "eval/accuracy_at_least_five"),
         *("perf/tokens_per_s", "perf/step_s", "perf/data_wait_frac", "perf/mem_gib", "perf/mfu"),
         *("moe/max_vio", "moe/max_vio_text", "moe/max_vio_image", "moe/entropy", "moe/dead_experts", "moe/aux_loss"),
+        *("moe/max_vio_layer_0", "moe/max_vio_layer_1", "moe/drop_rate", "moe/uncovered_tokens"),
     }
 
 

@@ -25,7 +25,7 @@ from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.runfile import load_run
 from ds_moe.train import Run, resume, save_checkpoint, set_up, train, train_step
 from tests.distributed.parity_ranks import SAMPLES, batches
-from tests.launcher import report
+from tests.launcher import leave, report
 
 MICRO_BATCHES = 4
 LOSS_FREE = {"kind": "loss_free", "update_rate": 0.01}
@@ -251,4 +251,5 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
+    leave()

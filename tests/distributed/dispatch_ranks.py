@@ -15,7 +15,7 @@ from ds_moe.moe import (
     MoELayer,
     TopKRouter,
 )
-from tests.launcher import report
+from tests.launcher import leave, report
 
 D, F, E = 24, 40, 8
 CASES = {  # name -> (top_k, tokens of a rank, which tokens are real, whether one expert attracts all, dtype)
@@ -77,6 +77,7 @@ def main():
     for name in CASES:
         differences, received = compare(name, world_size, rank)
         report(**{name: {"differences": differences, "received": received}})
+    leave()
 
 
 if __name__ == "__main__":

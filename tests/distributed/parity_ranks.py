@@ -15,7 +15,7 @@ from ds_moe.engine import build_engine, prepare_model, start_distributed
 from ds_moe.models.convert import expert_state, moe_layers
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import tiny_processor
-from tests.launcher import report
+from tests.launcher import leave, report
 
 SAMPLES = 3  # a rank
 
@@ -113,6 +113,7 @@ def main():
         rows.append([ep_size, stage, checkpointing, loss, gradient])
     report(rows=rows, reference_loss=expected[1])
     report(broken=compare(run_config(sizes[-1], False), 3, everything, expected, change_an_expert))
+    leave()
 
 
 if __name__ == "__main__":

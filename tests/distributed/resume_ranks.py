@@ -12,7 +12,7 @@ from ds_moe import checkpoint_files
 from ds_moe.data.stream import TrainStream
 from ds_moe.runfile import load_run
 from ds_moe.train import resume, save_checkpoint, set_up, train
-from tests.launcher import report
+from tests.launcher import leave, report
 
 RUN = "tests/runs/resume.yaml"
 
@@ -37,6 +37,7 @@ def main():
             resume(run)
             save_checkpoint(run)
             run.engine.destroy()
+    leave()
 
 
 if __name__ == "__main__":
