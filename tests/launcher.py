@@ -50,7 +50,7 @@ def report(**results: Any) -> None:
 
 
 def leave() -> None:
-    """Called last in a rank: closes the process group together; gloo's threads may abort an interpreter that just exits."""
+    """Called last in a rank: closes the process group together, or gloo's threads may abort a rank that exits."""
     import torch.distributed as dist
 
     dist.barrier()
