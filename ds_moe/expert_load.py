@@ -11,11 +11,15 @@ from torch import Tensor
 from ds_moe.moe.layer import MoELayer
 from ds_moe.monitor.reports import RoutingReport
 
+MOST_KINDS = 16  # a load of its own is kept for up to this many kinds of records
 MOST_PAIRED_EXPERTS = 128  # (E, E) counts of co-activation are kept up to this many experts
 
 
-def watch_pairs(layers: Sequence[MoELayer]) -> None:
-    """Have the first layer count which experts serve the same tokens, where that is cheap."""
+def watch(layers: Sequence[MoELayer], kinds: int) -> None:
+    """Have the layers tell `kinds` kinds of records apart, and the first count which experts serve the same tokens,
+    where that is cheap."""
+    for layer in layers:
+        layer.load.kinds = kinds if kinds <= MOST_KINDS else 0
     if layers and layers[0].load.num_experts <= MOST_PAIRED_EXPERTS:
         layers[0].load.count_pairs = True
 
@@ -26,7 +30,7 @@ def counts_so_far(layers: Sequence[MoELayer]) -> list[Tensor | int]:
 
 
 def reduce_load(
-    layers: Sequence[MoELayer], before_last_step: Sequence[Tensor | int], aux_loss: float
+    layers: Sequence[MoELayer], before_last_step: Sequence[Tensor | int], aux_loss: float, kinds: Sequence[str] = ()
 ) -> RoutingReport | None:
     """Expert loads since the last report, over all ranks; None for a dense model (collective)."""
     taken = [layer.load.take() for layer in layers]
@@ -34,24 +38,27 @@ def reduce_load(
     if not pairs:
         return None
     loads = [load for load, _ in pairs]
-    counts_L3E = torch.stack([torch.stack([n.counts_E, n.image_E, n.counts_E - before]) for n, before in pairs])
+    counts_LCE = torch.stack(
+        [torch.stack([n.counts_E, n.image_E, n.counts_E - before, *n.kind_GE]) for n, before in pairs]
+    )
     sums_L4 = torch.stack([torch.stack([n.tokens, n.uncovered, n.dropped, n.entropy]).double() for n in loads])
-    dist.all_reduce(counts_L3E)
+    dist.all_reduce(counts_LCE)
     dist.all_reduce(sums_L4)
     pairs_EE = loads[0].pairs_EE
     if pairs_EE is not None:
         dist.all_reduce(pairs_EE)
     tokens, uncovered, dropped, entropy = sums_L4.sum(0).tolist()
-    counts_L3E = counts_L3E.cpu().numpy()
-    assignments = float(counts_L3E[:, 0].sum()) + dropped
+    counts_LCE = counts_LCE.cpu().numpy()
+    assignments = float(counts_LCE[:, 0].sum()) + dropped
     balancings = [layer.gate.balancing for layer in layers if layer.gate.balancing is not None]
     norms = [balancing.bias_E.norm().item() for balancing in balancings]
     return RoutingReport(
-        counts_LE=counts_L3E[:, 0],
-        image_counts_LE=counts_L3E[:, 1],
+        counts_LE=counts_LCE[:, 0],
+        image_counts_LE=counts_LCE[:, 1],
         entropy_L=entropy / max(tokens, 1),
         aux_loss=aux_loss if layers[0].balancers else None,
-        last_step_LE=counts_L3E[:, 2],
+        last_step_LE=counts_LCE[:, 2],
+        kind_counts_LE=dict(zip(kinds, counts_LCE[:, 3:].swapaxes(0, 1), strict=False)),  # none above MOST_KINDS
         drop_rate=dropped / max(assignments, 1),
         uncovered=uncovered / max(tokens, 1),
         bias_norm=sum(norms) / len(norms) if norms else None,

@@ -29,7 +29,7 @@ from ds_moe.ds_config import precision, resolve_deepspeed
 from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, start_distributed
 from ds_moe.errors import UserError
 from ds_moe.evaluate import Answering, evaluate, raise_together, to_device
-from ds_moe.expert_load import counts_so_far, reduce_load, watch_pairs
+from ds_moe.expert_load import counts_so_far, reduce_load, watch
 from ds_moe.memory import Memory, predict, skeleton
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.processor import load_processor, save_processor, tiny_processor
@@ -161,7 +161,7 @@ def set_up(config: RunConfig) -> Run:
         run_dir=Path(config.train.output_dir),
     )
     if config.monitor.tensorboard:
-        watch_pairs(moe_layers(engine.module))
+        watch(moe_layers(engine.module), len(stream.kinds))
     return Run(config, topology, engine, context, processor, stream, eval_set, monitor, total_steps, memory)
 
 
@@ -214,9 +214,9 @@ def train_step(run: Run, steps: Any) -> StepReport:
     losses = torch.zeros(2, device=run.topology.device)  # language, auxiliary
     run.load_before_step = counts_so_far(run.layers)
     for batch in micro_batches:
-        real_B = batch.pop("real")
+        real_B, kind_B = batch.pop("real"), batch.pop("kind", None)
         if run.context is not None:
-            run.context.real_B = real_B
+            run.context.real_B, run.context.kind_B = real_B, kind_B
         loss = run.engine(**batch, use_cache=False, num_items_in_batch=share).loss
         auxiliary = sum(run.context.aux_losses) if run.context is not None and run.context.aux_losses else None
         losses[0] += loss.detach() / len(micro_batches)
@@ -263,7 +263,7 @@ def _global_counts(micro_batches: list[dict[str, Tensor]], error: str | None, de
 
 def routing_report(run: Run) -> RoutingReport | None:
     """Expert loads since the last report, over all ranks (collective)."""
-    report = reduce_load(run.layers, run.load_before_step, run.result["aux_loss"])
+    report = reduce_load(run.layers, run.load_before_step, run.result["aux_loss"], run.stream.kinds)
     if report is not None:
         run.result["max_vio"] = max_vio(report.counts_LE)
     return report

@@ -157,9 +157,11 @@ def test_new_routing_scalars_have_their_values():
         drop_rate=0.25,
         uncovered=0.125,
         bias_norm=0.5,
+        kind_counts_LE={"even or odd": np.array([[3, 1], [2, 2]]), "absent": np.zeros((2, 2), int)},
     )
     scalars = routing_scalars(report)
     assert scalars["moe/max_vio_layer_0"] == 0.5 and scalars["moe/max_vio_layer_1"] == 0
+    assert scalars["moe/max_vio_kind_even_or_odd"] == 0.25 and "moe/max_vio_kind_absent" not in scalars
     assert scalars["moe/max_vio"] == 0.25 and scalars["moe/max_vio_step"] == 0.5
     assert (scalars["moe/drop_rate"], scalars["moe/uncovered_tokens"], scalars["moe/bias_norm"]) == (0.25, 0.125, 0.5)
 
@@ -249,6 +251,24 @@ def test_heat_maps_come_when_due_with_the_counts_of_all_steps_since_the_last(tmp
     expected = [routing_report(40), routing_report(50)]
     np.testing.assert_array_equal(counts[0], sum(report.counts_LE for report in expected))
     np.testing.assert_array_equal(counts[1], sum(report.image_counts_LE for report in expected))
+
+
+def test_loads_by_kind_of_record_are_summed_and_drawn(tmp_path):
+    monitor = new_monitor(tmp_path, total_steps=20)
+    monitor.start(1, "", {})
+    for step in (10, 20):
+        report = routing_report(step)
+        half_LE = report.counts_LE // 2
+        report.kind_counts_LE = {"digit": half_LE, "parity": report.counts_LE - half_LE}
+        monitor.step(step_report(step), report)
+        wait_for_pictures(monitor)
+    summed = monitor._load.kind_counts_LE
+    np.testing.assert_array_equal(summed["digit"] + summed["parity"], monitor._load.counts_LE)
+    monitor.finish({})
+    log = events(tmp_path)
+    assert [image.step for image in log.Images("moe/expert_load_by_kind")] == [20]
+    [histogram] = log.Histograms("moe/load")
+    assert histogram.histogram_value.num == LAYERS * EXPERTS
 
 
 def test_steps_behind_the_last_heat_map_are_drawn_at_the_end(tmp_path):

@@ -29,6 +29,7 @@ class Encoded:
     pixel_values: Tensor | None = None  # (P, channels * temporal_patch * patch * patch) float32
     image_grid_thw: Tensor | None = None  # (I, 3) int64, patches a side
     real: bool = True  # False for a filler
+    kind: str | None = None  # the record's own label
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +61,7 @@ def encode(sample: Sample, processor: Any, max_length: int, max_pixels: int) -> 
         raise RecordError(f"{reason} {max_length} (shorten the record, or raise the limit)")
     input_ids = torch.tensor(tokens.ids)
     labels = torch.where(torch.tensor(tokens.label), input_ids, NO_LOSS)
-    return Encoded(input_ids, labels, tokens.prompt, pixel_values, grid)
+    return Encoded(input_ids, labels, tokens.prompt, pixel_values, grid, kind=sample.kind)
 
 
 def filler(processor: Any) -> Encoded:

@@ -64,6 +64,7 @@ class DigitsRecords:
     def __init__(self, split: Split):
         self._samples = digits_samples(split)
         self.bad: list[BadRecord] = []
+        self.kinds = tuple(sorted(QUESTIONS))
         self.lengths = np.array([len(sample.last_question()) + len(sample.answer) for sample in self._samples])
         text = json.dumps([(sample.last_question(), sample.answer) for sample in self._samples])
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()

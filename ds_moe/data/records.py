@@ -30,6 +30,7 @@ class Records(Protocol):
     sha256: str  # of the content: a resume refuses to go on with other data
     lengths: np.ndarray  # (len(self),) int64, estimated tokens
     bad: list[BadRecord]
+    kinds: tuple[str, ...]  # of its samples, sorted: the same on every rank
 
     def __len__(self) -> int: ...
 
@@ -77,14 +78,17 @@ class _FileRecords:
         self.sha256 = ""
         self.bad: list[BadRecord] = []
         self._file, self._root = file, root
-        keys, numbers, lengths = [], [], []
+        keys, numbers, lengths, kinds = [], [], [], set()
         for key, number, raw in self._walk():
             try:
-                lengths.append(_estimate(self._parse(raw, number), max_pixels))
+                sample = self._parse(raw, number)
+                lengths.append(_estimate(sample, max_pixels))
+                kinds.add(sample.kind)
                 keys.append(key)
                 numbers.append(number)
             except RecordError as error:
                 self.bad.append(BadRecord(f"{file}:{number}", str(error)))
+        self.kinds = tuple(sorted(kinds - {None}))
         self._keys, self._numbers, self.lengths = (np.array(one, dtype=np.int64) for one in (keys, numbers, lengths))
 
     def __len__(self) -> int:

@@ -32,8 +32,9 @@ class Step:
 class _StepDataset(Dataset):
     """Position of a step -> `Step`: runs in the workers."""
 
-    def __init__(self, plan: Plan, encoder: Encoder, processor: Any, slices: list[slice]):
+    def __init__(self, plan: Plan, encoder: Encoder, processor: Any, slices: list[slice], kinds: tuple[str, ...]):
         self.plan, self.encoder, self.processor, self.slices = plan, encoder, processor, slices
+        self.kind_ids = {kind: number for number, kind in enumerate(kinds)}
 
     def __getitem__(self, position: int) -> Step:
         indices = self.plan.global_batch(position)
@@ -41,7 +42,8 @@ class _StepDataset(Dataset):
         for one in self.slices:
             encoded, _, bad = self.encoder.encode(indices[one])
             real = torch.tensor([sample.real for sample in encoded])
-            step.micro_batches.append(collate(encoded, self.processor) | {"real": real})
+            kind = torch.tensor([self.kind_ids.get(sample.kind, -1) for sample in encoded])
+            step.micro_batches.append(collate(encoded, self.processor) | {"real": real, "kind": kind})
             step.bad += bad
         return step
 
@@ -49,7 +51,8 @@ class _StepDataset(Dataset):
 class TrainStream:
     """Endless optimizer steps for one rank: each a list of `accumulation` micro-batches.
 
-    A micro-batch is what the model's forward takes and, to be taken out before, "real": (B,) bool, False for fillers.
+    A micro-batch is what the model's forward takes and, to be taken out before, "real": (B,) bool, False for fillers,
+    and "kind": (B,) int64, index into `kinds`, -1 for none.
     `skipped` are the bad records so far: of structure (the same on every rank) and, found while loading, of this rank;
     `<output_dir>/bad_records.jsonl` lists those of all ranks. Raises `UserError` for bad data, as config.data says.
 
@@ -67,7 +70,7 @@ class TrainStream:
             )
         self.accumulation = train.global_batch_size // per_micro_step
         records = open_records(config, data.train, "train")
-        self._sha256 = records.sha256
+        self._sha256, self.kinds = records.sha256, records.kinds
         self._plan = Plan(records.lengths, train.global_batch_size, train.seed, data.shuffle, data.length_grouping)
         self._config, self._processor, self._encoder = config, processor, Encoder(config, records, processor)
         size = train.micro_batch_size
@@ -92,7 +95,7 @@ class TrainStream:
             yield step.micro_batches
 
     def _loader(self) -> DataLoader:
-        dataset = _StepDataset(self._plan, self._encoder, self._processor, self._slices)
+        dataset = _StepDataset(self._plan, self._encoder, self._processor, self._slices, self.kinds)
         data = self._config.data
         return DataLoader(
             dataset,

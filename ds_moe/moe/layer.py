@@ -44,7 +44,7 @@ class MoELayer(nn.Module):
         self.context = context
         self.index = index
         self.balancers = balancers
-        self.load = Load(gate.weight.shape[0], gate.top_k if gate.causal else None)
+        self.load = Load(gate.weight.shape[0])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -74,7 +74,7 @@ class MoELayer(nn.Module):
             losses = [balancer.loss(decision, seen) for balancer in self.balancers]
             if not replaying:
                 self.context.aux_losses += losses
-                self.load.add(decision, seen, self.context.image_T)
+                self.load.add(decision, seen, self.context.image_T, self.context.kind_T)
                 if self.gate.balancing is not None:
                     self.gate.balancing.add(plan.counts_E)
         return decision, plan

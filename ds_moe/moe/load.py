@@ -16,9 +16,10 @@ class LoadTotals(NamedTuple):
 
     counts_E: Tensor  # int64, assignments of each expert
     image_E: Tensor  # int64, of these, of image tokens
+    kind_GE: Tensor  # int64, of these, of tokens of each of the G kinds of records
     tokens: Tensor  # int64 scalar, padding left out
     uncovered: Tensor  # int64 scalar, of these, tokens that no expert took
-    dropped: Tensor  # int64 scalar, assignments lost to a capacity limit or to expert dropout
+    dropped: Tensor  # int64 scalar, assignments that the experts' capacity refused
     entropy: Tensor  # fp32 scalar, nats
     pairs_EE: Tensor | None  # int64, tokens that use both experts; the diagonal holds the counts
 
@@ -28,17 +29,16 @@ class Load:
 
     Args:
         num_experts: E.
-        top_k: assignments a token would have without drops; None where a token has no fixed number.
     """
 
-    def __init__(self, num_experts: int, top_k: int | None = None) -> None:
+    def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
-        self.top_k = top_k
+        self.kinds = 0  # kinds of records to tell apart, G
         self.count_pairs = False  # a matrix product of (E, T) and (T, E) a micro-batch
         self._totals: LoadTotals | None = None
 
     @torch.no_grad()
-    def add(self, decision: RoutingDecision, seen: Seen, image_T: Tensor | None) -> None:
+    def add(self, decision: RoutingDecision, seen: Seen, image_T: Tensor | None, kind_T: Tensor | None = None) -> None:
         counts_E = seen.counts_E
         image_E = torch.zeros_like(counts_E)
         if image_T is not None:
@@ -48,11 +48,19 @@ class Load:
         tokens = counts_E.new_tensor(shares_VE.shape[0])
         covered_T = torch.zeros(decision.logits_TE.shape[0], dtype=torch.bool, device=counts_E.device)
         covered_T[decision.token_N] = True
-        dropped = tokens * self.top_k - counts_E.sum() if self.top_k is not None else torch.zeros_like(tokens)
+        dropped = counts_E.new_tensor(decision.dropped)
         pairs_EE = _pairs(decision) if self.count_pairs else None
         entropy = torch.special.entr(shares_VE).sum()
-        new = LoadTotals(counts_E, image_E, tokens, tokens - covered_T.sum(), dropped, entropy, pairs_EE)
+        kind_GE = self._by_kind(decision, kind_T)
+        new = LoadTotals(counts_E, image_E, kind_GE, tokens, tokens - covered_T.sum(), dropped, entropy, pairs_EE)
         self._totals = new if self._totals is None else LoadTotals(*map(_sum, self._totals, new))
+
+    def _by_kind(self, decision: RoutingDecision, kind_T: Tensor | None) -> Tensor:
+        counts = decision.expert_N.new_zeros((self.kinds + 1) * self.num_experts)  # the first row: tokens of no kind
+        if self.kinds and kind_T is not None:
+            place_N = (kind_T[decision.token_N] + 1) * self.num_experts + decision.expert_N
+            counts.scatter_add_(0, place_N, torch.ones_like(place_N))
+        return counts.view(-1, self.num_experts)[1:]
 
     @property
     def counts_E(self) -> Tensor | int:

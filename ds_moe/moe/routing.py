@@ -63,6 +63,8 @@ class ForwardContext:
     token_V: Tensor | None = None  # int64 indices of the real tokens; None: every token is real
     real_B: Tensor | None = None  # bool, false for samples that only fill up the next forward's batch; used once
     image_T: Tensor | None = None  # bool, image tokens; None: there is none
+    kind_B: Tensor | None = None  # int64 kind of each sample of the next forward's batch, -1 none; used once
+    kind_T: Tensor | None = None  # int64, the same of each token; None: not known
     aux_losses: list[Tensor] = field(default_factory=list)  # one scalar a layer and balancer, with grad
 
     def begin(self, mask_BS: Tensor | None, image_BS: Tensor | None) -> None:
@@ -73,6 +75,9 @@ class ForwardContext:
         real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
         self.token_V = None if real_T is None or bool(real_T.all()) else real_T.nonzero().squeeze(1)
         self.image_T = None if image_BS is None else image_BS.reshape(-1)
+        kind_B, self.kind_B = self.kind_B, None
+        known = kind_B is not None and mask_BS is not None
+        self.kind_T = kind_B.unsqueeze(1).expand_as(mask_BS).reshape(-1) if known else None
         self.aux_losses = []
 
 

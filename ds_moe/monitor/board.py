@@ -18,7 +18,7 @@ from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from ds_moe.monitor.coactivation import draw_coactivation
 from ds_moe.monitor.gallery import sample_gallery
 from ds_moe.monitor.heatmap import LoadHeatMap
-from ds_moe.monitor.meters import split_by_kind
+from ds_moe.monitor.meters import relative_load, split_by_kind
 from ds_moe.monitor.reports import RoutingReport, ShownSample
 
 LOAD_TAG = "moe/load_counts"  # int64 (2, L, E): all and image assignments behind each heat map, for later figures
@@ -40,7 +40,7 @@ class Board:
         self._writer = SummaryWriter(str(folder), purge_step=first_step, max_queue=10_000, flush_secs=_FLUSH_S)
         self._artist = ThreadPoolExecutor(1, thread_name_prefix="monitor-pictures")
         self._drawing: Future[None] | None = None
-        self._heat_map: LoadHeatMap | None = None  # kept: a later picture is cheaper than a first
+        self._heat_maps: dict[str, LoadHeatMap] = {}  # kept, by tag: a later picture is cheaper than a first
         self._session_end: Any = None
         self.drawing_s = 0.0  # processor seconds of the background thread
 
@@ -67,15 +67,21 @@ class Board:
     def heat_map(self, load: RoutingReport, caption: str, step: int) -> None:
         """Draw the load in the background, and keep the counts for later figures."""
         self._writer.add_tensor(LOAD_TAG, torch.from_numpy(np.stack([load.counts_LE, load.image_counts_LE])), step)
-        counts = split_by_kind(load.counts_LE, load.image_counts_LE)
-        kinds, (layers, experts) = tuple(counts), load.counts_LE.shape
+        shares_LE = relative_load(load.counts_LE)
+        self._writer.add_histogram("moe/load", shares_LE[~np.isnan(shares_LE)], step)
+        self._panels("moe/expert_load", split_by_kind(load.counts_LE, load.image_counts_LE), caption, step)
+        if len(load.kind_counts_LE) > 1:
+            self._panels("moe/expert_load_by_kind", load.kind_counts_LE, caption, step)
+
+    def _panels(self, tag: str, counts: dict[str, np.ndarray], caption: str, step: int) -> None:
+        kinds, (layers, experts) = tuple(counts), next(iter(counts.values())).shape
 
         def draw() -> np.ndarray:
-            if self._heat_map is None or self._heat_map.kinds != kinds:
-                self._heat_map = LoadHeatMap(layers, experts, kinds)
-            return self._heat_map.draw(counts, caption)
+            if tag not in self._heat_maps or self._heat_maps[tag].kinds != kinds:
+                self._heat_maps[tag] = LoadHeatMap(layers, experts, kinds)
+            return self._heat_maps[tag].draw(counts, caption)
 
-        self._draw("moe/expert_load", draw, step)
+        self._draw(tag, draw, step)
 
     def pairs(self, pairs_EE: np.ndarray, caption: str, step: int) -> None:
         """Draw which experts of the first layer serve the same tokens, in the background."""

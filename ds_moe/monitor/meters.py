@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from dataclasses import dataclass, field
@@ -38,10 +39,18 @@ def split_by_kind(counts_LE: np.ndarray, image_counts_LE: np.ndarray) -> dict[st
     return kinds
 
 
+def tag(kind: str) -> str:
+    """A kind of record as part of a TensorBoard tag."""
+    return re.sub(r"[^\w.-]+", "_", kind)
+
+
 def routing_scalars(report: RoutingReport) -> dict[str, float]:
     """The `moe/*` scalars of one routing report."""
     kinds = split_by_kind(report.counts_LE, report.image_counts_LE)
     scalars = {f"moe/max_vio_{kind}" if kind != "all" else "moe/max_vio": max_vio(n_LE) for kind, n_LE in kinds.items()}
+    scalars |= {
+        f"moe/max_vio_kind_{tag(kind)}": max_vio(n_LE) for kind, n_LE in report.kind_counts_LE.items() if n_LE.any()
+    }
     if report.last_step_LE is not None:
         scalars["moe/max_vio_step"] = max_vio(report.last_step_LE)
     layers = relative_load(report.counts_LE).max(axis=1) - 1

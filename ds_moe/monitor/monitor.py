@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import copy
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from ds_moe.config import MonitorConfig, RunConfig
-from ds_moe.monitor.meters import Clock, DeadExperts, Throughput, Window, routing_scalars
+from ds_moe.monitor.meters import Clock, DeadExperts, Throughput, Window, routing_scalars, tag
 from ds_moe.monitor.progress import Display, Lines, make_display, print_table
 from ds_moe.monitor.reports import EvalReport, RoutingReport, StepReport
 
@@ -120,7 +119,7 @@ class RunMonitor(Monitor):
             return
         scalars = {"eval/loss": report.loss}
         for kind, share in report.accuracy.items():
-            scalars["eval/accuracy" if kind == "mean" else f"eval/accuracy_{_tag(kind)}"] = share
+            scalars["eval/accuracy" if kind == "mean" else f"eval/accuracy_{tag(kind)}"] = share
         self._board.scalars(scalars, report.step)
         shown = report.samples[: self.config.sample_images]
         if shown:
@@ -160,6 +159,8 @@ class RunMonitor(Monitor):
             return
         self._load.counts_LE += routing.counts_LE
         self._load.image_counts_LE += routing.image_counts_LE
+        for kind, counts_LE in routing.kind_counts_LE.items():
+            self._load.kind_counts_LE[kind] += counts_LE
         if self._load.pairs_EE is not None and routing.pairs_EE is not None:
             self._load.pairs_EE += routing.pairs_EE
 
@@ -207,11 +208,6 @@ def make_monitor(
         return Monitor(config.monitor, total_steps)
     throughput = Throughput(flops_per_token, peak_flops)
     return RunMonitor(config.monitor, total_steps, throughput, Path(run_dir), console or Console())
-
-
-def _tag(kind: str) -> str:
-    """A kind of question as part of a TensorBoard tag."""
-    return re.sub(r"[^\w.-]+", "_", kind)
 
 
 def _preformatted(text: str) -> str:

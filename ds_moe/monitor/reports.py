@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,9 +34,10 @@ class RoutingReport:
     entropy_L: float  # routing entropy in nats: mean over tokens and layers
     aux_loss: float | None  # sum of the balancers' loss terms; None when no balancer adds one
     last_step_LE: np.ndarray | None = None  # int64, of counts_LE, those of the last optimizer step alone
-    drop_rate: float = 0.0  # share of the assignments lost to a capacity limit or to expert dropout
+    drop_rate: float = 0.0  # share of the assignments that the experts' capacity refused
     uncovered: float = 0.0  # share of the tokens that no expert took, over all layers
     bias_norm: float | None = None  # L2 norm of the loss-free bias, mean over layers; None without one
+    kind_counts_LE: dict[str, np.ndarray] = field(default_factory=dict)  # int64, of counts_LE, by kind of record
     pairs_EE: np.ndarray | None = None  # int64, first layer: tokens that use both experts; diagonal: their counts
 
     def __post_init__(self) -> None:

@@ -96,6 +96,17 @@ def test_real_marks_what_is_no_filler(with_bad, run_config, processor, workers):
     assert sum(int(batch["real"].sum()) for batch in batches) == RECORDS - 3
 
 
+def test_kinds_of_records_travel_as_numbers(write_jsonl, run_config, text_processor):
+    labels = [None, "web", "books", "web"]
+    path = write_jsonl([chat("hi", f"{n}") | ({"kind": kind} if kind else {}) for n, kind in enumerate(labels)])
+    config = run_config(path, micro_batch_size=5, global_batch_size=5)
+    stream = TrainStream(config, text_processor, rank=0, world_size=1)
+    assert stream.kinds == ("books", "web")
+    [[batch]] = islice(stream, 1)
+    kinds = dict(zip(answers(batch, text_processor), batch["kind"].tolist(), strict=True))
+    assert kinds == {"0": -1, "1": 1, "2": 0, "3": 1, None: -1}  # a filler has none either
+
+
 def test_seed_decides_the_order_and_without_shuffle_it_is_the_file_s(path, run_config, processor):
     first, second, again = (whole_steps(run_config(path, seed=seed), processor, 1, STEPS) for seed in (0, 1, 0))
     assert first == again != second
@@ -299,7 +310,7 @@ def test_text_only_model_and_image_less_micro_batches(write_jsonl, run_config, t
     path = write_jsonl([chat("hi", f"number {n}") for n in range(8)])
     for model, keys in [(text_processor, 3), (processor, 4)]:
         [step] = islice(TrainStream(run_config(path), model, rank=0, world_size=1), 1)
-        assert all(len(batch) == keys + 1 and "pixel_values" not in batch for batch in step)  # and "real"
+        assert all(len(batch) == keys + 2 and "pixel_values" not in batch for batch in step)  # real, kind
 
 
 def test_encoded_samples_are_kept_and_unchanged(path, run_config, processor):

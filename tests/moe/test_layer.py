@@ -91,18 +91,18 @@ def test_padding_neither_routes_nor_counts_nor_changes_the_others():
     layer.context.begin(mask, None)
     y = layer(x)
     [aux] = layer.context.aux_losses
-    counts_E, _, tokens, *_, entropy, _ = layer.load.take()
+    load = layer.load.take()
     assert y[1, 2:].abs().max() == 0
-    assert counts_E.sum() == 2 * 8 and tokens == 8
+    assert load.counts_E.sum() == 2 * 8 and load.tokens == 8
 
     layer.context.begin(None, None)
     alone = copy.deepcopy(layer)
     real = x.reshape(-1, D)[mask.flatten().bool()].unsqueeze(0)
     torch.testing.assert_close(alone(real)[0], y.reshape(-1, D)[mask.flatten().bool()], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(alone.context.aux_losses[0], aux)
-    alone_counts, *_, alone_entropy, _ = alone.load.take()
-    assert torch.equal(alone_counts, counts_E)
-    torch.testing.assert_close(alone_entropy, entropy)
+    alone_load = alone.load.take()
+    assert torch.equal(alone_load.counts_E, load.counts_E)
+    torch.testing.assert_close(alone_load.entropy, load.entropy)
 
 
 def test_a_micro_batch_of_nothing_but_padding_gives_zeros_and_zero_gradients():
@@ -120,10 +120,39 @@ def test_loads_tell_image_tokens_apart():
     image = torch.tensor([[True, True, False, False, False]])
     layer.context.begin(torch.tensor([[1, 1, 1, 1, 0]]), image)
     layer(torch.randn(1, 5, D))
-    counts_E, image_E, tokens, *_ = layer.load.take()
-    assert (counts_E.sum(), image_E.sum(), tokens) == (8, 4, 4)
-    assert (image_E <= counts_E).all() and counts_E.dtype == torch.int64
+    load = layer.load.take()
+    assert (load.counts_E.sum(), load.image_E.sum(), load.tokens) == (8, 4, 4)
+    assert (load.image_E <= load.counts_E).all() and load.counts_E.dtype == torch.int64
     assert layer.load.take() is None
+
+
+def test_loads_tell_kinds_of_records_apart():
+    layer = make_layer(top_k=2)
+    layer.load.kinds = 2
+    x = torch.randn(3, 4, D)
+    layer.context.kind_B = torch.tensor([1, -1, 0])  # the second record has no kind
+    layer.context.begin(torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]), None)
+    layer(x)
+    of_kind_GE = layer.load.take().kind_GE
+    for kind, sample, length in ((1, 0, 4), (0, 2, 2)):
+        layer.context.begin(None, None)
+        layer(x[sample : sample + 1, :length])
+        assert torch.equal(of_kind_GE[kind], layer.load.take().counts_E)
+    layer.context.begin(torch.ones(3, 4), None)  # said once, for one forward
+    layer(x)
+    assert layer.load.take().kind_GE.sum() == 0
+
+
+def test_dropped_are_those_that_capacity_refused_not_those_of_dropout():
+    layer = make_layer(top_k=2)
+    layer.gate.expert_dropout = 0.5
+    layer(torch.randn(1, 9, D))
+    dropout = layer.load.take()
+    assert dropout.counts_E.sum() < 2 * 9 and dropout.dropped == 0
+    layer.gate.expert_dropout, layer.gate.capacity_factor = 0.0, 0.5
+    layer(torch.randn(1, 9, D))
+    capacity = layer.load.take()
+    assert capacity.dropped == 2 * 9 - capacity.counts_E.sum() > 0
 
 
 def test_checkpointed_equals_plain_bit_for_bit_and_counts_once():
