@@ -135,6 +135,12 @@ class DispatchConfig(Section):
 
 class ExpertsConfig(Section):
     backend: Literal["grouped_mm", "reference"] = "grouped_mm"
+    apply_weight: Literal["before", "after"] = "after"  # combine weights multiply what experts get, or what they give
+
+
+class ReplayConfig(Section):
+    enabled: bool = False  # a forward uses the experts that its batch brings (task: rl), not those its routers choose
+    moves_bias: bool = False  # whether replayed tokens count for the loss-free bias
 
 
 class MoEConfig(Section):
@@ -143,6 +149,7 @@ class MoEConfig(Section):
     balance: list[Balance] = []
     dispatch: DispatchConfig = DispatchConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    replay: ReplayConfig = ReplayConfig()
 
     @field_validator("router", mode="before")
     @classmethod

@@ -72,7 +72,8 @@ def convert(
         layer_class: `MoELayer`, or the subclass that an engine recognises.
 
     Returns:
-        The context shared by the new layers.
+        The context shared by the new layers. The model's forward takes one more argument from now on: `routing`,
+        (B, S, L, K) experts to use in place of those the routers select, any integer dtype, -1 where they decide.
 
     Raises:
         UserError: unknown family, no MoE block, or an `ep_size` that does not divide the experts.
@@ -88,9 +89,9 @@ def convert(
     if text_config.num_experts % ep.size:
         raise UserError(f"moe.ep_size={ep.size} does not divide the model's {text_config.num_experts} experts")
 
-    context = ForwardContext()
+    context = ForwardContext(replay_moves_bias=config.replay.moves_bias)
     kind = config.dispatch.kind if config.dispatch.kind != "auto" else ("local" if ep.size == 1 else "all_to_all")
-    dispatcher = DISPATCHERS[kind](ep)
+    dispatcher = DISPATCHERS[kind](ep, config.experts.apply_weight)
     balancers = [
         BALANCERS[balance.kind](**balance.model_dump(exclude={"kind"}))
         for balance in config.balance
@@ -115,6 +116,7 @@ def convert(
                 )
         model.set_submodule(name, layer.train(model.training))
     text_config.num_experts_per_tok = settings["top_k"]
+    model.register_forward_pre_hook(_take_routing(context, len(blocks), settings["top_k"]), with_kwargs=True)
     decoder = model.get_submodule(family.decoder)
     decoder.register_forward_pre_hook(_begin_forward(context), with_kwargs=True)
     if not router.causal:
@@ -185,6 +187,19 @@ def _owned_experts(experts: nn.Module, ep: ExpertParallel, backend: str) -> Expe
         return nn.Parameter(weight.detach()[owned].clone(), requires_grad=weight.requires_grad)
 
     return Experts(shard(experts.gate_up_proj), shard(experts.down_proj), experts.act_fn, backend)
+
+
+def _take_routing(context: ForwardContext, layers: int, top_k: int) -> Callable[..., Any]:
+    """The model's argument `routing` to the layers, which a forward of transformers would not hand it on to."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        routing_BSLK = kwargs.pop("routing", None)
+        if routing_BSLK is not None and routing_BSLK.shape[2:] != (layers, top_k):
+            raise ValueError(f"routing {tuple(routing_BSLK.shape)} must end in ({layers} MoE layers, top_k {top_k})")
+        context.routing_BSLK = routing_BSLK
+        return args, kwargs
+
+    return hook
 
 
 def _begin_forward(context: ForwardContext) -> Callable[..., None]:

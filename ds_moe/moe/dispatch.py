@@ -7,13 +7,15 @@ and adds them up per token. What both need to agree on is the `Plan`, which a re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe.moe.routing import RoutingDecision, count_experts
+
+ApplyWeight = Literal["before", "after"]
 
 
 @dataclass
@@ -47,19 +49,38 @@ class Plan:
     by_expert_R: Tensor | None = None  # int64: received rows (by rank, then expert) -> rows by expert
 
 
-def _combine(rows_ND: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
-    """Weigh the sorted rows in fp32 and add them to their tokens: (T, D) in the rows' dtype."""
-    weighted_ND = rows_ND * decision.weight_N.index_select(0, plan.order_N).unsqueeze(1)
-    y_TD = weighted_ND.new_zeros(decision.logits_TE.shape[0], rows_ND.shape[1])
-    y_TD = y_TD.index_add(0, decision.token_N.index_select(0, plan.order_N), weighted_ND)
-    return y_TD.to(rows_ND.dtype)
+class Dispatcher:
+    """What every kind shares: the sort and the weights.
+
+    Args:
+        apply_weight: `after`: the combine weight multiplies what an expert gives. `before`: it multiplies what the
+            expert gets (Llama 4; torchtitan's score_before_experts), another function, experts being no linear maps.
+    """
+
+    def __init__(self, apply_weight: ApplyWeight = "after") -> None:
+        self.apply_weight: ApplyWeight = apply_weight
+
+    def sorted_rows(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
+        """(N, D) rows sorted by expert, in the dtype of `x_TD`."""
+        rows_ND = x_TD.index_select(0, decision.token_N.index_select(0, plan.order_N))
+        return _weighted(rows_ND, decision, plan).to(x_TD.dtype) if self.apply_weight == "before" else rows_ND
+
+    def added_up(self, rows_ND: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
+        """The sorted rows of each token added up in fp32: (T, D) in the rows' dtype."""
+        summands_ND = (
+            _weighted(rows_ND, decision, plan) if self.apply_weight == "after" else rows_ND.to(decision.weight_N.dtype)
+        )
+        y_TD = summands_ND.new_zeros(decision.logits_TE.shape[0], rows_ND.shape[1])
+        y_TD = y_TD.index_add(0, decision.token_N.index_select(0, plan.order_N), summands_ND)
+        return y_TD.to(rows_ND.dtype)
 
 
-def _sorted_rows(x_TD: Tensor, decision: RoutingDecision, order_N: Tensor) -> Tensor:
-    return x_TD.index_select(0, decision.token_N.index_select(0, order_N))
+def _weighted(rows_ND: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
+    """Sorted rows times their combine weights, in fp32."""
+    return rows_ND * decision.weight_N.index_select(0, plan.order_N).unsqueeze(1)
 
 
-class LocalDispatcher:
+class LocalDispatcher(Dispatcher):
     """Every expert lives on this rank: sort, and sort back."""
 
     def plan(self, decision: RoutingDecision) -> Plan:
@@ -68,17 +89,18 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
         """(T, D) -> (R, D) rows sorted by local expert, `plan.counts_e` each."""
-        return _sorted_rows(x_TD, decision, plan.order_N)
+        return self.sorted_rows(x_TD, decision, plan)
 
     def combine(self, rows_RD: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
         """(R, D) expert outputs -> (T, D), weighted and summed per token."""
-        return _combine(rows_RD, decision, plan)
+        return self.added_up(rows_RD, decision, plan)
 
 
-class AllToAllDispatcher:
+class AllToAllDispatcher(Dispatcher):
     """Experts are spread over the ranks of `ep`: one exchange of counts, one of rows, and one back."""
 
-    def __init__(self, ep: ExpertParallel) -> None:
+    def __init__(self, ep: ExpertParallel, apply_weight: ApplyWeight = "after") -> None:
+        super().__init__(apply_weight)
         self.ep = ep
 
     def plan(self, decision: RoutingDecision) -> Plan:
@@ -97,7 +119,7 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
         """(T, D) -> (R, D): the rows of all ranks for this rank's experts, sorted by expert."""
-        rows_ND = _sorted_rows(x_TD, decision, plan.order_N)
+        rows_ND = self.sorted_rows(x_TD, decision, plan)
         rows_RD = _AllToAll.apply(rows_ND, plan.send, plan.receive, self.ep.group)
         return _Permute.apply(rows_RD, plan.by_expert_R)
 
@@ -105,7 +127,7 @@ class AllToAllDispatcher:
         """(R, D) outputs of this rank's experts -> (T, D) of this rank's tokens."""
         by_rank_RD = _Permute.apply(rows_RD, torch.argsort(plan.by_expert_R))
         rows_ND = _AllToAll.apply(by_rank_RD, plan.receive, plan.send, self.ep.group)
-        return _combine(rows_ND, decision, plan)
+        return self.added_up(rows_ND, decision, plan)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -137,4 +159,4 @@ class _Permute(torch.autograd.Function):
         return grads[0].index_select(0, torch.argsort(order)), None
 
 
-DISPATCHERS = {"local": lambda ep: LocalDispatcher(), "all_to_all": AllToAllDispatcher}
+DISPATCHERS = {"local": lambda ep, apply_weight: LocalDispatcher(apply_weight), "all_to_all": AllToAllDispatcher}

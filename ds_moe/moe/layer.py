@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ds_moe.moe.balance import Balancer, Seen, everywhere
@@ -64,7 +65,7 @@ class MoELayer(nn.Module):
             chosen, plan, seen = tape.kept[self.index]
             decision = self.gate(x_TD, seen.token_V, chosen)
         else:
-            decision = self.gate(x_TD, self.context.token_V)
+            decision = self.gate(x_TD, self.context.token_V, replayed_TK=self._replayed())
             plan = self.dispatcher.plan(decision)
             seen = self._seen(x_TD, sequences, plan)
             if tape is not None:
@@ -76,8 +77,20 @@ class MoELayer(nn.Module):
                 self.context.aux_losses += losses
                 self.load.add(decision, seen, self.context.image_T, self.context.kind_T)
                 if self.gate.balancing is not None:
-                    self.gate.balancing.add(plan.counts_E)
+                    self.gate.balancing.add(self._counted(decision, plan))
         return decision, plan
+
+    def _replayed(self) -> Tensor | None:
+        """(T, K) experts that this layer must use, -1 where its router decides; None: it decides everywhere."""
+        return None if self.context.replayed_TLK is None else self.context.replayed_TLK[:, self.index]
+
+    def _counted(self, decision: RoutingDecision, plan: Plan) -> Tensor:
+        """(E,) assignments that move a loss-free bias: replayed ones say nothing about this router."""
+        replayed_TK = self._replayed()
+        if replayed_TK is None or self.context.replay_moves_bias:
+            return plan.counts_E
+        live_N = replayed_TK[decision.token_N, 0] < 0
+        return torch.zeros_like(plan.counts_E).scatter_add_(0, decision.expert_N, live_N.long())
 
     def _seen(self, x_TD: Tensor, sequences: int, plan: Plan) -> Seen:
         """What the balancers may know; kept on the tape, because adding up over ranks must not happen twice."""

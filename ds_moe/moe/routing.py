@@ -30,6 +30,15 @@ class Assignments(NamedTuple):
         """The pairs at which the mask is true, in their order."""
         return self._replace(token_N=self.token_N[kept_N], expert_N=self.expert_N[kept_N])
 
+    def replaced(self, replayed_TK: Tensor) -> Assignments:
+        """The same tokens with the experts of `replayed_TK`, but for those whose row there is -1.
+
+        The list must hold K assignments of each token beside each other.
+        """
+        replayed_VK = replayed_TK[self.token_N[:: replayed_TK.shape[1]]].to(torch.int64)
+        live_V1 = replayed_VK[:, :1] < 0
+        return self._replace(expert_N=torch.where(live_V1, self.expert_N.view_as(replayed_VK), replayed_VK).flatten())
+
 
 class RoutingDecision(NamedTuple):
     """Which token goes to which expert and with what weight, as a list of N assignments.
@@ -65,6 +74,9 @@ class ForwardContext:
     image_T: Tensor | None = None  # bool, image tokens; None: there is none
     kind_B: Tensor | None = None  # int64 kind of each sample of the next forward's batch, -1 none; used once
     kind_T: Tensor | None = None  # int64, the same of each token; None: not known
+    routing_BSLK: Tensor | None = None  # experts to replay in the next forward, -1 where the router decides; used once
+    replayed_TLK: Tensor | None = None  # the same, of the forward in flight
+    replay_moves_bias: bool = False  # whether replayed rows count for a loss-free bias
     aux_losses: list[Tensor] = field(default_factory=list)  # one scalar a layer and balancer, with grad
 
     def begin(self, mask_BS: Tensor | None, image_BS: Tensor | None) -> None:
@@ -78,6 +90,8 @@ class ForwardContext:
         kind_B, self.kind_B = self.kind_B, None
         known = kind_B is not None and mask_BS is not None
         self.kind_T = kind_B.unsqueeze(1).expand_as(mask_BS).reshape(-1) if known else None
+        routing_BSLK, self.routing_BSLK = self.routing_BSLK, None
+        self.replayed_TLK = None if routing_BSLK is None else routing_BSLK.flatten(0, 1)
         self.aux_losses = []
 
 

@@ -59,7 +59,11 @@ class Router(nn.Module):
         self.balancing: LossFreeBalancing | None = None  # shifts what is selected, never a weight
 
     def forward(
-        self, x_TD: Tensor, token_V: Tensor | None = None, chosen: Assignments | None = None
+        self,
+        x_TD: Tensor,
+        token_V: Tensor | None = None,
+        chosen: Assignments | None = None,
+        replayed_TK: Tensor | None = None,
     ) -> RoutingDecision:
         """Route.
 
@@ -67,6 +71,8 @@ class Router(nn.Module):
             x_TD: hidden states.
             token_V: indices of the tokens to route; the others get no assignment. None: all.
             chosen: assignments to use instead of selecting, a token's beside each other.
+            replayed_TK: experts to use instead of the selected ones (another engine's, say), any integer dtype; rows
+                of -1 keep what is selected. Only for routers that give each token K experts.
         """
         tokens = x_TD.shape[0] if token_V is None else token_V.numel()
         seed, generator = self._randomness(x_TD.device, chosen)
@@ -79,7 +85,10 @@ class Router(nn.Module):
         if chosen is None:
             with torch.no_grad():
                 ranked_TE = scores_TE if self.balancing is None else self.balancing(scores_TE)
-                chosen, dropped = self._limit(self.select(ranked_TE, token_V), scores_TE, tokens, generator)
+                selected = self.select(ranked_TE, token_V)
+                if replayed_TK is not None:
+                    selected = selected.replaced(replayed_TK)
+                chosen, dropped = self._limit(selected, scores_TE, tokens, generator)
         weight_N = self.weigh(scores_TE, chosen, tokens)
         return RoutingDecision(logits_TE, scores_TE, chosen.token_N, chosen.expert_N, weight_N, seed, dropped)
 

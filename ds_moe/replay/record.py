@@ -1,0 +1,89 @@
+"""Record which experts a model's own forwards used: of a converted model, or of a plain one of transformers.
+
+What an inference engine reports, for old-policy log-probs, for debugging, and for comparing two backends or precisions
+under one routing.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_moe.models.convert import FAMILIES, moe_layers
+from ds_moe.moe.routing import RoutingDecision, current_tape
+
+
+class RoutingRecorder:
+    """Keeps the experts of every forward inside its `with` block; recomputes of gradient checkpointing do not count.
+
+        with RoutingRecorder(model) as recorder:
+            model(**batch)
+        [ids_TLK] = recorder.take()
+
+    Args:
+        model: converted, or plain with MoE blocks of a known family (whose recomputes would be recorded too).
+
+    Raises:
+        ValueError: a model without MoE layers, or a router that does not give each token K experts.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._gates = [layer.gate for layer in moe_layers(model)] or _plain_gates(model)
+        if not self._gates:
+            raise ValueError(f"{type(model).__name__} has no MoE layer to record")
+        self._ids: list[list[Tensor]] = [[] for _ in self._gates]  # by layer, then by forward
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> RoutingRecorder:
+        self._hooks = [gate.register_forward_hook(self._keep(layer)) for layer, gate in enumerate(self._gates)]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def take(self) -> list[Tensor]:
+        """One (T, L, K) int16 tensor a forward, -1 for tokens that were not routed; start anew."""
+        forwards = [torch.stack(layers, dim=1) for layers in zip(*self._ids, strict=True)]
+        self._ids = [[] for _ in self._gates]
+        return forwards
+
+    def _keep(self, layer: int) -> Any:
+        def hook(gate: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            tape = current_tape()
+            if tape is None or not tape.replaying:
+                self._ids[layer].append(chosen_experts(output))
+
+        return hook
+
+
+def chosen_experts(output: RoutingDecision | tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """(T, K) int16 experts in what a router returned: our decision, or transformers' (logits, weights, ids)."""
+    if not isinstance(output, RoutingDecision):
+        return output[2].to(torch.int16)
+    token_N, expert_N = output.token_N, output.expert_N
+    ids_T = torch.zeros(output.logits_TE.shape[0], dtype=torch.int64, device=token_N.device)
+    counts_T = ids_T.scatter_add(0, token_N, torch.ones_like(token_N))
+    top_k = int(counts_T.max()) if token_N.numel() else 1
+    if ((counts_T != 0) & (counts_T != top_k)).any():
+        raise ValueError("tokens have different numbers of experts: only dropless top-k routing can be recorded")
+    ids_TK = torch.full((len(counts_T), top_k), -1, dtype=torch.int16, device=token_N.device)
+    ids_TK[token_N[::top_k]] = expert_N.view(-1, top_k).to(torch.int16)
+    return ids_TK
+
+
+def joined(forwards: list[Tensor], batch: int) -> Tensor:
+    """The forwards of one generation with a cache, (T, L, K) each, one behind the other: (B, S, L, K)."""
+    return torch.cat([ids_TLK.unflatten(0, (batch, -1)) for ids_TLK in forwards], dim=1)
+
+
+def _plain_gates(model: nn.Module) -> list[nn.Module]:
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if family is None:
+        return []
+    return [module.gate for module in model.modules() if type(module).__name__ == family.block]
