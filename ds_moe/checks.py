@@ -126,10 +126,38 @@ def _no_drop(config: RunConfig) -> str | None:
     return "moe.router.capacity_factor is not set, so nothing is dropped" if dropless else None
 
 
+def _no_rl(config: RunConfig) -> str | None:
+    return None if config.task == "rl" else "task is sft"
+
+
+def _rl_is(key: str, *values: Any) -> Callable[[RunConfig], str | None]:
+    def rule(config: RunConfig) -> str | None:
+        value = getattr(config.rl, key)
+        return None if value in values else f"rl.{key} is {value}"
+
+    return rule
+
+
+def _no_moved_bias(config: RunConfig) -> str | None:
+    if not config.moe or not config.moe.replay.enabled:
+        return "moe.replay.enabled is false"
+    biased = any(balance.kind == "loss_free" for balance in config.moe.balance)
+    return None if biased else "moe.balance lists no loss_free, so there is no bias"
+
+
 UNUSED: dict[str, Callable[[RunConfig], str | None]] = {
     "moe.router.order": _no_order,
     "moe.router.normalize": _no_normalize,
     "moe.router.drop": _no_drop,
+    "moe.replay.moves_bias": _no_moved_bias,
+    "rl": _no_rl,
+    "rl.gamma_floor": _rl_is("router", "router_shift"),
+    "rl.gamma_place": _rl_is("router", "router_shift"),
+    "rl.joint_weight": _rl_is("router", "joint"),
+    "rl.correction_low": _rl_is("correction", "tis", "mis", "icepop"),
+    "rl.correction_high": _rl_is("correction", "tis", "mis", "icepop"),
+    "rl.correction_level": _rl_is("correction", "tis", "mis", "icepop"),
+    "rl.kl_kind": lambda c: None if c.rl.kl_weight else "rl.kl_weight is 0",
     "data.root": _no_files,
     "data.length_grouping": lambda c: None if c.train.global_batch_size > 1 else "train.global_batch_size is 1",
     "data.prefetch_factor": lambda c: None if c.data.num_workers else "data.num_workers is 0",
@@ -251,6 +279,37 @@ def _flash_attention(config: RunConfig) -> Complaint:
     return "model.attention", text if wrong else None
 
 
+def _replay(config: RunConfig) -> Complaint:
+    if not config.moe or not config.moe.replay.enabled:
+        text = f"rl.router {config.rl.router} compares the routers at replayed experts; set moe.replay.enabled to true"
+        return "rl.router", text if config.task == "rl" and config.rl.router != "none" else None
+    if config.task != "rl":
+        return "moe.replay.enabled", "moe.replay.enabled needs task rl, whose rollouts bring a routing; remove it"
+    router, key = config.moe.router, "moe.router.kind"
+    if type(router) is not TopKRouting:
+        return key, f"moe.replay.enabled needs moe.router.kind topk, which is {router.kind}"
+    for name in ("expert_dropout", "jitter_noise", "capacity_factor"):
+        if getattr(router, name):
+            text = f"moe.router.{name} changes what moe.replay.enabled replays; remove one of them"
+            return f"moe.router.{name}", text
+    if router.scores == "sigmoid" and config.rl.router != "none":
+        return "rl.router", f"rl.router {config.rl.router} needs moe.router.scores softmax"
+    return key, None
+
+
+def _rollouts(config: RunConfig) -> Complaint:
+    if config.task != "rl":
+        return "task", None
+    if config.data.train == "digits":
+        return (
+            "data.train",
+            "data.train is digits, but task rl reads a rollout file (see tools/make_rollouts.py)",
+        )
+    text = f"train.schedule {config.train.schedule} needs train.steps under task rl: rollout files follow one another"
+    endless = config.train.epochs is not None and config.train.schedule != "constant"
+    return "train.schedule", f"{text}; set train.schedule to constant" if endless else None
+
+
 CONTRADICTIONS: list[Callable[[RunConfig], Complaint]] = [
     _one_of("model.path", "model.preset"),
     _one_of("train.steps", "train.epochs"),
@@ -260,6 +319,8 @@ CONTRADICTIONS: list[Callable[[RunConfig], Complaint]] = [
     _causal,
     _router_groups,
     _stage,
+    _replay,
+    _rollouts,
     lambda config: _warmup(config, config.train.steps),
     _flash_attention,
 ]

@@ -39,7 +39,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str  # JSONL or Parquet file, or "digits" (bundled scans rendered as chat samples)
+    train: str  # JSONL or Parquet file, or "digits" (bundled scans rendered as chat samples); task rl: rollouts
     eval: str | None = None  # same forms; "digits" is the held-out split
     root: str | None = None  # images must lie below it; default: the folder of the data file
     max_length: int = Field(default=2048, gt=0)  # tokens a sample, image tokens included
@@ -185,6 +185,28 @@ class TrainConfig(Section):
     max_new_tokens: int | None = Field(default=None, gt=0)  # of a generated answer (default 16)
 
 
+class RLConfig(Section):
+    """Used with `task: rl`; docs/replay.md has the formulas, `replay/objective.py` the defaults of each objective."""
+
+    objective: Literal["grpo", "dapo", "gspo", "cispo"] = "grpo"
+    clip_low: float | None = Field(default=None, ge=0)  # ratios are held in [1 - clip_low, 1 + clip_high]
+    clip_high: float | None = Field(default=None, ge=0)
+    aggregate: Literal["token_mean", "sequence_mean"] | None = None  # default: the objective's
+    normalize_std: bool = True  # advantages from rewards are divided by the standard deviation in their group
+    updates_per_batch: int = Field(default=1, gt=0)  # optimizer steps whose ratios refer to the same old policy
+    temperature: float = Field(default=1.0, gt=0)  # that the completions were sampled at
+    router: Literal["none", "router_shift", "joint"] = "none"  # whether the routers' own ratios take part
+    gamma_floor: float = Field(default=0.8, gt=0, le=1)  # of router_shift
+    gamma_place: Literal["before", "after"] = "before"  # gamma scales the ratio, or what was clipped
+    joint_weight: float = Field(default=0.1, gt=0)  # of the mean expert log-ratio in joint
+    correction: Literal["none", "tis", "mis", "icepop"] = "none"  # weights for tokens sampled by another engine
+    correction_low: float | None = Field(default=None, ge=0)
+    correction_high: float | None = Field(default=None, gt=0)
+    correction_level: Literal["token", "sequence"] = "token"
+    kl_weight: float = Field(default=0.0, ge=0)  # of the KL term; the rollouts must bring reference_logprobs
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+
+
 class MonitorConfig(Section):
     tensorboard: bool = True
     log_every: int = Field(default=10, gt=0)  # steps
@@ -201,10 +223,12 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """One run, as `ds_moe.train` takes it."""
 
+    task: Literal["sft", "rl"] = "sft"  # imitate answers, or reinforce the completions of a rollout file
     model: ModelConfig
     data: DataConfig
     moe: MoEConfig | None = None  # absent for a dense model
     train: TrainConfig = TrainConfig()
+    rl: RLConfig = RLConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     deepspeed: str  # a DeepSpeed JSON, beside the run file or below the working directory

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from torch import Tensor
 from ds_moe import checkpoint
 from ds_moe.checks import check_model, warmup_problem
 from ds_moe.config import RunConfig
+from ds_moe.data.form import CHAT, Form
 from ds_moe.data.loading import BAD_RECORDS
+from ds_moe.data.rollouts import rollout_form
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.ds_config import precision, resolve_deepspeed
 from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, start_distributed
@@ -38,8 +40,11 @@ from ds_moe.moe import ForwardContext, MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing, check_biases_agree, loss_free, update_biases
 from ds_moe.monitor import EvalReport, Monitor, RoutingReport, StepReport, make_monitor
 from ds_moe.monitor.meters import max_vio
+from ds_moe.replay.align import RoutingShape
+from ds_moe.rl import PolicyOptimization
 from ds_moe.runfile import dump, dump_yaml, load_run
 from ds_moe.summary import active_flops_per_token, peak_flops, run_summary
+from ds_moe.task import Supervised, Task
 
 DEFAULT_NEW_TOKENS = 16
 BIAS_CHECK_EVERY = 50  # steps; a comparison of 8 bytes a rank
@@ -74,7 +79,9 @@ class Run:
     monitor: Monitor
     total_steps: int
     memory: Memory  # predicted, of one rank
+    task: Task = field(default_factory=Supervised)
     step: int = 0
+    file_from: int = 0  # the step at which the data file was begun: rollout files follow one another
     seconds: float = 0.0  # of training steps in this process
     tokens: int = 0
     load_before_step: list[Tensor | int] = field(default_factory=list)  # see expert_load.py
@@ -107,7 +114,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     run.monitor.start(run.step + 1, run_summary(run), dump(config))
     if run.step >= run.total_steps:
         run.monitor.note(f"all {run.total_steps} steps are done: nothing to train (raise train.steps to go on)")
-    steps = iter(run.stream)
+    steps = run.task.steps(run)
+    save_due = False
     while run.step < run.total_steps:
         report = train_step(run, steps)
         run.monitor.step(report, routing_report(run) if run.monitor.is_log_step(run.step) else None)
@@ -115,8 +123,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         last = run.step == run.total_steps
         if run.eval_set is not None and (last or due(run.step, config.train.eval_every)):
             run_evaluation(run, limit=None if last else config.train.eval_samples)
-        if last or due(run.step, config.checkpoint.every):
+        save_due = last or save_due or due(run.step, config.checkpoint.every)
+        if save_due and run.task.at_boundary:
             save_checkpoint(run)
+            save_due = False
     finish(run)
     run.engine.destroy()
     return run.result
@@ -134,7 +144,7 @@ def set_up(config: RunConfig) -> Run:
     dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
     processor = _processor(config)
     ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
-    stream = TrainStream(config, processor, **ranks)
+    stream = TrainStream(config, processor, **ranks, form=train_form(config))
     eval_set = None
     if config.data.eval is not None:
         eval_set = EvalSet(config, processor, **ranks)
@@ -162,7 +172,21 @@ def set_up(config: RunConfig) -> Run:
     )
     if config.monitor.tensorboard:
         watch(moe_layers(engine.module), len(stream.kinds))
-    return Run(config, topology, engine, context, processor, stream, eval_set, monitor, total_steps, memory)
+    task = Supervised()
+    if config.task == "rl":
+        task = PolicyOptimization(config.rl, config.moe is not None and config.moe.replay.enabled, engine.module)
+    return Run(config, topology, engine, context, processor, stream, eval_set, monitor, total_steps, memory, task)
+
+
+def train_form(config: RunConfig) -> Form:
+    """What the records of data.train are."""
+    if config.task == "sft":
+        return CHAT
+    shape = None
+    if config.moe is not None and config.moe.replay.enabled:
+        shape = RoutingShape.of(model_config(config.model))
+        shape = replace(shape, top_k=config.moe.router.top_k or shape.top_k)
+    return rollout_form(shape, config.rl.normalize_std, need_reference=config.rl.kl_weight > 0)
 
 
 def _unwritable(folder: Path) -> str | None:
@@ -194,11 +218,20 @@ def resume(run: Run) -> None:
     if path is None:
         return
     state = checkpoint.load(run.engine, run.topology, path)
-    run.stream.load_state_dict(state["data"])
     run.step = state["step"]
+    next_file = run.config.task == "rl" and not run.stream.is_file_of(state["data"])
+    if next_file:
+        run.file_from = run.step
+    else:
+        run.stream.load_state_dict(state["data"])
+        run.file_from = state.get("file_from", 0)
+    if run.config.train.epochs is not None:
+        run.total_steps += run.file_from
+        run.monitor.total_steps = run.total_steps
     run.result = {**state["result"], "checkpoint": str(path)}
     run.monitor.note(
         f"resumed from {path} at step {run.step} (saved by {state['world_size']} ranks with ep_size {state['ep_size']})"
+        + (", with the next rollout file" if next_file else "")
     )
 
 
@@ -207,7 +240,7 @@ def train_step(run: Run, steps: Any) -> StepReport:
     began = time.perf_counter()
     micro_batches = [to_device(batch, run.topology.device) for batch in next(steps)]
     data_wait_s = time.perf_counter() - began
-    labels, tokens = _global_counts(micro_batches, run.stream.error, run.topology.device)
+    labels, tokens = _global_counts(run.task, micro_batches, run.stream.error, run.topology.device)
     # DeepSpeed averages over ranks and micro-batches; the loss of each is divided so that the average is the mean.
     share = max(labels, 1) / (run.topology.world_size * len(micro_batches))
     lr = run.engine.get_lr()[0]
@@ -217,7 +250,7 @@ def train_step(run: Run, steps: Any) -> StepReport:
         real_B, kind_B = batch.pop("real"), batch.pop("kind", None)
         if run.context is not None:
             run.context.real_B, run.context.kind_B = real_B, kind_B
-        loss = run.engine(**batch, use_cache=False, num_items_in_batch=share).loss
+        loss = run.task.loss(run, batch, share)
         auxiliary = sum(run.context.aux_losses) if run.context is not None and run.context.aux_losses else None
         losses[0] += loss.detach() / len(micro_batches)
         if auxiliary is not None:
@@ -240,16 +273,20 @@ def train_step(run: Run, steps: Any) -> StepReport:
         samples=run.config.train.global_batch_size,
         step_s=time.perf_counter() - began,
         data_wait_s=data_wait_s,
+        task=run.task.metrics(run),
     )
 
 
-def _global_counts(micro_batches: list[dict[str, Tensor]], error: str | None, device: torch.device) -> tuple[int, int]:
-    """(labelled, real) tokens of this step over all ranks: padding and samples that only fill up are not real.
+def _global_counts(
+    task: Task, micro_batches: list[dict[str, Tensor]], error: str | None, device: torch.device
+) -> tuple[int, int]:
+    """(what the loss is a mean over, real tokens) of this step over all ranks: padding is not real, nor are samples
+    that only fill up.
 
     Raises:
         UserError: on every rank, when any of them met a bad record.
     """
-    labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
+    labels = sum(task.weight(batch) for batch in micro_batches)
     tokens = sum((batch["attention_mask"] * batch["real"].unsqueeze(1)).sum() for batch in micro_batches)
     counts = torch.tensor([0, 0, int(error is not None)], device=device)
     counts[0] += labels
@@ -295,6 +332,7 @@ def save_checkpoint(run: Run) -> None:
     state = {
         "step": run.step,
         "data": run.stream.state_dict(),
+        "file_from": run.file_from,
         "precision": precision(run.config, on_cpu()),
         "result": run.result,
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},

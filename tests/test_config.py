@@ -172,6 +172,7 @@ def test_all_mistakes_are_found_at_once_in_the_order_of_the_file(run):
     assert [line.split(":")[1] for line in complaints] == ["4", "6", "8"]
 
 
+RL = ["task=rl", "data.train=rollouts.jsonl"]
 # Every rule about keys without effect or in contradiction: overrides that trigger it, and words of the complaint.
 RULES = {
     "path and preset": (["model.path=x"], "model.path is 'x' and model.preset is 'tiny-vl-moe'; set only one"),
@@ -236,6 +237,38 @@ RULES = {
         ["monitor.heatmap_every=5", "monitor.tensorboard=false"],
         "heatmap_every would not be used: monitor.tensorboard is false",
     ),
+    "rl": (["rl.objective=dapo"], "rl would not be used: task is sft"),
+    "moe.replay.moves_bias": ([*RL, "moe.replay={enabled: true, moves_bias: true}"], "lists no loss_free"),
+    "moves_bias without replay": (
+        ["moe.replay.moves_bias=true", "moe.balance=[{kind: loss_free}]"],
+        "moe.replay.moves_bias would not be used: moe.replay.enabled is false",
+    ),
+    "rl.gamma_floor": ([*RL, "rl.gamma_floor=0.5"], "rl.gamma_floor would not be used: rl.router is none"),
+    "rl.gamma_place": ([*RL, "rl.gamma_place=after"], "rl.gamma_place would not be used: rl.router is none"),
+    "rl.joint_weight": ([*RL, "rl.joint_weight=1.0"], "rl.joint_weight would not be used: rl.router is none"),
+    "rl.correction_low": ([*RL, "rl.correction_low=0.5"], "rl.correction is none"),
+    "rl.correction_high": ([*RL, "rl.correction_high=5.0"], "rl.correction is none"),
+    "rl.correction_level": ([*RL, "rl.correction_level=sequence"], "rl.correction is none"),
+    "rl.kl_kind": ([*RL, "rl.kl_kind=k1"], "rl.kl_kind would not be used: rl.kl_weight is 0"),
+    "replay without rollouts": (["moe.replay.enabled=true"], "moe.replay.enabled needs task rl"),
+    "router terms without replay": ([*RL, "rl.router=joint"], "set moe.replay.enabled to true"),
+    "replay of another router": (
+        [*RL, "moe.replay.enabled=true", "moe.router.kind=hash"],
+        "moe.replay.enabled needs moe.router.kind topk, which is hash",
+    ),
+    "replay with dropout": (
+        [*RL, "moe.replay.enabled=true", "moe.router.expert_dropout=0.1"],
+        "moe.router.expert_dropout changes what moe.replay.enabled replays",
+    ),
+    "router terms of sigmoid scores": (
+        [*RL, "moe.replay.enabled=true", "moe.router.scores=sigmoid", "rl.router=joint"],
+        "rl.router joint needs moe.router.scores softmax",
+    ),
+    "rl on digits": (["task=rl", "data.train=digits"], "data.train is digits, but task rl reads a rollout file"),
+    "rl without end": (
+        [*RL, "train.steps=null", "train.epochs=1", "train.schedule=linear"],
+        "train.schedule linear needs train.steps under task rl",
+    ),
     "monitor.sample_images": (
         ["monitor.sample_images=2", "data.eval=digits", "train.eval_generate=false"],
         "sample_images would not be used: train.eval_generate is false",
@@ -296,7 +329,7 @@ def test_a_dump_holds_every_used_default_and_no_unused_key(run):
     expected = {"kind": "topk", "scores": "softmax", "route_scale": 1, "temperature": 1}
     assert tree["moe"]["router"] == expected | {"expert_dropout": 0, "jitter_noise": 0} and tree["train"]["lr"] == 1e-5
     assert {"eval_every", "max_new_tokens"} & set(tree["train"]) == set()
-    assert all(key.rpartition(".")[2] not in tree[key.partition(".")[0]] for key in unused_keys(config))
+    assert all(key.rpartition(".")[2] not in tree.get(key.partition(".")[0], ()) for key in unused_keys(config))
 
 
 MOE, DENSE, TEXT = Qwen3VLMoeConfig(), Qwen3VLConfig(), Qwen3MoeConfig()  # 60, no and 128 experts

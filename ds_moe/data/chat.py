@@ -85,13 +85,13 @@ def parse_record(record: Any, where: str, root: Path) -> Sample:
     `root` is the resolved folder that images must lie below. Raises `RecordError` with the reason and the fix.
     """
     if not isinstance(record, dict):
-        raise RecordError(f"a record is {_type(record)}, not an object (write one {{...}} a line)")
+        raise RecordError(f"a record is {type_of(record)}, not an object (write one {{...}} a line)")
     record = {key: value for key, value in record.items() if value is not None}  # Arrow fills absent fields with null
     for key in UNSUPPORTED:
         if record.get(key):
             raise RecordError(f"{key!r} is not supported (only images and text are; remove the record)")
     turns = [_turn(message, number, root) for number, message in enumerate(_messages(record), start=1)]
-    pool = _image_pool(record, root)
+    pool = image_pool(record, root)
     places = sum(part is PLACE for turn in turns for part in turn.parts)
     if places != len(pool):
         reason = f"{places} {PLACEHOLDER} placeholders for {len(pool)} images"
@@ -100,7 +100,7 @@ def parse_record(record: Any, where: str, root: Path) -> Sample:
     _check_order(turns)
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
-        raise RecordError(f"'kind' is {_type(kind)}, not a string (quote it)")
+        raise RecordError(f"'kind' is {type_of(kind)}, not a string (quote it)")
     if kind in TAKEN_KINDS:
         raise RecordError(f"'kind' is {kind!r}, the name of an evaluation's own row (choose another)")
     answers = [number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"]
@@ -115,7 +115,7 @@ def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
         raise RecordError(f"the record has {found} (write the turns as 'messages')")
     messages = record[keys[0]]
     if not isinstance(messages, list):
-        raise RecordError(f"{keys[0]!r} is {_type(messages)}, not a list (write a list of turns)")
+        raise RecordError(f"{keys[0]!r} is {type_of(messages)}, not a list (write a list of turns)")
     if not messages:
         raise RecordError(f"{keys[0]!r} is empty (write at least a user and an assistant turn)")
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
@@ -124,7 +124,7 @@ def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _as_role_and_content(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise RecordError(f'message {number} is {_type(message)}, not an object (write {{"role", "content"}})')
+        raise RecordError(f'message {number} is {type_of(message)}, not an object (write {{"role", "content"}})')
     message = {key: value for key, value in message.items() if value is not None}
     if "from" in message:
         message = {{"from": "role", "value": "content"}.get(key, key): value for key, value in message.items()}
@@ -148,7 +148,7 @@ def _turn(message: dict[str, Any], number: int, root: Path) -> Turn:
     elif isinstance(content, list):
         parts = [_part(part, number, root) for part in content]
     else:
-        raise RecordError(f"message {number}: content is {_type(content)}, not a string or a list (quote it)")
+        raise RecordError(f"message {number}: content is {type_of(content)}, not a string or a list (quote it)")
     parts = _joined(parts)
     if not any(part is PLACE or isinstance(part, ImageSource) or part.strip() for part in parts):
         raise RecordError(f"message {number} ({role}) is empty (give it text, or remove the record)")
@@ -174,23 +174,27 @@ def _joined(parts: list[Any]) -> list[Any]:
 def _part(part: Any, number: int, root: Path) -> Any:
     """A part of typed content: text, an image, or the place of the next entry of `images`."""
     if not isinstance(part, dict):
-        raise RecordError(f'message {number}: a content part is {_type(part)} (write {{"type": "text", "text": ...}})')
+        raise RecordError(
+            f'message {number}: a content part is {type_of(part)} (write {{"type": "text", "text": ...}})'
+        )
     kind, text, image = part.get("type"), part.get("text"), part.get("image")
     if kind == "text":
         if not isinstance(text, str):
-            raise RecordError(f"message {number}: the 'text' of a text part is {_type(text)}, not a string (quote it)")
+            raise RecordError(
+                f"message {number}: the 'text' of a text part is {type_of(text)}, not a string (quote it)"
+            )
         return text
     if kind == "image":
         return PLACE if image is None else image_source(image, root)
     raise RecordError(f"message {number}: content part of type {kind!r} (use 'text' or 'image')")
 
 
-def _image_pool(record: dict[str, Any], root: Path) -> list[ImageSource]:
+def image_pool(record: dict[str, Any], root: Path) -> list[ImageSource]:
     values = record.get("images", record.get("image", []))
     if isinstance(values, str | dict):
         values = [values]
     if not isinstance(values, list):
-        raise RecordError(f"'images' is {_type(values)}, not a list of paths (write [\"folder/name.png\"])")
+        raise RecordError(f"'images' is {type_of(values)}, not a list of paths (write [\"folder/name.png\"])")
     return [image_source(value, root) for value in values]
 
 
@@ -216,6 +220,6 @@ def _check_text(text: str, number: int) -> None:
         raise RecordError(f"message {number}: text holds a lone surrogate (write valid Unicode)") from error
 
 
-def _type(value: object) -> str:
+def type_of(value: object) -> str:
     names = {type(None): "null", dict: "an object", list: "a list", str: "a string", bool: "true or false"}
     return names.get(type(value), "a number")

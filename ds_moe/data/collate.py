@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_moe.data.chat import Sample
-from ds_moe.data.images import RecordError, load_image
+from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.data.template import tokenize
 
 Batch = dict[str, Tensor]  # exactly the keyword arguments of a model's forward
@@ -44,24 +44,36 @@ def encode(sample: Sample, processor: Any, max_length: int, max_pixels: int) -> 
     tokens (image tokens included; nothing is ever cut off), and for images given to a text-only model.
     """
     sources = sample.images
-    if sources and processor.image_processor is None:
-        raise RecordError("the record has an image, but the model reads text only (use a vision-language model)")
-    pixel_values, grid, image_tokens = None, None, []
-    if sources:
-        images = [load_image(source, max_pixels) for source in sources]
-        try:
-            patches = processor.image_processor(images=images, return_tensors="pt")
-        except ValueError as error:  # an aspect ratio beyond 200
-            raise RecordError(f"an image is refused by the model's processor: {error} (crop it)") from error
-        pixel_values, grid = patches["pixel_values"], patches["image_grid_thw"]
-        image_tokens = (grid.prod(-1) // processor.image_processor.merge_size**2).tolist()
+    pixel_values, grid, image_tokens = encode_images(sources, processor, max_pixels)
     tokens = tokenize(sample.turns, processor, image_tokens)
-    if len(tokens.ids) > max_length:
-        reason = f"over-long: {len(tokens.ids)} tokens, {sum(image_tokens)} of them of images, beyond data.max_length"
-        raise RecordError(f"{reason} {max_length} (shorten the record, or raise the limit)")
+    check_length(len(tokens.ids), sum(image_tokens), max_length)
     input_ids = torch.tensor(tokens.ids)
     labels = torch.where(torch.tensor(tokens.label), input_ids, NO_LOSS)
     return Encoded(input_ids, labels, tokens.prompt, pixel_values, grid, kind=sample.kind)
+
+
+def encode_images(
+    sources: list[ImageSource], processor: Any, max_pixels: int
+) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """(pixel_values, image_grid_thw, tokens of each image); None, None, [] without images. Raises `RecordError`."""
+    if not sources:
+        return None, None, []
+    if processor.image_processor is None:
+        raise RecordError("the record has an image, but the model reads text only (use a vision-language model)")
+    images = [load_image(source, max_pixels) for source in sources]
+    try:
+        patches = processor.image_processor(images=images, return_tensors="pt")
+    except ValueError as error:  # an aspect ratio beyond 200
+        raise RecordError(f"an image is refused by the model's processor: {error} (crop it)") from error
+    grid = patches["image_grid_thw"]
+    return patches["pixel_values"], grid, (grid.prod(-1) // processor.image_processor.merge_size**2).tolist()
+
+
+def check_length(tokens: int, of_images: int, max_length: int) -> None:
+    """Raises `RecordError` for more than `max_length` tokens: nothing is ever cut off."""
+    if tokens > max_length:
+        reason = f"over-long: {tokens} tokens, {of_images} of them of images, beyond data.max_length"
+        raise RecordError(f"{reason} {max_length} (shorten the record, or raise the limit)")
 
 
 def filler(processor: Any) -> Encoded:
@@ -75,9 +87,9 @@ def collate(encoded: list[Encoded], processor: Any, side: Literal["right", "left
     length = max(len(one.input_ids) for one in encoded)
     pad_id = processor.tokenizer.pad_token_id
     batch = {
-        "input_ids": torch.stack([_padded(one.input_ids, length, pad_id, side) for one in encoded]),
-        "attention_mask": torch.stack([_padded(torch.ones_like(one.input_ids), length, 0, side) for one in encoded]),
-        "labels": torch.stack([_padded(one.labels, length, NO_LOSS, side) for one in encoded]),
+        "input_ids": torch.stack([padded(one.input_ids, length, pad_id, side) for one in encoded]),
+        "attention_mask": torch.stack([padded(torch.ones_like(one.input_ids), length, 0, side) for one in encoded]),
+        "labels": torch.stack([padded(one.labels, length, NO_LOSS, side) for one in encoded]),
     }
     if processor.image_processor is None:
         return batch
@@ -97,6 +109,6 @@ def collate_prompts(encoded: list[Encoded], processor: Any) -> Batch:
     return batch
 
 
-def _padded(values: Tensor, length: int, fill: int, side: str) -> Tensor:
+def padded(values: Tensor, length: int, fill: int, side: str) -> Tensor:
     missing = length - len(values)
     return torch.nn.functional.pad(values, (missing, 0) if side == "left" else (0, missing), value=fill)

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ds_moe.data.chat import BadRecord, Sample, Turn
+from ds_moe.data.form import CHAT
 from ds_moe.data.images import ImageSource
 from ds_moe.errors import UserError
 
@@ -64,7 +65,7 @@ class DigitsRecords:
     def __init__(self, split: Split):
         self._samples = digits_samples(split)
         self.bad: list[BadRecord] = []
-        self.kinds = tuple(sorted(QUESTIONS))
+        self.kinds, self.form = tuple(sorted(QUESTIONS)), CHAT
         self.lengths = np.array([len(sample.last_question()) + len(sample.answer) for sample in self._samples])
         text = json.dumps([(sample.last_question(), sample.answer) for sample in self._samples])
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()

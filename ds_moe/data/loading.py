@@ -9,8 +9,9 @@ from typing import Any
 from ds_moe.checkpoint_files import step_folders
 from ds_moe.config import RunConfig
 from ds_moe.data.chat import BadRecord, Sample, Turn
-from ds_moe.data.collate import Encoded, encode, filler
+from ds_moe.data.collate import Encoded, filler
 from ds_moe.data.demo import DigitsRecords, Split
+from ds_moe.data.form import CHAT, Form
 from ds_moe.data.images import RecordError
 from ds_moe.data.order import FILLER
 from ds_moe.data.records import Records, read_records, stop_message
@@ -21,11 +22,11 @@ FILLER_SAMPLE = Sample((Turn("user", ("",)), Turn("assistant", ("",))), where="f
 BAD_RECORDS = "bad_records.jsonl"
 
 
-def open_records(config: RunConfig, path: str, split: Split) -> Records:
+def open_records(config: RunConfig, path: str, split: Split, form: Form = CHAT) -> Records:
     """The records of data.train ("train") or data.eval ("held-out"): a file, or that split of the bundled digits."""
     if path == "digits":
         return DigitsRecords(split)
-    return read_records(path, config.data, cache_dir=Path(config.train.output_dir) / "data_cache")
+    return read_records(path, config.data, cache_dir=Path(config.train.output_dir) / "data_cache", form=form)
 
 
 class Encoder:
@@ -56,7 +57,7 @@ class Encoder:
             return self._cache[index]
         try:
             sample = self._records.sample(index)
-            encoded = encode(sample, self._processor, self._data.max_length, self._data.max_pixels)
+            encoded = self._records.form.encode(sample, self._processor, self._data.max_length, self._data.max_pixels)
         except RecordError as error:
             return BadRecord(self._records.where(index), str(error))
         if self._cached_bytes + encoded.nbytes <= CACHE_BYTES:

@@ -16,12 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from ds_moe.config import DataConfig
-from ds_moe.data.chat import BadRecord, Sample, parse_record
-from ds_moe.data.images import RecordError, image_size
+from ds_moe.data.chat import BadRecord
+from ds_moe.data.form import CHAT, Form
+from ds_moe.data.images import RecordError
 from ds_moe.errors import UserError
-
-PIXELS_A_TOKEN = 32 * 32  # of Qwen3-VL; like the next it only ranks samples by length
-CHARACTERS_A_TOKEN = 4
 
 
 class Records(Protocol):
@@ -31,16 +29,17 @@ class Records(Protocol):
     lengths: np.ndarray  # (len(self),) int64, estimated tokens
     bad: list[BadRecord]
     kinds: tuple[str, ...]  # of its samples, sorted: the same on every rank
+    form: Form
 
     def __len__(self) -> int: ...
 
-    def sample(self, index: int) -> Sample: ...
+    def sample(self, index: int) -> Any: ...
 
     def where(self, index: int) -> str: ...
 
 
-def read_records(path: str, config: DataConfig, cache_dir: str | Path | None = None) -> Records:
-    """The records of a JSONL or Parquet file, or the bundled "digits" (train split), their structure checked.
+def read_records(path: str, config: DataConfig, cache_dir: str | Path | None = None, form: Form = CHAT) -> Records:
+    """The records of a JSONL or Parquet file, their structure checked.
 
     Under `on_bad_record: stop` the first bad record raises `UserError`; under `skip` they are in `.bad`. `cache_dir`
     takes the memory map of a Parquet file (default: a temporary folder).
@@ -52,9 +51,9 @@ def read_records(path: str, config: DataConfig, cache_dir: str | Path | None = N
     if not root.is_dir():
         raise UserError(f"data.root: {config.root} is not a folder (give the folder that the image paths start from)")
     if file.suffix in (".jsonl", ".ndjson", ".json"):
-        records: _FileRecords = JsonlRecords(file, root, config.max_pixels)
+        records: _FileRecords = JsonlRecords(file, root, config.max_pixels, form)
     elif file.suffix == ".parquet":
-        records = ParquetRecords(file, root, config.max_pixels, cache_dir)
+        records = ParquetRecords(file, root, config.max_pixels, form, cache_dir)
     else:
         raise UserError(f"data: {path} is neither .jsonl nor .parquet (convert it, or rename it)")
     if records.bad and config.on_bad_record == "stop":
@@ -62,7 +61,7 @@ def read_records(path: str, config: DataConfig, cache_dir: str | Path | None = N
     if not len(records):
         first = f"; the first: {records.bad[0]}" if records.bad else ""
         raise UserError(f"data: {path} has no record to use ({len(records.bad)} bad{first})")
-    return records
+    return form.finish(records)
 
 
 def stop_message(bad: list[BadRecord]) -> str:
@@ -74,7 +73,8 @@ def stop_message(bad: list[BadRecord]) -> str:
 class _FileRecords:
     """Shared by both file forms; a subclass walks over its raw records and reads one of them by key."""
 
-    def __init__(self, file: Path, root: Path, max_pixels: int):
+    def __init__(self, file: Path, root: Path, max_pixels: int, form: Form):
+        self.form, self.kept = form, []
         self.sha256 = ""
         self.bad: list[BadRecord] = []
         self._file, self._root = file, root
@@ -82,8 +82,9 @@ class _FileRecords:
         for key, number, raw in self._walk():
             try:
                 sample = self._parse(raw, number)
-                lengths.append(_estimate(sample, max_pixels))
+                lengths.append(form.estimate(sample, max_pixels))
                 kinds.add(sample.kind)
+                self.kept.append(form.keep(sample))
                 keys.append(key)
                 numbers.append(number)
             except RecordError as error:
@@ -94,7 +95,7 @@ class _FileRecords:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def sample(self, index: int) -> Sample:
+    def sample(self, index: int) -> Any:
         """Record `index` of the good ones. Raises `RecordError` if its image has gone since the index was made."""
         return self._parse(self._read(int(self._keys[index])), int(self._numbers[index]))
 
@@ -102,8 +103,8 @@ class _FileRecords:
         """file:line of record `index` of the good ones."""
         return f"{self._file}:{self._numbers[index]}"
 
-    def _parse(self, raw: Any, number: int) -> Sample:
-        return parse_record(raw, f"{self._file}:{number}", self._root)
+    def _parse(self, raw: Any, number: int) -> Any:
+        return self.form.parse(raw, f"{self._file}:{number}", self._root)
 
     def _walk(self) -> Iterator[tuple[int, int, Any]]:
         """(key, line or row number from 1, raw record) of every record."""
@@ -135,7 +136,7 @@ class JsonlRecords(_FileRecords):
             lines.seek(key)
             return lines.readline()
 
-    def _parse(self, raw: bytes, number: int) -> Sample:
+    def _parse(self, raw: bytes, number: int) -> Any:
         try:
             record = json.loads(raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
@@ -148,7 +149,7 @@ class JsonlRecords(_FileRecords):
 class ParquetRecords(_FileRecords):
     """One record a row, its key the row's index."""
 
-    def __init__(self, file: Path, root: Path, max_pixels: int, cache_dir: str | Path | None):
+    def __init__(self, file: Path, root: Path, max_pixels: int, form: Form, cache_dir: str | Path | None):
         import datasets  # a second of import that JSONL does not need
         from datasets.exceptions import DatasetGenerationError
 
@@ -160,7 +161,7 @@ class ParquetRecords(_FileRecords):
             reason = str(error.__cause__ or error).splitlines()[0]
             raise UserError(f"data: {file} is not a Parquet file that can be read ({reason})") from error
         self._table: Any = rows.with_format("arrow")  # raw values: an Image column is not decoded
-        super().__init__(file, root, max_pixels)
+        super().__init__(file, root, max_pixels, form)
         with file.open("rb") as stream:
             self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -169,10 +170,3 @@ class ParquetRecords(_FileRecords):
 
     def _read(self, key: int) -> dict[str, Any]:
         return self._table[key : key + 1].to_pylist()[0]
-
-
-def _estimate(sample: Sample, max_pixels: int) -> int:
-    """Tokens of a sample, roughly, from its characters and its images' headers."""
-    characters = sum(len(turn.text) for turn in sample.turns)
-    pixels = sum(width * height for width, height in (image_size(source, max_pixels) for source in sample.images))
-    return 4 * len(sample.turns) + characters // CHARACTERS_A_TOKEN + pixels // PIXELS_A_TOKEN

@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from ds_moe.config import RunConfig
 from ds_moe.data.chat import BadRecord, Sample
 from ds_moe.data.collate import Batch, collate, collate_prompts
+from ds_moe.data.form import CHAT, Form
 from ds_moe.data.loading import BadRecordLog, Encoder, forget_earlier_run, open_records
 from ds_moe.data.order import FILLER, Plan
+from ds_moe.data.records import Records
 from ds_moe.errors import UserError
 
 PREFETCH = 2  # steps a worker prepares ahead, unless the run file says otherwise
@@ -32,9 +34,10 @@ class Step:
 class _StepDataset(Dataset):
     """Position of a step -> `Step`: runs in the workers."""
 
-    def __init__(self, plan: Plan, encoder: Encoder, processor: Any, slices: list[slice], kinds: tuple[str, ...]):
+    def __init__(self, plan: Plan, encoder: Encoder, processor: Any, slices: list[slice], records: Records):
         self.plan, self.encoder, self.processor, self.slices = plan, encoder, processor, slices
-        self.kind_ids = {kind: number for number, kind in enumerate(kinds)}
+        self.collate = records.form.collate
+        self.kind_ids = {kind: number for number, kind in enumerate(records.kinds)}
 
     def __getitem__(self, position: int) -> Step:
         indices = self.plan.global_batch(position)
@@ -43,7 +46,7 @@ class _StepDataset(Dataset):
             encoded, _, bad = self.encoder.encode(indices[one])
             real = torch.tensor([sample.real for sample in encoded])
             kind = torch.tensor([self.kind_ids.get(sample.kind, -1) for sample in encoded])
-            step.micro_batches.append(collate(encoded, self.processor) | {"real": real, "kind": kind})
+            step.micro_batches.append(self.collate(encoded, self.processor) | {"real": real, "kind": kind})
             step.bad += bad
         return step
 
@@ -60,7 +63,16 @@ class TrainStream:
     step, a filler in the record's place, is yielded all the same: so that ranks can tell each other and stop together.
     """
 
-    def __init__(self, config: RunConfig, processor: Any, *, rank: int, world_size: int, raise_errors: bool = True):
+    def __init__(
+        self,
+        config: RunConfig,
+        processor: Any,
+        *,
+        rank: int,
+        world_size: int,
+        raise_errors: bool = True,
+        form: Form = CHAT,
+    ):
         train, data = config.train, config.data
         per_micro_step = train.micro_batch_size * world_size
         if train.global_batch_size % per_micro_step:
@@ -69,8 +81,8 @@ class TrainStream:
                 f"{train.micro_batch_size} x {world_size} ranks (make it a multiple of {per_micro_step})"
             )
         self.accumulation = train.global_batch_size // per_micro_step
-        records = open_records(config, data.train, "train")
-        self._sha256, self.kinds = records.sha256, records.kinds
+        records = open_records(config, data.train, "train", form)
+        self._records, self.kinds = records, records.kinds
         self._plan = Plan(records.lengths, train.global_batch_size, train.seed, data.shuffle, data.length_grouping)
         self._config, self._processor, self._encoder = config, processor, Encoder(config, records, processor)
         size = train.micro_batch_size
@@ -95,7 +107,7 @@ class TrainStream:
             yield step.micro_batches
 
     def _loader(self) -> DataLoader:
-        dataset = _StepDataset(self._plan, self._encoder, self._processor, self._slices, self.kinds)
+        dataset = _StepDataset(self._plan, self._encoder, self._processor, self._slices, self._records)
         data = self._config.data
         return DataLoader(
             dataset,
@@ -110,6 +122,10 @@ class TrainStream:
         """JSON-able: the place after the last yielded step, and what decided the order up to it."""
         epoch, step = divmod(self._position, self.steps_per_epoch)
         return {"epoch": epoch, "step": step, **self._identity()}
+
+    def is_file_of(self, state: dict[str, Any]) -> bool:
+        """Whether a saved position is one in this stream's file."""
+        return state.get("data.train sha256") == self._records.sha256
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the saved step. Raises `UserError` if the order would not be the one that was saved."""
@@ -130,7 +146,7 @@ class TrainStream:
         """All that the order of the data depends on, under the names that the run file gives it."""
         plan = self._plan
         return {
-            "data.train sha256": self._sha256,
+            "data.train sha256": self._records.sha256,
             "data.train records": len(plan.lengths),
             "train.seed": plan.seed,
             "train.global_batch_size": plan.global_batch_size,

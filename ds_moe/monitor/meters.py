@@ -116,6 +116,9 @@ class Window:
             "perf/data_wait_frac": sum(step.data_wait_s for step in steps) / seconds,
             "perf/mem_gib": peak_memory_gib(),
         }
+        for name in dict.fromkeys(name for step in steps for name in step.task):
+            values = [step.task[name] for step in steps if name in step.task]
+            scalars[f"rl/{name}"] = sum(values) / len(values)
         mfu = throughput.mfu(tokens_per_s)
         if mfu is not None:
             scalars["perf/mfu"] = mfu

@@ -74,7 +74,6 @@ class RunMonitor(Monitor):
         self._display: Display = Lines(console, total_steps)  # until start
         self._board: Any = None
         self._window = Window()
-        self._clock = Clock(total_steps)
         self._dead = DeadExperts(config.dead_alarm_steps)
         self._load: RoutingReport | None = None  # summed since the last heat map
         self._load_from = self._heat_map_step = self._step = self._routing_step = 0
@@ -83,6 +82,7 @@ class RunMonitor(Monitor):
     def start(self, first_step: int, summary: str, hparams: Mapping[str, Any]) -> None:
         self._step = self._heat_map_step = self._routing_step = first_step - 1
         self._load_from = first_step
+        self._clock = Clock(self.total_steps)
         self._display.say(summary)
         self._display = make_display(self._console, first_step, self.total_steps)
         if self.config.tensorboard:

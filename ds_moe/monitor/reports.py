@@ -23,6 +23,7 @@ class StepReport:
     samples: int  # samples of the step, over all ranks
     step_s: float  # wall seconds of the whole step, waiting for its data included
     data_wait_s: float  # of these, seconds spent waiting for data
+    task: dict[str, float] = field(default_factory=dict)  # what the task itself reports, by name
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe.models.convert import FAMILIES, moe_layers
-from ds_moe.moe.routing import RoutingDecision, current_tape
+from ds_moe.moe.routing import RoutingDecision, count_experts, current_tape
 
 
 class RoutingRecorder:
@@ -66,14 +66,18 @@ def chosen_experts(output: RoutingDecision | tuple[Tensor, Tensor, Tensor]) -> T
     """(T, K) int16 experts in what a router returned: our decision, or transformers' (logits, weights, ids)."""
     if not isinstance(output, RoutingDecision):
         return output[2].to(torch.int16)
-    token_N, expert_N = output.token_N, output.expert_N
-    ids_T = torch.zeros(output.logits_TE.shape[0], dtype=torch.int64, device=token_N.device)
-    counts_T = ids_T.scatter_add(0, token_N, torch.ones_like(token_N))
-    top_k = int(counts_T.max()) if token_N.numel() else 1
+    counts_T = count_experts(output.token_N, output.logits_TE.shape[0])
+    top_k = int(counts_T.max())
     if ((counts_T != 0) & (counts_T != top_k)).any():
         raise ValueError("tokens have different numbers of experts: only dropless top-k routing can be recorded")
-    ids_TK = torch.full((len(counts_T), top_k), -1, dtype=torch.int16, device=token_N.device)
-    ids_TK[token_N[::top_k]] = expert_N.view(-1, top_k).to(torch.int16)
+    return ids_by_token(output, max(top_k, 1))
+
+
+def ids_by_token(decision: RoutingDecision, top_k: int) -> Tensor:
+    """(T, K) int16 experts of a decision that gives each routed token K; -1 for the others."""
+    tokens = decision.logits_TE.shape[0]
+    ids_TK = torch.full((tokens, top_k), -1, dtype=torch.int16, device=decision.token_N.device)
+    ids_TK[decision.token_N[::top_k]] = decision.expert_N.view(-1, top_k).to(torch.int16)
     return ids_TK
 
 
@@ -82,7 +86,7 @@ def joined(forwards: list[Tensor], batch: int) -> Tensor:
     return torch.cat([ids_TLK.unflatten(0, (batch, -1)) for ids_TLK in forwards], dim=1)
 
 
-def _plain_gates(model: nn.Module) -> list[nn.Module]:
+def _plain_gates(model: nn.Module) -> list[Any]:
     family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if family is None:
         return []

@@ -1,0 +1,196 @@
+"""From an engine's trace to the experts that each input token replays: (T, L, K), -1 where the router decides.
+
+Row i of a trace routes input token `start + i`, whose output predicts token `start + i + 1`: the last token of a
+sequence has no row. An aligned tensor has one entry an input token, so truncating a sequence is slicing it alike
+(`aligned[:512]`, `aligned[-512:]`), and a token keeps its experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ds_moe.errors import UserError
+from ds_moe.replay.formats import RoutingTrace
+
+LIVE = -1  # in place of expert ids: the router decides
+PLAUSIBLE_ROWS = 8  # so many tokens in a row do not all choose expert 0 alone: with top-1, zeros may be true
+
+
+@dataclass(frozen=True)
+class RoutingShape:
+    """What of a model a trace has to fit."""
+
+    layers: int  # all decoder layers
+    moe_layers: tuple[int, ...]  # decoder indices of those with experts
+    experts: int
+    top_k: int
+
+    @classmethod
+    def of(cls, config: Any) -> RoutingShape:
+        """Of a transformers config, whose text part is a Qwen MoE's. Raises `UserError` for a model without experts."""
+        text = config.get_text_config()
+        experts = getattr(text, "num_experts", None) or 0
+        step = getattr(text, "decoder_sparse_step", 1)
+        dense = getattr(text, "mlp_only_layers", None) or ()
+        moe = tuple(i for i in range(text.num_hidden_layers) if experts and i not in dense and (i + 1) % step == 0)
+        if not moe:
+            raise UserError(f"routing replay: a {text.model_type} model without MoE layers (leave its routing out)")
+        return cls(text.num_hidden_layers, moe, experts, text.num_experts_per_tok)
+
+
+def align(
+    trace: RoutingTrace,
+    shape: RoutingShape,
+    tokens: int,
+    where: str = "",
+    *,
+    extra_row: Literal["refuse", "drop"] = "refuse",
+    short: Literal["refuse", "live"] = "refuse",
+) -> Tensor:
+    """The experts that one sequence of `tokens` input tokens replays, int16 (tokens, L MoE layers, K), -1 where live.
+
+    Live are the last token, tokens before `trace.start` and rows of -1. The trace may have all decoder layers, the
+    dense ones all zero, or only those with experts.
+
+    Args:
+        where: the record in error messages, such as file:line.
+        extra_row: "drop" ignores a row for the last token.
+        short: "live" leaves tokens at the end that have no row to the live router.
+
+    Raises:
+        UserError: a trace that cannot be of this sequence and model; the line names row, layer, value and fix.
+    """
+    name = f"{where}: {trace.name}" if where else trace.name
+    layers = _layers(trace, shape, name)
+    rows = _rows(trace, tokens, name, extra_row, short)
+    _check_dense(trace.ids[:rows], layers, shape, name)
+    ids_TLK = trace.ids[:rows, [layers.index(layer) for layer in shape.moe_layers]]
+    _check_experts(ids_TLK, shape, name)
+    aligned_TLK = torch.full((tokens, *ids_TLK.shape[1:]), LIVE, dtype=torch.int16)
+    aligned_TLK[trace.start : trace.start + rows] = torch.from_numpy(ids_TLK)
+    return aligned_TLK
+
+
+def _layers(trace: RoutingTrace, shape: RoutingShape, name: str) -> Sequence[int]:
+    """The decoder index of each layer of the trace."""
+    found, top_k = trace.ids.shape[1:]
+    if found not in (shape.layers, len(shape.moe_layers)):
+        model = f"the model has {shape.layers}, {len(shape.moe_layers)} of them with experts"
+        raise UserError(f"{name}: {found} layers, but {model} (replay the routing of the same model)")
+    if top_k != shape.top_k:
+        fix = "replay with the engine's num_experts_per_tok"
+        raise UserError(f"{name}: top-{top_k}, but the model routes to top-{shape.top_k} ({fix})")
+    return range(shape.layers) if found == shape.layers else shape.moe_layers
+
+
+def _rows(trace: RoutingTrace, tokens: int, name: str, extra_row: str, short: str) -> int:
+    """How many rows of the trace the sequence takes."""
+    found, expected = len(trace.ids), tokens - 1 - trace.start
+    if expected < 0:
+        fix = "start counts input tokens from the first of the sequence"
+        raise UserError(f"{name}: starts at token {trace.start} of {tokens} input tokens ({fix})")
+    counted = f"{name}: {found} rows, but {expected} of {tokens} input tokens from {trace.start} on have one"
+    if found == expected + 1:
+        if extra_row == "drop":
+            return expected
+        fix = "extra_row: drop, if the engine also routed the last one; else its rows are those of other tokens"
+        raise UserError(f"{counted}: the last token has none ({fix})")
+    if found > expected:
+        raise UserError(f"{counted} (give the input tokens that the engine saw, and where its rows start)")
+    if found < expected and short != "live":
+        fix = "give the input tokens that the engine saw; short: live leaves the rest to the router"
+        raise UserError(f"{counted} ({fix})")
+    return found
+
+
+def _check_dense(ids: np.ndarray, layers: Sequence[int], shape: RoutingShape, name: str) -> None:
+    """Layers without experts hold zeros, or -1 in rows of padding."""
+    dense = [column for column, layer in enumerate(layers) if layer not in shape.moe_layers]
+    wrong = (ids[:, dense] != 0) & (ids[:, dense] != LIVE)
+    if wrong.any():
+        row, at, k = np.argwhere(wrong)[0]
+        cell = f"row {row}, layer {layers[dense[at]]}: expert {ids[row, dense[at], k]}"
+        fix = "mlp_only_layers and decoder_sparse_step must be those of the engine's model"
+        raise UserError(f"{name}: {cell} in a dense layer ({fix})")
+
+
+def _check_experts(ids_TLK: np.ndarray, shape: RoutingShape, name: str) -> None:
+    def refuse(wrong: np.ndarray, problem: str) -> None:
+        """Raise for the first (row, layer, ...) at which the mask is true."""
+        if wrong.any():
+            row, at, *_ = np.argwhere(wrong)[0]
+            experts = ids_TLK[row, at].tolist()
+            raise UserError(f"{name}: row {row}, layer {shape.moe_layers[at]}: experts {experts}: {problem}")
+
+    live_TLK = ids_TLK == LIVE
+    refuse(ids_TLK < LIVE, "an id below -1 (ids start at 0, and -1 in all of them leaves a token to the live router)")
+    refuse(ids_TLK >= shape.experts, f"the model has {shape.experts} (replay the routing of the same model)")
+    refuse(live_TLK.any(-1) & ~live_TLK.all(-1), "-1 beside experts (give all of a token's experts, or only -1)")
+    recorded_L = (~live_TLK[..., 0]).sum(0)
+    empty_L = ((ids_TLK == 0) | live_TLK).all((0, 2)) & (recorded_L >= (PLAUSIBLE_ROWS if shape.top_k == 1 else 1))
+    if empty_L.any():  # before duplicates: zeros are that as well, and this says why
+        layer, count = shape.moe_layers[empty_L.argmax()], recorded_L[empty_L.argmax()]
+        fix = "the engine recorded nothing in a layer that has experts: update it, or leave the routing out"
+        raise UserError(f"{name}: layer {layer} is all zero in {count} rows ({fix})")
+    sorted_TLK = np.sort(ids_TLK, axis=-1)
+    twice_TLK = (sorted_TLK[..., 1:] == sorted_TLK[..., :-1]) & (sorted_TLK[..., 1:] != LIVE)
+    refuse(twice_TLK, "one of them twice (a token takes K different experts; is this the engine's ids, unchanged?)")
+
+
+def join(traces: Sequence[RoutingTrace]) -> RoutingTrace:
+    """The turns of one conversation as one trace, each turn's `start` counted from the conversation's first token.
+
+    Tokens that no turn routed, such as a tool's output, become rows of -1. A token of two turns must have the same
+    experts in both, and takes its weights from the later one. Raises `UserError` where they differ, or if turns
+    are of different shapes or only some have weights.
+    """
+    name = traces[0].name
+    kinds = {(trace.ids.shape[1:], trace.weights is None) for trace in traces}
+    if len(kinds) > 1:
+        problem = "turns differ in layers or top_k, or only some have weights"
+        raise UserError(f"{name}: {problem} (join turns of one model and engine)")
+    [(cell, unweighted)] = kinds
+    first = min(trace.start for trace in traces)
+    rows = max(trace.start + len(trace.ids) for trace in traces) - first
+    ids = np.full((rows, *cell), LIVE, dtype=np.int16)
+    weights = None if unweighted else np.zeros((rows, *cell), dtype=np.float32)
+    for trace in traces:
+        span = slice(trace.start - first, trace.start - first + len(trace.ids))
+        given = trace.ids != LIVE
+        differs = given & (ids[span] != LIVE) & (ids[span] != trace.ids)
+        if differs.any():
+            row, layer, _ = np.argwhere(differs)[0]
+            both = f"experts {ids[span][row, layer].tolist()}, in a later turn {trace.ids[row, layer].tolist()}"
+            fix = "take only a turn's own rows: routed_experts_prompt_start"
+            raise UserError(f"{name}: token {trace.start + row}, layer {layer}: {both} ({fix})")
+        np.copyto(ids[span], trace.ids, where=given)
+        if weights is not None:
+            np.copyto(weights[span], trace.weights, where=given)
+    return RoutingTrace(ids, first, weights, traces[0].source)
+
+
+def pad(aligned: Sequence[Tensor], length: int, side: Literal["right", "left"] = "right") -> Tensor:
+    """Aligned sequences (T, L, K) as one batch (B, S=length, L, K); padding is -1, as it goes to no expert at all."""
+    return torch.stack([_fill(one_TLK, length, side) for one_TLK in aligned])
+
+
+def pack(aligned: Sequence[Tensor], length: int | None = None) -> Tensor:
+    """Aligned sequences (T, L, K) behind one another, (1, S, L, K), filled up to `length` (None: no more) with -1."""
+    packed_SLK = torch.cat(list(aligned))
+    return _fill(packed_SLK, len(packed_SLK) if length is None else length, "right").unsqueeze(0)
+
+
+def _fill(aligned_TLK: Tensor, length: int, side: str) -> Tensor:
+    missing = length - len(aligned_TLK)
+    if missing < 0:
+        fix = "truncate tokens and routing alike"
+        raise UserError(f"routing: {len(aligned_TLK)} tokens do not fit into {length} ({fix})")
+    before, after = (missing, 0) if side == "left" else (0, missing)
+    return F.pad(aligned_TLK, (0, 0, 0, 0, before, after), value=LIVE)

@@ -1,0 +1,255 @@
+"""Which experts an inference engine used for each token, read from the forms that engines and rollout files give.
+
+Engines return expert ids only; weights are recomputed from live logits and travel along where a recording has them.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ds_moe.errors import UserError
+
+MAX_ID = int(np.iinfo(np.int16).max)  # 8 bits hold 256 experts only, and a trace of 4k tokens x 48 x 8 is 3 MiB
+DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")  # raw ids, little endian
+TOLERANCE = 1e-3  # of a token's weights to sum to 1: they may have been bf16
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """Experts of consecutive input tokens of one sequence: row i routes input token `start + i`.
+
+    The layers are all decoder layers or only those with experts; `align` finds out which. Two traces are equal
+    if they route the same: `source` does not count. Raises `UserError` for anything but integers that int16 holds.
+    """
+
+    ids: np.ndarray  # (rows, layers, K) of any integer type, kept as int16; -1 where the engine recorded nothing
+    start: int = 0  # index of the input token that row 0 routes
+    weights: np.ndarray | None = None  # (rows, layers, K), kept as float32; see `with_weights`
+    source: str = ""  # a short name for error messages
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", _as_ids(self.ids, self.name))
+        object.__setattr__(self, "start", _as_start(self.start, self.name))
+        if self.weights is not None:
+            weights = _as_array(self.weights, f"{self.name}: weights", np.float32)
+            if weights.shape != self.ids.shape:
+                shapes = f"weights have the shape {weights.shape}, expert ids {self.ids.shape}"
+                raise UserError(f"{self.name}: {shapes} (give one weight an id)")
+            object.__setattr__(self, "weights", weights)
+
+    @property
+    def name(self) -> str:
+        return self.source or "routing"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RoutingTrace):
+            return NotImplemented
+        same = np.array_equal(self.ids, other.ids) and np.array_equal(self.weights, other.weights)
+        return same and self.start == other.start
+
+
+def _as_array(value: Any, what: str, dtype: Any = None) -> np.ndarray:
+    try:
+        array = np.asarray(value, dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{what} are no array of numbers (give rows x layers x top_k of equal lengths)") from error
+    if array.ndim != 3 or 0 in array.shape[1:]:
+        raise UserError(f"{what} have the shape {array.shape} (give rows x layers x top_k)")
+    return array
+
+
+def _as_ids(value: Any, name: str) -> np.ndarray:
+    ids = _as_array(value, f"{name}: expert ids")
+    if ids.dtype.kind not in "iu":
+        raise UserError(f"{name}: expert ids have the type {ids.dtype} (give integers)")
+    wrong = (ids > MAX_ID) | (ids < -MAX_ID)
+    if wrong.any():
+        raise UserError(f"{name}: expert id {ids[wrong][0]} does not fit 16 bits (wrong dtype or byte order?)")
+    return ids.astype(np.int16, copy=False)
+
+
+def _as_start(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise UserError(f"{name}: start is {value!r} (give the index of the input token that row 0 routes, from 0)")
+    return int(value)
+
+
+def from_vllm(array: Any, start: int = 0) -> RoutingTrace:
+    """`CompletionOutput.routed_experts` of offline vLLM: (rows, decoder layers, K), dense layers all zero."""
+    return RoutingTrace(array, start, source="vllm")
+
+
+def from_vllm_http(text: str | bytes, start: int = 0) -> RoutingTrace:
+    """`choices[i].routed_experts` of vLLM's server: base64 of an .npy file. `start`: `routed_experts_prompt_start`."""
+    file = io.BytesIO(_decode_base64(text, "vllm_http"))
+    try:
+        array = np.lib.format.read_array(file, allow_pickle=False)  # np.load for .npy alone: a pickle could run code
+    except (ValueError, MemoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"vllm_http: no .npy array: {reason} (give the engine's string unchanged)") from error
+    return RoutingTrace(array, start, source="vllm_http")
+
+
+def from_sglang(text: str | bytes, layers: int | None, top_k: int | None, start: int = 0) -> RoutingTrace:
+    """`meta_info["routed_experts"]` of sglang: base64 of int32 without a header. Rows of -1 are padding and stay."""
+    if not layers or not top_k:
+        raise UserError(f"sglang: layers is {layers}, top_k is {top_k} (give both: its bytes do not tell their shape)")
+    raw = _decode_base64(text, "sglang")
+    rows, rest = divmod(len(raw), 4 * layers * top_k)
+    if rest:
+        size = f"rows of {layers} layers x top-{top_k} int32"
+        raise UserError(f"sglang: {len(raw)} bytes are no whole {size} (give the engine's model's layers and top_k)")
+    return RoutingTrace(np.frombuffer(raw, "<i4").reshape(rows, layers, top_k), start, source="sglang")
+
+
+def from_prime_rl(fields: Mapping[str, Any]) -> RoutingTrace:
+    """What prime-rl's `/inference/v1/generate` returns: {"data": base64 of raw ids, "shape", "start", "dtype"}."""
+    return _from_fields(fields, "prime_rl")
+
+
+def from_megatron(array: Any, start: int = 0) -> RoutingTrace:
+    """Megatron's inference: (rows, MoE layers, K); there is nothing of dense layers in it."""
+    return RoutingTrace(array, start, source="megatron")
+
+
+def from_record(value: Any, start: int = 0) -> RoutingTrace:
+    """Our own forms, out of JSON or Arrow: what `to_record` gives, or nested lists (rows, layers, K)."""
+    return _from_fields(value, "record") if isinstance(value, Mapping) else RoutingTrace(value, start, source="record")
+
+
+def to_record(trace: RoutingTrace) -> dict[str, Any]:
+    """The trace as JSON and Arrow hold it: prime-rl's form, and "weights" (base64 of float32) if there are any."""
+    record = {
+        "data": base64.b64encode(trace.ids.astype("<i2").tobytes()).decode(),
+        "shape": list(trace.ids.shape),
+        "start": trace.start,
+        "dtype": "int16",
+    }
+    if trace.weights is not None:
+        record["weights"] = base64.b64encode(trace.weights.astype("<f4").tobytes()).decode()
+    return record
+
+
+def _from_fields(fields: Any, name: str) -> RoutingTrace:
+    if not isinstance(fields, Mapping) or not {"data", "shape", "start", "dtype"} <= fields.keys():
+        found = ", ".join(fields) if isinstance(fields, Mapping) else type(fields).__name__
+        raise UserError(f"{name}: {found} (give an object with data, shape, start and dtype)")
+    dtype, shape = fields["dtype"], fields["shape"]
+    if dtype not in DTYPES:
+        raise UserError(f"{name}: dtype is {dtype!r} (one of {', '.join(DTYPES)})")
+    sizes = isinstance(shape, Sequence | np.ndarray) and [isinstance(n, int | np.integer) and n >= 0 for n in shape]
+    if sizes != [True] * 3:
+        raise UserError(f"{name}: shape is {shape!r} (give [rows, layers, top_k])")
+    trace = RoutingTrace(_decode_array(fields["data"], dtype, shape, name), fields["start"], source=name)
+    if fields.get("weights") is None:  # Arrow fills a column that other records have with None
+        return trace
+    return with_weights(trace, _decode_array(fields["weights"], "float32", shape, f"{name}: weights"))
+
+
+def _decode_array(text: Any, dtype: str, shape: Sequence[int], name: str) -> np.ndarray:
+    raw, kind = _decode_base64(text, name), np.dtype(dtype).newbyteorder("<")
+    expected = math.prod(map(int, shape)) * kind.itemsize
+    if len(raw) != expected:
+        size = " x ".join(map(str, shape))
+        raise UserError(f"{name}: {len(raw)} bytes, where {size} {dtype} are {expected} (shape or dtype is wrong)")
+    return np.frombuffer(raw, kind).reshape(shape)
+
+
+def _decode_base64(text: Any, name: str) -> bytes:
+    if not isinstance(text, str | bytes | bytearray | memoryview):
+        raise UserError(f"{name}: {type(text).__name__} where base64 text is expected (name the kind that it has)")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise UserError(f"{name}: not base64: {error} (give the engine's string unchanged)") from error
+
+
+# kind -> decoder of (value, layers, top_k, start)
+FORMATS: dict[str, Callable[[Any, int | None, int | None, int], RoutingTrace]] = {
+    "record": lambda value, layers, top_k, start: from_record(value, start),
+    "vllm": lambda value, layers, top_k, start: from_vllm(value, start),
+    "vllm_http": lambda value, layers, top_k, start: from_vllm_http(value, start),
+    "sglang": from_sglang,
+    "prime_rl": lambda value, layers, top_k, start: from_prime_rl(value),
+    "megatron": lambda value, layers, top_k, start: from_megatron(value, start),
+}
+
+
+def decode(
+    value: Any, *, kind: str, layers: int | None = None, top_k: int | None = None, start: int = 0
+) -> RoutingTrace:
+    """The trace that a rollout record holds in the form `kind`, a key of `FORMATS`.
+
+    `layers` and `top_k` are for sglang, whose bytes do not tell their shape; `start` is for forms that do not say it.
+    """
+    if kind not in FORMATS:
+        raise UserError(f"routing: kind is {kind!r} (one of {', '.join(FORMATS)})")
+    trace = FORMATS[kind](value, layers, top_k, start)
+    if start and trace.start != start:
+        raise UserError(f"{kind}: start is {start}, but the value itself says {trace.start} (leave start out)")
+    return trace
+
+
+def with_weights(trace: RoutingTrace, weights: Any, renormalize: bool = False) -> RoutingTrace:
+    """The trace with checked combine weights (rows, layers, K); those of padding and dense layers may be all zero."""
+    given = replace(trace, weights=weights).weights
+    idle = (trace.ids <= 0).all(-1) & (given == 0).all(-1)
+    return replace(trace, weights=check_weights(given, renormalize, ~idle, trace.name))
+
+
+def check_weights(
+    weights: Any, renormalize: bool = False, routed: np.ndarray | None = None, source: str = "routing"
+) -> np.ndarray:
+    """Weights (rows, layers, K) as float32, the K of a token summing to 1; `renormalize` divides them by their sum.
+
+    `routed` (rows, layers) is false where nothing has to sum to 1. Raises `UserError` for NaN, infinite or negative
+    weights, for a sum that is off by more than 1e-3, and for a sum of zero under `renormalize`.
+    """
+    weights = _as_array(weights, f"{source}: weights", np.float32)
+    wrong = ~(np.isfinite(weights) & (weights >= 0))
+    if wrong.any():
+        row, layer, k = np.argwhere(wrong)[0]
+        cell = f"row {row}, layer {layer}: weight {weights[row, layer, k]}"
+        raise UserError(f"{source}: {cell} (give finite weights that are not negative)")
+    total = weights.sum(-1, keepdims=True)
+    routed = np.ones(weights.shape[:-1], bool) if routed is None else routed
+    off = routed & ((total == 0) if renormalize else (abs(total - 1) > TOLERANCE)).squeeze(-1)
+    if off.any():
+        row, layer = np.argwhere(off)[0]
+        fix = "they cannot be renormalized" if renormalize else "give weights that sum to 1, or renormalize"
+        raise UserError(f"{source}: row {row}, layer {layer}: weights sum to {total[row, layer, 0]:.4g} ({fix})")
+    return weights / np.where(total == 0, 1, total) if renormalize else weights
+
+
+def save_traces(path: str | Path, traces: Mapping[str, RoutingTrace]) -> None:
+    """Write traces by name into one safetensors file: int16 ids, float32 weights, start and source as metadata."""
+    arrays = {f"ids/{name}": trace.ids for name, trace in traces.items()}
+    arrays |= {f"weights/{name}": trace.weights for name, trace in traces.items() if trace.weights is not None}
+    about = {name: {"start": trace.start, "source": trace.source} for name, trace in traces.items()}
+    dense = {key: np.ascontiguousarray(array) for key, array in arrays.items()}  # safetensors ignores strides
+    Path(path).write_bytes(save(dense, metadata={"traces": json.dumps(about)}))
+
+
+def load_traces(path: str | Path) -> dict[str, RoutingTrace]:
+    """The traces that `save_traces` wrote, by name. Raises `UserError` if the file is not one of its files."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads(file.metadata()["traces"])
+            arrays = {key: file.get_tensor(key) for key in file.keys()}
+        return {
+            name: RoutingTrace(arrays[f"ids/{name}"], weights=arrays.get(f"weights/{name}"), **about[name])
+            for name in about
+        }
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no file of routing traces: {error} (write it with save_traces)") from error

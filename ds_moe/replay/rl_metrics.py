@@ -1,0 +1,94 @@
+"""What an RL step is watched by, as sums that add up over micro-batches and ranks, and their means at the end."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ds_moe.replay.objective import PolicyInputs
+from ds_moe.replay.ratios import kl_estimate, log_ratio
+
+# Each sum and the count that it is divided by.
+_COUNTS = {
+    "mismatch_k3": "tokens",  # KL(engine || old), Schulman's k3
+    "mismatch_large": "tokens",  # share of tokens whose probability differs by more than a factor of two
+    "engine_ratio": "tokens",  # p_old / p_engine
+    "engine_ratio_square": "tokens",
+    "dropped": "tokens",  # share of tokens that the correction gives weight 0
+    "ratio": "tokens",  # live to old, before clipping
+    "clip_fraction": "tokens",
+    "entropy": "tokens",  # -log p of the sampled tokens, an estimate
+    "kl": "tokens",  # to the reference
+    "gamma": "routed",
+    "gamma_square": "routed",
+    "reward": "rewards",
+    "routers_changed": "routers",
+    "tokens_changed": "tokens_compared",
+}
+
+
+@torch.no_grad()
+def metrics(inputs: PolicyInputs, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over the completion tokens of a micro-batch, fp64 scalars; `stats` are those of `policy_loss`.
+
+    The keys depend on the objective alone, so that ranks may all-reduce them stacked. fp64 because a standard deviation
+    of 1e-3 about 1 is a difference of sums that fp32 cannot hold.
+    """
+    mask_BS = inputs.mask_BS
+
+    def total(values_BS: Tensor, within_BS: Tensor = mask_BS) -> Tensor:
+        return torch.where(within_BS, values_BS.double(), 0).sum()
+
+    mismatch_BS = log_ratio(inputs.old_BS, inputs.engine_BS, mask_BS).double()
+    sums = {
+        "tokens": mask_BS.sum().double(),
+        "mismatch_k3": total(kl_estimate(inputs.engine_BS.double(), inputs.old_BS.double(), mask_BS, "k3")),
+        "mismatch_large": total(mismatch_BS.abs() > math.log(2)),
+        "engine_ratio": total(mismatch_BS.exp()),
+        "engine_ratio_square": total((2 * mismatch_BS).exp()),
+        "dropped": total(stats["weight_BS"] == 0),
+        "ratio": total(stats["ratio_BS"]),
+        "clip_fraction": total(stats["clipped_BS"]),
+        "entropy": total(-inputs.logprob_BS),
+    }
+    if "kl_BS" in stats:
+        sums["kl"] = total(stats["kl_BS"])
+    if "gamma_BS" in stats and inputs.routed_BS is not None:
+        routed_BS = inputs.routed_BS & mask_BS
+        sums["routed"] = routed_BS.sum().double()
+        sums["gamma"] = total(stats["gamma_BS"], routed_BS)
+        sums["gamma_square"] = total(stats["gamma_BS"].double().square(), routed_BS)
+    return sums
+
+
+def routing_difference(live_ids_TLK: Tensor, replayed_ids_TLK: Tensor, mask_T: Tensor) -> dict[str, Tensor]:
+    """How many routers (token and layer) and tokens of the mask would select other experts than the replayed ones.
+
+    Sums like those of `metrics`. The order of the K experts does not matter; a router without replay (-1) is left out.
+    """
+    live_TLK, replayed_TLK = (ids.to(torch.int64).sort(-1).values for ids in (live_ids_TLK, replayed_ids_TLK))
+    compared_TL = (replayed_TLK >= 0).all(-1) & mask_T.unsqueeze(1)
+    changed_TL = (live_TLK != replayed_TLK).any(-1) & compared_TL
+    return {
+        "routers": compared_TL.sum().double(),
+        "routers_changed": changed_TL.sum().double(),
+        "tokens_compared": compared_TL.any(1).sum().double(),
+        "tokens_changed": changed_TL.any(1).sum().double(),
+    }
+
+
+def finish(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Means of summed-up `metrics` and `routing_difference`, by name; what was never counted is left out.
+
+    `ess` is the effective sample size of the weights p_old / p_engine as a share of the tokens, (sum w)^2 / (n sum w^2)
+    (Kish 1965): 1 where engine and trainer agree.
+    """
+    values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    means = {name: values[name] / values[n] for name, n in _COUNTS.items() if name in values and values[n] > 0}
+    if "engine_ratio" in means:
+        means["ess"] = means["engine_ratio"] ** 2 / means.pop("engine_ratio_square")
+    if "gamma" in means:
+        means["gamma_std"] = math.sqrt(max(means.pop("gamma_square") - means["gamma"] ** 2, 0.0))
+    return means

@@ -1,0 +1,38 @@
+"""What a run minimises: the loop is the same for every task, the loss of a micro-batch is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ds_moe.train import Run
+
+Batch = dict[str, Tensor]
+
+
+class Supervised:
+    """Imitate the labelled tokens: cross entropy, the mean over the tokens of the global batch."""
+
+    at_boundary = True  # whether a checkpoint may be taken after the step that was last begun
+
+    def steps(self, run: Run) -> Iterator[list[Batch]]:
+        """Micro-batches of each optimizer step, endless."""
+        return iter(run.stream)
+
+    def weight(self, batch: Batch) -> Tensor:
+        """What the micro-batch counts in the mean over the global batch, an integer scalar."""
+        return (batch["labels"][:, 1:] != -100).sum()
+
+    def loss(self, run: Run, batch: Batch, share: float) -> Tensor:
+        """The micro-batch's loss, with grad: a sum divided by `share`, the global count over ranks x accumulation."""
+        return run.engine(**batch, use_cache=False, num_items_in_batch=share).loss
+
+    def metrics(self, run: Run) -> dict[str, float]:
+        """What else the optimizer step is reported by, over all ranks (collective)."""
+        return {}
+
+
+Task = Any  # `Supervised`, or a class with its methods: `ds_moe.rl.PolicyOptimization`
