@@ -153,7 +153,7 @@ UNUSED: dict[str, Callable[[RunConfig], str | None]] = {
     "rl": _no_rl,
     "rl.gamma_floor": _rl_is("router", "router_shift"),
     "rl.gamma_place": _rl_is("router", "router_shift"),
-    "rl.joint_weight": _rl_is("router", "joint"),
+    "rl.joint_lambda": _rl_is("router", "joint"),
     "rl.correction_low": _rl_is("correction", "tis", "mis", "icepop"),
     "rl.correction_high": _rl_is("correction", "tis", "mis", "icepop"),
     "rl.correction_level": _rl_is("correction", "tis", "mis", "icepop"),

@@ -198,7 +198,7 @@ class RLConfig(Section):
     router: Literal["none", "router_shift", "joint"] = "none"  # whether the routers' own ratios take part
     gamma_floor: float = Field(default=0.8, gt=0, le=1)  # of router_shift
     gamma_place: Literal["before", "after"] = "before"  # gamma scales the ratio, or what was clipped
-    joint_weight: float = Field(default=0.1, gt=0)  # of the mean expert log-ratio in joint
+    joint_lambda: float = Field(default=0.1, gt=0)  # of the mean expert log-ratio in joint
     correction: Literal["none", "tis", "mis", "icepop"] = "none"  # weights for tokens sampled by another engine
     correction_low: float | None = Field(default=None, ge=0)
     correction_high: float | None = Field(default=None, gt=0)

@@ -105,6 +105,8 @@ class Run:
         self.seconds += report.step_s
         self.tokens += report.tokens
         self.result |= {"step": report.step, "loss": report.loss, "tokens_per_s": self.tokens / self.seconds}
+        if report.task:
+            self.result[self.config.task] = report.task
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -354,6 +356,9 @@ def finish(run: Run) -> None:
         _row(rows, f"held-out accuracy, {kind}", value, "{:.3f}".format)
     _row(rows, "tokens/s", result.get("tokens_per_s"), "{:,.0f}".format)
     _row(rows, "MaxVio", result.get("max_vio"), "{:.2f}".format)
+    of_task = result.get(run.config.task, {})
+    _row(rows, "reward", of_task.get("reward"), "{:.3f}".format)
+    _row(rows, "mismatch k3, engine to trainer", of_task.get("mismatch_k3"), "{:.2e}".format)
     bad_records = run.folder / BAD_RECORDS
     if bad_records.exists():  # of all ranks
         rows["bad records skipped"] = f"{len(bad_records.read_text().splitlines())} (in {bad_records})"

@@ -245,7 +245,7 @@ RULES = {
     ),
     "rl.gamma_floor": ([*RL, "rl.gamma_floor=0.5"], "rl.gamma_floor would not be used: rl.router is none"),
     "rl.gamma_place": ([*RL, "rl.gamma_place=after"], "rl.gamma_place would not be used: rl.router is none"),
-    "rl.joint_weight": ([*RL, "rl.joint_weight=1.0"], "rl.joint_weight would not be used: rl.router is none"),
+    "rl.joint_lambda": ([*RL, "rl.joint_lambda=1.0"], "rl.joint_lambda would not be used: rl.router is none"),
     "rl.correction_low": ([*RL, "rl.correction_low=0.5"], "rl.correction is none"),
     "rl.correction_high": ([*RL, "rl.correction_high=5.0"], "rl.correction is none"),
     "rl.correction_level": ([*RL, "rl.correction_level=sequence"], "rl.correction is none"),

@@ -44,8 +44,7 @@ class RoutingTrace:
         if self.weights is not None:
             weights = _as_array(self.weights, f"{self.name}: weights", np.float32)
             if weights.shape != self.ids.shape:
-                shapes = f"weights have the shape {weights.shape}, expert ids {self.ids.shape}"
-                raise UserError(f"{self.name}: {shapes} (give one weight an id)")
+                raise UserError(f"{self.name}: weights {weights.shape}, ids {self.ids.shape} (give one weight an id)")
             object.__setattr__(self, "weights", weights)
 
     @property
@@ -130,12 +129,8 @@ def from_record(value: Any, start: int = 0) -> RoutingTrace:
 
 def to_record(trace: RoutingTrace) -> dict[str, Any]:
     """The trace as JSON and Arrow hold it: prime-rl's form, and "weights" (base64 of float32) if there are any."""
-    record = {
-        "data": base64.b64encode(trace.ids.astype("<i2").tobytes()).decode(),
-        "shape": list(trace.ids.shape),
-        "start": trace.start,
-        "dtype": "int16",
-    }
+    data = base64.b64encode(trace.ids.astype("<i2").tobytes()).decode()
+    record = {"data": data, "shape": list(trace.ids.shape), "start": trace.start, "dtype": "int16"}
     if trace.weights is not None:
         record["weights"] = base64.b64encode(trace.weights.astype("<f4").tobytes()).decode()
     return record
@@ -247,9 +242,6 @@ def load_traces(path: str | Path) -> dict[str, RoutingTrace]:
         with safe_open(path, framework="numpy") as file:
             about = json.loads(file.metadata()["traces"])
             arrays = {key: file.get_tensor(key) for key in file.keys()}
-        return {
-            name: RoutingTrace(arrays[f"ids/{name}"], weights=arrays.get(f"weights/{name}"), **about[name])
-            for name in about
-        }
+        return {n: RoutingTrace(arrays[f"ids/{n}"], weights=arrays.get(f"weights/{n}"), **about[n]) for n in about}
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no file of routing traces: {error} (write it with save_traces)") from error

@@ -1,4 +1,4 @@
-"""Forced routing in one process: recorded and replayed it is the live forward, bit for bit, and what is forced is used."""
+"""Forced routing in one process: recorded, then replayed, it is the live forward bit for bit; forced ids are used."""
 
 import itertools
 
