@@ -112,7 +112,7 @@ class PolicyOptimization(Supervised):
         logits_BSV = run.engine(**batch, use_cache=False).logits
         self.router.end()
         expert_BSLK = _of_next_token(self.router.logprobs(batch["input_ids"].shape[0]))
-        routed_BS = _of_next_token(routing_BSLK[:, :, 0, 0] >= 0)
+        routed_BS = _of_next_token((routing_BSLK >= 0).flatten(2).all(-1))
         return token_logprobs(logits_BSV, batch["input_ids"], self.config.temperature), expert_BSLK, routed_BS
 
     @torch.no_grad()

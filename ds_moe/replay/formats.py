@@ -188,7 +188,7 @@ def decode(
 
     `layers` and `top_k` are for sglang, whose bytes do not tell their shape; `start` is for forms that do not say it.
     """
-    if kind not in FORMATS:
+    if kind not in list(FORMATS):  # a record may name anything, even what has no hash
         raise UserError(f"routing: kind is {kind!r} (one of {', '.join(FORMATS)})")
     trace = FORMATS[kind](value, layers, top_k, start)
     if start and trace.start != start:

@@ -111,6 +111,7 @@ class Exploit:
     ("value", "kind", "message"),
     [
         (IDS, "vlm", "kind is 'vlm' .one of record, vllm"),
+        (IDS, ["vllm"], "kind is .'vllm'. .one of record, vllm"),
         ([[[1, 2]], [[1]]], "record", "record: expert ids are no array of numbers"),
         ([[1, 2]], "record", r"record: expert ids have the shape \(1, 2\)"),
         ([[[]]], "record", r"shape \(1, 1, 0\)"),
@@ -123,6 +124,7 @@ class Exploit:
         (np.full((1, 1, 2), 2**63, np.uint64), "vllm", "expert id 9223372036854775808"),
         (IDS, "vllm_http", "vllm_http: list where base64"),
         ("not base64!", "vllm_http", "vllm_http: not base64"),
+        ("!" + SGLANG, "sglang", "sglang: not base64"),
         ("ä", "sglang", "sglang: not base64"),
         ("", "vllm_http", "vllm_http: no .npy array"),
         (SGLANG, "vllm_http", "vllm_http: no .npy array"),
