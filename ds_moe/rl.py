@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FACTS = ("completion_mask", "engine_logprobs", "advantage", "reward", "reference_logprobs")  # of the rollouts
 OLD = ("old_logprobs", "old_expert_logprobs")  # computed here
+SUSPICIOUS = 0.2  # share of tokens: engines of one model differ in a few, other models in most
 NOT_OF_THE_OBJECTIVE = {"objective", "normalize_std", "updates_per_batch", "temperature"}
 
 
@@ -50,6 +51,7 @@ class PolicyOptimization(Supervised):
         self.objective = objective_of(config)
         self.router = RouterWatch(moe_layers(model), with_grad=config.router == "joint") if replay else None
         self._sums: dict[str, Tensor] = {}
+        self._warned = False
         self._waiting = 0  # optimizer steps of the batch that are still to come
 
     @property
@@ -99,7 +101,15 @@ class PolicyOptimization(Supervised):
         sums, self._sums = self._sums, {}
         totals = torch.stack(list(sums.values()))
         dist.all_reduce(totals)
-        return finish(dict(zip(sums, totals, strict=True)))
+        found = finish(dict(zip(sums, totals, strict=True)))
+        share = found.get("mismatch_large", 0.0)
+        if share > SUSPICIOUS and not self._warned:
+            self._warned = True
+            run.monitor.note(
+                f"step {run.step + 1}: {share:.0%} of the completion tokens are half or twice as likely as the "
+                "rollouts say: was data.train sampled from this model at rl.temperature?"
+            )
+        return found
 
     def _score(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probs of the tokens (B, S) and of the replayed experts that predict them (B, S, L, K), and which tokens

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ from torch import Tensor
 from ds_moe import checkpoint
 from ds_moe.checks import check_model, warmup_problem
 from ds_moe.config import RunConfig
-from ds_moe.data.form import CHAT, Form
 from ds_moe.data.loading import BAD_RECORDS
-from ds_moe.data.rollouts import rollout_form
+from ds_moe.data.rollouts import train_form
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.ds_config import precision, resolve_deepspeed
 from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, start_distributed
@@ -39,8 +38,7 @@ from ds_moe.models.qwen3_vl import freeze, frozen, load_model, model_config
 from ds_moe.moe import ForwardContext, MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing, check_biases_agree, loss_free, update_biases
 from ds_moe.monitor import EvalReport, Monitor, RoutingReport, StepReport, make_monitor
-from ds_moe.monitor.meters import max_vio
-from ds_moe.replay.align import RoutingShape
+from ds_moe.monitor.meters import max_vio, mean_by_name
 from ds_moe.rl import PolicyOptimization
 from ds_moe.runfile import dump, dump_yaml, load_run
 from ds_moe.summary import active_flops_per_token, peak_flops, run_summary
@@ -84,6 +82,7 @@ class Run:
     file_from: int = 0  # the step at which the data file was begun: rollout files follow one another
     seconds: float = 0.0  # of training steps in this process
     tokens: int = 0
+    task_reports: list[dict[str, float]] = field(default_factory=list)  # of the steps in this process
     load_before_step: list[Tensor | int] = field(default_factory=list)  # see expert_load.py
     result: dict[str, Any] = field(default_factory=dict)
 
@@ -106,7 +105,8 @@ class Run:
         self.tokens += report.tokens
         self.result |= {"step": report.step, "loss": report.loss, "tokens_per_s": self.tokens / self.seconds}
         if report.task:
-            self.result[self.config.task] = report.task
+            self.task_reports.append(report.task)
+            self.result[self.config.task] = mean_by_name(self.task_reports)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def set_up(config: RunConfig) -> Run:
     dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
     processor = _processor(config)
     ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
-    stream = TrainStream(config, processor, **ranks, form=train_form(config))
+    stream = TrainStream(config, processor, **ranks, form=train_form(config, model_config(config.model)))
     eval_set = None
     if config.data.eval is not None:
         eval_set = EvalSet(config, processor, **ranks)
@@ -178,17 +178,6 @@ def set_up(config: RunConfig) -> Run:
     if config.task == "rl":
         task = PolicyOptimization(config.rl, config.moe is not None and config.moe.replay.enabled, engine.module)
     return Run(config, topology, engine, context, processor, stream, eval_set, monitor, total_steps, memory, task)
-
-
-def train_form(config: RunConfig) -> Form:
-    """What the records of data.train are."""
-    if config.task == "sft":
-        return CHAT
-    shape = None
-    if config.moe is not None and config.moe.replay.enabled:
-        shape = RoutingShape.of(model_config(config.model))
-        shape = replace(shape, top_k=config.moe.router.top_k or shape.top_k)
-    return rollout_form(shape, config.rl.normalize_std, need_reference=config.rl.kl_weight > 0)
 
 
 def _unwritable(folder: Path) -> str | None:

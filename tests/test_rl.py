@@ -34,6 +34,7 @@ class Model:
 
 def run_of(model, stream=(), total_steps=10):
     return SimpleNamespace(
+        monitor=SimpleNamespace(note=lambda text: None),
         engine=model,
         stream=stream,
         step=0,
@@ -133,7 +134,10 @@ def test_what_is_reported(monkeypatch):
     logprobs = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
     difference = (logprobs - batch["engine_logprobs"][:, 1:])[batch["completion_mask"][:, 1:]]
     policy.loss(run_of(model), dict(batch), share=3.0)
-    found = policy.metrics(run_of(model))
+    run, notes = run_of(model), []
+    run.monitor.note = notes.append
+    found = policy.metrics(run)
+    assert len(notes) == 1 and "was data.train sampled from this model at rl.temperature?" in notes[0]  # it was not
     assert found["reward"] == 0.5  # of the two that are known
     assert found["ratio"] == pytest.approx(1) and found["gamma"] == pytest.approx(1) and found["clip_fraction"] == 0
     assert found["mismatch_k3"] == pytest.approx((difference.exp() - difference - 1).mean().item(), rel=1e-4)

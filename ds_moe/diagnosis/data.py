@@ -38,6 +38,8 @@ def _check_split(case: Case, split: str, processor: Any) -> Iterator[Finding]:
     from ds_moe.data.loading import check_samples
 
     config, path, where = case.config, getattr(case.config.data, split), case.config.at(f"data.{split}")
+    if split == "train" and config.task == "rl" and case.model is None:
+        return  # rollouts are read with the model's routing in mind
     try:
         records = _records(case, split)
     except UserError as error:
@@ -65,9 +67,12 @@ def _check_split(case: Case, split: str, processor: Any) -> Iterator[Finding]:
 
 def _records(case: Case, split: str) -> Any:
     from ds_moe.data.demo import DigitsRecords
+    from ds_moe.data.form import CHAT
     from ds_moe.data.records import read_records
+    from ds_moe.data.rollouts import train_form
 
     path = getattr(case.config.data, split)
     if path == "digits":
         return DigitsRecords("train" if split == "train" else "held-out")
-    return read_records(path, case.config.data.model_copy(update={"on_bad_record": "skip"}))
+    form = train_form(case.config, case.model) if split == "train" and case.model is not None else CHAT
+    return read_records(path, case.config.data.model_copy(update={"on_bad_record": "skip"}), form=form)

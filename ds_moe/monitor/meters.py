@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +38,15 @@ def split_by_kind(counts_LE: np.ndarray, image_counts_LE: np.ndarray) -> dict[st
     if image_counts_LE.any() and text_counts_LE.any():
         kinds |= {"text": text_counts_LE, "image": image_counts_LE}
     return kinds
+
+
+def mean_by_name(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the reports that have it."""
+    values: dict[str, list[float]] = {}
+    for report in reports:
+        for name, value in report.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(each) / len(each) for name, each in values.items()}
 
 
 def tag(kind: str) -> str:
@@ -116,9 +126,7 @@ class Window:
             "perf/data_wait_frac": sum(step.data_wait_s for step in steps) / seconds,
             "perf/mem_gib": peak_memory_gib(),
         }
-        for name in dict.fromkeys(name for step in steps for name in step.task):
-            values = [step.task[name] for step in steps if name in step.task]
-            scalars[f"rl/{name}"] = sum(values) / len(values)
+        scalars |= {f"rl/{name}": value for name, value in mean_by_name([step.task for step in steps]).items()}
         mfu = throughput.mfu(tokens_per_s)
         if mfu is not None:
             scalars["perf/mfu"] = mfu
