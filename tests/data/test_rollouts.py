@@ -1,5 +1,6 @@
 """Rollout records: what is read, what is refused, how advantages are filled in and how micro-batches look."""
 
+import base64
 import json
 from itertools import islice
 
@@ -94,6 +95,27 @@ def test_reference_logprobs_are_read_where_they_are_used(first_step):
     assert "reference_logprobs" not in first_step([record])
     batch = first_step([record], need_reference=True)
     assert batch["reference_logprobs"].tolist() == [[0, 0, 0, -3, -4]]
+
+
+def test_parquet_brings_the_same_micro_batch(first_step, folder, run_config, processor):
+    from datasets import Dataset
+
+    records = [rollout(), rollout(routing=None, reward=0.0)]
+    Dataset.from_list(records).to_parquet(str(folder / "rollouts.parquet"))
+    config = run_config(folder / "rollouts.parquet", {"shuffle": False, "length_grouping": False})
+    config.train.global_batch_size = 2
+    stream = TrainStream(config, processor, rank=0, world_size=1, form=rollout_form(SHAPE))
+    [[batch]] = islice(stream, 1)
+    expected = first_step(records)
+    assert batch.keys() == expected.keys() and all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang", "megatron"])
+def test_the_routing_of_an_engine_is_read_as_it_came(first_step, name):
+    ids = np.random.default_rng(1).permuted(np.tile(np.arange(8), (4, 2, 1)), axis=-1)[..., :2]
+    raw = base64.b64encode(ids.astype("<i4").tobytes()).decode() if name == "sglang" else ids.tolist()
+    batch = first_step([rollout(routing=raw, routing_format=name)])
+    np.testing.assert_array_equal(batch["routing"][0, :4], ids)
 
 
 ONE_TOO_MANY = to_record(RoutingTrace(np.tile([0, 1], (5, 2, 1))))
