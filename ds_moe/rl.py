@@ -62,7 +62,7 @@ class PolicyOptimization(Supervised):
     def steps(self, run: Run) -> Iterator[list[Batch]]:
         """Takes `updates_per_batch` steps at a time and scores them under the policy of that moment."""
         stream = iter(run.stream)
-        while True:
+        while run.step < run.total_steps:
             batch = list(islice(stream, min(self.config.updates_per_batch, run.total_steps - run.step)))
             if len(batch) > 1:
                 batch = [[self._with_old(run, one) for one in step] for step in batch]

@@ -1,7 +1,9 @@
 """The rollout generator: what it writes is what the engine did, whatever stood beside it in the batch."""
 
+import copy
 import importlib.util
 import json
+import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -10,8 +12,10 @@ import pytest
 import torch
 
 from ds_moe.config import RunConfig
+from ds_moe.data.collate import encode_images
 from ds_moe.data.rollouts import rollout_form
 from ds_moe.data.stream import TrainStream
+from ds_moe.errors import UserError
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import save_processor, tiny_processor
 from ds_moe.replay import RoutingRecorder, RoutingShape, align, decode, joined
@@ -84,6 +88,55 @@ def test_log_probs_and_routing_are_those_of_a_forward_over_the_record(model, pro
     assert same.float().mean() > 0.99  # rounding may flip a tie
 
 
+@pytest.fixture
+def ending_model(processor):
+    """A model whose answers end at different steps, so that rows of a batch are padded on the right."""
+
+    def favour_the_end(head, args, logits):
+        favoured = logits.clone()
+        favoured[..., processor.tokenizer.eos_token_id] += 4.5
+        return favoured
+
+    model = build_preset("tiny-vl-moe").eval()
+    model.lm_head.register_forward_hook(favour_the_end)
+    return model
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.5, 0.0])
+def test_a_record_alone_and_unpadded_has_its_log_probs_and_routing(ending_model, processor, samples, temperature):
+    records = rollouts(ending_model, processor, samples, per_prompt=4, max_new_tokens=8, temperature=temperature)
+    if temperature == 1:
+        assert len({len(record["logprobs"]) for record in records}) > 3
+    ended, agreed = 0, []
+    for record in records:
+        ids = torch.tensor([record["tokens"]])
+        pixels, grid, _ = encode_images(record["images"], processor, sys.maxsize)
+        of_images = (ids == processor.image_token_id).long()
+        with torch.no_grad(), RoutingRecorder(ending_model) as recorder:
+            logits = ending_model(ids, mm_token_type_ids=of_images, pixel_values=pixels, image_grid_thw=grid).logits
+        scored = (logits[0, :-1] / (temperature or 1.0)).log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        completed = torch.tensor(record["completion_mask"][1:]).bool()
+        torch.testing.assert_close(torch.tensor(record["logprobs"]), scored[completed], rtol=0, atol=1e-4)
+        routing = torch.tensor(decode(record["routing"], kind="record").ids)
+        [whole] = recorder.take()
+        agreed.append((routing.sort(-1).values == whole[:-1].sort(-1).values).all(-1).flatten())
+        ended += record["tokens"][-1] == processor.tokenizer.eos_token_id
+    assert ended > len(records) / 4
+    assert torch.cat(agreed).float().mean() > 0.99  # rounding may flip a tie
+
+
+def test_samples_are_those_of_the_softmax_whatever_the_folder_says(model, processor, samples):
+    """A folder's generation config must not warp what is sampled: log-probs would not be of that distribution."""
+    plain = rollouts(model, processor, samples)
+    own = model.generation_config
+    for name, value in (("repetition_penalty", 3.0), ("min_p", 0.5), ("top_k", 1)):
+        model.generation_config = copy.deepcopy(own)
+        setattr(model.generation_config, name, value)
+        assert rollouts(model, processor, samples) == plain
+        assert getattr(model.generation_config, name) == value  # as it was
+    model.generation_config = own
+
+
 def test_what_stands_beside_a_prompt_in_the_batch_changes_nothing(model, processor, samples):
     together = rollouts(model, processor, samples, per_prompt=1, temperature=0)
     alone = rollouts(model, processor, samples, per_prompt=1, temperature=0, batch_size=1)
@@ -119,9 +172,21 @@ def test_a_completion_with_image_tokens_is_left_out(model, processor, samples, m
     assert len(rollouts(model, processor, samples, per_prompt=1)) == len(whole) - 1
 
 
+def test_a_dense_model_has_no_routing(processor, samples):
+    records = rollouts(build_preset("tiny-vl-dense").eval(), processor, samples)
+    assert records and not any("routing" in record for record in records)
+
+
+def test_an_overlong_sample_is_named(model, processor, samples):
+    with pytest.raises(UserError, match=r"^digits:\d+: over-long"):
+        rollouts(model, processor, samples, max_length=8)
+
+
 def test_a_seed_decides_everything(model, processor, samples):
+    before = torch.get_rng_state()
     first, again, other = (rollouts(model, processor, samples, seed=seed) for seed in (1, 1, 2))
     assert [r["tokens"] for r in first] == [r["tokens"] for r in again] != [r["tokens"] for r in other]
+    assert torch.equal(before, torch.get_rng_state())  # the caller's own draws go on as they were
     assert samples == tool.open_prompts("digits", 5, seed=3) != tool.open_prompts("digits", 5, seed=4)
 
 
@@ -139,3 +204,16 @@ def test_the_command_writes_a_file_that_trains(model, processor, tmp_path, capsy
     monkeypatch.setattr(sys, "argv", ["make_rollouts.py", str(tmp_path / "nothing"), str(out)])
     assert tool.main() == 2
     assert "neither a Hugging Face folder nor a run's output folder" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_exported_first(model, processor, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    save_processor(processor, tmp_path / "model")
+    monkeypatch.setattr(tool, "export_checkpoint", lambda source, out: shutil.copytree(tmp_path / "model", out))
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_1/state.json").write_text("{}")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for source in ("step_1", "run"):
+        loaded, _ = tool.load_policy(tmp_path / source, torch.float32, "eager")
+        assert torch.equal(loaded.lm_head.weight.cpu(), model.lm_head.weight)
+        assert "eager" in loaded.get_experts_implementation().values()

@@ -2,9 +2,9 @@
 
     python tools/make_rollouts.py MODEL OUT.jsonl --data digits --prompts 64 --per-prompt 8 --dtype bf16
 
-MODEL is a Hugging Face folder, or the output folder of a run, whose newest checkpoint is exported first. The engine
-shares nothing with the trainer: unconverted model, transformers' expert kernels, a KV cache. Samples are those of the
-full softmax at --temperature, without top-k or top-p: their log-probs are those of the policy that is trained.
+MODEL is a Hugging Face folder, or a checkpoint or the output folder of a run (its newest one), exported first. The
+engine shares nothing with the trainer: unconverted model, transformers' expert kernels, a KV cache. Samples are those
+of the full softmax at --temperature, without top-k or top-p: their log-probs are those of the policy that is trained.
 docs/replay.md has the keys of the file.
 """
 
@@ -19,25 +19,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from ds_moe.config import RunConfig
+from ds_moe.config import ModelConfig, RunConfig
 from ds_moe.data.chat import Sample
 from ds_moe.data.collate import Encoded, collate_prompts, encode
-from ds_moe.data.images import ImageSource, load_image
+from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.data.loading import open_records
 from ds_moe.errors import UserError
-from ds_moe.export import export_checkpoint
+from ds_moe.export import DTYPES, export_checkpoint
 from ds_moe.models.processor import load_processor
+from ds_moe.models.qwen3_vl import load_model
 from ds_moe.replay import RoutingRecorder, RoutingTrace, joined, to_record
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SAMPLING = ("per_prompt", "temperature", "max_new_tokens", "batch_size", "seed")  # options of `generate_rollouts`
 REWARDS: dict[str, Callable[[str, str], float]] = {  # of (completion, right answer)
     "exact": lambda completion, answer: float(completion.strip() == answer.strip()),
     "contains": lambda completion, answer: float(answer.strip() in completion),
@@ -45,27 +46,28 @@ REWARDS: dict[str, Callable[[str, str], float]] = {  # of (completion, right ans
 
 
 def load_policy(folder: Path, dtype: torch.dtype, experts: str | None = None) -> tuple[PreTrainedModel, Any]:
-    """(model, processor) of an exported folder, or of the newest checkpoint of a run's output folder."""
-    if not (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
+    """(model, processor) of an exported folder, a checkpoint, or the newest checkpoint of a run's output folder.
+
+    Raises `UserError` for anything else, and for weights that are missing or left over.
+    """
+    if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
         with tempfile.TemporaryDirectory() as exported:
             export_checkpoint(folder, Path(exported) / "export")
             return load_policy(Path(exported) / "export", dtype, experts)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is neither a Hugging Face folder nor a run's output folder (no config.json)")
-    model_class = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
-    options = {} if experts is None else {"experts_implementation": experts}
-    model = model_class.from_pretrained(folder, dtype=dtype, **options).eval()
-    return model, load_processor(str(folder))
+        raise UserError(f"{folder} is neither a Hugging Face folder nor a run's output folder or checkpoint")
+    model = load_model(ModelConfig(path=str(folder)), dtype).eval()
+    if experts is not None:
+        model.set_experts_implementation(experts)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_processor(str(folder))
 
 
 def open_prompts(data: str, count: int | None, seed: int) -> list[Sample]:
     """`count` conversations of a data file (or of "digits", the training split), a choice that `seed` makes."""
     config = RunConfig(model={"preset": "tiny-moe"}, data={"train": data}, train={"steps": 1}, deepspeed="none")
     records = open_records(config, data, "train")
-    indices = list(range(len(records)))
-    if count is not None and count < len(indices):
-        indices = sorted(random.Random(seed).sample(indices, count))
-    return [records.sample(index) for index in indices]
+    count = len(records) if count is None else min(count, len(records))
+    return [records.sample(index) for index in sorted(random.Random(seed).sample(range(len(records)), count))]
 
 
 @torch.inference_mode()
@@ -91,62 +93,93 @@ def generate_rollouts(
         batch_size: sequences in one call of `generate`.
 
     Raises:
-        RecordError: a sample that cannot be encoded.
+        UserError: a sample that cannot be encoded.
     """
-    torch.manual_seed(seed)
     image_token = processor.image_token_id if processor.image_processor else None
-    encoded = [encode(sample, processor, max_length, max_pixels) for sample in samples]
+    encoded = []
+    for sample in samples:
+        try:
+            encoded.append(encode(sample, processor, max_length, max_pixels))
+        except RecordError as error:
+            raise UserError(f"{sample.where}: {error}") from error
     jobs = [number for number in range(len(samples)) for _ in range(per_prompt)]
+    completions: list[dict[str, Any]] = []
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), _own_generation_config(model):
+        torch.manual_seed(seed)
+        for start in range(0, len(jobs), batch_size):
+            prompts = [encoded[number] for number in jobs[start : start + batch_size]]
+            completions += _complete(model, processor, prompts, temperature, max_new_tokens)
     records = []
-    for start in range(0, len(jobs), batch_size):
-        chosen = jobs[start : start + batch_size]
-        prompts = [encoded[number] for number in chosen]
-        completions = _complete(model, processor, prompts, temperature, max_new_tokens)
-        for number, record in zip(chosen, completions, strict=True):
-            if image_token in record["tokens"][encoded[number].prompt :]:
-                continue
-            sample = samples[number]
-            facts = {"reward": reward(record["completion"], sample.answer), "group": f"{number} {sample.where}"}
-            facts |= {"answer": sample.answer, "images": sample.images}
-            records.append(record | facts | ({"kind": sample.kind} if sample.kind else {}))
+    for number, record in zip(jobs, completions, strict=True):
+        if image_token in record["tokens"][encoded[number].prompt :]:
+            continue
+        sample = samples[number]
+        facts = {"reward": reward(record["completion"], sample.answer), "group": f"{number} {sample.where}"}
+        facts |= {"answer": sample.answer, "images": sample.images}
+        records.append(record | facts | ({"kind": sample.kind} if sample.kind else {}))
     return records
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Without a folder's generation config: what a call leaves open, such as a repetition penalty or min_p, comes from
+    there, and the samples would not be those of their log-probs."""
+    folders, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = folders
+
+
+class _SampledLogProbs(LogitsProcessor):
+    """Sets the temperature, and keeps the log-prob of each sampled token alone: logits of a long answer are GiBs."""
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._last_BV: Tensor | None = None  # of the step whose token is not known yet
+        self._steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._last_BV is not None:
+            self._steps.append(self._last_BV.gather(-1, input_ids[:, -1:]))
+        self._last_BV = (scores / self._temperature).log_softmax(-1)
+        return self._last_BV
+
+    def of(self, new_BN: Tensor) -> Tensor:
+        """(B, N) for the tokens that `generate` returned, which on CUDA may be fewer than it has made."""
+        steps = [*self._steps, self._last_BV.gather(-1, new_BN[:, -1:])]
+        return torch.cat(steps[: new_BN.shape[1]], dim=1)
 
 
 def _complete(
     model: PreTrainedModel, processor: Any, prompts: list[Encoded], temperature: float, max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """One completion of each prompt: tokens, completion_mask, logprobs, routing, and its text."""
-    batch = collate_prompts(prompts, processor)
+    """One completion of each prompt: tokens, completion_mask, logprobs, its text, and if it has any its routing."""
+    batch = {key: value.to(model.device) for key, value in collate_prompts(prompts, processor).items()}
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **(sampling or {"do_sample": False}),
-    )
-    with RoutingRecorder(model) as recorder:
-        output = model.generate(**batch, generation_config=config)
-    routing_BSLK = joined(recorder.take(), len(prompts)).numpy()
+    sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, **sampling)
+    scored = _SampledLogProbs(temperature or 1.0)
+    experts = getattr(model.config.get_text_config(), "num_experts", None)
     width = batch["input_ids"].shape[1]
-    logits_BNV = torch.stack(output.logits, dim=1).float() / (temperature or 1.0)
-    new_BN = output.sequences[:, width:]
-    logprob_BN = logits_BNV.log_softmax(-1).gather(-1, new_BN.unsqueeze(-1)).squeeze(-1)
+    with RoutingRecorder(model) if experts else nullcontext() as recorder:
+        output = model.generate(**batch, generation_config=config, logits_processor=LogitsProcessorList([scored]))
+    new_BN, logprob_BN = output[:, width:].cpu(), scored.of(output[:, width:]).cpu()
+    routing_BSLK = joined(recorder.take(), len(prompts)).cpu().numpy() if recorder else None
     for row, one in enumerate(prompts):
         length = _completion_length(new_BN[row], eos)
         new = new_BN[row, :length].tolist()
         tokens = one.input_ids[: one.prompt].tolist() + new
         first = width - one.prompt  # behind the padding on the left
+        trace = None if routing_BSLK is None else RoutingTrace(routing_BSLK[row, first : first + len(tokens) - 1])
         yield {
             "tokens": tokens,
             "completion_mask": [0] * one.prompt + [1] * length,
             "logprobs": [min(value, 0.0) for value in logprob_BN[row, :length].tolist()],
-            "routing": to_record(RoutingTrace(routing_BSLK[row, first : first + len(tokens) - 1])),
             "completion": processor.tokenizer.decode(new, skip_special_tokens=True),
+            **({} if trace is None else {"routing": to_record(trace)}),
         }
 
 
@@ -172,7 +205,9 @@ def _stored(image: ImageSource, folder: Path) -> str:
     name = f"images/{hashlib.sha256(data).hexdigest()[:16]}.png"
     if not (folder / name).exists():
         (folder / "images").mkdir(exist_ok=True)
-        load_image(image, max_pixels=sys.maxsize).save(folder / name)
+        partial = folder / f"{name}.partial"
+        load_image(image, max_pixels=sys.maxsize).save(partial, "PNG")
+        os.replace(partial, folder / name)
     return name
 
 
@@ -197,17 +232,10 @@ def main() -> int:
         model, processor = load_policy(options.model, DTYPES[options.dtype], options.experts_implementation)
         samples = open_prompts(options.data, options.prompts, options.seed)
         began = time.perf_counter()
-        records = generate_rollouts(
-            model,
-            processor,
-            samples,
-            per_prompt=options.per_prompt,
-            temperature=options.temperature,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            reward=REWARDS[options.reward],
-        )
+        asked = {key: getattr(options, key) for key in SAMPLING}
+        records = generate_rollouts(model, processor, samples, reward=REWARDS[options.reward], **asked)
+        if not records:
+            raise UserError("every completion holds an image token, which no model can read back (train it first)")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

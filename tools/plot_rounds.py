@@ -11,28 +11,21 @@ from matplotlib.ticker import MaxNLocator
 from plot_run import finish_axes
 
 STYLES = {"with replay": ("#0072B2", "o"), "without": ("#D55E00", "s")}  # Okabe & Ito's colours, and a marker
-PANELS = {
-    "reward": "Mean reward of the rollouts",
-    "mismatch_k3": "k3 between engine and trainer",
-    "routers_changed": "Routers that differ from the engine's",
-}
+PANELS = {"reward": "Mean reward of the rollouts", "mismatch_k3": "k3 between engine and trainer"}
 
 
 def write_figure(rounds: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """PNG of the rounds of each arm."""
-    figure = Figure(figsize=(11, 3.4), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(9, 3.4), dpi=150, facecolor="white", layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for arm, found in rounds.items():
-            points = [(number, one[name]) for number, one in enumerate(found, start=1) if name in one]
-            if points:
-                color, marker = STYLES[arm]
-                axes.plot(
-                    *zip(*points, strict=True), color=color, marker=marker, markersize=4, linewidth=1.6, label=arm
-                )
-        if name == "mismatch_k3":
-            axes.set_yscale("log")
+            color, marker = STYLES[arm]
+            values = [one[name] for one in found]
+            axes.plot(range(1, len(values) + 1), values, color=color, marker=marker, markersize=4, label=arm)
         finish_axes(axes, title)
         axes.set_xlabel("round", fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 3))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)

@@ -38,6 +38,7 @@ def train(folder, number, output, *overrides):
         f"data.train={folder / f'rollouts_{number}.jsonl'}",
         f"train.output_dir={output}",
         *("train.micro_batch_size=4", "train.global_batch_size=16", "rl.updates_per_batch=2", "rl.router=joint"),
+        "train.epochs=1",
         *overrides,
     ]
     run = run_ranks("ds_moe.train", 2, words, timeout=200)
