@@ -138,6 +138,11 @@ def _rl_is(key: str, *values: Any) -> Callable[[RunConfig], str | None]:
     return rule
 
 
+def _no_second_update(config: RunConfig) -> str | None:
+    reason = "rl.updates_per_batch is 1: the live policy is the old one, and every ratio is 1"
+    return reason if config.rl.updates_per_batch == 1 else None
+
+
 def _no_moved_bias(config: RunConfig) -> str | None:
     if not config.moe or not config.moe.replay.enabled:
         return "moe.replay.enabled is false"
@@ -151,6 +156,8 @@ UNUSED: dict[str, Callable[[RunConfig], str | None]] = {
     "moe.router.drop": _no_drop,
     "moe.replay.moves_bias": _no_moved_bias,
     "rl": _no_rl,
+    "rl.clip_low": _no_second_update,
+    "rl.clip_high": _no_second_update,
     "rl.gamma_floor": _rl_is("router", "router_shift"),
     "rl.gamma_place": _rl_is("router", "router_shift"),
     "rl.joint_lambda": _rl_is("router", "joint"),
@@ -288,13 +295,41 @@ def _replay(config: RunConfig) -> Complaint:
     router, key = config.moe.router, "moe.router.kind"
     if type(router) is not TopKRouting:
         return key, f"moe.replay.enabled needs moe.router.kind topk, which is {router.kind}"
-    for name in ("expert_dropout", "jitter_noise", "capacity_factor"):
-        if getattr(router, name):
-            text = f"moe.router.{name} changes what moe.replay.enabled replays; remove one of them"
-            return f"moe.router.{name}", text
     if router.scores == "sigmoid" and config.rl.router != "none":
         return "rl.router", f"rl.router {config.rl.router} needs moe.router.scores softmax"
     return key, None
+
+
+def _same_function(config: RunConfig) -> Complaint:
+    """Whatever a router does in training only: rollouts were routed without it, and so is the old policy."""
+    if config.task != "rl" or config.moe is None:
+        return "moe.router", None
+    router = config.moe.router
+    if router.kind == "noisy_topk":
+        return "moe.router.kind", "moe.router.kind noisy_topk routes otherwise than the rollouts were; choose topk"
+    for name in ("expert_dropout", "jitter_noise", "capacity_factor"):
+        if getattr(router, name, None):
+            return f"moe.router.{name}", f"moe.router.{name} routes otherwise than the rollouts were; remove it"
+    return "moe.router", None
+
+
+def _first_update(config: RunConfig) -> Complaint:
+    useless = config.task == "rl" and config.rl.router == "router_shift" and config.rl.updates_per_batch == 1
+    text = "rl.router router_shift needs rl.updates_per_batch above 1: before an update no router has shifted"
+    return "rl.router", text if useless else None
+
+
+def _correction_bounds(config: RunConfig) -> Complaint:
+    if config.task != "rl" or config.rl.correction == "none":
+        return "rl.correction", None
+    from ds_moe.replay.ratios import CORRECTION_BOUNDS  # torch: only where it is needed
+
+    kind, written_low, written_high = config.rl.correction, config.rl.correction_low, config.rl.correction_high
+    default_low, default_high = CORRECTION_BOUNDS[kind]
+    low = default_low if written_low is None else written_low
+    high = default_high if written_high is None else written_high
+    key = "rl.correction_high" if written_low is None else "rl.correction_low"
+    return key, None if low < high else f"{key}: the bounds of {kind} are {low} and {high}; the low one must be smaller"
 
 
 def _rollouts(config: RunConfig) -> Complaint:
@@ -306,8 +341,14 @@ def _rollouts(config: RunConfig) -> Complaint:
             "data.train is digits, but task rl reads a rollout file (see tools/make_rollouts.py)",
         )
     text = f"train.schedule {config.train.schedule} needs train.steps under task rl: rollout files follow one another"
-    endless = config.train.epochs is not None and config.train.schedule != "constant"
-    return "train.schedule", f"{text}; set train.schedule to constant" if endless else None
+    endless = config.train.epochs is not None
+    if endless and config.train.schedule != "constant":
+        return "train.schedule", f"{text}; set train.schedule to constant"
+    biases = [balance for balance in config.moe.balance if balance.kind == "loss_free"] if config.moe else []
+    if endless and any(bias.decay_from < 1 for bias in biases):
+        text = "moe.balance loss_free decays within every rollout file under train.epochs; set its decay_from to 1"
+        return "moe.balance", text
+    return "train.schedule", None
 
 
 CONTRADICTIONS: list[Callable[[RunConfig], Complaint]] = [
@@ -320,6 +361,9 @@ CONTRADICTIONS: list[Callable[[RunConfig], Complaint]] = [
     _router_groups,
     _stage,
     _replay,
+    _same_function,
+    _first_update,
+    _correction_bounds,
     _rollouts,
     lambda config: _warmup(config, config.train.steps),
     _flash_attention,

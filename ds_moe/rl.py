@@ -6,9 +6,10 @@ to the engine, whose log-probs only measure (and, with `rl.correction`, correct 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,8 @@ class PolicyOptimization(Supervised):
     def __init__(self, config: RLConfig, replay: bool, model: nn.Module) -> None:
         self.config, self.replay = config, replay
         self.objective = objective_of(config)
-        self.router = RouterWatch(moe_layers(model), with_grad=config.router == "joint") if replay else None
+        self.router = RouterWatch(moe_layers(model), config.router) if replay else None
+        self.scoring_s = 0.0
         self._sums: dict[str, Tensor] = {}
         self._warned = False
         self._waiting = 0  # optimizer steps of the batch that are still to come
@@ -64,11 +66,14 @@ class PolicyOptimization(Supervised):
         stream = iter(run.stream)
         while run.step < run.total_steps:
             batch = list(islice(stream, min(self.config.updates_per_batch, run.total_steps - run.step)))
+            began = time.perf_counter()
             if len(batch) > 1:
                 batch = [[self._with_old(run, one) for one in step] for step in batch]
+            self.scoring_s = time.perf_counter() - began
             for number, step in enumerate(batch, start=1):
                 self._waiting = len(batch) - number
                 yield step
+                self.scoring_s = 0.0
 
     def weight(self, batch: Batch) -> Tensor:
         mask_BS = batch["completion_mask"]
@@ -121,7 +126,9 @@ class PolicyOptimization(Supervised):
         self.router.begin(routing_BSLK)
         logits_BSV = run.engine(**batch, use_cache=False).logits
         self.router.end()
-        expert_BSLK = _of_next_token(self.router.logprobs(batch["input_ids"].shape[0]))
+        expert_BSLK = None
+        if self.objective.router != "none":
+            expert_BSLK = _of_next_token(self.router.logprobs(batch["input_ids"].shape[0]))
         routed_BS = _of_next_token((routing_BSLK >= 0).flatten(2).all(-1))
         return token_logprobs(logits_BSV, batch["input_ids"], self.config.temperature), expert_BSLK, routed_BS
 
@@ -133,7 +140,7 @@ class PolicyOptimization(Supervised):
         old_BS, old_expert_BSLK, _ = self._score(run, to_device(inputs, run.topology.device))
         run.engine.train()
         old = {"old_logprobs": old_BS.cpu()}
-        if old_expert_BSLK is not None and self.objective.router != "none":
+        if old_expert_BSLK is not None:
             old["old_expert_logprobs"] = old_expert_BSLK.cpu()
         return batch | old
 
@@ -146,11 +153,11 @@ class RouterWatch:
     """What the routers of a forward made of its replayed experts: their log-probs, and where they would differ.
 
     Args:
-        with_grad: whether the log-probs have a gradient.
+        router: `rl.router`. Without one, log-probs are left out; `joint` alone gives them a gradient.
     """
 
-    def __init__(self, layers: list[MoELayer], with_grad: bool) -> None:
-        self.with_grad = with_grad
+    def __init__(self, layers: list[MoELayer], router: Literal["none", "router_shift", "joint"]) -> None:
+        self.with_logprobs, self.with_grad = router != "none", router == "joint"
         self._logprob_TLK: list[Tensor] = []
         self._live_TLK: list[Tensor] = []
         self._replayed_BSLK = torch.empty(0)
@@ -179,14 +186,16 @@ class RouterWatch:
     def _look(self, gate: Any, args: tuple[Any, ...], decision: RoutingDecision) -> None:
         tape = current_tape()
         again = tape is not None and tape.replaying
-        if not (again or self._watching):
+        if not (self.with_grad if again else self._watching):  # a recompute must save what the forward saved
             return
-        used_TK = ids_by_token(decision, gate.top_k)
-        with torch.set_grad_enabled(self.with_grad and torch.is_grad_enabled()):
-            logprob_TK, _ = expert_logprobs(decision.logits_TE, used_TK)  # also in a recompute, to save the same
+        if self.with_logprobs:
+            with torch.set_grad_enabled(self.with_grad and torch.is_grad_enabled()):
+                logits_TE = decision.logits_TE / gate.temperature
+                logprob_TK, _ = expert_logprobs(logits_TE, ids_by_token(decision, gate.top_k))
+            if not again:
+                self._logprob_TLK.append(logprob_TK)
         if again:
             return
-        self._logprob_TLK.append(logprob_TK)
         with torch.no_grad():
             ranked_TE = decision.scores_TE if gate.balancing is None else gate.balancing(decision.scores_TE)
             self._live_TLK.append(gate.select(ranked_TE, None).expert_N.view(-1, gate.top_k))

@@ -17,6 +17,7 @@ class Supervised:
     """Imitate the labelled tokens: cross entropy, the mean over the tokens of the global batch."""
 
     at_boundary = True  # whether a checkpoint may be taken after the step that was last begun
+    scoring_s = 0.0  # of the last `next` of `steps`, seconds that were no wait for data
 
     def steps(self, run: Run) -> Iterator[list[Batch]]:
         """Micro-batches of each optimizer step, endless."""

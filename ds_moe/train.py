@@ -38,7 +38,7 @@ from ds_moe.models.qwen3_vl import freeze, frozen, load_model, model_config
 from ds_moe.moe import ForwardContext, MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing, check_biases_agree, loss_free, update_biases
 from ds_moe.monitor import EvalReport, Monitor, RoutingReport, StepReport, make_monitor
-from ds_moe.monitor.meters import max_vio, mean_by_name
+from ds_moe.monitor.meters import max_vio
 from ds_moe.rl import PolicyOptimization
 from ds_moe.runfile import dump, dump_yaml, load_run
 from ds_moe.summary import active_flops_per_token, peak_flops, run_summary
@@ -82,7 +82,8 @@ class Run:
     file_from: int = 0  # the step at which the data file was begun: rollout files follow one another
     seconds: float = 0.0  # of training steps in this process
     tokens: int = 0
-    task_reports: list[dict[str, float]] = field(default_factory=list)  # of the steps in this process
+    task_sums: dict[str, float] = field(default_factory=dict)  # of `StepReport.task`, over the steps in this process
+    task_steps: int = 0
     load_before_step: list[Tensor | int] = field(default_factory=list)  # see expert_load.py
     result: dict[str, Any] = field(default_factory=dict)
 
@@ -105,8 +106,9 @@ class Run:
         self.tokens += report.tokens
         self.result |= {"step": report.step, "loss": report.loss, "tokens_per_s": self.tokens / self.seconds}
         if report.task:
-            self.task_reports.append(report.task)
-            self.result[self.config.task] = mean_by_name(self.task_reports)
+            self.task_sums = {name: self.task_sums.get(name, 0.0) + value for name, value in report.task.items()}
+            self.task_steps += 1
+            self.result[self.config.task] = {name: total / self.task_steps for name, total in self.task_sums.items()}
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -115,7 +117,10 @@ def train(config: RunConfig) -> dict[str, Any]:
     resume(run)
     run.monitor.start(run.step + 1, run_summary(run), dump(config))
     if run.step >= run.total_steps:
-        run.monitor.note(f"all {run.total_steps} steps are done: nothing to train (raise train.steps to go on)")
+        way_on = "raise train.steps" if config.train.steps else "raise train.epochs"
+        if config.task == "rl" and not config.train.steps:
+            way_on = "give data.train the next rollouts"
+        run.monitor.note(f"all {run.total_steps} steps are done: nothing to train ({way_on} to go on)")
     steps = run.task.steps(run)
     save_due = False
     while run.step < run.total_steps:
@@ -151,7 +156,8 @@ def set_up(config: RunConfig) -> Run:
     if config.data.eval is not None:
         eval_set = EvalSet(config, processor, **ranks)
     total_steps = config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch
-    if problem := warmup_problem(config, total_steps):
+    follows = config.task == "rl" and config.train.epochs is not None  # other rollout files, whose steps are not known
+    if not follows and (problem := warmup_problem(config, total_steps)):
         raise UserError(problem)
     outline = skeleton(model_config(config.model))
     check_model(config, outline.config)
@@ -230,7 +236,7 @@ def train_step(run: Run, steps: Any) -> StepReport:
     """One optimizer step over `accumulation` micro-batches; the loss is the mean over the global batch's tokens."""
     began = time.perf_counter()
     micro_batches = [to_device(batch, run.topology.device) for batch in next(steps)]
-    data_wait_s = time.perf_counter() - began
+    data_wait_s = time.perf_counter() - began - run.task.scoring_s
     labels, tokens = _global_counts(run.task, micro_batches, run.stream.error, run.topology.device)
     # DeepSpeed averages over ranks and micro-batches; the loss of each is divided so that the average is the mean.
     share = max(labels, 1) / (run.topology.world_size * len(micro_batches))

@@ -256,9 +256,21 @@ RULES = {
         [*RL, "moe.replay.enabled=true", "moe.router.kind=hash"],
         "moe.replay.enabled needs moe.router.kind topk, which is hash",
     ),
-    "replay with dropout": (
-        [*RL, "moe.replay.enabled=true", "moe.router.expert_dropout=0.1"],
-        "moe.router.expert_dropout changes what moe.replay.enabled replays",
+    "rl.clip_low": ([*RL, "rl.clip_low=0.1"], "rl.clip_low would not be used: rl.updates_per_batch is 1"),
+    "rl.clip_high": ([*RL, "rl.clip_high=0.1"], "rl.clip_high would not be used: rl.updates_per_batch is 1"),
+    "rl with dropout": ([*RL, "moe.router.expert_dropout=0.1"], "routes otherwise than the rollouts were; remove it"),
+    "rl with noise": ([*RL, "moe.router.kind=noisy_topk"], "noisy_topk routes otherwise than the rollouts were"),
+    "a router that cannot have shifted": (
+        [*RL, "moe.replay.enabled=true", "rl.router=router_shift"],
+        "rl.router router_shift needs rl.updates_per_batch above 1",
+    ),
+    "bounds of a correction": (
+        [*RL, "rl.correction=mis", "rl.correction_low=3.0"],
+        "the bounds of mis are 3.0 and 2.0; the low one must be smaller",
+    ),
+    "a bias that decays in every file": (
+        [*RL, "train.steps=null", "train.epochs=1", "train.schedule=constant", "moe.balance=[{kind: loss_free}]"],
+        "set its decay_from to 1",
     ),
     "router terms of sigmoid scores": (
         [*RL, "moe.replay.enabled=true", "moe.router.scores=sigmoid", "rl.router=joint"],

@@ -139,7 +139,12 @@ def test_what_is_reported(monkeypatch):
     found = policy.metrics(run)
     assert len(notes) == 1 and "was data.train sampled from this model at rl.temperature?" in notes[0]  # it was not
     assert found["reward"] == 0.5  # of the two that are known
-    assert found["ratio"] == pytest.approx(1) and found["gamma"] == pytest.approx(1) and found["clip_fraction"] == 0
+    assert (
+        found["replayed"] == pytest.approx(8 / 13)
+        and found["ratio"] == pytest.approx(1)
+        and found["gamma"] == pytest.approx(1)
+        and found["clip_fraction"] == 0
+    )
     assert found["mismatch_k3"] == pytest.approx((difference.exp() - difference - 1).mean().item(), rel=1e-4)
     assert 0.5 < found["routers_changed"] <= 1  # random experts
     with RoutingRecorder(model.module) as recorder:
@@ -152,7 +157,7 @@ def test_what_is_reported(monkeypatch):
 
 def test_forwards_of_an_evaluation_are_not_watched():
     model = Model()
-    policy = task(model)
+    policy = task(model, router="joint")
     batch = rollouts()
     policy.loss(run_of(model), dict(batch), share=3.0)
     kept = len(policy.router._logprob_TLK)

@@ -38,7 +38,14 @@ from ds_moe.models.processor import load_processor
 from ds_moe.models.qwen3_vl import load_model
 from ds_moe.replay import RoutingRecorder, RoutingTrace, joined, to_record
 
-SAMPLING = ("per_prompt", "temperature", "max_new_tokens", "batch_size", "seed")  # options of `generate_rollouts`
+SAMPLING = (
+    "per_prompt",
+    "temperature",
+    "max_new_tokens",
+    "batch_size",
+    "seed",
+    "max_length",
+)  # options of `generate_rollouts`
 REWARDS: dict[str, Callable[[str, str], float]] = {  # of (completion, right answer)
     "exact": lambda completion, answer: float(completion.strip() == answer.strip()),
     "contains": lambda completion, answer: float(answer.strip() in completion),
@@ -221,6 +228,9 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="(default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences (default %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=4096, metavar="N", help="of a prompt with its reference answer"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the engine (default %(default)s)")
     parser.add_argument("--experts-implementation", metavar="NAME", help="transformers' (default: the model's own)")
     parser.add_argument("--reward", choices=REWARDS, default="exact", help="(default %(default)s)")

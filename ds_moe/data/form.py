@@ -14,15 +14,24 @@ PIXELS_A_TOKEN = 32 * 32  # of Qwen3-VL; like the next it only ranks samples by 
 CHARACTERS_A_TOKEN = 4
 
 
+def nothing(parsed: Any) -> None:
+    """Keeps nothing of a record."""
+
+
+def unchanged(records: Any) -> Any:
+    """Takes the records as they are."""
+    return records
+
+
 class Form(NamedTuple):
-    """One kind of record. Parsed, it has at least `where` and `kind`."""
+    """One kind of record. Parsed, it has at least `where` and `kind`. Data workers must be able to pickle all of it."""
 
     parse: Callable[[Any, str, Path], Any]  # record, file:line, resolved data root -> parsed; raises RecordError
     estimate: Callable[[Any, int], int]  # parsed, max_pixels -> tokens, roughly
     encode: Callable[[Any, Any, int, int], Encoded]  # parsed, processor, max_length, max_pixels
     collate: Callable[[list[Encoded], Any], Batch]  # of a micro-batch, processor
-    keep: Callable[[Any], Any] = lambda parsed: None  # what of every record stays in memory, as `kept` of the records
-    finish: Callable[[Any], Any] = lambda records: records  # the records of a file, once all are known
+    keep: Callable[[Any], Any] = nothing  # what of every record stays in memory, as `kept` of the records
+    finish: Callable[[Any], Any] = unchanged  # the records of a file, once all are known
 
 
 def image_tokens(images: list[ImageSource], max_pixels: int) -> int:

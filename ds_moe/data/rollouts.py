@@ -70,17 +70,24 @@ class EncodedRollout(Encoded):
 class RolloutRecords:
     """The rollouts of a file (`ds_moe.data.records.Records`), their advantages filled in from the rewards."""
 
-    def __init__(self, records: Any, normalize_std: bool) -> None:
+    def __init__(self, records: Any, normalize_std: bool, need_routing: bool = False) -> None:
+        """Raises `UserError` if not one record brings the routing that is to be replayed."""
         self._records = records
         self.sha256, self.lengths, self.bad = records.sha256, records.lengths, records.bad
         self.kinds, self.form = records.kinds, records.form
-        rewards, groups, given = zip(*records.kept, strict=True) if records.kept else ((), (), ())
+        rewards, groups, given, routed = zip(*records.kept, strict=True)
+        if need_routing and not any(routed):
+            raise UserError(
+                "data.train: not one rollout has a 'routing' to replay (start the engine so that it returns routed "
+                "experts, or set moe.replay.enabled to false)"
+            )
         numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-        group_B = torch.tensor([numbers[group] for group in groups], dtype=torch.int64)
-        reward_B = torch.tensor(rewards, dtype=torch.float64)
-        earned_B = group_advantages(reward_B.nan_to_num(), group_B, normalize_std) if records.kept else reward_B
-        given_B = torch.tensor(given, dtype=torch.float64)
-        self._advantage_B = torch.where(given_B.isnan(), earned_B, given_B)
+        group_B = torch.tensor([numbers[group] for group in groups])
+        reward_B, self._advantage_B = (torch.tensor(values, dtype=torch.float64) for values in (rewards, given))
+        known_B, missing_B = ~reward_B.isnan(), self._advantage_B.isnan()
+        earned_B = torch.zeros_like(reward_B)
+        earned_B[known_B] = group_advantages(reward_B[known_B], group_B[known_B], normalize_std)
+        self._advantage_B[missing_B] = earned_B[missing_B]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -113,9 +120,9 @@ def rollout_form(shape: RoutingShape | None, normalize_std: bool = True, need_re
         parse=partial(parse_rollout, shape=shape, need_reference=need_reference),
         estimate=_estimate,
         encode=partial(encode_rollout, shape=shape),
-        collate=partial(collate_rollouts, shape=shape),
-        keep=lambda rollout: (rollout.reward, rollout.group, rollout.advantage),
-        finish=partial(RolloutRecords, normalize_std=normalize_std),
+        collate=partial(collate_rollouts, shape=shape, need_reference=need_reference),
+        keep=_of_the_group,
+        finish=partial(RolloutRecords, normalize_std=normalize_std, need_routing=shape is not None),
     )
 
 
@@ -137,6 +144,8 @@ def parse_rollout(
         raise RecordError(f"the record has {found} 'messages' (write one of them)")
     prompt, tokens, mask, images = None, [], [], []
     if "messages" in record:
+        if "completion_mask" in record:
+            raise RecordError("'completion_mask' beside 'messages', whose last answer is the completion (remove it)")
         chat = {key: record[key] for key in ("messages", "images", "kind") if key in record}
         prompt = parse_record(chat, where, root)
         images = prompt.images
@@ -177,7 +186,9 @@ def encode_rollout(
     if rollout.routing is not None and shape is not None:
         try:
             trace = decode(rollout.routing["value"], **rollout.routing["arguments"])
-            routing = align(trace, shape, len(encoded.input_ids))
+            # Templates write on behind the last answer, which no engine sees: those tokens are live, like padding.
+            seen = int(completion.nonzero()[-1]) + 1
+            routing = align(trace, shape, seen)
         except UserError as error:
             raise RecordError(str(error)) from error
     plain = {field.name: getattr(encoded, field.name) for field in fields(Encoded)}
@@ -192,9 +203,11 @@ def encode_rollout(
     )
 
 
-def collate_rollouts(encoded: list[Encoded], processor: Any, shape: RoutingShape | None = None) -> Batch:
+def collate_rollouts(
+    encoded: list[Encoded], processor: Any, shape: RoutingShape | None = None, need_reference: bool = False
+) -> Batch:
     """A padded micro-batch without labels; beside what the model takes: completion_mask (B, S) bool, engine_logprobs
-    (B, S), advantage and reward (B,), where records bring them reference_logprobs (B, S), and for a model with experts
+    (B, S), advantage and reward (B,), if needed reference_logprobs (B, S), and for a model with experts
     routing (B, S, L, K). A filler completes nothing."""
     batch = collate(encoded, processor)
     length = batch["input_ids"].shape[1]
@@ -209,7 +222,7 @@ def collate_rollouts(encoded: list[Encoded], processor: Any, shape: RoutingShape
     batch["engine_logprobs"] = stacked("engine", 0.0)
     for name, missing in (("advantage", 0.0), ("reward", UNKNOWN)):
         batch[name] = torch.tensor([getattr(one, name, missing) for one in encoded], dtype=torch.float32)
-    if any(getattr(one, "reference", None) is not None for one in encoded):
+    if need_reference:
         batch["reference_logprobs"] = stacked("reference", 0.0)
     if shape is not None:
         routing = torch.full((len(encoded), length, len(shape.moe_layers), shape.top_k), -1, dtype=torch.int16)
@@ -218,6 +231,10 @@ def collate_rollouts(encoded: list[Encoded], processor: Any, shape: RoutingShape
                 row[: len(one.routing)] = one.routing
         batch["routing"] = routing
     return batch
+
+
+def _of_the_group(rollout: Rollout) -> tuple[float, str, float, bool]:
+    return rollout.reward, rollout.group, rollout.advantage, rollout.routing is not None
 
 
 def _estimate(rollout: Rollout, max_pixels: int) -> int:

@@ -45,10 +45,10 @@ class Load:
             on_image_N = image_T[decision.token_N].to(torch.int64)
             image_E = image_E.scatter_add(0, decision.expert_N, on_image_N)
         shares_VE = shares(decision, seen)
-        tokens = counts_E.new_tensor(shares_VE.shape[0])
+        tokens = counts_E.new_full((), shares_VE.shape[0])
         covered_T = torch.zeros(decision.logits_TE.shape[0], dtype=torch.bool, device=counts_E.device)
         covered_T[decision.token_N] = True
-        dropped = counts_E.new_tensor(decision.dropped)
+        dropped = counts_E.new_full((), decision.dropped)
         pairs_EE = _pairs(decision) if self.count_pairs else None
         entropy = torch.special.entr(shares_VE).sum()
         kind_GE = self._by_kind(decision, kind_T)

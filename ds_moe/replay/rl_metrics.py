@@ -21,6 +21,7 @@ _COUNTS = {
     "clip_fraction": "tokens",
     "entropy": "tokens",  # -log p of the sampled tokens, an estimate
     "kl": "tokens",  # to the reference
+    "replayed": "tokens",  # share of tokens with a routing
     "gamma": "routed",
     "gamma_square": "routed",
     "reward": "rewards",
@@ -55,6 +56,8 @@ def metrics(inputs: PolicyInputs, stats: dict[str, Tensor]) -> dict[str, Tensor]
     }
     if "kl_BS" in stats:
         sums["kl"] = total(stats["kl_BS"])
+    if inputs.routed_BS is not None:
+        sums["replayed"] = total(inputs.routed_BS)
     if "gamma_BS" in stats and inputs.routed_BS is not None:
         routed_BS = inputs.routed_BS & mask_BS
         sums["routed"] = routed_BS.sum().double()

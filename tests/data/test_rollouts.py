@@ -2,13 +2,17 @@
 
 import base64
 import json
+import pickle
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ds_moe.data.rollouts import rollout_form
+from ds_moe.data.collate import filler
+from ds_moe.data.form import CHAT
+from ds_moe.data.rollouts import parse_rollout, rollout_form
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.replay.align import RoutingShape
@@ -76,10 +80,43 @@ def test_messages_give_the_completion_of_their_last_answer(first_step, processor
     messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     again = [*messages, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "3"}]
     record = rollout(tokens=None, completion_mask=None, routing=None, messages=again, logprobs=[-1.0, -2.0])
-    batch = first_step([record])
+    batch = first_step([record], shape=None)
     completed = batch["input_ids"][batch["completion_mask"]]
     assert processor.tokenizer.decode(completed) == "3<|im_end|>"
     assert batch["engine_logprobs"][batch["completion_mask"]].tolist() == [-1.0, -2.0]
+
+
+def test_the_routing_of_messages_ends_with_the_completion(first_step, processor):
+    """Templates write on behind the last answer, which the engine has not seen."""
+    messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    plain = rollout(tokens=None, completion_mask=None, routing=None, messages=messages, logprobs=[-1.0, -2.0])
+    mask = first_step([plain], shape=None)["completion_mask"][0]
+    seen = int(mask.nonzero()[-1]) + 1
+    assert seen < len(mask)
+    ids = np.tile([3, 1], (seen - 1, 2, 1))
+    routing = first_step([{**plain, "routing": to_record(RoutingTrace(ids))}])["routing"][0]
+    np.testing.assert_array_equal(routing[: seen - 1], ids)
+    assert (routing[seen - 1 :] == -1).all()
+
+
+def test_a_file_without_any_routing_is_refused_where_it_is_to_be_replayed(first_step):
+    with pytest.raises(UserError, match="not one rollout has a 'routing' to replay"):
+        first_step([rollout(routing=None), rollout(routing=None)])
+    assert "routing" not in first_step([rollout(routing=None)], shape=None)
+
+
+def test_a_reward_that_is_not_known_is_no_zero(first_step):
+    records = [rollout(), rollout(), rollout(reward=None, advantage=0.5)]
+    assert first_step(records)["advantage"].tolist() == [0, 0, 0.5]
+
+
+def test_forms_travel_to_data_workers(write_jsonl, run_config, processor):
+    for form in (rollout_form(SHAPE, need_reference=True), CHAT):
+        assert pickle.loads(pickle.dumps(form)).keep(None if form is CHAT else parsed()) is not False
+
+
+def parsed():
+    return parse_rollout(rollout(), "here", Path("."))
 
 
 def test_a_dense_model_reads_no_routing_and_a_filler_completes_nothing(write_jsonl, run_config, processor):
@@ -90,11 +127,14 @@ def test_a_dense_model_reads_no_routing_and_a_filler_completes_nothing(write_jso
     assert batch["completion_mask"].any(1).tolist() == [True, False] and batch["advantage"][1] == 0
 
 
-def test_reference_logprobs_are_read_where_they_are_used(first_step):
+def test_reference_logprobs_are_read_where_they_are_used(first_step, processor):
     record = rollout(reference_logprobs=[-3.0, -4.0])
     assert "reference_logprobs" not in first_step([record])
     batch = first_step([record], need_reference=True)
     assert batch["reference_logprobs"].tolist() == [[0, 0, 0, -3, -4]]
+    form = rollout_form(SHAPE, need_reference=True)
+    fillers = form.collate([filler(processor)], processor)  # on every rank the same keys, whatever its share
+    assert fillers.keys() == batch.keys() - {"real", "kind"}
 
 
 def test_parquet_brings_the_same_micro_batch(first_step, folder, run_config, processor):
@@ -122,6 +162,7 @@ ONE_TOO_MANY = to_record(RoutingTrace(np.tile([0, 1], (5, 2, 1))))
 BAD = {
     "no tokens": ({"tokens": None}, "neither 'tokens' nor 'messages'"),
     "both": ({"messages": []}, "both 'tokens' and 'messages'"),
+    "a mask of messages": ({"tokens": None, "messages": []}, "'completion_mask' beside 'messages'"),
     "unknown key": ({"rewards": 1}, "'rewards' is not read in a rollout"),
     "tokens of text": ({"tokens": ["a"] * 5}, "'tokens' is no list of token ids"),
     "a mask too short": ({"completion_mask": [0, 1]}, "2 entries for 5 tokens"),

@@ -343,6 +343,7 @@ def test_metrics_of_a_loop():
         "clip_fraction": sum(stats["clipped_BS"][at].item() for at in tokens),
         "entropy": -sum(inputs.logprob_BS[at].item() for at in tokens),
         "kl": sum(stats["kl_BS"][at].item() for at in tokens),
+        "replayed": len(routed),
     }
     expected = {name: value / len(tokens) for name, value in expected.items()}
     expected |= {"gamma": gamma.mean().item(), "gamma_std": gamma.std(correction=0).item()}
