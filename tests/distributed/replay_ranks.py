@@ -18,16 +18,24 @@ from tests.launcher import leave, report
 EXPERTS = 8
 
 
-def prepared(ep_size, dtype, checkpointing):
+def packed(rank):
+    """Two sequences behind one another in a row, of lengths that differ between ranks."""
+    lengths = (5 + rank, 11)
+    ids = torch.randint(300, (1, sum(lengths)), generator=torch.Generator().manual_seed(rank))
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+
+
+def prepared(preset, ep_size, dtype, checkpointing):
     """A converted model, its experts shared by `ep_size` ranks, without an engine: gradients stay this rank's own."""
     config = RunConfig(
-        model={"preset": "tiny-vl-moe"},
-        data={"train": "digits"},
+        model={"preset": preset},
+        data={"train": "any"},
         moe={"ep_size": ep_size},
         train={"gradient_checkpointing": checkpointing, "steps": 1},
         deepspeed="none",
     )
-    model = build_preset("tiny-vl-moe").to(dtype).train()
+    model = build_preset(preset).to(dtype).train()
     prepare_model(model, config, start_distributed(ep_size))
     for layer in moe_layers(model):
         layer.set_deepspeed_parallelism()
@@ -46,9 +54,9 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def compare(ep_size, dtype, checkpointing, batch):
+def compare(preset, ep_size, dtype, checkpointing, batch):
     """Whether replay is bit-equal to live, whether other ids are not, and the router's largest gradient."""
-    model = prepared(ep_size, dtype, checkpointing)
+    model = prepared(preset, ep_size, dtype, checkpointing)
     with RoutingRecorder(model) as recorder:
         live = outcome(model, batch)
     routing = joined(recorder.take(), batch["input_ids"].shape[0])
@@ -62,15 +70,17 @@ def main():
     start_distributed(1)
     deepspeed.utils.logger.setLevel("ERROR")
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    batch = batches(world_size)[rank]
+    forms = {"padded": ("tiny-vl-moe", batches(world_size)[rank]), "packed": ("tiny-moe", packed(rank))}
     rows = []
     sizes = [size for size in (1, 2, 4) if world_size % size == 0]
-    for dtype, ep_size, checkpointing in itertools.product((torch.float32, torch.bfloat16), sizes, (False, True)):
+    cases = itertools.product(forms, (torch.float32, torch.bfloat16), sizes, (False, True))
+    for form, dtype, ep_size, checkpointing in cases:
+        preset, batch = forms[form]
         mine = {**batch}
         if "pixel_values" in mine:
             mine["pixel_values"] = mine["pixel_values"].to(dtype)
-        equal, other_equal, router, routing = compare(ep_size, dtype, checkpointing, mine)
-        rows.append([ep_size, str(dtype), checkpointing, equal, other_equal, router, int((routing >= 0).sum())])
+        equal, other_equal, router, routing = compare(preset, ep_size, dtype, checkpointing, mine)
+        rows.append([form, ep_size, str(dtype), checkpointing, equal, other_equal, router, int((routing >= 0).sum())])
     report(rows=rows)
     leave()
 
