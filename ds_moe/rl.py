@@ -48,12 +48,11 @@ class PolicyOptimization(Supervised):
     """
 
     def __init__(self, config: RLConfig, replay: bool, model: nn.Module) -> None:
-        self.config, self.replay = config, replay
+        self.config = config
         self.objective = objective_of(config)
         self.router = RouterWatch(moe_layers(model), config.router) if replay else None
         self.scoring_s = 0.0
         self._sums: dict[str, Tensor] = {}
-        self._warned = False
         self._waiting = 0  # optimizer steps of the batch that are still to come
 
     @property
@@ -108,10 +107,9 @@ class PolicyOptimization(Supervised):
         dist.all_reduce(totals)
         found = finish(dict(zip(sums, totals, strict=True)))
         share = found.get("mismatch_large", 0.0)
-        if share > SUSPICIOUS and not self._warned:
-            self._warned = True
+        if share > SUSPICIOUS and run.step == run.file_from + 1:  # later the policy has moved on
             run.monitor.note(
-                f"step {run.step + 1}: {share:.0%} of the completion tokens are half or twice as likely as the "
+                f"step {run.step}: {share:.0%} of the completion tokens are half or twice as likely as the "
                 "rollouts say: was data.train sampled from this model at rl.temperature?"
             )
         return found

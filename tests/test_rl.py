@@ -34,6 +34,7 @@ class Model:
 
 def run_of(model, stream=(), total_steps=10):
     return SimpleNamespace(
+        file_from=-1,  # the first step of a file
         monitor=SimpleNamespace(note=lambda text: None),
         engine=model,
         stream=stream,
