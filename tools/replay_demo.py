@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from make_rollouts import generate_rollouts, load_policy, open_prompts, write_rollouts
 from plot_rounds import write_figure
+from transformers.utils.logging import disable_progress_bar
 
 from ds_moe.export import export_checkpoint
 from ds_moe.monitor import print_table
@@ -43,6 +44,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     options = parser.parse_args()
     os.chdir(ROOT)
+    disable_progress_bar()  # of loading, a line a round
     began = time.monotonic()
     shutil.rmtree(FOLDER, ignore_errors=True)
     train("demo.yaml", FOLDER / "supervised", f"train.steps={options.warm_up}", "data.eval=null", *NO_EVALUATION)
