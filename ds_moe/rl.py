@@ -84,7 +84,7 @@ class PolicyOptimization(Supervised):
         logprob_BS, expert_BSLK, routed_BS = self._score(run, batch)
         mask_BS = facts["completion_mask"]
         if self.router is not None:
-            self._add(self.router.differences(batch["input_ids"].shape[0], mask_BS))
+            self._add(self.router.differences(mask_BS))
         inputs = PolicyInputs(
             logprob_BS,
             facts.get("old_logprobs", logprob_BS.detach()),
@@ -175,7 +175,7 @@ class RouterWatch:
         """(B, S, L, K) fp32 of the experts that each token used."""
         return torch.stack(self._logprob_TLK, dim=1).unflatten(0, (batch, -1))
 
-    def differences(self, batch: int, mask_BS: Tensor) -> dict[str, Tensor]:
+    def differences(self, mask_BS: Tensor) -> dict[str, Tensor]:
         """How many routers and tokens would have chosen other experts, over the rows that predict completion tokens."""
         live_TLK = torch.stack(self._live_TLK, dim=1)
         predicts_BS = F.pad(mask_BS[:, 1:], (0, 1))

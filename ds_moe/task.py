@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,7 +14,10 @@ Batch = dict[str, Tensor]
 
 
 class Supervised:
-    """Imitate the labelled tokens: cross entropy, the mean over the tokens of the global batch."""
+    """The task that others derive from (`ds_moe.rl.PolicyOptimization`): imitate the labelled tokens.
+
+    Cross entropy, the mean over the tokens of the global batch.
+    """
 
     at_boundary = True  # whether a checkpoint may be taken after the step that was last begun
     scoring_s = 0.0  # of the last `next` of `steps`, seconds that were no wait for data
@@ -34,6 +37,3 @@ class Supervised:
     def metrics(self, run: Run) -> dict[str, float]:
         """What else the optimizer step is reported by, over all ranks (collective)."""
         return {}
-
-
-Task = Any  # `Supervised`, or a class with its methods: `ds_moe.rl.PolicyOptimization`

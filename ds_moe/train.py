@@ -42,7 +42,7 @@ from ds_moe.monitor.meters import max_vio
 from ds_moe.rl import PolicyOptimization
 from ds_moe.runfile import dump, dump_yaml, load_run
 from ds_moe.summary import active_flops_per_token, peak_flops, run_summary
-from ds_moe.task import Supervised, Task
+from ds_moe.task import Supervised
 
 DEFAULT_NEW_TOKENS = 16
 BIAS_CHECK_EVERY = 50  # steps; a comparison of 8 bytes a rank
@@ -77,7 +77,7 @@ class Run:
     monitor: Monitor
     total_steps: int
     memory: Memory  # predicted, of one rank
-    task: Task = field(default_factory=Supervised)
+    task: Supervised = field(default_factory=Supervised)
     step: int = 0
     file_from: int = 0  # the step at which the data file was begun: rollout files follow one another
     seconds: float = 0.0  # of training steps in this process
@@ -275,7 +275,7 @@ def train_step(run: Run, steps: Any) -> StepReport:
 
 
 def _global_counts(
-    task: Task, micro_batches: list[dict[str, Tensor]], error: str | None, device: torch.device
+    task: Supervised, micro_batches: list[dict[str, Tensor]], error: str | None, device: torch.device
 ) -> tuple[int, int]:
     """(what the loss is a mean over, real tokens) of this step over all ranks: padding is not real, nor are samples
     that only fill up.

@@ -136,6 +136,7 @@ def test_a_trace_counts_for_one_forward_only_and_must_fit():
     batch = padded("right")
     live, routing = recorded(model, batch)
     outcome(model, batch, (routing + 1) % EXPERTS)
+    assert context.routing_BSLK is None  # taken: a decoder that is called by itself must not find it
     assert same(live, outcome(model, batch)) and context.replayed_TLK is None
     with pytest.raises(ValueError, match=r"must end in \(2 MoE layers, top_k 2\)"):
         model(**batch, routing=routing[:, :, :1])

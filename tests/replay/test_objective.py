@@ -63,8 +63,8 @@ def oracle(objective, inputs):
             live, old, gamma = inputs.logprob_BS[b, t], inputs.old_BS[b, t], 1.0
             if objective.router != "none" and inputs.routed_BS[b, t]:
                 pairs = [
-                    (inputs.expert_BSLK[b, t, l, k], inputs.old_expert_BSLK[b, t, l, k])
-                    for l in range(L)  # noqa: E741
+                    (inputs.expert_BSLK[b, t, layer, k], inputs.old_expert_BSLK[b, t, layer, k])
+                    for layer in range(L)
                     for k in range(K)
                 ]
                 if objective.router == "joint":
