@@ -45,6 +45,7 @@ def save(
     state: dict[str, Any],
     write_extras: Callable[[Path], None],
     keep: int,
+    base: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint of the current step (collective) and delete all whole ones before it but `keep` - 1.
 
@@ -52,6 +53,7 @@ def save(
         folder: `<output_dir>/checkpoints`.
         state: JSON-able; must hold `step`. Adam's step and the topology are added.
         write_extras: called on rank 0 with the folder to fill in what is no tensor (run.yaml, model/).
+        base: tells which model the frozen parameters are of, which are then left out; None: they are saved too.
 
     Raises:
         UserError: on every rank, when any rank could not write; no earlier checkpoint is touched.
@@ -70,8 +72,9 @@ def save(
         "adam_step": zero_state.adam_step(engine),
         "world_size": topology.world_size,
         "ep_size": topology.ep_size,
+        "base": base,
     }
-    tensors = _collect(engine, topology)
+    tensors = _collect(engine, topology, with_frozen=base is None)
     shares = _together(topology, f"write checkpoint {final}", lambda: _write_rank(partial, topology, tensors))
 
     def finish() -> None:
@@ -97,13 +100,15 @@ def save(
     return final
 
 
-def _collect(engine: deepspeed.DeepSpeedEngine, topology: Topology) -> dict[str, tuple[Tensor, list[int]]]:
+def _collect(
+    engine: deepspeed.DeepSpeedEngine, topology: Topology, with_frozen: bool
+) -> dict[str, tuple[Tensor, list[int]]]:
     """This rank's share of all tensors: {kind/name: (value, rows [start, stop))}; collective."""
     mine: dict[str, tuple[Tensor, list[int]]] = {}
     zero_state.link_moments(engine)
     kinds = (zero_state.WEIGHT, *(zero_state.MOMENTS if zero_state.adam_step(engine) else ()))
     expert_copies = topology.world_size // topology.ep_size
-    for index, (name, parameter) in enumerate(engine.module.named_parameters()):
+    for index, (name, parameter) in enumerate(_saved_parameters(engine.module, with_frozen).items()):
         sharded = expert_state(name)
         writer = topology.rank // topology.ep_size if sharded else topology.rank
         writes = writer == index % (expert_copies if sharded else topology.world_size)
@@ -117,6 +122,10 @@ def _collect(engine: deepspeed.DeepSpeedEngine, topology: Topology) -> dict[str,
         for name, buffer in _persistent_buffers(engine.module):
             mine[f"buffer/{name}"] = (buffer.detach().cpu().contiguous(), [0, buffer.shape[0] if buffer.dim() else 1])
     return mine
+
+
+def _saved_parameters(model: torch.nn.Module, with_frozen: bool) -> dict[str, torch.nn.Parameter]:
+    return {name: one for name, one in model.named_parameters() if with_frozen or one.requires_grad}
 
 
 def _persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
@@ -184,19 +193,24 @@ def _problem(path: Path, topology: Topology) -> str | None:
     return incomplete(path) or damaged(path, topology.rank, topology.world_size)
 
 
-def load(engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path) -> dict[str, Any]:
+def load(
+    engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path, base: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Fill weights, Adam, schedule and random states from a chosen checkpoint of any topology (collective).
+
+    Args:
+        base: as for `save`, of this run.
 
     Returns:
         The `state` it was saved with.
 
     Raises:
-        UserError: tensors that do not fit this model.
+        UserError: tensors that do not fit this model, or what was trained upon another base.
     """
     manifest = read_manifest(path)
     state = json.loads((path / "state.json").read_text())
     reader = Reader(path, manifest)
-    parameters = dict(engine.module.named_parameters())
+    parameters = _saved_parameters(engine.module, with_frozen=base is None)
     buffers = dict(_persistent_buffers(engine.module))
     wanted = {f"weight/{name}" for name in parameters} | {f"buffer/{name}" for name in buffers}
     saved = {key for key in manifest["tensors"] if key.split("/", 1)[0] not in zero_state.MOMENTS}
@@ -204,6 +218,11 @@ def load(engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path) -> d
         raise UserError(
             f"checkpoint {path} does not fit this model: missing {sorted(wanted - saved)[:5]}, "
             f"unexpected {sorted(saved - wanted)[:5]}"
+        )
+    if state.get("base") != base:
+        raise UserError(
+            f"checkpoint {path} was trained upon another model (model.path, or model.preset and train.seed): "
+            f"{state.get('base')} there, {base} here"
         )
     for name, parameter in parameters.items():
         here, there = list(full_shape(name, parameter, topology.ep_size)), reader.shape(f"weight/{name}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from ds_moe.checks_lora import LORA_CONTRADICTIONS, LORA_UNUSED
 from ds_moe.checks_rl import RL_CONTRADICTIONS, RL_UNUSED, Complaint
 from ds_moe.config import ExpertChoiceRouting, RouterConfig, RunConfig, TopKRouting
 from ds_moe.errors import UserError
@@ -129,6 +130,7 @@ def _no_drop(config: RunConfig) -> str | None:
 
 UNUSED: dict[str, Callable[[RunConfig], str | None]] = {
     **RL_UNUSED,
+    **LORA_UNUSED,
     "moe.router.order": _no_order,
     "moe.router.normalize": _no_normalize,
     "moe.router.drop": _no_drop,
@@ -261,6 +263,7 @@ CONTRADICTIONS: list[Callable[[RunConfig], Complaint]] = [
     _router_groups,
     _stage,
     *RL_CONTRADICTIONS,
+    *LORA_CONTRADICTIONS,
     lambda config: _warmup(config, config.train.steps),
     _flash_attention,
 ]

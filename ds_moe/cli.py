@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--layout", choices=("hub", "memory"), help="of the experts (default: hub where the model has it, else memory)"
     )
+    export.add_argument("--adapter", action="store_true", help="of a run with LoRA: only the PEFT adapter, unmerged")
     export.set_defaults(command=_export)
 
     version = commands.add_parser("version", help="print versions")
@@ -101,8 +102,14 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ds_moe.export import export_checkpoint
+    from ds_moe.export import export_adapter, export_checkpoint
 
+    if options.adapter:
+        if options.layout:
+            raise UserError("--layout is about whole models; leave it out with --adapter")
+        folder, parameters = export_adapter(options.checkpoint, options.out)
+        print(f"{folder}: a PEFT adapter of {parameters:,} parameters")
+        return 0
     written = export_checkpoint(options.checkpoint, options.out, options.layout)
     print(
         f"{written.folder}: {written.parameters:,} parameters, {written.bytes / 1e9:.3g} GB in "

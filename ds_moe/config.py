@@ -185,6 +185,18 @@ class TrainConfig(Section):
     max_new_tokens: int | None = Field(default=None, gt=0)  # of a generated answer (default 16)
 
 
+class LoRAConfig(Section):
+    """Freezes the model and trains low-rank updates of its matrices; docs/lora.md."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)  # updates are scaled by alpha / rank
+    rslora: bool = False  # by alpha / sqrt(rank)
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # of what an update sees, in training
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]  # linear layers, by the last part of their names
+    experts: bool = False  # gate_up and down of every expert too
+    train_router: bool = False  # the routers' own weights, in full
+
+
 class RLConfig(Section):
     """Used with `task: rl`; docs/replay.md has the formulas, `replay/objective.py` the defaults of each objective."""
 
@@ -227,6 +239,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     moe: MoEConfig | None = None  # absent for a dense model
+    lora: LoRAConfig | None = None  # absent: the model itself is trained
     train: TrainConfig = TrainConfig()
     rl: RLConfig = RLConfig()
     monitor: MonitorConfig = MonitorConfig()

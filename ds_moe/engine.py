@@ -22,7 +22,8 @@ from ds_moe.binding import BoundMoELayer, create_groups
 from ds_moe.config import RunConfig, TrainConfig
 from ds_moe.errors import UserError
 from ds_moe.models.convert import convert, load_expert_bias, moe_layers
-from ds_moe.models.qwen3_vl import freeze, frozen, has_vision, keep_vision_in_step
+from ds_moe.models.lora import set_trainable
+from ds_moe.models.qwen3_vl import has_vision, keep_vision_in_step
 from ds_moe.moe import ExpertParallel, ForwardContext, checkpoint_contexts
 
 
@@ -74,11 +75,14 @@ def start_distributed(ep_size: int) -> Topology:
 def prepare_model(model: PreTrainedModel, config: RunConfig, topology: Topology) -> ForwardContext | None:
     """Convert, freeze and switch on gradient checkpointing; the forward context is None for a dense model."""
     context = None
-    freeze(model, frozen(config))
+    set_trainable(model, config)
     if config.moe is not None:
         create_groups(topology.ep_size)
         ep = ExpertParallel(topology.ep_size, topology.ep_rank)
         context = convert(model, config.moe, ep, BoundMoELayer)
+        if config.lora is not None and not config.lora.train_router:
+            for layer in moe_layers(model):
+                layer.gate.requires_grad_(False)  # what a router of ours learns beside the model's weight
         if config.model.path is not None:
             load_expert_bias(model, config.model.path)
     if has_vision(model):
@@ -131,8 +135,8 @@ def build_engine(
     experts = [parameter for layer in layers for parameter in layer.experts.parameters()]
     if layers and stage < 3 and not any(parameter.requires_grad for parameter in experts):
         raise UserError(
-            "frozen experts (model.freeze, or train.stage router_only) need ZeRO stage 3: choose ds_configs/zero3.json "
-            "or train the experts"
+            "frozen experts (model.freeze, train.stage router_only, or lora without lora.experts) need ZeRO stage 3: "
+            "choose ds_configs/zero3.json or train the experts"
         )
     if stage == 3 and layers:
         set_z3_leaf_modules(model, [BoundMoELayer])

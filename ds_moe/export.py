@@ -20,7 +20,10 @@ from transformers import AutoConfig
 from ds_moe import __version__
 from ds_moe.checkpoint_files import Reader, damaged, incomplete, newest_complete, write_tensors
 from ds_moe.errors import UserError
+from ds_moe.export_lora import MergedReader, write_adapter
+from ds_moe.models.base import fingerprint
 from ds_moe.models.convert import BIAS_SUFFIX, EXPERT_BIAS, expert_state
+from ds_moe.runfile import load_run
 
 Layout = Literal["memory", "hub"]
 LAYOUTS: dict[str, str] = {
@@ -65,8 +68,7 @@ def export_checkpoint(
         UserError: an incomplete checkpoint, a folder in the way, or a layout this model cannot be stored in.
     """
     checkpoint = _find(source)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: choose another folder or remove it")
+    _check_empty(out)
     state = json.loads((checkpoint / "state.json").read_text())
     config = AutoConfig.from_pretrained(checkpoint / "model")
     problem = hub_layout_problem(config)
@@ -74,7 +76,7 @@ def export_checkpoint(
         raise UserError(f"--layout hub cannot store this model: {problem}; use --layout memory")
     layout = layout or ("memory" if problem is not None else "hub")
     dtype = DTYPES[state["precision"]]
-    reader = Reader(checkpoint)
+    reader = _reader(checkpoint, state, dtype)
     bias_name = BIAS_NAMES.get(config.model_type)
     biases = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
     sizes = _sizes(reader, dtype)
@@ -111,6 +113,35 @@ def export_checkpoint(
     return Exported(out, layout, sorted(set(weight_map.values())), parameters, size)
 
 
+def export_adapter(source: Path, out: Path) -> tuple[Path, int]:
+    """Write the LoRA of a checkpoint (found as by `export_checkpoint`) as a PEFT adapter; (its folder, parameters).
+
+    Raises:
+        UserError: an incomplete checkpoint, a folder in the way, or a run that no adapter can hold.
+    """
+    checkpoint = _find(source)
+    _check_empty(out)
+    state = json.loads((checkpoint / "state.json").read_text())
+    return out, write_adapter(checkpoint, out, DTYPES[state["precision"]])
+
+
+def _check_empty(out: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: choose another folder or remove it")
+
+
+def _reader(checkpoint: Path, state: dict[str, Any], dtype: torch.dtype) -> Reader | MergedReader:
+    reader = Reader(checkpoint)
+    if state.get("base") is None:
+        return reader
+    config = load_run(str(checkpoint / "run.yaml"))
+    if config.lora is None:
+        raise UserError(f"{checkpoint} holds no model of its own: ds-moe gate export writes what it holds")
+    if fingerprint(config) != state["base"]:
+        raise UserError(f"{checkpoint}: the model it was trained upon ({config.model.path}) has changed since")
+    return MergedReader(reader, config, config.lora, dtype)
+
+
 def _find(source: Path) -> Path:
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
     found = newest_complete(folder) or source
@@ -133,7 +164,7 @@ def hub_layout_problem(config: Any) -> str | None:
     return None
 
 
-def _sizes(reader: Reader, dtype: torch.dtype) -> dict[str, int]:
+def _sizes(reader: Reader | MergedReader, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each weight and persistent buffer by its key in the checkpoint, from the files' headers alone."""
     keys = [key for key in reader.tensors if key.startswith(("weight/", "buffer/")) and not key.endswith(TRAINING_ONLY)]
     return {key: math.prod(reader.shape(key)) * dtype.itemsize for key in keys}
@@ -157,7 +188,7 @@ def _stored_name(key: str, bias_name: str | None) -> str:
     return name.removesuffix(BIAS_SUFFIX) + bias_name if bias_name and name.endswith(BIAS_SUFFIX) else name
 
 
-def _stored(reader: Reader, key: str, dtype: torch.dtype, layout: Layout) -> Tensor:
+def _stored(reader: Reader | MergedReader, key: str, dtype: torch.dtype, layout: Layout) -> Tensor:
     tensor = reader.read(key)
     if tensor.is_floating_point() and not key.endswith(BIAS_SUFFIX):
         tensor = tensor.to(dtype)

@@ -164,8 +164,12 @@ def _keys_of(section: str) -> list[str]:
 
 
 def _nearest_key(key: str) -> str | None:
-    """Nearest valid dotted key: first among the keys of the same section, then by last name, then by whole key."""
+    """Nearest valid dotted key: that of another section if only its section is wrong, then the most alike among the
+    keys of the same section, by last name, by whole key."""
     parent, _, name = key.rpartition(".")
+    elsewhere = [candidate for candidate in ALL_KEYS if candidate.endswith(f".{name}")]
+    if len(elsewhere) == 1:
+        return elsewhere[0]
     if sibling := nearest(name, _keys_of(parent)):
         return join(parent, sibling)
     by_name = {candidate.rpartition(".")[2]: candidate for candidate in reversed(ALL_KEYS)}

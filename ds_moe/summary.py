@@ -9,6 +9,7 @@ from torch import nn
 
 from ds_moe.engine import Topology
 from ds_moe.models.convert import expert_state, moe_layers
+from ds_moe.models.lora import coverage
 from ds_moe.models.qwen3_vl import parameter_table
 
 if TYPE_CHECKING:
@@ -70,4 +71,7 @@ def run_summary(run: Run) -> str:
     lines.append("parameters on this rank's EP share (trainable / all):")
     for part, trained, total in parameter_table(engine.module):
         lines.append(f"  {part:<11}{trained:>16,} / {total:,}")
+    if config.lora is not None:
+        lines.append(f"LoRA of rank {config.lora.rank}, over all ranks:")
+        lines += [f"  {line}" for line in coverage(engine.module, topology.ep_size)]
     return "\n".join(lines)

@@ -32,9 +32,11 @@ from ds_moe.errors import UserError
 from ds_moe.evaluate import Answering, evaluate, raise_together, to_device
 from ds_moe.expert_load import counts_so_far, reduce_load, watch
 from ds_moe.memory import Memory, predict, skeleton
+from ds_moe.models.base import fingerprint, keeps_base_apart
 from ds_moe.models.convert import moe_layers
+from ds_moe.models.lora import set_trainable
 from ds_moe.models.processor import load_processor, save_processor, tiny_processor
-from ds_moe.models.qwen3_vl import freeze, frozen, load_model, model_config
+from ds_moe.models.qwen3_vl import load_model, model_config
 from ds_moe.moe import ForwardContext, MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing, check_biases_agree, loss_free, update_biases
 from ds_moe.monitor import EvalReport, Monitor, RoutingReport, StepReport, make_monitor
@@ -96,6 +98,11 @@ class Run:
     def balancings(self) -> list[LossFreeBalancing]:
         """Of the layers, where a bias takes part in the selection."""
         return loss_free(self.engine.module)
+
+    @cached_property
+    def base(self) -> dict[str, Any] | None:
+        """What checkpoints leave out, see `checkpoint.save`."""
+        return fingerprint(self.config) if keeps_base_apart(self.config) else None
 
     @property
     def folder(self) -> Path:
@@ -163,7 +170,7 @@ def set_up(config: RunConfig) -> Run:
     check_model(config, outline.config)
     hidden_size = outline.config.get_text_config().hidden_size
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
-    freeze(outline, frozen(config))
+    set_trainable(outline, config)
     memory = predict(outline, config, ds_config, topology.world_size, on_cpu())
     model = load_model(config.model, dtype, config.train.seed)
     context = prepare_model(model, config, topology)
@@ -214,7 +221,7 @@ def resume(run: Run) -> None:
     path = checkpoint.choose(run.config.train.resume, folder, run.topology, note=run.monitor.note)
     if path is None:
         return
-    state = checkpoint.load(run.engine, run.topology, path)
+    state = checkpoint.load(run.engine, run.topology, path, run.base)
     run.step = state["step"]
     next_file = run.config.task == "rl" and not run.stream.is_file_of(state["data"])
     if next_file:
@@ -335,7 +342,7 @@ def save_checkpoint(run: Run) -> None:
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
     path = checkpoint.save(
-        run.engine, run.topology, run.folder / "checkpoints", state, write_extras, run.config.checkpoint.keep
+        run.engine, run.topology, run.folder / "checkpoints", state, write_extras, run.config.checkpoint.keep, run.base
     )
     run.result["checkpoint"] = str(path)
     run.monitor.note(f"checkpoint {path}")

@@ -172,6 +172,7 @@ def test_all_mistakes_are_found_at_once_in_the_order_of_the_file(run):
     assert [line.split(":")[1] for line in complaints] == ["4", "6", "8"]
 
 
+LORA = "lora={rank: 8}"
 RL = ["task=rl", "data.train=rollouts.jsonl"]
 # Every rule about keys without effect or in contradiction: overrides that trigger it, and words of the complaint.
 RULES = {
@@ -236,6 +237,16 @@ RULES = {
     "monitor.heatmap_every": (
         ["monitor.heatmap_every=5", "monitor.tensorboard=false"],
         "heatmap_every would not be used: monitor.tensorboard is false",
+    ),
+    "lora.experts": (["moe=null", "lora={experts: true}"], "lora.experts would not be used: there is no moe section"),
+    "lora.train_router": (["moe=null", "lora={train_router: true}"], "train_router would not be used: there is no moe"),
+    "model.freeze": ([LORA, "model.freeze=[vision]"], "model.freeze would not be used: lora freezes the whole model"),
+    "lora of nothing": (["lora={targets: []}"], "nothing would be trained"),
+    "lora of experts with an odd rank": (["lora={rank: 12, experts: true}"], "lora.rank 12 is no multiple of 8"),
+    "lora and router_only": ([LORA, "train.stage=router_only"], "remove it, or the lora section"),
+    "lora and a router that learns nothing": (
+        ["lora={train_router: true}", "moe.router.kind=hash"],
+        "moe.router.kind hash learns nothing: set lora.train_router false",
     ),
     "rl": (["rl.objective=dapo"], "rl would not be used: task is sft"),
     "moe.replay.moves_bias": ([*RL, "moe.replay={enabled: true, moves_bias: true}"], "lists no loss_free"),

@@ -19,15 +19,15 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
     """Frozen parts and predicted memory, on the model without storage."""
     from ds_moe.memory import load, predict, skeleton
     from ds_moe.models.convert import expert_state
-    from ds_moe.models.qwen3_vl import freeze, frozen
+    from ds_moe.models.lora import set_trainable
 
     if case.model is None:
         return
     config, model = case.config, skeleton(case.model)
     try:
-        freeze(model, frozen(config))
+        set_trainable(model, config)
     except UserError as error:
-        yield Finding("error", f"{config.at('model.freeze')}: {error}")
+        yield Finding("error", f"{config.at('lora' if config.lora else 'model.freeze')}: {error}")
         return
     longest = case.model.get_text_config().max_position_embeddings
     if config.data.max_length > longest:
@@ -38,7 +38,7 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
     experts = [parameter for name, parameter in model.named_parameters() if expert_state(name)]
     stage = case.deepspeed["zero_optimization"]["stage"]
     if stage < 3 and experts and not any(parameter.requires_grad for parameter in experts):
-        key = "train.stage" if config.train.stage == "router_only" else "model.freeze"
+        key = "train.stage" if config.train.stage == "router_only" else "lora" if config.lora else "model.freeze"
         text = f"{key} freezes all experts, which DeepSpeed cannot do at ZeRO stage {stage}; use stage 3"
         yield Finding("error", f"{config.at(key)}: {text}")
         return

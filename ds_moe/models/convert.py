@@ -186,7 +186,10 @@ def _owned_experts(experts: nn.Module, ep: ExpertParallel, backend: str) -> Expe
             return weight
         return nn.Parameter(weight.detach()[owned].clone(), requires_grad=weight.requires_grad)
 
-    return Experts(shard(experts.gate_up_proj), shard(experts.down_proj), experts.act_fn, backend)
+    lora = getattr(experts, "lora", None)  # see models/lora.py
+    if lora is not None and ep.size > 1:
+        lora.keep(owned)
+    return Experts(shard(experts.gate_up_proj), shard(experts.down_proj), experts.act_fn, backend, lora)
 
 
 def _take_routing(context: ForwardContext, layers: int, top_k: int) -> Callable[..., Any]:

@@ -1,0 +1,132 @@
+"""Low-rank training of a model: PEFT's LoRA on its linear layers, `moe/lora.py` on its experts, all else frozen.
+
+`add_lora` comes before the conversion to expert parallelism, which then shares out an expert's update with the expert.
+In files both are one PEFT adapter: `peft_name` and `peft_value` translate.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import peft
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ds_moe.config import LoRAConfig, RunConfig
+from ds_moe.errors import UserError
+from ds_moe.models.convert import FAMILIES
+from ds_moe.models.qwen3_vl import freeze, frozen
+from ds_moe.moe.lora import ExpertLoRA
+
+ADAPTER = "default"  # PEFT's name of the one adapter in a model's parameter names
+LINEAR = re.compile(rf"(.+)\.lora_([AB])\.{ADAPTER}\.weight")
+EXPERTS = re.compile(r"(.+\.mlp\.experts)\.lora\.(gate_up|down)_([AB])")
+# PEFT wraps a module once for every parameter that it targets: the last one stands outside.
+WRAPPED = {"gate_up": "base_layer.", "down": ""}
+TARGET_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def set_trainable(model: PreTrainedModel, config: RunConfig) -> None:
+    """Freeze what a run does not train of an unconverted model, and add what it trains instead."""
+    if config.lora is None:
+        freeze(model, frozen(config))
+    else:
+        add_lora(model, config.lora, config.train.seed)
+
+
+def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
+    """Freeze an unconverted `model` and give it the updates that `config` asks for; `seed` is that of the experts'.
+
+    Raises:
+        UserError: a target that is no linear layer of the model.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if config.targets:
+        _check_targets(model, config.targets)
+        peft.inject_adapter_in_model(peft_config(config, config.targets), model, ADAPTER)
+    family = FAMILIES.get(model.config.model_type)
+    blocks = [module for module in model.modules() if family and type(module).__name__ == family.block]
+    for index, block in enumerate(blocks):
+        if config.experts:
+            weights = (block.experts.gate_up_proj, block.experts.down_proj)
+            block.experts.lora = ExpertLoRA(*weights, config.rank, scaling(config), config.dropout, seed + index)
+        block.gate.weight.requires_grad_(config.train_router)
+
+
+def peft_config(config: LoRAConfig, targets: list[str], **more: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        use_rslora=config.rslora,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        **more,
+    )
+
+
+def scaling(config: LoRAConfig) -> float:
+    """What updates are multiplied by; with `rslora` they keep their size as the rank grows (Kalajdzievski 2023)."""
+    return config.alpha / (config.rank**0.5 if config.rslora else config.rank)
+
+
+def _check_targets(model: nn.Module, targets: list[str]) -> None:
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise UserError(f"lora.targets: {target!r} is no linear layer of this model; it has {', '.join(known)}")
+
+
+class Update(NamedTuple):
+    """Where one half of a low-rank update belongs: `module`.`weight` gains scaling * B A."""
+
+    weight: str  # name of the base weight, as in the model without LoRA
+    half: str  # "A" or "B"
+    peft: str  # its name in a PEFT adapter file
+    stacked: bool  # (E, ., .), one update an expert
+
+
+def update_of(name: str) -> Update | None:
+    """What a parameter of a model with LoRA updates; None for one that is no update."""
+    if found := LINEAR.fullmatch(name):
+        module, half = found.groups()
+        return Update(f"{module}.weight", half, f"base_model.model.{module}.lora_{half}.weight", False)
+    if found := EXPERTS.fullmatch(name):
+        module, part, half = found.groups()
+        in_file = f"base_model.model.{module}.{WRAPPED[part]}lora_{half}.weight"
+        return Update(f"{module}.{part}_proj", half, in_file, True)
+    return None
+
+
+def peft_value(update: Update, value: Tensor) -> Tensor:
+    """An update in the shape PEFT stores it in: experts' A (E r, I), and B (O, r E) with the experts innermost."""
+    if not update.stacked:
+        return value
+    return (value.flatten(0, 1) if update.half == "A" else value.permute(1, 2, 0).flatten(1)).contiguous()
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """`weight + factor * B A`, added up in fp32, in the dtype of `weight`; stacked or not."""
+    return (weight.float() + factor * (b.float() @ a.float())).to(weight.dtype)
+
+
+def coverage(model: nn.Module, ep_size: int = 1) -> list[str]:
+    """One line a kind of layer with LoRA: how many there are and how many parameters they train, over all ranks."""
+    kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0, 1])
+    for name, parameter in model.named_parameters():
+        update = update_of(name)
+        if update is None:
+            continue
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        kind = kinds[update.weight.removesuffix(".weight").rpartition(".")[2]]
+        kind[0] += update.half == "A"
+        kind[1] += shape.numel() * (ep_size if update.stacked else 1)
+        kind[2] = shape[0] * ep_size if update.stacked else 1
+    return [
+        f"{kind:<12}{layers:>4} layers" + (f" x {experts} experts" if experts > 1 else "") + f", {total:,} parameters"
+        f"{f', {total // (layers * experts):,} an expert' if experts > 1 else ''}"
+        for kind, (layers, total, experts) in kinds.items()
+    ]

@@ -1,0 +1,53 @@
+"""Low-rank updates of the experts that a rank owns: sharded with them, multiplied as they are, expert by expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]  # a backend, see `backends/`
+
+
+class ExpertLoRA(nn.Module):
+    """`W_e x + scaling * B_e (A_e x)` for both matrices of every expert (Hu et al. 2021, one update an expert).
+
+    Parameters, with r the rank: gate_up_A (e, r, D), gate_up_B (e, 2F, r), down_A (e, r, F), down_B (e, D, r). As in
+    PEFT, A is drawn from the uniform distribution of `nn.Linear` and B is 0: at first nothing is changed.
+
+    Args:
+        gate_up_proj: (E, 2F, D) and
+        down_proj: (E, D, F) of the experts that are updated; only their shape, dtype and device are read.
+        rank: r.
+        scaling: of the update.
+        dropout: of what A sees, in training.
+        seed: of A: the values of an expert do not depend on how many ranks share the experts.
+    """
+
+    def __init__(
+        self, gate_up_proj: Tensor, down_proj: Tensor, rank: int, scaling: float, dropout: float, seed: int
+    ) -> None:
+        super().__init__()
+        self.scaling, self.dropout = scaling, dropout
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight_eOI in (("gate_up", gate_up_proj), ("down", down_proj)):
+            experts, outputs, inputs = weight_eOI.shape
+            kind = {"dtype": weight_eOI.dtype, "device": weight_eOI.device}
+            a_erI = torch.empty(experts, rank, inputs)
+            a_erI.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
+            self.register_parameter(f"{name}_A", nn.Parameter(a_erI.to(**kind)))
+            self.register_parameter(f"{name}_B", nn.Parameter(torch.zeros(experts, outputs, rank, **kind)))
+
+    def keep(self, owned: slice) -> None:
+        """Drop all experts but those of `owned`."""
+        for name, parameter in list(self.named_parameters()):
+            self.register_parameter(name, nn.Parameter(parameter.detach()[owned].clone()))
+
+    def forward(self, part: str, rows_RI: Tensor, counts_e: Tensor, multiply: Multiply) -> Tensor:
+        """The update of one matrix, `part` gate_up or down, for rows sorted by expert: (R, O)."""
+        rows_RI = F.dropout(rows_RI, self.dropout, self.training)
+        low_Rr = multiply(rows_RI, getattr(self, f"{part}_A"), counts_e)
+        return multiply(low_Rr, getattr(self, f"{part}_B"), counts_e) * self.scaling
