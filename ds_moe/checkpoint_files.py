@@ -67,6 +67,20 @@ def damaged(path: Path, share: int = 0, shares: int = 1) -> str | None:
     return None
 
 
+def find_checkpoint(source: Path) -> Path:
+    """A checkpoint folder, or the newest whole one of a run's output folder.
+
+    Raises:
+        UserError: neither, or a damaged one.
+    """
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    found = newest_complete(folder) or source
+    problem = incomplete(found) or damaged(found)
+    if problem is not None:
+        raise UserError(f"{found} is no whole checkpoint and no run with one: {problem}")
+    return found
+
+
 class Reader:
     """Reads whole tensors, or some of their first rows, from a checkpoint's pieces; nothing else is loaded."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from ds_moe.checks_gate import GATE_CONTRADICTIONS, GATE_UNUSED, no_answers
 from ds_moe.checks_lora import LORA_CONTRADICTIONS, LORA_UNUSED
 from ds_moe.checks_rl import RL_CONTRADICTIONS, RL_UNUSED, Complaint
 from ds_moe.config import ExpertChoiceRouting, RouterConfig, RunConfig, TopKRouting
@@ -93,7 +94,16 @@ def _no_eval(config: RunConfig) -> str | None:
 
 
 def _no_generation(config: RunConfig) -> str | None:
-    return _no_eval(config) or (None if config.train.eval_generate else "train.eval_generate is false")
+    return _no_answers(config) or (None if config.train.eval_generate else "train.eval_generate is false")
+
+
+def _no_answers(config: RunConfig) -> str | None:
+    return _no_eval(config) or no_answers(config)
+
+
+def _no_samples(config: RunConfig) -> str | None:
+    """A supervised gate shows the adapters that it chooses, other runs what was generated."""
+    return _no_tensorboard(config) or _no_eval(config) or (None if no_answers(config) else _no_generation(config))
 
 
 def _no_periodic_eval(config: RunConfig) -> str | None:
@@ -131,6 +141,7 @@ def _no_drop(config: RunConfig) -> str | None:
 UNUSED: dict[str, Callable[[RunConfig], str | None]] = {
     **RL_UNUSED,
     **LORA_UNUSED,
+    **GATE_UNUSED,
     "moe.router.order": _no_order,
     "moe.router.normalize": _no_normalize,
     "moe.router.drop": _no_drop,
@@ -141,11 +152,11 @@ UNUSED: dict[str, Callable[[RunConfig], str | None]] = {
     "train.eval_every": _no_eval,
     "train.eval_batch_size": _no_eval,
     "train.eval_samples": _no_periodic_eval,
-    "train.eval_generate": _no_eval,
+    "train.eval_generate": _no_answers,
     "train.max_new_tokens": _no_generation,
     "monitor.dead_alarm_steps": lambda c: None if c.moe else "there is no moe section",
     "monitor.heatmap_every": lambda c: _no_tensorboard(c) or (None if c.moe else "there is no moe section"),
-    "monitor.sample_images": lambda c: _no_tensorboard(c) or _no_generation(c),
+    "monitor.sample_images": _no_samples,
 }
 
 
@@ -264,6 +275,7 @@ CONTRADICTIONS: list[Callable[[RunConfig], Complaint]] = [
     _stage,
     *RL_CONTRADICTIONS,
     *LORA_CONTRADICTIONS,
+    *GATE_CONTRADICTIONS,
     lambda config: _warmup(config, config.train.steps),
     _flash_attention,
 ]

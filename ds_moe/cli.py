@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from ds_moe import __version__
 from ds_moe.errors import UserError
+from ds_moe.gating.cli import add_gate
 
 OVERRIDES = "dotted overrides of the run file, e.g. train.lr=1e-4 moe.ep_size=4"
 
@@ -41,20 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a run under DeepSpeed's launcher")
-    train.add_argument("run", metavar="RUN.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
-    train.add_argument(
-        "--nproc", type=_positive, metavar="N", help="ranks a host (default: all accelerators; 1 on CPU)"
-    )
-    train.add_argument("--hostfile", metavar="FILE", help='hosts, one "name slots=N" a line')
-    train.add_argument(
-        "--port",
-        type=_positive,
-        metavar="P",
-        help="of rank 0 (default: MASTER_PORT, a free one, or 29500 with a hostfile)",
-    )
-    train.add_argument("--dry-run", action="store_true", help="print the command and stop")
-    train.set_defaults(command=_train)
+    _add_training_options(train)
+    train.set_defaults(command=_train, task=None)
 
     doctor = commands.add_parser("doctor", help="say what would fail or be slow, without training")
     doctor.add_argument("run", metavar="RUN.yaml")
@@ -73,9 +62,27 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--adapter", action="store_true", help="of a run with LoRA: only the PEFT adapter, unmerged")
     export.set_defaults(command=_export)
 
+    add_gate(commands, _add_training_options, _train)
+
     version = commands.add_parser("version", help="print versions")
     version.set_defaults(command=_version)
     return parser
+
+
+def _add_training_options(train: argparse.ArgumentParser) -> None:
+    train.add_argument("run", metavar="RUN.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    train.add_argument(
+        "--nproc", type=_positive, metavar="N", help="ranks a host (default: all accelerators; 1 on CPU)"
+    )
+    train.add_argument("--hostfile", metavar="FILE", help='hosts, one "name slots=N" a line')
+    train.add_argument(
+        "--port",
+        type=_positive,
+        metavar="P",
+        help="of rank 0 (default: MASTER_PORT, a free one, or 29500 with a hostfile)",
+    )
+    train.add_argument("--dry-run", action="store_true", help="print the command and stop")
 
 
 def _positive(text: str) -> int:
@@ -88,7 +95,9 @@ def _train(options: argparse.Namespace) -> int:
     from ds_moe.launcher import plan, start
     from ds_moe.runfile import load_run
 
-    load_run(options.run, options.overrides)  # one complaint here instead of one from every rank
+    config = load_run(options.run, options.overrides)  # one complaint here instead of one from every rank
+    if options.task not in (None, config.task):
+        raise UserError(f"{config.at('task')}: task is {config.task}; ds-moe gate train trains runs of task gate")
     launch = plan(options.run, options.overrides, options.nproc, options.hostfile, options.port)
     print(f"+ {launch}", flush=True)
     return 0 if options.dry_run else start(launch)

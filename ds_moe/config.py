@@ -182,6 +182,7 @@ class TrainConfig(Section):
     eval_batch_size: int | None = Field(default=None, gt=0)  # samples a rank; default micro_batch_size
     eval_samples: int | None = Field(default=None, gt=0)  # of data.eval in periodic evaluations; default all
     eval_generate: bool = True  # also generate answers and count exact matches
+    patience: int | None = Field(default=None, gt=0)  # evaluations without a better loss that end the run
     max_new_tokens: int | None = Field(default=None, gt=0)  # of a generated answer (default 16)
 
 
@@ -195,6 +196,27 @@ class LoRAConfig(Section):
     targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]  # linear layers, by the last part of their names
     experts: bool = False  # gate_up and down of every expert too
     train_router: bool = False  # the routers' own weights, in full
+
+
+class GateConfig(Section):
+    """Used with `task: gate`: a learned gate over LoRA adapters of one model; docs/gating.md."""
+
+    adapters: dict[str, str] = {}  # name: folder of a PEFT adapter
+    adapters_in: str | None = None  # a folder: each subfolder with an adapter_config.json is one, named as it is
+    stage: Literal["supervised", "end_to_end", "joint"] = "supervised"
+    start: str | None = None  # an output folder, checkpoint or exported gate of the stage before
+    text: Literal["embeddings", "layer", "last", "first"] = "embeddings"  # what the request is read from
+    text_layer: int | None = Field(default=None, gt=0)  # decoder layer whose output it is, from 1
+    modalities: Literal["both", "text", "vision"] = "both"
+    width: int = Field(default=128, gt=0)  # of the hidden layer
+    select: Literal["soft", "top_k", "hard"] = "soft"
+    top_k: int | None = Field(default=None, gt=0)  # adapters a request
+    temperature: float = Field(default=1.0, gt=0)
+    per: Literal["example", "layer", "token"] = "example"
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: rare adapters weigh more in the supervised loss
+    entropy_weight: float = 0.0  # above 0 sharpens the gate, below 0 spreads it
+    kl_weight: float = Field(default=0.0, ge=0)  # holds the gate near the supervised one
+    adapter_lr: float | None = Field(default=None, gt=0)  # of the adapters (default: train.lr)
 
 
 class RLConfig(Section):
@@ -235,13 +257,14 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """One run, as `ds_moe.train` takes it."""
 
-    task: Literal["sft", "rl"] = "sft"  # imitate answers, or reinforce the completions of a rollout file
+    task: Literal["sft", "rl", "gate"] = "sft"  # imitate answers, reinforce the completions of rollouts, gate adapters
     model: ModelConfig
     data: DataConfig
     moe: MoEConfig | None = None  # absent for a dense model
     lora: LoRAConfig | None = None  # absent: the model itself is trained
     train: TrainConfig = TrainConfig()
     rl: RLConfig = RLConfig()
+    gate: GateConfig = GateConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     deepspeed: str  # a DeepSpeed JSON, beside the run file or below the working directory

@@ -21,10 +21,11 @@ from ds_moe import ops
 from ds_moe.binding import BoundMoELayer, create_groups
 from ds_moe.config import RunConfig, TrainConfig
 from ds_moe.errors import UserError
+from ds_moe.gating.saved import start_gate
 from ds_moe.models.convert import convert, load_expert_bias, moe_layers
-from ds_moe.models.lora import set_trainable
 from ds_moe.models.qwen3_vl import has_vision, keep_vision_in_step
 from ds_moe.moe import ExpertParallel, ForwardContext, checkpoint_contexts
+from ds_moe.trainable import set_trainable
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ def start_distributed(ep_size: int) -> Topology:
 
 
 def prepare_model(model: PreTrainedModel, config: RunConfig, topology: Topology) -> ForwardContext | None:
-    """Convert, freeze and switch on gradient checkpointing; the forward context is None for a dense model."""
+    """Freeze, convert or gate, and switch on gradient checkpointing; the forward context is None for a dense model."""
     context = None
     set_trainable(model, config)
+    if config.task == "gate":
+        start_gate(model, config.gate)
     if config.moe is not None:
         create_groups(topology.ep_size)
         ep = ExpertParallel(topology.ep_size, topology.ep_rank)
@@ -85,22 +88,25 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, topology: Topology)
                 layer.gate.requires_grad_(False)  # what a router of ours learns beside the model's weight
         if config.model.path is not None:
             load_expert_bias(model, config.model.path)
-    if has_vision(model):
+    if has_vision(model) and config.task != "gate":  # a gate runs the vision tower itself
         keep_vision_in_step(model)
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     return context
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups in the form DeepSpeed wants: matrices decay, vectors do not, experts stand apart."""
-    matrices, vectors = [], []
+def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | None = None) -> list[dict[str, Any]]:
+    """Optimizer groups in the form DeepSpeed wants: matrices decay, vectors do not, experts stand apart; with an
+    `adapter_lr` also the adapters of a gated model."""
+    adapters = {id(one) for one in model.adapter_bank.parameters()} if adapter_lr is not None else set()
+    matrices, vectors, banked = [], [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (matrices if parameter.dim() > 1 else vectors).append(parameter)
+            (banked if id(parameter) in adapters else matrices if parameter.dim() > 1 else vectors).append(parameter)
     groups = [
         {"name": "matrices", "params": matrices, "weight_decay": weight_decay},
         {"name": "vectors", "params": vectors, "weight_decay": 0.0},
+        {"name": "adapters", "params": banked, "weight_decay": weight_decay, "lr": adapter_lr},
     ]
     return [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
 
@@ -140,7 +146,8 @@ def build_engine(
         )
     if stage == 3 and layers:
         set_z3_leaf_modules(model, [BoundMoELayer])
-    groups = parameter_groups(model, config.train.weight_decay)
+    adapter_lr = config.gate.adapter_lr if config.task == "gate" else None
+    groups = parameter_groups(model, config.train.weight_decay, adapter_lr)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     engine, *_ = deepspeed.initialize(
         model=model,

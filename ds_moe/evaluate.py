@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,6 +15,9 @@ from ds_moe.data.stream import EvalSet
 from ds_moe.errors import UserError
 from ds_moe.models.qwen3_vl import encode_blank, has_vision, parallel
 from ds_moe.monitor import EvalReport, ShownSample
+
+if TYPE_CHECKING:
+    import deepspeed
 
 Batch = dict[str, Tensor]
 
@@ -74,7 +76,7 @@ def evaluate(
                 samples.append(ShownSample(sample.first_image(), sample.last_question(), answer, prediction))
     engine.train()
     raise_together(eval_set.error)
-    totals = _over_ranks((loss_sum, label_tokens, dict(hits), dict(asked)))
+    totals = over_ranks((loss_sum, label_tokens, dict(hits), dict(asked)))
     loss = sum(total[0] for total in totals) / max(sum(total[1] for total in totals), 1)
     return EvalReport(step, loss, _accuracy(totals), samples)
 
@@ -96,7 +98,7 @@ def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering
 
 def raise_together(error: str | None) -> None:
     """Raise `UserError` on every rank if any has an error (collective)."""
-    errors = [found for found in _over_ranks(error) if found]
+    errors = [found for found in over_ranks(error) if found]
     if errors:
         raise UserError("; ".join(errors))
 
@@ -112,7 +114,10 @@ def _accuracy(totals: list[tuple[float, int, dict[str, int], dict[str, int]]]) -
     return accuracy
 
 
-def _over_ranks(value: Any) -> list[Any]:
+def over_ranks(value: Any) -> list[Any]:
+    """The value of every rank, on every rank (collective where there are several)."""
+    if not dist.is_initialized():
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

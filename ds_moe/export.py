@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ds_moe import __version__
-from ds_moe.checkpoint_files import Reader, damaged, incomplete, newest_complete, write_tensors
+from ds_moe.checkpoint_files import Reader, find_checkpoint, write_tensors
 from ds_moe.errors import UserError
 from ds_moe.export_lora import MergedReader, write_adapter
-from ds_moe.models.base import fingerprint
 from ds_moe.models.convert import BIAS_SUFFIX, EXPERT_BIAS, expert_state
 from ds_moe.runfile import load_run
+from ds_moe.trainable import fingerprint
 
 Layout = Literal["memory", "hub"]
 LAYOUTS: dict[str, str] = {
@@ -67,7 +67,7 @@ def export_checkpoint(
     Raises:
         UserError: an incomplete checkpoint, a folder in the way, or a layout this model cannot be stored in.
     """
-    checkpoint = _find(source)
+    checkpoint = find_checkpoint(source)
     _check_empty(out)
     state = json.loads((checkpoint / "state.json").read_text())
     config = AutoConfig.from_pretrained(checkpoint / "model")
@@ -119,7 +119,7 @@ def export_adapter(source: Path, out: Path) -> tuple[Path, int]:
     Raises:
         UserError: an incomplete checkpoint, a folder in the way, or a run that no adapter can hold.
     """
-    checkpoint = _find(source)
+    checkpoint = find_checkpoint(source)
     _check_empty(out)
     state = json.loads((checkpoint / "state.json").read_text())
     return out, write_adapter(checkpoint, out, DTYPES[state["precision"]])
@@ -140,15 +140,6 @@ def _reader(checkpoint: Path, state: dict[str, Any], dtype: torch.dtype) -> Read
     if fingerprint(config) != state["base"]:
         raise UserError(f"{checkpoint}: the model it was trained upon ({config.model.path}) has changed since")
     return MergedReader(reader, config, config.lora, dtype)
-
-
-def _find(source: Path) -> Path:
-    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    found = newest_complete(folder) or source
-    problem = incomplete(found) or damaged(found)
-    if problem is not None:
-        raise UserError(f"{found} is no whole checkpoint and no run with one: {problem}")
-    return found
 
 
 def hub_layout_problem(config: Any) -> str | None:

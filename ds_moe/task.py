@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ds_moe.evaluate import Answering, evaluate
+from ds_moe.monitor import EvalReport
+
 if TYPE_CHECKING:
     from ds_moe.train import Run
 
 Batch = dict[str, Tensor]
+DEFAULT_NEW_TOKENS = 16
 
 
 class Supervised:
@@ -37,3 +41,11 @@ class Supervised:
     def metrics(self, run: Run) -> dict[str, float]:
         """What else the optimizer step is reported by, over all ranks (collective)."""
         return {}
+
+    def evaluate(self, run: Run, limit: int | None) -> EvalReport:
+        """On `limit` held-out samples, or all of them (collective)."""
+        config, answering = run.config.train, None
+        if config.eval_generate:
+            answering = Answering(run.processor, config.max_new_tokens or DEFAULT_NEW_TOKENS)
+        shown = run.config.monitor.sample_images
+        return evaluate(run.engine, run.eval_set, answering, step=run.step, limit=limit, shown=shown)

@@ -23,19 +23,19 @@ from torch import Tensor
 from ds_moe import checkpoint
 from ds_moe.checks import check_model, warmup_problem
 from ds_moe.config import RunConfig
+from ds_moe.data.forms import eval_form, train_form
 from ds_moe.data.loading import BAD_RECORDS
-from ds_moe.data.rollouts import train_form
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.ds_config import precision, resolve_deepspeed
+from ds_moe.early_stopping import EarlyStopping
 from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, start_distributed
 from ds_moe.errors import UserError
-from ds_moe.evaluate import Answering, evaluate, raise_together, to_device
+from ds_moe.evaluate import raise_together, to_device
 from ds_moe.expert_load import counts_so_far, reduce_load, watch
+from ds_moe.gating.stages import GateTask
 from ds_moe.memory import Memory, predict, skeleton
-from ds_moe.models.base import fingerprint, keeps_base_apart
 from ds_moe.models.convert import moe_layers
-from ds_moe.models.lora import set_trainable
-from ds_moe.models.processor import load_processor, save_processor, tiny_processor
+from ds_moe.models.processor import processor_of, save_processor
 from ds_moe.models.qwen3_vl import load_model, model_config
 from ds_moe.moe import ForwardContext, MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing, check_biases_agree, loss_free, update_biases
@@ -45,8 +45,8 @@ from ds_moe.rl import PolicyOptimization
 from ds_moe.runfile import dump, dump_yaml, load_run
 from ds_moe.summary import active_flops_per_token, peak_flops, run_summary
 from ds_moe.task import Supervised
+from ds_moe.trainable import fingerprint, keeps_base_apart, set_trainable
 
-DEFAULT_NEW_TOKENS = 16
 BIAS_CHECK_EVERY = 50  # steps; a comparison of 8 bytes a rank
 
 
@@ -80,6 +80,7 @@ class Run:
     total_steps: int
     memory: Memory  # predicted, of one rank
     task: Supervised = field(default_factory=Supervised)
+    patience: EarlyStopping | None = None
     step: int = 0
     file_from: int = 0  # the step at which the data file was begun: rollout files follow one another
     seconds: float = 0.0  # of training steps in this process
@@ -136,11 +137,14 @@ def train(config: RunConfig) -> dict[str, Any]:
         run.note_progress(report)
         last = run.step == run.total_steps
         if run.eval_set is not None and (last or due(run.step, config.train.eval_every)):
-            run_evaluation(run, limit=None if last else config.train.eval_samples)
-        save_due = last or save_due or due(run.step, config.checkpoint.every)
+            report = run_evaluation(run, limit=None if last else config.train.eval_samples)
+            save_due = save_due or best_so_far(run, report)
+        save_due = save_due or (last and run.patience is None) or due(run.step, config.checkpoint.every)
         if save_due and run.task.at_boundary:
             save_checkpoint(run)
             save_due = False
+        if run.patience is not None and run.patience.exhausted:
+            break
     finish(run)
     run.engine.destroy()
     return run.result
@@ -156,12 +160,12 @@ def set_up(config: RunConfig) -> Run:
     raise_together(_unwritable(Path(config.train.output_dir)))
     seed_everything(config.train.seed)
     dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
-    processor = _processor(config)
+    processor = processor_of(config.model)
     ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
     stream = TrainStream(config, processor, **ranks, form=train_form(config, model_config(config.model)))
     eval_set = None
     if config.data.eval is not None:
-        eval_set = EvalSet(config, processor, **ranks)
+        eval_set = EvalSet(config, processor, **ranks, form=eval_form(config))
     total_steps = config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch
     follows = config.task == "rl" and config.train.epochs is not None  # other rollout files, whose steps are not known
     if not follows and (problem := warmup_problem(config, total_steps)):
@@ -187,10 +191,19 @@ def set_up(config: RunConfig) -> Run:
     )
     if config.monitor.tensorboard:
         watch(moe_layers(engine.module), len(stream.kinds))
-    task = Supervised()
+    task = _task(config, engine.module, stream)
+    patience = EarlyStopping(config.train.patience) if config.train.patience else None
+    return Run(
+        config, topology, engine, context, processor, stream, eval_set, monitor, total_steps, memory, task, patience
+    )
+
+
+def _task(config: RunConfig, model: Any, stream: TrainStream) -> Supervised:
     if config.task == "rl":
-        task = PolicyOptimization(config.rl, config.moe is not None and config.moe.replay.enabled, engine.module)
-    return Run(config, topology, engine, context, processor, stream, eval_set, monitor, total_steps, memory, task)
+        return PolicyOptimization(config.rl, config.moe is not None and config.moe.replay.enabled, model)
+    if config.task == "gate":
+        return GateTask(config.gate, model, stream.kept)
+    return Supervised()
 
 
 def _unwritable(folder: Path) -> str | None:
@@ -207,12 +220,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _processor(config: RunConfig) -> Any:
-    if config.model.path is not None:
-        return load_processor(config.model.path)
-    return tiny_processor("vl" if str(config.model.preset).startswith("tiny-vl") else "text")
 
 
 def resume(run: Run) -> None:
@@ -233,6 +240,8 @@ def resume(run: Run) -> None:
         run.total_steps += run.file_from
         run.monitor.total_steps = run.total_steps
     run.result = {**state["result"], "checkpoint": str(path)}
+    if run.patience is not None and state.get("best_loss") is not None:
+        run.patience.note(state["best_loss"], run.result)
     run.monitor.note(
         f"resumed from {path} at step {run.step} (saved by {state['world_size']} ranks with ep_size {state['ep_size']})"
         + (", with the next rollout file" if next_file else "")
@@ -311,15 +320,24 @@ def routing_report(run: Run) -> RoutingReport | None:
 
 
 def run_evaluation(run: Run, limit: int | None) -> EvalReport:
-    train_config = run.config.train
-    answering = None
-    if train_config.eval_generate:
-        answering = Answering(run.processor, train_config.max_new_tokens or DEFAULT_NEW_TOKENS)
-    shown = run.config.monitor.sample_images
-    report = evaluate(run.engine, run.eval_set, answering, step=run.step, limit=limit, shown=shown)
+    report = run.task.evaluate(run, limit)
     run.monitor.evaluated(report)
     run.result |= {"eval_loss": report.loss, "accuracy": report.accuracy}
     return report
+
+
+def best_so_far(run: Run, report: EvalReport) -> bool:
+    """With `train.patience`: whether this evaluation's weights are the ones to keep. The result stays that of the best
+    ones."""
+    if run.patience is None:
+        return False
+    better = run.patience.note(report.loss, run.result)
+    if not better:
+        run.result = {**run.patience.result, "checkpoint": run.result.get("checkpoint")}
+    if run.patience.exhausted:
+        best = f"held-out loss {run.patience.best:.4f} after step {run.result['step']}"
+        run.monitor.note(f"step {run.step}: {run.patience.waited} evaluations without a better one than the {best}")
+    return better
 
 
 def save_checkpoint(run: Run) -> None:
@@ -339,6 +357,7 @@ def save_checkpoint(run: Run) -> None:
         "file_from": run.file_from,
         "precision": precision(run.config, on_cpu()),
         "result": run.result,
+        "best_loss": run.patience.best if run.patience is not None else None,
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
     path = checkpoint.save(

@@ -173,6 +173,9 @@ def test_all_mistakes_are_found_at_once_in_the_order_of_the_file(run):
 
 
 LORA = "lora={rank: 8}"
+GATE = ["task=gate", "moe=null", "model.preset=tiny-vl-dense", "gate.adapters_in=adapters"]
+LATER = [*GATE, "gate.stage=end_to_end"]
+EVALUATED = ["data.eval=digits", "train.eval_every=5"]
 RL = ["task=rl", "data.train=rollouts.jsonl"]
 # Every rule about keys without effect or in contradiction: overrides that trigger it, and words of the complaint.
 RULES = {
@@ -247,6 +250,43 @@ RULES = {
     "lora and a router that learns nothing": (
         ["lora={train_router: true}", "moe.router.kind=hash"],
         "moe.router.kind hash learns nothing: set lora.train_router false",
+    ),
+    "gate": (["gate.width=8"], "gate would not be used: task is sft"),
+    "gate.text": (
+        [*GATE, "gate.modalities=vision", "gate.text=last"],
+        "gate.text would not be used: gate.modalities is",
+    ),
+    "gate.text_layer": ([*GATE, "gate.text_layer=1"], "gate.text_layer would not be used: gate.text is embeddings"),
+    "gate.top_k": ([*GATE, "gate.top_k=2"], "gate.top_k would not be used: gate.select is soft"),
+    "gate.temperature": (
+        [*GATE, "gate.select=top_k", "gate.top_k=1", "gate.temperature=0.5"],
+        "gate.temperature would not be used: gate.select top_k with gate.top_k 1",
+    ),
+    "gate.class_weights": ([*LATER, "gate.class_weights=balanced"], "would not be used: gate.stage is end_to_end"),
+    "gate.entropy_weight": ([*GATE, "gate.entropy_weight=0.1"], "would not be used: gate.stage is supervised"),
+    "gate.kl_weight": (
+        [*GATE, "gate.start=x", "gate.kl_weight=0.1"],
+        "gate.kl_weight would not be used: gate.stage is supervised",
+    ),
+    "gate.adapter_lr": ([*LATER, "gate.adapter_lr=0.1"], "adapter_lr would not be used: gate.stage is end_to_end"),
+    "a supervised gate that would answer": (
+        [*GATE, *EVALUATED, "train.eval_generate=true"],
+        "train.eval_generate would not be used: gate.stage supervised learns which adapter, and answers nothing",
+    ),
+    "a gate without adapters": ([*GATE, "gate.adapters_in=null"], "neither gate.adapters nor gate.adapters_in is set"),
+    "a gate over experts": ([*GATE, "moe={ep_size: 1}"], "section moe would not be used: task gate gates adapters of"),
+    "a gate with lora": ([*GATE, LORA], "section lora would not be used: task gate brings the adapters itself"),
+    "a gate upon a frozen part": ([*GATE, "model.freeze=[vision]"], "task gate freezes the whole model; remove it"),
+    "a pull to no gate": ([*LATER, "gate.kl_weight=0.1"], "near that of gate.start, which is not set"),
+    "top_k without k": ([*GATE, "gate.select=top_k"], "gate.select top_k needs gate.top_k; set it"),
+    "layer without number": ([*GATE, "gate.text=layer"], "gate.text layer needs gate.text_layer; set it"),
+    "a constant gate": ([*LATER, "gate.select=top_k", "gate.top_k=1"], "learns nothing from the answers of stage"),
+    "text for tokens": ([*GATE, "gate.per=token", "gate.text=last"], "per token reads each token's own embedding"),
+    "patience without evaluations": (["train.patience=2"], "train.patience counts periodic evaluations"),
+    "patience over samples": ([*EVALUATED, "train.patience=2", "train.eval_samples=5"], "remove train.eval_samples"),
+    "patience and periodic checkpoints": (
+        [*EVALUATED, "train.patience=2", "checkpoint.every=5"],
+        "checkpoint.every beside train.patience",
     ),
     "rl": (["rl.objective=dapo"], "rl would not be used: task is sft"),
     "moe.replay.moves_bias": ([*RL, "moe.replay={enabled: true, moves_bias: true}"], "lists no loss_free"),

@@ -65,6 +65,7 @@ class DigitsRecords:
     def __init__(self, split: Split):
         self._samples = digits_samples(split)
         self.bad: list[BadRecord] = []
+        self.kept: list[None] = [None] * len(self._samples)
         self.kinds, self.form = tuple(sorted(QUESTIONS)), CHAT
         self.lengths = np.array([len(sample.last_question()) + len(sample.answer) for sample in self._samples])
         text = json.dumps([(sample.last_question(), sample.answer) for sample in self._samples])

@@ -30,6 +30,7 @@ class Records(Protocol):
     bad: list[BadRecord]
     kinds: tuple[str, ...]  # of its samples, sorted: the same on every rank
     form: Form
+    kept: list[Any]  # what the form keeps of each record
 
     def __len__(self) -> int: ...
 

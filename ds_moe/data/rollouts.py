@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_moe.config import RunConfig
 from ds_moe.data.chat import Sample, image_pool, parse_record, type_of
 from ds_moe.data.collate import Batch, Encoded, check_length, collate, encode, encode_images, padded
 from ds_moe.data.form import CHAT, Form, image_tokens
@@ -97,21 +96,6 @@ class RolloutRecords:
 
     def where(self, index: int) -> str:
         return self._records.where(index)
-
-
-def train_form(config: RunConfig, model_config: Any) -> Form:
-    """What the records of data.train are in this run.
-
-    Args:
-        model_config: transformers' config of the model.
-    """
-    if config.task == "sft":
-        return CHAT
-    shape = None
-    if config.moe is not None and config.moe.replay.enabled:
-        shape = RoutingShape.of(model_config)
-        shape = replace(shape, top_k=config.moe.router.top_k or shape.top_k)
-    return rollout_form(shape, config.rl.normalize_std, need_reference=config.rl.kl_weight > 0)
 
 
 def rollout_form(shape: RoutingShape | None, normalize_std: bool = True, need_reference: bool = False) -> Form:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ds_moe.config import RunConfig
 from ds_moe.data.chat import BadRecord, Sample
-from ds_moe.data.collate import Batch, collate, collate_prompts
+from ds_moe.data.collate import Batch, collate_prompts
 from ds_moe.data.form import CHAT, Form
 from ds_moe.data.loading import BadRecordLog, Encoder, forget_earlier_run, open_records
 from ds_moe.data.order import FILLER, Plan
@@ -96,6 +96,11 @@ class TrainStream:
         self.skipped = self._log.records
 
     @property
+    def kept(self) -> list[Any]:
+        """What the form keeps of every record of the file."""
+        return self._records.kept
+
+    @property
     def error(self) -> str | None:
         """Without `raise_errors`: the bad record, with the fix, that must end the run. None: all is well."""
         return self._log.error
@@ -169,10 +174,20 @@ class EvalBatch:
 class EvalSet:
     """data.eval, dealt out to the ranks in file order. `skipped`, `raise_errors` and `error` as in `TrainStream`."""
 
-    def __init__(self, config: RunConfig, processor: Any, *, rank: int, world_size: int, raise_errors: bool = True):
+    def __init__(
+        self,
+        config: RunConfig,
+        processor: Any,
+        *,
+        rank: int,
+        world_size: int,
+        raise_errors: bool = True,
+        form: Form = CHAT,
+    ):
         if config.data.eval is None:
             raise UserError('data.eval: is not set (give a JSONL or Parquet file, or "digits")')
-        records = open_records(config, config.data.eval, "held-out")
+        records = open_records(config, config.data.eval, "held-out", form)
+        self._form = form
         self._size = config.train.eval_batch_size or config.train.micro_batch_size
         self._rank, self._world_size, self._count = rank, world_size, len(records)
         self._processor, self._encoder = processor, Encoder(config, records, processor)
@@ -202,7 +217,7 @@ class EvalSet:
         self._log.note(bad)
         samples = [self._encoder.sample(index) for index in used]
         return EvalBatch(
-            batch=collate(encoded, self._processor),
+            batch=self._form.collate(encoded, self._processor),
             prompt=collate_prompts(encoded, self._processor),
             answers=[sample.answer.strip() for sample in samples],
             weights=[int(index != FILLER) for index in used],

@@ -67,12 +67,11 @@ def _check_split(case: Case, split: str, processor: Any) -> Iterator[Finding]:
 
 def _records(case: Case, split: str) -> Any:
     from ds_moe.data.demo import DigitsRecords
-    from ds_moe.data.form import CHAT
+    from ds_moe.data.forms import eval_form, train_form
     from ds_moe.data.records import read_records
-    from ds_moe.data.rollouts import train_form
 
     path = getattr(case.config.data, split)
     if path == "digits":
         return DigitsRecords("train" if split == "train" else "held-out")
-    form = train_form(case.config, case.model) if split == "train" and case.model is not None else CHAT
+    form = train_form(case.config, case.model) if split == "train" else eval_form(case.config)
     return read_records(path, case.config.data.model_copy(update={"on_bad_record": "skip"}), form=form)

@@ -19,7 +19,7 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
     """Frozen parts and predicted memory, on the model without storage."""
     from ds_moe.memory import load, predict, skeleton
     from ds_moe.models.convert import expert_state
-    from ds_moe.models.lora import set_trainable
+    from ds_moe.trainable import set_trainable
 
     if case.model is None:
         return

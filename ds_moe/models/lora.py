@@ -14,10 +14,9 @@ import peft
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ds_moe.config import LoRAConfig, RunConfig
+from ds_moe.config import LoRAConfig
 from ds_moe.errors import UserError
 from ds_moe.models.convert import FAMILIES
-from ds_moe.models.qwen3_vl import freeze, frozen
 from ds_moe.moe.lora import ExpertLoRA
 
 ADAPTER = "default"  # PEFT's name of the one adapter in a model's parameter names
@@ -26,14 +25,6 @@ EXPERTS = re.compile(r"(.+\.mlp\.experts)\.lora\.(gate_up|down)_([AB])")
 # PEFT wraps a module once for every parameter that it targets: the last one stands outside.
 WRAPPED = {"gate_up": "base_layer.", "down": ""}
 TARGET_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-
-def set_trainable(model: PreTrainedModel, config: RunConfig) -> None:
-    """Freeze what a run does not train of an unconverted model, and add what it trains instead."""
-    if config.lora is None:
-        freeze(model, frozen(config))
-    else:
-        add_lora(model, config.lora, config.train.seed)
 
 
 def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:

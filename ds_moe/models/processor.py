@@ -21,6 +21,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ds_moe.config import ModelConfig
 from ds_moe.data.demo import ANSWERS, QUESTIONS
 from ds_moe.errors import UserError
 
@@ -97,22 +98,25 @@ class TextProcessor:
 Processor = HFQwen3VLProcessor | TextProcessor
 
 
-@lru_cache(maxsize=1)
-def _tiny_vocabulary() -> tuple[dict[str, int], Any]:
-    """Vocabulary and merges of a byte-level BPE over the demo's words: any text encodes, the demo's in few tokens."""
+def _digits_texts() -> tuple[str, ...]:
     words = [wording for wordings in QUESTIONS.values() for wording in wordings]
-    answers = [answer(digit) for answer in ANSWERS.values() for digit in range(10)]
+    return (*words, *(answer(digit) for answer in ANSWERS.values() for digit in range(10)))
+
+
+@lru_cache(maxsize=2)
+def _tiny_vocabulary(texts: tuple[str, ...]) -> tuple[dict[str, int], Any]:
+    """Vocabulary and merges of a byte-level BPE over `texts`: any text encodes, these in few tokens."""
     blank = Qwen2Tokenizer(vocab={PAD: 0}, merges=[])._tokenizer  # its normalizer and pre-tokenizer
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     trainer = trainers.BpeTrainer(vocab_size=448, show_progress=False, initial_alphabet=sorted(ByteLevel.alphabet()))
-    tokenizer.train_from_iterator([*words, *answers, "system", "user", "assistant"], trainer)
+    tokenizer.train_from_iterator([*texts, "system", "user", "assistant"], trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-def _tiny_tokenizer() -> PreTrainedTokenizerBase:
-    vocabulary, merges = _tiny_vocabulary()
+def _tiny_tokenizer(texts: tuple[str, ...]) -> PreTrainedTokenizerBase:
+    vocabulary, merges = _tiny_vocabulary(texts)
     # The hub's class for this model family: a folder with a config.json reloads as it, whatever was saved there.
     names: dict[str, Any] = {"unk_token": None, "eos_token": EOS, "pad_token": PAD}
     tokenizer = Qwen2Tokenizer(vocab=dict(vocabulary), merges=list(merges), **names)
@@ -122,21 +126,25 @@ def _tiny_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tiny_processor(kind: Literal["vl", "text"] = "vl") -> Processor:
+def tiny_processor(
+    kind: Literal["vl", "text"] = "vl", texts: tuple[str, ...] | None = None, patch_size: int = 4
+) -> Processor:
     """The processor of the tiny presets, built offline and the same in every process: "vl" or "text".
 
-    A 16x16 image becomes 4x4 patches of 4x4 pixels, merged 2x2 into 4 image tokens.
+    A 16x16 image becomes 4x4 patches of 4x4 pixels, merged 2x2 into 4 image tokens. Other tiny models may have a
+    vocabulary made for other `texts` than the digits demo's, and larger patches.
     """
-    tokenizer = _tiny_tokenizer()
+    tokenizer = _tiny_tokenizer(texts or _digits_texts())
     if kind == "text":
         return TextProcessor(tokenizer)
     if kind != "vl":
         raise ValueError(f"tiny_processor: kind {kind!r} is neither 'vl' nor 'text'")
     half = [0.5, 0.5, 0.5]
-    settings: dict[str, Any] = {"size": dict(TINY_PIXELS), "image_mean": half, "image_std": half, **TINY_PATCH}
+    patch = {**TINY_PATCH, "patch_size": patch_size}
+    settings: dict[str, Any] = {"size": dict(TINY_PIXELS), "image_mean": half, "image_std": half, **patch}
     images = Qwen2VLImageProcessorPil(**settings)
     processor = Qwen3VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
-    processor.video_config = {"video_processor_type": "Qwen3VLVideoProcessor", **TINY_PATCH}
+    processor.video_config = {"video_processor_type": "Qwen3VLVideoProcessor", **patch}
     return processor
 
 
@@ -183,6 +191,13 @@ def _load_by_class(path: str | Path, cause: Exception | None) -> Processor:
     file = cached_file(str(path), VIDEO_CONFIG, _raise_exceptions_for_missing_entries=False)
     processor.video_config = settings.get("video_processor") or (json.loads(Path(file).read_text()) if file else None)
     return processor
+
+
+def processor_of(model: ModelConfig) -> Processor:
+    """The processor of a run's `model` section."""
+    if model.path is not None:
+        return load_processor(model.path)
+    return tiny_processor("vl" if str(model.preset).startswith("tiny-vl") else "text")
 
 
 def save_processor(processor: Processor, path: str | Path) -> None:

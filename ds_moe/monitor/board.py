@@ -81,17 +81,19 @@ class Board:
                 self._heat_maps[tag] = LoadHeatMap(layers, experts, kinds)
             return self._heat_maps[tag].draw(counts, caption)
 
-        self._draw(tag, draw, step)
+        self.picture(tag, draw, step)
 
     def pairs(self, pairs_EE: np.ndarray, caption: str, step: int) -> None:
         """Draw which experts of the first layer serve the same tokens, in the background."""
-        self._draw("moe/coactivation", lambda: draw_coactivation(pairs_EE, caption), step)
+        self.picture("moe/coactivation", lambda: draw_coactivation(pairs_EE, caption), step)
 
     def samples(self, shown: list[ShownSample], step: int) -> None:
         """Draw evaluated samples in the background."""
-        self._draw("eval/samples", lambda: sample_gallery(shown, f"Held-out samples after step {step:,}"), step)
+        self.picture("eval/samples", lambda: sample_gallery(shown, f"Held-out samples after step {step:,}"), step)
 
-    def _draw(self, tag: str, picture: Callable[[], np.ndarray], step: int) -> None:
+    def picture(self, tag: str, picture: Callable[[], np.ndarray], step: int) -> None:
+        """Draw a picture, uint8 (height, width, 3), in the background."""
+
         def job() -> None:
             began_s = time.thread_time()
             try:

@@ -120,7 +120,9 @@ class RunMonitor(Monitor):
         scalars = {"eval/loss": report.loss}
         for kind, share in report.accuracy.items():
             scalars["eval/accuracy" if kind == "mean" else f"eval/accuracy_{tag(kind)}"] = share
-        self._board.scalars(scalars, report.step)
+        self._board.scalars(scalars | report.scalars, report.step)
+        for name, picture in report.pictures.items():
+            self._board.picture(name, picture, report.step)
         shown = report.samples[: self.config.sample_images]
         if shown:
             self._board.samples(shown, report.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -70,3 +71,5 @@ class EvalReport:
     loss: float
     accuracy: dict[str, float]  # share of exact matches of each kind of question, and "mean"; empty if not generated
     samples: list[ShownSample]
+    scalars: dict[str, float] = field(default_factory=dict)  # what else is measured, by TensorBoard tag
+    pictures: dict[str, Callable[[], np.ndarray]] = field(default_factory=dict)  # drawn where they are shown

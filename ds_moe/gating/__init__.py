@@ -1,0 +1,1 @@
+"""A learned gate over LoRA adapters: which one serves a request."""

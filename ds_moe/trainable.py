@@ -1,0 +1,61 @@
+"""What a run trains, and the frozen base it builds on: checkpoints leave that out, and go with no other."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel
+
+from ds_moe.config import RunConfig
+from ds_moe.gating.adapters import WEIGHTS, find_adapters
+from ds_moe.gating.gate import install_gate
+from ds_moe.models.lora import add_lora
+from ds_moe.models.qwen3_vl import freeze, frozen
+
+SAMPLE = 2**16  # bytes read at the start, in the middle and at the end of a weight file
+
+
+def set_trainable(model: PreTrainedModel, config: RunConfig) -> None:
+    """Freeze what a run does not train of an unconverted model, and add what it trains instead."""
+    if config.task == "gate":
+        install_gate(model, config.gate)
+    elif config.lora is not None:
+        add_lora(model, config.lora, config.train.seed)
+    else:
+        freeze(model, frozen(config))
+
+
+def keeps_base_apart(config: RunConfig) -> bool:
+    """Whether this run's checkpoints leave out the frozen model."""
+    return config.lora is not None or config.task == "gate"
+
+
+def fingerprint(config: RunConfig) -> dict[str, Any]:
+    """JSON-able, equal for equal weights: of model and adapters, each weight file's size and a hash of samples of it.
+
+    Hashing every byte of a large model would take minutes at every save; another checkpoint, dtype or layout of the
+    same model differs in its samples.
+    """
+    if config.model.preset is not None:
+        found: dict[str, Any] = {"preset": config.model.preset, "seed": config.train.seed}
+    else:
+        path = Path(str(config.model.path))
+        folder = path if path.is_dir() else Path(snapshot_download(str(config.model.path), local_files_only=True))
+        found = {"files": {file.name: _sampled(file) for file in sorted(folder.glob("*.safetensors"))}}
+    if config.task == "gate":
+        adapters = find_adapters(config.gate.adapters, config.gate.adapters_in)
+        found["adapters"] = {name: _sampled(folder / WEIGHTS) for name, folder in adapters.items()}
+    return found
+
+
+def _sampled(file: Path) -> str:
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for start in (0, max(size // 2, 0), max(size - SAMPLE, 0)):
+            stream.seek(start)
+            digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()
