@@ -37,9 +37,9 @@ setup(
         "pillow>=12",
         "numpy>=2.3",
         "matplotlib>=3.10",
+        "scikit-learn>=1.7",  # scores of a gate; the demo's images are its scans of handwritten digits
     ],
     extras_require={
-        "demo": ["scikit-learn>=1.7"],  # its bundled scans of handwritten digits are the demo's images
         "dev": [
             "pytest>=9",
             "pytest-timeout>=2.4",

@@ -36,6 +36,7 @@ GATE_UNUSED: dict[str, Unused] = {
     "gate": _no_gate,
     "gate.text": _no_text,
     "gate.text_layer": lambda config: _no_text(config) or _gate_is("text", "layer")(config),
+    "gate.vision": lambda config: "gate.modalities is text" if config.gate.modalities == "text" else None,
     "gate.top_k": _gate_is("select", "top_k"),
     "gate.temperature": lambda config: (
         "gate.select top_k with gate.top_k 1 has weights of 1 at any temperature"
@@ -53,6 +54,13 @@ def _adapters(config: RunConfig) -> Complaint:
     none = config.task == "gate" and not config.gate.adapters and config.gate.adapters_in is None
     text = "neither gate.adapters nor gate.adapters_in is set; name the adapters, or their folder"
     return "gate", text if none else None
+
+
+def _labelled_data(config: RunConfig) -> Complaint:
+    for key in ("train", "eval"):
+        if config.task == "gate" and getattr(config.data, key) == "digits":
+            return f"data.{key}", f'data.{key} is "digits", whose records name no adapter; give a JSONL file'
+    return "data.train", None
 
 
 def _alone(config: RunConfig) -> Complaint:
@@ -109,6 +117,7 @@ def _patience(config: RunConfig) -> Complaint:
 
 GATE_CONTRADICTIONS: list[Callable[[RunConfig], Complaint]] = [
     _adapters,
+    _labelled_data,
     _alone,
     _reference,
     _top_k,

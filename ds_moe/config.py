@@ -182,8 +182,8 @@ class TrainConfig(Section):
     eval_batch_size: int | None = Field(default=None, gt=0)  # samples a rank; default micro_batch_size
     eval_samples: int | None = Field(default=None, gt=0)  # of data.eval in periodic evaluations; default all
     eval_generate: bool = True  # also generate answers and count exact matches
-    patience: int | None = Field(default=None, gt=0)  # evaluations without a better loss that end the run
     max_new_tokens: int | None = Field(default=None, gt=0)  # of a generated answer (default 16)
+    patience: int | None = Field(default=None, gt=0)  # evaluations without a better loss that end the run
 
 
 class LoRAConfig(Section):
@@ -207,6 +207,7 @@ class GateConfig(Section):
     start: str | None = None  # an output folder, checkpoint or exported gate of the stage before
     text: Literal["embeddings", "layer", "last", "first"] = "embeddings"  # what the request is read from
     text_layer: int | None = Field(default=None, gt=0)  # decoder layer whose output it is, from 1
+    vision: Literal["mean", "mean_std"] = "mean_std"  # what the screen is read from: of the vision tower's tokens
     modalities: Literal["both", "text", "vision"] = "both"
     width: int = Field(default=128, gt=0)  # of the hidden layer
     select: Literal["soft", "top_k", "hard"] = "soft"

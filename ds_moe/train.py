@@ -287,6 +287,7 @@ def train_step(run: Run, steps: Any) -> StepReport:
         step_s=time.perf_counter() - began,
         data_wait_s=data_wait_s,
         task=run.task.metrics(run),
+        task_name=run.config.task,
     )
 
 

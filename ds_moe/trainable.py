@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
 from ds_moe.config import RunConfig
-from ds_moe.gating.adapters import WEIGHTS, find_adapters
+from ds_moe.gating.adapters import CONFIG, WEIGHTS, find_adapters
 from ds_moe.gating.gate import install_gate
 from ds_moe.models.lora import add_lora
 from ds_moe.models.qwen3_vl import freeze, frozen
@@ -47,7 +47,9 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         found = {"files": {file.name: _sampled(file) for file in sorted(folder.glob("*.safetensors"))}}
     if config.task == "gate":
         adapters = find_adapters(config.gate.adapters, config.gate.adapters_in)
-        found["adapters"] = {name: _sampled(folder / WEIGHTS) for name, folder in adapters.items()}
+        files = (WEIGHTS, CONFIG)  # the second has the scale of the first
+        found["adapters"] = {name: [_sampled(path / file) for file in files] for name, path in adapters.items()}
+        found["order"] = list(adapters)  # of the router's outputs; dicts are equal in any
     return found
 
 

@@ -173,9 +173,9 @@ def test_all_mistakes_are_found_at_once_in_the_order_of_the_file(run):
 
 
 LORA = "lora={rank: 8}"
-GATE = ["task=gate", "moe=null", "model.preset=tiny-vl-dense", "gate.adapters_in=adapters"]
+GATE = ["task=gate", "moe=null", "model.preset=tiny-vl-dense", "gate.adapters_in=adapters", "data.train=routed.jsonl"]
 LATER = [*GATE, "gate.stage=end_to_end"]
-EVALUATED = ["data.eval=digits", "train.eval_every=5"]
+EVALUATED = ["data.eval=held_out.jsonl", "train.eval_every=5"]
 RL = ["task=rl", "data.train=rollouts.jsonl"]
 # Every rule about keys without effect or in contradiction: overrides that trigger it, and words of the complaint.
 RULES = {
@@ -257,6 +257,7 @@ RULES = {
         "gate.text would not be used: gate.modalities is",
     ),
     "gate.text_layer": ([*GATE, "gate.text_layer=1"], "gate.text_layer would not be used: gate.text is embeddings"),
+    "gate.vision": ([*GATE, "gate.modalities=text", "gate.vision=mean"], "not be used: gate.modalities is text"),
     "gate.top_k": ([*GATE, "gate.top_k=2"], "gate.top_k would not be used: gate.select is soft"),
     "gate.temperature": (
         [*GATE, "gate.select=top_k", "gate.top_k=1", "gate.temperature=0.5"],
@@ -273,6 +274,7 @@ RULES = {
         [*GATE, *EVALUATED, "train.eval_generate=true"],
         "train.eval_generate would not be used: gate.stage supervised learns which adapter, and answers nothing",
     ),
+    "a gate on digits": ([*GATE, "data.train=digits"], 'data.train is "digits", whose records name no adapter'),
     "a gate without adapters": ([*GATE, "gate.adapters_in=null"], "neither gate.adapters nor gate.adapters_in is set"),
     "a gate over experts": ([*GATE, "moe={ep_size: 1}"], "section moe would not be used: task gate gates adapters of"),
     "a gate with lora": ([*GATE, LORA], "section lora would not be used: task gate brings the adapters itself"),

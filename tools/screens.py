@@ -153,7 +153,7 @@ def draw_calendar(pen: Pen, panel: Box, place: Place) -> None:
     for column, row in DAYS:
         day = (columns[column][0], rows[row][0], columns[column][1], rows[row][1])
         marked = (column, row) == place
-        pen.draw.rectangle(day, pen.theme.accent if marked else None, pen.theme.faint)
+        pen.draw.rectangle(day, pen.theme.accent if marked else None, pen.theme.ink)
         pen.text(day, str(start + column + 7 * row), pen.theme.panel if marked else pen.theme.ink, 8, "mm")
 
 

@@ -50,7 +50,7 @@ pip setuptools wheel ninja packaging psutil
 # DeepSpeed is a source package whose setup imports torch (hence no isolation); its ops are compiled when first used.
 DS_BUILD_OPS=0 pip --no-build-isolation deepspeed
 say "installing ds_moe and its dependencies"
-pip --no-build-isolation -e '.[demo,dev]'
+pip --no-build-isolation -e '.[dev]'
 say "installed; building DeepSpeed's CPU communication op"
 "$python" -m ds_moe.ops
 say "ready: $venv"

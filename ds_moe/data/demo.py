@@ -22,7 +22,6 @@ from PIL import Image
 from ds_moe.data.chat import BadRecord, Sample, Turn
 from ds_moe.data.form import CHAT
 from ds_moe.data.images import ImageSource
-from ds_moe.errors import UserError
 
 Split = Literal["train", "held-out"]
 
@@ -120,10 +119,8 @@ def _write_split(file: Path, split: Split) -> Path:
 
 def _scans() -> tuple[np.ndarray, np.ndarray]:
     """(1797, 8, 8) float, 0 to 16, and (1797,) int."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError('data: "digits" needs scikit-learn (pip install "ds-moe[demo]")') from error
+    from sklearn.datasets import load_digits  # a second of import that other data do not need
+
     pixels, digits = load_digits(return_X_y=True)
     return np.reshape(pixels, (-1, 8, 8)), np.asarray(digits)
 

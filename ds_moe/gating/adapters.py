@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from ds_moe.data.chat import TAKEN_KINDS
 from ds_moe.errors import UserError
 
 VISION = "model.visual."
@@ -89,6 +90,8 @@ def find_adapters(explicit: dict[str, str], folder: str | None) -> dict[str, Pat
         how_many = f"only {next(iter(found))!r}" if found else "none"
         raise UserError(f"a gate needs at least 2 adapters, found {how_many}{where}: give folders that hold {CONFIG}")
     for name, path in found.items():
+        if name in TAKEN_KINDS:
+            raise UserError(f"adapter name {name!r} is that of an evaluation's own row: rename the adapter")
         _check_files(name, path)
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from transformers.utils.logging import disable_progress_bar
 
 from ds_moe.config import RunConfig
 from ds_moe.data.form import Form
@@ -19,7 +20,7 @@ from ds_moe.ds_config import precision, trains_on_cpu
 from ds_moe.errors import UserError
 from ds_moe.gating.gate import install_gate
 from ds_moe.gating.manifest import Route, write_manifest
-from ds_moe.gating.saved import SavedGate, export_gate, freeze_gate, load_gate, read_gate
+from ds_moe.gating.saved import SavedGate, check_base, export_gate, freeze_gate, load_gate, read_gate
 from ds_moe.gating.scores import RoutingScores, as_json, check_not_constant, probe_accuracy, table
 from ds_moe.gating.stages import pictures
 from ds_moe.gating.survey import Survey, survey
@@ -58,6 +59,9 @@ def load_gated(path: str, overrides: list[str], source: str | None) -> Gated:
     if config.task != "gate":
         raise UserError(f"{config.at('task')}: task is {config.task}; ds-moe gate is about runs of task gate")
     saved = read_gate(Path(source or config.train.output_dir))
+    if saved.reader is not None:
+        check_base(saved.path, config)
+    disable_progress_bar()  # of loading: the answer is on standard output
     on_cpu = trains_on_cpu()
     dtype = torch.bfloat16 if precision(config, on_cpu) == "bf16" else torch.float32
     model = load_model(config.model, dtype, config.train.seed)
@@ -77,15 +81,15 @@ def evaluate_gate(path: str, overrides: list[str], source: str | None, json_file
     gated = load_gated(path, overrides, source)
     if gated.config.data.eval is None:
         raise UserError("data.eval is not set: there is nothing to evaluate on (data.eval=FILE)")
-    form = gate_form(gated.names, labelled=True)
-    found = gated.survey(gated.config.data.eval, form)
-    seen = gated.survey(gated.config.data.train, form, BASELINE_RECORDS)
-    scores = found.scores(seen.labels_N)
-    assert scores is not None  # every record is labelled
-    baselines = {
-        name: probe_accuracy(getattr(seen, part), seen.labels_N, getattr(found, part), found.labels_N)
-        for name, part in (("text only", "text_ND"), ("vision only", "vision_ND"))
-    }
+    found = gated.survey(gated.config.data.eval, gate_form(gated.names, labelled=True))
+    seen = gated.survey(gated.config.data.train, gate_form(gated.names, labelled=False), BASELINE_RECORDS)
+    labels_N = seen.labels_N[seen.labelled]
+    scores = found.scores(labels_N if len(labels_N) else None)
+    assert scores is not None  # every record of data.eval is labelled
+    baselines = {}
+    for name, part in (("text only", "text_ND"), ("vision only", "vision_ND")) if len(labels_N) else ():
+        train_ND = getattr(seen, part)[seen.labelled]
+        baselines[name] = probe_accuracy(train_ND, labels_N, getattr(found, part), found.labels_N)
     print(table(scores, baselines), flush=True)
     if json_file is not None:
         Path(json_file).write_text(json.dumps(as_json(scores, baselines), indent=1))

@@ -23,7 +23,7 @@ class Features:
     """Features of B samples, the input of a `GateRouter`."""
 
     text_BD: Tensor  # fp32, of the request; zeros for a sample without any
-    vision_BD: Tensor  # fp32, of the screen; zeros for a sample without an image
+    vision_BD: Tensor  # fp32, (B, D) or (B, 2 D), of the screen; zeros for a sample without an image
     present_B: Tensor  # bool, whether the sample has an image
     token_BSD: Tensor | None = None  # embedding of every token, any float dtype; only for gates per token
     mask_BS: Tensor | None = None  # bool, the tokens of `token_BSD` that count; only for gates per token
@@ -150,3 +150,21 @@ def mean_vision(pooled: Sequence[Tensor], counts_B: Tensor, width: int | None = 
     total_BD = torch.where(own_BI.unsqueeze(-1), total_ID, 0.0).sum(1)  # no matmul: 0 * NaN would reach every sample
     tokens_B = torch.where(own_BI, tokens_I, 0).sum(1)
     return total_BD / tokens_B.clamp(min=1).unsqueeze(1), tokens_B > 0
+
+
+def vision_statistics(
+    pooled: Sequence[Tensor], counts_B: Tensor, width: int, deviation: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(features, present (B,) bool): `mean_vision`, (B, D), and with `deviation` beside it the standard deviation over
+    the same tokens, (B, 2 D).
+
+    A mean alone tells little of a screen's layout; what varies over it does (statistics pooling: Snyder et al. 2018,
+    x-vectors). Arguments as for `mean_vision`.
+    """
+    mean_BD, present_B = mean_vision(pooled, counts_B, width)
+    if not deviation:
+        return mean_BD, present_B
+    owner_I = torch.arange(len(counts_B), device=counts_B.device).repeat_interleave(counts_B).tolist()
+    away = [(image.float() - mean_BD[owner]).square() for image, owner in zip(pooled, owner_I, strict=True)]
+    variance_BD, _ = mean_vision(away, counts_B, width)
+    return torch.cat([mean_BD, variance_BD.sqrt()], dim=1), present_B

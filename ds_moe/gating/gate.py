@@ -9,6 +9,7 @@ DeepSpeed, but keeps ranks in step where there are several.
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import wraps
 from typing import Any
 
@@ -27,8 +28,8 @@ from ds_moe.gating.features import (
     image_counts,
     last_text,
     mean_text,
-    mean_vision,
     prompt_mask,
+    vision_statistics,
 )
 from ds_moe.gating.router import GateRouter, GateSettings
 from ds_moe.models.qwen3_vl import encode_blank, has_vision, parallel
@@ -39,9 +40,11 @@ IMAGES = ("pixel_values", "image_grid_thw")
 
 
 def gate_settings(config: GateConfig, model: PreTrainedModel, adapters: int) -> GateSettings:
+    hidden_size = get_hidden_size(model)
     return GateSettings(
         adapters=adapters,
-        hidden_size=get_hidden_size(model),
+        hidden_size=hidden_size,
+        vision_size=(2 if config.vision == "mean_std" else 1) * hidden_size,
         width=config.width,
         select=config.select,
         top_k=config.top_k if config.select == "top_k" else None,
@@ -67,6 +70,9 @@ def install_gate(model: PreTrainedModel, config: GateConfig) -> None:
     layers = model.config.get_text_config().num_hidden_layers
     if config.text_layer is not None and config.text_layer > layers:
         raise UserError(f"gate.text_layer {config.text_layer} exceeds the model's {layers} layers")
+    if config.text == "first":
+        text = "gate.text first is content-free under causal attention: every request gets the same text features"
+        warnings.warn(text, stacklevel=2)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     found = find_adapters(config.adapters, config.adapters_in)
@@ -75,7 +81,7 @@ def install_gate(model: PreTrainedModel, config: GateConfig) -> None:
     model.adapter_bank.train_adapters(config.stage == "joint")
     model.adapter_gate = GateRouter(gate_settings(config, model, len(found))).to(model.device)
     model.gate_reference = None
-    model.reads = (config.text, config.text_layer)
+    model.reads = config
     model.decision, model.features, model.reference_logits = None, None, None
     model.__class__ = _gated(type(model))
 
@@ -83,6 +89,8 @@ def install_gate(model: PreTrainedModel, config: GateConfig) -> None:
 def hold_reference(model: PreTrainedModel) -> None:
     """Keep a frozen copy of the gate as it is now; forwards then leave its logits in `reference_logits`."""
     model.gate_reference = copy.deepcopy(model.adapter_gate).requires_grad_(False)
+    for module in model.gate_reference.modules():  # a checkpoint leaves it out: `gate.start` has it
+        module._non_persistent_buffers_set.update(module._buffers)
 
 
 def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -104,8 +112,19 @@ def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         self.adapter_bank.gates.weights = self.decision.weights
         return base.forward(self, *args, **kwargs)
 
-    names = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (base,), names)
+    @wraps(base.activation_checkpointing_enable)
+    def activation_checkpointing_enable(self: Any, options: Any = None, *args: Any, **kwargs: Any) -> None:
+        options = kwargs.pop("activation_checkpointing_kwargs", options)
+        if options is not None and options.get("use_reentrant") is not False:
+            raise ValueError(
+                "a gated model needs non-reentrant gradient checkpointing, {'use_reentrant': False}: the weights of "
+                "its gate are no input of a layer, and the reentrant kind would go back through them once a layer"
+            )
+        base.activation_checkpointing_enable(self, options, *args, **kwargs)
+
+    methods = {"forward": forward, "activation_checkpointing_enable": activation_checkpointing_enable}
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base,), methods | names)
 
 
 def read(model: Any, inputs: dict[str, Any]) -> tuple[Features, dict[str, Any]]:
@@ -128,12 +147,14 @@ def read(model: Any, inputs: dict[str, Any]) -> tuple[Features, dict[str, Any]]:
         ids = model.config
         not_text = (ids.image_token_id, ids.video_token_id, ids.vision_start_token_id, ids.vision_end_token_id)
         read_BS = prompt_mask(input_ids, mask_BS, inputs.get("labels"), not_text)
-        kind, layer = model.reads
+        kind, layer = model.reads.text, model.reads.text_layer
         embeds_BSD = _embed(model, input_ids)
         hidden_BSD = embeds_BSD if kind == "embeddings" else _contextual(model, inputs, layer)
         counts_B = image_counts(input_ids, ids.image_token_id, ids.vision_start_token_id)
         pooled = encoded.pooler_output if encoded is not None else []
-        vision_BD, present_B = mean_vision(pooled, counts_B, embeds_BSD.shape[-1])
+        vision_BD, present_B = vision_statistics(
+            pooled, counts_B, embeds_BSD.shape[-1], model.reads.vision == "mean_std"
+        )
         per_token = model.adapter_gate.settings.per == "token"
         features = Features(
             POOLS[kind](hidden_BSD, read_BS),
@@ -153,7 +174,8 @@ def _embed(model: Any, input_ids_BS: Tensor) -> Tensor:
 def _contextual(model: Any, inputs: dict[str, Any], layer: int | None) -> Tensor:
     """(B, S, D) output of a decoder layer, or of the last one after its norm, of the base without adapters."""
     model.adapter_bank.gates.weights = None
-    kept = ("input_ids", "attention_mask", "mm_token_type_ids", "mm_encoder_outputs", "image_grid_thw")
+    # `generate` brings the position_ids in place of the image_grid_thw from which a forward would make them.
+    kept = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "mm_encoder_outputs", "image_grid_thw")
     given = {name: inputs[name] for name in kept if inputs.get(name) is not None}
     outputs = model.model(**given, use_cache=False, output_hidden_states=layer is not None)
     return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]

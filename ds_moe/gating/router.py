@@ -19,6 +19,7 @@ Select = Literal["soft", "top_k", "hard"]
 Per = Literal["example", "layer", "token"]
 Modalities = Literal["both", "text", "vision"]
 
+FLAT, FLAT_SHARE = 0.1, 0.01  # least deviation of a feature, as a share of all features' and of their size
 FIRST_LOGITS = 0.1  # about how far apart logits / temperature stand at step 0: a gate near uniform that still learns
 
 
@@ -32,6 +33,7 @@ class GateSettings:
 
     adapters: int  # K
     hidden_size: int  # D
+    vision_size: int | None = None  # of the vision features; None: D too
     width: int = 128  # H
     select: Select = "soft"
     top_k: int | None = None  # adapters a decision, with select "top_k" only
@@ -78,8 +80,36 @@ class Fp32LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
+class Standardize(nn.Module):
+    """(x - mean) / std of each feature, from the first batch that is trained on (as ActNorm, Kingma & Dhariwal 2018).
+
+    Pooled features of different requests differ little beside what they have in common: without this most of a
+    LayerNorm's output is the same for all, and a gate takes many times the steps. Until `fit` it changes nothing.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.float() - self.mean.float()) / self.std.float()
+
+    @torch.no_grad()
+    def fit(self, count: Tensor, total_D: Tensor, squares_D: Tensor) -> None:
+        """From sums over `count` samples; without any, nothing is changed."""
+        if count == 0:
+            return
+        mean_D = total_D / count
+        variance_D = (squares_D / count - mean_D.square()).clamp(min=0)
+        # What hardly varies, beside the other features or beside its own size, is noise: it must not be blown up.
+        least = torch.maximum(FLAT * variance_D.mean().sqrt(), FLAT_SHARE * mean_D.square().mean().sqrt())
+        self.mean.copy_(mean_D)
+        self.std.copy_(variance_D.sqrt().clamp(min=least.clamp(min=1e-6)))
+
+
 class GateRouter(nn.Module):
-    """LayerNorm of each modality -> concatenation -> Linear -> GELU -> Linear.
+    """Standardize -> LayerNorm of each modality -> concatenation -> Linear -> GELU -> Linear.
 
     The first linear layer is kept as two, of the text and of vision with the presence flag, whose outputs add up: the
     same function, and a gate per token needs no copy of the vision features for each token. A sample without an image
@@ -92,11 +122,13 @@ class GateRouter(nn.Module):
     def __init__(self, settings: GateSettings) -> None:
         super().__init__()
         self.settings = settings
+        vision_size = settings.vision_size or settings.hidden_size
+        self.text_scale, self.vision_scale = Standardize(settings.hidden_size), Standardize(vision_size)
         self.text_norm = Fp32LayerNorm(settings.hidden_size)
-        self.vision_norm = Fp32LayerNorm(settings.hidden_size)
-        self.no_image = nn.Parameter(torch.zeros(settings.hidden_size))  # where normalised features have their centre
+        self.vision_norm = Fp32LayerNorm(vision_size)
+        self.no_image = nn.Parameter(torch.zeros(vision_size))  # where normalised features have their centre
         self.text_in = Fp32Linear(settings.hidden_size, settings.width)
-        self.vision_in = Fp32Linear(settings.hidden_size + 1, settings.width, bias=False)
+        self.vision_in = Fp32Linear(vision_size + 1, settings.width, bias=False)
         self.out = Fp32Linear(settings.width, settings.layers * settings.adapters)
         # Small, not zero: at zero the layers below it would get no gradient in the first step.
         nn.init.normal_(self.out.weight, std=FIRST_LOGITS * min(1.0, settings.temperature) / settings.width**0.5)
@@ -121,9 +153,9 @@ class GateRouter(nn.Module):
         if settings.modalities == "text":
             vision_BD, present_B1 = torch.zeros_like(vision_BD), torch.zeros_like(present_B1)
         with torch.autocast(text.device.type, enabled=False):
-            vision_BD = torch.where(present_B1, self.vision_norm(vision_BD), self.no_image.float())
+            vision_BD = torch.where(present_B1, self.vision_norm(self.vision_scale(vision_BD)), self.no_image.float())
             vision_BH = self.vision_in(torch.cat([vision_BD, present_B1.float()], dim=1))
-            hidden = self.text_in(self.text_norm(text))  # (B, H) or (B, S, H)
+            hidden = self.text_in(self.text_norm(self.text_scale(text)))  # (B, H) or (B, S, H)
             logits = self.out(F.gelu(hidden + (vision_BH.unsqueeze(1) if settings.per == "token" else vision_BH)))
             if settings.per == "layer":
                 logits = logits.unflatten(-1, (settings.layers, settings.adapters))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from ds_moe.checkpoint_files import Reader, find_checkpoint, write_json, write_t
 from ds_moe.config import GateConfig, RunConfig
 from ds_moe.errors import UserError
 from ds_moe.gating.bank import Bank
-from ds_moe.gating.gate import ROUTER, gate_settings, hold_reference, install_gate
+from ds_moe.gating.gate import ROUTER, hold_reference, install_gate
 from ds_moe.memory import skeleton
 from ds_moe.models.qwen3_vl import model_config
 from ds_moe.runfile import load_run
+from ds_moe.trainable import fingerprint
 
 FORMAT = 1
+READS = ("text", "text_layer", "vision", "modalities", "per", "select", "top_k", "temperature")
+MUST_AGREE = READS[:5]  # the others may change from stage to stage
 GATE, ROUTER_FILE = "gate.json", "router.safetensors"
 
 
@@ -37,6 +41,7 @@ class SavedGate:
     path: Path
     adapters: list[str]  # names, in the order of the router's outputs
     router: dict[str, Tensor]
+    reads: dict[str, Any]  # what it looks at and how, by the keys READS of the run's `gate` section
     reader: Reader | None = None  # of a checkpoint, which may hold trained adapters
 
     def trained(self, name: str) -> Tensor | None:
@@ -55,12 +60,16 @@ def read_gate(source: Path) -> SavedGate:
         return _read_exported(source)
     path = find_checkpoint(source)
     reader = Reader(path)
-    prefix = f"weight/{ROUTER}."
-    router = {key.removeprefix(prefix): reader.read(key) for key in reader.tensors if key.startswith(prefix)}
+    own = re.compile(rf"(?:weight|buffer)/{ROUTER}\.(.+)")
+    router = {match[1]: reader.read(key) for key in reader.tensors if (match := own.fullmatch(key))}
     if not router:
         raise UserError(f"{path} holds no gate: it is of a run of another task")
-    names = json.loads((path / "state.json").read_text())["base"]["adapters"]
-    return SavedGate(path, list(names), router, reader)
+    names = json.loads((path / "state.json").read_text())["base"]["order"]
+    return SavedGate(path, names, router, _reads(_run_of(path).gate), reader)
+
+
+def _reads(config: GateConfig) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in READS}
 
 
 def _read_exported(folder: Path) -> SavedGate:
@@ -68,7 +77,7 @@ def _read_exported(folder: Path) -> SavedGate:
         about = json.loads((folder / GATE).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise UserError(f"{folder / GATE} has format {about['format']}, this version reads {FORMAT}")
-        return SavedGate(folder, list(about["adapters"]), load_file(folder / ROUTER_FILE))
+        return SavedGate(folder, list(about["adapters"]), load_file(folder / ROUTER_FILE), dict(about["reads"]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} is no exported gate that can be read ({error}); export it again") from error
 
@@ -77,29 +86,44 @@ def load_gate(model: Any, saved: SavedGate) -> None:
     """Fill the router of a gated model, and its adapters where they were trained.
 
     Raises:
-        UserError: a gate over other adapters, or of another size.
+        UserError: a gate over other adapters, of another size, or made for other features.
     """
     names = model.adapter_bank.names
     if saved.adapters != names:
         raise UserError(f"{saved.path} gates {', '.join(saved.adapters)}; the run's adapters are {', '.join(names)}")
+    for key in MUST_AGREE:
+        if (there := saved.reads.get(key)) != (here := getattr(model.reads, key)):
+            raise UserError(f"gate.{key} is {here!r}, but the gate in {saved.path} was trained with {there!r}")
     router = model.adapter_gate
     shapes = {name: tuple(value.shape) for name, value in saved.router.items()}
-    wanted = {name: tuple(value.shape) for name, value in router.named_parameters()}
+    state = router.state_dict(keep_vars=True)
+    wanted = {name: tuple(value.shape) for name, value in state.items()}
     if shapes != wanted:
         raise UserError(f"{saved.path} has a gate of other sizes (gate.width, gate.per, the model): {shapes}, {wanted}")
     with torch.no_grad():
-        for name, parameter in router.named_parameters():
-            parameter.copy_(saved.router[name])
+        for name, value in state.items():
+            value.copy_(saved.router[name])
         for name, parameter in _bank_parameters(model.adapter_bank).items():
             if (value := saved.trained(name)) is not None:
                 parameter.copy_(value)
 
 
 def start_gate(model: Any, config: GateConfig) -> None:
-    """Begin a stage where `gate.start` ended, and keep its gate as the reference where the stage is held near it."""
+    """Begin a stage where `gate.start` ended, and keep its gate as the reference where the stage is held near it.
+
+    Raises:
+        UserError: as `load_gate`, or trained adapters that this stage would not keep.
+    """
     if config.start is None:
         return
-    load_gate(model, read_gate(Path(config.start)))
+    saved = read_gate(Path(config.start))
+    trained = [name for name in _bank_parameters(model.adapter_bank) if saved.trained(name) is not None]
+    if trained and config.stage != "joint":
+        raise UserError(
+            f"gate.start {config.start} trained its adapters, which stage {config.stage} would not save: export it "
+            "(ds-moe gate export), and name what that wrote in gate.start and gate.adapters_in"
+        )
+    load_gate(model, saved)
     if config.kl_weight:
         hold_reference(model)
 
@@ -134,25 +158,34 @@ def _run_of(path: Path) -> RunConfig:
     return config
 
 
+def check_base(path: Path, config: RunConfig) -> None:
+    """Raise UserError if model or adapters have changed since the checkpoint at `path` was trained upon them."""
+    then, now = json.loads((path / "state.json").read_text())["base"], fingerprint(config)
+    changed = [name for name, files in now["adapters"].items() if then["adapters"].get(name) != files]
+    if then != now:
+        what = f"adapter {changed[0]!r} has" if changed else "the model, or the order of its adapters, has"
+        raise UserError(f"{path}: {what} changed since the gate was trained: give the files of then, or train it anew")
+
+
 def export_gate(source: Path, out: Path) -> SavedGate:
     """Write the gate of a checkpoint, or of a run's newest one, as a folder.
 
     Raises:
         UserError: a folder in the way, or no checkpoint of a gate.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another folder or remove it")
     saved = read_gate(source)
     if saved.reader is None:
         raise UserError(f"{source} is an exported gate already")
     config = _run_of(saved.path)
+    check_base(saved.path, config)
     outline, values = _bank_of(saved, config)
     out.mkdir(parents=True, exist_ok=True)
     outline.adapter_bank.export(out / "adapters", values)
     write_tensors(out / ROUTER_FILE, {name: value.contiguous() for name, value in saved.router.items()})
-    settings = dataclasses.asdict(gate_settings(config.gate, outline, len(saved.adapters)))
-    reads = {"text": config.gate.text, "text_layer": config.gate.text_layer}
-    about = {"format": FORMAT, "adapters": saved.adapters, "settings": settings, "reads": reads}
+    sizes = {key: getattr(outline.adapter_gate.settings, key) for key in ("hidden_size", "vision_size", "width")}
+    about = {"format": FORMAT, "adapters": saved.adapters, "reads": saved.reads, "sizes": sizes}
     write_json(out / GATE, {**about, "base": config.model.path or config.model.preset, "stage": config.gate.stage})
     return read_gate(out)
 
@@ -170,5 +203,7 @@ def freeze_gate(source: Path, out: Path, weights: dict[str, float]) -> None:
     if unknown or not any(weights.values()):
         what = f"{unknown[0]!r} is none of them" if unknown else "none has a weight"
         raise UserError(f"--weights: the gate's adapters are {', '.join(saved.adapters)}; {what}")
-    outline, values = _bank_of(saved, _run_of(saved.path))
+    config = _run_of(saved.path)
+    check_base(saved.path, config)
+    outline, values = _bank_of(saved, config)
     outline.adapter_bank.merged(torch.tensor([weights.get(name, 0.0) for name in saved.adapters]), out, values)

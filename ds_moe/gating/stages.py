@@ -7,6 +7,8 @@ joint        the same, and the adapters learn too, at their own learning rate
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from ds_moe.config import GateConfig
 from ds_moe.data.collate import NO_LOSS
+from ds_moe.evaluate import to_device
 from ds_moe.gating.router import GateDecision, divergence, entropy, gate_loss
 from ds_moe.gating.scores import RoutingScores
 from ds_moe.gating.survey import Survey, per_sample, survey
@@ -40,6 +43,33 @@ class GateTask(Supervised):
         self.class_weights = _balanced(self.names, labels) if config.class_weights == "balanced" else None
         self._sums: dict[str, Tensor] = {}
 
+    def steps(self, run: Run) -> Iterator[list[Batch]]:
+        """As they come; the first batch of a gate that begins anew also sets the scale of its features."""
+        stream = super().steps(run)
+        if run.step == 0 and self.config.start is None:
+            first = next(stream)
+            self._set_scale(run, first)
+            stream = chain([first], stream)
+        return stream
+
+    @torch.no_grad()
+    def _set_scale(self, run: Run, micro_batches: list[Batch]) -> None:
+        """Mean and deviation over the real samples of all ranks (collective)."""
+        model, router = run.engine.module, run.engine.module.adapter_gate
+        scales = (router.text_scale, router.vision_scale)
+        sums = [torch.zeros(1 + 2 * len(scale.mean), device=run.topology.device) for scale in scales]
+        for batch in micro_batches:
+            real_B = batch["real"].to(run.topology.device)
+            inputs = {key: value for key, value in batch.items() if key not in ("real", "kind", "adapter")}
+            run.engine(**to_device(inputs, run.topology.device), gate_only=True)
+            seen = model.features
+            text = seen.text_BD[real_B] if seen.token_BSD is None else seen.token_BSD[seen.mask_BS & real_B[:, None]]
+            for row, values in zip(sums, (text.float(), seen.vision_BD[real_B & seen.present_B]), strict=True):
+                row += torch.cat([row.new_tensor([len(values)]), values.sum(0), values.square().sum(0)])
+        for scale, row in zip(scales, sums, strict=True):
+            dist.all_reduce(row)
+            scale.fit(row[0], *row[1:].chunk(2))
+
     def weight(self, batch: Batch) -> Tensor:
         return (batch["adapter"] != NO_LOSS).sum() if self._supervised else super().weight(batch)
 
@@ -48,7 +78,7 @@ class GateTask(Supervised):
         return self.config.stage == "supervised"
 
     def loss(self, run: Run, batch: Batch, share: float) -> Tensor:
-        labels_B = batch.pop("adapter")
+        labels_B, real_B = batch.pop("adapter"), (batch["labels"] != NO_LOSS).any(1)  # fillers answer nothing
         if self._supervised:
             decision = run.engine(**batch, gate_only=True)
             mask_BS = run.engine.module.features.mask_BS
@@ -56,22 +86,22 @@ class GateTask(Supervised):
         else:
             loss = super().loss(run, batch, share)
             decision, mask_BS = run.engine.module.decision, run.engine.module.features.mask_BS
-            loss = loss + self._regularisers(run, decision, mask_BS)
-        self._note(decision, labels_B, mask_BS)
+            loss = loss + self._regularisers(run, decision, mask_BS, real_B)
+        self._note(decision, labels_B, mask_BS, real_B)
         return loss
 
-    def _regularisers(self, run: Run, decision: GateDecision, mask_BS: Tensor | None) -> Tensor:
-        """Means over the micro-batch's samples; DeepSpeed averages over ranks and micro-batches."""
-        total = self.config.entropy_weight * entropy(decision.weights, mask_BS).mean()
+    def _regularisers(self, run: Run, decision: GateDecision, mask_BS: Tensor | None, real_B: Tensor) -> Tensor:
+        """Sums over real samples / micro-batch size; DeepSpeed averages over ranks and micro-batches."""
+        total = self.config.entropy_weight * (entropy(decision.weights, mask_BS) * real_B).mean()
         reference = run.engine.module.reference_logits
         if reference is not None:
             away_B = divergence(decision.logits, reference, mask_BS)
-            total = total + self.config.kl_weight * away_B.mean()
-            self._add("kl_to_supervised", away_B.detach())
+            total = total + self.config.kl_weight * (away_B * real_B).mean()
+            self._add("kl_to_supervised", away_B.detach()[real_B])
         return total
 
-    def _note(self, decision: GateDecision, labels_B: Tensor, mask_BS: Tensor | None) -> None:
-        self._add("entropy", entropy(decision.weights.detach(), mask_BS))
+    def _note(self, decision: GateDecision, labels_B: Tensor, mask_BS: Tensor | None, real_B: Tensor) -> None:
+        self._add("entropy", entropy(decision.weights.detach(), mask_BS)[real_B])
         known_B = labels_B != NO_LOSS
         chosen_B = per_sample(decision.logits.detach(), mask_BS).argmax(-1)
         self._add("routing_accuracy", (chosen_B == labels_B)[known_B])

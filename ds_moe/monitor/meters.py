@@ -126,7 +126,8 @@ class Window:
             "perf/data_wait_frac": sum(step.data_wait_s for step in steps) / seconds,
             "perf/mem_gib": peak_memory_gib(),
         }
-        scalars |= {f"rl/{name}": value for name, value in mean_by_name([step.task for step in steps]).items()}
+        of_task = mean_by_name([step.task for step in steps])
+        scalars |= {f"{steps[-1].task_name}/{name}": value for name, value in of_task.items()}
         mfu = throughput.mfu(tokens_per_s)
         if mfu is not None:
             scalars["perf/mfu"] = mfu

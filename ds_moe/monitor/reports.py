@@ -25,6 +25,7 @@ class StepReport:
     step_s: float  # wall seconds of the whole step, waiting for its data included
     data_wait_s: float  # of these, seconds spent waiting for data
     task: dict[str, float] = field(default_factory=dict)  # what the task itself reports, by name
+    task_name: str = ""  # its tags begin with it
 
 
 @dataclass

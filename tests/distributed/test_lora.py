@@ -23,7 +23,7 @@ from tests.launcher import run_ranks, start_ranks
 LOSS, GRADIENT = 1e-6, 5e-6  # fp32 sums in another order: W x + B (A x) here, (W + B A) x in PEFT
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_parity_with_peft(world_size, show):
     run = run_ranks("tests/distributed/lora_ranks.py", world_size, timeout=300)
     lines = [
@@ -86,7 +86,7 @@ def test_killed_and_restarted_equals_never_stopped_bit_for_bit(never_stopped, tm
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_resharded(never_stopped, tmp_path, world_size):
     """What is loaded is bit-equal on any topology; without dropout training from it would drift by rounding only."""
     source = checkpoints(never_stopped / "run") / "step_00000016"

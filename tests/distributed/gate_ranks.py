@@ -1,0 +1,186 @@
+"""Ranks of test_gate: several cases in one launch. Argument: JSON list of [name, overrides, mode]."""
+
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.utils import safe_get_full_grad
+from torch.distributions import Categorical, kl_divergence
+
+from ds_moe import checkpoint
+from ds_moe.data.routed import gate_form
+from ds_moe.data.stream import TrainStream
+from ds_moe.engine import build_engine, prepare_model, start_distributed
+from ds_moe.errors import UserError
+from ds_moe.gating.gate import install_gate
+from ds_moe.gating.saved import start_gate
+from ds_moe.gating.stages import GateTask
+from ds_moe.models.processor import load_processor
+from ds_moe.models.qwen3_vl import load_model
+from ds_moe.runfile import load_run
+from ds_moe.train import resume, save_checkpoint, set_up, train
+from tests.launcher import leave, report
+
+RUN = "tests/runs/gate.yaml"
+NAMES = ["agenda", "auditor", "operator", "pointer"]
+LABELS = ["agenda"] * 5 + ["auditor"] * 2 + ["operator", "pointer", None]  # of a training file; the last names none
+SAMPLES = 3  # a rank
+KL, ENTROPY = 0.3, -0.2
+SUPERVISED = ["gate.stage=supervised", "gate.class_weights=balanced"]
+REGULARISED = [f"gate.kl_weight={KL}", f"gate.entropy_weight={ENTROPY}"]
+JOINT = ["gate.stage=joint", "gate.adapter_lr=1e-4", *REGULARISED]
+CHECKPOINTED = [*JOINT, "train.gradient_checkpointing=true"]
+PARITY = [  # ZeRO stage, overrides
+    *itertools.product((1, 2, 3), (SUPERVISED, JOINT)),
+    (2, CHECKPOINTED),
+    (3, CHECKPOINTED),
+    (3, ["gate.stage=end_to_end", *REGULARISED]),
+    (3, [*SUPERVISED, "gate.text=last"]),
+    (3, [*CHECKPOINTED, "gate.text=layer", "gate.text_layer=1"]),
+]
+
+
+def batches(file, processor):
+    """Micro-batches of ranks 0 and 1, and both joined. Rank 1 has no image; one of its records names no adapter."""
+    form = gate_form(NAMES, labelled=False)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    nameless = {"messages": [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a tree"}]}
+    samples = [form.parse(record, "here", file.parent) for record in [nameless, *records]]
+    encoded = [form.encode(sample, processor, 512, 2**20) for sample in samples]
+    pictures = [one for one in encoded if one.pixel_values is not None][:SAMPLES]
+    texts = [one for one in encoded if one.pixel_values is None][:SAMPLES]
+    return [form.collate(part, processor) for part in (pictures, texts, pictures + texts)]
+
+
+def move(gate):
+    """Away from the reference, or their divergence would be 0; the same on every rank."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def reference(config, joined):
+    """Loss and gradients of a plain gated model on the joined batch, by formulas of torch."""
+    model = load_model(config.model, torch.float32)
+    install_gate(model, config.gate)
+    start_gate(model, config.gate)
+    move(model.adapter_gate)
+    labels_B = joined["adapter"]
+    inputs = {name: value for name, value in joined.items() if name != "adapter"}
+    if config.gate.stage == "supervised":
+        weights_K = torch.tensor([9 / (4 * count) for count in (5, 2, 1, 1)])  # of the 9 labels of LABELS
+        losses = F.cross_entropy(model(**inputs, gate_only=True).logits, labels_B, weights_K, reduction="sum")
+        loss = losses / (labels_B != -100).sum()
+    else:
+        loss = model.train()(**inputs, use_cache=False).loss  # the mean over all labelled tokens
+        gate, before = model.adapter_gate(model.features), model.gate_reference(model.features)
+        loss = loss + ENTROPY * Categorical(probs=gate.weights).entropy().mean()
+        loss = loss + KL * kl_divergence(Categorical(logits=before.logits), Categorical(logits=gate.logits)).mean()
+    loss.backward()
+    return loss.item(), {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
+
+
+def compare(config, zero, own, expected, breakage=None):
+    """(loss difference, largest gradient difference relative to its tensor's largest entry) of one configuration."""
+    expected_loss, expected_grads = expected
+    topology = start_distributed(1)
+    model = load_model(config.model, torch.float32)
+    prepare_model(model, config, topology)
+    move(model.adapter_gate)
+    if breakage == "scale":
+        next(iter(model.adapter_bank.layers.values())).scale_R *= 1.01
+    ds_config = {
+        "train_micro_batch_size_per_gpu": SAMPLES,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": zero},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }
+    engine = build_engine(model, config, ds_config, total_steps=1)
+    engine.train()
+    task = GateTask(config.gate, engine.module, LABELS if breakage != "class weights" else NAMES)
+    labelled = task.weight(own).clone()
+    dist.all_reduce(labelled)
+    loss = task.loss(SimpleNamespace(engine=engine), dict(own), labelled.item() / topology.world_size)
+    engine.backward(loss)
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    trained = {name: one for name, one in engine.module.named_parameters() if one.requires_grad}
+    assert trained.keys() == expected_grads.keys()
+    differences = []
+    for name, parameter in trained.items():
+        ours, theirs = safe_get_full_grad(parameter), expected_grads[name]
+        differences.append((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
+    worst = torch.stack([(total / topology.world_size - expected_loss).abs(), max(differences)])
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    engine.destroy()
+    return worst.tolist()
+
+
+def parity(overrides):
+    """Rows (stage, ZeRO, other overrides, loss and gradient differences), and the same of models that are broken."""
+    deepspeed.utils.logger.setLevel("ERROR")
+    config = load_run(RUN, overrides)
+    own_of = batches(Path(config.data.train), load_processor(config.model.path))
+    rank, joined = dist.get_rank(), own_of.pop()
+    rows = []
+    for zero, more in PARITY:
+        config = load_run(RUN, [*overrides, *more])
+        expected = reference(config, joined)
+        found = compare(config, zero, own_of[rank], expected)
+        rows.append([config.gate.stage, zero, config.gate.text, config.train.gradient_checkpointing, *found])
+    broken = {}
+    for breakage, more in (("scale", JOINT), ("class weights", SUPERVISED)):
+        config = load_run(RUN, [*overrides, *more])
+        broken[breakage] = compare(config, 2, own_of[rank], reference(config, joined), breakage)
+    return {"rows": rows, "broken": broken}
+
+
+def forget(what):
+    """A patch under which a resumed run has lost something."""
+    if what == "data position":
+        return patch.object(TrainStream, "load_state_dict", lambda self, state: None)
+    if what == "random state":
+        return patch.object(checkpoint, "_restore_rng", lambda *args: None)
+    load = checkpoint.load
+    return patch.object(checkpoint, "load", lambda *args: {**load(*args), "best_loss": None})
+
+
+def main():
+    start_distributed(1)
+    for name, overrides, mode in json.loads(sys.argv[1]):
+        if os.environ["RANK"] == "0":
+            print(f"case {name}", flush=True)
+        if mode == "parity":
+            report(**{name: parity(overrides)})
+            continue
+        config = load_run(RUN, overrides)
+        if mode == "train":
+            report(**{name: train(config)})
+        elif mode.startswith("forget "):
+            with forget(mode.removeprefix("forget ")):
+                report(**{name: train(config)})
+        elif mode == "load and save":
+            run = set_up(config)
+            resume(run)
+            save_checkpoint(run)
+            run.engine.destroy()
+        elif mode == "refused":
+            try:
+                train(config)
+            except UserError as error:
+                report(**{name: str(error)})
+    leave()
+
+
+if __name__ == "__main__":
+    main()
