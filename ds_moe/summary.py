@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ds_moe.data.loading import BAD_RECORDS
 from ds_moe.engine import Topology
 from ds_moe.models.convert import expert_state, moe_layers
 from ds_moe.models.lora import coverage
@@ -68,6 +70,12 @@ def run_summary(run: Run) -> str:
     lines.append(
         f"memory    about {device:.1f} GiB a rank at the peak{f', {host:.1f} GiB on the host' if host else ''}"
     )
+    if config.task == "gate":
+        bank, gate = engine.module.adapter_bank, config.gate
+        lines.append(
+            f"gate      stage {gate.stage} over {', '.join(bank.names)}: {len(bank.layers)} layers with adapters, "
+            f"reads {gate.modalities} ({gate.text}, {gate.vision}), {gate.select} per {gate.per}"
+        )
     lines.append("parameters on this rank's EP share (trainable / all):")
     for part, trained, total in parameter_table(engine.module):
         lines.append(f"  {part:<11}{trained:>16,} / {total:,}")
@@ -75,3 +83,31 @@ def run_summary(run: Run) -> str:
         lines.append(f"LoRA of rank {config.lora.rank}, over all ranks:")
         lines += [f"  {line}" for line in coverage(engine.module, topology.ep_size)]
     return "\n".join(lines)
+
+
+def result_rows(run: Run) -> dict[str, str]:
+    """What the closing table says: name -> value."""
+    result = run.result
+    rows: dict[str, str] = {}
+    _row(rows, "training loss", result.get("loss"), "{:.4f}".format)
+    _row(rows, "held-out loss", result.get("eval_loss"), "{:.4f}".format)
+    for kind, value in result.get("accuracy", {}).items():
+        _row(rows, f"held-out accuracy, {kind}", value, "{:.3f}".format)
+    _row(rows, "tokens/s", result.get("tokens_per_s"), "{:,.0f}".format)
+    _row(rows, "MaxVio", result.get("max_vio"), "{:.2f}".format)
+    of_task = result.get(run.config.task, {})
+    _row(rows, "reward", of_task.get("reward"), "{:.3f}".format)
+    _row(rows, "mismatch k3, engine to trainer", of_task.get("mismatch_k3"), "{:.2e}".format)
+    bad_records = run.folder / BAD_RECORDS
+    if bad_records.exists():  # of all ranks
+        rows["bad records skipped"] = f"{len(bad_records.read_text().splitlines())} (in {bad_records})"
+    _row(rows, "checkpoint", result.get("checkpoint"), str)
+    rows["monitoring"] = f"{run.monitor.overhead():.2%} of step time"
+    if run.config.monitor.tensorboard:
+        rows["curves"] = f"tensorboard --logdir {run.folder}"
+    return rows
+
+
+def _row(rows: dict[str, str], name: str, value: Any, show: Callable[[Any], str]) -> None:
+    if value is not None:
+        rows[name] = show(value)

@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,6 @@ from ds_moe import checkpoint
 from ds_moe.checks import check_model, warmup_problem
 from ds_moe.config import RunConfig
 from ds_moe.data.forms import eval_form, train_form
-from ds_moe.data.loading import BAD_RECORDS
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.ds_config import precision, resolve_deepspeed
 from ds_moe.early_stopping import EarlyStopping
@@ -43,7 +41,7 @@ from ds_moe.monitor import EvalReport, Monitor, RoutingReport, StepReport, make_
 from ds_moe.monitor.meters import max_vio
 from ds_moe.rl import PolicyOptimization
 from ds_moe.runfile import dump, dump_yaml, load_run
-from ds_moe.summary import active_flops_per_token, peak_flops, run_summary
+from ds_moe.summary import active_flops_per_token, peak_flops, result_rows, run_summary
 from ds_moe.task import Supervised
 from ds_moe.trainable import fingerprint, keeps_base_apart, set_trainable
 
@@ -370,33 +368,10 @@ def save_checkpoint(run: Run) -> None:
 
 def finish(run: Run) -> None:
     """Write `result.json` and close with one table."""
-    result = run.result
-    rows: dict[str, str] = {}
-    _row(rows, "training loss", result.get("loss"), "{:.4f}".format)
-    _row(rows, "held-out loss", result.get("eval_loss"), "{:.4f}".format)
-    for kind, value in result.get("accuracy", {}).items():
-        _row(rows, f"held-out accuracy, {kind}", value, "{:.3f}".format)
-    _row(rows, "tokens/s", result.get("tokens_per_s"), "{:,.0f}".format)
-    _row(rows, "MaxVio", result.get("max_vio"), "{:.2f}".format)
-    of_task = result.get(run.config.task, {})
-    _row(rows, "reward", of_task.get("reward"), "{:.3f}".format)
-    _row(rows, "mismatch k3, engine to trainer", of_task.get("mismatch_k3"), "{:.2e}".format)
-    bad_records = run.folder / BAD_RECORDS
-    if bad_records.exists():  # of all ranks
-        rows["bad records skipped"] = f"{len(bad_records.read_text().splitlines())} (in {bad_records})"
-    _row(rows, "checkpoint", result.get("checkpoint"), str)
-    rows["monitoring"] = f"{run.monitor.overhead():.2%} of step time"
-    if run.config.monitor.tensorboard:
-        rows["curves"] = f"tensorboard --logdir {run.folder}"
     if run.topology.rank == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "result.json").write_text(json.dumps(result, indent=1))
-    run.monitor.finish(rows)
-
-
-def _row(rows: dict[str, str], name: str, value: Any, show: Callable[[Any], str]) -> None:
-    if value is not None:
-        rows[name] = show(value)
+        (run.folder / "result.json").write_text(json.dumps(run.result, indent=1))
+    run.monitor.finish(result_rows(run))
 
 
 if __name__ == "__main__":

@@ -150,8 +150,9 @@ def ds_moe(*words: object, log: Path | None = None) -> None:
     print(f"\n$ ds-moe {' '.join(map(str, words))}{f' > {log}' if log else ''}", flush=True)
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes on two cores, whoever started them
     with log.open("w") if log is not None else nullcontext() as out:
-        done = subprocess.run([executable(), *map(str, words)], stdout=out, stderr=out)
+        done = subprocess.run([executable(), *map(str, words)], stdout=out, stderr=out, env=settings)
     if done.returncode != 0:
         sys.exit(f"ds-moe {words[0]} failed{f', see {log}' if log else ''}")
 

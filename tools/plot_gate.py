@@ -33,6 +33,8 @@ def _bars(axes: Axes, title: str, shares: dict[str, float], colors: dict[str, st
         axes.text(share + 0.01, row, f"{share:.1%}", va="center", fontsize=8.5)
     finish_axes(axes, title)
     axes.set_xlabel("share of the held-out requests", fontsize=9)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", visible=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
