@@ -34,7 +34,7 @@ replay-demo: $(READY)  ## reinforcement on real images, with routing replay and 
 	@$(PY) tools/replay_demo.py
 
 gate-demo: $(READY)  ## a learned gate over four LoRA adapters, on rendered screens (2 processes, under 10 minutes)
-	@$(PY) tools/gate_demo.py
+	@$(PY) tools/gate_demo.py $(ARGS)
 
 test: $(READY)  ## the test suite without the slow and the GPU tests (at most 15 minutes)
 	@$(PYTEST) -m "not slow and not gpu" --session-timeout=$(TEST_BUDGET) $(ARGS)
