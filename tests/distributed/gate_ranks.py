@@ -43,8 +43,9 @@ PARITY = [  # ZeRO stage, overrides
     (2, CHECKPOINTED),
     (3, CHECKPOINTED),
     (3, ["gate.stage=end_to_end", *REGULARISED]),
-    (3, [*SUPERVISED, "gate.text=last"]),
-    (3, [*CHECKPOINTED, "gate.text=layer", "gate.text_layer=1"]),
+    # What reads the request otherwise cannot start from the supervised gate, so nothing holds it near that.
+    (3, [*SUPERVISED, "gate.text=last", "gate.start=null"]),
+    (3, [*CHECKPOINTED, "gate.text=layer", "gate.text_layer=1", "gate.start=null", "gate.kl_weight=0.0"]),
 ]
 
 
@@ -71,6 +72,7 @@ def move(gate):
 def reference(config, joined):
     """Loss and gradients of a plain gated model on the joined batch, by formulas of torch."""
     model = load_model(config.model, torch.float32)
+    torch.manual_seed(3)
     install_gate(model, config.gate)
     start_gate(model, config.gate)
     move(model.adapter_gate)
@@ -82,9 +84,11 @@ def reference(config, joined):
         loss = losses / (labels_B != -100).sum()
     else:
         loss = model.train()(**inputs, use_cache=False).loss  # the mean over all labelled tokens
-        gate, before = model.adapter_gate(model.features), model.gate_reference(model.features)
+        gate = model.adapter_gate(model.features)
         loss = loss + ENTROPY * Categorical(probs=gate.weights).entropy().mean()
-        loss = loss + KL * kl_divergence(Categorical(logits=before.logits), Categorical(logits=gate.logits)).mean()
+        if config.gate.kl_weight:
+            before = Categorical(logits=model.gate_reference(model.features).logits)
+            loss = loss + KL * kl_divergence(before, Categorical(logits=gate.logits)).mean()
     loss.backward()
     return loss.item(), {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
 
@@ -94,6 +98,7 @@ def compare(config, zero, own, expected, breakage=None):
     expected_loss, expected_grads = expected
     topology = start_distributed(1)
     model = load_model(config.model, torch.float32)
+    torch.manual_seed(3)
     prepare_model(model, config, topology)
     move(model.adapter_gate)
     if breakage == "scale":
