@@ -15,7 +15,7 @@ from ds_moe.config import RunConfig
 from ds_moe.engine import build_engine, prepare_model, start_distributed
 from ds_moe.models.lora import TARGET_PARAMETERS, peft_config, peft_value, update_of
 from ds_moe.models.presets import build_preset
-from tests.distributed.parity_ranks import SAMPLES, batches
+from tests.distributed.parity_ranks import batches, engine_settings
 from tests.launcher import leave, report
 
 LORA = {"rank": 8, "alpha": 24, "experts": True, "train_router": True}
@@ -72,14 +72,7 @@ def compare(config, stage, everything, expected, swap=False):
     topology = start_distributed(config.moe.ep_size)
     model = build_preset("tiny-vl-moe")
     prepare_model(model, config, topology)
-    ds_config = {
-        "train_micro_batch_size_per_gpu": SAMPLES,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-    }
-    engine = build_engine(model, config, ds_config, total_steps=1)
+    engine = build_engine(model, config, engine_settings(stage), total_steps=1)
     engine.train()
     trained = {name: one for name, one in engine.module.named_parameters() if one.requires_grad}
     for name, parameter in trained.items():

@@ -49,6 +49,16 @@ def reference(model, everything):
     return labelled, total, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+def engine_settings(stage):
+    return {
+        "train_micro_batch_size_per_gpu": SAMPLES,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }
+
+
 def compare(config, stage, everything, expected, breakage=None):
     """(loss difference, largest gradient difference relative to its tensor's largest entry) of one configuration."""
     labelled, expected_loss, expected_grads = expected
@@ -57,14 +67,7 @@ def compare(config, stage, everything, expected, breakage=None):
     prepare_model(model, config, topology)
     if breakage is not None:
         breakage(model)
-    ds_config = {
-        "train_micro_batch_size_per_gpu": SAMPLES,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-    }
-    engine = build_engine(model, config, ds_config, total_steps=1)
+    engine = build_engine(model, config, engine_settings(stage), total_steps=1)
     engine.train()
     loss = engine(**everything[topology.rank], num_items_in_batch=labelled / topology.world_size).loss
     engine.backward(loss)
