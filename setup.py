@@ -50,6 +50,7 @@ setup(
         ],
         # CUDA builds of torch bring the triton they were built with; this is for machines whose torch does not.
         "triton": ["triton>=3.7; platform_system == 'Linux'"],
+        "liger": ["liger-kernel>=0.8.5,<0.9; platform_system == 'Linux'"],  # moe.experts.backend: liger
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -21,8 +21,7 @@ class BoundMoELayer(MoELayer, AutoEPMoELayer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        ep = getattr(self.dispatcher, "ep", None)
-        self.ep_size = 1 if ep is None else ep.size
+        self.ep_size = self.dispatcher.ep.size
         self.ep_group_name = f"ep_size_{self.ep_size}"
         self.num_experts = self.gate.weight.shape[0]
         for parameter in self.experts.parameters():

@@ -132,6 +132,17 @@ def _no_normalize(config: RunConfig) -> str | None:
     return "moe.router.order is topk_then_softmax, whose weights sum to 1 anyway" if sums_to_1 else None
 
 
+def _no_chunks(config: RunConfig) -> str | None:
+    alone = config.moe is not None and config.moe.ep_size == 1
+    return "moe.ep_size is 1, so no rows travel" if alone else None
+
+
+def _no_recompute(config: RunConfig) -> str | None:
+    if config.moe is not None and config.moe.experts.backend in ("reference", "liger"):
+        return f"moe.experts.backend {config.moe.experts.backend} decides that itself"
+    return "the experts have LoRA updates, and autograd keeps what it needs" if config.lora else None
+
+
 def _no_drop(config: RunConfig) -> str | None:
     router = config.moe.router if config.moe else None
     dropless = isinstance(router, TopKRouting) and router.capacity_factor is None
@@ -145,6 +156,8 @@ UNUSED: dict[str, Callable[[RunConfig], str | None]] = {
     "moe.router.order": _no_order,
     "moe.router.normalize": _no_normalize,
     "moe.router.drop": _no_drop,
+    "moe.dispatch.chunks": _no_chunks,
+    "moe.experts.recompute": _no_recompute,
     "data.root": _no_files,
     "data.length_grouping": lambda c: None if c.train.global_batch_size > 1 else "train.global_batch_size is 1",
     "data.prefetch_factor": lambda c: None if c.data.num_workers else "data.num_workers is 0",

@@ -131,10 +131,12 @@ Balance = Annotated[NoBalance | AuxBalance | ZLossBalance | LossFreeBalance, Fie
 
 class DispatchConfig(Section):
     kind: Literal["auto", "local", "all_to_all"] = "auto"  # auto: local at ep_size 1, else all_to_all
+    chunks: int = Field(default=1, gt=0)  # parts of a rank's experts: rows of one travel while another is computed
 
 
 class ExpertsConfig(Section):
-    backend: Literal["grouped_mm", "reference"] = "grouped_mm"
+    backend: Literal["auto", "grouped_mm", "megablocks", "liger", "reference"] = "auto"  # kernels; auto: by device
+    recompute: Literal["none", "act", "all"] = "act"  # what backward computes again: nothing, the activation, all
     apply_weight: Literal["before", "after"] = "after"  # combine weights multiply what experts get, or what they give
 
 

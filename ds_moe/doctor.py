@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from ds_moe.diagnosis import Case, Finding, data, memory, model, run
+from ds_moe.diagnosis import Case, Finding, data, kernels, memory, model, run
 from ds_moe.errors import UserError
 from ds_moe.runfile import parse_run
 
 COLOURS = {"ok": "32", "warning": "33", "error": "31"}  # ANSI green, yellow, red
 CHECKS = [  # from what is cheap and certain to what needs model and data; later ones use what earlier ones found
     run.check_device,
+    kernels.check_cores,
+    kernels.check_kernels,
     run.check_resume,
     model.find_model,
     run.check_deepspeed,

@@ -151,6 +151,8 @@ def _finish_optimizer(resolved: dict[str, Any], on_cpu: bool) -> None:
     offloaded = section(resolved["zero_optimization"], "offload_optimizer").get("device", "none") != "none"
     if on_cpu and not offloaded:  # otherwise DeepSpeed compiles its fused Adam for a minute and a half
         params.setdefault("torch_adam", True)
+        if params["torch_adam"]:
+            params["fused"] = True  # one pass over weights and moments, without temporary copies of them
 
 
 def _finish_zero(zero: dict[str, Any], hidden_size: int | None) -> None:

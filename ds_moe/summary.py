@@ -13,6 +13,7 @@ from ds_moe.engine import Topology
 from ds_moe.models.convert import expert_state, moe_layers
 from ds_moe.models.lora import coverage
 from ds_moe.models.qwen3_vl import parameter_table
+from ds_moe.moe.backends import choose
 
 if TYPE_CHECKING:
     from ds_moe.train import Run
@@ -55,7 +56,7 @@ def run_summary(run: Run) -> str:
     if layers:
         lines.append(
             f"experts   {len(layers)} MoE layers x {layers[0].num_experts} experts, top-{layers[0].gate.top_k}, "
-            f"{layers[0].num_experts // topology.ep_size} a rank, backend {config.moe.experts.backend}, "
+            f"{layers[0].num_experts // topology.ep_size} a rank, backend {_backend(run)}, "
             f"balance {[balance.kind for balance in config.moe.balance] or 'none'}"
         )
     lines.append(
@@ -85,6 +86,14 @@ def run_summary(run: Run) -> str:
     return "\n".join(lines)
 
 
+def _backend(run: Run) -> str:
+    kind = run.config.moe.experts.backend
+    if kind != "auto":
+        return kind
+    chosen, _ = choose(run.topology.device.type, next(run.engine.module.parameters()).dtype)
+    return f"{chosen} (auto)"
+
+
 def result_rows(run: Run) -> dict[str, str]:
     """What the closing table says: name -> value."""
     result = run.result
@@ -94,6 +103,12 @@ def result_rows(run: Run) -> dict[str, str]:
     for kind, value in result.get("accuracy", {}).items():
         _row(rows, f"held-out accuracy, {kind}", value, "{:.3f}".format)
     _row(rows, "tokens/s", result.get("tokens_per_s"), "{:,.0f}".format)
+    _row(
+        rows,
+        "sent to other ranks' experts",
+        result.get("ep_sent_bytes") or None,
+        lambda sent: f"{sent / 2**20:,.1f} MiB a rank and step",
+    )
     _row(rows, "MaxVio", result.get("max_vio"), "{:.2f}".format)
     of_task = result.get(run.config.task, {})
     _row(rows, "reward", of_task.get("reward"), "{:.3f}".format)

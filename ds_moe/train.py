@@ -35,7 +35,7 @@ from ds_moe.memory import Memory, predict, skeleton
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.processor import processor_of, save_processor
 from ds_moe.models.qwen3_vl import load_model, model_config
-from ds_moe.moe import ForwardContext, MoELayer
+from ds_moe.moe import ExpertParallel, ForwardContext, MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing, check_biases_agree, loss_free, update_biases
 from ds_moe.monitor import EvalReport, Monitor, RoutingReport, StepReport, make_monitor
 from ds_moe.monitor.meters import max_vio
@@ -255,7 +255,9 @@ def train_step(run: Run, steps: Any) -> StepReport:
     # DeepSpeed averages over ranks and micro-batches; the loss of each is divided so that the average is the mean.
     share = max(labels, 1) / (run.topology.world_size * len(micro_batches))
     lr = run.engine.get_lr()[0]
-    losses = torch.zeros(2, device=run.topology.device)  # language, auxiliary
+    sums = torch.zeros(3, dtype=torch.float64, device=run.topology.device)  # losses: language, auxiliary; sent bytes
+    ep = run.layers[0].dispatcher.ep if run.layers else ExpertParallel()
+    ep.sent_bytes = 0
     run.load_before_step = counts_so_far(run.layers)
     for batch in micro_batches:
         real_B, kind_B = batch.pop("real"), batch.pop("kind", None)
@@ -263,27 +265,29 @@ def train_step(run: Run, steps: Any) -> StepReport:
             run.context.real_B, run.context.kind_B = real_B, kind_B
         loss = run.task.loss(run, batch, share)
         auxiliary = sum(run.context.aux_losses) if run.context is not None and run.context.aux_losses else None
-        losses[0] += loss.detach() / len(micro_batches)
+        sums[0] += loss.detach() / len(micro_batches)
         if auxiliary is not None:
-            losses[1] += auxiliary.detach() / len(micro_batches)
+            sums[1] += auxiliary.detach() / len(micro_batches)
         run.engine.backward(loss if auxiliary is None else loss + auxiliary)
         run.engine.step()
     update_biases(run.balancings, progress=run.step / run.total_steps)
     if run.step % BIAS_CHECK_EVERY == 0:
         check_biases_agree(run.balancings, run.step + 1)
-    dist.all_reduce(losses)
-    losses /= run.topology.world_size
+    sums[2] = ep.sent_bytes
+    dist.all_reduce(sums)
+    language_loss, aux_loss, sent_bytes = (sums / run.topology.world_size).tolist()
     run.step += 1
-    run.result["aux_loss"] = losses[1].item()
+    run.result |= {"aux_loss": aux_loss, "ep_sent_bytes": sent_bytes}
     return StepReport(
         step=run.step,
-        loss=losses[0].item(),
+        loss=language_loss,
         lr=lr,
         grad_norm=float(run.engine.get_global_grad_norm() or 0.0),
         tokens=tokens,
         samples=run.config.train.global_batch_size,
         step_s=time.perf_counter() - began,
         data_wait_s=data_wait_s,
+        sent_bytes=sent_bytes,
         task=run.task.metrics(run),
         task_name=run.config.task,
     )

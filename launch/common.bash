@@ -37,6 +37,18 @@ check_run() {
 # check_count VALUE WHAT
 check_count() { [[ $1 =~ ^[1-9][0-9]*$ ]] || die "$2 must be a positive whole number, not '$1'"; }
 
+# cpu_settings RANKS: the array `settings` becomes what `ds-moe train` sets for CPU ranks; see ds_moe/launcher.py.
+cpu_settings() {
+    local cores
+    cores=$(env -u OMP_NUM_THREADS nproc)
+    settings=(
+        "DS_ACCELERATOR=cpu"
+        "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}"
+        "MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}"
+        "MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-34359738368}"
+    )
+}
+
 # show_command WORD...: one line that can be pasted into a shell.
 show_command() {
     local word line=

@@ -53,7 +53,12 @@ else
     check_count "$gpus" "--gpus"
     [[ $master == *:* ]] || master+=":$port"
     need_program "$bin" torchrun
-    command=("$bin/torchrun" --nnodes "$nodes" --nproc_per_node "$gpus" --rdzv_backend c10d --rdzv_endpoint "$master"
+    settings=()
+    if [[ ${DS_ACCELERATOR:-} == cpu ]]; then
+        cpu_settings "$gpus"
+        settings=(env "${settings[@]}")
+    fi
+    command=("${settings[@]}" "$bin/torchrun" --nnodes "$nodes" --nproc_per_node "$gpus" --rdzv_backend c10d --rdzv_endpoint "$master"
         --rdzv_id "$id" --module ds_moe.train "$@")
 fi
 show_command "${command[@]}"

@@ -97,7 +97,7 @@ MISTAKES = {
         "  balance:\n  - kind: aux\n    wight: 1",
         "run.yaml:8: unknown key moe.balance.0.wight (did you mean moe.balance.0.weight?)",
     ),
-    "value for a section": ("  dispatch: 3", "run.yaml:6: moe.dispatch is 3; must be a section with keys kind"),
+    "value for a section": ("  dispatch: 3", "run.yaml:6: moe.dispatch is 3; must be a section with keys kind, chunks"),
     "unknown kind of router": (
         "  router: {kind: zen}",
         "run.yaml:6: moe.router.kind is 'zen'; must be one of "
@@ -197,6 +197,12 @@ RULES = {
         "moe.router.normalize would not be used: moe.router.order is topk_then_softmax",
     ),
     "moe.router.drop": (["moe.router.drop=score"], "drop would not be used: moe.router.capacity_factor is not set"),
+    "moe.dispatch.chunks": (["moe.dispatch.chunks=2", "moe.ep_size=1"], "would not be used: moe.ep_size is 1"),
+    "moe.experts.recompute": (
+        ["moe.experts.recompute=all", "moe.experts.backend=reference"],
+        "moe.experts.recompute would not be used: moe.experts.backend reference decides that itself",
+    ),
+    "recompute beside LoRA": (["moe.experts.recompute=all", LORA], "would not be used: the experts have LoRA updates"),
     "groups alone": (["moe.router.groups=4"], "moe.router.groups is 4 and moe.router.top_groups is not set"),
     "expert choice in a causal model": (["moe.router.kind=expert_choice"], "leaks the future and cannot generate"),
     "expert choice that would generate": (

@@ -57,7 +57,7 @@ def test_constraints_hold_for_every_requirement():
 
 def test_every_module_imports_without_triton_megablocks_or_cuda():
     # None in sys.modules makes an import of that name fail, whether it is installed here or not.
-    missing = ["triton", "megablocks", "stk", "grouped_gemm", "flash_attn"]
+    missing = ["triton", "megablocks", "megablocks_ops", "stk", "grouped_gemm", "liger_kernel", "flash_attn"]
     code = f"import importlib, sys\nsys.modules.update(dict.fromkeys({missing}))\n"
     code += f"for name in {modules()}: importlib.import_module(name)"
     result = python(code, env={"CUDA_VISIBLE_DEVICES": ""})
@@ -132,8 +132,11 @@ def test_multinode_by_hostfile(tmp_path):
 
 
 def test_multinode_by_torchrun(tmp_path):
-    words = dry_run(tmp_path, "launch/multinode.sh", "--nodes", 4, "--gpus", 8, "--master", "node-0", RUN, HOSTILE)
+    arguments = "--nodes", 4, "--gpus", 8, "--master", "node-0", RUN, HOSTILE
+    words = dry_run(tmp_path, "launch/multinode.sh", *arguments, env={"DS_ACCELERATOR": ""})
     assert words[0].endswith("/torchrun")
+    on_cpus = dry_run(tmp_path, "launch/multinode.sh", *arguments, env={"DS_ACCELERATOR": "cpu"})
+    assert on_cpus[0] == "env" and f"MALLOC_TRIM_THRESHOLD_={2**35}" in on_cpus and on_cpus[-len(words) :] == words
     assert words[words.index("--rdzv_endpoint") + 1] == "node-0:29500"
     assert words[-4:] == ["--module", "ds_moe.train", RUN, HOSTILE]
 

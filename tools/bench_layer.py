@@ -1,11 +1,21 @@
-"""Time forward and backward of one MoE layer in one process: ours with each backend, transformers' own, and a roofline.
+"""Time forward and backward of one MoE layer in one process: ours, its rivals, and two rooflines.
 
     python tools/bench_layer.py --suite cpu
     python tools/bench_layer.py --suite cpu --shape B --routing zipf --repeats 9 --json bench.json
+    python tools/bench_layer.py --suite cpu --growth --json growth.json
+    python tools/plot_growth.py growth.json growth.png
 
-The roofline is one dense SwiGLU over as many rows: the same FLOPs in the largest possible products, without routing.
-All contenders get the same weights, input and routing; one whose output or gradients differ from transformers' eager
-layer is not timed. Repetitions are interleaved, so that a busy machine slows all alike; speeds are ratios of medians.
+Rivals: transformers (eager, grouped_mm), DeepSpeed (AutoEP, its first MoE layer), megablocks, liger-kernel. All get the
+same weights, input and routing; one whose output or gradients differ from transformers' eager layer is not timed, and
+one that cannot run here is listed with the reason.
+Rooflines: one dense SwiGLU over as many rows (the same FLOPs in the largest possible products, without routing), and a
+product of large square matrices with its backward, of whose TFLOP/s each contender's share is given.
+Repetitions (n) are interleaved, so that a busy machine slows all alike; a contender that takes 8 times the quickest's
+time gets a third of them. Speeds are ratios of medians. Time against our default's is taken repetition by repetition:
+where even the least of it is above 1, ours was always quicker. "ds_moe (default)" and the backend it stands for are one
+program: what lies between them is noise.
+Saved MiB: what autograd keeps after the forward, beside input and parameters. Peak MiB (CUDA only): the most allocated
+at once in a forward and backward, gradients included.
 Routing: uniform; zipf (expert i is drawn in proportion to 1 / (i + 1)); one_hot (all tokens choose the same experts).
 """
 
@@ -14,202 +24,220 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-import transformers
+from layer.block import Case, Unavailable, draw_weights
+from layer.contenders import DEFAULT, EAGER, RIVAL, contenders, dense, square
+from layer.growth import grow, growth_tables
+from layer.measure import difference, interleaved, peak_bytes, results, saved_bytes
+from layer.shapes import ROUTINGS, SUITES, Suite, routed_input
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
-from ds_moe.config import ExpertsConfig, MoEConfig
-from ds_moe.models.convert import convert
-from ds_moe.moe.backends import BACKENDS
+from ds_moe.errors import UserError
+from ds_moe.launcher import cpu_settings
+from ds_moe.moe.backends import choose
 
-EAGER, RIVAL, ROOFLINE = "transformers eager", "transformers grouped_mm", "dense SwiGLU (roofline)"
-SPEEDS = {"speed_to_rival": RIVAL, "speed_to_roofline": ROOFLINE}
-ROUTINGS = ("uniform", "zipf", "one_hot")
+ROOFLINE, GEMM = "dense SwiGLU (roofline)", "square product (roofline)"
+SPEEDS = {"speed_to_rival": RIVAL, "speed_to_roofline": ROOFLINE, "speed_to_eager": EAGER}
+MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+PACKAGES = ("torch", "transformers", "deepspeed", "triton", "megablocks", "grouped_gemm", "liger_kernel")
 
-
-class Shape(NamedTuple):
-    """T tokens of width D choose K of E SwiGLU experts of width F: T * K rows."""
-
-    T: int
-    D: int
-    F: int
-    E: int
-    K: int
+Result = dict[str, Any]
 
 
-class Suite(NamedTuple):
-    device: str
-    dtype: torch.dtype
-    tolerance: float  # largest difference to the eager layer, relative to the largest value of its tensor
-    shapes: dict[str, Shape]
-
-
-CPU_SHAPES = {"A": Shape(1024, 512, 512, 8, 2), "B": Shape(2048, 512, 256, 64, 2), "C": Shape(4096, 1024, 512, 32, 2)}
-SUITES = {
-    "smoke": Suite("cpu", torch.float32, 1e-4, {"tiny": Shape(64, 64, 48, 4, 2)}),
-    "cpu": Suite("cpu", torch.float32, 1e-4, CPU_SHAPES),
-    # bf16: the eager layer rounds each of the K terms of a token, others their sum.
-    "cuda": Suite("cuda", torch.bfloat16, 3e-2, {"qwen3-vl-30b": Shape(32768, 2048, 768, 128, 8)}),
-}
-
-
-def moe_block(shape: Shape, suite: Suite, implementation: str, backend: str | None = None) -> nn.Module:
-    """transformers' MoE block, or with a `backend` our layer in its place; the same weights in every call."""
-    config = transformers.Qwen3MoeConfig(
-        **{"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8},
-        **{"hidden_size": shape.D, "moe_intermediate_size": shape.F, "num_experts": shape.E},
-        **{"num_experts_per_tok": shape.K, "norm_topk_prob": True, "experts_implementation": implementation},
-    )
-    torch.manual_seed(0)
-    model = transformers.Qwen3MoeForCausalLM(config)
-    nn.init.orthogonal_(model.model.layers[0].mlp.gate.weight)  # for `routed_input`
-    if backend is not None:
-        convert(model, MoEConfig(experts=ExpertsConfig(backend=backend)))
-    return model.model.layers[0].mlp.train().to(suite.device, suite.dtype)
-
-
-class SwiGLU(nn.Module):
-    def forward(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-
-def routed_input(shape: Shape, router_ED: Tensor, routing: str) -> Tensor:
-    """(1, T, D) hidden states that a router of orthonormal rows sends where `routing` says: their logits are
-    log-probabilities plus Gumbel noise, and the K largest of those are K draws without replacement."""
-    generator = torch.Generator().manual_seed(1)
-    rank_E = torch.arange(shape.E)
-    zipf_E, one_hot_E = 1 / (rank_E + 1), torch.where(rank_E < shape.K, 1.0, 1e-30)
-    chance_E = {"uniform": torch.ones(shape.E), "zipf": zipf_E, "one_hot": one_hot_E}[routing]
-    wanted_TE = chance_E.log() - torch.empty(shape.T, shape.E).exponential_(generator=generator).log()
-    x_TD = torch.randn(shape.T, shape.D, generator=generator)
-    router_ED = router_ED.detach().cpu().float()
-    return (x_TD + (wanted_TE - x_TD @ router_ED.T) @ router_ED).unsqueeze(0)
-
-
-def forward_backward(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """The output, and the gradients of half its sum of squares in the input and every weight."""
-    y = module(x)
-    return (y, *torch.autograd.grad(y, [x, *module.parameters()], y.detach()))
-
-
-def difference(module: nn.Module, x: Tensor, expected: tuple[Tensor, ...]) -> float:
-    pairs = zip(forward_backward(module, x), expected, strict=True)
-    worst = [(ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30) for ours, theirs in pairs]
-    return torch.stack(worst).max().item()  # NaN if any is
-
-
-def seconds(run: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        began_s = time.perf_counter()
-        run()
-        return time.perf_counter() - began_s
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
-    run()
-    ended.record()
-    torch.cuda.synchronize()
-    return began.elapsed_time(ended) / 1e3
-
-
-def measure(name: str, suite: Suite, routing: str, repeats: int) -> list[dict]:
-    """One result a contender, without times where it differs from the eager layer."""
+def measure(name: str, suite: Suite, routing: str, repeats: int) -> list[Result]:
+    """One result a contender: with `median_s` if it was timed, `unavailable` if it cannot run, else it is wrong."""
     shape = suite.shapes[name]
-    blocks = {EAGER: moe_block(shape, suite, "eager"), RIVAL: moe_block(shape, suite, "grouped_mm")}
-    blocks |= {f"ds_moe {backend}": moe_block(shape, suite, "eager", backend) for backend in BACKENDS}
-    x = routed_input(shape, blocks[EAGER].gate.weight, routing).to(suite.device, suite.dtype).requires_grad_()
-    expected = forward_backward(blocks[EAGER], x)
-    differences = {contender: difference(block, x, expected) for contender, block in blocks.items()}
+    weights = draw_weights(shape, suite)
+    x = routed_input(shape, weights.router_ED, routing)
+    case = Case(shape, weights, fullest=rows_of_fullest(x, weights.router_ED, shape.K))
+    build = contenders()
+    expected = results(build[EAGER](case), x)
+    found: dict[str, Result] = {contender: {} for contender in (GEMM, ROOFLINE, *build)}
+    *gemm, gemm_flops = square(suite)
+    runs = {GEMM: tuple(gemm), ROOFLINE: dense(shape, suite)}
+    for contender in build:
+        try:
+            block = build[contender](case)
+            found[contender]["difference"] = difference(results(block, x), expected)
+        except (Unavailable, UserError) as reason:
+            found[contender]["unavailable"] = str(reason)
+        except torch.OutOfMemoryError:
+            found[contender]["unavailable"] = "out of memory"
+        except Exception as error:
+            if contender.startswith("ds_moe"):
+                raise
+            found[contender]["unavailable"] = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        else:
+            found[contender] |= {"note": block.note} if block.note else {}
+            if found[contender]["difference"] <= suite.tolerance:
+                runs[contender] = block, x
     del expected
 
-    matrices = nn.Linear(shape.D, 2 * shape.F, bias=False), nn.Linear(shape.F, shape.D, bias=False)
-    dense = nn.Sequential(matrices[0], SwiGLU(), matrices[1]).to(suite.device, suite.dtype)
-    rows_RD = torch.randn(shape.T * shape.K, shape.D).to(suite.device, suite.dtype).requires_grad_()
-    runs = {ROOFLINE: (dense, rows_RD)}
-    runs |= {contender: (block, x) for contender, block in blocks.items() if differences[contender] <= suite.tolerance}
-    times: dict[str, list[float]] = {contender: [] for contender in runs}
-    for repeat in range(repeats + 1):  # the first one warms up
-        for contender, (block, given) in runs.items():
-            taken_s = seconds(lambda block=block, given=given: forward_backward(block, given), suite.device)
-            times[contender] += [taken_s] if repeat else []
-
-    median_s = {contender: statistics.median(taken) for contender, taken in times.items()}
-    results = []
-    for contender in (ROOFLINE, *blocks):
-        result = {"shape": name, "routing": routing, "contender": contender, "difference": differences.get(contender)}
-        if own_s := median_s.get(contender):
-            speeds = {key: median_s.get(to, math.nan) / own_s for key, to in SPEEDS.items()}
-            result |= {"median_s": own_s, "min_s": min(times[contender]), "max_s": max(times[contender]), **speeds}
-        results.append(result)
-    return results
+    times = interleaved(runs, suite.device, repeats, apart=(GEMM, ROOFLINE))
+    medians = {contender: statistics.median(taken) for contender, taken in times.items()}
+    for contender, taken in times.items():
+        median_s = medians[contender]
+        found[contender] |= {"seconds": taken, "median_s": median_s, "min_s": min(taken), "max_s": max(taken)}
+        rate = (gemm_flops if contender == GEMM else shape.flops) / median_s
+        found[contender] |= {"flops_per_s": rate, "of_gemm": rate * medians[GEMM] / gemm_flops}
+        if contender == GEMM:  # of another size
+            continue
+        found[contender] |= {key: medians[to] / median_s for key, to in SPEEDS.items() if to in medians}
+        found[contender] |= {"saved_bytes": saved_bytes(*runs[contender]), "peak_bytes": peak_bytes(*runs[contender])}
+        if DEFAULT in times:
+            pairs = [theirs / ours for theirs, ours in zip(taken, times[DEFAULT], strict=False)]
+            figures = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs), "each": pairs}
+            found[contender]["time_to_default"] = figures
+    keys = {"shape": name, "routing": routing}
+    return [keys | {"contender": contender} | result for contender, result in found.items()]
 
 
-def table(results: list[dict]) -> Table:
-    table = Table("shape", "routing", "contender")
-    for column in ("median ms", "min - max", f"speed to\n{RIVAL}", "speed to\nroofline", "difference\nto eager"):
+def rows_of_fullest(x: torch.Tensor, router_ED: torch.Tensor, K: int) -> int:
+    chosen_TK = (x.detach()[0] @ router_ED.detach().T).topk(K).indices
+    return int(chosen_TK.flatten().bincount().max())
+
+
+def table(rows: list[Result], title: str) -> Table:
+    """Of the results of one shape and routing."""
+    cuda = any(row.get("peak_bytes") for row in rows)
+    table = Table("contender", title=title, title_justify="left")
+    speeds = "speed to HF\ngrouped_mm", "to\nroofline", "to HF\neager"
+    columns = ["n", "median ms", "min - max", *speeds, f"time / {DEFAULT}'s\nmedian \\[min - max]"]
+    columns += ["TFLOP/s\n(of GEMM)", "saved\nMiB", *(["peak\nMiB"] if cuda else []), "differs\nfrom eager"]
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    for result in results:
-        cells = ["wrong, not timed", "", "", ""]
-        if "median_s" in result:
-            median, low, high = (f"{result[key] * 1e3:.1f}" for key in ("median_s", "min_s", "max_s"))
-            cells = [median, f"{low} - {high}", *(f"{result[key]:.2f}" for key in SPEEDS)]
-        differs = "" if result["difference"] is None else f"{result['difference']:.0e}"
-        table.add_row(result["shape"], result["routing"], result["contender"], *cells, differs)
+    for row in rows:
+        differs = "" if row.get("difference") is None else f"{row['difference']:.0e}"
+        if "median_s" not in row:
+            state = "not run" if "unavailable" in row else "wrong"
+            table.add_row(row["contender"], "0", state, *[""] * (len(columns) - 3), differs)
+            continue
+        median, low, high = (f"{row[key] * 1e3:.1f}" for key in ("median_s", "min_s", "max_s"))
+        cells = [str(len(row["seconds"])), median, f"{low} - {high}"]
+        cells += [f"{row[key]:.2f}" if key in row else "" for key in SPEEDS]
+        pairs = row.get("time_to_default")
+        cells.append(f"{pairs['median']:.2f} \\[{pairs['min']:.2f} - {pairs['max']:.2f}]" if pairs else "")
+        cells.append(f"{row['flops_per_s'] / 1e12:.3g} ({row['of_gemm']:.0%})")
+        memory = ["saved_bytes", "peak_bytes"] if cuda else ["saved_bytes"]
+        cells += [f"{row[key] / 2**20:.3g}" if key in row else "" for key in memory]
+        table.add_row(row["contender"], *cells, differs)
     return table
 
 
-def main() -> int:
+def installed() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def settle_malloc(choice: str) -> None:
+    """Start this process again unless glibc, which reads them once, has read the thresholds that `choice` asks for."""
+    launcher = cpu_settings(1)
+    wanted = {name: launcher[name] for name in MALLOC} if choice == "launcher" else {}
+    if wanted != {name: os.environ[name] for name in MALLOC if name in os.environ}:
+        others = {name: value for name, value in os.environ.items() if name not in MALLOC}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], others | wanted)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, default="cpu", help="cpu and smoke: fp32; cuda: bf16 (default cpu)")
+    parser.add_argument("--suite", choices=SUITES, default="cpu", help="cpu and smoke: fp32; h100: bf16 (default cpu)")
     parser.add_argument("--shape", action="append", metavar="NAME", help="only this shape of the suite (repeatable)")
     parser.add_argument("--routing", action="append", choices=ROUTINGS, help="only this routing (repeatable)")
+    parser.add_argument("--growth", action="store_true", help="instead, how time and saved memory grow with T, E and K")
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions after a warm-up (default 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default %(default)s)")
+    malloc = "of a CPU's memory: as ds-moe's launcher sets it for all, or glibc's own (default launcher)"
+    parser.add_argument("--malloc", choices=("launcher", "default"), default="launcher", help=malloc)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures, shapes and versions here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     suite = SUITES[options.suite]
     if unknown := set(options.shape or ()) - set(suite.shapes):
         parser.error(f"--shape {min(unknown)}: suite {options.suite} has {', '.join(suite.shapes)}")
+    if options.growth and (options.shape or options.routing):
+        parser.error("--growth has shapes of its own and uniform routing: leave out --shape and --routing")
     if min(options.repeats, options.threads) < 1:
         parser.error("--repeats and --threads must be at least 1")
     if suite.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--suite cuda needs a CUDA device")
+        parser.error(f"--suite {options.suite} needs a CUDA device; --suite cpu runs here")
+    return options
 
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    suite = SUITES[options.suite]
+    if suite.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would choose a GPU's kernels where there is one
     torch.set_num_threads(options.threads)
-    names, routings = options.shape or list(suite.shapes), options.routing or ROUTINGS
-    results: list[dict] = []
-    for name, routing in itertools.product(names, routings):
-        print(f"measuring shape {name}, routing {routing}", file=sys.stderr, flush=True)
-        results += measure(name, suite, routing, options.repeats)
-    environment = {
-        **{"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()},
-        "dtype": str(suite.dtype),
-        "device": torch.cuda.get_device_name() if suite.device == "cuda" else "cpu",
-        "load_average": round(os.getloadavg()[0], 1),  # well above `threads`: other processes were running
-        "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
+    facts: dict[str, Any] = {
+        "suite": options.suite,
+        "repeats": options.repeats,
+        "environment": {
+            **{"versions": installed(), "threads": torch.get_num_threads(), "dtype": str(suite.dtype)},
+            "device": torch.cuda.get_device_name() if suite.device == "cuda" else "cpu",
+            "default_backend": ": ".join(choose(suite.device, suite.dtype)),
+            "malloc": {name: os.environ.get(name, "glibc's default") for name in MALLOC},
+        },
     }
-    shapes = {name: suite.shapes[name]._asdict() for name in names}
-    facts = {"suite": options.suite, "repeats": options.repeats, "environment": environment, "shapes": shapes}
-    console = Console(width=None if sys.stdout.isatty() else 140)  # no wrapped columns in a log file
-    console.print(facts, table(results))
+    console = Console(width=None if sys.stdout.isatty() else 190)  # no wrapped columns in a log file
+    wrong = growing(options, suite, facts, console) if options.growth else racing(options, suite, facts, console)
+    facts["environment"]["load_average"] = round(os.getloadavg()[0], 1)  # well above `threads`: others were running
+    console.print(facts["environment"])
     if options.json:
-        options.json.write_text(json.dumps({**facts, "results": results}, indent=1))
-    if wrong := sorted({result["contender"] for result in results if "median_s" not in result}):
-        print(f"error: results differ from {EAGER} by more than {suite.tolerance}: {wrong}", file=sys.stderr)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(facts, indent=1))
+    if wrong:
+        print(f"error: results differ by more than {suite.tolerance}: {wrong}", file=sys.stderr)
     return 1 if wrong else 0
 
 
+def racing(options: argparse.Namespace, suite: Suite, facts: dict[str, Any], console: Console) -> list[str]:
+    """Adds `shapes` and `results`; returns the contenders that are wrong."""
+    names, routings = options.shape or list(suite.shapes), options.routing or ROUTINGS
+    facts |= {"shapes": {name: suite.shapes[name]._asdict() for name in names}, "results": []}
+    said: set[str] = set()
+    for name, routing in itertools.product(names, routings):
+        print(f"measuring shape {name}, routing {routing}", file=sys.stderr, flush=True)
+        rows = measure(name, suite, routing, options.repeats)
+        sizes = ", ".join(f"{key} {value}" for key, value in suite.shapes[name]._asdict().items())
+        console.print(table(rows, f"shape {name} ({sizes}), routing {routing}"))
+        facts["results"] += rows
+        for row in rows:
+            reason, note = (
+                f"not run: {row['contender']}: {row.get('unavailable')}",
+                f"{row['contender']}: {row.get('note')}",
+            )
+            for key, line in {"unavailable": reason, "note": note}.items():
+                if key in row and line not in said:
+                    said.add(line)
+                    console.print(line, markup=False, soft_wrap=True)
+    return sorted({row["contender"] for row in facts["results"] if not {"median_s", "unavailable"} & set(row)})
+
+
+def growing(options: argparse.Namespace, suite: Suite, facts: dict[str, Any], console: Console) -> list[str]:
+    """Adds `growth`; returns what is wrong."""
+    try:
+        facts["growth"] = grow(suite, options.repeats)
+    except ArithmeticError as error:
+        return [str(error)]
+    console.print(*growth_tables(facts["growth"]))
+    return []
+
+
 if __name__ == "__main__":
+    chosen = parse()
+    if SUITES[chosen.suite].device == "cpu":
+        settle_malloc(chosen.malloc)
     sys.exit(main())

@@ -51,6 +51,17 @@ pip setuptools wheel ninja packaging psutil
 DS_BUILD_OPS=0 pip --no-build-isolation deepspeed
 say "installing ds_moe and its dependencies"
 pip --no-build-isolation -e '.[dev]'
+say "installing the optional kernels, which the tests run without a GPU"
+# A CUDA build of torch brought the triton it was built with.
+if ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)'; then
+    pip "triton==3.9.0; platform_system == 'Linux'"
+fi
+pip --no-deps liger-kernel
+if "$python" -c 'import sys; from torch.utils.cpp_extension import CUDA_HOME; sys.exit(CUDA_HOME is not None)' 2>/dev/null; then
+    pip --no-deps --no-build-isolation -r requirements/megablocks.txt
+else
+    say "megablocks would compile its CUDA extension: left to you, see requirements/megablocks.txt"
+fi
 say "installed; building DeepSpeed's CPU communication op"
 "$python" -m ds_moe.ops
 say "ready: $venv"

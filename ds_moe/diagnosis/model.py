@@ -131,9 +131,6 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
 def check_experts(case: Case) -> Iterator[Finding]:
     """How experts are computed, and whether they see enough tokens to learn anything."""
     config, experts = case.config, expert_count(case.model) if case.model else None
-    if config.moe and config.moe.experts.backend == "reference":
-        where = config.at("moe.experts.backend")
-        yield Finding("warning", f"{where}: moe.experts.backend reference loops over the experts; use grouped_mm")
     if case.folder is not None and case.model is not None:
         yield from _slow_implementation(Path(case.folder) / "config.json")
     if case.model is None or config.moe is None or experts is None or case.tokens_a_sample is None:

@@ -13,13 +13,15 @@ from typing import Any, NoReturn
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 from transformers.utils.hub import cached_file
 
 from ds_moe.checks import NONCAUSAL
-from ds_moe.config import ExpertChoiceRouting, LossFreeBalance, MoEConfig, RouterConfig, TopKRouting
+from ds_moe.config import ExpertChoiceRouting, ExpertsConfig, LossFreeBalance, MoEConfig, RouterConfig, TopKRouting
 from ds_moe.errors import UserError
 from ds_moe.moe.balance import BALANCERS
-from ds_moe.moe.dispatch import DISPATCHERS, ExpertParallel
+from ds_moe.moe.dispatch import DISPATCHERS
+from ds_moe.moe.exchange import ExpertParallel
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing
@@ -88,10 +90,15 @@ def convert(
         raise UserError(f"the {model.config.model_type} model has no {family.block}: nothing to convert")
     if text_config.num_experts % ep.size:
         raise UserError(f"moe.ep_size={ep.size} does not divide the model's {text_config.num_experts} experts")
+    local, chunks = text_config.num_experts // ep.size, config.dispatch.chunks
+    if local % chunks:
+        raise UserError(f"moe.dispatch.chunks={chunks} does not divide the {local} experts of a rank")
+    if not isinstance(blocks[0][1].experts.act_fn, nn.SiLU | SiLUActivation):
+        raise UserError(f"the experts' activation {text_config.hidden_act} is none we know; known: silu")
 
     context = ForwardContext(replay_moves_bias=config.replay.moves_bias)
     kind = config.dispatch.kind if config.dispatch.kind != "auto" else ("local" if ep.size == 1 else "all_to_all")
-    dispatcher = DISPATCHERS[kind](ep, config.experts.apply_weight)
+    dispatcher = DISPATCHERS[kind](ep, config.experts.backend, config.experts.apply_weight, chunks)
     balancers = [
         BALANCERS[balance.kind](**balance.model_dump(exclude={"kind"}))
         for balance in config.balance
@@ -103,7 +110,7 @@ def convert(
         block.gate.weight.requires_grad_(router.learns and block.gate.weight.requires_grad)
         layer = layer_class(
             gate=_recordable(router, type(block.gate))(block.gate.weight, **settings),
-            experts=_owned_experts(block.experts, ep, config.experts.backend),
+            experts=_owned_experts(block.experts, ep, config.experts),
             dispatcher=dispatcher,
             context=context,
             index=index,
@@ -178,7 +185,7 @@ def _recordable(router: type[nn.Module], family_router: type[nn.Module]) -> type
     return type(router.__name__, (router, family_router), {})
 
 
-def _owned_experts(experts: nn.Module, ep: ExpertParallel, backend: str) -> Experts:
+def _owned_experts(experts: nn.Module, ep: ExpertParallel, config: ExpertsConfig) -> Experts:
     owned = ep.owned(experts.gate_up_proj.shape[0])
 
     def shard(weight: nn.Parameter) -> nn.Parameter:
@@ -189,7 +196,8 @@ def _owned_experts(experts: nn.Module, ep: ExpertParallel, backend: str) -> Expe
     lora = getattr(experts, "lora", None)  # see models/lora.py
     if lora is not None and ep.size > 1:
         lora.keep(owned)
-    return Experts(shard(experts.gate_up_proj), shard(experts.down_proj), experts.act_fn, backend, lora)
+    weights = shard(experts.gate_up_proj), shard(experts.down_proj)
+    return Experts(*weights, config.backend, lora, config.recompute)
 
 
 def _take_routing(context: ForwardContext, layers: int, top_k: int) -> Callable[..., Any]:

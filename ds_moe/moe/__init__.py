@@ -1,7 +1,8 @@
 """The Mixture-of-Experts layer in plain PyTorch: route -> dispatch -> experts -> combine."""
 
 from ds_moe.moe.balance import AuxLoss, Balancer, Seen, ZLoss
-from ds_moe.moe.dispatch import AllToAllDispatcher, ExpertParallel, LocalDispatcher
+from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher
+from ds_moe.moe.exchange import ExpertParallel
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.facade import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss
 from ds_moe.moe.layer import MoELayer

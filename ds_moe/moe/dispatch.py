@@ -1,162 +1,177 @@
 """Dispatchers move rows to their experts and back. Dropless: a row is never lost, an expert or a rank may get none.
 
-`dispatch` sorts the N assignments by expert and hands the rows over; `combine` brings the experts' outputs back
-and adds them up per token. What both need to agree on is the `Plan`, which a recompute reuses as it is.
+`dispatch` sorts the N assignments by expert and sends the rows off; each `Part` of them goes `through` the experts;
+`combine` adds up what comes back per token. What these need to agree on is the `Plan`, which a recompute reuses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe.moe.routing import RoutingDecision, count_experts
+from ds_moe.moe.backends import Order, backend_for
+from ds_moe.moe.exchange import Counts, ExpertParallel, Trip, arrive, depart
+from ds_moe.moe.movement import add_up, inverse, order_by_expert, permute, spread
+from ds_moe.moe.routing import RoutingDecision
 
 ApplyWeight = Literal["before", "after"]
-
-
-@dataclass
-class ExpertParallel:
-    """Where one rank stands among the ranks that share one copy of the experts.
-
-    `group` may be filled in later (DeepSpeed creates its groups during `initialize`); it is read at every forward.
-    """
-
-    size: int = 1
-    rank: int = 0
-    group: dist.ProcessGroup | None = None
-
-    def owned(self, num_experts: int) -> slice:
-        """The global experts of this rank: a contiguous block."""
-        if num_experts % self.size:
-            raise ValueError(f"ep_size={self.size} does not divide the {num_experts} experts")
-        local = num_experts // self.size
-        return slice(self.rank * local, (self.rank + 1) * local)
+RunExperts = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # rows, rows of each expert, combine weights -> rows
 
 
 @dataclass
 class Plan:
     """How N assignments become rows grouped by expert."""
 
-    order_N: Tensor  # int64: position in the sorted list -> position in the decision's list
+    order: Order
     counts_E: Tensor  # int64: this rank's assignments of every global expert
-    counts_e: Tensor  # int64: rows of each local expert, from all ranks
-    send: list[int] | None = None  # rows to each rank of the EP group
-    receive: list[int] | None = None  # rows from each rank
-    by_expert_R: Tensor | None = None  # int64: received rows (by rank, then expert) -> rows by expert
+    counts: Counts | None = None  # of the exchange; None: every expert is here
+
+
+class Part(Protocol):
+    """Rows for some of this rank's experts, perhaps still on their way."""
+
+    def through(self, experts: RunExperts) -> Callable[[], Tensor]:
+        """Wait for the rows, run the experts and send the result off; what is returned waits for its arrival."""
+        ...
 
 
 class Dispatcher:
-    """What every kind shares: the sort and the weights.
+    """What every kind shares: the sort and the sum.
 
     Args:
+        ep: this rank's place among those that share the experts.
+        backend: a kind of kernels, see `backends`.
         apply_weight: `after`: the combine weight multiplies what an expert gives. `before`: it multiplies what the
             expert gets (Llama 4; torchtitan's score_before_experts), another function, experts being no linear maps.
     """
 
-    def __init__(self, apply_weight: ApplyWeight = "after") -> None:
+    parts = 1  # `dispatch` returns this many, each for as many experts
+
+    def __init__(self, ep: ExpertParallel, backend: str = "auto", apply_weight: ApplyWeight = "after") -> None:
+        self.ep = ep
+        self.backend = backend
         self.apply_weight: ApplyWeight = apply_weight
 
-    def sorted_rows(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
-        """(N, D) rows sorted by expert, in the dtype of `x_TD`."""
-        rows_ND = x_TD.index_select(0, decision.token_N.index_select(0, plan.order_N))
-        return _weighted(rows_ND, decision, plan).to(x_TD.dtype) if self.apply_weight == "before" else rows_ND
+    def order(self, decision: RoutingDecision, keys_N: Tensor) -> Order:
+        """The decision's list sorted by key, one an expert."""
+        backend = backend_for(self.backend, decision.logits_TE)
+        return order_by_expert(backend, decision.token_N, keys_N, *decision.logits_TE.shape, decision.top_k)
 
-    def added_up(self, rows_ND: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
-        """The sorted rows of each token added up in fp32: (T, D) in the rows' dtype."""
-        summands_ND = (
-            _weighted(rows_ND, decision, plan) if self.apply_weight == "after" else rows_ND.to(decision.weight_N.dtype)
-        )
-        y_TD = summands_ND.new_zeros(decision.logits_TE.shape[0], rows_ND.shape[1])
-        y_TD = y_TD.index_add(0, decision.token_N.index_select(0, plan.order_N), summands_ND)
-        return y_TD.to(rows_ND.dtype)
+    def sorted_rows(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """(N, D) rows sorted by expert in the dtype of `x_TD`, and the (N,) weights for the experts to apply, if so."""
+        rows_ND = spread(backend_for(self.backend, x_TD), x_TD, plan.order)
+        weight_N = permute(decision.weight_N, plan.order.order_N)
+        if self.apply_weight == "before":
+            return (rows_ND * weight_N.unsqueeze(1)).to(x_TD.dtype), None
+        return rows_ND, weight_N
 
-
-def _weighted(rows_ND: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
-    """Sorted rows times their combine weights, in fp32."""
-    return rows_ND * decision.weight_N.index_select(0, plan.order_N).unsqueeze(1)
+    def combine(self, outputs: list[Callable[[], Tensor]], plan: Plan) -> Tensor:
+        """What the parts' `through` returned -> (T, D) of this rank's tokens, summed per token."""
+        rows = [output() for output in outputs]
+        rows_ND = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return add_up(backend_for(self.backend, rows_ND), rows_ND, plan.order)
 
 
 class LocalDispatcher(Dispatcher):
     """Every expert lives on this rank: sort, and sort back."""
 
+    def __init__(self, backend: str = "auto", apply_weight: ApplyWeight = "after") -> None:
+        super().__init__(ExpertParallel(), backend, apply_weight)
+
     def plan(self, decision: RoutingDecision) -> Plan:
-        counts_E = count_experts(decision.expert_N, decision.logits_TE.shape[1])
-        return Plan(torch.argsort(decision.expert_N, stable=True), counts_E, counts_E)
+        order = self.order(decision, decision.expert_N)
+        return Plan(order, order.counts_E)
 
-    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
-        """(T, D) -> (R, D) rows sorted by local expert, `plan.counts_e` each."""
-        return self.sorted_rows(x_TD, decision, plan)
+    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> list[Part]:
+        return [_Here(*self.sorted_rows(x_TD, decision, plan), plan.counts_E)]
 
-    def combine(self, rows_RD: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
-        """(R, D) expert outputs -> (T, D), weighted and summed per token."""
-        return self.added_up(rows_RD, decision, plan)
+
+@dataclass
+class _Here:
+    rows_ND: Tensor
+    weight_N: Tensor | None
+    counts_E: Tensor
+
+    def through(self, experts: RunExperts) -> Callable[[], Tensor]:
+        rows_ND = experts(self.rows_ND, self.counts_E, self.weight_N)
+        return lambda: rows_ND
 
 
 class AllToAllDispatcher(Dispatcher):
-    """Experts are spread over the ranks of `ep`: one exchange of counts, one of rows, and one back."""
+    """Experts are spread over the ranks of `ep`: one exchange of counts, one of rows and weights, one of rows back.
 
-    def __init__(self, ep: ExpertParallel, apply_weight: ApplyWeight = "after") -> None:
-        super().__init__(apply_weight)
-        self.ep = ep
+    Args:
+        chunks: exchange and compute the rank's experts in so many parts, so that the rows of one part travel while
+            another is computed; must divide the number of experts a rank.
+    """
+
+    def __init__(
+        self, ep: ExpertParallel, backend: str = "auto", apply_weight: ApplyWeight = "after", chunks: int = 1
+    ) -> None:
+        super().__init__(ep, backend, apply_weight)
+        self.parts = chunks
 
     def plan(self, decision: RoutingDecision) -> Plan:
-        """Collective over the EP group. Uneven splits need the counts on the host: the layer's only sync."""
-        counts_E = count_experts(decision.expert_N, decision.logits_TE.shape[1])
-        sent_Pe = counts_E.view(self.ep.size, -1)
-        received_Pe = torch.empty_like(sent_Pe)
-        dist.all_to_all_single(received_Pe, sent_Pe, group=self.ep.group)
-        send, receive = torch.stack([sent_Pe.sum(1), received_Pe.sum(1)]).tolist()
-        local_ids = torch.arange(received_Pe.shape[1], device=counts_E.device).repeat(self.ep.size)
-        by_expert_R = torch.argsort(
-            local_ids.repeat_interleave(received_Pe.flatten(), output_size=sum(receive)), stable=True
-        )
-        order_N = torch.argsort(decision.expert_N, stable=True)
-        return Plan(order_N, counts_E, received_Pe.sum(0), send, receive, by_expert_R)
+        """Collective over the EP group: starts the exchange of counts."""
+        num_experts = decision.logits_TE.shape[1]
+        shape = self.ep.size, self.parts, num_experts // (self.ep.size * self.parts)
+        if self.parts == 1:
+            order = self.order(decision, decision.expert_N)
+            return Plan(order, order.counts_E, Counts(order.counts_E.view(shape), self.ep))
+        # Sorted by part before rank, so that what leaves for one part lies together.
+        experts_E = torch.arange(num_experts, device=decision.expert_N.device)
+        expert_of_key_E = experts_E.view(shape).transpose(0, 1).flatten()
+        key_of_expert_E = inverse(expert_of_key_E)
+        order = self.order(decision, key_of_expert_E[decision.expert_N])
+        counts_E = order.counts_E[key_of_expert_E]
+        return Plan(order, counts_E, Counts(counts_E.view(shape), self.ep))
 
-    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
-        """(T, D) -> (R, D): the rows of all ranks for this rank's experts, sorted by expert."""
-        rows_ND = self.sorted_rows(x_TD, decision, plan)
-        rows_RD = _AllToAll.apply(rows_ND, plan.send, plan.receive, self.ep.group)
-        return _Permute.apply(rows_RD, plan.by_expert_R)
-
-    def combine(self, rows_RD: Tensor, decision: RoutingDecision, plan: Plan) -> Tensor:
-        """(R, D) outputs of this rank's experts -> (T, D) of this rank's tokens."""
-        by_rank_RD = _Permute.apply(rows_RD, torch.argsort(plan.by_expert_R))
-        rows_ND = _AllToAll.apply(by_rank_RD, plan.receive, plan.send, self.ep.group)
-        return self.added_up(rows_ND, decision, plan)
-
-
-class _AllToAll(torch.autograd.Function):
-    """Rows to their ranks; the gradient takes the way back. Runs with zero rows too, so that no rank is missed."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-        ctx.exchange = (receive, send, group)
-        out = rows.new_empty(sum(receive), rows.shape[1])
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _AllToAll.apply(grads[0], *ctx.exchange), None, None, None
+    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> list[Part]:
+        """Collective: packs the rows, then waits for the counts on the host, then sends all parts off."""
+        assert plan.counts is not None
+        rows_ND, weight_N = self.sorted_rows(x_TD, decision, plan)
+        send_nP, receive_nP = plan.counts.on_host()
+        sizes = [sum(send) for send in send_nP]
+        parts: list[Part] = []
+        weights = [None] * self.parts if weight_N is None else weight_N.split(sizes)
+        for part, (rows, weight) in enumerate(zip(rows_ND.split(sizes), weights, strict=True)):
+            trip = Trip(self.ep, send_nP[part], receive_nP[part])
+            arriving = depart(trip, rows) if weight is None else depart(trip, rows, weight)
+            parts.append(_Arriving(trip, arriving, plan.counts.received_Pne[:, part]))
+        return parts
 
 
-class _Permute(torch.autograd.Function):
-    """`rows[order]` for a permutation: its gradient is a gather too, not a scatter-add."""
+@dataclass
+class _Arriving:
+    trip: Trip
+    tensors: tuple[Tensor, ...]  # rows, and their weights if the experts apply them; by rank, then by expert
+    received_Pe: Tensor  # int64: how many from each rank for each expert
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return rows.index_select(0, order)
+    def through(self, experts: RunExperts) -> Callable[[], Tensor]:
+        rows_RD, *weights = arrive(self.trip, *self.tensors)
+        by_expert_R = regrouped(self.received_Pe, rows_RD.shape[0])
+        weight_R = permute(weights[0], by_expert_R) if weights else None
+        rows_RD = experts(permute(rows_RD, by_expert_R), self.received_Pe.sum(0), weight_R)
+        by_rank_RD = permute(rows_RD, regrouped(self.received_Pe.T, rows_RD.shape[0]))
+        back = Trip(self.trip.ep, *self.trip.splits[::-1])
+        travelling = depart(back, by_rank_RD)
+        return lambda: arrive(back, *travelling)[0]
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return grads[0].index_select(0, torch.argsort(order)), None
+
+def regrouped(counts_AB: Tensor, rows: int) -> Tensor:
+    """Where rows grouped by a, then b, stand once they are grouped by b, then a: int64 (R,), without a sort."""
+    before_AB = (counts_AB.flatten().cumsum(0) - counts_AB.flatten()).view_as(counts_AB)
+    counts_B_A = counts_AB.T.flatten()
+    shift_B_A = before_AB.T.flatten() - (counts_B_A.cumsum(0) - counts_B_A)
+    places_R = torch.arange(rows, device=counts_AB.device)
+    return places_R + shift_B_A.repeat_interleave(counts_B_A, output_size=rows)
 
 
-DISPATCHERS = {"local": lambda ep, apply_weight: LocalDispatcher(apply_weight), "all_to_all": AllToAllDispatcher}
+DISPATCHERS = {
+    "local": lambda ep, backend, apply_weight, chunks: LocalDispatcher(backend, apply_weight),
+    "all_to_all": AllToAllDispatcher,
+}

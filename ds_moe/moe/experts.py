@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_moe.moe.backends import BACKENDS
+from ds_moe.moe.backends import Backend, Recompute, backend_for
 from ds_moe.moe.lora import ExpertLoRA
 
 
@@ -16,33 +18,67 @@ class Experts(nn.Module):
     Args:
         gate_up_proj: (e, 2F, D), gate rows first.
         down_proj: (e, D, F).
-        activation: applied to the gate half, e.g. SiLU.
-        backend: a key of `BACKENDS`.
+        backend: a kind of kernels, see `backends`.
         lora: updates of the same experts; None: none.
+        recompute: what backward computes again instead of keeping it, see `backends.swiglu`; with `lora`, and in the
+            reference backend, what autograd keeps is kept.
     """
 
     def __init__(
         self,
         gate_up_proj: nn.Parameter,
         down_proj: nn.Parameter,
-        activation: Callable[[Tensor], Tensor],
-        backend: str = "grouped_mm",
+        backend: str = "auto",
         lora: ExpertLoRA | None = None,
+        recompute: Recompute = "act",
     ) -> None:
         super().__init__()
         self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
-        self.activation = activation
-        self.multiply = BACKENDS[backend]
+        self.backend = backend
         self.lora = lora
+        self.recompute: Recompute = recompute
 
-    def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
-        """Rows sorted by expert, `counts_e[i]` of them for expert i (int64, zeros allowed) -> (R, D)."""
-        gate_RF, up_RF = self._product("gate_up", rows_RD, self.gate_up_proj, counts_e).chunk(2, dim=-1)
-        return self._product("down", self.activation(gate_RF) * up_RF, self.down_proj, counts_e)
+    def forward(self, rows_RD: Tensor, counts_e: Tensor, weight_R: Tensor | None = None) -> Tensor:
+        """Outputs (R, D), times the combine weights if given.
 
-    def _product(self, part: str, rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
-        rows_RO = self.multiply(rows_RI, weight_eOI, counts_e)
-        if self.lora is not None:
-            rows_RO = rows_RO + self.lora(part, rows_RI, counts_e, self.multiply)
-        return rows_RO
+        Args:
+            rows_RD: sorted by expert, `counts_e[i]` of expert i (int64, zeros allowed).
+            weight_R: fp32.
+        """
+        return self._run(self.gate_up_proj, self.down_proj, slice(None), rows_RD, counts_e, weight_R)
+
+    def split(self, parts: int) -> list[Callable[[Tensor, Tensor, Tensor | None], Tensor]]:
+        """`parts` functions like `forward`, each of as many experts. Splitting copies the weights' gradients once."""
+        if parts == 1:
+            return [self]
+        size = self.gate_up_proj.shape[0] // parts
+        weights = zip(self.gate_up_proj.split(size), self.down_proj.split(size), strict=True)
+        return [partial(self._run, *pair, slice(i * size, (i + 1) * size)) for i, pair in enumerate(weights)]
+
+    def _run(
+        self,
+        gate_up_eOD: Tensor,
+        down_eDF: Tensor,
+        experts: slice,
+        rows_RD: Tensor,
+        counts_e: Tensor,
+        weight_R: Tensor | None,
+    ) -> Tensor:
+        backend = backend_for(self.backend, rows_RD)
+        if self.lora is None:
+            return backend.swiglu(rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, self.recompute)
+        product = partial(_updated, backend, self.lora, experts, counts_e)
+        gate_RF, up_RF = product("gate_up", rows_RD, gate_up_eOD).chunk(2, dim=-1)
+        act_RF = F.silu(gate_RF) * up_RF
+        if weight_R is not None:
+            act_RF = (act_RF * weight_R.unsqueeze(1)).to(act_RF.dtype)
+        return product("down", act_RF, down_eDF)
+
+
+def _updated(
+    backend: Backend, lora: ExpertLoRA, experts: slice, counts_e: Tensor, part: str, rows_RI: Tensor, weight_eOI: Tensor
+) -> Tensor:
+    """A product and its low-rank update."""
+    rows_RO = backend.multiply(rows_RI, weight_eOI, counts_e)
+    return rows_RO + lora(part, rows_RI, counts_e, backend.multiply, experts)

@@ -50,11 +50,13 @@ class MoELayer(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         decision, plan = self._route(x_TD, sequences=hidden_states.shape[0])
-        rows_RD = self.dispatcher.dispatch(x_TD, decision, plan)
-        rows_RD = self.experts(rows_RD, plan.counts_e)
-        y_TD = self.dispatcher.combine(rows_RD, decision, plan)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        parts = self.dispatcher.dispatch(x_TD, decision, plan)
+        shared_TD = None if self.shared is None else self.shared(x_TD)  # while the rows travel
+        experts = self.experts.split(self.dispatcher.parts)
+        outputs = [part.through(run) for part, run in zip(parts, experts, strict=True)]
+        y_TD = self.dispatcher.combine(outputs, plan)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         return y_TD.view_as(hidden_states)
 
     def _route(self, x_TD: Tensor, sequences: int) -> tuple[RoutingDecision, Plan]:

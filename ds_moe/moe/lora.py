@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]  # a backend, see `backends/`
+Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]  # a backend's, see `backends/`
+ALL = slice(None)
 
 
 class ExpertLoRA(nn.Module):
@@ -46,8 +47,8 @@ class ExpertLoRA(nn.Module):
         for name, parameter in list(self.named_parameters()):
             self.register_parameter(name, nn.Parameter(parameter.detach()[owned].clone()))
 
-    def forward(self, part: str, rows_RI: Tensor, counts_e: Tensor, multiply: Multiply) -> Tensor:
-        """The update of one matrix, `part` gate_up or down, for rows sorted by expert: (R, O)."""
+    def forward(self, part: str, rows_RI: Tensor, counts_e: Tensor, multiply: Multiply, experts: slice = ALL) -> Tensor:
+        """The update of one matrix, `part` gate_up or down, of these experts, for rows sorted by expert: (R, O)."""
         rows_RI = F.dropout(rows_RI, self.dropout, self.training)
-        low_Rr = multiply(rows_RI, getattr(self, f"{part}_A"), counts_e)
-        return multiply(low_Rr, getattr(self, f"{part}_B"), counts_e) * self.scaling
+        low_Rr = multiply(rows_RI, getattr(self, f"{part}_A")[experts], counts_e)
+        return multiply(low_Rr, getattr(self, f"{part}_B")[experts], counts_e) * self.scaling

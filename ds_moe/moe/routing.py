@@ -25,10 +25,11 @@ class Assignments(NamedTuple):
     token_N: Tensor  # int64, index into T
     expert_N: Tensor  # int64, global expert id
     seed: int | None = None  # of the random numbers that went with this selection; None: there were none
+    top_k: int | None = None  # every token has this many, beside each other, tokens in order; None: not known
 
     def where(self, kept_N: Tensor) -> Assignments:
         """The pairs at which the mask is true, in their order."""
-        return self._replace(token_N=self.token_N[kept_N], expert_N=self.expert_N[kept_N])
+        return self._replace(token_N=self.token_N[kept_N], expert_N=self.expert_N[kept_N], top_k=None)
 
     def replaced(self, replayed_TK: Tensor) -> Assignments:
         """The same tokens with the experts of `replayed_TK`, but for those whose row there is -1.
@@ -55,10 +56,11 @@ class RoutingDecision(NamedTuple):
     weight_N: Tensor  # fp32 combine weight, with grad
     seed: int | None = None  # of the router's random numbers in this forward; None: it drew none
     dropped: int = 0  # assignments that the experts' capacity refused; 0 in a recompute
+    top_k: int | None = None  # as in `Assignments`
 
     @property
     def chosen(self) -> Assignments:
-        return Assignments(self.token_N, self.expert_N, self.seed)
+        return Assignments(self.token_N, self.expert_N, self.seed, self.top_k)
 
 
 @dataclass
@@ -132,6 +134,6 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 
 def count_experts(expert_N: Tensor, num_experts: int) -> Tensor:
-    """Assignments of each expert, int64 (E,). Not bincount, which reads its largest entry on the host."""
+    """How often each of 0 ... `num_experts` - 1 occurs, int64. Not bincount, which reads its maximum on the host."""
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_N.device)
     return counts_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))

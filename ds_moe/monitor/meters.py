@@ -126,6 +126,8 @@ class Window:
             "perf/data_wait_frac": sum(step.data_wait_s for step in steps) / seconds,
             "perf/mem_gib": peak_memory_gib(),
         }
+        if any(step.sent_bytes for step in steps):
+            scalars["perf/ep_sent_mib"] = sum(step.sent_bytes for step in steps) / len(steps) / 2**20
         of_task = mean_by_name([step.task for step in steps])
         scalars |= {f"{steps[-1].task_name}/{name}": value for name, value in of_task.items()}
         mfu = throughput.mfu(tokens_per_s)

@@ -19,7 +19,7 @@ def make_layer(top_k=2, backend="grouped_mm", balancers=(), seed=0, normalize=Tr
 
     return MoELayer(
         gate=TopKRouter(parameter(E, D), top_k, normalize),
-        experts=Experts(parameter(E, 2 * F, D), parameter(E, D, F), torch.nn.functional.silu, backend),
+        experts=Experts(parameter(E, 2 * F, D), parameter(E, D, F), backend),
         dispatcher=LocalDispatcher(),
         context=ForwardContext(),
         index=0,

@@ -357,7 +357,7 @@ class TwoLayers(torch.nn.Module):
             gate_up, down = (
                 torch.nn.Parameter(torch.randn(*shape, generator=generator) * 0.3) for shape in ((6, 20, D), (6, D, 10))
             )
-            experts = Experts(gate_up, down, torch.nn.functional.silu, "reference")
+            experts = Experts(gate_up, down, "reference")
             gate = router(kind, 6, 2, index, **RANDOM[kind])
             layer = MoELayer(gate, experts, LocalDispatcher(), context, index, balancers=[AuxLoss(0.5)])
             self.layers.append(layer)

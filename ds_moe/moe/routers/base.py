@@ -90,7 +90,8 @@ class Router(nn.Module):
                     selected = selected.replaced(replayed_TK)
                 chosen, dropped = self._limit(selected, scores_TE, tokens, generator)
         weight_N = self.weigh(scores_TE, chosen, tokens)
-        return RoutingDecision(logits_TE, scores_TE, chosen.token_N, chosen.expert_N, weight_N, seed, dropped)
+        token_N, expert_N, _, top_k = chosen
+        return RoutingDecision(logits_TE, scores_TE, token_N, expert_N, weight_N, seed, dropped, top_k)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, E) raw logits in the model's dtype, with grad."""

@@ -70,11 +70,12 @@ class TopKRouter(Router):
         return logits_TE.sigmoid() if self.scores == "sigmoid" else logits_TE.softmax(-1)
 
     def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
+        every_k = self.top_k if token_V is None else None
         token_V, ranked_VE = routed(ranked_TE, token_V)
         if self.groups is not None and self.top_groups is not None:
             ranked_VE = _best_groups(ranked_VE, self.groups, self.top_groups)
         ids_VK = ranked_VE.topk(self.top_k, dim=-1).indices
-        return Assignments(token_V.repeat_interleave(self.top_k), ids_VK.flatten())
+        return Assignments(token_V.repeat_interleave(self.top_k), ids_VK.flatten(), top_k=every_k)
 
     def weigh(self, scores_TE: Tensor, chosen: Assignments, tokens: int) -> Tensor:
         weight_N = scores_TE[chosen.token_N, chosen.expert_N]

@@ -1,0 +1,113 @@
+"""Machines that steps are estimated for: named ones from data sheets, others from a file of figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_moe.errors import UserError
+
+GB = 1e9
+COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
+ADAM_FUSED_BYTES = 28  # an element: reads gradient, master weight and both moments in fp32, writes the last three
+
+
+@dataclass(frozen=True)
+class Link:
+    """What one device sends and receives: bytes/s in each direction, seconds for a hop."""
+
+    bandwidth: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Figures of one device and its links.
+
+    Attributes:
+        peak_flops: FLOP/s of matrix products by dtype; MFU refers to them.
+        dense, grouped, attention: fraction of the peak that dense GEMMs, grouped GEMMs and attention scores reach.
+        memory_bandwidth: bytes/s that elementwise work reaches.
+        memory: bytes of the device.
+        runtime: bytes of it that context, libraries and communication buffers take.
+        intra, inter: links within a node and between nodes, as the device sees them.
+        devices_per_node: what a node has.
+        adam_bytes: memory traffic of the optimizer, bytes an element.
+        collectives: measured link of a collective within a node, in place of `intra`.
+        source: where the figures are from.
+    """
+
+    name: str
+    peak_flops: dict[str, float]
+    dense: float
+    grouped: float
+    attention: float
+    memory_bandwidth: float
+    memory: float
+    intra: Link
+    inter: Link
+    devices_per_node: int
+    runtime: float = 1.5 * 2**30
+    adam_bytes: float = ADAM_FUSED_BYTES
+    collectives: dict[str, Link] = field(default_factory=dict)
+    source: str = ""
+
+    def link(self, collective: str) -> Link:
+        """The link within a node that `collective` uses."""
+        return self.collectives.get(collective, self.intra)
+
+
+# Peaks: NVIDIA's data sheets of the SXM5 and SXM4 80 GB cards, without sparsity; fp32 without TF32. The fractions (of
+# peak, 0.85 of memory bandwidth, 0.8 of links) and latencies are assumptions, not measurements: all are options.
+_ASSUMED = {"dense": 0.7, "grouped": 0.5, "attention": 0.45, "memory": 80 * GB, "devices_per_node": 8}
+MACHINES = {
+    "h100-8x": Machine(
+        "h100-8x",
+        {"bf16": 989e12, "fp32": 67e12},
+        memory_bandwidth=0.85 * 3350 * GB,
+        intra=Link(0.8 * 450 * GB, 5e-6),  # NVLink 4
+        inter=Link(0.8 * 50 * GB, 15e-6),  # InfiniBand, 400 Gb/s a device
+        source="data sheets and assumed fractions",
+        **_ASSUMED,
+    ),
+    "a100-8x": Machine(
+        "a100-8x",
+        {"bf16": 312e12, "fp32": 19.5e12},
+        memory_bandwidth=0.85 * 2039 * GB,
+        intra=Link(0.8 * 300 * GB, 5e-6),  # NVLink 3
+        inter=Link(0.8 * 25 * GB, 15e-6),  # InfiniBand, 200 Gb/s a device
+        source="data sheets and assumed fractions",
+        **_ASSUMED,
+    ),
+}
+
+
+def read_machine(name: str) -> Machine:
+    """A named machine, or one from a file that `write_machine` or a person wrote.
+
+    Raises:
+        UserError: neither; `cpu` without measured figures; a file without or with unknown figures.
+    """
+    if name in MACHINES:
+        return MACHINES[name]
+    if name == "cpu":
+        raise UserError(
+            "--machine cpu has no built-in figures: run with --calibrate FILE.json, give --machine FILE.json"
+        )
+    if not Path(name).is_file():
+        raise UserError(f"--machine {name}: neither one of {', '.join(MACHINES)} nor a file of figures (--calibrate)")
+    try:
+        figures: dict[str, Any] = json.loads(Path(name).read_text())
+        links = {key: Link(**figures.pop(key)) for key in ("intra", "inter")}
+        collectives = {key: Link(**link) for key, link in figures.pop("collectives", {}).items()}
+        if unknown := set(collectives) - set(COLLECTIVES):
+            raise UserError(f"--machine {name}: unknown collective {min(unknown)}")
+        return Machine(**links, collectives=collectives, **figures)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--machine {name}: no figures of a machine ({type(error).__name__}: {error})") from error
+
+
+def write_machine(machine: Machine, file: Path) -> None:
+    file.write_text(json.dumps(asdict(machine), indent=1) + "\n")

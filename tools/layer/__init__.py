@@ -1,0 +1,1 @@
+"""What `bench_layer.py` measures: shapes and routings, contenders, timing, growth."""
