@@ -140,7 +140,8 @@ def _no_chunks(config: RunConfig) -> str | None:
 def _no_recompute(config: RunConfig) -> str | None:
     if config.moe is not None and config.moe.experts.backend in ("reference", "liger"):
         return f"moe.experts.backend {config.moe.experts.backend} decides that itself"
-    return "the experts have LoRA updates, and autograd keeps what it needs" if config.lora else None
+    updated = config.lora is not None and config.lora.experts
+    return "the experts have LoRA updates, and autograd keeps what it needs" if updated else None
 
 
 def _no_drop(config: RunConfig) -> str | None:
@@ -317,6 +318,9 @@ def _moe_section(config: RunConfig, model_config: PretrainedConfig) -> Complaint
         fits = ", ".join(str(size) for size in range(1, experts + 1) if experts % size == 0)
         text = f"moe.ep_size {ep_size} does not divide the model's {experts} experts ({fits} do)"
         found.append(("moe.ep_size", text))
+    elif experts // ep_size % config.moe.dispatch.chunks:
+        chunks, local = config.moe.dispatch.chunks, experts // ep_size
+        found.append(("moe.dispatch.chunks", f"moe.dispatch.chunks {chunks} does not divide a rank's {local} experts"))
     if top_k is not None and top_k > experts:
         found.append(("moe.router.top_k", f"moe.router.top_k {top_k} exceeds the model's {experts} experts"))
         return found

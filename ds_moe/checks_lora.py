@@ -47,4 +47,16 @@ def _fixed_router(config: RunConfig) -> Complaint:
     return "lora.train_router", f"moe.router.kind {kind} learns nothing: set lora.train_router false" if wrong else None
 
 
-LORA_CONTRADICTIONS: list[Callable[[RunConfig], Complaint]] = [_something_to_train, _aligned, _stage, _fixed_router]
+def _liger(config: RunConfig) -> Complaint:
+    wrong = config.lora and config.lora.experts and config.moe and config.moe.experts.backend == "liger"
+    text = "moe.experts.backend liger would not be used: experts with LoRA updates need torch's products; write auto"
+    return "moe.experts.backend", text if wrong else None
+
+
+LORA_CONTRADICTIONS: list[Callable[[RunConfig], Complaint]] = [
+    _something_to_train,
+    _aligned,
+    _stage,
+    _fixed_router,
+    _liger,
+]

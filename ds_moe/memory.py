@@ -140,19 +140,29 @@ def _activations(model: PreTrainedModel, config: RunConfig, width: int, ep_size:
     attention = 3 * head_dim * (heads + 2 * text.num_key_value_heads)  # projected, normalised, rotated
     if config.model.attention == "eager":
         attention += 2 * heads * config.data.max_length  # the attention matrix and its softmax
+    top_k = 0
     if expert_count(model.config):
         top_k = (config.moe.router.top_k if config.moe else None) or text.num_experts_per_tok
-        copies = 4 if ep_size > 1 else 2  # sorted and sent, received and returned
-        mlp = top_k * (copies * text.hidden_size + 4 * text.moe_intermediate_size)
+        mlp = top_k * _kept_by_experts(config, text.hidden_size, text.moe_intermediate_size)
     else:
         mlp = 4 * text.intermediate_size
     norms = 14 * text.hidden_size  # two RMSNorms that compute in fp32, and the residual stream
     layer = width * tokens * (attention + mlp + norms)
     kept = _kept(layer, width * tokens * text.hidden_size, text.num_hidden_layers, config.train.gradient_checkpointing)
+    if ep_size > 1:  # rows of the layer at work: packed, arrived, sorted, on their way back
+        kept += width * tokens * 4 * top_k * text.hidden_size
     return {
         "activations": kept + _vision_activations(model, tokens, width, config.train.gradient_checkpointing),
         "logits": tokens * text.vocab_size * (width + LOGIT_BYTES),
     }
+
+
+def _kept_by_experts(config: RunConfig, model_width: int, expert_width: int) -> int:
+    """Numbers a row: `moe/backends/swiglu.py` keeps its input and what `recompute` says, others all they compute."""
+    experts = config.moe.experts if config.moe else None
+    if experts is None or experts.backend == "reference" or (config.lora is not None and config.lora.experts):
+        return 2 * model_width + 4 * expert_width
+    return model_width + {"none": 3, "act": 2, "all": 0}[experts.recompute] * expert_width
 
 
 def _vision_activations(model: PreTrainedModel, tokens: int, width: int, checkpointing: bool) -> float:

@@ -56,9 +56,11 @@ def run_summary(run: Run) -> str:
     if layers:
         lines.append(
             f"experts   {len(layers)} MoE layers x {layers[0].num_experts} experts, top-{layers[0].gate.top_k}, "
-            f"{layers[0].num_experts // topology.ep_size} a rank, backend {_backend(run)}, "
+            f"{layers[0].num_experts // topology.ep_size} a rank, backend {config.moe.experts.backend}, "
             f"balance {[balance.kind for balance in config.moe.balance] or 'none'}"
         )
+        if config.moe.experts.backend == "auto":
+            lines.append("kernels   {}: {}".format(*choose(topology.device.type, layers[0].experts.down_proj.dtype)))
     lines.append(
         f"batch     {config.train.global_batch_size} samples a step = {config.train.micro_batch_size} a rank x "
         f"{topology.world_size} ranks x {run.stream.accumulation} micro-batches"
@@ -84,14 +86,6 @@ def run_summary(run: Run) -> str:
         lines.append(f"LoRA of rank {config.lora.rank}, over all ranks:")
         lines += [f"  {line}" for line in coverage(engine.module, topology.ep_size)]
     return "\n".join(lines)
-
-
-def _backend(run: Run) -> str:
-    kind = run.config.moe.experts.backend
-    if kind != "auto":
-        return kind
-    chosen, _ = choose(run.topology.device.type, next(run.engine.module.parameters()).dtype)
-    return f"{chosen} (auto)"
 
 
 def result_rows(run: Run) -> dict[str, str]:

@@ -37,7 +37,8 @@ check_run() {
 # check_count VALUE WHAT
 check_count() { [[ $1 =~ ^[1-9][0-9]*$ ]] || die "$2 must be a positive whole number, not '$1'"; }
 
-# cpu_settings RANKS: the array `settings` becomes what `ds-moe train` sets for CPU ranks; see ds_moe/launcher.py.
+# cpu_settings RANKS: the array `settings` becomes what `ds-moe train` sets for CPU ranks (see ds_moe/launcher.py) but for
+# TORCH_EXTENSIONS_DIR, which ranks find by themselves.
 cpu_settings() {
     local cores
     cores=$(env -u OMP_NUM_THREADS nproc)

@@ -202,7 +202,14 @@ RULES = {
         ["moe.experts.recompute=all", "moe.experts.backend=reference"],
         "moe.experts.recompute would not be used: moe.experts.backend reference decides that itself",
     ),
-    "recompute beside LoRA": (["moe.experts.recompute=all", LORA], "would not be used: the experts have LoRA updates"),
+    "recompute beside LoRA": (
+        ["moe.experts.recompute=all", "lora={rank: 8, experts: true}"],
+        "would not be used: the experts have LoRA updates",
+    ),
+    "liger beside LoRA": (
+        ["moe.experts.backend=liger", "lora={rank: 8, experts: true}"],
+        "moe.experts.backend liger would not be used: experts with LoRA updates need torch's products",
+    ),
     "groups alone": (["moe.router.groups=4"], "moe.router.groups is 4 and moe.router.top_groups is not set"),
     "expert choice in a causal model": (["moe.router.kind=expert_choice"], "leaks the future and cannot generate"),
     "expert choice that would generate": (

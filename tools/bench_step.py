@@ -58,11 +58,12 @@ TINY = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
     **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
-SMALL = {  # 39 million parameters, nearly all of them experts'; as in DeepSeek-V3, one expert of 32 is chosen
+SMALL = {  # 77 million parameters, nearly all of them experts'; as in DeepSeek-V3, one expert of 32 is chosen
     **{"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 4},
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
-    **{"num_experts": 64, "num_experts_per_tok": 2, "moe_intermediate_size": 192},
+    **{"num_experts": 64, "num_experts_per_tok": 2, "moe_intermediate_size": 384},
 }
+HALF = SMALL | {"moe_intermediate_size": 192}  # 39 million parameters
 QWEN = {  # the language model of Qwen3-VL-30B-A3B with 4 of 48 layers and a vocabulary that does not outweigh them
     **{"vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 4},
     **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
@@ -71,6 +72,7 @@ QWEN = {  # the language model of Qwen3-VL-30B-A3B with 4 of 48 layers and a voc
 SUITES = {
     "smoke": Suite("cpu", "fp32", 2, [1, 2], [32, 64], 16, 1e-5, 1e-4, 1, 2, TINY),
     "cpu": Suite("cpu", "fp32", 2, [1, 2, 4], [256, 1024, 4096], 256, 1e-5, 1e-4, 3, 5, SMALL),
+    "cpu-39m": Suite("cpu", "fp32", 2, [1, 2, 4], [256, 1024, 4096], 256, 1e-5, 1e-4, 3, 5, HALF),
     # bf16: contenders round the K terms of a token's sum, or the sum.
     "h100": Suite("cuda", "bf16", 8, [1, 2, 4, 8], [4096, 16384], 4096, 2e-2, 5e-2, 5, 5, QWEN),
 }

@@ -36,6 +36,12 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         raise ValueError(
             f"experts_implementation {NAME!r} computes SiLU-gated experts only, not {type(experts).__name__}"
         )
+    with torch.autocast(hidden_states.device.type, enabled=False):  # it knows nothing of grouped products
+        rows_TD = hidden_states.to(experts.gate_up_proj.dtype)
+        return _experts(experts, rows_TD, top_k_index, top_k_weights).to(hidden_states.dtype)
+
+
+def _experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     backend = backend_for("auto", hidden_states)
     tokens, top_k = top_k_index.shape
     token_N = torch.arange(tokens, device=top_k_index.device).repeat_interleave(top_k)

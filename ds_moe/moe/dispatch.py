@@ -172,6 +172,6 @@ def regrouped(counts_AB: Tensor, rows: int) -> Tensor:
 
 
 DISPATCHERS = {
-    "local": lambda ep, backend, apply_weight, chunks: LocalDispatcher(backend, apply_weight),
+    "local": lambda ep, backend, apply_weight, chunks: LocalDispatcher(backend, apply_weight),  # no rows travel
     "all_to_all": AllToAllDispatcher,
 }

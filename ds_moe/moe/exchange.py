@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass
@@ -34,8 +35,10 @@ class ExpertParallel:
         return slice(self.rank * local, (self.rank + 1) * local)
 
     def start(self, given: Tensor, send: list[int], receive: list[int]) -> tuple[Tensor, dist.Work]:
-        """Exchange slices of the first dimension: `send[p]` to rank p, `receive[p]` from it. Collective."""
-        given = given.contiguous()
+        """Exchange slices of the first dimension: `send[p]` to rank p, `receive[p]` from it. Collective.
+
+        `given` is contiguous; it and the result belong to the exchange until the work has been waited for.
+        """
         arriving = given.new_empty(sum(receive), *given.shape[1:])
         work = dist.all_to_all_single(arriving, given, receive, send, group=self.group, async_op=True)
         assert work is not None  # only ranks outside of the group get none
@@ -54,16 +57,18 @@ class Counts:
     """
 
     def __init__(self, sent_Pne: Tensor, ep: ExpertParallel) -> None:
-        self.sent_Pne = sent_Pne
+        self.sent_Pne = sent_Pne.contiguous()
         even = [1] * ep.size
-        self.received_Pne, self._work = ep.start(sent_Pne, even, even)
+        self.received_Pne, self._work = ep.start(self.sent_Pne, even, even)
         self._copy: tuple[Tensor, torch.cuda.Event] | None = None
         if sent_Pne.is_cuda:
-            self._work.wait()  # orders the streams, not the host
-            sums = self._sums()
-            copy = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
+            # On a stream of its own: the one that packs the rows does not wait for the counts of other ranks.
+            with torch.cuda.stream(torch.cuda.Stream()):
+                self._work.wait()  # orders this stream, not the host
+                sums = self._sums()
+                copy = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record()
             self._copy = copy, copied
 
     def _sums(self) -> Tensor:
@@ -90,7 +95,8 @@ class Trip:
 
     def launch(self, tensors: tuple[Tensor, ...], back: bool = False) -> tuple[Tensor, ...]:
         splits = self.splits[::-1] if back else self.splits
-        self._under_way = [(tensor, *self.ep.start(tensor, *splits)) for tensor in tensors]
+        packed = [tensor.contiguous() for tensor in tensors]
+        self._under_way = [(tensor, *self.ep.start(tensor, *splits)) for tensor in packed]
         return tuple(arriving for _, arriving, _ in self._under_way)
 
     def wait(self) -> tuple[Tensor, ...]:
@@ -118,6 +124,7 @@ class _Depart(torch.autograd.Function):
         return trip.launch(tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients given are stand-ins of the shape that autograd wants: the real ones have been travelling."""
         return None, *ctx.trip.wait()
@@ -130,6 +137,7 @@ class _Arrive(torch.autograd.Function):
         return tuple(arrived.view_as(arrived) for arrived in trip.wait())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """A gradient that nothing asked for is a tensor of zeros: every rank takes part in every exchange."""
         ctx.trip.launch(grads, back=True)

@@ -50,5 +50,7 @@ class ExpertLoRA(nn.Module):
     def forward(self, part: str, rows_RI: Tensor, counts_e: Tensor, multiply: Multiply, experts: slice = ALL) -> Tensor:
         """The update of one matrix, `part` gate_up or down, of these experts, for rows sorted by expert: (R, O)."""
         rows_RI = F.dropout(rows_RI, self.dropout, self.training)
-        low_Rr = multiply(rows_RI, getattr(self, f"{part}_A")[experts], counts_e)
-        return multiply(low_Rr, getattr(self, f"{part}_B")[experts], counts_e) * self.scaling
+        a_erI, b_eOr = (getattr(self, f"{part}_{letter}") for letter in "AB")
+        if experts != ALL:
+            a_erI, b_eOr = a_erI[experts], b_eOr[experts]
+        return multiply(multiply(rows_RI, a_erI, counts_e), b_eOr, counts_e) * self.scaling

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ds_moe.moe.backends import Backend, Order
 from ds_moe.moe.routing import count_experts
@@ -57,6 +58,7 @@ class _Permute(torch.autograd.Function):
         return rows.index_select(0, order_R)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (order_R,) = ctx.saved_tensors
         return grads[0].index_select(0, inverse(order_R)), None
@@ -71,6 +73,7 @@ class _Spread(torch.autograd.Function):
         return backend.spread(x_TD, order)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         return None, ctx.backend.add_up(grads[0].contiguous(), _kept(ctx)), None
 
@@ -84,6 +87,7 @@ class _AddUp(torch.autograd.Function):
         return backend.add_up(rows_ND, order)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         return None, ctx.backend.spread(grads[0].contiguous(), _kept(ctx)), None
 

@@ -24,7 +24,7 @@ class StepReport:
     samples: int  # samples of the step, over all ranks
     step_s: float  # wall seconds of the whole step, waiting for its data included
     data_wait_s: float  # of these, seconds spent waiting for data
-    sent_bytes: float = 0.0  # rows and weights that a rank sent to the others' experts and back, mean over ranks
+    sent_bytes: float = 0.0  # counts, rows and weights that a rank sent to other ranks, mean over ranks
     task: dict[str, float] = field(default_factory=dict)  # what the task itself reports, by name
     task_name: str = ""  # its tags begin with it
 

@@ -18,6 +18,12 @@ from ds_moe.models.processor import tiny_processor
 from tests.launcher import leave, report
 
 SAMPLES = 3  # a rank
+EXPERTS = {  # name -> ZeRO stage, checkpointing, section moe: other ways to compute the same, experts over all ranks
+    "chunks, ZeRO 1": (1, False, {"dispatch": {"chunks": 2}}),
+    "chunks, ZeRO 3": (3, False, {"dispatch": {"chunks": 2}, "experts": {"recompute": "none"}}),
+    "chunks, ZeRO 3, checkpointing": (3, True, {"dispatch": {"chunks": 2}, "experts": {"recompute": "all"}}),
+    "recompute all, ZeRO 3": (3, False, {"experts": {"recompute": "all"}}),
+}
 
 
 def batches(world_size):
@@ -87,11 +93,11 @@ def compare(config, stage, everything, expected, breakage=None):
     return worst.tolist()
 
 
-def run_config(ep_size, checkpointing):
+def run_config(ep_size, checkpointing, **moe):
     return RunConfig(
         model={"preset": "tiny-vl-moe"},
         data={"train": "digits"},
-        moe={"ep_size": ep_size},
+        moe={"ep_size": ep_size, **moe},
         train={"gradient_checkpointing": checkpointing, "steps": 1},
         deepspeed="none",
     )
@@ -115,6 +121,10 @@ def main():
         loss, gradient = compare(run_config(ep_size, checkpointing), stage, everything, expected)
         rows.append([ep_size, stage, checkpointing, loss, gradient])
     report(rows=rows, reference_loss=expected[1])
+    found = {}
+    for name, (stage, checkpointing, moe) in EXPERTS.items():
+        found[name] = compare(run_config(sizes[-1], checkpointing, **moe), stage, everything, expected)
+    report(experts=found)
     report(broken=compare(run_config(sizes[-1], False), 3, everything, expected, change_an_expert))
     leave()
 

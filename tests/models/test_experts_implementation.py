@@ -39,6 +39,19 @@ def test_a_plain_model_gives_the_loss_and_gradients_of_its_eager_experts(preset)
         assert (one - other).abs().max() <= 5e-6 * other.abs().max().clamp_min(1e-6)
 
 
+def test_autocast_computes_in_the_weights_dtype():
+    """Hidden states come in fp32 out of a norm, weights are bf16."""
+    model = build_preset("tiny-moe").to(torch.bfloat16).train()
+    experts = next(module for name, module in model.named_modules() if name.endswith("experts"))
+    x = torch.randn(6, experts.gate_up_proj.shape[2], requires_grad=True)
+    index, weights = torch.tensor([[0, 1]] * 6), torch.full((6, 2), 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts_forward(experts, x, index, weights)
+    y.sum().backward()
+    assert y.dtype == torch.float32 and x.grad.dtype == torch.float32
+    assert experts.down_proj.grad.dtype == torch.bfloat16 and experts.down_proj.grad.abs().sum() > 0
+
+
 def test_a_model_is_built_and_reloaded_with_it(tmp_path):
     model = build_preset("tiny-moe")
     model.save_pretrained(tmp_path)

@@ -11,6 +11,8 @@ from tests.moe.megablocks_cases import difference, launches
 
 CASES = {
     "uniform": Case(2, lambda rank: 5 + rank),
+    "k = E": Case(E, lambda rank: 2),
+    "one token": Case(1, lambda rank: 1),
     "a rank without rows": Case(1, lambda rank: 4, attract=True),
     "a rank of padding, chunks": Case(2, lambda rank: 4, lambda rank: torch.full((4,), rank != 1), chunks=2),
 }

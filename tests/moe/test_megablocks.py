@@ -70,9 +70,9 @@ def test_a_whole_model_equals_one_with_the_reference_backend(cases):
 def test_experts_over_two_ranks_equal_all_on_one():
     run = run_ranks("tests/moe/megablocks_ranks.py", 2, env=INTERPRETED, timeout=120)
     for rank, results in enumerate(run.json_by_rank):
-        assert len(results) == 3
+        assert len(results) == 5
         for name, result in results.items():
-            assert result["difference"] <= 2e-6, (name, rank, result)
+            assert result["difference"] <= 1e-6, (name, rank, result)
     received = [results["a rank without rows"]["received"] for results in run.json_by_rank]
     assert sorted(received) == [[0], [8]]
     assert [results["uniform"]["launches"] for results in run.json_by_rank] == [4, 4]

@@ -24,7 +24,7 @@ from ds_moe.errors import UserError
 from estimate.machines import COLLECTIVES, Link, Machine
 
 SIDE = 1024  # of dense GEMMs
-ROWS, WIDTH_IN, WIDTH_OUT, EXPERTS = 2048, 256, 384, 64  # of grouped GEMMs: tiny-64 at 1,024 tokens a rank
+ROWS, WIDTH_IN, WIDTH_OUT, EXPERTS = 2048, 256, 768, 64  # of grouped GEMMs: tiny-64 at 1,024 tokens a rank
 SEQUENCE, HEADS, HEAD_DIM = 1024, 8, 32  # of attention scores
 COPIED = 2**22  # elements of a copied tensor
 SMALL, LARGE = 2**8, 2**21  # elements of a collective

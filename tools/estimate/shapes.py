@@ -44,7 +44,7 @@ PRESETS = {
     for decoder in (
         Decoder("qwen3-vl-30b-a3b", D=2048, layers=48, heads=32, F=768, **_QWEN3),
         Decoder("qwen3-vl-235b-a22b", D=4096, layers=94, heads=64, F=1536, **_QWEN3),
-        Decoder("tiny-64", D=256, layers=4, heads=8, kv_heads=4, head_dim=32, F=192, E=64, K=4, vocabulary=1000),
+        Decoder("tiny-64", D=256, layers=4, heads=8, kv_heads=4, head_dim=32, F=384, E=64, K=2, vocabulary=1000),
     )
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from ds_moe.moe.backends.base import Backend, Order
 from ds_moe.moe.backends.grouped_mm import GroupedMM
 from ds_moe.moe.backends.liger import Liger
 from ds_moe.moe.backends.megablocks import Megablocks
+from ds_moe.moe.backends.megablocks_ops import compiled
 from ds_moe.moe.backends.reference import Reference
 from ds_moe.moe.backends.swiglu import Recompute
 
@@ -31,9 +31,9 @@ def choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
     if device != "cuda":
         return "grouped_mm", "torch's grouped GEMM, as fast as a loop over the experts here and in one call"
     major, minor = torch.cuda.get_device_capability()
-    if dtype == torch.bfloat16 and major >= 9:
+    if dtype == torch.bfloat16 and major in (9, 10):
         return "grouped_mm", "torch's grouped GEMM is one kernel here, and needs no counts on the host"
-    if dtype == torch.bfloat16 and find_spec("grouped_gemm") and find_spec("megablocks"):
+    if dtype == torch.bfloat16 and Megablocks.obstacle(device) is None and compiled("grouped_gemm"):
         return "megablocks", f"on compute capability {major}.{minor} torch loops over the experts; grouped_gemm is here"
     return "grouped_mm", f"torch loops over the experts for {dtype} on compute capability {major}.{minor}"
 

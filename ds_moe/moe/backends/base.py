@@ -1,7 +1,8 @@
 """What a backend offers: kernels that move rows and multiply them by expert.
 
-Their gradients are written once, over these kernels: of the movement in `dispatch.py`, of the products here and in
-`swiglu.py`. So a new backend has no backward of its own to get wrong, and none of its methods is differentiated.
+Their gradients are written once, over these kernels: of the movement in `movement.py`, of the products here and in
+`swiglu.py`. So a new backend need have no backward of its own, and its kernels are not differentiated; one that brings
+gradients overrides `multiply` and `swiglu`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ds_moe.moe.backends.swiglu import Recompute, swiglu
 from ds_moe.moe.routing import count_experts
@@ -89,6 +91,7 @@ class _Multiply(torch.autograd.Function):
         return backend.product(rows_RI, weight_eOI.transpose(-2, -1), counts_e)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
         rows_RI, weight_eOI, counts_e = ctx.saved_tensors
         grad_RO = grads[0].contiguous()  # the gradient of a sum is expanded, stride 0

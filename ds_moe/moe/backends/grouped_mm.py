@@ -17,22 +17,25 @@ class GroupedMM(Backend):
     """`F.grouped_mm`. What it refuses (float64, rows that are no multiple of 16 bytes) goes expert by expert."""
 
     def product(self, rows_RI: Tensor, weight_eIO: Tensor, counts_e: Tensor) -> Tensor:
-        if not _takes(rows_RI.shape[1], weight_eIO.shape[2], rows_RI):
+        if not _takes(rows_RI, weight_eIO, weight_eIO.shape[2]):
             return LOOP.product(rows_RI, weight_eIO, counts_e)
         return F.grouped_mm(rows_RI, weight_eIO, offs=counts_e.cumsum(0, dtype=torch.int32))
 
     def outer(self, left_RO: Tensor, right_RI: Tensor, counts_e: Tensor) -> Tensor:
-        if not _takes(left_RO.shape[1], right_RI.shape[1], left_RO):
+        if not _takes(left_RO, right_RI, right_RI.shape[1]):
             return LOOP.outer(left_RO, right_RI, counts_e)
         return F.grouped_mm(left_RO.T, right_RI, offs=counts_e.cumsum(0, dtype=torch.int32))
 
 
-def _takes(inner: int, outer: int, rows: Tensor) -> bool:
+def _takes(rows: Tensor, other: Tensor, outputs: int) -> bool:
     if rows.shape[0] == 0:  # its strides are refused
         return False
-    wide = rows.dtype == torch.float64
-    if wide or any(width * rows.element_size() % 16 for width in (inner, outer)):
-        say_so(str(rows.dtype), inner, outer)
+    widths = rows.shape[1], outputs
+    aligned = all(width * rows.element_size() % 16 == 0 for width in widths)
+    if rows.is_cuda:
+        aligned = aligned and rows.data_ptr() % 16 == other.data_ptr() % 16 == 0
+    if rows.dtype == torch.float64 or not aligned:
+        say_so(str(rows.dtype), *widths)
         return False
     return True
 
@@ -41,6 +44,6 @@ def _takes(inner: int, outer: int, rows: Tensor) -> bool:
 def say_so(dtype: str, inner: int, outer: int) -> None:
     """Once a shape."""
     logging.getLogger(__name__).warning(
-        "torch's grouped_mm takes no %s of %d x %d (float64, or rows of no multiple of 16 bytes): expert by expert",
+        "torch's grouped_mm takes no %s of %d x %d (float64, or rows not aligned to 16 bytes): expert by expert",
         *(dtype, inner, outer),
     )

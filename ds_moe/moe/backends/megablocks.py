@@ -17,7 +17,8 @@ ON_HOST = WeakTensorKeyDictionary()  # counts -> a copy on the host
 
 
 class Megablocks(GroupedMM):
-    """What the package's kernels do not take (float64, no rows, 2**31 values or more) goes through torch."""
+    """What the package's kernels do not take (float64, no rows, 2**31 values or more) goes through torch, as does the
+    sum over lists that give tokens different numbers of experts (padding, capacity, dropout, expert choice)."""
 
     @classmethod
     def obstacle(cls, device: str) -> str | None:

@@ -9,7 +9,7 @@ from ds_moe.moe.backends.swiglu import Recompute
 
 
 class Reference(Backend):
-    """Loops and autograd: nothing of it is shared with the kernels it judges."""
+    """Loops and autograd. The movement of rows is that of all kinds; what judges it is transformers' own layer."""
 
     def product(self, rows_RI: Tensor, weight_eIO: Tensor, counts_e: Tensor) -> Tensor:
         chunks = rows_RI.split(counts_e.tolist())

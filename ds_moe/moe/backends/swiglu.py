@@ -8,9 +8,12 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Recompute = Literal["none", "act", "all"]
-CACHED_BYTES = 2**21  # of a block of rows on a CPU: what an elementwise pass leaves in the cache for the next one
+# Bytes of a block of rows in fp32. On a CPU: what an elementwise pass leaves in the cache for the next one; on an
+# accelerator: enough to fill it, and few enough for temporary copies.
+BLOCK_BYTES = {"cpu": 2**21, "accelerator": 2**28}
 
 
 class Products(Protocol):
@@ -67,6 +70,7 @@ class _SwiGLU(torch.autograd.Function):
         return products.product(weighted_RF, down_eDF.transpose(-2, -1), counts_e)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, both_RO, act_RF = ctx.saved_tensors
         products: Products = ctx.products
@@ -76,7 +80,7 @@ class _SwiGLU(torch.autograd.Function):
             both_RO = products.product(rows_RD, gate_up_eOD.transpose(-2, -1), counts_e)
         grad_RF = products.product(grad_RD, down_eDF, counts_e)
         weighted_RF, grad_both_RO, grad_weight_R = _activate_backward(both_RO, act_RF, weight_R, grad_RF)
-        del both_RO, grad_RF
+        del grad_RF
         grad_down_eDF = products.outer(grad_RD, weighted_RF, counts_e) if down_wanted else None
         grad_gate_up_eOD = products.outer(grad_both_RO, rows_RD, counts_e) if gate_up_wanted else None
         grad_rows_RD = products.product(grad_both_RO, gate_up_eOD, counts_e) if rows_wanted else None
@@ -84,10 +88,10 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _blocks(rows_RO: Tensor) -> Iterator[slice]:
-    """Rows to pass over together: all on an accelerator, as many as the cache holds on a CPU."""
-    rows = rows_RO.shape[0]
-    step = rows if rows_RO.device.type != "cpu" else max(1, CACHED_BYTES // (4 * rows_RO.shape[1]))
-    return (slice(start, start + step) for start in range(0, rows, step or 1))
+    """Rows to pass over together."""
+    block_bytes = BLOCK_BYTES["cpu" if rows_RO.device.type == "cpu" else "accelerator"]
+    step = max(1, block_bytes // (4 * rows_RO.shape[1]))
+    return (slice(start, start + step) for start in range(0, rows_RO.shape[0], step))
 
 
 def _activate(both_RO: Tensor, weight_R: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:

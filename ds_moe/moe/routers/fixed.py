@@ -31,22 +31,26 @@ class HashRouter(FixedRouter):
     """
 
     def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
+        every_k = self.top_k if token_V is None else None
         token_V, ranked_VE = routed(ranked_TE, token_V)
         experts = ranked_VE.shape[1]
         hash_V1 = _mix(token_V).unsqueeze(1)
         strides = [stride for stride in range(1, experts + 1) if math.gcd(stride, experts) == 1]
         stride_V1 = token_V.new_tensor(strides)[_mix(hash_V1 + 1) % len(strides)]  # prime to E: no expert comes twice
         steps_K = torch.arange(self.top_k, device=token_V.device)
-        return Assignments(token_V.repeat_interleave(self.top_k), ((hash_V1 + stride_V1 * steps_K) % experts).flatten())
+        expert_N = ((hash_V1 + stride_V1 * steps_K) % experts).flatten()
+        return Assignments(token_V.repeat_interleave(self.top_k), expert_N, top_k=every_k)
 
 
 class BalancedRouter(FixedRouter):
     """Round robin: assignment n goes to expert n mod E, so that loads differ by one at most."""
 
     def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
+        every_k = self.top_k if token_V is None else None
         token_V, ranked_VE = routed(ranked_TE, token_V)
         token_N = token_V.repeat_interleave(self.top_k)
-        return Assignments(token_N, torch.arange(token_N.numel(), device=token_N.device) % ranked_VE.shape[1])
+        expert_N = torch.arange(token_N.numel(), device=token_N.device) % ranked_VE.shape[1]
+        return Assignments(token_N, expert_N, top_k=every_k)
 
 
 def _mix(value: Tensor) -> Tensor:
