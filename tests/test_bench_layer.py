@@ -134,7 +134,8 @@ def test_the_gpu_suite_agrees_on_a_gpu(monkeypatch, tmp_path):
     status, report = bench(tmp_path, "--suite", "h100")
     assert status == 0
     for result in report["results"]:
-        assert result.get("peak_bytes", 0) > 0 or result["contender"] in {bench_layer.GEMM} | CUDA_RIVALS | OURS, result
+        excused = {bench_layer.GEMM, "ds_moe megablocks", "ds_moe liger"} | CUDA_RIVALS
+        assert result["contender"] in excused or (result.get("peak_bytes") or 0) > 0, result
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, default="cpu", help="cpu and smoke: fp32; h100: bf16 (default cpu)")
+    parser.add_argument("--suite", choices=SUITES, default="cpu", help="h100: bf16, others fp32 (default cpu)")
     parser.add_argument("--tokens", type=int, action="append", metavar="N", help="a rank and step (repeatable)")
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="only this one (repeatable)")
     parser.add_argument("--repeats", type=int, help="turns of each contender (default: the suite's)")

@@ -102,7 +102,7 @@ class _Here:
 
 
 class AllToAllDispatcher(Dispatcher):
-    """Experts are spread over the ranks of `ep`: one exchange of counts, one of rows and weights, one of rows back.
+    """Experts are spread over the ranks of `ep`: an exchange of counts, of rows and of their weights, of rows back.
 
     Args:
         chunks: exchange and compute the rank's experts in so many parts, so that the rows of one part travel while

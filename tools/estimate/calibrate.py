@@ -13,6 +13,8 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import psutil
 import torch
@@ -21,7 +23,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from ds_moe.errors import UserError
-from estimate.machines import COLLECTIVES, Link, Machine
+from ds_moe.launcher import cpu_settings
+from estimate.machines import COLLECTIVES, Link, Machine, read_machine, write_machine
 
 SIDE = 1024  # of dense GEMMs
 ROWS, WIDTH_IN, WIDTH_OUT, EXPERTS = 2048, 256, 768, 64  # of grouped GEMMs: tiny-64 at 1,024 tokens a rank
@@ -58,10 +61,10 @@ def gemm_flops(repeats: int) -> tuple[float, float, float]:
 
 
 def adam_s(repeats: int) -> float:
-    """Seconds an element of torch's AdamW, whose CPU version is not fused."""
+    """Seconds an element of torch's fused AdamW, which runs on CPUs use."""
     weight = torch.zeros(ADAM_ELEMENTS, requires_grad=True)
     weight.grad = torch.ones(ADAM_ELEMENTS)
-    return slowest_s(torch.optim.AdamW([weight]).step, repeats) / ADAM_ELEMENTS
+    return slowest_s(torch.optim.AdamW([weight], fused=True).step, repeats) / ADAM_ELEMENTS
 
 
 def collective(name: str, elements: int) -> tuple[Callable[[], object], float]:
@@ -114,13 +117,13 @@ def _rank(rank: int, processes: int, folder: str, repeats: int) -> None:
         source=f"measured: {processes} processes of {torch.get_num_threads()} threads, torch {torch.__version__}",
     )
     if rank == 0:
-        torch.save(machine, f"{folder}/machine.pt")
+        write_machine(machine, Path(folder) / "machine.json")
     dist.barrier()
     dist.destroy_process_group()
 
 
 def calibrate(processes: int = 2, repeats: int = 7) -> Machine:
-    """Figures of this CPU in fp32; a device is one process with the threads that OMP_NUM_THREADS gives it.
+    """Figures of this CPU in fp32; a device is one process, with the threads and allocator of `ds-moe train`.
 
     Raises:
         UserError: fewer than 2 processes, which exchange nothing.
@@ -128,6 +131,7 @@ def calibrate(processes: int = 2, repeats: int = 7) -> Machine:
     if processes < 2:
         raise UserError(f"--processes {processes}: at least 2, to measure what they exchange")
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (processes, folder, repeats), nprocs=processes)
-        machine: Machine = torch.load(f"{folder}/machine.pt", weights_only=False)
+        with mock.patch.dict(os.environ, cpu_settings(processes)):  # which the processes are started with
+            mp.spawn(_rank, (processes, folder, repeats), nprocs=processes)
+        machine = read_machine(f"{folder}/machine.json")
     return replace(machine, source=f"{machine.source}, load average {os.getloadavg()[0]:.1f}")

@@ -17,9 +17,7 @@ from estimate.shapes import Decoder, layer_parameters, other_parameters, paramet
 Kind = Literal["dense", "grouped", "attention", "elementwise"]
 WIDTHS = {"bf16": 2, "fp32": 4}
 FLASH_BACKWARD = 2.5  # FlashAttention: 5 products against the forward's 2
-LOSS_BYTES = (
-    28  # a logit, forward and backward: to fp32, log-softmax, its gradient; besides 2 accesses in its own width
-)
+LOSS_BYTES = 28  # a logit, forward and backward: to fp32, log-softmax, gradient; besides 2 accesses in its own width
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def exchange_terms(topology: Topology, decoder: Decoder, machine: Machine, compu
         return []
     counts_s = layers * all_to_all_s(COUNT_BYTES * decoder.E, group, machine)
     row_bytes, rows = decoder.D * topology.width, busiest_rows(topology, decoder)
-    there_s = all_to_all_s(rows * (row_bytes + WEIGHT_BYTES), group, machine, chunks)
+    there_s = all_to_all_s(rows * (row_bytes + WEIGHT_BYTES), group, machine, 2 * chunks)  # weights on their own
     rows_s = layers * (there_s + all_to_all_s(rows * row_bytes, group, machine, chunks))
 
     def visible_s(experts_s: float) -> float:
