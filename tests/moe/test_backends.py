@@ -112,6 +112,16 @@ def test_multiply_equals_reference(dtype, relative, counts):
     assert_close(*pairs, relative)
 
 
+def test_the_gradient_of_a_sum_has_no_strides_and_is_taken():
+    tensors, weight_R, _ = inputs([4, 0, 4, 4], torch.float32, weighted=True)
+    grads = []
+    for kind in ON_CPU:
+        given = [tensor.clone().requires_grad_() for tensor in tensors]
+        y = swiglu(kind)(*given, torch.tensor([4, 0, 4, 4]), weight_R)
+        grads.append(torch.autograd.grad(y.sum(), given))
+    assert_close(*grads, 1e-6)
+
+
 def test_the_fused_gradients_pass_gradcheck():
     tensors, weight_R, _ = inputs([2, 0, 3, 1], torch.float64, weighted=True)
     arguments = [tensor.requires_grad_() for tensor in [*tensors, weight_R]]

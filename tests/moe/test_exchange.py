@@ -15,6 +15,7 @@ from ds_moe.moe import (
 )
 from ds_moe.moe.dispatch import regrouped
 from ds_moe.moe.exchange import Counts
+from ds_moe.moe.lora import ExpertLoRA
 
 D, F, E = 12, 20, 4
 
@@ -56,11 +57,16 @@ class Logged(nn.Module):
         return y
 
 
-def build(dispatcher, shared=None, frozen_router=False):
+def build(dispatcher, shared=None, frozen_router=False, updated=False):
     torch.manual_seed(0)
     gate, gate_up, down = (nn.Parameter(torch.randn(*shape)) for shape in ((E, D), (E, 2 * F, D), (E, D, F)))
     gate.requires_grad_(not frozen_router)
-    return MoELayer(TopKRouter(gate, 2), Experts(gate_up, down), dispatcher, ForwardContext(), index=0, shared=shared)
+    lora = ExpertLoRA(gate_up, down, rank=8, scaling=2.0, dropout=0.0, seed=0) if updated else None
+    for name, parameter in lora.named_parameters() if lora is not None else ():
+        if name.endswith("B"):
+            torch.nn.init.normal_(parameter)
+    experts = Experts(gate_up, down, lora=lora)
+    return MoELayer(TopKRouter(gate, 2), experts, dispatcher, ForwardContext(), index=0, shared=shared)
 
 
 def logged(chunks):
@@ -101,12 +107,13 @@ def test_chunks_travel_while_others_are_computed():
     ]
 
 
+@pytest.mark.parametrize("updated", [False, True], ids=["experts", "experts with LoRA"])
 @pytest.mark.parametrize("chunks", [1, 2, 4])
-def test_an_exchange_with_oneself_changes_nothing(chunks):
+def test_an_exchange_with_oneself_changes_nothing(chunks, updated):
     x = torch.randn(2, 9, D)
     results = []
     for dispatcher in (LocalDispatcher(), AllToAllDispatcher(Alone(), chunks=chunks)):
-        layer, given = build(dispatcher), x.clone().requires_grad_()
+        layer, given = build(dispatcher, updated=updated), x.clone().requires_grad_()
         y = layer(given)
         y.square().sum().backward()
         results.append((y, given.grad, *(parameter.grad for parameter in layer.parameters())))
