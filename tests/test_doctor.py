@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +22,6 @@ from ds_moe.memory import Load, load, predict, skeleton
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import save_processor, tiny_processor
 from ds_moe.models.qwen3_vl import freeze
-from ds_moe.moe.backends import optional
-from ds_moe.moe.backends.megablocks import Megablocks
 from ds_moe.runfile import load_run
 
 DEMO = Path("ds_configs/runs/demo.yaml").resolve()
@@ -454,37 +451,3 @@ def test_memory_shrinks_with_what_should_shrink_it(healthy):
     recompute = [total(f"moe.experts.recompute={what}") for what in ("all", "act", "none")]
     assert recompute[0] < recompute[1] == total() < recompute[2] < total("moe.experts.backend=reference")
     assert total(offload=True) < total() < total("model.attention=eager")
-
-
-@pytest.mark.parametrize("backend, missing", [("megablocks", "stk"), ("liger", "liger_kernel")])
-def test_kernels_that_cannot_run_here_are_an_error_with_the_fix(healthy, capsys, monkeypatch, backend, missing):
-    edit("ep_size: 2", f"ep_size: 2\n  experts: {{backend: {backend}}}")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    code, [line], _ = doctor(capsys)
-    assert code == 1 and line.startswith(f"error    run.yaml:8: moe.experts.backend {backend}: ")
-    assert line.endswith("; or use auto")
-    found = optional.find_spec
-    monkeypatch.setattr(optional, "find_spec", lambda name: None if name == missing else found(name))
-    _, [line], _ = doctor(capsys)
-    assert f"{missing} is not installed; pip install --no-deps" in line
-
-
-def test_the_kernels_that_will_run_are_named(healthy, capsys, monkeypatch):
-    _, _, output = doctor(capsys)
-    assert "experts: backend grouped_mm (auto: torch's grouped GEMM" in output
-    edit("ep_size: 2", "ep_size: 2\n  experts: {backend: megablocks}")
-    monkeypatch.setattr(Megablocks, "obstacle", lambda device: None)
-    _, lines, output = doctor(capsys)
-    assert not lines
-    assert "experts: backend megablocks: megablocks 0.10.0 with torch ops in place of megablocks_ops, torch" in output
-
-
-def test_what_cpu_ranks_get_is_shown_and_too_many_threads_are_a_warning(healthy, capsys, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    code, lines, output = doctor(capsys)
-    assert code == 0 and not lines
-    assert "CPU ranks get OMP_NUM_THREADS=4, MALLOC_MMAP_THRESHOLD_=4294967296" in output
-    monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    code, [line], _ = doctor(capsys)
-    assert code == 0 and line.startswith("warning  OMP_NUM_THREADS=8 x 2 ranks is more than 8 cores")

@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
 from transformers.utils.hub import cached_file
 
 from ds_moe.checks import NONCAUSAL
 from ds_moe.config import ExpertChoiceRouting, ExpertsConfig, LossFreeBalance, MoEConfig, RouterConfig, TopKRouting
 from ds_moe.errors import UserError
+from ds_moe.models.experts_implementation import is_silu
 from ds_moe.moe.balance import BALANCERS
 from ds_moe.moe.dispatch import DISPATCHERS
 from ds_moe.moe.exchange import ExpertParallel
@@ -91,7 +91,7 @@ def convert(
     if text_config.num_experts % ep.size:
         raise UserError(f"moe.ep_size={ep.size} does not divide the model's {text_config.num_experts} experts")
     chunks = config.dispatch.chunks
-    if not isinstance(blocks[0][1].experts.act_fn, nn.SiLU | SiLUActivation):
+    if not is_silu(blocks[0][1].experts.act_fn):
         raise UserError(f"the experts' activation {text_config.hidden_act} is none we know; known: silu")
 
     context = ForwardContext(replay_moves_bias=config.replay.moves_bias)

@@ -13,6 +13,11 @@ from ds_moe.moe.movement import add_up, order_by_expert, permute, spread
 NAME = "ds_moe"
 
 
+def is_silu(activation: nn.Module) -> bool:
+    """Whether an activation of experts is the one that the kernels compute."""
+    return isinstance(activation, nn.SiLU | SiLUActivation)
+
+
 def register() -> None:
     """Let transformers' models be built or loaded with `experts_implementation="ds_moe"`."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
@@ -30,7 +35,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     Raises:
         ValueError: experts of another form than SiLU-gated, without biases, gate rows above up rows.
     """
-    plain = experts.has_gate and experts.is_concatenated and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
+    plain = experts.has_gate and experts.is_concatenated and is_silu(experts.act_fn)
     other = experts.has_bias, experts.is_transposed, experts.has_post_expert_norm, experts._is_expert_parallel
     if not plain or any(other):
         raise ValueError(
