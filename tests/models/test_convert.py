@@ -111,3 +111,12 @@ def test_a_bf16_preset_keeps_fp32_rotary_frequencies_as_from_pretrained_does():
     model = load_model(ModelConfig(preset="tiny-vl-moe"), torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for name, buffer in model.named_buffers() if "inv_freq" in name} == {torch.float32}
+
+
+def test_experts_with_another_activation_are_refused():
+    model = build_preset("tiny-moe")
+    for name, module in model.named_modules():
+        if name.endswith("experts"):
+            module.act_fn = torch.nn.GELU()
+    with pytest.raises(UserError, match="known: silu"):
+        convert(model, MoEConfig())
