@@ -15,7 +15,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo replay-demo gate-demo test test-all lint format bench clean
+.PHONY: help setup demo replay-demo gate-demo assemble-demo test test-all lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ replay-demo: $(READY)  ## reinforcement on real images, with routing replay and 
 
 gate-demo: $(READY)  ## a learned gate over four LoRA adapters, on rendered screens (2 processes, under 10 minutes)
 	@$(PY) tools/gate_demo.py $(ARGS)
+
+assemble-demo: $(READY)  ## two experts trained apart become one Qwen3-VL-MoE (2 processes, at most 5 minutes)
+	@$(PY) tools/assemble_demo.py $(ARGS)
 
 test: $(READY)  ## the test suite without the slow and the GPU tests (at most 17 minutes)
 	@$(PYTEST) -m "not slow and not gpu" --session-timeout=$(TEST_BUDGET) $(ARGS)

@@ -7,11 +7,14 @@ attributes. Its own construction, router, experts and checkpoint code are not us
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import deepspeed
+import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
-from torch import nn
+from torch import Tensor, nn
 
 from ds_moe.moe.layer import MoELayer
 
@@ -50,3 +53,26 @@ def create_groups(ep_size: int) -> None:
     """EP groups of consecutive ranks and the expert-data-parallel groups across them (idempotent)."""
     if f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
+
+
+def zero3_home(ds_config: dict[str, Any]) -> Callable[[nn.Parameter], tuple[Tensor, int]]:
+    """A function that shards one parameter after the other as ZeRO-3 will want to find it, without values.
+
+    It returns this rank's shard of the flattened parameter, which the caller fills and which DeepSpeed may have padded
+    at the end, and where in the parameter it begins. Experts are sharded over the ranks that hold the same ones.
+    `initialize` takes a model for one of `zero.Init` when it finds such parameters: it leaves them, and all buffers,
+    where they are, and shards the others itself.
+    """
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config)
+
+    def home(parameter: nn.Parameter) -> tuple[Tensor, int]:
+        if group_name := getattr(parameter, "ds_zero_partition_group_name", None):
+            parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(group_name)
+        # DeepSpeed copies its shard from a complete parameter: memory that is never written, on a CPU takes no space.
+        parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=init.local_device)
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+        shard = parameter.ds_tensor
+        return shard, shard.numel() * parameter.ds_zero_partition_rank
+
+    return home

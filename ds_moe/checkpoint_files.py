@@ -22,14 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, shown
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+STATE_KEYS = {"step": int, "adam_step": int, "world_size": int, "ep_size": int, "precision": str}
+STATE_KEYS |= {"data": dict, "result": dict}
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
@@ -46,17 +48,51 @@ def newest_complete(folder: Path, note: Callable[[str], None] = print) -> Path |
 def incomplete(path: Path) -> str | None:
     """Why a checkpoint folder cannot be used, naming the file, or None if every file has its size."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = _read_object(path / MANIFEST)
         if manifest["format"] != FORMAT:
-            return f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
-        for name, entry in manifest["files"].items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if (path / name).stat().st_size != entry["size"]:
-                return f"{name} has {(path / name).stat().st_size} bytes instead of {entry['size']}"
-    except (OSError, KeyError, ValueError) as error:
-        return f"manifest.json cannot be read ({error})"
+            return f"manifest.json has format {shown(manifest['format'])}, this version reads {FORMAT}"
+        files = manifest["files"]
+        problem = _problem_of_files(path, files) or _problem_of_tensors(manifest["tensors"], files)
+        return problem or _problem_of_state(_read_object(path / STATE), files)
+    except ValueError as error:
+        return str(error)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json is no manifest of a checkpoint ({error})"
+
+
+def _problem_of_files(path: Path, files: dict[str, Any]) -> str | None:
+    """A checkpoint may come from somebody else: nothing outside of its folder is opened, or copied by an export."""
+    for name, entry in files.items():
+        size, sha256 = entry["size"], entry["sha256"]
+        if not (path / name).resolve().is_relative_to(path.resolve()):
+            return f"manifest.json names {shown(name)}, which lies outside of the checkpoint"
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (path / name).stat().st_size != size:
+            return f"{name} has {(path / name).stat().st_size} bytes instead of {shown(size)}"
+        if not isinstance(sha256, str):
+            return f"manifest.json has no SHA-256 of {name}"
+    return None if STATE in files else f"manifest.json does not name {STATE}"
+
+
+def _problem_of_tensors(tensors: dict[str, Any], files: dict[str, Any]) -> str | None:
+    for key, pieces in tensors.items():
+        for file, start, stop in pieces:
+            if file not in files:
+                return f"manifest.json places {shown(key)} in {shown(file)}, which is none of its files"
+            if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start <= stop):
+                return f"manifest.json gives {shown(key)} the rows {shown([start, stop])}"
     return None
+
+
+def _problem_of_state(state: dict[str, Any], files: dict[str, Any]) -> str | None:
+    for key, kind in STATE_KEYS.items():
+        value = state.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+            return f"{STATE}: {key} is {shown(value)}"
+    rng = (f"rng-{rank:05d}.safetensors" for rank in range(state["world_size"]))
+    lacks = next((name for name in rng if name not in files), None)
+    return None if lacks is None else f"manifest.json does not name {lacks}"
 
 
 def damaged(path: Path, share: int = 0, shares: int = 1) -> str | None:
@@ -89,15 +125,23 @@ class Reader:
         self.tensors = (manifest or read_manifest(path))["tensors"]
         self._files: dict[str, Any] = {}
 
-    def _file(self, name: str) -> Any:
-        if name not in self._files:
-            self._files[name] = safe_open(self.path / name, framework="pt")
-        return self._files[name]
+    def _piece(self, key: str, name: str, start: int, stop: int) -> Any:
+        """The slice `key` of a file, which must hold what the manifest says."""
+        try:
+            if name not in self._files:
+                self._files[name] = safe_open(self.path / name, framework="pt")
+            found = self._files[name].get_slice(key)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.path / name}: {key} cannot be read ({error}); use another checkpoint") from error
+        if found.get_shape()[:1] not in ([], [stop - start]):
+            text = f"{key} has the shape {found.get_shape()}, the manifest counts {stop - start} rows"
+            raise UserError(f"{self.path / name}: {text}; use another checkpoint")
+        return found
 
     def shape(self, key: str) -> list[int]:
         """The whole tensor's shape."""
         pieces = self.tensors[key]
-        shape = self._file(pieces[0][0]).get_slice(key).get_shape()
+        shape = self._piece(key, *pieces[0]).get_shape()
         return [max(piece[2] for piece in pieces), *shape[1:]] if shape else shape
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -113,9 +157,10 @@ class Reader:
         parts, position = [], start
         for name, first, last in pieces:
             if first <= position < min(last, stop):
-                if last - first == 1 and not self._file(name).get_slice(key).get_shape():
-                    return self._file(name).get_tensor(key)
-                parts.append(self._file(name).get_slice(key)[position - first : min(last, stop) - first])
+                piece = self._piece(key, name, first, last)
+                if not piece.get_shape():
+                    return self._files[name].get_tensor(key)
+                parts.append(piece[position - first : min(last, stop) - first])
                 position = min(last, stop)
         if position != stop:
             raise UserError(f"checkpoint {self.path} holds {key} only up to row {position} of {stop}")
@@ -128,6 +173,17 @@ def file_table(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
         str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(files)
     }
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises `ValueError`, which names the file, for anything else."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file.name} {'is no JSON object' if file.is_file() else 'cannot be read (no such file)'}")
+    return value
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -146,8 +202,10 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write safetensors with the permissions of any other new file (the library's own writer leaves 0600)."""
+    """Write safetensors to the disk itself, with the permissions of any other new file (the library leaves 0600)."""
     save_file(tensors, path, metadata={"format": "pt"})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

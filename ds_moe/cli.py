@@ -56,11 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a checkpoint as a plain transformers folder")
     export.add_argument("checkpoint", type=Path, metavar="CKPT")
     export.add_argument("out", type=Path, metavar="OUT")
-    export.add_argument(
-        "--layout", choices=("hub", "memory"), help="of the experts (default: hub where the model has it, else memory)"
-    )
+    _add_layout(export)
     export.add_argument("--adapter", action="store_true", help="of a run with LoRA: only the PEFT adapter, unmerged")
     export.set_defaults(command=_export)
+
+    assembly = commands.add_parser("assemble", help="make a Qwen3-VL-MoE of dense Qwen3-VL checkpoints")
+    assembly.add_argument("spec", metavar="SPEC.yaml", help="what to make of which checkpoints (docs/assembly.md)")
+    assembly.add_argument("out", type=Path, metavar="OUT")
+    _add_layout(assembly)
+    assembly.add_argument("--dry-run", action="store_true", help="only say what would be written")
+    assembly.set_defaults(command=_assemble)
 
     add_gate(commands, _add_training_options, _train)
 
@@ -82,7 +87,20 @@ def _add_training_options(train: argparse.ArgumentParser) -> None:
         metavar="P",
         help="of rank 0 (default: MASTER_PORT, a free one, or 29500 with a hostfile)",
     )
+    train.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a run that crashed, each of which resumes (default 0)",
+    )
     train.add_argument("--dry-run", action="store_true", help="print the command and stop")
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layout", choices=("hub", "memory"), help="of the experts (default: hub where the model has it, else memory)"
+    )
 
 
 def _positive(text: str) -> int:
@@ -92,15 +110,21 @@ def _positive(text: str) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from ds_moe.launcher import plan, start
+    from ds_moe.launcher import FINAL, plan, start
     from ds_moe.runfile import load_run
 
     config = load_run(options.run, options.overrides)  # one complaint here instead of one from every rank
     if options.task not in (None, config.task):
         raise UserError(f"{config.at('task')}: task is {config.task}; ds-moe gate train trains runs of task gate")
-    launch = plan(options.run, options.overrides, options.nproc, options.hostfile, options.port)
-    print(f"+ {launch}", flush=True)
-    return 0 if options.dry_run else start(launch)
+    restarts = options.max_restarts
+    while True:
+        launch = plan(options.run, options.overrides, options.nproc, options.hostfile, options.port)
+        print(f"+ {launch}", flush=True)
+        code = 0 if options.dry_run else start(launch, config.train.stop_within_s)
+        if code in FINAL or restarts <= 0:
+            return code
+        print(f"ds-moe: the run ended with {code}; starting again ({restarts} left)", file=sys.stderr, flush=True)
+        restarts -= 1
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -124,6 +148,13 @@ def _export(options: argparse.Namespace) -> int:
         f"{written.folder}: {written.parameters:,} parameters, {written.bytes / 1e9:.3g} GB in "
         f"{len(written.files)} file(s), experts in the {written.layout} layout"
     )
+    return 0
+
+
+def _assemble(options: argparse.Namespace) -> int:
+    from ds_moe.models.assemble import assemble
+
+    assemble(options.spec, options.out, options.layout, dry_run=options.dry_run)
     return 0
 
 

@@ -21,6 +21,21 @@ class Section(BaseModel):
     )
 
 
+class Located(Section):
+    """The root of a file: knows where each of its keys was written."""
+
+    _file: str = PrivateAttr("run file")
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def remember_origins(self, file: str, origins: dict[str, str]) -> None:
+        """Keep where each dotted key was written ("run.yaml:12", "override train.lr=1"), for error messages."""
+        self._file, self._origins = file, origins
+
+    def at(self, key: str) -> str:
+        """Where `key` or the closest section around it was written; the file where only its default holds."""
+        return origin_of(key, self._origins, self._file)
+
+
 class ModelConfig(Section):
     path: str | None = None  # local folder or hub id of a qwen3_vl_moe, qwen3_moe or qwen3_vl checkpoint
     preset: str | None = None  # or a tiny model built from config: see ds_moe/models/presets.py
@@ -186,6 +201,9 @@ class TrainConfig(Section):
     eval_generate: bool = True  # also generate answers and count exact matches
     max_new_tokens: int | None = Field(default=None, gt=0)  # of a generated answer (default 16)
     patience: int | None = Field(default=None, gt=0)  # evaluations without a better loss that end the run
+    max_skipped: int = Field(default=3, ge=0)  # steps in a row not taken for a NaN or infinity; one more ends the run
+    watchdog_s: float = Field(default=600.0, gt=0)  # seconds without progress, of any rank, that end the job
+    stop_within_s: float = Field(default=120.0, gt=0)  # seconds from a signal to the end of its step and checkpoint
 
 
 class LoRAConfig(Section):
@@ -255,9 +273,10 @@ class MonitorConfig(Section):
 class CheckpointConfig(Section):
     every: int | None = Field(default=None, gt=0)  # steps; default: only at the end
     keep: int = Field(default=2, gt=0)
+    background: bool = False  # training goes on while files are written, from a copy in host memory
 
 
-class RunConfig(Section):
+class RunConfig(Located):
     """One run, as `ds_moe.train` takes it."""
 
     task: Literal["sft", "rl", "gate"] = "sft"  # imitate answers, reinforce the completions of rollouts, gate adapters
@@ -271,17 +290,6 @@ class RunConfig(Section):
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     deepspeed: str  # a DeepSpeed JSON, beside the run file or below the working directory
-
-    _file: str = PrivateAttr("run file")
-    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
-
-    def remember_origins(self, file: str, origins: dict[str, str]) -> None:
-        """Keep where each dotted key was written ("run.yaml:12", "override train.lr=1"), for error messages."""
-        self._file, self._origins = file, origins
-
-    def at(self, key: str) -> str:
-        """Where `key` or the closest section around it was written; the run file where only its default holds."""
-        return origin_of(key, self._origins, self._file)
 
 
 def origin_of(key: str, origins: dict[str, str], file: str) -> str:

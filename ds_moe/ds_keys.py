@@ -50,5 +50,22 @@ REFUSED_VALUES = {
     "zero_optimization.offload_optimizer.device": ("nvme", NO_NVME),
     "zero_optimization.offload_param.device": ("nvme", NO_NVME),
 }
+OFFLOAD_KEYS = """device nvme_path buffer_count buffer_size max_in_cpu pin_memory pipeline_read pipeline_write fast_init
+    ratio""".split()
+DEVICES = ("none", "cpu", "nvme")
+# Values that keys take, as messages call them; over another one DeepSpeed would end in a traceback.
+KINDS = {
+    "an object": """optimizer optimizer.params zero_optimization zero_optimization.offload_param
+        zero_optimization.offload_optimizer bf16 fp16 aio checkpoint comms_logger csv_monitor data_types flops_profiler
+        timers wandb""",
+    "a number above 0": """steps_per_print optimizer.params.eps zero_optimization.reduce_bucket_size
+        zero_optimization.allgather_bucket_size zero_optimization.stage3_prefetch_bucket_size
+        zero_optimization.stage3_max_live_parameters zero_optimization.stage3_max_reuse_distance
+        zero_optimization.sub_group_size""",
+    "true or false": """disable_python_gc dump_state memory_breakdown wall_clock_breakdown
+        zero_allow_untested_optimizer zero_force_ds_cpu_optimizer optimizer.params.torch_adam
+        zero_optimization.contiguous_gradients zero_optimization.reduce_scatter zero_optimization.overlap_comm
+        zero_optimization.allgather_partitions zero_optimization.round_robin_gradients""",
+}
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")  # as data_types spells it
 ADAM_KEYS = ["lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "fp32_optimizer_states"]

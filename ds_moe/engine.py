@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -14,16 +15,19 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from ds_moe import ops
-from ds_moe.binding import BoundMoELayer, create_groups
+from ds_moe.binding import BoundMoELayer, create_groups, zero3_home
 from ds_moe.config import RunConfig, TrainConfig
 from ds_moe.errors import UserError
 from ds_moe.gating.saved import start_gate
 from ds_moe.models.convert import convert, load_expert_bias, moe_layers
 from ds_moe.models.qwen3_vl import has_vision, keep_vision_in_step
+from ds_moe.models.streaming import read_unread
+from ds_moe.models.unread import is_unread
+from ds_moe.models.weight_rows import WeightRows
 from ds_moe.moe import ExpertParallel, ForwardContext, checkpoint_contexts
 from ds_moe.trainable import set_trainable
 
@@ -95,6 +99,30 @@ def prepare_model(model: PreTrainedModel, config: RunConfig, topology: Topology)
     return context
 
 
+def read_weights(model: PreTrainedModel, config: RunConfig, topology: Topology, ds_config: dict[str, Any]) -> int:
+    """Read what `load_model` left in its files into the memory where this rank keeps it: of the experts its own, and
+    under ZeRO-3 its shards alone. Nothing happens to a model that is complete.
+
+    Returns:
+        Bytes read by this rank.
+    """
+    if not any(is_unread(parameter) for parameter in model.parameters()):
+        return 0
+    files = WeightRows.find(str(config.model.path))
+    assert files is not None  # they are where they were
+    home = zero3_home(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else partial(_whole, topology.device)
+    size = read_unread(model, files, ExpertParallel(topology.ep_size, topology.ep_rank), home)
+    for buffer in model.buffers():  # DeepSpeed does not move those of a model that is sharded already
+        buffer.data = buffer.data.to(topology.device)
+    return size
+
+
+def _whole(device: torch.device, parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """Memory for a parameter that is not sharded, see `streaming.Home`."""
+    parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    return parameter.data.view(-1), 0
+
+
 def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | None = None) -> list[dict[str, Any]]:
     """Optimizer groups in the form DeepSpeed wants: matrices decay, vectors do not, experts stand apart; with an
     `adapter_lr` also the adapters of a gated model."""
@@ -102,7 +130,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | 
     matrices, vectors, banked = [], [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (banked if id(parameter) in adapters else matrices if parameter.dim() > 1 else vectors).append(parameter)
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # a sharded one is flat
+            (banked if id(parameter) in adapters else matrices if dimensions > 1 else vectors).append(parameter)
     groups = [
         {"name": "matrices", "params": matrices, "weight_decay": weight_decay},
         {"name": "vectors", "params": vectors, "weight_decay": 0.0},

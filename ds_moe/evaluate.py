@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +46,14 @@ def evaluate(
     step: int,
     limit: int | None = None,
     shown: int = 0,
+    each_batch: Callable[[], None] = lambda: None,
 ) -> EvalReport:
     """Evaluate on all ranks together (collective); every rank returns the same numbers, rank 0 the samples to show.
 
     Args:
         limit: samples to use, over all ranks; None: all.
         shown: how many samples to return with question, answer and prediction.
+        each_batch: called before every batch.
 
     Raises:
         UserError: on every rank, when any of them met a bad record.
@@ -61,6 +64,7 @@ def evaluate(
     asked: dict[str, int] = defaultdict(int)
     samples: list[ShownSample] = []
     for batch in eval_set.batches(limit):
+        each_batch()
         inputs = to_device(batch.batch, engine.device)
         loss_sum += engine(**inputs, use_cache=False, num_items_in_batch=1).loss.item()
         label_tokens += int((inputs["labels"][:, 1:] != -100).sum())

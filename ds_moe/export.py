@@ -10,28 +10,35 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import AutoConfig
 
 from ds_moe import __version__
-from ds_moe.checkpoint_files import Reader, find_checkpoint, write_tensors
-from ds_moe.errors import UserError
+from ds_moe.checkpoint_files import STATE, Reader, find_checkpoint, read_manifest, write_tensors
+from ds_moe.errors import UserError, shown
 from ds_moe.export_lora import MergedReader, write_adapter
+from ds_moe.hf_folder import (
+    LAYOUTS,
+    SHARD_BYTES,
+    Layout,
+    check_empty,
+    choose_layout,
+    dtype_name,
+    in_layout,
+    make_folder,
+    shards,
+    write_weights,
+)
 from ds_moe.models.convert import BIAS_SUFFIX, EXPERT_BIAS, expert_state
+from ds_moe.lines import compose_lines
 from ds_moe.runfile import load_run
+from ds_moe.schema import descend
 from ds_moe.trainable import fingerprint
 
-Layout = Literal["memory", "hub"]
-LAYOUTS: dict[str, str] = {
-    "memory": "as transformers keeps experts in memory: (E, 2I, H) and (E, H, I)",
-    "hub": "as the Qwen3-VL-MoE checkpoints on the hub store experts: (E, H, 2I) and (E, I, H)",
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-INDEX = "model.safetensors.index.json"
 TRAINING_ONLY = ".mlp.gate.noise_weight"  # ends the names of weights that evaluation does not use and exports leave out
 # model_type -> how transformers calls the bias that selects experts, in place of BIAS_SUFFIX. A family that is not here
 # has none: its weights would not load with one, and plain transformers then selects without it.
@@ -54,7 +61,7 @@ class Exported:
 
 
 def export_checkpoint(
-    source: Path, out: Path, layout: Layout | None = None, max_shard_bytes: int = 5 * 2**30
+    source: Path, out: Path, layout: Layout | None = None, max_shard_bytes: int = SHARD_BYTES
 ) -> Exported:
     """Write the model of a checkpoint as a folder that `from_pretrained` of plain transformers loads.
 
@@ -68,49 +75,35 @@ def export_checkpoint(
         UserError: an incomplete checkpoint, a folder in the way, or a layout this model cannot be stored in.
     """
     checkpoint = find_checkpoint(source)
-    _check_empty(out)
+    check_empty(out)
     state = json.loads((checkpoint / "state.json").read_text())
-    config = AutoConfig.from_pretrained(checkpoint / "model")
-    problem = hub_layout_problem(config)
-    if layout == "hub" and problem is not None:
-        raise UserError(f"--layout hub cannot store this model: {problem}; use --layout memory")
-    layout = layout or ("memory" if problem is not None else "hub")
-    dtype = DTYPES[state["precision"]]
+    config = _model_config(checkpoint / "model")
+    layout = choose_layout(config, layout)
+    dtype = _dtype(checkpoint, state)
     reader = _reader(checkpoint, state, dtype)
     bias_name = BIAS_NAMES.get(config.model_type)
     biases = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
     sizes = _sizes(reader, dtype)
     if bias_name is None:
         sizes = {key: size for key, size in sizes.items() if key not in biases}
-    plan = _shards(sizes, max_shard_bytes)
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder") from error
-    for path in (checkpoint / "model").iterdir():
-        shutil.copy(path, out / path.name)
+    def stored(key: str) -> tuple[str, Tensor]:
+        return _stored_name(key, bias_name), _stored(reader, key, dtype, layout)
+
+    make_folder(out)
+    for name in map(Path, read_manifest(checkpoint)["files"]):  # what else may lie there is not the checkpoint's
+        if name.parent == Path("model"):
+            shutil.copy(checkpoint / name, out / name.name)
     _set_dtype(out / "config.json", dtype)
-    weight_map: dict[str, str] = {}
-    parameters = 0
-    for number, keys in enumerate(plan, start=1):
-        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        tensors = {_stored_name(key, bias_name): _stored(reader, key, dtype, layout) for key in keys}
-        write_tensors(out / file, tensors)
-        weight_map |= dict.fromkeys(tensors, file)
-        parameters += sum(tensor.numel() for tensor in tensors.values())
-    size = sum((out / file).stat().st_size for file in set(weight_map.values()))
-    if len(plan) > 1:
-        index = {"metadata": {"total_size": size, "total_parameters": parameters}, "weight_map": weight_map}
-        (out / INDEX).write_text(json.dumps(index, indent=2))
+    written = write_weights(out, shards(sizes, max_shard_bytes), stored)
     if biases and bias_name is None:
         write_tensors(out / EXPERT_BIAS, {key.split("/", 1)[1]: bias for key, bias in biases.items()})
-    about = _model_card(checkpoint, state, config.get_text_config(), layout, parameters)
+    about = _model_card(checkpoint, state, config.get_text_config(), layout, written.parameters)
     differs = _routing_that_differs(checkpoint)
     notes = [BIAS_NOTE] if biases and bias_name is None else []
     notes += [ROUTER_NOTE.format(settings=differs)] if differs else []
     (out / "README.md").write_text(about + "".join(notes))
-    return Exported(out, layout, sorted(set(weight_map.values())), parameters, size)
+    return Exported(out, layout, written.files, written.parameters, written.bytes)
 
 
 def export_adapter(source: Path, out: Path) -> tuple[Path, int]:
@@ -120,14 +113,24 @@ def export_adapter(source: Path, out: Path) -> tuple[Path, int]:
         UserError: an incomplete checkpoint, a folder in the way, or a run that no adapter can hold.
     """
     checkpoint = find_checkpoint(source)
-    _check_empty(out)
+    check_empty(out)
     state = json.loads((checkpoint / "state.json").read_text())
-    return out, write_adapter(checkpoint, out, DTYPES[state["precision"]])
+    return out, write_adapter(checkpoint, out, _dtype(checkpoint, state))
 
 
-def _check_empty(out: Path) -> None:
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: choose another folder or remove it")
+def _dtype(checkpoint: Path, state: dict[str, Any]) -> torch.dtype:
+    if state["precision"] not in DTYPES:
+        known = " or ".join(DTYPES)
+        raise UserError(f"{checkpoint / STATE}: precision is {shown(state['precision'])}; must be {known}")
+    return DTYPES[state["precision"]]
+
+
+def _model_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers looks into values before it looks at their types
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder / 'config.json'} is no config of a model that we know ({reason})") from error
 
 
 def _reader(checkpoint: Path, state: dict[str, Any], dtype: torch.dtype) -> Reader | MergedReader:
@@ -142,36 +145,10 @@ def _reader(checkpoint: Path, state: dict[str, Any], dtype: torch.dtype) -> Read
     return MergedReader(reader, config, config.lora, dtype)
 
 
-def hub_layout_problem(config: Any) -> str | None:
-    """Why experts cannot be stored transposed, or None where they can."""
-    if config.model_type != "qwen3_vl_moe":
-        return f"only qwen3_vl_moe checkpoints have it, this is {config.model_type}"
-    text = config.get_text_config()
-    if text.hidden_size == 2 * text.moe_intermediate_size:
-        return (
-            f"hidden_size {text.hidden_size} is twice moe_intermediate_size, so transformers could not tell the "
-            "transposed experts apart and would load them wrong"
-        )
-    return None
-
-
 def _sizes(reader: Reader | MergedReader, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each weight and persistent buffer by its key in the checkpoint, from the files' headers alone."""
     keys = [key for key in reader.tensors if key.startswith(("weight/", "buffer/")) and not key.endswith(TRAINING_ONLY)]
     return {key: math.prod(reader.shape(key)) * dtype.itemsize for key in keys}
-
-
-def _shards(sizes: dict[str, int], most: int) -> list[list[str]]:
-    """Keys in order, cut into files of at most `most` bytes."""
-    shards: list[list[str]] = [[]]
-    room = most
-    for key, size in sizes.items():
-        if shards[-1] and size > room:
-            shards.append([])
-            room = most
-        shards[-1].append(key)
-        room -= size
-    return shards
 
 
 def _stored_name(key: str, bias_name: str | None) -> str:
@@ -183,14 +160,12 @@ def _stored(reader: Reader | MergedReader, key: str, dtype: torch.dtype, layout:
     tensor = reader.read(key)
     if tensor.is_floating_point() and not key.endswith(BIAS_SUFFIX):
         tensor = tensor.to(dtype)
-    if layout == "hub" and expert_state(key):
-        tensor = tensor.transpose(1, 2)
-    return tensor.contiguous()
+    return in_layout(tensor, layout) if expert_state(key) else tensor
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = dtype_name(dtype)
     path.write_text(json.dumps(config, indent=2))
 
 
@@ -212,8 +187,8 @@ with other weights, than in training: evaluate the export before you rely on it.
 
 def _routing_that_differs(checkpoint: Path) -> str | None:
     """The router settings of a run that plain transformers cannot repeat, as YAML says them."""
-    run = yaml.safe_load((checkpoint / "run.yaml").read_text())
-    router = run.get("moe", {}).get("router", {})
+    run, _ = compose_lines((checkpoint / "run.yaml").read_text(), str(checkpoint / "run.yaml"))
+    router = descend(run, "moe.router") or {}
     plain = {"scores": "softmax", "route_scale": 1.0, "temperature": 1.0}
     asked = ("scores", "groups", "top_groups", "route_scale", "temperature", "normalize")
     differing = {key: router[key] for key in asked if key in router and router[key] not in (None, plain.get(key))}

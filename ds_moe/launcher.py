@@ -21,8 +21,11 @@ from ds_moe import ops
 from ds_moe.ds_config import trains_on_cpu
 from ds_moe.errors import UserError
 
-GRACE_S = 30  # seconds that ranks have to end after a signal
+GRACE_S = 30  # seconds that a launcher has to end after its ranks
+LEFT_S = 5  # seconds that ranks have to end after their launcher
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Codes after which a run is not started again: complete, wrong in the same way next time, or stopped by a signal.
+FINAL = {0, 2, *(128 + number for number in (*STOPPING, signal.SIGUSR1))}
 
 
 @dataclass(frozen=True)
@@ -125,21 +128,26 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(launch: Launch) -> int:
-    """Build what the ranks would otherwise wait for without a word, then run them; the launcher's exit code."""
+def start(launch: Launch, stop_within_s: float) -> int:
+    """Build what the ranks would otherwise wait for without a word, then run them; the launcher's exit code.
+
+    Args:
+        stop_within_s: `train.stop_within_s` of the run.
+    """
     environment = {**os.environ, **launch.settings}
     if "TORCH_EXTENSIONS_DIR" in launch.settings and not ops.ready(Path(launch.settings["TORCH_EXTENSIONS_DIR"])):
         code = run_group([sys.executable, "-m", "ds_moe.ops"], environment)
         if code:
             return code
-    return run_group(launch.command, environment)
+    return run_group(launch.command, environment, stop_within_s)
 
 
-def run_group(command: list[str], environment: dict[str, str]) -> int:
+def run_group(command: list[str], environment: dict[str, str], stop_within_s: float = 0.0) -> int:
     """Run a command as a process group of its own, of which nothing survives this call; the exit code.
 
-    DeepSpeed's launcher does not wait for ranks that it has told to end, so SIGINT, SIGTERM and SIGHUP become a SIGTERM
-    to all of the group, and a SIGKILL to what is left after GRACE_S. The code is then 128 + the signal, as in shells.
+    SIGINT, SIGTERM and SIGHUP go to the ranks, as a SIGTERM, and to them alone: DeepSpeed's launcher would end them
+    half a minute after its own. They have `stop_within_s` for a checkpoint; then, or at a second signal, all of the
+    group gets a SIGTERM, and what is left a SIGKILL. The code is then 128 + the signal, as in shells.
     """
     received: list[int] = []
     heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup stays nohup
@@ -148,7 +156,11 @@ def run_group(command: list[str], environment: dict[str, str]) -> int:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         while process.poll() is None and not received:
             time.sleep(0.1)
-        _end_group(process.pid)
+        if received and stop_within_s and ask_ranks(process.pid):
+            deadline = time.monotonic() + stop_within_s + GRACE_S
+            while process.poll() is None and len(received) == 1 and time.monotonic() < deadline:
+                time.sleep(0.1)
+        _end_group(process.pid, LEFT_S if process.poll() is not None else GRACE_S)
         code = process.wait()
     finally:
         for number, handler in before.items():
@@ -158,8 +170,19 @@ def run_group(command: list[str], environment: dict[str, str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _end_group(group: int) -> None:
-    deadline = time.monotonic() + GRACE_S
+def ask_ranks(launcher: int) -> int:
+    """Send SIGTERM to the ranks on this host that a launcher has started; how many there are."""
+    asked = 0
+    for process in psutil.Process(launcher).children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if "RANK" in process.environ():
+                process.terminate()
+                asked += 1
+    return asked
+
+
+def _end_group(group: int, grace_s: float) -> None:
+    deadline = time.monotonic() + grace_s
     with suppress(ProcessLookupError):  # it is empty, as after every run that went well
         os.killpg(group, signal.SIGTERM)
         while _alive(group) and time.monotonic() < deadline:

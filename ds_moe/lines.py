@@ -5,31 +5,72 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, shown
+
+MAX_BYTES = 2**16  # of a file; these are written by hand, and their parser is slow
+MAX_VALUES = 10_000  # of a file, those behind an alias (*name) counted wherever it stands
+MAX_KEY = 200  # characters
+COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+
+def read_text(path: Path, noun: str) -> str:
+    """The text of a small file; `noun` is what messages call it.
+
+    Raises:
+        UserError: it is not there, no regular file (a pipe would be waited for), too large, or not UTF-8.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot read the {noun} (give a file, no folder, pipe or device)")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path}: the {noun} has {size} bytes, at most {MAX_BYTES} are read (is it the right file?)")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the {noun} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the {noun} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does; YAML 1.1 wants 1.0e-4 and takes the rest for text."""
+    """SafeLoader that reads numbers as YAML 1.2 does: to YAML 1.1, 1e-4 is a text, 010 is 8 and 1:30 is 90."""
 
 
+_INT = re.compile(r"^[-+]?(0|[1-9][\d_]*)$")
 _FLOAT = re.compile(r"^[-+]?((\d[\d_]*)?\.?\d+([eE][-+]?\d+)?|\d[\d_]*\.([eE][-+]?\d+)?|\.inf|\.nan)$", re.IGNORECASE)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [one for one in resolvers if one[0] not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def compose_lines(text: str, file: str) -> tuple[Any, dict[str, str]]:
-    """Plain data of a YAML (or JSON) text, and "file:line" of every dotted key in it. Duplicate keys are errors."""
-    loader = _Loader(text)
+    """Plain data of a YAML (or JSON) text, and "file:line" of every dotted key in it.
+
+    Raises:
+        UserError: broken YAML, a key that stands twice, a tag that asks for more than plain data, or too many values.
+    """
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a control character
+        raise UserError(f"{file}: not valid YAML ({str(error).splitlines()[0]})") from error
     origins: dict[str, str] = {}
+    values = 0
 
     def build(node: yaml.Node, key: str) -> Any:
+        nonlocal values
+        values += 1
+        where = f"{file}:{node.start_mark.line + 1}"
+        if values > MAX_VALUES:
+            raise UserError(f"{where}: more than {MAX_VALUES} values, aliases (*name) followed (write them out)")
+        if node.tag not in (loader.yaml_constructors if isinstance(node, yaml.ScalarNode) else COLLECTIONS):
+            raise UserError(f"{where}: the tag {shown(node.tag)} is not read: values are plain data (remove it)")
         if isinstance(node, yaml.MappingNode):
             return build_mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
@@ -41,7 +82,9 @@ def compose_lines(text: str, file: str) -> tuple[Any, dict[str, str]]:
     def build_mapping(node: yaml.MappingNode, key: str) -> dict[str, Any]:
         mapping = {}
         for name_node, value_node in node.value:
-            name, where = str(name_node.value), f"{file}:{name_node.start_mark.line + 1}"
+            name, where = name_node.value, f"{file}:{name_node.start_mark.line + 1}"
+            if not isinstance(name, str) or len(name) > MAX_KEY or not name.isprintable():
+                raise UserError(f"{where}: a key is {shown(name)}; must be short text without invisible characters")
             if name in mapping:
                 raise UserError(
                     f"{where}: duplicate key {join(key, name)} (first at {origins[join(key, name)]}); keep one of them"
@@ -56,8 +99,10 @@ def compose_lines(text: str, file: str) -> tuple[Any, dict[str, str]]:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{file}{line}: not valid YAML ({error.problem or error.context})") from error
-    except (yaml.YAMLError, ValueError) as error:  # control characters, impossible dates
-        raise UserError(f"{file}: not valid YAML ({str(error).splitlines()[0]})") from error
+    except ValueError as error:  # impossible dates, numbers of thousands of digits
+        raise UserError(f"{file}: not valid YAML ({str(error).partition(';')[0]})") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: nested too deeply, or an alias (*name) within itself (write it out)") from error
     finally:
         loader.dispose()
 

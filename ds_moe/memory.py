@@ -1,7 +1,8 @@
 """Peak memory of one rank, predicted from the configs alone: no weights, no accelerator.
 
-States (weights, gradients, optimizer) are exact up to padding; activations count what autograd keeps of a micro-batch
-of `data.max_length` tokens a sample with evenly loaded experts, and are good to about a third.
+A step has four moments at which it may need most: the loss is there and with it all activations; the backward pass
+begins; it ends, and all gradients are there; the optimizer works. Each is summed by purpose, and the largest sum is the
+prediction. `tools/estimate_memory.py --check` holds it against the peaks of runs on CPUs, within 15% (docs/memory.md).
 """
 
 from __future__ import annotations
@@ -10,41 +11,54 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ds_moe.checks import expert_count
+from ds_moe.activations import Activations, activations
 from ds_moe.config import RunConfig
 from ds_moe.models.classes import MODEL_CLASSES
-from ds_moe.models.convert import expert_state
+from ds_moe.shares import Shares, shares
 
 GIB = 2**30
 ADAM_BYTES = 12  # an element: fp32 master weight and two moments, which ZeRO keeps apart under fp32 too
-LOGIT_BYTES = 8  # a logit, beside its own width: the fp32 copy of the loss and its gradient
 RUNTIME_BYTES = {"cpu": GIB // 2, "accelerator": 3 * GIB // 2}  # libraries, context, communication buffers
+READING_BYTES = 2**27  # of files at once, see models/streaming.py: pages that were touched, and a block
+REUSE_DISTANCE = 1e9  # DeepSpeed's default, elements
+KEPT_FREE = "freed, kept by malloc"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank by purpose, on the device that computes and on the host it is offloaded to."""
+    """Bytes of one rank by purpose, on the device that computes and on the host it is offloaded to.
+
+    Attributes:
+        moment: of a step, when the device needs most.
+    """
 
     device: dict[str, int]
     host: dict[str, int]
+    moment: str
 
     def table(self) -> list[str]:
         """Lines of purpose and GiB, with the totals."""
         rows = [("on the device", name, size) for name, size in self.device.items()]
         rows += [("on the host", name, size) for name, size in self.host.items()]
-        rows.append(("on the device", "total", sum(self.device.values())))
+        rows.append((f"on the device, when {self.moment}", "total", sum(self.device.values())))
         return [f"{name:<22}{size / GIB:>9.3f} GiB  {where}" for where, name, size in rows if size]
 
 
 @dataclass(frozen=True)
 class Load:
-    """Bytes of one rank while the model is loaded, before anything is sharded."""
+    """Bytes of one rank while the model is loaded, before the first step.
 
-    host: int  # the complete model
-    device: int  # all weights but other ranks' experts: what DeepSpeed moves there, under ZeRO-3 too
+    Attributes:
+        host: the rank's share and what is being read where weights are streamed from their files, else the complete
+            model.
+        device: what is moved there: the share; unstreamed, all but other ranks' experts, under ZeRO-3 too.
+    """
+
+    host: int
+    device: int
+    streamed: bool = False
 
 
 def skeleton(model_config: PretrainedConfig) -> PreTrainedModel:
@@ -53,13 +67,17 @@ def skeleton(model_config: PretrainedConfig) -> PreTrainedModel:
         return MODEL_CLASSES[model_config.model_type]()(model_config)
 
 
-def load(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any]) -> Load:
-    """Memory of one rank at the start; arguments as for `predict`."""
+def load(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world_size: int) -> Load:
+    """Memory of one rank at the start; arguments as for `predict`. Weights are streamed where a `model.path` holds
+    them, but for a gate, whose adapters are made from complete weights."""
     width, ep_size = _width(ds), config.moe.ep_size if config.moe else 1
-    sizes = {True: 0, False: 0}  # elements of the experts, and of all else
-    for name, parameter in model.named_parameters():
-        sizes[bool(expert_state(name))] += parameter.numel()
-    return Load(width * sum(sizes.values()), width * (sizes[False] + sizes[True] // ep_size))
+    share = shares(model, ep_size, world_size)
+    streamed = config.model.path is not None and config.task != "gate"
+    if not streamed:
+        complete = sum(parameter.numel() for parameter in model.parameters())
+        return Load(width * complete, int(width * share.held), streamed)
+    own = width * (share.owned if ds["zero_optimization"]["stage"] == 3 else share.held)
+    return Load(int(own) + READING_BYTES, int(own), streamed)
 
 
 def predict(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world_size: int, on_cpu: bool) -> Memory:
@@ -72,36 +90,16 @@ def predict(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world
         world_size: number of ranks, a multiple of `moe.ep_size`.
         on_cpu: whether the ranks train on CPUs, which have no context but hold everything in host memory.
     """
-    zero, width = ds["zero_optimization"], _width(ds)
-    stage, ep_size = zero["stage"], config.moe.ep_size if config.moe else 1
-    held = {True: 0.0, False: 0.0}  # elements of this rank's copy: trainable or not
-    for name, parameter in model.named_parameters():
-        held[parameter.requires_grad] += parameter.numel() / (ep_size if expert_state(name) else 1)
-    owned = {
-        trainable: _elements(model, trainable, world_size) for trainable in (True, False)
-    }  # experts over EP x EDP ranks, the rest over DP ranks: both are all ranks
-
-    weights = sum(owned.values()) if stage == 3 else sum(held.values())
-    gradients = held[True] if stage == 1 else owned[True]
-    offload = {
-        name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param")
-    }
-    device: dict[str, float] = {
-        "weights": width * weights,
-        "gathered layer": width * _largest_gather(model, ep_size) if stage == 3 else 0,
-        "gradients": width * gradients,
-        "optimizer": ADAM_BYTES * owned[True],
-        "fp32 gradient of step": 4 * min(owned[True], zero.get("sub_group_size", 1e9)),
-        "buckets": width * _buckets(zero),
-        **_activations(model, config, width, ep_size),
-        "runtime": RUNTIME_BYTES["cpu" if on_cpu else "accelerator"],
-    }
-    host: dict[str, float] = {}
-    if offload["optimizer"]:
-        host["optimizer"] = device.pop("optimizer") + device.pop("fp32 gradient of step")
-    if offload["param"]:
-        host["weights"] = device.pop("weights")
-    return Memory(*({name: int(size) for name, size in part.items()} for part in (device, host)))
+    zero, width, ep_size = ds["zero_optimization"], _width(ds), config.moe.ep_size if config.moe else 1
+    share, made = shares(model, ep_size, world_size), activations(model, config, width, ep_size)
+    states, host = _states(share, zero, width)
+    moments = _moments(share, zero, width, made, config, world_size, on_cpu)
+    moment, parts = max(moments.items(), key=lambda one: sum(one[1].values()))
+    device = {**states, **parts}
+    if on_cpu:
+        device[KEPT_FREE] = _kept_free(moments, parts)
+    device["runtime"] = RUNTIME_BYTES["cpu" if on_cpu else "accelerator"]
+    return Memory(*({name: int(size) for name, size in part.items()} for part in (device, host)), moment)
 
 
 def _width(ds: dict[str, Any]) -> int:
@@ -109,73 +107,114 @@ def _width(ds: dict[str, Any]) -> int:
     return 2 if ds["bf16"]["enabled"] else 4
 
 
-def _elements(model: nn.Module, trainable: bool, ranks: int) -> float:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad == trainable) / ranks
+def _offloaded(zero: dict[str, Any], what: str) -> bool:
+    return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
 
 
-def _largest_gather(model: nn.Module, ep_size: int) -> float:
-    """Elements of the largest module that ZeRO-3 holds complete at once: two decoder layers or the embedding."""
-    sizes: dict[str, float] = {}
-    for name, parameter in model.named_parameters():
-        before, layers, after = name.partition(".layers.")
-        unit = f"{before}{layers}{after.partition('.')[0]}" if layers else name
-        sizes[unit] = sizes.get(unit, 0) + parameter.numel() / (ep_size if expert_state(name) else 1)
-    layer = max((size for unit, size in sizes.items() if ".layers." in unit), default=0)
-    return max(2 * layer, *sizes.values())  # the one that computes and the one that is fetched
+def _states(share: Shares, zero: dict[str, Any], width: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What is there all the time, on the device and on the host."""
+    weights = width * (share.owned if zero["stage"] == 3 else share.held)
+    device: dict[str, float] = {"weights": weights, "optimizer": ADAM_BYTES * share.owned_trained}
+    host: dict[str, float] = {}
+    if _offloaded(zero, "optimizer"):
+        host["optimizer"] = device.pop("optimizer")
+        host["gradients"] = width * share.owned_trained
+        host["fp32 gradient of step"] = 4 * share.owned_trained
+    if _offloaded(zero, "param"):
+        host["weights"] = device.pop("weights")
+    return device, host
 
 
-def _buckets(zero: dict[str, Any]) -> float:
-    """Elements of communication buffers."""
-    reduce = zero.get("reduce_bucket_size", 5e8)
-    if zero["stage"] == 3:
-        return reduce + zero.get("stage3_prefetch_bucket_size", 5e7)
-    return reduce + zero.get("allgather_bucket_size", 5e8)
-
-
-def _activations(model: PreTrainedModel, config: RunConfig, width: int, ep_size: int) -> dict[str, float]:
-    """Bytes that a micro-batch keeps for its backward pass, and those of its logits."""
-    text = model.config.get_text_config()
-    tokens = config.train.micro_batch_size * config.data.max_length
-    heads, head_dim = text.num_attention_heads, getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-    attention = 3 * head_dim * (heads + 2 * text.num_key_value_heads)  # projected, normalised, rotated
-    if config.model.attention == "eager":
-        attention += 2 * heads * config.data.max_length  # the attention matrix and its softmax
-    top_k = 0
-    if expert_count(model.config):
-        top_k = (config.moe.router.top_k if config.moe else None) or text.num_experts_per_tok
-        mlp = top_k * _kept_by_experts(config, text.hidden_size, text.moe_intermediate_size)
-    else:
-        mlp = 4 * text.intermediate_size
-    norms = 14 * text.hidden_size  # two RMSNorms that compute in fp32, and the residual stream
-    layer = width * tokens * (attention + mlp + norms)
-    kept = _kept(layer, width * tokens * text.hidden_size, text.num_hidden_layers, config.train.gradient_checkpointing)
-    if ep_size > 1:  # rows of the layer at work: packed, arrived, sorted, on their way back
-        kept += width * tokens * 4 * top_k * text.hidden_size
+def _moments(
+    share: Shares,
+    zero: dict[str, Any],
+    width: int,
+    made: Activations,
+    config: RunConfig,
+    world_size: int,
+    on_cpu: bool,
+) -> dict[str, dict[str, float]]:
+    """What comes on top of the states at each moment."""
+    stage, accumulates = zero["stage"], config.train.global_batch_size > config.train.micro_batch_size * world_size
+    owned = 0.0 if _offloaded(zero, "optimizer") else width * share.owned_trained
+    unreduced = width * max(share.largest.trained, share.table_trained)
+    buffer, copy = _buckets(share, zero, width, on_cpu)
+    gathered = width * _gathered(share, zero, config.train.gradient_checkpointing) if stage == 3 else 0.0
+    # What earlier micro-batches left: ZeRO-1 reduces in the last one, ZeRO-3's partition is there from the start.
+    before = {1: accumulates * width * share.held_trained, 2: accumulates * owned, 3: owned}[stage]
+    # ZeRO-1 copies its partition out of complete gradients; on a CPU the copy takes room as these are freed.
+    copied = 0.0 if on_cpu else owned
+    after = {1: width * share.held_trained + copied, 2: before + owned + unreduced, 3: owned + unreduced}[stage]
+    work = {"layer at work": made.work, "all-to-all buffers": made.exchange}
+    always = buffer if stage == 3 else 0.0
     return {
-        "activations": kept + _vision_activations(model, tokens, width, config.train.gradient_checkpointing),
-        "logits": tokens * text.vocab_size * (width + LOGIT_BYTES),
+        "the loss is computed": {
+            "gathered weights": gathered,
+            "gradients": before,
+            "gradient buckets": always,
+            "activations": made.kept,
+            "logits": made.logits,
+        },
+        "the backward pass begins": {
+            "gathered weights": gathered,
+            "gradients": before + unreduced,
+            "gradient buckets": always if stage == 1 else buffer + copy,
+            "activations": made.kept + made.repeated,
+            **work,
+        },
+        "the backward pass ends": {
+            "gathered weights": gathered,
+            "gradients": after,
+            "gradient buckets": buffer + copy,
+            "activations": made.layer,
+            **work,
+        },
+        "the optimizer steps": {
+            "gradients": owned,
+            "gradient buckets": always,
+            "fp32 gradient of step": 0.0 if _offloaded(zero, "optimizer") else _flat_gradient(share, zero, width),
+        },
     }
 
 
-def _kept_by_experts(config: RunConfig, model_width: int, expert_width: int) -> int:
-    """Numbers a row: `moe/backends/swiglu.py` keeps its input and what `recompute` says, others all they compute."""
-    experts = config.moe.experts if config.moe else None
-    if experts is None or experts.backend == "reference" or (config.lora is not None and config.lora.experts):
-        return 2 * model_width + 4 * expert_width
-    return model_width + {"none": 3, "act": 2, "all": 0}[experts.recompute] * expert_width
+def _kept_free(moments: dict[str, dict[str, float]], parts: dict[str, float]) -> float:
+    """Bytes that CPU ranks do not return when they free them: `launcher.cpu_settings` tells glibc so, for speed.
+
+    A hole that activations leave seldom fits a flat buffer of the optimizer, nor the reverse: every purpose ends up
+    with room for its largest moment, instead of all sharing that of the peak. An estimate, as fragments are.
+    """
+    purposes = {name for moment in moments.values() for name in moment}
+    return sum(max(moment.get(name, 0.0) for moment in moments.values()) for name in purposes) - sum(parts.values())
 
 
-def _vision_activations(model: PreTrainedModel, tokens: int, width: int, checkpointing: bool) -> float:
-    """Bytes of the vision tower where half of all tokens are image tokens; a frozen tower keeps one layer at a time."""
-    vision = getattr(model.config, "vision_config", None)
-    if vision is None:
-        return 0
-    patches = tokens // 2 * vision.spatial_merge_size**2
-    layer = width * patches * (20 * vision.hidden_size + 4 * vision.intermediate_size)
-    if not any(p.requires_grad for name, p in model.named_parameters() if "visual." in name):
-        return layer
-    return _kept(layer, width * patches * vision.hidden_size, vision.depth, checkpointing)
+def _flat_gradient(share: Shares, zero: dict[str, Any], width: int) -> float:
+    """Bytes of the gradient that Adam gets: of one optimizer group at once (ZeRO-3: of at most `sub_group_size`),
+    flattened in the dtype of the weights, then in fp32."""
+    elements = share.group
+    if zero["stage"] == 3:
+        elements = min(elements, zero.get("sub_group_size", 1e9))
+    return elements * (4 if width == 4 else 4 + width)
 
 
-def _kept(layer: float, boundary: float, layers: int, checkpointing: bool) -> float:
-    return layers * boundary + layer if checkpointing else layers * layer
+def _buckets(share: Shares, zero: dict[str, Any], width: int, on_cpu: bool) -> tuple[float, float]:
+    """Bytes of the buffer that gradients are collected in, and of the copy that is reduced.
+
+    On a CPU memory that was never written to takes no room, so the buffer is as large as what comes into it.
+    """
+    size = zero.get("reduce_bucket_size", 5e8)
+    filled = min(size, share.held_trained)
+    return width * (filled if on_cpu else size), width * filled
+
+
+def _gathered(share: Shares, zero: dict[str, Any], repeats: bool) -> float:
+    """Elements that ZeRO-3 holds complete at once: two layers (one is fetched while the other computes) or the largest
+    table, and the layers it keeps for their backward pass.
+
+    It keeps what is used again within `stage3_max_reuse_distance` elements of its trace: for layer i from the end that
+    is both passes of the output layer and of the i layers behind it, and their repetition.
+    """
+    largest, passes = share.largest, 3 if repeats else 2
+    room = zero.get("stage3_max_reuse_distance", REUSE_DISTANCE) - 2 * share.table
+    kept = max(0.0, room / (passes * largest.passed)) if largest.passed else 0.0
+    wanted = kept * largest.gathered + max(2 * largest.gathered, share.table)
+    return min(share.gathered, wanted, zero.get("stage3_max_live_parameters", REUSE_DISTANCE) + share.table)

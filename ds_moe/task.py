@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -42,10 +42,12 @@ class Supervised:
         """What else the optimizer step is reported by, over all ranks (collective)."""
         return {}
 
-    def evaluate(self, run: Run, limit: int | None) -> EvalReport:
-        """On `limit` held-out samples, or all of them (collective)."""
+    def evaluate(self, run: Run, limit: int | None, each_batch: Callable[[], None]) -> EvalReport:
+        """On `limit` held-out samples, or all of them (collective). `each_batch` is called before every batch."""
         config, answering = run.config.train, None
         if config.eval_generate:
             answering = Answering(run.processor, config.max_new_tokens or DEFAULT_NEW_TOKENS)
         shown = run.config.monitor.sample_images
-        return evaluate(run.engine, run.eval_set, answering, step=run.step, limit=limit, shown=shown)
+        return evaluate(
+            run.engine, run.eval_set, answering, step=run.step, limit=limit, shown=shown, each_batch=each_batch
+        )

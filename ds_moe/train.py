@@ -1,13 +1,20 @@
-"""`python -m ds_moe.train RUN.yaml [key=value ...]`, started once a rank by `deepspeed` or `torchrun`: the loop."""
+"""`python -m ds_moe.train RUN.yaml [key=value ...]`, started once a rank by `deepspeed` or `torchrun`: the loop.
+
+Exit status: 0 the run is complete; 1 it crashed; 2 it cannot go on as it is written, one line says why; 3 the watchdog
+has ended it; 128 + a signal: stopped by it, with a checkpoint.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
-import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,30 +33,33 @@ from ds_moe.data.forms import eval_form, train_form
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.ds_config import precision, resolve_deepspeed
 from ds_moe.early_stopping import EarlyStopping
-from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, start_distributed
+from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, read_weights, start_distributed
 from ds_moe.errors import UserError
-from ds_moe.evaluate import raise_together, to_device
-from ds_moe.expert_load import counts_so_far, reduce_load, watch
+from ds_moe.evaluate import raise_together
+from ds_moe.expert_load import reduce_load
+from ds_moe.expert_load import watch as count_load
 from ds_moe.gating.stages import GateTask
 from ds_moe.memory import Memory, predict, skeleton
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.processor import processor_of, save_processor
 from ds_moe.models.qwen3_vl import load_model, model_config
-from ds_moe.moe import ExpertParallel, ForwardContext, MoELayer
-from ds_moe.moe.loss_free import LossFreeBalancing, check_biases_agree, loss_free, update_biases
+from ds_moe.moe import ForwardContext, MoELayer
+from ds_moe.moe.loss_free import LossFreeBalancing, loss_free
 from ds_moe.monitor import EvalReport, Monitor, RoutingReport, StepReport, make_monitor
 from ds_moe.monitor.meters import max_vio
+from ds_moe.restore import choose, load
 from ds_moe.rl import PolicyOptimization
 from ds_moe.runfile import dump, dump_yaml, load_run
+from ds_moe.step import check_skipped, train_step
+from ds_moe.stopping import Stopped, StopRequest, agreed
 from ds_moe.summary import active_flops_per_token, peak_flops, result_rows, run_summary
-from ds_moe.task import Supervised
+from ds_moe.task import Batch, Supervised
 from ds_moe.trainable import fingerprint, keeps_base_apart, set_trainable
-
-BIAS_CHECK_EVERY = 50  # steps; a comparison of 8 bytes a rank
+from ds_moe.watchdog import Watchdog, watch_job
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 2 with one line on standard error when the run cannot start as it is written."""
+    """The exit status, see above."""
     arguments = [argument for argument in (argv or sys.argv[1:]) if not argument.startswith("--local_rank")]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
@@ -59,6 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except Stopped as stopped:
+        dist.destroy_process_group()
+        return stopped.exit_status
+    except Exception:  # not left to the interpreter, whose end may wait for ranks that no longer answer
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
     dist.destroy_process_group()
     return 0
 
@@ -77,9 +94,17 @@ class Run:
     monitor: Monitor
     total_steps: int
     memory: Memory  # predicted, of one rank
+    watch: Watchdog
+    stop: StopRequest
     task: Supervised = field(default_factory=Supervised)
     patience: EarlyStopping | None = None
     step: int = 0
+    evaluation_due: bool = False  # after the last step
+    saving: checkpoint.Saving | None = None  # in flight
+    all_written: bool = False  # whether the files of `saving` were there on all ranks at the last step
+    stopping: signal.Signals | None = None  # what all ranks have agreed to end by
+    skipped: int = 0  # steps not taken, in all
+    skipped_in_a_row: int = 0
     file_from: int = 0  # the step at which the data file was begun: rollout files follow one another
     seconds: float = 0.0  # of training steps in this process
     tokens: int = 0
@@ -100,8 +125,13 @@ class Run:
 
     @cached_property
     def base(self) -> dict[str, Any] | None:
-        """What checkpoints leave out, see `checkpoint.save`."""
+        """What checkpoints leave out, see `checkpoint.Saving`."""
         return fingerprint(self.config) if keeps_base_apart(self.config) else None
+
+    @property
+    def last(self) -> bool:
+        """Whether the last step is done."""
+        return self.step == self.total_steps
 
     @property
     def folder(self) -> Path:
@@ -118,34 +148,70 @@ class Run:
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Train one run to its end; returns what the summary table shows (also in `<output_dir>/result.json`)."""
+    """Train one run to its end; returns what the summary table shows (also in `<output_dir>/result.json`).
+
+    Raises:
+        Stopped: a signal has ended the run before, and its checkpoint is written.
+    """
     run = set_up(config)
-    resume(run)
-    run.monitor.start(run.step + 1, run_summary(run), dump(config))
-    if run.step >= run.total_steps:
-        way_on = "raise train.steps" if config.train.steps else "raise train.epochs"
-        if config.task == "rl" and not config.train.steps:
-            way_on = "give data.train the next rollouts"
-        run.monitor.note(f"all {run.total_steps} steps are done: nothing to train ({way_on} to go on)")
-    steps = run.task.steps(run)
-    save_due = False
-    while run.step < run.total_steps:
-        report = train_step(run, steps)
-        run.monitor.step(report, routing_report(run) if run.monitor.is_log_step(run.step) else None)
-        run.note_progress(report)
-        last = run.step == run.total_steps
-        if run.eval_set is not None and (last or due(run.step, config.train.eval_every)):
-            report = run_evaluation(run, limit=None if last else config.train.eval_samples)
-            save_due = save_due or best_so_far(run, report)
-        save_due = save_due or (last and run.patience is None) or due(run.step, config.checkpoint.every)
-        if save_due and run.task.at_boundary:
-            save_checkpoint(run)
-            save_due = False
-        if run.patience is not None and run.patience.exhausted:
-            break
-    finish(run)
+    try:
+        resume(run)
+        run.monitor.start(run.step + 1, run_summary(run), dump(config))
+        if run.step >= run.total_steps:
+            run.monitor.note(f"all {run.total_steps} steps are done: nothing to train ({way_on(config)} to go on)")
+        run.stop.wait_for_step()
+        train_steps(run)
+        finish(run)
+    except OSError as error:
+        raise UserError(f"rank {run.topology.rank} in {run.watch.place}: {error}") from error
+    except Exception as error:
+        error.add_note(f"rank {run.topology.rank} in {run.watch.place}")
+        raise
+    finally:
+        run.monitor.close()
+        run.stop.close()
+    run.watch.close()
     run.engine.destroy()
     return run.result
+
+
+def way_on(config: RunConfig) -> str:
+    """What gives a complete run more steps."""
+    if config.task == "rl" and not config.train.steps:
+        return "give data.train the next rollouts"
+    return "raise train.steps" if config.train.steps else "raise train.epochs"
+
+
+def train_steps(run: Run) -> None:
+    """Steps, evaluations and checkpoints until all are done, patience is exhausted, or a signal has come."""
+    steps = run.task.steps(run)
+    save_due = False
+    while run.step < run.total_steps or run.evaluation_due:
+        if not run.evaluation_due or run.stopping:
+            one_step(run, steps)
+            save_due = save_due or (run.last and run.patience is None) or due(run.step, run.config.checkpoint.every)
+        if run.evaluation_due and not run.stopping:
+            save_due = run_evaluation(run) or save_due
+        if (save_due or run.stopping) and run.task.at_boundary:
+            save_checkpoint(run)
+            save_due = False
+        if run.stopping and run.task.at_boundary:
+            finish_saving(run)
+            raise Stopped(run.stopping)
+        if run.patience is not None and run.patience.exhausted:
+            break
+    finish_saving(run)
+
+
+def one_step(run: Run, steps: Iterator[list[Batch]]) -> None:
+    """Train one step and report it."""
+    report = train_step(run, steps)
+    run.monitor.step(report, routing_report(run) if run.monitor.is_log_step(run.step) else None)
+    run.note_progress(report)
+    check_skipped(run)
+    if run.all_written:
+        finish_saving(run)
+    run.evaluation_due = run.eval_set is not None and (run.last or due(run.step, run.config.train.eval_every))
 
 
 def due(step: int, every: int | None) -> bool:
@@ -155,6 +221,8 @@ def due(step: int, every: int | None) -> bool:
 def set_up(config: RunConfig) -> Run:
     """Data, model, engine and monitor, in the order in which mistakes are cheapest to find."""
     topology = start_distributed(config.moe.ep_size if config.moe else 1)
+    watch = watch_job(topology.rank, topology.world_size, config.train.watchdog_s)
+    stop = StopRequest(topology.rank, config.train.stop_within_s, lambda: str(watch.place))
     raise_together(_unwritable(Path(config.train.output_dir)))
     seed_everything(config.train.seed)
     dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
@@ -174,8 +242,9 @@ def set_up(config: RunConfig) -> Run:
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
     set_trainable(outline, config)
     memory = predict(outline, config, ds_config, topology.world_size, on_cpu())
-    model = load_model(config.model, dtype, config.train.seed)
+    model = load_model(config.model, dtype, config.train.seed, unread=config.task != "gate")
     context = prepare_model(model, config, topology)
+    read_weights(model, config, topology, ds_config)
     engine = build_engine(model, config, ds_config, total_steps)
     engine.train()
     seed_everything(config.train.seed + topology.rank)  # from here on ranks draw apart
@@ -188,11 +257,22 @@ def set_up(config: RunConfig) -> Run:
         run_dir=Path(config.train.output_dir),
     )
     if config.monitor.tensorboard:
-        watch(moe_layers(engine.module), len(stream.kinds))
-    task = _task(config, engine.module, stream)
-    patience = EarlyStopping(config.train.patience) if config.train.patience else None
+        count_load(moe_layers(engine.module), len(stream.kinds))
     return Run(
-        config, topology, engine, context, processor, stream, eval_set, monitor, total_steps, memory, task, patience
+        config=config,
+        topology=topology,
+        engine=engine,
+        context=context,
+        processor=processor,
+        stream=stream,
+        eval_set=eval_set,
+        monitor=monitor,
+        total_steps=total_steps,
+        memory=memory,
+        watch=watch,
+        stop=stop,
+        task=_task(config, engine.module, stream),
+        patience=EarlyStopping(config.train.patience) if config.train.patience else None,
     )
 
 
@@ -223,10 +303,10 @@ def seed_everything(seed: int) -> None:
 def resume(run: Run) -> None:
     """Go on from the checkpoint that `train.resume` means, whatever topology wrote it."""
     folder = run.folder / "checkpoints"
-    path = checkpoint.choose(run.config.train.resume, folder, run.topology, note=run.monitor.note)
+    path = choose(run.config.train.resume, folder, run.topology, note=run.monitor.note)
     if path is None:
         return
-    state = checkpoint.load(run.engine, run.topology, path, run.base)
+    state = load(run.engine, run.topology, path, run.base)
     run.step = state["step"]
     next_file = run.config.task == "rl" and not run.stream.is_file_of(state["data"])
     if next_file:
@@ -238,80 +318,13 @@ def resume(run: Run) -> None:
         run.total_steps += run.file_from
         run.monitor.total_steps = run.total_steps
     run.result = {**state["result"], "checkpoint": str(path)}
+    run.evaluation_due = run.eval_set is not None and state.get("evaluation_due", False)
     if run.patience is not None and state.get("best_loss") is not None:
         run.patience.note(state["best_loss"], run.result)
     run.monitor.note(
         f"resumed from {path} at step {run.step} (saved by {state['world_size']} ranks with ep_size {state['ep_size']})"
         + (", with the next rollout file" if next_file else "")
     )
-
-
-def train_step(run: Run, steps: Any) -> StepReport:
-    """One optimizer step over `accumulation` micro-batches; the loss is the mean over the global batch's tokens."""
-    began = time.perf_counter()
-    micro_batches = [to_device(batch, run.topology.device) for batch in next(steps)]
-    data_wait_s = time.perf_counter() - began - run.task.scoring_s
-    labels, tokens = _global_counts(run.task, micro_batches, run.stream.error, run.topology.device)
-    # DeepSpeed averages over ranks and micro-batches; the loss of each is divided so that the average is the mean.
-    share = max(labels, 1) / (run.topology.world_size * len(micro_batches))
-    lr = run.engine.get_lr()[0]
-    sums = torch.zeros(3, dtype=torch.float64, device=run.topology.device)  # losses: language, auxiliary; sent bytes
-    ep = run.layers[0].dispatcher.ep if run.layers else ExpertParallel()
-    ep.sent_bytes = 0
-    run.load_before_step = counts_so_far(run.layers)
-    for batch in micro_batches:
-        real_B, kind_B = batch.pop("real"), batch.pop("kind", None)
-        if run.context is not None:
-            run.context.real_B, run.context.kind_B = real_B, kind_B
-        loss = run.task.loss(run, batch, share)
-        auxiliary = sum(run.context.aux_losses) if run.context is not None and run.context.aux_losses else None
-        sums[0] += loss.detach() / len(micro_batches)
-        if auxiliary is not None:
-            sums[1] += auxiliary.detach() / len(micro_batches)
-        run.engine.backward(loss if auxiliary is None else loss + auxiliary)
-        run.engine.step()
-    update_biases(run.balancings, progress=run.step / run.total_steps)
-    if run.step % BIAS_CHECK_EVERY == 0:
-        check_biases_agree(run.balancings, run.step + 1)
-    sums[2] = ep.sent_bytes
-    dist.all_reduce(sums)
-    language_loss, aux_loss, sent_bytes = (sums / run.topology.world_size).tolist()
-    run.step += 1
-    run.result |= {"aux_loss": aux_loss, "ep_sent_bytes": sent_bytes}
-    return StepReport(
-        step=run.step,
-        loss=language_loss,
-        lr=lr,
-        grad_norm=float(run.engine.get_global_grad_norm() or 0.0),
-        tokens=tokens,
-        samples=run.config.train.global_batch_size,
-        step_s=time.perf_counter() - began,
-        data_wait_s=data_wait_s,
-        sent_bytes=sent_bytes,
-        task=run.task.metrics(run),
-        task_name=run.config.task,
-    )
-
-
-def _global_counts(
-    task: Supervised, micro_batches: list[dict[str, Tensor]], error: str | None, device: torch.device
-) -> tuple[int, int]:
-    """(what the loss is a mean over, real tokens) of this step over all ranks: padding is not real, nor are samples
-    that only fill up.
-
-    Raises:
-        UserError: on every rank, when any of them met a bad record.
-    """
-    labels = sum(task.weight(batch) for batch in micro_batches)
-    tokens = sum((batch["attention_mask"] * batch["real"].unsqueeze(1)).sum() for batch in micro_batches)
-    counts = torch.tensor([0, 0, int(error is not None)], device=device)
-    counts[0] += labels
-    counts[1] += tokens
-    dist.all_reduce(counts)
-    labelled, real, bad = counts.tolist()
-    if bad:
-        raise_together(error)
-    return labelled, real
 
 
 def routing_report(run: Run) -> RoutingReport | None:
@@ -322,11 +335,32 @@ def routing_report(run: Run) -> RoutingReport | None:
     return report
 
 
-def run_evaluation(run: Run, limit: int | None) -> EvalReport:
-    report = run.task.evaluate(run, limit)
+def run_evaluation(run: Run) -> bool:
+    """Evaluate after the last step; whether its weights are to be kept. A signal in between puts it off until the run
+    is resumed."""
+    try:
+        limit = None if run.last else run.config.train.eval_samples
+        report = run.task.evaluate(run, limit, each_batch=lambda: evaluating(run))
+    except Stopped as stopped:
+        run.stopping = stopped.signal
+        return False
+    run.evaluation_due = False
     run.monitor.evaluated(report)
     run.result |= {"eval_loss": report.loss, "accuracy": report.accuracy}
-    return report
+    return best_so_far(run, report)
+
+
+def evaluating(run: Run) -> None:
+    """Called before every batch of an evaluation (collective).
+
+    Raises:
+        Stopped: on every rank, when any has received a signal.
+    """
+    run.watch.at("evaluation")
+    votes = torch.tensor(run.stop.votes(), device=run.topology.device)
+    dist.all_reduce(votes)
+    if (number := agreed(votes.tolist())) is not None:
+        raise Stopped(number)
 
 
 def best_so_far(run: Run, report: EvalReport) -> bool:
@@ -344,6 +378,9 @@ def best_so_far(run: Run, report: EvalReport) -> bool:
 
 
 def save_checkpoint(run: Run) -> None:
+    """Save the run as it is after the last step; with `checkpoint.background` its files follow later, while one that
+    is still being written is waited for first (collective)."""
+
     def write_extras(folder: Path) -> None:
         shutil.copy(run.config.deepspeed, folder / "deepspeed.json")
         (folder / "run.yaml").write_text(dump_yaml(run.config.model_copy(update={"deepspeed": "deepspeed.json"})))
@@ -354,24 +391,46 @@ def save_checkpoint(run: Run) -> None:
             model.generation_config.save_pretrained(folder / "model")
         save_processor(run.processor, folder / "model")
 
+    finish_saving(run)
+    run.watch.at("checkpoint")
     state = {
         "step": run.step,
         "data": run.stream.state_dict(),
         "file_from": run.file_from,
         "precision": precision(run.config, on_cpu()),
         "result": run.result,
+        "evaluation_due": run.evaluation_due,
         "best_loss": run.patience.best if run.patience is not None else None,
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
-    path = checkpoint.save(
-        run.engine, run.topology, run.folder / "checkpoints", state, write_extras, run.config.checkpoint.keep, run.base
+    run.saving = checkpoint.Saving(
+        run.engine,
+        run.topology,
+        run.folder / "checkpoints",
+        state,
+        write_extras,
+        run.config.checkpoint.keep,
+        run.base,
+        run.watch.pulse,
     )
+    if not run.config.checkpoint.background:
+        finish_saving(run)
+
+
+def finish_saving(run: Run) -> None:
+    """Make the checkpoint that is in flight, if one is, whole (collective)."""
+    if run.saving is None:
+        return
+    run.watch.at("checkpoint's files")
+    path = run.saving.finish(run.watch.pulse)
+    run.saving = None
     run.result["checkpoint"] = str(path)
     run.monitor.note(f"checkpoint {path}")
 
 
 def finish(run: Run) -> None:
     """Write `result.json` and close with one table."""
+    run.watch.at("end", timed=False)
     if run.topology.rank == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "result.json").write_text(json.dumps(run.result, indent=1))

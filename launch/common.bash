@@ -59,3 +59,43 @@ show_command() {
     done
     printf '+%s\n' "$line"
 }
+
+# address_of HOST: its first address, as this machine resolves it.
+address_of() { getent ahosts "$1" | awk '{print $1; exit}'; }
+
+# is_here HOST: whether that is this machine.
+is_here() { [[ $(ip -o route get "$(address_of "$1")" 2>/dev/null) == local* ]]; }
+
+# find_interface HOST...: `interface` and `address` become those of this machine on the way to the first HOST that is
+# another machine; if none is, those that carry HOST's address. Both stay empty where there is no telling.
+#
+# Left alone, gloo takes the interface of the address that the machine's own name has: on many 127.0.1.1.
+find_interface() {
+    local host route
+    interface='' address=''
+    for host in "$@"; do
+        if is_here "$host"; then continue; fi
+        route=$(ip -o route get "$(address_of "$host")" 2>/dev/null) || continue
+        [[ $route =~ \ dev\ ([^\ ]+) ]] && interface=${BASH_REMATCH[1]}
+        [[ $route =~ \ src\ ([^\ ]+) ]] && address=${BASH_REMATCH[1]}
+        return 0
+    done
+    if is_here "$1"; then
+        address=$(address_of "$1")
+        interface=$(ip -o address show to "$address" | awk '{print $2; exit}')
+    fi
+}
+
+# quote_for_pdsh WORD...: the array `words` becomes the words as DeepSpeed's pdsh launcher must get them so that the
+# shell on the other side sees them unchanged. It puts words that hold a space between double quotes, and no others.
+quote_for_pdsh() {
+    local word
+    words=()
+    for word in "$@"; do
+        if [[ $word == *' '* ]]; then
+            words+=("$(sed 's/[\\$`]/\\&/g' <<<"$word")")
+        else
+            words+=("$(printf '%q' "$word")")
+        fi
+    done
+}

@@ -7,11 +7,15 @@
 # Or by hand, the same line on every machine (no ssh):
 #   launch/multinode.sh [--dry-run] --nodes N --gpus G --master HOST[:PORT] [--id NAME] RUN.yaml [key=value ...]
 #
-#   --hostfile  lines "host slots=GPUS"; see launch/hostfile.example
-#   --nodes     machines of the job                  --gpus   processes on each
-#   --master    host (and port, default 29500) of the first machine; reachable from all others
-#   --id        name of the job: must be equal on all machines (default: ds_moe)
-#   --dry-run   print the command and stop
+#   --hostfile   lines "host slots=GPUS"; see launch/hostfile.example
+#   --nodes      machines of the job                  --gpus   processes on each
+#   --master     host (and port, default 29500) of the first machine; reachable from all others
+#   --id         name of the job: must be equal on all machines (default: ds_moe)
+#   --interface  network interface, on every machine, of what ranks send one another (GLOO_SOCKET_IFNAME and
+#                NCCL_SOCKET_IFNAME). Default: for gloo the one that leads to the other machines; NCCL finds its own
+#   --dry-run    print the command and stop
+#
+# Ctrl-C or SIGTERM on one machine (with --hostfile: where it was started) ends the job everywhere, with a checkpoint.
 #
 # The ssh form passes on only variables that begin with NCCL, PYTHON, UCX, MV2 or MLFLOW; put others as NAME=value
 # lines into .deepspeed_env (do not commit it).
@@ -20,11 +24,16 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.bash
 source "$root/launch/common.bash"
 
-dry_run=no hostfile='' launcher=pdsh port=29500 nodes='' gpus='' master='' id=ds_moe
+dry_run=no hostfile='' launcher=pdsh port=29500 nodes='' gpus='' master='' id=ds_moe network=()
 while [[ ${1:-} == -* ]]; do
     case $1 in
         -h | --help) show_help "$0"; exit 0 ;;
         -n | --dry-run) dry_run=yes; shift; continue ;;
+        --interface)
+            [[ -n ${2:-} ]] || die "--interface needs a value"
+            network=("GLOO_SOCKET_IFNAME=$2" "NCCL_SOCKET_IFNAME=$2")
+            shift 2
+            ;;
         --hostfile | --launcher | --port | --nodes | --gpus | --master | --id)
             (($# >= 2)) || die "$1 needs a value"
             printf -v "${1#--}" '%s' "$2"
@@ -37,6 +46,7 @@ check_run "$@"
 check_count "$port" "--port"
 bin=$(find_bin "$root")
 
+settings=()
 if [[ -n $hostfile ]]; then
     [[ -z $nodes$gpus$master ]] || die "--hostfile and --nodes/--gpus/--master are two ways to start; give one"
     # DeepSpeed itself would go on with this machine alone, with no more than a warning.
@@ -45,21 +55,48 @@ if [[ -n $hostfile ]]; then
     if [[ $launcher == pdsh && $dry_run == no ]]; then
         command -v pdsh >/dev/null || die "pdsh is not installed: install it, or give --launcher openmpi, or use --nodes"
     fi
-    command=("$bin/deepspeed" --hostfile "$hostfile" --launcher "$launcher" --master_port "$port"
-        --module ds_moe.train "$@")
+    mapfile -t hosts < <(awk '!/^#/ && NF {print $1}' "$hostfile")
+    ((${#hosts[@]})) || die "hostfile '$hostfile' names no machine"
+    every_host=$(printf '%s,' "${hosts[@]}")
+    if [[ ${DS_ACCELERATOR:-} == cpu ]]; then
+        slots=$(awk -F 'slots=' '!/^#/ && NF > 1 {print $2 + 0; exit}' "$hostfile")
+        cpu_settings "${slots:-1}"
+    fi
+    settings+=("${network[@]}")
+    # Every rank is started through on_node.sh. DeepSpeed's own choice of an address for the master is the first that
+    # `hostname -I` prints there, which may be that of a bridge.
+    words=(env "${settings[@]}" bash "$root/launch/on_node.sh" "${every_host%,}" "$bin/python" -u -m ds_moe.train "$@")
+    if [[ $launcher == pdsh ]]; then quote_for_pdsh "${words[@]}"; fi
+    command=("$bin/deepspeed" --hostfile "$hostfile" --launcher "$launcher" --master_addr "${hosts[0]}"
+        --master_port "$port" --no_local_rank --no_python "${words[@]}")
 else
     [[ -n $nodes && -n $gpus && -n $master ]] || die "give --hostfile FILE, or --nodes N --gpus G --master HOST"
     check_count "$nodes" "--nodes"
     check_count "$gpus" "--gpus"
     [[ $master == *:* ]] || master+=":$port"
     need_program "$bin" torchrun
-    settings=()
-    if [[ ${DS_ACCELERATOR:-} == cpu ]]; then
-        cpu_settings "$gpus"
-        settings=(env "${settings[@]}")
+    if [[ ${DS_ACCELERATOR:-} == cpu ]]; then cpu_settings "$gpus"; fi
+    here=()
+    if ((nodes > 1)) && [[ ${master%:*} != localhost ]] && command -v ip >/dev/null; then
+        # Left alone, torchrun asks the machine's own name for its address, and whether it is the master.
+        find_interface "${master%:*}"
+        if [[ $interface == lo ]]; then
+            die "'${master%:*}' is $address on this machine: give --master the address that the other machines reach"
+        fi
+        if is_here "${master%:*}"; then here=(--rdzv_conf is_host=true); else here=(--rdzv_conf is_host=false); fi
+        if [[ -n $address ]]; then here+=(--local_addr "$address"); fi
+        if ((${#network[@]} == 0)) && [[ -n $interface ]]; then
+            network=("GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}")
+        fi
     fi
-    command=("${settings[@]}" "$bin/torchrun" --nnodes "$nodes" --nproc_per_node "$gpus" --rdzv_backend c10d --rdzv_endpoint "$master"
-        --rdzv_id "$id" --module ds_moe.train "$@")
+    settings+=("${network[@]}")
+    if ((${#settings[@]})); then settings=(env "${settings[@]}"); fi
+    # Ranks that are told to end have train.stop_within_s for a checkpoint (120 s); torchrun's patience is longer.
+    command=("${settings[@]}" "$bin/torchrun" --nnodes "$nodes" --nproc_per_node "$gpus" --rdzv_backend c10d
+        --rdzv_endpoint "$master" --rdzv_id "$id" "${here[@]}"
+        --shutdown_timeout "${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}" --module ds_moe.train "$@")
+    # torchrun would die of the USR1 that stops a run with a checkpoint; ranks install a handler of their own.
+    trap '' USR1
 fi
 show_command "${command[@]}"
 if [[ $dry_run == yes ]]; then exit 0; fi

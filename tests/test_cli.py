@@ -22,7 +22,7 @@ def test_help_is_instant_and_lists_only_what_exists():
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1, seconds
     listed = [line.split()[0] for line in text.splitlines() if re.match(r"    \w", line)]
-    assert listed == ["train", "doctor", "export", "gate", "version"]
+    assert listed == ["train", "doctor", "export", "assemble", "gate", "version"]
 
 
 def test_no_heavy_library_is_imported_for_what_does_not_need_it():

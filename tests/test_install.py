@@ -5,18 +5,24 @@ import os
 import pkgutil
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
+from deepspeed.launcher.runner import fetch_hostfile
 
 import ds_moe
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["launch/local.sh", "launch/multinode.sh", "launch/slurm.sbatch"]
+PARTS = ["launch/on_node.sh", "launch/common.bash"]
 RUN = "run file.yaml"  # with a space: quoting must survive every layer
 HOSTILE = "train.output_dir=runs/$(touch pwned);`id` 'x'"
 
@@ -72,7 +78,9 @@ def test_make_lists_its_targets():
 # --- shell scripts
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "launch/common.bash", "tools/setup_env.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, "launch/on_node.sh", "launch/common.bash", "tools/setup_env.sh", ".ci/run"]
+)
 def test_shell_syntax(script):
     result = shell("bash", "-n", script)
     assert result.returncode == 0, result.stderr
@@ -117,28 +125,54 @@ def test_slurm_gives_cpu_ranks_the_settings_of_ds_moe_train(tmp_path):
     code = "from ds_moe.launcher import cpu_settings; print(*map('='.join, cpu_settings(2).items()), sep='\\n')"
     # Its ranks find the compiled op by themselves.
     expected = [line for line in python(code, env).stdout.splitlines() if not line.startswith("TORCH_EXTENSIONS_DIR")]
-    assert settings == expected != []
+    assert settings == ["LOG_DIR=runs/slurm-0/start_0", *expected] and expected
 
 
 def test_multinode_by_hostfile(tmp_path):
     hostfile = ROOT / "launch/hostfile.example"
-    words = dry_run(tmp_path, "launch/multinode.sh", "--hostfile", hostfile, RUN, HOSTILE)
+    words = dry_run(
+        tmp_path,
+        "launch/multinode.sh",
+        "--hostfile",
+        hostfile,
+        "--interface",
+        "eth7",
+        RUN,
+        HOSTILE,
+        env={"DS_ACCELERATOR": ""},
+    )
     assert words[1:3] == ["--hostfile", str(hostfile)]
-    assert words[-4:] == ["--module", "ds_moe.train", RUN, HOSTILE]
-
-    from deepspeed.launcher.runner import fetch_hostfile
-
+    assert words[words.index("--master_addr") + 1] == "node-0"
+    # What DeepSpeed's pdsh launcher makes of the words, and the shell on the other side of that.
+    runner = SimpleNamespace(args=SimpleNamespace(user_args=words[words.index("--no_python") + 1 :]))
+    sent = " ".join(PDSHRunner.parse_user_args(runner))
+    got = shell("bash", "-c", f"printf '%s\\0' {sent}", cwd=tmp_path).stdout.split("\0")[:-1]
+    assert got[:3] == ["env", "GLOO_SOCKET_IFNAME=eth7", "NCCL_SOCKET_IFNAME=eth7"]
+    assert got[got.index("bash") :][:3] == ["bash", str(ROOT / "launch/on_node.sh"), "node-0,node-1"]
+    assert got[-4:] == ["-m", "ds_moe.train", RUN, HOSTILE]
+    assert not (tmp_path / "pwned").exists()
     assert dict(fetch_hostfile(str(hostfile))) == {"node-0": 8, "node-1": 8}
 
 
 def test_multinode_by_torchrun(tmp_path):
-    arguments = "--nodes", 4, "--gpus", 8, "--master", "node-0", RUN, HOSTILE
+    arguments = "--nodes", 4, "--gpus", 8, "--master", "192.0.2.77", RUN, HOSTILE
     words = dry_run(tmp_path, "launch/multinode.sh", *arguments, env={"DS_ACCELERATOR": ""})
-    assert words[0].endswith("/torchrun")
+    settings, words = words[: words.index("--nnodes")], words[words.index("--nnodes") :]
+    assert settings[-1].endswith("/torchrun")
     on_cpus = dry_run(tmp_path, "launch/multinode.sh", *arguments, env={"DS_ACCELERATOR": "cpu"})
     assert on_cpus[0] == "env" and f"MALLOC_TRIM_THRESHOLD_={2**35}" in on_cpus and on_cpus[-len(words) :] == words
-    assert words[words.index("--rdzv_endpoint") + 1] == "node-0:29500"
+    assert words[words.index("--rdzv_endpoint") + 1] == "192.0.2.77:29500"
     assert words[-4:] == ["--module", "ds_moe.train", RUN, HOSTILE]
+    if shutil.which("ip"):
+        assert words[words.index("--rdzv_conf") + 1] == "is_host=false"
+
+
+def test_a_node_ignores_usr1_until_its_ranks_heed_it_and_chooses_gloo_s_interface():
+    code = "kill -USR1 $$; echo $GLOO_SOCKET_IFNAME"
+    chosen = shell("bash", "launch/on_node.sh", "localhost,localhost", "bash", "-c", code)
+    assert chosen.stdout == ("lo\n" if shutil.which("ip") else "\n"), chosen.stderr
+    env = {"GLOO_SOCKET_IFNAME": "eth7"}
+    assert shell("bash", "launch/on_node.sh", "localhost,localhost", "bash", "-c", code, env=env).stdout == "eth7\n"
 
 
 @pytest.mark.parametrize(
@@ -153,6 +187,7 @@ def test_multinode_by_torchrun(tmp_path):
         (["launch/multinode.sh", "--hostfile", "no-hosts", RUN], "no-hosts"),
         (["launch/multinode.sh", "--hostfile", RUN, "--nodes", "2", RUN], "two ways"),
         (["launch/multinode.sh", "--nodes", "2", "--gpus", "x", "--master", "a", RUN], "'x'"),
+        (["launch/multinode.sh", "--interface"], "--interface"),
         (["launch/slurm.sbatch", RUN], "sbatch"),
     ],
     ids=lambda value: None if isinstance(value, list) else value,
@@ -227,9 +262,45 @@ def test_slurm_script_starts_one_torchrun_a_node(tmp_path, fake_train):
     result = shell("bash", ROOT / "launch/slurm.sbatch", RUN, HOSTILE, env=env, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert seen(tmp_path) == {str(rank): f"2|{RUN}|{HOSTILE}" for rank in range(2)}
-    logs = sorted((tmp_path / f"runs/slurm-{os.getpid()}").glob("node*/*/attempt_0/0/stdout.log"))
+    logs = sorted((tmp_path / f"runs/slurm-{os.getpid()}").glob("start_0/node*/*/attempt_0/0/stdout.log"))
     assert sorted(log.read_text() for log in logs) == ["trained on 0\n", "trained on 1\n"]
     assert not (tmp_path / "pwned").exists()
+
+
+# Runs until it gets a USR1, as ranks do that write a checkpoint and end.
+STOPPABLE_SRUN = """#!/bin/bash
+trap 'exit 1' USR1
+touch "$SEEN/started"
+for _ in {1..600}; do sleep 0.1; done
+"""
+NOTING_SCONTROL = """#!/bin/bash
+if [[ $1 == requeue ]]; then echo "$2" >"$SEEN/requeued"; else echo localhost; fi
+"""
+
+
+@pytest.mark.parametrize(("number", "requeued", "status"), [("USR1", True, 0), ("TERM", False, 1)])
+def test_slurm_script_hands_usr1_on_and_requeues_what_has_stopped(tmp_path, fake_train, number, requeued, status):
+    """With a real SLURM: tests/slurm."""
+    for name, text in {"srun": STOPPABLE_SRUN, "scontrol": NOTING_SCONTROL}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {
+        **os.environ,
+        **fake_train,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_ID": "17",
+    }
+    with open(tmp_path / "log", "w") as log:
+        command = ["bash", str(ROOT / "launch/slurm.sbatch"), RUN]
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "seen/started").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.Signals[f"SIG{number}"])
+    assert process.wait(30) == status, (tmp_path / "log").read_text()
+    assert (tmp_path / "seen/requeued").exists() == requeued
 
 
 def test_local_starts_every_rank_and_hands_on_a_failure(tmp_path, fake_train):

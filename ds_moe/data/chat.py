@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from ds_moe.data.images import ImageSource, RecordError, image_source, load_image
+from ds_moe.errors import shown
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 PLACEHOLDER = "<image>"
@@ -133,14 +134,14 @@ def _as_role_and_content(message: Any, number: int) -> dict[str, Any]:
             raise RecordError(f"message {number} has no {key!r} (add it)")
     extra = sorted(set(message) - {"role", "content"})
     if extra:  # a loss switch or a tool call that would be passed over must not look as if it worked
-        raise RecordError(f"message {number} has {extra[0]!r}, which is not read (remove it)")
+        raise RecordError(f"message {number} has {shown(extra[0])}, which is not read (remove it)")
     return message
 
 
 def _turn(message: dict[str, Any], number: int, root: Path) -> Turn:
     role = ROLES.get(message["role"]) if isinstance(message["role"], str) else None
     if role is None:
-        raise RecordError(f"message {number}: unknown role {message['role']!r} (use system, user or assistant)")
+        raise RecordError(f"message {number}: unknown role {shown(message['role'])} (use system, user or assistant)")
     content = message["content"]
     if isinstance(content, str):
         texts = content.split(PLACEHOLDER)
@@ -186,7 +187,7 @@ def _part(part: Any, number: int, root: Path) -> Any:
         return text
     if kind == "image":
         return PLACE if image is None else image_source(image, root)
-    raise RecordError(f"message {number}: content part of type {kind!r} (use 'text' or 'image')")
+    raise RecordError(f"message {number}: content part of type {shown(kind)} (use 'text' or 'image')")
 
 
 def image_pool(record: dict[str, Any], root: Path) -> list[ImageSource]:

@@ -63,8 +63,9 @@ def encode_images(
     images = [load_image(source, max_pixels) for source in sources]
     try:
         patches = processor.image_processor(images=images, return_tensors="pt")
-    except ValueError as error:  # an aspect ratio beyond 200
-        raise RecordError(f"an image is refused by the model's processor: {error} (crop it)") from error
+    except Exception as error:  # an aspect ratio beyond 200; whatever a broken processor ends in
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RecordError(f"an image is refused by the model's processor: {reason} (crop it)") from error
     grid = patches["image_grid_thw"]
     return patches["pixel_values"], grid, (grid.prod(-1) // processor.image_processor.merge_size**2).tolist()
 

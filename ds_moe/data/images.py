@@ -7,14 +7,23 @@ from its header before a pixel is decoded, and only formats that are decoded in-
 from __future__ import annotations
 
 import io
-import struct
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ds_moe.errors import shown
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+GRAY_16 = ("I;16", "I;16L", "I;16B", "I;16N")  # PIL's conversion to RGB would cut them off at 255
+# Pixels with a known range; what PIL calls F and I has none, and others (LAB) it cannot convert.
+MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", *GRAY_16)
+TIFF_TILE = (322, 323)  # tags: width and height of its tiles, which are decoded whole
+NETPBM_HEAD = 4096  # bytes
+LARGE_TILE = 2**20  # pixels; a small image may lie in one tile of this size
 
 
 class RecordError(Exception):
@@ -41,18 +50,19 @@ def image_source(value: object, root: Path) -> ImageSource:
             return ImageSource(name=str(value.get("path") or "embedded image"), data=data)
         value = value.get("path")
     if not isinstance(value, str) or not value:
-        raise RecordError(f'an image is {_shown(value)}, not a path (write "image": "folder/name.png")')
+        raise RecordError(f'an image is {shown(value)}, not a path (write "image": "folder/name.png")')
     if "://" in value or value.startswith("data:"):
-        raise RecordError(f"image {_shown(value)} is a URL (download it below the data root)")
+        raise RecordError(f"image {shown(value)} is a URL (download it below the data root)")
     try:
         path = (root / value).resolve()
         found = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of symlinks, a null byte
-        raise RecordError(f"missing image {_shown(value)}: {error} (correct the path)") from error
+        reason = error.strerror if isinstance(error, OSError) else error  # an OSError repeats the path
+        raise RecordError(f"missing image {shown(value)}: {reason} (correct the path)") from error
     if not path.is_relative_to(root):
-        raise RecordError(f"image {_shown(value)} leaves the data root {root} (move it below, or set data.root)")
+        raise RecordError(f"image {shown(value)} leaves the data root {root} (move it below, or set data.root)")
     if not found:
-        raise RecordError(f"missing image {_shown(value)} (no such file below the data root {root})")
+        raise RecordError(f"missing image {shown(value)} (no such file below the data root {root})")
     return ImageSource(name=value, path=path)
 
 
@@ -71,33 +81,55 @@ def load_image(source: ImageSource, max_pixels: int) -> Image.Image:
         try:
             image.load()
             turned = ImageOps.exif_transpose(image)
+            if turned.mode in GRAY_16:
+                turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
             return turned.convert("RGB")
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-            reason = f"truncated image {_shown(source.name)}: {error} (replace the file)"
+        except Exception as error:  # hostile bytes make decoders raise anything
+            reason = f"truncated image {shown(source.name)}: {error} (replace the file)"
             raise RecordError(reason) from error
 
 
 def _opened(source: ImageSource, max_pixels: int) -> Image.Image:
     file = source.path if source.path is not None else io.BytesIO(source.data or b"")
     try:
+        _check_netpbm(source)
         with warnings.catch_warnings():  # PIL warns from 89 megapixels on; data.max_pixels is this run's limit
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
+        problem = _problem(image, max_pixels)
     except Image.DecompressionBombError as error:
-        raise RecordError(f"image {_shown(source.name)}: {error} (shrink it)") from error
+        raise RecordError(f"image {shown(source.name)}: {error} (shrink it)") from error
     except UnidentifiedImageError as error:
-        reason = f"{_shown(source.name)} is not an image that can be read (use one of {', '.join(FORMATS)})"
+        reason = f"{shown(source.name)} is not an image that can be read (use one of {', '.join(FORMATS)})"
         raise RecordError(reason) from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise RecordError(f"image {_shown(source.name)} cannot be opened: {error} (replace the file)") from error
-    width, height = image.size
-    if width * height > max_pixels:
+    except Exception as error:  # hostile bytes make decoders raise anything
+        raise RecordError(f"image {shown(source.name)} cannot be opened: {error} (replace the file)") from error
+    if problem is not None:
         image.close()
-        reason = f"image {_shown(source.name)} is {width}x{height}, beyond data.max_pixels {max_pixels}"
-        raise RecordError(f"{reason} (shrink it, or raise the limit)")
+        raise RecordError(f"image {shown(source.name)} {problem}")
     return image
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+def _check_netpbm(source: ImageSource) -> None:
+    """Raises `ValueError` for a PPM file without a size near its start: PIL seeks it byte by byte, behind comments."""
+    if source.path is not None:
+        with source.path.open("rb") as file:
+            head = file.read(NETPBM_HEAD)
+    else:
+        head = (source.data or b"")[:NETPBM_HEAD]
+    words = re.sub(rb"#[^\r\n]*", b"", head).split(maxsplit=3)
+    if re.match(rb"P[1-7fFy]\s*(#|\s)", head) and len(words) < 3:
+        raise ValueError(f"a PPM header without a size in its first {NETPBM_HEAD} bytes")
+
+
+def _problem(image: Image.Image, max_pixels: int) -> str | None:
+    """What its header alone tells against an image, with the fix."""
+    width, height = image.size
+    if width * height > max_pixels:
+        return f"is {width}x{height}, beyond data.max_pixels {max_pixels} (shrink it, or raise the limit)"
+    tile = [int(image.tag_v2.get(tag, 1)) for tag in TIFF_TILE] if image.format == "TIFF" else [1, 1]
+    if tile[0] * tile[1] > max(max_pixels, LARGE_TILE):
+        return f"has tiles of {tile[0]}x{tile[1]}, beyond data.max_pixels {max_pixels} (save it in strips)"
+    if image.mode not in MODES:
+        return f"has pixels of mode {image.mode}, whose range is not known (save it with 8 bits a channel)"
+    return None

@@ -19,7 +19,9 @@ from ds_moe.config import DataConfig
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.form import CHAT, Form
 from ds_moe.data.images import RecordError
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, shown
+
+MAX_LINE = 2**27  # bytes; a rollout of 64k tokens with the routing of 48 layers takes half of it
 
 
 class Records(Protocol):
@@ -46,8 +48,9 @@ def read_records(path: str, config: DataConfig, cache_dir: str | Path | None = N
     takes the memory map of a Parquet file (default: a temporary folder).
     """
     file = Path(path)
-    if not file.is_file():
-        raise UserError(f'data: {path} does not exist (give a JSONL or Parquet file, or "digits")')
+    if not file.is_file():  # a pipe or a device would be read for ever
+        what = "is no regular file" if file.exists() else "does not exist"
+        raise UserError(f'data: {path} {what} (give a JSONL or Parquet file, or "digits")')
     root = Path(config.root or file.parent).resolve()
     if not root.is_dir():
         raise UserError(f"data.root: {config.root} is not a folder (give the folder that the image paths start from)")
@@ -122,7 +125,10 @@ class JsonlRecords(_FileRecords):
         digest = hashlib.sha256()
         offset = 0
         with self._file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
+                if len(line) > MAX_LINE:
+                    fix = "write one record a line"
+                    raise UserError(f"{self._file}:{number}: a line of more than {MAX_LINE} bytes ({fix})")
                 digest.update(line)
                 if number == 1 and line.lstrip()[:1] == b"[":
                     fix = f"jq -c '.[]' {self._file} > {self._file.with_suffix('.converted.jsonl')}"
@@ -139,12 +145,22 @@ class JsonlRecords(_FileRecords):
 
     def _parse(self, raw: bytes, number: int) -> Any:
         try:
-            record = json.loads(raw.decode("utf-8-sig"))
+            record = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
         except UnicodeDecodeError as error:
             raise RecordError(f"broken JSON: not UTF-8: {error} (save the file as UTF-8)") from error
         except (ValueError, RecursionError) as error:
             raise RecordError(f"broken JSON: {error} (write one complete object a line)") from error
         return super()._parse(record, number)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of equal ones json.loads would take the last, without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RecordError(f"the key {shown(twice)} stands twice in one object (keep one of them)")
+    return values
 
 
 class ParquetRecords(_FileRecords):
@@ -158,8 +174,8 @@ class ParquetRecords(_FileRecords):
         cache = str(cache_dir or tempfile.mkdtemp(prefix="ds_moe_data_"))
         try:
             rows = datasets.Dataset.from_parquet(str(file), cache_dir=cache)
-        except (OSError, ValueError, DatasetGenerationError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
+        except (OSError, ValueError, NotImplementedError, DatasetGenerationError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"data: {file} is not a Parquet file that can be read ({reason})") from error
         self._table: Any = rows.with_format("arrow")  # raw values: an Image column is not decoded
         super().__init__(file, root, max_pixels, form)

@@ -20,7 +20,7 @@ from ds_moe.data.chat import Sample, image_pool, parse_record, type_of
 from ds_moe.data.collate import Batch, Encoded, check_length, collate, encode, encode_images, padded
 from ds_moe.data.form import CHAT, Form, image_tokens
 from ds_moe.data.images import ImageSource, RecordError
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, shown
 from ds_moe.replay.align import RoutingShape, align
 from ds_moe.replay.formats import decode
 from ds_moe.replay.objective import group_advantages
@@ -29,6 +29,7 @@ KEYS = {"tokens", "completion_mask", "messages", "images", "logprobs", "referenc
 KEYS |= {"group", "routing", "routing_format", "routing_start", "kind"}
 KEYS |= {"completion", "answer"}  # texts for people
 UNKNOWN = float("nan")
+LARGEST = 1e9  # of a number, either way: what is computed from it must be finite in fp32
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def parse_rollout(
     record = {key: value for key, value in record.items() if value is not None}
     unknown = sorted(set(record) - KEYS)
     if unknown:
-        raise RecordError(f"{unknown[0]!r} is not read in a rollout (remove it; known: {', '.join(sorted(KEYS))})")
+        raise RecordError(f"{shown(unknown[0])} is not read in a rollout (remove it; known: {', '.join(sorted(KEYS))})")
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
         raise RecordError(f"'kind' is {type_of(kind)}, not a string (quote it)")
@@ -230,7 +231,7 @@ def _estimate(rollout: Rollout, max_pixels: int) -> int:
 
 def _tokens(record: dict[str, Any]) -> tuple[list[int], list[bool]]:
     tokens, mask = record["tokens"], record.get("completion_mask")
-    if not _all(tokens, int) or not tokens:
+    if not _all(tokens, int) or not tokens or max(map(abs, tokens)) >= 2**31:
         raise RecordError("'tokens' is no list of token ids (write all input ids, image tokens expanded)")
     if not isinstance(mask, list) or any(value not in (0, 1) for value in mask):
         raise RecordError("'completion_mask' is no list of 0 and 1 (write 1 for each token of the completion)")
@@ -250,8 +251,8 @@ def _number(record: dict[str, Any], key: str) -> float:
     value = record.get(key, UNKNOWN)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RecordError(f"{key!r} is {type_of(value)} (write a number)")
-    if key in record and not math.isfinite(value):
-        raise RecordError(f"{key!r} is {value} (write a finite number)")
+    if key in record and not -LARGEST <= value <= LARGEST:
+        raise RecordError(f"{key!r} is {shown(value)} (write a finite number)")
     return float(value)
 
 
@@ -259,7 +260,7 @@ def _numbers(record: dict[str, Any], key: str, count: int | None) -> list[float]
     if key not in record:
         return None
     values = record[key]
-    if not _all(values, (int, float)) or not all(math.isfinite(value) and value <= 1e-3 for value in values):
+    if not _all(values, (int, float)) or not all(-LARGEST <= value <= 1e-3 for value in values):
         raise RecordError(f"{key!r} is no list of log-probs (write finite numbers of at most 0)")
     if count is not None and len(values) != count:
         raise RecordError(f"{key!r} has {len(values)} entries for {count} completion tokens (write one for each)")

@@ -19,16 +19,18 @@ from ds_moe.data.loading import BadRecordLog, Encoder, forget_earlier_run, open_
 from ds_moe.data.order import FILLER, Plan
 from ds_moe.data.records import Records
 from ds_moe.errors import UserError
+from ds_moe.stopping import leave_to_parent
 
 PREFETCH = 2  # steps a worker prepares ahead, unless the run file says otherwise
 
 
 @dataclass
 class Step:
-    """One optimizer step on this rank. Bad records travel as values: a worker's traceback is no message."""
+    """One optimizer step on this rank. What is wrong travels as a value: a worker's traceback is no message."""
 
     micro_batches: list[Batch]
     bad: list[BadRecord] = field(default_factory=list)
+    error: str | None = None  # a `UserError`, which ends the run
 
 
 class _StepDataset(Dataset):
@@ -42,13 +44,19 @@ class _StepDataset(Dataset):
     def __getitem__(self, position: int) -> Step:
         indices = self.plan.global_batch(position)
         step = Step([])
+        try:
+            self._fill(step, indices)
+        except UserError as error:
+            step.error = str(error)
+        return step
+
+    def _fill(self, step: Step, indices: list[int]) -> None:
         for one in self.slices:
             encoded, _, bad = self.encoder.encode(indices[one])
             real = torch.tensor([sample.real for sample in encoded])
             kind = torch.tensor([self.kind_ids.get(sample.kind, -1) for sample in encoded])
             step.micro_batches.append(self.collate(encoded, self.processor) | {"real": real, "kind": kind})
             step.bad += bad
-        return step
 
 
 class TrainStream:
@@ -86,8 +94,9 @@ class TrainStream:
         self._plan = Plan(records.lengths, train.global_batch_size, train.seed, data.shuffle, data.length_grouping)
         self._config, self._processor, self._encoder = config, processor, Encoder(config, records, processor)
         size = train.micro_batch_size
-        starts = [(micro * world_size + rank) * size for micro in range(self.accumulation)]
-        self._slices = [slice(start, start + size) for start in starts]
+        starts = [[(micro * world_size + one) * size for micro in range(self.accumulation)] for one in range(world_size)]
+        self._slices_by_rank = [[slice(start, start + size) for start in of_rank] for of_rank in starts]
+        self._slices = self._slices_by_rank[rank]
         self._position = 0  # steps yielded since the very first
         self.steps_per_epoch = self._plan.steps_per_epoch
         if rank == 0:
@@ -106,10 +115,23 @@ class TrainStream:
         return self._log.error
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        for step in self._loader():
+        for step in self._steps():
+            if step.error is not None:
+                raise UserError(step.error)
             self._log.note(step.bad)
             self._position += 1  # before the yield: a checkpoint taken while the step is in use counts it
             yield step.micro_batches
+
+    def _steps(self) -> Iterator[Step]:
+        try:
+            yield from self._loader()
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise UserError(
+                f"data.num_workers: a loading process died: {str(error).splitlines()[0].strip()} (it had too little "
+                "memory, or a file crashed its decoder: data.num_workers=0 shows where)"
+            ) from error
 
     def _loader(self) -> DataLoader:
         dataset = _StepDataset(self._plan, self._encoder, self._processor, self._slices, self._records)
@@ -120,8 +142,17 @@ class TrainStream:
             sampler=count(self._position),
             num_workers=data.num_workers,
             prefetch_factor=(data.prefetch_factor or PREFETCH) if data.num_workers else None,
+            worker_init_fn=leave_to_parent,
             generator=torch.Generator(),  # its own: the model's random state must not depend on when loading starts
         )
+
+    def samples_of(self, position: int) -> list[list[str]]:
+        """file:line of the samples of the step at `position` (steps since the very first), by rank."""
+        indices = self._plan.global_batch(position)
+        return [
+            [self._records.where(index) for one in slices for index in indices[one] if index != FILLER]
+            for slices in self._slices_by_rank
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the place after the last yielded step, and what decided the order up to it."""
@@ -139,6 +170,9 @@ class TrainStream:
             raise UserError(
                 f"train.resume: the checkpoint's data position lacks {missing[0]!r} (use another checkpoint)"
             )
+        for key in ("epoch", "step"):
+            if type(state[key]) is not int or state[key] < 0:
+                raise UserError(f"train.resume: the checkpoint's data position has {key} {state[key]!r} (use another)")
         for key, now in self._identity().items():
             if state[key] != now:
                 raise UserError(

@@ -13,8 +13,6 @@ from functools import lru_cache
 from itertools import count, pairwise
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ds_moe.data.chat import Turn
 from ds_moe.data.images import ImageSource, RecordError
 from ds_moe.errors import UserError
@@ -135,8 +133,9 @@ def _image_id(processor: Any) -> int | None:
 def _render(processor: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
     try:
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise RecordError(f"the model's chat template refuses this conversation: {error}") from error
+    except Exception as error:  # a template is a program: beside its own refusals it may fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise RecordError(f"the model's chat template refuses this conversation: {reason}") from error
 
 
 def _messages(turns: tuple[Turn, ...]) -> list[dict[str, Any]]:

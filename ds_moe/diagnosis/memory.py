@@ -52,24 +52,25 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
         yield Finding("error", f"{text} ({case.device.source}); {_relief(case)}", memory.table())
     else:
         yield Finding("ok", f"{text} ({case.device.source})", memory.table())
-    yield from _loading(case, load(model, config, case.deepspeed))
+    yield from _loading(case, load(model, config, case.deepspeed, case.world_size))
 
 
 def _loading(case: Case, load: Load) -> Iterator[Finding]:
-    """Memory before the first step, which may exceed that of the training: nothing is sharded yet."""
+    """Memory before the first step, which may exceed that of the training where nothing is sharded yet."""
     import psutil  # DeepSpeed depends on it
 
     where, on_cpu = case.config.at("model"), case.device.on_cpu
     stage = (case.deepspeed or {})["zero_optimization"]["stage"]
-    if stage == 3 and not on_cpu and load.device > BUSY * case.device.memory:  # at 1 and 2 the peak counts it
+    if stage == 3 and not load.streamed and not on_cpu and load.device > BUSY * case.device.memory:  # at 1 and 2 the peak counts it
         text = f"a rank's {load.device / GIB:.1f} GiB of weights are moved to the device before ZeRO-3 shards them"
         there = f"{case.device.memory / GIB:.1f} GiB are there ({case.device.source})"
         fix = "raise moe.ep_size, or take larger devices" if case.config.moe else "take larger devices"
         yield Finding("error", f"{where}: start: {text}; {there}; {fix}")
     ranks = case.world_size if on_cpu else min(case.world_size, RANKS_A_HOST)
     needed, free = ranks * load.host, psutil.virtual_memory().available
+    what = "reads its share of the weights into" if load.streamed else "holds the whole model in"
     text = (
-        f"start: every rank holds the whole model in host memory, {load.host / GIB:.1f} GiB x {ranks} ranks of a host "
+        f"start: every rank {what} host memory, {load.host / GIB:.1f} GiB x {ranks} ranks of a host "
         f"= {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free on this machine"
     )
     if needed > BUSY * free:

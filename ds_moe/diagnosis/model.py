@@ -44,9 +44,9 @@ def find_model(case: Case) -> Iterator[Finding]:
             yield Finding("warning", f"{where}: {text} not checked; fetch it first: hf download {path}")
             return
         try:
-            found = AutoConfig.from_pretrained(case.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+            found = AutoConfig.from_pretrained(case.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers looks into values before it looks at their types
+            reason = " ".join(str(error).split())
             yield Finding("error", f"{where}: model.path {path} has no config that can be read ({reason})")
             return
     if found.model_type not in MODEL_CLASSES:
@@ -80,52 +80,37 @@ def check_files(case: Case) -> Iterator[Finding]:
     """Weights of a checkpoint folder: all shards there and readable, and in which layout the experts lie."""
     if case.folder is None or case.model is None:
         return
+    from ds_moe.hf_folder import WeightFiles
+
     folder, where = Path(case.folder), case.config.at("model.path")
     try:
-        shapes = tensor_shapes(folder)
+        shapes = WeightFiles(folder).shapes
     except UserError as error:
         yield Finding("error", f"{where}: {error}")
         return
-    text = case.model.get_text_config()
-    down = next((shape for name, shape in shapes.items() if name.endswith("experts.down_proj")), None)
-    layout = "one tensor an expert" if expert_count(case.model) else "no experts"
-    if down is not None:
-        layout = "hub layout" if down[1] == text.moe_intermediate_size else "memory layout"
-        if text.hidden_size == 2 * text.moe_intermediate_size:
-            square = f"experts are square (hidden_size {text.hidden_size} = 2 x {text.moe_intermediate_size})"
-            if layout == "hub layout":
-                fix = "transformers would load gate_up_proj untransposed; convert the checkpoint to memory layout"
-                yield Finding("error", f"{where}: {square} and in hub layout: {fix}")
-                return
-            yield Finding("warning", f"{where}: {square}: export with --layout memory, a hub layout loads wrongly")
+    layout, square = _expert_layout(shapes, case.model.get_text_config())
+    if square and layout == "hub layout":
+        fix = "transformers would load them untransposed; convert the checkpoint to memory layout"
+        yield Finding("error", f"{where}: {square} and in hub layout: {fix}")
+        return
+    if square:
+        yield Finding("warning", f"{where}: {square}: export with --layout memory, a hub layout loads wrongly")
     yield Finding("ok", f"weights: {len(shapes)} tensors in {folder}, {layout}")
 
 
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shape of every tensor of a safetensors checkpoint, from headers alone.
-
-    Raises:
-        UserError: no safetensors, or a shard that is missing or broken, by name.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is no index of safetensors ({error})") from error
-    shapes: dict[str, list[int]] = {}
-    for shard in shards:
-        if not (folder / shard).is_file():
-            raise UserError(f"{folder} lacks {shard}" + (f", which {index.name} names" if index.is_file() else ""))
-        try:
-            with safe_open(folder / shard, framework="numpy") as tensors:
-                shapes.update({name: tensors.get_slice(name).get_shape() for name in tensors.keys()})
-        except SafetensorError as error:
-            raise UserError(f"{folder / shard} is broken ({error}); fetch it again") from error
-    return shapes
+def _expert_layout(shapes: dict[str, list[int]], text: Any) -> tuple[str, str | None]:
+    """(how experts are stored, why transformers would not see that they are transposed: one of their matrices is
+    square, so the other one tells)."""
+    down = next((shape for name, shape in shapes.items() if name.endswith("experts.down_proj")), None)
+    if down is None:
+        return ("one tensor an expert" if expert_count(text) else "no experts"), None
+    hidden, width = text.hidden_size, text.moe_intermediate_size
+    if hidden == width:
+        up = next((shape for name, shape in shapes.items() if name.endswith("experts.gate_up_proj")), [0, 2 * width])
+        layout = "hub layout" if up[1] == hidden else "memory layout"
+        return layout, f"experts are square (hidden_size {hidden} = moe_intermediate_size)"
+    square = f"experts are square (hidden_size {hidden} = 2 x {width})" if hidden == 2 * width else None
+    return ("hub layout" if down[1] == width else "memory layout"), square
 
 
 def check_experts(case: Case) -> Iterator[Finding]:

@@ -8,19 +8,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
 from ds_moe.data.chat import TAKEN_KINDS
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, shown
 
 VISION = "model.visual."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -126,17 +128,17 @@ def read_adapter(name: str, path: Path) -> Adapter:
 def _read_config(file: Path) -> peft.LoraConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); save the adapter again") from error
     kind = values.get("peft_type") if isinstance(values, dict) else None
     if kind != "LORA":
-        raise UserError(f"{file}: peft_type is {kind!r}; a gate mixes adapters of type 'LORA' only")
+        raise UserError(f"{file}: peft_type is {shown(kind)}; a gate mixes adapters of type 'LORA' only")
     _check_values(file, values)
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}  # of the others `_check_values` saw no use
     try:
         return peft.LoraConfig(**{key: value for key, value in values.items() if key in known})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: PEFT {peft.__version__} refuses it ({error})") from error
+    except Exception as error:  # PEFT looks into values before it looks at their types
+        raise UserError(f"{file}: PEFT {peft.__version__} refuses it ({_reason(error)})") from error
 
 
 def _check_values(file: Path, values: dict[str, Any]) -> None:
@@ -145,13 +147,13 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
     for key, value in values.items():
         if key not in _PLAIN and value and value != defaults.get(key, False):
             raise UserError(
-                f"{file}: {key}={json.dumps(value)} is more than the plain low-rank update of linear layers that a "
+                f"{file}: {key}={shown(value)} is more than the plain low-rank update of linear layers that a "
                 "gate can mix: train the adapter without it"
             )
     init = values.get("init_lora_weights", True)
     if init not in _PLAIN_INIT:
         raise UserError(
-            f"{file}: init_lora_weights={init!r} changed the base's own weights; turn it into a plain adapter with "
+            f"{file}: init_lora_weights={shown(init)} changed the base's own weights; turn it into a plain adapter with "
             "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
 
@@ -162,7 +164,7 @@ def _check_tensors(adapter: Adapter) -> None:
         match = _KEY.fullmatch(key)
         if match is None:
             raise UserError(
-                f"{file}: {key} is no LoRA weight of a linear layer: train the adapter on linear layers only"
+                f"{file}: {key[:120]} is no LoRA weight of a linear layer: train the adapter on linear layers only"
             )
         other = KEY.format(module=match["module"], side="B" if match["side"] == "A" else "A")
         if other not in adapter.tensors:
@@ -170,6 +172,8 @@ def _check_tensors(adapter: Adapter) -> None:
         rank_dim = 0 if match["side"] == "A" else 1
         if tensor.dim() != 2 or tensor.shape[rank_dim] != adapter.tensors[other].shape[1 - rank_dim]:
             raise UserError(f"{file}: {key} {tuple(tensor.shape)} does not fit {other}: save the adapter again")
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise UserError(f"{file}: {key} ({tensor.dtype}) holds more than finite floats: train the adapter anew")
     if not adapter.tensors:
         raise UserError(f"{file}: holds no weights; save the adapter again")
 
@@ -188,9 +192,10 @@ def updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
         if type(module) is nn.Linear:
             _place(skeleton, name, nn.Linear(module.in_features, module.out_features, device="meta"))
     try:
-        peft.inject_adapter_in_model(copy.deepcopy(adapter.config), skeleton, _PEFT_NAME, low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise UserError(f"adapter {adapter.path}: PEFT cannot place it in this model ({error})") from error
+        with torch.device("meta"):  # a rank in a file may be anything: nothing of that size is ever allocated
+            peft.inject_adapter_in_model(copy.deepcopy(adapter.config), skeleton, _PEFT_NAME)
+    except Exception as error:  # values of another type than PEFT expects, a broken regex
+        raise UserError(f"adapter {adapter.path}: PEFT cannot place it in this model ({_reason(error)})") from error
     made = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
     if differ := sorted(made.keys() ^ set(adapter.modules)):
         lacks = "weights for it" if differ[0] in made else "target_modules that name it"
@@ -198,7 +203,13 @@ def updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
     for name, module in made.items():
         if (rank := len(adapter.pair(name)[0])) != (said := module.r[_PEFT_NAME]):
             raise UserError(f"adapter {adapter.path}: {name} has rank {rank}, its {CONFIG} says {said}; save it again")
+        if not math.isfinite(module.scaling[_PEFT_NAME]):
+            raise UserError(f"{adapter.path / CONFIG}: lora_alpha is no finite number: train the adapter anew")
     return {name: Update(*adapter.pair(name), module.scaling[_PEFT_NAME]) for name, module in made.items()}
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _check_target(adapter: Adapter, name: str, modules: dict[str, nn.Module]) -> None:

@@ -12,14 +12,13 @@ no such name here; a path with one of them needs the server's JSON form.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, shown
 
 FORMAT = 1
 _KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
@@ -76,7 +75,7 @@ def read_manifest(path: Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot read the routing manifest ({error})") from error
     return _validated(values, str(path))
 
@@ -84,7 +83,7 @@ def read_manifest(path: Path) -> Manifest:
 def _validated(values: Any, file: str) -> Manifest:
     """The manifest of these JSON values, or UserError."""
     if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:  # first: another format has other keys
-        raise UserError(f"{file}: format={values['format']!r}, this version reads {FORMAT}: write the manifest again")
+        raise UserError(f"{file}: format={shown(values['format'])}, this version reads {FORMAT}: write the manifest again")
     top = _entry(values, _TOP, file, "")
     ids: dict[str, int] = {}
     adapters: dict[str, Path] = {}
@@ -93,12 +92,12 @@ def _validated(values: Any, file: str) -> Manifest:
         entry = _entry(value, _ADAPTER, file, key)
         name, number, folder = entry["lora_name"], entry["lora_int_id"], entry["lora_path"]
         if not name or any(letter in "=," or letter.isspace() for letter in name):
-            raise UserError(f"{file}: {key}.lora_name={name!r}: not empty, and no space, '=' or ',' (--lora-modules)")
+            raise UserError(f"{file}: {key}.lora_name={shown(name)}: not empty, and no space, '=' or ',' (--lora-modules)")
         if name in ids:
             raise UserError(f"{file}: {key}.lora_name={name!r} is adapters.{ids[name] - 1} already: rename one of them")
         if number != index + 1:
             raise UserError(
-                f"{file}: {key}.lora_int_id={number}: ids count from 1 in this order: set it to {index + 1}"
+                f"{file}: {key}.lora_int_id={shown(number)}: ids count from 1 in this order: set it to {index + 1}"
             )
         if not folder:
             raise UserError(f"{file}: {key}.lora_path is empty: name the adapter's folder")
@@ -113,11 +112,11 @@ def _route(value: Any, ids: dict[str, int], file: str, key: str) -> Route:
     entry = _entry(value, _REQUEST, file, key)
     name, number, probability = entry["lora_name"], entry["lora_int_id"], entry["probability"]
     if name not in ids:
-        raise UserError(f"{file}: {key}.lora_name={name!r} is none of the adapters {', '.join(ids)}")
+        raise UserError(f"{file}: {key}.lora_name={shown(name)} is none of the adapters {', '.join(ids)}")
     if number != ids[name]:
-        raise UserError(f"{file}: {key}.lora_int_id={number}, but the id of {name!r} is {ids[name]}")
-    if not (math.isfinite(probability) and 0 <= probability <= 1):
-        raise UserError(f"{file}: {key}.probability={probability}: expected 0 to 1")
+        raise UserError(f"{file}: {key}.lora_int_id={shown(number)}, but the id of {name!r} is {ids[name]}")
+    if not 0 <= probability <= 1:  # NaN neither
+        raise UserError(f"{file}: {key}.probability={shown(probability)}: expected 0 to 1")
     return Route(entry["request"], name, float(probability))
 
 
@@ -131,8 +130,8 @@ def _entry(value: Any, kinds: dict[str, type], file: str, key: str) -> dict[str,
             raise UserError(f"{at} has no {name}: add it ({_KINDS[kind]})")
         allowed = (int, float) if kind is float else kind
         if not isinstance(value[name], allowed) or isinstance(value[name], bool):
-            raise UserError(f"{file}: {dot}{name}={value[name]!r}: expected {_KINDS[kind]}")
+            raise UserError(f"{file}: {dot}{name}={shown(value[name])}: expected {_KINDS[kind]}")
     unknown = [name for name in value if name not in kinds]
     if unknown:
-        raise UserError(f"{file}: {dot}{unknown[0]} is no key of a manifest: remove it; known: {', '.join(kinds)}")
+        raise UserError(f"{file}: {dot}{unknown[0][:120]} is no key of a manifest: remove it; known: {', '.join(kinds)}")
     return value

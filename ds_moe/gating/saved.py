@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ds_moe.checkpoint_files import Reader, find_checkpoint, write_json, write_tensors
+from ds_moe.checkpoint_files import STATE, Reader, find_checkpoint, write_json, write_tensors
 from ds_moe.config import GateConfig, RunConfig
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, shown
 from ds_moe.gating.bank import Bank
 from ds_moe.gating.gate import ROUTER, hold_reference, install_gate
 from ds_moe.memory import skeleton
@@ -64,8 +64,15 @@ def read_gate(source: Path) -> SavedGate:
     router = {match[1]: reader.read(key) for key in reader.tensors if (match := own.fullmatch(key))}
     if not router:
         raise UserError(f"{path} holds no gate: it is of a run of another task")
-    names = json.loads((path / "state.json").read_text())["base"]["order"]
-    return SavedGate(path, names, router, _reads(_run_of(path).gate), reader)
+    return SavedGate(path, _base_of(path)["order"], router, _reads(_run_of(path).gate), reader)
+
+
+def _base_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint of a gate was trained upon, see `fingerprint`."""
+    base = json.loads((path / STATE).read_text()).get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("adapters"), dict) or not isinstance(base.get("order"), list):
+        raise UserError(f"{path / STATE}: base is {shown(base)}, which names no adapters: it is of a run of another task")
+    return base
 
 
 def _reads(config: GateConfig) -> dict[str, Any]:
@@ -76,9 +83,9 @@ def _read_exported(folder: Path) -> SavedGate:
     try:
         about = json.loads((folder / GATE).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
-            raise UserError(f"{folder / GATE} has format {about['format']}, this version reads {FORMAT}")
+            raise UserError(f"{folder / GATE} has format {shown(about['format'])}, this version reads {FORMAT}")
         return SavedGate(folder, list(about["adapters"]), load_file(folder / ROUTER_FILE), dict(about["reads"]))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder} is no exported gate that can be read ({error}); export it again") from error
 
 
@@ -160,7 +167,7 @@ def _run_of(path: Path) -> RunConfig:
 
 def check_base(path: Path, config: RunConfig) -> None:
     """Raise UserError if model or adapters have changed since the checkpoint at `path` was trained upon them."""
-    then, now = json.loads((path / "state.json").read_text())["base"], fingerprint(config)
+    then, now = _base_of(path), fingerprint(config)
     changed = [name for name, files in now["adapters"].items() if then["adapters"].get(name) != files]
     if then != now:
         what = f"adapter {changed[0]!r} has" if changed else "the model, or the order of its adapters, has"

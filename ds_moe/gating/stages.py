@@ -7,7 +7,7 @@ joint        the same, and the adapters learn too, at their own learning rate
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -116,13 +116,14 @@ class GateTask(Supervised):
         dist.all_reduce(totals)
         return {name: (total / count).item() for name, (total, count) in zip(sums, totals, strict=True) if count > 0}
 
-    def evaluate(self, run: Run, limit: int | None) -> EvalReport:
+    def evaluate(self, run: Run, limit: int | None, each_batch: Callable[[], None]) -> EvalReport:
         """Supervised: the held-out loss and accuracy of routing; later: of answers, with the routing beside them."""
-        found = survey(run.engine, run.eval_set, self.names, limit, shown=run.config.monitor.sample_images)
+        shown = run.config.monitor.sample_images
+        found = survey(run.engine, run.eval_set, self.names, limit, shown=shown, each_batch=each_batch)
         if self._supervised:
             report = EvalReport(run.step, found.loss, found.accuracy, found.samples)
         else:
-            report = super().evaluate(run, limit)
+            report = super().evaluate(run, limit, each_batch)
         return _with_routing(report, found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,13 +60,21 @@ class _Rows:
 
 
 @torch.no_grad()
-def survey(model: Any, eval_set: EvalSet, names: list[str], limit: int | None = None, shown: int = 0) -> Survey:
+def survey(
+    model: Any,
+    eval_set: EvalSet,
+    names: list[str],
+    limit: int | None = None,
+    shown: int = 0,
+    each_batch: Callable[[], None] = lambda: None,
+) -> Survey:
     """Ask the gate about all records, on all ranks together (collective where there are several).
 
     Args:
         model: gated, or the engine around one.
         limit: records to use, over all ranks; None: all.
         shown: how many samples to return, with the adapter asked for and the predicted one.
+        each_batch: called before every batch.
 
     Raises:
         UserError: on every rank, when any of them met a bad record.
@@ -74,6 +83,7 @@ def survey(model: Any, eval_set: EvalSet, names: list[str], limit: int | None = 
     model.eval()
     rows, samples = _Rows(), []
     for batch in eval_set.batches(limit):
+        each_batch()
         decision = model(**to_device(batch.prompt, inner.device), gate_only=True)
         mask_BS = inner.features.mask_BS
         probabilities_BK = per_sample(decision.logits, mask_BS).cpu()

@@ -19,6 +19,7 @@ from ds_moe.checks import NONCAUSAL
 from ds_moe.config import ExpertChoiceRouting, ExpertsConfig, LossFreeBalance, MoEConfig, RouterConfig, TopKRouting
 from ds_moe.errors import UserError
 from ds_moe.models.experts_implementation import is_silu
+from ds_moe.models.unread import is_unread
 from ds_moe.moe.balance import BALANCERS
 from ds_moe.moe.dispatch import DISPATCHERS
 from ds_moe.moe.exchange import ExpertParallel
@@ -189,7 +190,8 @@ def _owned_experts(experts: nn.Module, ep: ExpertParallel, config: ExpertsConfig
     def shard(weight: nn.Parameter) -> nn.Parameter:
         if ep.size == 1:
             return weight
-        return nn.Parameter(weight.detach()[owned].clone(), requires_grad=weight.requires_grad)
+        kept = weight.detach()[owned]
+        return nn.Parameter(kept if is_unread(weight) else kept.clone(), requires_grad=weight.requires_grad)
 
     lora = getattr(experts, "lora", None)  # see models/lora.py
     if lora is not None and ep.size > 1:

@@ -92,6 +92,11 @@ def update_of(name: str) -> Update | None:
     return None
 
 
+def stored_name(name: str) -> str:
+    """What a parameter is called in the checkpoint of the model without LoRA: PEFT puts targets into a wrapper."""
+    return name.replace(".base_layer.", ".")
+
+
 def peft_value(update: Update, value: Tensor) -> Tensor:
     """An update in the shape PEFT stores it in: experts' A (E r, I), and B (O, r E) with the experts innermost."""
     if not update.stacked:

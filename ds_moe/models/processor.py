@@ -156,8 +156,8 @@ def load_processor(path: str | Path) -> Processor:
     if str(path).startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
         raise UserError(f"{path}: no such folder (give the folder of a saved model, or a hub id)")
     try:
-        processor = AutoProcessor.from_pretrained(str(path))
-    except (ImportError, OSError, ValueError) as error:  # ImportError: the video half, without torchvision
+        processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # often the video half, without torchvision; a broken folder may end in anything
         processor = _load_by_class(path, error)
     if isinstance(processor, PreTrainedTokenizerBase):  # what AutoProcessor falls back to, silently
         processor = _load_by_class(path, None) if _describes_images(path) else TextProcessor(processor)
@@ -177,14 +177,14 @@ def _describes_images(path: str | Path) -> bool:
 def _load_by_class(path: str | Path, cause: Exception | None) -> Processor:
     """Image processor, tokenizer and template each read by class, as AutoProcessor would with torchvision."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         if not _describes_images(path):
             return TextProcessor(tokenizer)
         images = Qwen2VLImageProcessorPil.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        reason = str(cause or error).strip().splitlines()[0]
+        settings, _ = ProcessorMixin.get_processor_dict(str(path))
+    except Exception as error:  # transformers looks into values before it looks at their types
+        reason = " ".join(str(cause or error).split())[:300]
         raise UserError(f"{path}: no processor or tokenizer could be loaded from it ({reason})") from error
-    settings, _ = ProcessorMixin.get_processor_dict(str(path))
     processor = Qwen3VLProcessor(
         images, tokenizer, chat_template=settings.get("chat_template") or tokenizer.chat_template
     )

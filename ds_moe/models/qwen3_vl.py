@@ -14,6 +14,8 @@ from ds_moe.config import ModelConfig, RunConfig
 from ds_moe.errors import UserError
 from ds_moe.models.classes import MODEL_CLASSES
 from ds_moe.models.presets import build_preset, preset_config
+from ds_moe.models.unread import leave_unread
+from ds_moe.models.weight_rows import WeightRows
 
 FREEZE_PATTERNS = {
     "vision": r"^model\.visual\.",
@@ -42,23 +44,51 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     return found
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """The model of a run's `model` section, complete on the CPU of this rank, in `dtype`.
+def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0, unread: bool = False) -> PreTrainedModel:
+    """The model of a run's `model` section on the CPU of this rank, in `dtype`.
 
     A checkpoint may store experts in either layout; every weight must be there and none may be left over.
 
+    Args:
+        unread: leave the weights in their files (see `unread.py`) if `streaming.py` can read them: not those of a
+            preset, of files that are no safetensors, or under names that only transformers can translate.
+
     Raises:
-        UserError: as `model_config`, or a missing, unexpected or misshapen weight.
+        UserError: as `model_config`; a missing, unexpected or misshapen weight, or a file that cannot be read.
     """
     if config.preset is not None:
         model = build_preset(config.preset, seed, config.attention)
         for parameter in model.parameters():  # not .to(): rotary frequencies stay fp32, as from_pretrained keeps them
             parameter.data = parameter.data.to(dtype)
         return model
+    model_config(config)  # a path that cannot be read ends here
+    files = WeightRows.find(str(config.path))
+    if files is not None and unread:
+        model = _from_pretrained(config, dtype, files, device="meta")
+        if all(files.stored(name, parameter.shape) for name, parameter in model.named_parameters()):
+            leave_unread(model)
+            return model
+    return _from_pretrained(config, dtype, files)
+
+
+def _from_pretrained(
+    config: ModelConfig, dtype: torch.dtype, files: WeightRows | None, device: str | None = None
+) -> PreTrainedModel:
+    """A checked model; on the meta device all is as ever, names and shapes compared too, but no weight is read."""
     model_class = MODEL_CLASSES[model_config(config).model_type]()
-    loaded: Any = model_class.from_pretrained(
-        str(config.path), dtype=dtype, attn_implementation=config.attention, output_loading_info=True
-    )
+    try:
+        loaded: Any = model_class.from_pretrained(
+            str(config.path),
+            dtype=dtype,
+            attn_implementation=config.attention,
+            device_map=device,
+            ignore_mismatched_sizes=True,  # they are reported, and refused here
+            output_loading_info=True,
+        )
+    except RuntimeError as error:  # of single experts that cannot be stacked; its message names none
+        uneven = files.uneven_experts()[:5] if files is not None else []
+        what = f"missing or misshapen experts: {uneven}" if uneven else error
+        raise UserError(f"model.path {config.path!r} does not fit {model_class.__name__}: {what}") from error
     model, report = loaded
     wrong = {kind: sorted(map(str, keys))[:5] for kind, keys in report.items() if keys}
     if wrong:

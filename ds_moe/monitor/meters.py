@@ -115,12 +115,14 @@ class Window:
         """The `train/*` and `perf/*` scalars of the window, which starts anew. Rates are over step time only,
         so that evaluations and checkpoints in between do not lower them."""
         steps, self.reports = self.reports, []
+        taken = [step for step in steps if step.taken] or steps
         seconds = max(sum(step.step_s for step in steps), 1e-9)
         tokens_per_s = sum(step.tokens for step in steps) / seconds
         scalars = {
-            "train/loss": sum(step.loss for step in steps) / len(steps),
+            "train/loss": sum(step.loss for step in taken) / len(taken),
             "train/lr": steps[-1].lr,
-            "train/grad_norm": sum(step.grad_norm for step in steps) / len(steps),
+            "train/grad_norm": sum(step.grad_norm for step in taken) / len(taken),
+            "train/skipped_steps": sum(not step.taken for step in steps),
             "perf/tokens_per_s": tokens_per_s,
             "perf/step_s": seconds / len(steps),
             "perf/data_wait_frac": sum(step.data_wait_s for step in steps) / seconds,

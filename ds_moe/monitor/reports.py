@@ -27,6 +27,7 @@ class StepReport:
     sent_bytes: float = 0.0  # counts, rows and weights that a rank sent to other ranks, mean over ranks
     task: dict[str, float] = field(default_factory=dict)  # what the task itself reports, by name
     task_name: str = ""  # its tags begin with it
+    taken: bool = True  # False: a NaN or infinity, and no weight has moved
 
 
 @dataclass

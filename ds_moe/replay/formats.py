@@ -243,5 +243,5 @@ def load_traces(path: str | Path) -> dict[str, RoutingTrace]:
             about = json.loads(file.metadata()["traces"])
             arrays = {key: file.get_tensor(key) for key in file.keys()}
         return {n: RoutingTrace(arrays[f"ids/{n}"], weights=arrays.get(f"weights/{n}"), **about[n]) for n in about}
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: no file of routing traces: {error} (write it with save_traces)") from error

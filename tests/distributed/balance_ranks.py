@@ -6,7 +6,7 @@ with plain autograd. Arguments: `short`; `long` (20 steps beside it); `train` an
 
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
-from ds_moe import checkpoint
+from ds_moe.checkpoint import persistent_buffers
 from ds_moe.config import RunConfig
 from ds_moe.engine import build_engine, prepare_model, start_distributed
 from ds_moe.errors import UserError
@@ -112,10 +112,13 @@ def counted_in_the_recompute():
     return patch("ds_moe.engine.checkpoint_contexts", lambda: (nullcontext(), nullcontext()))
 
 
+@contextmanager
 def left_out_of_the_checkpoint():
-    original = checkpoint._persistent_buffers
-    kept = lambda model: [(name, buffer) for name, buffer in original(model) if not name.endswith(BIAS_SUFFIX)]  # noqa: E731
-    return patch.object(checkpoint, "_persistent_buffers", kept)
+    def kept(model):
+        return [(name, buffer) for name, buffer in persistent_buffers(model) if not name.endswith(BIAS_SUFFIX)]
+
+    with patch("ds_moe.checkpoint.persistent_buffers", kept), patch("ds_moe.restore.persistent_buffers", kept):
+        yield
 
 
 # --- gradients of the router

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 from torch.distributions import Categorical, kl_divergence
 
-from ds_moe import checkpoint
+from ds_moe import restore
 from ds_moe.data.routed import gate_form
 from ds_moe.data.stream import TrainStream
 from ds_moe.engine import build_engine, prepare_model, start_distributed
@@ -155,9 +155,8 @@ def forget(what):
     if what == "data position":
         return patch.object(TrainStream, "load_state_dict", lambda self, state: None)
     if what == "random state":
-        return patch.object(checkpoint, "_restore_rng", lambda *args: None)
-    load = checkpoint.load
-    return patch.object(checkpoint, "load", lambda *args: {**load(*args), "best_loss": None})
+        return patch.object(restore, "_restore_rng", lambda *args: None)
+    return patch("ds_moe.train.load", lambda *args: {**restore.load(*args), "best_loss": None})
 
 
 def main():

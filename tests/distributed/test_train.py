@@ -14,7 +14,8 @@ from ds_moe.config import RunConfig
 from ds_moe.data.demo import write_digits
 from ds_moe.data.stream import EvalSet
 from ds_moe.errors import UserError
-from ds_moe.export import export_checkpoint, hub_layout_problem
+from ds_moe.export import export_checkpoint
+from ds_moe.hf_folder import hub_layout_problem
 from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.processor import load_processor
 from tests.launcher import run_ranks
@@ -142,6 +143,8 @@ def test_export_refuses_the_hub_layout_where_a_square_would_be_loaded_wrong():
     assert hub_layout_problem(config) is None
     config.text_config.moe_intermediate_size = config.text_config.hidden_size // 2
     assert "twice moe_intermediate_size" in str(hub_layout_problem(config))
+    config.text_config.moe_intermediate_size = config.text_config.hidden_size  # down_proj is the square one
+    assert "hidden_size 64 is moe_intermediate_size" in str(hub_layout_problem(config))
 
 
 def test_a_bad_record_on_one_rank_stops_every_rank_with_its_line(files, tmp_path):

@@ -51,7 +51,9 @@ def save(model, config, step: int = 4) -> Path:
     tensors = {f"weight/{name}": one.detach() for name, one in parameters.items() if one.requires_grad}
     tensors |= {f"buffer/{name}": one for name, one in model.state_dict().items() if name not in parameters}
     write_tensors(folder / "rank-00000.safetensors", {key: value.contiguous() for key, value in tensors.items()})
-    write_json(folder / "state.json", {"step": step, "base": fingerprint(config)})
+    write_tensors(folder / "rng-00000.safetensors", {"cpu": torch.get_rng_state()})
+    about = {"adam_step": 0, "world_size": 1, "ep_size": 1, "precision": "fp32", "data": {}, "result": {}}
+    write_json(folder / "state.json", {"step": step, "base": fingerprint(config), **about})
     shutil.copy(ZERO, folder / "deepspeed.json")
     (folder / "run.yaml").write_text(dump_yaml(config.model_copy(update={"deepspeed": "deepspeed.json"})))
     pieces = {key: [["rank-00000.safetensors", 0, len(value)]] for key, value in tensors.items()}

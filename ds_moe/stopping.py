@@ -1,0 +1,108 @@
+"""Signals that end a run at the end of a step, with a checkpoint.
+
+A signal may reach one rank only, or all at different steps: ranks compare what they have received in a reduction that
+every step makes anyway, and stop after the same one. The exit status is then 128 + the signal, as in shells.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """A signal has ended the run; its checkpoint is written."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(f"stopped by {number.name}")
+        self.signal = number
+        self.exit_status = 128 + number
+
+
+class StopRequest:
+    """What signals this rank has received; made in the main thread, whose handlers it replaces until `close`.
+
+    A signal ends the process at once until `wait_for_step`. After it a signal is only noted, but for a second SIGINT
+    (somebody who presses Ctrl-C again means it), and the process has `deadline_s` to end by itself.
+
+    Python runs a handler only between its own instructions, which may be long after the signal: in a collective, for
+    one. A socket that the C handler writes to wakes a thread at once.
+
+    Args:
+        rank: for messages.
+        where: what the rank is doing, for messages.
+    """
+
+    def __init__(self, rank: int, deadline_s: float, where: Callable[[], str]) -> None:
+        self.rank, self.deadline_s, self.where = rank, deadline_s, where
+        self.received: signal.Signals | None = None
+        self._at_once = True
+        self._sender, self._receiver = socket.socketpair()
+        self._sender.setblocking(False)
+        self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, _noted) for number in SIGNALS}
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def wait_for_step(self) -> None:
+        """From now on the end of a step is waited for."""
+        self._at_once = False
+
+    def close(self) -> None:
+        """Give the handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._sender.close()  # `_listen` ends
+
+    def _listen(self) -> None:
+        while numbers := self._receiver.recv(1):
+            number = numbers[0]
+            if number in SIGNALS and self._at_once:
+                self._say(f"received {signal.Signals(number).name} before the first step: ending")
+                os._exit(128 + number)
+            elif number in SIGNALS and self.received is None:
+                self.received = signal.Signals(number)
+                self._say(f"received {self.received.name} in {self.where()}: a checkpoint follows at the step's end")
+                timer = threading.Timer(self.deadline_s, self._end)
+                timer.daemon = True
+                timer.start()
+            elif number == signal.SIGINT == self.received:
+                self._say("received SIGINT again: ending without a checkpoint")
+                os._exit(128 + number)
+
+    def _end(self) -> None:
+        assert self.received is not None
+        self._say(
+            f"still in {self.where()} {self.deadline_s:g} s (train.stop_within_s) after {self.received.name}: ending; "
+            "the newest checkpoint is an earlier one"
+        )
+        os._exit(128 + self.received)
+
+    def _say(self, text: str) -> None:
+        print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True)
+
+    def votes(self) -> list[float]:
+        """One number for each of `SIGNALS`, to be added up over the ranks."""
+        return [float(number == self.received) for number in SIGNALS]
+
+
+def agreed(votes: Sequence[float]) -> signal.Signals | None:
+    """The signal that all ranks obey, from their votes' sums."""
+    return next((number for number, count in zip(SIGNALS, votes, strict=True) if count), None)
+
+
+def leave_to_parent(_: int = 0) -> None:
+    """For a data worker: its rank decides when it ends. Launchers signal every process they find."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """The C handler has written to the pipe: that was all."""

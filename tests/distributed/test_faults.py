@@ -1,0 +1,151 @@
+"""What goes wrong at night: signals, ranks that hang or die, NaNs, checkpoints that are still being written."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_moe.checkpoint_files import Reader, newest_complete
+from ds_moe.step import SKIPPED_STEPS
+from ds_moe.watchdog import STALLED
+from tests.launcher import run_ranks, start_ranks
+
+RUN = "tests/runs/faults.yaml"
+LONG = ["train.steps=4000", "checkpoint.every=null", "train.watchdog_s=10"]
+
+
+def tensors(output: Path, step: int) -> dict[str, torch.Tensor]:
+    reader = Reader(output / "checkpoints" / f"step_{step:08d}")
+    return {key: reader.read(key) for key in reader.tensors}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def steps_taken(output: Path, step: int) -> int:
+    return json.loads((output / "checkpoints" / f"step_{step:08d}" / "state.json").read_text())["adam_step"]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """One launch of all cases: (output folder by case, what the ranks reported)."""
+    folder = tmp_path_factory.mktemp("faults")
+    zero = {stage: f"deepspeed=ds_configs/zero{stage}.json" for stage in (1, 2, 3)}
+    cases = [
+        ["sound", [], "nan loss", []],
+        ["nan loss, ZeRO 3", [zero[3]], "nan loss", [4]],
+        ["nan loss, ZeRO 1", [zero[1]], "nan loss", [4]],
+        ["nan loss, ZeRO 2, no clipping", [zero[2], "train.max_grad_norm=0"], "nan loss", [4]],
+        ["nan gradient, ZeRO 3", [zero[3]], "nan gradient", [4]],
+        ["nan gradient, ZeRO 1", [zero[1]], "nan gradient", [4]],
+        ["infinite loss", [], "infinite loss", [4]],
+        ["bf16", ["train.precision=bf16"], "nan gradient", [4]],
+        ["too many", ["train.max_skipped=1"], "nan loss", [4, 5]],
+        ["not in a row", ["train.max_skipped=1"], "nan loss", [4, 6]],
+        ["background", ["checkpoint.background=true"], "slow writes", []],
+    ]
+    outputs = {name: folder / name.replace(" ", "_") for name, *_ in cases}
+    for name, overrides, *_ in cases:
+        overrides.append(f"train.output_dir={outputs[name]}")
+    run = run_ranks("tests/distributed/faults_ranks.py", 2, [json.dumps(cases)], timeout=280)
+    return outputs, run
+
+
+SKIPPING = [
+    "nan loss, ZeRO 3",
+    "nan loss, ZeRO 1",
+    "nan loss, ZeRO 2, no clipping",
+    "nan gradient, ZeRO 3",
+    "nan gradient, ZeRO 1",
+    "infinite loss",
+    "bf16",
+]
+
+
+@pytest.mark.parametrize("case", SKIPPING)
+def test_a_step_with_a_nan_on_one_rank_is_taken_by_none(ran, case):
+    """Step 4 leaves weights, moments and biases as step 3 made them; the data and the schedule go on."""
+    outputs, run = ran
+    output = outputs[case]
+    before, after = tensors(output, 3), tensors(output, 4)
+    assert same(before, after)
+    assert any(key.startswith("buffer/") and "bias_E" in key for key in before)
+    assert not same(after, tensors(output, 5))
+    assert steps_taken(output, 8) == 7
+    assert all(value.isfinite().all() for value in tensors(output, 8).values())
+    assert run.json_by_rank[0][case]["step"] == run.json_by_rank[1][case]["step"] == 8
+
+
+def test_without_a_nan_every_step_is_taken(ran):
+    outputs, _ = ran
+    assert not same(tensors(outputs["sound"], 3), tensors(outputs["sound"], 4))
+    assert not (outputs["sound"] / SKIPPED_STEPS).exists()
+
+
+def test_the_schedule_does_not_wait_for_a_skipped_step(ran):
+    """Rank 0's log: the learning rate of a run that skipped a step is that of one that did not, step for step."""
+    _, run = ran
+    rates = [line.split("  lr ")[1].split()[0] for line in run.log(0).splitlines() if "  lr " in line]
+    assert len(rates) > 16 and rates[8:16] == rates[:8]
+
+
+def test_the_samples_of_a_skipped_step_are_written_down_by_rank(ran):
+    outputs, _ = ran
+    [line] = (outputs["nan loss, ZeRO 3"] / SKIPPED_STEPS).read_text().splitlines()
+    skipped = json.loads(line)
+    assert skipped["step"] == 4
+    assert [rank["loss"] == "nan" for rank in skipped["ranks"]] == [False, True]
+    samples = [where for rank in skipped["ranks"] for where in rank["samples"]]
+    assert len(samples) == len(set(samples)) == 8
+    assert all(rank["samples"] and len(rank["samples"]) == 4 for rank in skipped["ranks"])
+
+
+def test_more_in_a_row_than_allowed_end_the_run_and_its_checkpoints_stay(ran):
+    outputs, run = ran
+    for of_rank in run.json_by_rank:
+        assert "steps 4 to 5: a NaN or infinite loss or gradient in each" in of_rank["too many"]
+        assert "train.max_skipped 1" in of_rank["too many"]
+    assert newest_complete(outputs["too many"] / "checkpoints").name == "step_00000004"
+    assert run.json["not in a row"]["step"] == 8
+
+
+def test_checkpoints_in_the_background_hold_the_same(ran):
+    """Each file takes longer than a step, so the next steps have moved every weight when it is written."""
+    outputs, _ = ran
+    for step in range(1, 9):
+        assert same(tensors(outputs["background"], step), tensors(outputs["sound"], step)), step
+
+
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint_and_the_run_goes_on_bit_for_bit(ran, tmp_path):
+    outputs, _ = ran
+    slow = "data.num_workers=1"  # a worker that the launcher's signals must not kill before its rank has saved
+    arguments = [RUN, f"train.output_dir={tmp_path}", "checkpoint.every=null", slow]
+    run = start_ranks("ds_moe.train", 2, arguments, launcher="deepspeed")
+    run.wait_for(" 3/8  loss", timeout=120)
+    run.kill(rank=1, with_signal=signal.SIGUSR1)
+    assert run.wait(timeout=60) != 0
+    stopped = newest_complete(tmp_path / "checkpoints")
+    assert stopped is not None and stopped.name != "step_00000008"
+    step = int(stopped.name.removeprefix("step_"))
+    assert same(tensors(tmp_path, step), tensors(outputs["sound"], step))
+    assert "rank 1: received SIGUSR1 in step" in run.output
+    run_ranks("ds_moe.train", 2, arguments)
+    assert same(tensors(tmp_path, 8), tensors(outputs["sound"], 8))
+
+
+def test_a_stopped_rank_ends_the_job_in_time_and_is_named(tmp_path):
+    run = start_ranks("ds_moe.train", 2, [RUN, f"train.output_dir={tmp_path}", *LONG])
+    run.wait_for("  3/4000  loss", timeout=120)
+    began = time.monotonic()
+    run.kill(rank=1, with_signal=signal.SIGSTOP)
+    run.wait_for("watchdog: rank 1 has not been heard of for", timeout=15)
+    assert time.monotonic() - began < 10 + 1  # the limit, and the poll of this test
+    time.sleep(1.0)
+    run.kill(rank=1, with_signal=signal.SIGCONT)  # torchrun would wait half a minute before it kills it
+    assert run.wait(timeout=60) != 0
+    assert f"exitcode  : {STALLED}" in run.output
+    assert "last in step" in run.log(0) and "train_step" in run.log(0)  # where it was, and the stack of who waited

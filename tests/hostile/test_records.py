@@ -1,0 +1,211 @@
+"""Data files: lines that are no record, files that are no data; each named by file, line and fix."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+import shutil
+import signal
+from itertools import islice
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ds_moe.config import DataConfig
+from ds_moe.data.form import CHAT
+from ds_moe.data.images import RecordError
+from ds_moe.data.records import MAX_LINE, read_records
+from ds_moe.errors import UserError
+
+from .conftest import line
+from .limits import Payload, refusal
+
+MEGABYTE = b"x" * 10**6
+
+
+def messages(content: bytes) -> bytes:
+    """A record whose messages are this JSON."""
+    return b'{"messages": ' + content + b"}"
+
+
+def user(content: bytes) -> bytes:
+    return messages(b'[{"role": "user", "content": ' + content + b'}, {"role": "assistant", "content": "a"}]')
+
+
+# name -> (line 2 of a file whose other lines are good, what its error says)
+LINES = {
+    "cut off": (line()[:40], "broken JSON"),
+    "two records": (line() + line(), "broken JSON: Extra data"),
+    "lines that end as on an old Mac": (line() + b"\r" + line(), "broken JSON: Extra data"),
+    "NUL bytes": (b"\0" * 64, "broken JSON"),
+    "a NUL in a text": (user(b'"a\0b"'), "broken JSON: Invalid control character"),
+    "a lone surrogate": (user(b'"\\ud800"'), "message 1: text holds a lone surrogate"),
+    "no UTF-8": (user(b'"\xff"'), "not UTF-8"),
+    "UTF-16": (line().decode().encode("utf-16"), "not UTF-8"),
+    "a pickle": (pickle.dumps({"messages": []}, protocol=5), "not UTF-8"),
+    "nested 100,000 deep": (messages(b"[" * 100_000), "broken JSON: maximum recursion depth"),
+    "closed 100,000 deep": (messages(b"[" * 100_000 + b"]" * 100_000), "broken JSON: maximum recursion depth"),
+    "objects 100,000 deep": (b'{"a":' * 100_000, "broken JSON: maximum recursion depth"),
+    "a number of 5,000 digits": (messages(b"9" * 5000), "broken JSON: Exceeds the limit"),
+    "a key twice": (b'{"messages": [], "messages": []}', "the key 'messages' stands twice"),
+    "a key twice, deeper": (messages(b'[{"role": "user", "role": "system"}]'), "the key 'role' stands twice"),
+    "NaN": (messages(b"NaN"), "'messages' is a number, not a list"),
+    "Infinity as text": (user(b"Infinity"), "content is a number, not a string"),
+    "true as a turn": (messages(b"[true]"), "message 1 is true or false, not an object"),
+    "null": (b"null", "a record is null, not an object"),
+    "a role of a megabyte": (messages(b'[{"role": "' + MEGABYTE + b'", "content": ""}]'), "unknown role 'xxx"),
+    "a key of a megabyte": (
+        messages(b'[{"role": "user", "content": "", "' + MEGABYTE + b'": 1}]'),
+        "which is not read",
+    ),
+    "a part of a megabyte": (user(b'[{"type": "' + MEGABYTE + b'"}]'), "content part of type 'xxx"),
+    "an image of a megabyte": (line("x" * 10**6), "missing image 'xxx"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_hostile_line_is_named(stream, folder, name):
+    content, says = LINES[name]
+    path = folder / "train.jsonl"
+    path.write_bytes(b"\n".join([line(), content, line(), b""]))
+    message = refusal(lambda: stream(path), f"{path}:2: ", says, "data.on_bad_record: skip goes on without")
+    assert message.rindex("(") > message.index(":2: ")  # the fix
+    rest = stream(path, on_bad_record="skip")
+    assert [bad.where for bad in rest.skipped] == [f"{path}:2"] and rest.steps_per_epoch == 2
+
+
+def table(folder, **columns):
+    """A Parquet file of one good record, or of these columns."""
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "red"}]
+    pq.write_table(pa.table(columns or {"messages": [turns]}), folder / "good.parquet")
+    return (folder / "good.parquet").read_bytes()
+
+
+def pickled_type(folder, canary) -> bytes:
+    """A Parquet file with an extension type whose definition is a pickle, as older versions of Arrow took them."""
+    about = {"ARROW:extension:name": "arrow.py_extension_type"}
+    about |= {"ARROW:extension:metadata": pickle.dumps(Payload(canary))}
+    schema = pa.schema([pa.field("messages", pa.int64(), metadata=about)])
+    pq.write_table(pa.table({"messages": [1]}, schema=schema), folder / "good.parquet")
+    return (folder / "good.parquet").read_bytes()
+
+
+# name -> (file name, content or what makes it, what the error says)
+FILES = {
+    "missing": ("train.jsonl", lambda path, canary: None, "does not exist"),
+    "a folder": ("train.jsonl", lambda path, canary: path.mkdir(), "is no regular file"),
+    "a pipe": ("train.jsonl", lambda path, canary: os.mkfifo(path), "is no regular file"),
+    "a device": ("train.jsonl", lambda path, canary: path.symlink_to("/dev/zero"), "is no regular file"),
+    "a dangling link": ("train.jsonl", lambda path, canary: path.symlink_to("nowhere"), "does not exist"),
+    "a link to itself": ("train.jsonl", lambda path, canary: path.symlink_to(path), "does not exist"),
+    "empty": ("train.jsonl", b"", "has no record to use (0 bad)"),
+    "blank lines": ("train.jsonl", b"\n \n\r\n", "has no record to use (0 bad)"),
+    "bad records only": ("train.jsonl", b"{\n", ":1: broken JSON"),
+    "a JSON array": ("train.json", b"[" + line() + b"]", ":1: a JSON array, not one record a line"),
+    "compressed": ("train.jsonl", gzip.compress(line()), ":1: broken JSON: not UTF-8"),
+    "one endless line": (
+        "train.jsonl",
+        lambda path, canary: (path.touch(), os.truncate(path, 4 * MAX_LINE)),
+        f":1: a line of more than {MAX_LINE} bytes",
+    ),
+    "of another kind": ("train.pkl", pickle.dumps([1]), "is neither .jsonl nor .parquet"),
+    "a pickle named .parquet": ("train.parquet", pickle.dumps([1]), "is not a Parquet file that can be read"),
+    "an empty Parquet file": ("train.parquet", b"", "is not a Parquet file that can be read"),
+    "a Parquet file cut off": (
+        "train.parquet",
+        lambda path, canary: path.write_bytes(table(path.parent)[:-40]),
+        "is not a Parquet file that can be read",
+    ),
+    "a Parquet file with zeros within": (
+        "train.parquet",
+        lambda path, canary: path.write_bytes(table(path.parent)[:20].ljust(600, b"\0") + table(path.parent)[600:]),
+        "is not a Parquet file that can be read",
+    ),
+    "a Parquet file of something else": (
+        "train.parquet",
+        lambda path, canary: path.write_bytes(table(path.parent, price=[1.0, float("nan")])),
+        ":1: the record has neither 'messages' nor 'conversations'",
+    ),
+    "a Parquet file with a pickled type": (
+        "train.parquet",
+        lambda path, canary: path.write_bytes(pickled_type(path.parent, canary)),
+        ":1: 'messages' is a number, not a list",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_data_is_refused(stream, folder, canary, name):
+    file, content, says = FILES[name]
+    path = folder / file
+    path.write_bytes(content) if isinstance(content, bytes) else content(path, canary)
+    refusal(lambda: stream(path), path, says)
+
+
+def test_good_files_pass(stream, folder):
+    """Positive control: line ends of Windows, a byte order mark, no last line end, keys that are not read."""
+    (folder / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + line("good.png") + b'\r\n\r\n{"id": NaN,' + line()[1:])
+    (folder / "train.parquet").write_bytes(table(folder))
+    for name, count in {"train.jsonl": 2, "train.parquet": 1}.items():
+        assert len(list(islice(stream(folder / name), count))) == count
+
+
+def test_the_payload_runs_where_pickles_are_loaded(tmp_path):
+    """Positive control of all tests with a canary."""
+    pickle.loads(pickle.dumps(Payload(tmp_path / "fired")))
+    assert (tmp_path / "fired").is_dir()
+
+
+# --- in a loading process: whatever goes wrong there is one line here, too
+
+
+def failing(how):
+    """A form of records whose encoding fails in this way."""
+
+    def encode(*arguments):
+        how()
+
+    return CHAT._replace(encode=encode)
+
+
+def refuse():
+    raise UserError("model: its chat template drops turns (use another one)")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [(refuse, "model: its chat template drops turns (use another one)"), (die, "data.num_workers: a loading process died")],
+    ids=["a UserError", "killed"],
+)
+def test_a_loading_process_never_fails_in_silence(stream, folder, how, says):
+    (folder / "train.jsonl").write_bytes(line())
+    loading = iter(stream(folder / "train.jsonl", failing(how), num_workers=1))
+    refusal(lambda: next(loading), says)
+
+
+def test_a_record_that_breaks_after_the_check_is_skipped_in_a_loading_process(stream, folder):
+    shutil.copy(folder / "good.png", folder / "gone.png")
+    (folder / "train.jsonl").write_bytes(line("gone.png") + b"\n" + line())
+    made = stream(folder / "train.jsonl", num_workers=1, on_bad_record="skip")
+    (folder / "gone.png").unlink()
+    first, second = (batch["real"].tolist() for [batch] in islice(made, 2))
+    assert (first, second) == ([False], [True])
+    assert [bad.where for bad in made.skipped] == [f"{folder}/train.jsonl:1"]
+
+
+def test_record_errors_are_values_of_the_data_and_never_end_the_reading(folder):
+    """Negative control: what is no `RecordError` is not passed over, whatever `on_bad_record` says."""
+
+    def estimate(sample, max_pixels):
+        raise RecordError("bad") if sample.last_question() == "bad" else KeyError("ours")
+
+    (folder / "train.jsonl").write_bytes(line(text="bad") + b"\n" + line(text="ours"))
+    options = DataConfig(train="x", on_bad_record="skip")
+    with pytest.raises(KeyError):
+        read_records(str(folder / "train.jsonl"), options, form=CHAT._replace(estimate=estimate))

@@ -1,0 +1,157 @@
+"""launch/multinode.sh between separate hosts: the same numbers as on one, and an end everywhere when one is cut off."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_resume import LAST, RUN, bit_equal, checkpoints, position, tensors
+from tests.hosts import network as hosts
+from tests.hosts.network import Network, network
+from tests.launcher import ROOT, run_ranks
+
+LACKING = hosts.lacking()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(LACKING is not None, reason=str(LACKING)), pytest.mark.timeout(420)]
+ENV = {"VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+START_S = 120  # for the ranks' imports on a busy machine
+
+
+class Job:
+    """The same line of launch/multinode.sh started on every host; what it writes is in `folder`."""
+
+    def __init__(self, net: Network, folder: Path, overrides: Sequence[str]):
+        self.net, self.folder = net, folder
+        words = [
+            "bash",
+            "launch/multinode.sh",
+            "--nodes",
+            len(net.hosts),
+            "--gpus",
+            1,
+            "--master",
+            net.hosts[0].address,
+        ]
+        words += [RUN, f"train.output_dir={folder}/run", *overrides]
+        self.launchers: list[subprocess.Popen] = [
+            host.start(*words, log=folder / host.name, cwd=ROOT, env=ENV) for host in net.hosts
+        ]
+
+    def output(self, number: int) -> str:
+        return (self.folder / f"node{number}").read_text()
+
+    @property
+    def outputs(self) -> str:
+        return "\n".join(f"--- node{number}\n{self.output(number)[-4000:]}" for number in range(len(self.launchers)))
+
+    def wait_for_text(self, pattern: str, timeout: float, number: int = 0) -> None:
+        deadline = time.monotonic() + timeout
+        while not re.search(pattern, self.output(number)):
+            running = all(launcher.poll() is None for launcher in self.launchers)
+            assert running and time.monotonic() < deadline, f"no {pattern!r}\n{self.outputs}"
+            time.sleep(0.1)
+
+    def wait(self, timeout: float) -> list[float]:
+        """Seconds until each launcher has ended."""
+        began, ended = time.monotonic(), [0.0] * len(self.launchers)
+        while not all(ended):
+            assert time.monotonic() - began < timeout, f"after {timeout:.0f} s: {ended}\n{self.outputs}"
+            for number, launcher in enumerate(self.launchers):
+                if not ended[number] and launcher.poll() is not None:
+                    ended[number] = time.monotonic() - began
+            time.sleep(0.1)
+        return ended
+
+    @property
+    def codes(self) -> list[int | None]:
+        return [launcher.poll() for launcher in self.launchers]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_hosts_equal_one_bit_for_bit(tmp_path, count):
+    """4 hosts, EP 2: the expert-parallel groups are hosts 0 and 1, and 2 and 3."""
+    overrides = ["train.micro_batch_size=2"]
+    with network(count) as net:
+        job = Job(net, tmp_path, overrides)
+        job.wait(240)
+        assert job.codes == [0] * count, job.outputs
+    run_ranks("ds_moe.train", count, [RUN, f"train.output_dir={tmp_path}/one", *overrides])
+    ours, theirs = (checkpoints(tmp_path / name) / LAST for name in ("run", "one"))
+    assert bit_equal(tensors(ours), tensors(theirs))
+    assert position(ours) == position(theirs)
+
+
+WATCHDOG_S = 20
+# After the watchdog's verdict: torchrun looks for the store of the job, which may be out of reach.
+LAUNCHER_S = 60
+
+
+@pytest.mark.parametrize("cut", [0, 1], ids=["the master", "another host"])
+def test_a_host_cut_off_ends_the_job_on_both_sides_by_name(tmp_path, show, cut):
+    with network(2) as net:
+        job = Job(net, tmp_path, [f"train.watchdog_s={WATCHDOG_S}", "train.steps=2000", "checkpoint.every=1000"])
+        job.wait_for_text("step +5/2000", START_S)
+        net.unplug(cut)
+        seconds = job.wait(WATCHDOG_S + LAUNCHER_S)
+        assert all(code not in (0, None) for code in job.codes), job.outputs
+        for number in range(2):
+            other = 1 - number
+            assert f"(node{other}" in job.output(number) and "watchdog: " in job.output(number), job.outputs
+            assert not net.hosts[number].processes("ds_moe.train")
+    show(f"node{cut} cut off, watchdog_s={WATCHDOG_S}: launchers ended after {seconds[0]:.0f} s and {seconds[1]:.0f} s")
+
+
+def test_sigterm_on_one_host_ends_the_job_on_all_with_a_checkpoint(tmp_path):
+    with network(2) as net:
+        job = Job(net, tmp_path, ["train.steps=2000", "checkpoint.every=1000"])
+        job.wait_for_text("step +5/2000", START_S)
+        [torchrun] = [process.pid for process in net.hosts[1].processes("torchrun")]
+        subprocess.run(["kill", "-TERM", str(torchrun)], check=True)
+        job.wait(60)
+        assert all(code not in (0, None) for code in job.codes), job.outputs
+    assert len(list(checkpoints(tmp_path / "run").glob("step_*"))) == 1, job.outputs
+
+
+SSHD = """
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/key.pub
+PidFile none
+StrictModes no
+UsePAM no
+PermitRootLogin prohibit-password
+"""
+SSH = """
+IdentityFile {folder}/key
+StrictHostKeyChecking no
+UserKnownHostsFile /dev/null
+LogLevel ERROR
+"""
+
+
+def start_ssh(net: Network, folder: Path) -> None:
+    """sshd on every host, and root's way from each to each with a key of this test."""
+    for name in ("host_key", "key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    (folder / "sshd_config").write_text(SSHD.format(folder=folder))
+    (folder / "ssh_config").write_text(SSH.format(folder=folder))
+    for host in net.hosts:
+        host.run("mount", "--bind", folder / "ssh_config", "/etc/ssh/ssh_config")
+        host.run("mount", "-t", "tmpfs", "run", "/run")
+        host.run("mkdir", "/run/sshd")
+        host.start(shutil.which("sshd"), "-D", "-e", "-f", folder / "sshd_config", log=folder / f"sshd-{host.name}")
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("sshd", "ssh", "pdsh"))), reason="needs sshd, ssh and pdsh")
+def test_hostfile_through_pdsh_and_ssh_equals_one_host_bit_for_bit(tmp_path):
+    (tmp_path / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
+    words = ["bash", "launch/multinode.sh", "--hostfile", tmp_path / "hosts", RUN]
+    with network(2) as net:
+        start_ssh(net, tmp_path)
+        net.hosts[0].run(*words, f"train.output_dir={tmp_path}/run", cwd=ROOT, env=ENV, timeout=240)
+    run_ranks("ds_moe.train", 2, [RUN, f"train.output_dir={tmp_path}/one"])
+    ours, theirs = (checkpoints(tmp_path / name) / LAST for name in ("run", "one"))
+    assert bit_equal(tensors(ours), tensors(theirs))

@@ -1,0 +1,167 @@
+"""launch/slurm.sbatch under a real SLURM of two nodes: signals, requeues, a lost node, and what is not requeued."""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_resume import DRIFT, LAST, RUN, bit_equal, checkpoints, differences, position, tensors
+from tests.launcher import ROOT, run_ranks
+from tests.slurm import cluster
+from tests.slurm.cluster import NODES, Slurm, slurm
+
+LACKING = cluster.lacking()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(LACKING is not None, reason=str(LACKING)), pytest.mark.timeout(420)]
+ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
+START_S = 120  # for the ranks' imports on a busy machine
+
+
+class Job:
+    """A job of launch/slurm.sbatch; its files lie in `folder`."""
+
+    def __init__(self, slurm: Slurm, folder: Path, options: list[str], overrides: list[str], ranks_per_node: int = 1):
+        self.slurm, self.folder = slurm, folder
+        self.overrides = [f"train.output_dir={folder}/run", *overrides]
+        words = ["--output", folder / "output", *options, "launch/slurm.sbatch", RUN, *self.overrides]
+        env = {
+            "VIRTUAL_ENV": sys.prefix,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "RANKS_PER_NODE": str(ranks_per_node),
+            "LOG_DIR": f"{folder}/logs",
+        }
+        self.id = slurm.submit(*words, cwd=ROOT, env=env)
+
+    @property
+    def output(self) -> str:
+        file = self.folder / "output"
+        return file.read_text() if file.exists() else ""
+
+    def wait_for_text(self, pattern: str, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not re.search(pattern, self.output):
+            state = self.slurm.state(self.id)
+            assert state not in ENDED and time.monotonic() < deadline, f"{state} before {pattern!r}:\n{self.output}"
+            time.sleep(0.1)
+
+    def wait_for(self, *states: str, timeout: float = START_S) -> str:
+        try:
+            return self.slurm.wait_for(self.id, *states, timeout=timeout)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.output[-4000:]}") from None
+
+    def finish(self) -> None:
+        state = self.wait_for(*ENDED)
+        assert state == "COMPLETED", f"{state}\n{self.output[-4000:]}"
+
+    @property
+    def starts(self) -> int:
+        return 1 + int(self.slurm.job(self.id)["Restarts"])
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory):
+    with slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        cluster.wait_for_nodes(timeout=60)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def undisturbed(two_nodes, tmp_path_factory) -> Job:
+    """A run on both nodes that nothing happened to."""
+    job = Job(two_nodes, tmp_path_factory.mktemp("undisturbed"), [], [])
+    job.finish()
+    return job
+
+
+def test_a_finished_run_is_not_requeued_and_each_rank_has_its_log(undisturbed):
+    assert undisturbed.starts == 1
+    logs = undisturbed.folder / "logs" / "start_0"
+    for node in range(NODES):
+        names = sorted(path.name for path in logs.glob(f"node{node}/*/attempt_0/0/*.log"))
+        assert names == ["stderr.log", "stdout.log"]
+    assert (checkpoints(undisturbed.folder / "run") / LAST).is_dir()
+    assert "VIRTUAL_ENV" not in undisturbed.output  # no environment is printed
+
+
+def test_stopped_by_usr1_requeued_and_resumed_equals_undisturbed_bit_for_bit(two_nodes, undisturbed, tmp_path):
+    job = Job(two_nodes, tmp_path, [], ["data.num_workers=1"])
+    job.wait_for_text(r"step +5/24", START_S)
+    two_nodes.command("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait_for("PENDING")
+    saved = [path.name for path in checkpoints(tmp_path / "run").glob("step_*")]
+    assert saved and LAST not in saved, "nothing was left to resume"
+    two_nodes.start_at_once(job.id)
+    job.finish()
+    assert job.starts == 2 and f"resumed from {checkpoints(tmp_path / 'run') / max(saved)}" in job.output
+    assert (tmp_path / "logs" / "start_1").is_dir()
+    ours, theirs = (checkpoints(one.folder / "run") / LAST for one in (job, undisturbed))
+    assert bit_equal(tensors(ours), tensors(theirs))  # weights and Adam's moments
+    assert position(ours) == position(theirs)
+    for rank in range(NODES):
+        name = f"rng-{rank:05d}.safetensors"
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def test_before_the_time_limit_a_checkpoint_is_written_and_the_job_requeued(two_nodes, tmp_path):
+    options = ["--time=2", "--signal=B:USR1@40"]  # instead of 120 s before the limit
+    job = Job(two_nodes, tmp_path, options, ["train.steps=100000", "checkpoint.every=50000"])
+    job.wait_for_text("step +2/100000", START_S)
+    job.wait_for("PENDING")
+    two_nodes.command("scancel", job.id)
+    assert len(list(checkpoints(tmp_path / "run").glob("step_*"))) == 1, job.output
+    assert "after USR1: requeued" in job.output
+
+
+def test_a_signal_while_ranks_still_start_is_neither_lost_nor_does_it_kill_the_launchers(two_nodes, tmp_path):
+    job = Job(two_nodes, tmp_path, [], [])
+    job.wait_for("RUNNING")
+    job.wait_for_text("srun", 30)
+    two_nodes.command("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait_for("PENDING")
+    two_nodes.command("scancel", job.id)
+    assert "received SIGUSR1 before the first step" in job.output and "exitcode  : 138" in job.output
+
+
+def test_a_lost_node_requeues_the_job_which_resumes_resharded_on_the_other(two_nodes, tmp_path, show):
+    """Four ranks on two nodes become two on one."""
+    overrides = ["train.micro_batch_size=2", "train.watchdog_s=40"]
+    job = Job(two_nodes, tmp_path, ["--nodes=1-2"], overrides, ranks_per_node=2)
+    job.wait_for_text("checkpoint .*step_00000016", START_S)
+    cut = time.monotonic()
+    two_nodes.net.unplug(1)
+    try:
+        job.wait_for("PENDING")
+        requeued = time.monotonic()
+        two_nodes.start_at_once(job.id)
+        job.finish()
+    finally:
+        two_nodes.net.plug(1)
+        two_nodes.wait_for_nodes(timeout=90)
+    show(f"a node cut off: requeued after {requeued - cut:.0f} s (SlurmdTimeout={cluster.SILENT_S})")
+    assert job.starts == 2 and re.search(r"resumed from .* \(saved by 4 ranks with ep_size 2\)", job.output)
+    reference = tmp_path / "reference"
+    run_ranks("ds_moe.train", 4, [RUN, f"train.output_dir={reference}", *overrides])
+    ours, theirs = tensors(checkpoints(tmp_path / "run") / LAST), tensors(checkpoints(reference) / LAST)
+    drift = [differences(ours, theirs, kind) for kind in ("weight/", "exp_avg/", "exp_avg_sq/")]
+    show(f"drift after 4 -> 2 ranks: weights {drift[0]:.1e}, Adam's moments {drift[1]:.1e} and {drift[2]:.1e}")
+    assert max(drift) <= DRIFT
+    assert position(checkpoints(tmp_path / "run") / LAST) == position(checkpoints(reference) / LAST)
+
+
+def test_a_run_that_fails_is_not_requeued(two_nodes, tmp_path):
+    job = Job(two_nodes, tmp_path, [], ["moe.ep_size=3"])
+    assert job.wait_for(*ENDED) == "FAILED"
+    assert job.starts == 1 and "moe.ep_size=3" in job.output
+
+
+def test_a_cancelled_run_is_not_requeued_and_leaves_nothing_behind(two_nodes, tmp_path):
+    job = Job(two_nodes, tmp_path, [], [])
+    job.wait_for_text("step +2/24", START_S)
+    two_nodes.command("scancel", job.id)
+    assert job.wait_for(*ENDED) == "CANCELLED"
+    two_nodes.wait_for_nodes(timeout=60)
+    assert job.starts == 1
+    assert not [host for host in two_nodes.net.hosts if host.processes("ds_moe.train")]
