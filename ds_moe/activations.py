@@ -1,4 +1,4 @@
-"""What a micro-batch keeps for its backward pass, counted from configs: every tensor that autograd or our functions save.
+"""What a micro-batch keeps for its backward pass, counted from configs: what autograd or our functions save.
 
 The micro-batch is the largest there may be: `train.micro_batch_size` samples of `data.max_length` tokens, none of them
 padding, routed evenly, half of them image tokens if the model sees. Shapes are those of `ds_moe/moe/routing.py`.

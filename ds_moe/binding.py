@@ -55,7 +55,7 @@ def create_groups(ep_size: int) -> None:
         groups._create_expert_and_data_parallel(ep_size)
 
 
-def zero3_home(ds_config: dict[str, Any]) -> Callable[[nn.Parameter], tuple[Tensor, int]]:
+def zero3_home(model: nn.Module, ds_config: dict[str, Any]) -> Callable[[nn.Parameter], tuple[Tensor, int]]:
     """A function that shards one parameter after the other as ZeRO-3 will want to find it, without values.
 
     It returns this rank's shard of the flattened parameter, which the caller fills and which DeepSpeed may have padded
@@ -64,12 +64,13 @@ def zero3_home(ds_config: dict[str, Any]) -> Callable[[nn.Parameter], tuple[Tens
     where they are, and shards the others itself.
     """
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config)
+    # DeepSpeed copies its shard from a complete parameter. One that is never written takes no memory on a CPU.
+    blank = torch.empty(max(one.nbytes for one in model.parameters()), dtype=torch.uint8, device=init.local_device)
 
     def home(parameter: nn.Parameter) -> tuple[Tensor, int]:
         if group_name := getattr(parameter, "ds_zero_partition_group_name", None):
             parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(group_name)
-        # DeepSpeed copies its shard from a complete parameter: memory that is never written, on a CPU takes no space.
-        parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=init.local_device)
+        parameter.data = blank[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         init._convert_to_deepspeed_param(parameter)
         parameter.partition()
         shard = parameter.ds_tensor

@@ -110,7 +110,7 @@ def find_checkpoint(source: Path) -> Path:
         UserError: neither, or a damaged one.
     """
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    found = newest_complete(folder) or source
+    found = newest_complete(folder) or next(iter(step_folders(folder)), source)
     problem = incomplete(found) or damaged(found)
     if problem is not None:
         raise UserError(f"{found} is no whole checkpoint and no run with one: {problem}")

@@ -85,7 +85,9 @@ def check_keys(source: Json) -> list[str]:
         offload = section(zero, key.partition(".")[2])
         found += _check_names(source, key, offload, OFFLOAD_KEYS, {})
         if (device := offload.get("device", "none")) not in DEVICES:
-            found.append(f"{source.at(key + '.device')}: {key}.device is {shown(device)}; must be {' or '.join(DEVICES)}")
+            found.append(
+                f"{source.at(key + '.device')}: {key}.device is {shown(device)}; must be {' or '.join(DEVICES)}"
+            )
     found += _refused_values(source)
     found += [f"{source.at(key)}: {key} is {value}; must be finite" for key, value in _infinite(values)]
     for key, value in zero.items():

@@ -110,7 +110,8 @@ def read_weights(model: PreTrainedModel, config: RunConfig, topology: Topology, 
         return 0
     files = WeightRows.find(str(config.model.path))
     assert files is not None  # they are where they were
-    home = zero3_home(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else partial(_whole, topology.device)
+    sharded = ds_config["zero_optimization"]["stage"] == 3
+    home = zero3_home(model, ds_config) if sharded else partial(_whole, topology.device)
     size = read_unread(model, files, ExpertParallel(topology.ep_size, topology.ep_rank), home)
     for buffer in model.buffers():  # DeepSpeed does not move those of a model that is sharded already
         buffer.data = buffer.data.to(topology.device)

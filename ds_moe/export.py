@@ -32,8 +32,8 @@ from ds_moe.hf_folder import (
     shards,
     write_weights,
 )
-from ds_moe.models.convert import BIAS_SUFFIX, EXPERT_BIAS, expert_state
 from ds_moe.lines import compose_lines
+from ds_moe.models.convert import BIAS_SUFFIX, EXPERT_BIAS, expert_state
 from ds_moe.runfile import load_run
 from ds_moe.schema import descend
 from ds_moe.trainable import fingerprint

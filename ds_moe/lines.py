@@ -28,7 +28,9 @@ def read_text(path: Path, noun: str) -> str:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: cannot read the {noun} (give a file, no folder, pipe or device)")
         if (size := path.stat().st_size) > MAX_BYTES:
-            raise UserError(f"{path}: the {noun} has {size} bytes, at most {MAX_BYTES} are read (is it the right file?)")
+            raise UserError(
+                f"{path}: the {noun} has {size} bytes, at most {MAX_BYTES} are read (is it the right file?)"
+            )
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot read the {noun} ({error.strerror})") from error

@@ -67,17 +67,21 @@ def skeleton(model_config: PretrainedConfig) -> PreTrainedModel:
         return MODEL_CLASSES[model_config.model_type]()(model_config)
 
 
+def streams(config: RunConfig) -> bool:
+    """Whether ranks read their shares from files: those of a `model.path`, but for a gate, which is made of complete
+    weights."""
+    return config.model.path is not None and config.task != "gate"
+
+
 def load(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world_size: int) -> Load:
-    """Memory of one rank at the start; arguments as for `predict`. Weights are streamed where a `model.path` holds
-    them, but for a gate, whose adapters are made from complete weights."""
+    """Memory of one rank at the start; arguments as for `predict`. See `streams`."""
     width, ep_size = _width(ds), config.moe.ep_size if config.moe else 1
     share = shares(model, ep_size, world_size)
-    streamed = config.model.path is not None and config.task != "gate"
-    if not streamed:
+    if not streams(config):
         complete = sum(parameter.numel() for parameter in model.parameters())
-        return Load(width * complete, int(width * share.held), streamed)
+        return Load(width * complete, int(width * share.held))
     own = width * (share.owned if ds["zero_optimization"]["stage"] == 3 else share.held)
-    return Load(int(own) + READING_BYTES, int(own), streamed)
+    return Load(int(own) + READING_BYTES, int(own), streamed=True)
 
 
 def predict(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world_size: int, on_cpu: bool) -> Memory:
@@ -97,7 +101,8 @@ def predict(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world
     moment, parts = max(moments.items(), key=lambda one: sum(one[1].values()))
     device = {**states, **parts}
     if on_cpu:
-        device[KEPT_FREE] = _kept_free(moments, parts)
+        loaded = 0.0 if streams(config) else width * share.held  # which ZeRO has copied into its own buffers
+        device[KEPT_FREE] = loaded + _kept_free(moments, parts)
     device["runtime"] = RUNTIME_BYTES["cpu" if on_cpu else "accelerator"]
     return Memory(*({name: int(size) for name, size in part.items()} for part in (device, host)), moment)
 

@@ -28,7 +28,7 @@ from ds_moe.replay.rl_metrics import finish, metrics, routing_difference
 from ds_moe.task import Batch, Supervised
 
 if TYPE_CHECKING:
-    from ds_moe.train import Run
+    from ds_moe.run import Run
 
 FACTS = ("completion_mask", "engine_logprobs", "advantage", "reward", "reference_logprobs")  # of the rollouts
 OLD = ("old_logprobs", "old_expert_logprobs")  # computed here

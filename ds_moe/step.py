@@ -21,7 +21,7 @@ from ds_moe.stopping import agreed
 from ds_moe.task import Batch, Supervised
 
 if TYPE_CHECKING:
-    from ds_moe.train import Run
+    from ds_moe.run import Run
 
 BIAS_CHECK_EVERY = 50  # steps; a comparison of 8 bytes a rank
 SKIPPED_STEPS = "skipped_steps.jsonl"  # in the output folder: steps that were not taken, with their samples

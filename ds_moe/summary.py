@@ -16,7 +16,7 @@ from ds_moe.models.qwen3_vl import parameter_table
 from ds_moe.moe.backends import choose
 
 if TYPE_CHECKING:
-    from ds_moe.train import Run
+    from ds_moe.run import Run
 
 # Dense bf16 peak of one device, FLOP/s, from the vendors' data sheets.
 PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}

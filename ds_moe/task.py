@@ -11,7 +11,7 @@ from ds_moe.evaluate import Answering, evaluate
 from ds_moe.monitor import EvalReport
 
 if TYPE_CHECKING:
-    from ds_moe.train import Run
+    from ds_moe.run import Run
 
 Batch = dict[str, Tensor]
 DEFAULT_NEW_TOKENS = 16

@@ -86,6 +86,44 @@ find_interface() {
     fi
 }
 
+# supervise TORCHRUN...: run it to its end; the status is its own, or 128 + the signal that this script got.
+#
+# It gets a session of its own: of the two signals that a Ctrl-C would make, the terminal's and ours, the second would
+# end it before its ranks. A signal becomes a SIGTERM to torchrun, which hands it on; another one ends all at once.
+# A torchrun that has lost its store (the master is gone) does not even notice that its ranks have ended: it is killed.
+supervise() {
+    local status=0 stuck_s=0
+    signal=''
+    setsid "$@" &
+    launcher=$!
+    trap 'stop_launcher 2' INT
+    trap 'stop_launcher 15' TERM
+    trap 'stop_launcher 1' HUP
+    while kill -0 "$launcher" 2>/dev/null; do
+        sleep 1 || true
+        # Ranks that have ended, and that torchrun has not collected, are zombies.
+        if ps -o stat= --ppid "$launcher" | awk '/^Z/ {ended++} !/^Z/ {alive++} END {exit !(ended && !alive)}'; then
+            if ((++stuck_s == 30)); then
+                echo "${0##*/}: the ranks here have ended and torchrun does not notice: killed" >&2
+                kill -KILL "$launcher"
+            fi
+        fi
+    done
+    wait "$launcher" || status=$?
+    if [[ -n $signal ]] && ((status)); then status=$((128 + signal)); fi
+    return "$status"
+}
+
+stop_launcher() {
+    if [[ -z $signal ]]; then
+        signal=$1
+        kill -TERM "$launcher" 2>/dev/null || true
+    else
+        pkill -KILL -P "$launcher" || true
+        kill -KILL "$launcher" 2>/dev/null || true
+    fi
+}
+
 # quote_for_pdsh WORD...: the array `words` becomes the words as DeepSpeed's pdsh launcher must get them so that the
 # shell on the other side sees them unchanged. It puts words that hold a space between double quotes, and no others.
 quote_for_pdsh() {

@@ -95,9 +95,10 @@ else
     command=("${settings[@]}" "$bin/torchrun" --nnodes "$nodes" --nproc_per_node "$gpus" --rdzv_backend c10d
         --rdzv_endpoint "$master" --rdzv_id "$id" "${here[@]}"
         --shutdown_timeout "${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}" --module ds_moe.train "$@")
-    # torchrun would die of the USR1 that stops a run with a checkpoint; ranks install a handler of their own.
+    # torchrun would die of a USR1, which stops ranks with a checkpoint; they install a handler of their own.
     trap '' USR1
 fi
 show_command "${command[@]}"
 if [[ $dry_run == yes ]]; then exit 0; fi
-exec "${command[@]}"
+if [[ -n $hostfile ]]; then exec "${command[@]}"; fi
+supervise "${command[@]}"

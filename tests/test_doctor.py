@@ -22,7 +22,6 @@ from ds_moe.hf_folder import WeightFiles
 from ds_moe.memory import Load, load, skeleton
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import save_processor, tiny_processor
-from ds_moe.models.qwen3_vl import freeze
 from ds_moe.runfile import load_run
 
 DEMO = Path("ds_configs/runs/demo.yaml").resolve()

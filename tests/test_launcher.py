@@ -195,6 +195,81 @@ def test_nohup_is_respected(group):
     assert process.wait(timeout=10) == 128 + signal.SIGTERM
 
 
+ASKED = """
+import os, sys
+from ds_moe import launcher
+launcher.GRACE_S = 1.0
+sys.exit(launcher.run_group([sys.executable, "-c", sys.argv[1]], dict(os.environ), float(sys.argv[2])))
+"""
+# As DeepSpeed's: it knows its rank's code, and would end at once of a signal to itself.
+PATIENT_LAUNCHER = """
+import os, subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", '''
+import signal, sys, time
+def on_term(*_):
+    time.sleep({needs})
+    print("rank has saved", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, on_term)
+print("rank is up", flush=True)
+time.sleep(600)
+'''], env={{**os.environ, "RANK": "0"}})
+code = rank.wait()
+print("launcher saw", code, flush=True)
+sys.exit(code)
+"""
+
+
+def asked(needs, stop_within_s, *signals):
+    """The output of a job that gets signals, half a second apart, and its code."""
+    command = ["env", "--default-signal=INT,HUP,TERM", sys.executable, "-c", ASKED]
+    command += [PATIENT_LAUNCHER.format(needs=needs), str(stop_within_s)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "rank is up\n"
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.5)
+    output, _ = process.communicate(timeout=20)
+    return output, process.returncode
+
+
+@pytest.mark.parametrize("number", launcher.STOPPING)
+def test_ranks_have_time_to_save_and_the_launcher_hears_of_it_from_them(number):
+    assert asked(1.0, 10.0, number) == ("rank has saved\nlauncher saw 143\n", 128 + number)
+
+
+def test_a_second_signal_does_not_wait_for_a_checkpoint():
+    output, code = asked(60.0, 60.0, signal.SIGINT, signal.SIGINT)
+    assert (output, code) == ("", 128 + signal.SIGINT)
+
+
+def test_past_the_deadline_nothing_is_waited_for():
+    output, code = asked(60.0, 0.1, signal.SIGTERM)
+    assert (output, code) == ("", 128 + signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "starts"),
+    [
+        ([1, 247, 0], 5, 3),  # crashed, killed, complete
+        ([1, 1, 1, 1], 2, 3),
+        ([1, 1], 0, 1),
+        ([2, 0], 5, 1),  # wrong as it is written
+        ([143, 0], 5, 1),  # stopped by a signal
+        ([3, 0], 5, 2),  # by the watchdog
+    ],
+)
+def test_a_crashed_run_is_started_again(codes, restarts, starts, monkeypatch, capsys):
+    given = iter(codes)
+    seen = []
+    monkeypatch.setattr(launcher, "plan", lambda *arguments: "plan")
+    monkeypatch.setattr(launcher, "start", lambda plan, stop_within_s: seen.append(stop_within_s) or next(given))
+    code = cli.main(["train", DEMO, "--max-restarts", str(restarts)])
+    assert (len(seen), code) == (starts, codes[starts - 1])
+    assert set(seen) == {120.0}  # train.stop_within_s
+    assert capsys.readouterr().err.count("starting again") == starts - 1
+
+
 def test_the_launchers_exit_code_is_passed_on():
     assert launcher.run_group([sys.executable, "-c", "import sys; sys.exit(7)"], dict(os.environ)) == 7
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_every_scalar_is_written_with_its_value(tmp_path):
     monitor.close()
     tags = set(events(tmp_path).Tags()["scalars"])
     assert tags == {
-        *(f"train/{name}" for name in ("loss", "lr", "grad_norm")),
+        *(f"train/{name}" for name in ("loss", "lr", "grad_norm", "skipped_steps")),
         *(f"eval/{name}" for name in ("loss", "accuracy", "accuracy_digit", "accuracy_even_or_odd")),
         *(f"perf/{name}" for name in ("tokens_per_s", "step_s", "data_wait_frac", "mem_gib", "mfu")),
         *(
@@ -204,6 +205,17 @@ def test_every_scalar_is_written_with_its_value(tmp_path):
     assert curve(tmp_path, "perf/mem_gib")[20] > 0.01
     assert curve(tmp_path, "moe/max_vio")[20] == pytest.approx(max_vio(routing_report(20).counts_LE))
     assert curve(tmp_path, "eval/accuracy") == {20: pytest.approx(0.95)}
+
+
+def test_a_step_that_was_not_taken_is_counted_and_leaves_the_means_alone(tmp_path):
+    monitor = new_monitor(tmp_path, log_every=4)
+    monitor.start(1, "", {})
+    for step in range(1, 5):
+        report = step_report(step, loss=float("nan") if step == 3 else 1.0)
+        monitor.step(replace(report, taken=step != 3, grad_norm=float("inf") if step == 3 else 2.0), None)
+    monitor.close()
+    assert curve(tmp_path, "train/skipped_steps") == {1: 0, 4: 1}
+    assert curve(tmp_path, "train/loss") == {1: 1.0, 4: 1.0} and curve(tmp_path, "train/grad_norm")[4] == 2.0
 
 
 def test_unknown_peak_text_only_and_no_balancer_leave_their_scalars_out(tmp_path):

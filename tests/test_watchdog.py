@@ -91,7 +91,7 @@ def test_turns_count_up_and_a_pulse_does_not():
     assert (dog.place.turn, dog.place.step, str(dog.place)) == (turn, 3, "step 3, forward") and dog.place.since > since
 
 
-ALONE = f"""
+ALONE = """
 import sys, time
 import torch.distributed as dist
 from ds_moe.watchdog import watch_job

@@ -35,7 +35,9 @@ from ds_moe.engine import Topology, build_engine, on_cpu, prepare_model, start_d
 from ds_moe.models.convert import moe_layers
 from ds_moe.moe.routing import RoutingDecision, count_experts
 from ds_moe.monitor.meters import relative_load
-from ds_moe.train import Run, seed_everything, train_step
+from ds_moe.run import Run, seed_everything
+from ds_moe.step import train_step
+from ds_moe.stopping import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQUENCE = 256  # bytes
@@ -162,7 +164,9 @@ def start_run(balance: list[dict[str, Any]], seed: int, steps: int, topology: To
     engine.train()
     absent: Any = None
     stream: Any = SimpleNamespace(error=None)
-    return Run(config, topology, engine, context, absent, stream, None, absent, steps, absent)
+    watch = SimpleNamespace(at=lambda *place, **more: None)
+    stop = SimpleNamespace(votes=lambda: [0.0] * len(SIGNALS))
+    return Run(config, topology, engine, context, absent, stream, None, absent, steps, absent, watch, stop)
 
 
 def measure(plan: dict[str, Any], method: str, seed: int, texts: tuple[np.ndarray, np.ndarray], topology: Topology):

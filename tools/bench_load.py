@@ -10,8 +10,8 @@ touched and are still mapped count, though ranks share them and the system may t
 out (the largest of samples 5 ms apart). `libraries` is what Python and its imports take, part of both.
 loaded: the weights are where DeepSpeed finds them: streamed, in the shards; else complete, but for others' experts.
 engine: DeepSpeed has sharded what was not, and made what training needs before its first step. With all weights
-trained those are fp32 masters, as large as the weights; with the routers alone next to nothing, so that the difference
-of the two is training's, not loading's.
+trained those are fp32 masters, gradients and Adam's moments, five times this rank's share of the fp32 weights in all;
+with the routers alone next to nothing, so that the difference of the two is training's, not loading's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ RANKS = 2
 FILE_BYTES = GIB // 2
 PATHS = ("streamed", "complete")
 TRAINED = {"router_only": "the routers", "all": "all weights"}
-NEEDED = 3.5  # memory of the ranks that load complete and train all weights, as a multiple of the model
+NEEDED = {("streamed", "router_only"): 1.1, ("complete", "router_only"): 2.8}  # memory of all ranks / the model
+NEEDED_TO_TRAIN = 6.0  # the same where all weights are trained
+LIBRARIES = 1.0  # GiB, of all ranks
 TEXT = {
     **{"hidden_size": 1024, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2},
     **{"head_dim": 128, "vocab_size": 32768, "tie_word_embeddings": False},
@@ -97,10 +100,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures, sizes and versions here")
     options = parser.parse_args(arguments)
     options.path, options.trained = options.path or list(PATHS), options.trained or list(TRAINED)
-    available = psutil.virtual_memory().available
-    if available < NEEDED * options.size * GIB:
-        needed = f"{NEEDED * options.size:.0f} GiB of memory, and {available / GIB:.0f} are available"
-        parser.error(f"--size {options.size:g} may need {needed}")
+    most = max(NEEDED.get(case, NEEDED_TO_TRAIN) for case in product(options.path, options.trained))
+    needed, available = most * options.size + LIBRARIES, psutil.virtual_memory().available / GIB
+    if available < needed:
+        parser.error(f"--size {options.size:g} may need {needed:.0f} GiB of memory: {available:.0f} are available")
     return options
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from plan.check import CASES, check_table, failed, measure
 from plan.runs import BUNDLED, Plan, outline_of, predicted, read_model, run_of
-from plan.sweep import Outcome, as_json, described, recommended, sweep, sweep_table
+from plan.sweep import NODE, Outcome, as_json, described, recommended, sweep, sweep_table
 from rich.console import Console
 from transformers import PretrainedConfig
 
@@ -119,9 +119,17 @@ def swept(options: argparse.Namespace, model: PretrainedConfig, gpus: list[int],
     for count, outcomes in found.items():
         console.print(sweep_table(count, outcomes, f"{options.model}, {shown}"))
         best = recommended(outcomes)
-        console.print(f"{count} GPUs: {described(best.plan) if best else 'nothing fits'}\n", highlight=False)
+        console.print(f"{count} GPUs: {advice(best, count)}\n", highlight=False)
         report["gpus"][count] = [as_json(outcome) for outcome in outcomes]
     return report
+
+
+def advice(best: Outcome | None, gpus: int) -> str:
+    """The recommended plan in words, with what its hosts must have besides."""
+    if best is None:
+        return "nothing fits"
+    host = sum(best.memory.host.values()) * min(gpus, NODE) / GIB
+    return described(best.plan) + (f"; a host of {min(gpus, NODE)} GPUs needs {host:,.0f} GiB" if host else "")
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:

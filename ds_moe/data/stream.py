@@ -94,7 +94,9 @@ class TrainStream:
         self._plan = Plan(records.lengths, train.global_batch_size, train.seed, data.shuffle, data.length_grouping)
         self._config, self._processor, self._encoder = config, processor, Encoder(config, records, processor)
         size = train.micro_batch_size
-        starts = [[(micro * world_size + one) * size for micro in range(self.accumulation)] for one in range(world_size)]
+        starts = [
+            [(micro * world_size + one) * size for micro in range(self.accumulation)] for one in range(world_size)
+        ]
         self._slices_by_rank = [[slice(start, start + size) for start in of_rank] for of_rank in starts]
         self._slices = self._slices_by_rank[rank]
         self._position = 0  # steps yielded since the very first

@@ -61,7 +61,8 @@ def _loading(case: Case, load: Load) -> Iterator[Finding]:
 
     where, on_cpu = case.config.at("model"), case.device.on_cpu
     stage = (case.deepspeed or {})["zero_optimization"]["stage"]
-    if stage == 3 and not load.streamed and not on_cpu and load.device > BUSY * case.device.memory:  # at 1 and 2 the peak counts it
+    moved_whole = stage == 3 and not load.streamed  # at 1 and 2 the peak counts it
+    if moved_whole and not on_cpu and load.device > BUSY * case.device.memory:
         text = f"a rank's {load.device / GIB:.1f} GiB of weights are moved to the device before ZeRO-3 shards them"
         there = f"{case.device.memory / GIB:.1f} GiB are there ({case.device.source})"
         fix = "raise moe.ep_size, or take larger devices" if case.config.moe else "take larger devices"

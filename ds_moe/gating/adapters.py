@@ -153,8 +153,8 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
     init = values.get("init_lora_weights", True)
     if init not in _PLAIN_INIT:
         raise UserError(
-            f"{file}: init_lora_weights={shown(init)} changed the base's own weights; turn it into a plain adapter with "
-            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"{file}: init_lora_weights={shown(init)} changed the base's own weights; turn it into a plain adapter "
+            "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
 
 

@@ -83,7 +83,9 @@ def read_manifest(path: Path) -> Manifest:
 def _validated(values: Any, file: str) -> Manifest:
     """The manifest of these JSON values, or UserError."""
     if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:  # first: another format has other keys
-        raise UserError(f"{file}: format={shown(values['format'])}, this version reads {FORMAT}: write the manifest again")
+        raise UserError(
+            f"{file}: format={shown(values['format'])}, this version reads {FORMAT}: write the manifest again"
+        )
     top = _entry(values, _TOP, file, "")
     ids: dict[str, int] = {}
     adapters: dict[str, Path] = {}
@@ -92,7 +94,9 @@ def _validated(values: Any, file: str) -> Manifest:
         entry = _entry(value, _ADAPTER, file, key)
         name, number, folder = entry["lora_name"], entry["lora_int_id"], entry["lora_path"]
         if not name or any(letter in "=," or letter.isspace() for letter in name):
-            raise UserError(f"{file}: {key}.lora_name={shown(name)}: not empty, and no space, '=' or ',' (--lora-modules)")
+            raise UserError(
+                f"{file}: {key}.lora_name={shown(name)}: not empty, and no space, '=' or ',' (--lora-modules)"
+            )
         if name in ids:
             raise UserError(f"{file}: {key}.lora_name={name!r} is adapters.{ids[name] - 1} already: rename one of them")
         if number != index + 1:
@@ -133,5 +137,7 @@ def _entry(value: Any, kinds: dict[str, type], file: str, key: str) -> dict[str,
             raise UserError(f"{file}: {dot}{name}={shown(value[name])}: expected {_KINDS[kind]}")
     unknown = [name for name in value if name not in kinds]
     if unknown:
-        raise UserError(f"{file}: {dot}{unknown[0][:120]} is no key of a manifest: remove it; known: {', '.join(kinds)}")
+        raise UserError(
+            f"{file}: {dot}{unknown[0][:120]} is no key of a manifest: remove it; known: {', '.join(kinds)}"
+        )
     return value

@@ -70,8 +70,14 @@ def read_gate(source: Path) -> SavedGate:
 def _base_of(path: Path) -> dict[str, Any]:
     """What a checkpoint of a gate was trained upon, see `fingerprint`."""
     base = json.loads((path / STATE).read_text()).get("base")
-    if not isinstance(base, dict) or not isinstance(base.get("adapters"), dict) or not isinstance(base.get("order"), list):
-        raise UserError(f"{path / STATE}: base is {shown(base)}, which names no adapters: it is of a run of another task")
+    if (
+        not isinstance(base, dict)
+        or not isinstance(base.get("adapters"), dict)
+        or not isinstance(base.get("order"), list)
+    ):
+        raise UserError(
+            f"{path / STATE}: base is {shown(base)}, which names no adapters: it is of a run of another task"
+        )
     return base
 
 

@@ -25,7 +25,7 @@ from ds_moe.monitor import EvalReport
 from ds_moe.task import Batch, Supervised
 
 if TYPE_CHECKING:
-    from ds_moe.train import Run
+    from ds_moe.run import Run
 
 
 class GateTask(Supervised):

@@ -116,6 +116,17 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"model.freeze {patterns} leaves nothing to train")
+    if isinstance(model, PreTrainedModel) and not _embeds_with_grad(model):
+        model.enable_input_require_grads()
+
+
+def _embeds_with_grad(model: PreTrainedModel) -> bool:
+    """Whether hidden states carry a gradient from the first layer on.
+
+    Where they do not, ZeRO-3 takes a trained router of that layer away before its gradient has arrived: DeepSpeed's
+    hook for the end of a module's backward fires at its beginning when no input of the module needs a gradient.
+    """
+    return any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
 
 
 def has_vision(model: nn.Module) -> bool:

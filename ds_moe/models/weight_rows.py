@@ -18,7 +18,7 @@ from ds_moe.errors import UserError
 from ds_moe.hf_folder import shard_names
 
 BLOCK = 2**24  # bytes read in one piece, if that is a row or more
-MAPPED = 2**26  # bytes after which a file is opened anew: pages of a file that were touched count as memory till then
+MAPPED = 2**24  # bytes after which a file is opened anew: pages of a file that were touched count as memory till then
 
 Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a weight, in the layout and shape it has in memory
 
@@ -123,5 +123,8 @@ def copy_range(rows: Rows, width: int, start: int, into: Tensor) -> None:
     for first in range(start // width, -(-stop // width), step):
         last = min(first + step, -(-stop // width))
         begin, end = max(start, first * width), min(stop, last * width)
-        values = rows(first, last).reshape(-1)[begin - first * width : end - first * width]
-        into[begin - start : end - start].copy_(values)
+        values, place = rows(first, last), into[begin - start : end - start]
+        if place.numel() == values.numel():  # no copy on the way, transposed or not
+            place.view(values.shape).copy_(values)
+        else:
+            place.copy_(values.reshape(-1)[begin - first * width : end - first * width])

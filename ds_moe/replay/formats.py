@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, shown
 
 MAX_ID = int(np.iinfo(np.int16).max)  # 8 bits hold 256 experts only, and a trace of 4k tokens x 48 x 8 is 3 MiB
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")  # raw ids, little endian
@@ -80,7 +80,9 @@ def _as_ids(value: Any, name: str) -> np.ndarray:
 
 def _as_start(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        raise UserError(f"{name}: start is {value!r} (give the index of the input token that row 0 routes, from 0)")
+        raise UserError(
+            f"{name}: start is {shown(value)} (give the index of the input token that row 0 routes, from 0)"
+        )
     return int(value)
 
 
@@ -142,10 +144,10 @@ def _from_fields(fields: Any, name: str) -> RoutingTrace:
         raise UserError(f"{name}: {found} (give an object with data, shape, start and dtype)")
     dtype, shape = fields["dtype"], fields["shape"]
     if dtype not in DTYPES:
-        raise UserError(f"{name}: dtype is {dtype!r} (one of {', '.join(DTYPES)})")
+        raise UserError(f"{name}: dtype is {shown(dtype)} (one of {', '.join(DTYPES)})")
     sizes = isinstance(shape, Sequence | np.ndarray) and [isinstance(n, int | np.integer) and n >= 0 for n in shape]
-    if sizes != [True] * 3:
-        raise UserError(f"{name}: shape is {shape!r} (give [rows, layers, top_k])")
+    if sizes != [True] * 3 or max(shape) >= 2**31:
+        raise UserError(f"{name}: shape is {shown(shape)} (give [rows, layers, top_k])")
     trace = RoutingTrace(_decode_array(fields["data"], dtype, shape, name), fields["start"], source=name)
     if fields.get("weights") is None:  # Arrow fills a column that other records have with None
         return trace
@@ -189,7 +191,7 @@ def decode(
     `layers` and `top_k` are for sglang, whose bytes do not tell their shape; `start` is for forms that do not say it.
     """
     if kind not in list(FORMATS):  # a record may name anything, even what has no hash
-        raise UserError(f"routing: kind is {kind!r} (one of {', '.join(FORMATS)})")
+        raise UserError(f"routing: kind is {shown(kind)} (one of {', '.join(FORMATS)})")
     trace = FORMATS[kind](value, layers, top_k, start)
     if start and trace.start != start:
         raise UserError(f"{kind}: start is {start}, but the value itself says {trace.start} (leave start out)")
@@ -238,6 +240,8 @@ def save_traces(path: str | Path, traces: Mapping[str, RoutingTrace]) -> None:
 
 def load_traces(path: str | Path) -> dict[str, RoutingTrace]:
     """The traces that `save_traces` wrote, by name. Raises `UserError` if the file is not one of its files."""
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: no file of routing traces (write it with save_traces)")
     try:
         with safe_open(path, framework="numpy") as file:
             about = json.loads(file.metadata()["traces"])

@@ -22,8 +22,11 @@ from ds_moe.errors import UserError
 from ds_moe.models.convert import BIAS_SUFFIX, convert, moe_layers
 from ds_moe.models.presets import build_preset
 from ds_moe.moe.loss_free import LossFreeBalancing
+from ds_moe.run import Run, set_up
 from ds_moe.runfile import load_run
-from ds_moe.train import Run, resume, save_checkpoint, set_up, train, train_step
+from ds_moe.step import train_step
+from ds_moe.stopping import SIGNALS
+from ds_moe.train import resume, save_checkpoint, train
 from tests.distributed.parity_ranks import SAMPLES, batches
 from tests.launcher import leave, report
 
@@ -65,7 +68,9 @@ def start(config, stage):
     engine.train()
     absent = SimpleNamespace()
     stream = SimpleNamespace(error=None)
-    return Run(config, topology, engine, context, absent, stream, None, absent, steps, absent)
+    watch = SimpleNamespace(at=lambda *place, **more: None)
+    stop = SimpleNamespace(votes=lambda: [0.0] * len(SIGNALS))
+    return Run(config, topology, engine, context, absent, stream, None, absent, steps, absent, watch, stop)
 
 
 def own_share(everything, topology):

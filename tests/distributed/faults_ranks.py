@@ -2,16 +2,20 @@
 
 import json
 import os
+import signal
 import sys
 import time
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
 from ds_moe import checkpoint
+from ds_moe.checkpoint_files import newest_complete
 from ds_moe.engine import start_distributed
 from ds_moe.errors import UserError
 from ds_moe.runfile import load_run
+from ds_moe.stopping import Stopped
 from ds_moe.task import Supervised
 from ds_moe.train import train
 from tests.launcher import leave, report
@@ -62,13 +66,40 @@ def slow_writes():
     return patch.object(checkpoint, "_write_rank", later)
 
 
+def signal_in_evaluation(steps):
+    """Rank 1 gets SIGUSR1 when the evaluation after one of the steps has begun, for the first time."""
+    evaluate, sent = Supervised.evaluate, []
+
+    def interrupted(task, run, limit, each_batch):
+        if os.environ["RANK"] == BAD_RANK and run.step in steps and run.step not in sent:
+            sent.append(run.step)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            while run.stop.received is None:
+                time.sleep(0.01)
+        return evaluate(task, run, limit, each_batch)
+
+    return patch.object(Supervised, "evaluate", interrupted)
+
+
+def started_again(config):
+    """What a run and its restarts come to: [[step, status] of every stop, result]."""
+    stops = []
+    while True:
+        try:
+            return [stops, train(config)]
+        except Stopped as stopped:
+            path = newest_complete(Path(config.train.output_dir, "checkpoints"))
+            stops.append([int(path.name.removeprefix("step_")), stopped.exit_status])
+
+
 def main():
     start_distributed(1)
-    for name, overrides, poison, steps in json.loads(sys.argv[1]):
+    for name, overrides, fault, steps in json.loads(sys.argv[1]):
         config = load_run(RUN, overrides)
-        with poisoned(poison, steps) if poison in POISONS else slow_writes():
+        faults = {"slow writes": slow_writes, "signal in evaluation": lambda steps=steps: signal_in_evaluation(steps)}
+        with poisoned(fault, steps) if fault in POISONS else faults[fault]():
             try:
-                report(**{name: train(config)})
+                report(**{name: started_again(config) if fault == "signal in evaluation" else train(config)})
             except UserError as error:
                 report(**{name: str(error)})
     leave()

@@ -25,8 +25,9 @@ from ds_moe.gating.saved import start_gate
 from ds_moe.gating.stages import GateTask
 from ds_moe.models.processor import load_processor
 from ds_moe.models.qwen3_vl import load_model
+from ds_moe.run import set_up
 from ds_moe.runfile import load_run
-from ds_moe.train import resume, save_checkpoint, set_up, train
+from ds_moe.train import resume, save_checkpoint, train
 from tests.launcher import leave, report
 
 RUN = "tests/runs/gate.yaml"

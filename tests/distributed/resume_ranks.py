@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from ds_moe import checkpoint_files
 from ds_moe.data.stream import TrainStream
+from ds_moe.run import set_up
 from ds_moe.runfile import load_run
-from ds_moe.train import resume, save_checkpoint, set_up, train
+from ds_moe.train import resume, save_checkpoint, train
 from tests.launcher import leave, report
 
 RUN = "tests/runs/resume.yaml"

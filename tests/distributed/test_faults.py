@@ -14,6 +14,7 @@ from ds_moe.watchdog import STALLED
 from tests.launcher import run_ranks, start_ranks
 
 RUN = "tests/runs/faults.yaml"
+EVALUATES = ["data.eval=digits", "train.eval_every=4", "train.eval_samples=8", "train.eval_generate=false"]
 LONG = ["train.steps=4000", "checkpoint.every=null", "train.watchdog_s=10"]
 
 
@@ -47,11 +48,12 @@ def ran(tmp_path_factory):
         ["too many", ["train.max_skipped=1"], "nan loss", [4, 5]],
         ["not in a row", ["train.max_skipped=1"], "nan loss", [4, 6]],
         ["background", ["checkpoint.background=true"], "slow writes", []],
+        ["evaluation", EVALUATES, "signal in evaluation", []],
+        ["interrupted evaluation", EVALUATES, "signal in evaluation", [4, 8]],
     ]
     outputs = {name: folder / name.replace(" ", "_") for name, *_ in cases}
-    for name, overrides, *_ in cases:
-        overrides.append(f"train.output_dir={outputs[name]}")
-    run = run_ranks("tests/distributed/faults_ranks.py", 2, [json.dumps(cases)], timeout=280)
+    placed = [[name, [*more, f"train.output_dir={outputs[name]}"], *rest] for name, more, *rest in cases]
+    run = run_ranks("tests/distributed/faults_ranks.py", 2, [json.dumps(placed)], timeout=280)
     return outputs, run
 
 
@@ -118,6 +120,15 @@ def test_checkpoints_in_the_background_hold_the_same(ran):
     outputs, _ = ran
     for step in range(1, 9):
         assert same(tensors(outputs["background"], step), tensors(outputs["sound"], step)), step
+
+
+def test_a_signal_in_an_evaluation_puts_it_off_until_the_run_goes_on(ran):
+    outputs, run = ran
+    stops, result = run.json["interrupted evaluation"]
+    assert stops == [[4, 128 + signal.SIGUSR1], [8, 128 + signal.SIGUSR1]]
+    _, undisturbed = run.json["evaluation"]
+    assert result["eval_loss"] == undisturbed["eval_loss"] and result["step"] == 8
+    assert same(tensors(outputs["interrupted evaluation"], 8), tensors(outputs["sound"], 8))
 
 
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint_and_the_run_goes_on_bit_for_bit(ran, tmp_path):

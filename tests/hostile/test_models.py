@@ -46,13 +46,15 @@ def with_code(folder: Path, canary: Path, file: str, **values: object) -> None:
     """`file` with an `auto_map` to classes in evil.py, which makes the canary when it is imported."""
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass Evil: pass\n")
     classes = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
-    mapping = {name: "evil.Evil" for name in classes} | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    mapping = dict.fromkeys(classes, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     known = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
     (folder / file).write_text(json.dumps(known | {"auto_map": mapping} | values))
 
 
 def test_a_good_model_passes(model):
-    assert WeightFiles(model).parameters == sum(one.numel() for one in load_model(of(model), torch.float32).parameters())
+    assert WeightFiles(model).parameters == sum(
+        one.numel() for one in load_model(of(model), torch.float32).parameters()
+    )
     assert load_processor(model).image_processor is not None
 
 
@@ -131,7 +133,7 @@ INDICES = {
     "a file above": (index("../../secret.safetensors"), f"names '../../secret.safetensors': {ELSEWHERE}"),
     "a file below": (index("deep/model.safetensors"), ELSEWHERE),
     "an absolute path": (index("/etc/passwd"), f"names '/etc/passwd': {ELSEWHERE}"),
-    "a path of 1 MB": (index("../" * 300_000), f"names '../../../"),
+    "a path of 1 MB": (index("../" * 300_000), "names '../../../"),
     "a missing shard": (index("model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors"),
     "a number": (index(1), NO_INDEX),
     "numbers and names": (index("a", 1), NO_INDEX),

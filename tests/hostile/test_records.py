@@ -180,7 +180,10 @@ def die():
 
 @pytest.mark.parametrize(
     ("how", "says"),
-    [(refuse, "model: its chat template drops turns (use another one)"), (die, "data.num_workers: a loading process died")],
+    [
+        (refuse, "model: its chat template drops turns (use another one)"),
+        (die, "data.num_workers: a loading process died"),
+    ],
     ids=["a UserError", "killed"],
 )
 def test_a_loading_process_never_fails_in_silence(stream, folder, how, says):

@@ -99,8 +99,16 @@ class Slurm:
         host.start("slurmd", "-D", "-f", conf, log=self.folder / f"slurmd-{number}.out", env={"SLURM_CONF": str(conf)})
 
     def start_at_once(self, job: str) -> None:
-        """A requeued job is held back for two minutes, which no setting of SLURM's shortens."""
-        self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """A requeued job is held back for two minutes, counted from its last process's end; no setting shortens them.
+
+        That end may come after this call: it is said until it is heeded.
+        """
+        deadline = time.monotonic() + 60
+        while self.state(job) == "PENDING":
+            assert time.monotonic() < deadline, self.command("scontrol", "show", "job", job)
+            with suppress(AssertionError):  # it has just started
+                self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+            time.sleep(1)
 
 
 @contextmanager

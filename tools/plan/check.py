@@ -20,6 +20,7 @@ from plan.runs import ENGINE_FILES
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 LIMIT = 0.15  # of the measured peak
+RECLAIMED = 0.03  # of the measured peak, pages of libraries that were missing at the end: no measurement
 RANKS = 2
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # bytes from which glibc returns what is freed at once
 TEXT = {  # 60 million parameters, nothing square
@@ -33,7 +34,7 @@ SEES = TEXT | {"num_hidden_layers": 4, "vision": VISION}  # 44 million
 
 
 class Case(NamedTuple):
-    """One run; 512 tokens a sample."""
+    """One run; 512 tokens a sample, 2,048 a rank unless its name says otherwise."""
 
     name: str
     stage: int
@@ -52,12 +53,12 @@ CASES = [
     Case("ZeRO-2, EP 2, 2 x 1,024 tokens accumulated", 2, 2, samples=2, accumulation=2),
     Case("ZeRO-3, EP 2", 3, 2),
     Case("ZeRO-3, EP 1, checkpointing", 3, 1, checkpointing=True),
-    Case("ZeRO-3, EP 2, checkpointing, 8,192 tokens", 3, 2, samples=16, checkpointing=True),
+    Case("ZeRO-3, EP 2, checkpointing, 4,096 tokens", 3, 2, samples=8, checkpointing=True),
     Case("images, ZeRO-3, EP 2", 3, 2, model=SEES),
     Case("images, ZeRO-2, EP 2, checkpointing", 2, 2, model=SEES, checkpointing=True),
     Case("images, frozen vision, ZeRO-1, EP 2", 1, 2, model=SEES, more={"model": {"freeze": ["vision"]}}),
     Case("LoRA on experts, ZeRO-3, EP 2", 3, 2, more={"lora": {"rank": 8, "experts": True}}),
-    Case("bf16, ZeRO-3, EP 2", 3, 2, samples=2, more={"train": {"precision": "bf16"}}),
+    Case("bf16, ZeRO-3, EP 2, 512 tokens", 3, 2, samples=1, more={"train": {"precision": "bf16"}}),
 ]
 
 
@@ -85,7 +86,7 @@ def measure(case: Case, kept: bool) -> dict[str, Any]:
             the peak is what was in use at once, as allocators of GPUs count it.
 
     Raises:
-        UserError: the processes failed.
+        UserError: the processes failed, or this machine was too short of memory to measure any.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -103,6 +104,9 @@ def measure(case: Case, kept: bool) -> dict[str, Any]:
         if code:
             raise UserError(f"--check: {case.name} failed with exit code {code}")
         found = json.loads(files[1].read_text())
+    if found["reclaimed_bytes"] > RECLAIMED * found["peak_bytes"]:
+        lost = f"{found['reclaimed_bytes'] / MIB:,.0f} MiB of its libraries"
+        raise UserError(f"--check: {case.name}: the system took back {lost}; free some memory and repeat")
     return {"case": case.name, "kept": kept, **compared(found, kept)}
 
 

@@ -41,12 +41,14 @@ class Plan:
 
 
 def read_model(name: str) -> PretrainedConfig:
-    """A bundled geometry, or the config.json of a folder or hub id.
+    """A bundled geometry, or the config.json of a folder.
 
     Raises:
-        UserError: none of these, or a family that ds_moe does not train.
+        UserError: neither, or a family that ds_moe does not train.
     """
     if name not in BUNDLED:
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"{name}: neither one of {', '.join(BUNDLED)} nor a folder with a config.json")
         return model_config(ModelConfig(path=name))
     text = {**_TEXT, **BUNDLED[name], "max_position_embeddings": 262_144, "tie_word_embeddings": False}
     vision = {**_VISION, "out_hidden_size": text["hidden_size"]}
