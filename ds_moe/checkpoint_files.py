@@ -88,7 +88,7 @@ def _problem_of_tensors(tensors: dict[str, Any], files: dict[str, Any]) -> str |
 def _problem_of_state(state: dict[str, Any], files: dict[str, Any]) -> str | None:
     for key, kind in STATE_KEYS.items():
         value = state.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
             return f"{STATE}: {key} is {shown(value)}"
     rng = (f"rng-{rank:05d}.safetensors" for rank in range(state["world_size"]))
     lacks = next((name for name in rng if name not in files), None)

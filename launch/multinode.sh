@@ -15,7 +15,7 @@
 #                NCCL_SOCKET_IFNAME). Default: for gloo the one that leads to the other machines; NCCL finds its own
 #   --dry-run    print the command and stop
 #
-# Ctrl-C or SIGTERM on one machine (with --hostfile: where it was started) ends the job everywhere, with a checkpoint.
+# Ctrl-C or SIGTERM on one machine ends the job everywhere, by hand with a checkpoint, through ssh without (docs/launch.md).
 #
 # The ssh form passes on only variables that begin with NCCL, PYTHON, UCX, MV2 or MLFLOW; put others as NAME=value
 # lines into .deepspeed_env (do not commit it).

@@ -55,7 +55,7 @@ def open_dense(path: str) -> DenseModel:
     """
     folder = _folder(path)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         hint = "it is a run's output folder; ds-moe export it first" if (folder / "checkpoints").is_dir() else error
         raise UserError(f"{path} cannot be read as a transformers checkpoint: {hint}") from error

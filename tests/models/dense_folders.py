@@ -48,7 +48,8 @@ def images(samples: int = 24) -> Batch:
 def load(folder: str | Path) -> Any:
     """What plain transformers makes of a folder, every weight in its place."""
     model_class = MODEL_CLASSES[AutoConfig.from_pretrained(folder).model_type]()
-    model, report = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded: Any = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, report = loaded
     assert not any(report.values()), report
     return model.eval()
 

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from ds_moe.data.demo import write_digits
@@ -80,10 +82,8 @@ def test_twice_the_same_branch_is_that_branch(folder, tmp_path):
 
 def independent_means(model_folder: Path, data: Path) -> torch.Tensor:
     """(layers, H): all samples in one padded forward, its text written out by the chat template."""
-    processor, model = load_processor(model_folder), load(model_folder)
-    rows, images = [], []
-    from PIL import Image
-
+    processor: Any = load_processor(model_folder)
+    model, rows, images = load(model_folder), [], []
     for line in data.read_text().splitlines():
         messages = json.loads(line)["messages"]
         images.append(Image.open(data.parent / messages[0]["content"][0]["image"]).convert("RGB"))

@@ -93,7 +93,7 @@ def test_stopped_by_usr1_requeued_and_resumed_equals_undisturbed_bit_for_bit(two
     job.wait_for("PENDING")
     saved = [path.name for path in checkpoints(tmp_path / "run").glob("step_*")]
     assert saved and LAST not in saved, "nothing was left to resume"
-    two_nodes.start_at_once(job.id)
+    two_nodes.start_soon(job.id)
     job.finish()
     assert job.starts == 2 and f"resumed from {checkpoints(tmp_path / 'run') / max(saved)}" in job.output
     assert (tmp_path / "logs" / "start_1").is_dir()
@@ -135,7 +135,7 @@ def test_a_lost_node_requeues_the_job_which_resumes_resharded_on_the_other(two_n
     try:
         job.wait_for("PENDING")
         requeued = time.monotonic()
-        two_nodes.start_at_once(job.id)
+        two_nodes.start_soon(job.id)
         job.finish()
     finally:
         two_nodes.net.plug(1)
