@@ -11,14 +11,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ds_moe import zero_state
 from ds_moe.checkpoint import persistent_buffers, saved_parameters, together
 from ds_moe.checkpoint_files import Reader, damaged, incomplete, read_manifest, step_folders
 from ds_moe.engine import Topology
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, one_line
 from ds_moe.models.convert import expert_state, full_shape
 
 
@@ -127,7 +127,11 @@ def _restore_rng(path: Path, state: dict[str, Any], topology: Topology) -> None:
     if state["world_size"] != topology.world_size:
         torch.manual_seed(state["step"] * topology.world_size + topology.rank)
         return
-    with safe_open(path / f"rng-{topology.rank:05d}.safetensors", framework="pt") as file:
-        torch.set_rng_state(file.get_tensor("cpu"))
-        if "cuda" in file.keys() and topology.device.type == "cuda":
-            torch.cuda.set_rng_state(file.get_tensor("cuda"), topology.device)
+    source = path / f"rng-{topology.rank:05d}.safetensors"
+    try:
+        with safe_open(source, framework="pt") as file:
+            torch.set_rng_state(file.get_tensor("cpu"))
+            if "cuda" in file.keys() and topology.device.type == "cuda":
+                torch.cuda.set_rng_state(file.get_tensor("cuda"), topology.device)
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise UserError(f"{source} holds no random state of this machine: {one_line(error)}") from error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ds_moe.config import ModelConfig, RunConfig
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, one_line
 from ds_moe.models.classes import MODEL_CLASSES
 from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.unread import leave_unread
@@ -36,9 +36,11 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     if config.preset is not None:
         return preset_config(config.preset)
     try:
-        found = AutoConfig.from_pretrained(str(config.path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path {config.path!r} cannot be read as a transformers checkpoint: {error}") from error
+        found = AutoConfig.from_pretrained(str(config.path), trust_remote_code=False)
+    except Exception as error:  # whatever a config from elsewhere may hold
+        raise UserError(
+            f"model.path {config.path!r} cannot be read as a transformers checkpoint: {one_line(error)}"
+        ) from error
     if found.model_type not in MODEL_CLASSES:
         raise UserError(f"model.path {config.path!r} is a {found.model_type!r}; supported: {sorted(MODEL_CLASSES)}")
     return found
@@ -51,7 +53,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0, unread: b
 
     Args:
         unread: leave the weights in their files (see `unread.py`) if `streaming.py` can read them: not those of a
-            preset, of files that are no safetensors, or under names that only transformers can translate.
+            preset, or under names that only transformers can translate.
 
     Raises:
         UserError: as `model_config`; a missing, unexpected or misshapen weight, or a file that cannot be read.
@@ -82,9 +84,14 @@ def _from_pretrained(
             dtype=dtype,
             attn_implementation=config.attention,
             device_map=device,
+            use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused here
             output_loading_info=True,
         )
+    except OSError as error:
+        raise UserError(
+            f"model.path {config.path!r} has no weights in safetensors files that can be read: {one_line(error)}"
+        ) from error
     except RuntimeError as error:  # of single experts that cannot be stacked; its message names none
         uneven = files.uneven_experts()[:5] if files is not None else []
         what = f"missing or misshapen experts: {uneven}" if uneven else error

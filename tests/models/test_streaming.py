@@ -184,7 +184,13 @@ def test_what_cannot_be_streamed_is_loaded_complete(tmp_path):
     model = load_model(ModelConfig(path=str(tmp_path)), torch.float32, unread=True)
     assert not any(is_unread(parameter) for parameter in model.parameters())
     assert differing(model, expected) == []
+
+
+@pytest.mark.parametrize("unread", [False, True])
+def test_a_pickle_is_not_read(tmp_path, unread):
+    write(tmp_path, "moe stacked")
+    file = tmp_path / "model.safetensors"
     torch.save(load_file(file), tmp_path / "pytorch_model.bin")
     file.unlink()
-    model = load_model(ModelConfig(path=str(tmp_path)), torch.float32, unread=True)
-    assert not any(is_unread(parameter) for parameter in model.parameters())
+    with pytest.raises(UserError, match="has no weights in safetensors files"):
+        load_model(ModelConfig(path=str(tmp_path)), torch.float32, unread=unread)
