@@ -78,9 +78,7 @@ def test_make_lists_its_targets():
 # --- shell scripts
 
 
-@pytest.mark.parametrize(
-    "script", [*SCRIPTS, "launch/on_node.sh", "launch/common.bash", "tools/setup_env.sh", ".ci/run"]
-)
+@pytest.mark.parametrize("script", [*SCRIPTS, *PARTS, "tools/setup_env.sh", ".ci/run"])
 def test_shell_syntax(script):
     result = shell("bash", "-n", script)
     assert result.returncode == 0, result.stderr
