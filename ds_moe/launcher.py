@@ -69,10 +69,18 @@ def plan(
         settings, words = choose_devices(nproc, torch.accelerator.device_count(), visible)
     if hostfile is not None and nproc:
         words += ["--num_accelerators", str(nproc)]
+    if hostfile is not None:
+        run, *overrides = map(for_remote_shell, [run, *overrides])
     if hostfile is None or port:
         words += ["--master_port", str(port or _free_port())]
     options = ["--quiet", "--no_local_rank", "--module", "ds_moe.train"]
     return Launch([_deepspeed(), *words, *options, run, *overrides], settings)
+
+
+def for_remote_shell(word: str) -> str:
+    """A word as DeepSpeed's pdsh launcher must get it so that the shells of the other machines see it unchanged: it
+    puts words that hold a space between double quotes, and no others."""
+    return re.sub(r'([\\$`"])', r"\\\1", word) if " " in word else shlex.quote(word)
 
 
 def choose_devices(nproc: int | None, devices: int, visible: str) -> tuple[dict[str, str], list[str]]:

@@ -114,6 +114,16 @@ def test_impossible_choices_of_accelerators_are_refused():
         launcher.choose_devices(1, 1, "GPU-8a")
 
 
+@pytest.mark.parametrize(
+    "word", ["train.lr=1e-3", "a=$(touch fired)", "a=`id`;ls", 'b="two words"', "c='x y' $HOME", "d=*"]
+)
+def test_the_shell_of_another_machine_sees_the_words_as_they_were_written(word, tmp_path):
+    quoted = launcher.for_remote_shell(word)
+    line = f'"{quoted}"' if " " in quoted else quoted  # as DeepSpeed's PDSHRunner writes it
+    seen = subprocess.run(["bash", "-c", f"printf %s {line}"], capture_output=True, text=True, cwd=tmp_path)
+    assert seen.stdout == word and not list(tmp_path.iterdir())
+
+
 # --- the processes
 
 RUN_GROUP = """

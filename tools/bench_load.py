@@ -60,51 +60,58 @@ TEXT = {
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    dtype = getattr(torch, options.dtype)
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench_load_") as folder:
-        if shutil.disk_usage(folder).free < 1.1 * options.size * GIB:
-            sys.exit(f"error: {folder} has no room for {options.size} GiB: give another --folder")
-        size, files = write_checkpoint(Path(folder, "model"), options.size * GIB, dtype)
-        results = []
-        for trained in options.trained:
-            for path in options.path:
-                plan = {"folder": str(Path(folder, "model")), "path": path, "trained": trained}
-                found = launch({**plan, "dtype": options.dtype, "ranks": RANKS}, Path(folder))
-                results.append({"path": path, "trained": trained, **most_of_ranks(found["ranks"])})
-    same_loss = len({tuple(result["loss"]) for result in results}) == 1
+    runs = [measure(size, options) for size in options.size]
     facts = {
-        **{"model_bytes": size, "files": files, "dtype": options.dtype, "ranks": RANKS, "ep_size": RANKS, "zero": 3},
-        **{"largest_file_bytes": FILE_BYTES, "layers": layers(options.size * GIB, dtype), "same_loss": same_loss},
+        **{"dtype": options.dtype, "ranks": RANKS, "ep_size": RANKS, "zero": 3, "largest_file_bytes": FILE_BYTES},
         **{"cores": len(os.sched_getaffinity(0)), "load_average": round(os.getloadavg()[0], 1)},
-        "environment": found["environment"],
     }
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(facts, table(results, size))
+    console.print(facts, *(table(run["results"], run["model_bytes"]) for run in runs if run["results"]))
+    for line in [line for run in runs for line in run["left_out"]]:
+        print(f"left out: {line}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
-    if not same_loss:
-        print("error: the ways of loading do not give the same loss", file=sys.stderr)
-    return 0 if same_loss else 1
+        options.json.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
+    wrong = [run["model_bytes"] for run in runs if not run["same_loss"]]
+    if wrong:
+        print(f"error: the ways of loading do not give the same loss, with models of {wrong} bytes", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=float, default=4, metavar="GIB", help="of the checkpoint (default 4)")
+    parser.add_argument("--size", type=float, action="append", metavar="GIB", help="default 4 (repeatable)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of files and training")
-    parser.add_argument(
-        "--folder", type=Path, help="where the checkpoint is written, and removed from (default: temporary)"
-    )
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written, and removed (default: temporary)")
     parser.add_argument("--path", choices=PATHS, action="append", help="only this way of loading")
     parser.add_argument("--trained", choices=TRAINED, action="append", help="only this (default: one after the other)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures, sizes and versions here")
     options = parser.parse_args(arguments)
+    options.size = options.size or [4.0]
     options.path, options.trained = options.path or list(PATHS), options.trained or list(TRAINED)
-    most = max(NEEDED.get(case, NEEDED_TO_TRAIN) for case in product(options.path, options.trained))
-    needed, available = most * options.size + LIBRARIES, psutil.virtual_memory().available / GIB
-    if available < needed:
-        parser.error(f"--size {options.size:g} may need {needed:.0f} GiB of memory: {available:.0f} are available")
     return options
+
+
+def measure(size: float, options: argparse.Namespace) -> dict[str, Any]:
+    """What the ranks find of one checkpoint of `size` GiB; what this machine has no memory for is left out."""
+    dtype = getattr(torch, options.dtype)
+    run: dict[str, Any] = {"results": [], "left_out": []}
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench_load_") as folder:
+        if shutil.disk_usage(folder).free < 1.1 * size * GIB:
+            sys.exit(f"error: {folder} has no room for {size:g} GiB: give another --folder")
+        run["model_bytes"], run["files"] = write_checkpoint(Path(folder, "model"), size * GIB, dtype)
+        for trained, path in product(options.trained, options.path):
+            needed = NEEDED.get((path, trained), NEEDED_TO_TRAIN) * size + LIBRARIES
+            available = psutil.virtual_memory().available / GIB
+            if available < needed:
+                case = f"{path}, {TRAINED[trained]} trained, {size:g} GiB"
+                run["left_out"].append(f"{case}: may need {needed:.1f} GiB of memory, {available:.1f} are available")
+                continue
+            plan = {"folder": str(Path(folder, "model")), "path": path, "trained": trained}
+            found = launch({**plan, "dtype": options.dtype, "ranks": RANKS}, Path(folder))
+            run["results"].append({"path": path, "trained": trained, **most_of_ranks(found["ranks"])})
+            run["environment"] = found["environment"]
+    return {**run, "same_loss": len({tuple(result["loss"]) for result in run["results"]}) <= 1}
 
 
 def layers(size: float, dtype: torch.dtype) -> int:
@@ -184,7 +191,7 @@ def most_of_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]], size: int) -> Table:
-    table = Table(title="peak host memory of a rank, GiB, and as a share of the model")
+    table = Table(title=f"{size / GIB:.2f} GiB: peak host memory of a rank in GiB, and as a share of the model")
     columns = (
         "loaded\npeak",
         "loaded\nanonymous",

@@ -22,6 +22,9 @@ MIB = 2**20
 LIMIT = 0.15  # of the measured peak
 RECLAIMED = 0.03  # of the measured peak, pages of libraries that were missing at the end: no measurement
 RANKS = 2
+# Without, oneDNN keeps what it compiled for every shape of a product in bf16, and an expert has another number of rows
+# at every step: more than 100 MiB that no weight and no activation accounts for.
+NO_KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # bytes from which glibc returns what is freed at once
 TEXT = {  # 60 million parameters, nothing square
     **{"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 6},
@@ -99,6 +102,7 @@ def measure(case: Case, kept: bool) -> dict[str, Any]:
         command += [str(ROOT / "tools/memory_ranks.py"), *map(str, files)]
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         settings = {"PYTHONPATH": os.pathsep.join(paths), **launcher.cpu_settings(RANKS), "OMP_NUM_THREADS": "1"}
+        settings |= NO_KERNEL_CACHE
         launch = launcher.Launch(command, settings | ({} if kept else RETURNED))
         code = launcher.start(launch, stop_within_s=0)
         if code:
