@@ -79,8 +79,8 @@ def plan(
 
 def for_remote_shell(word: str) -> str:
     """A word as DeepSpeed's pdsh launcher must get it so that the shells of the other machines see it unchanged: it
-    puts words that hold a space between double quotes, and no others."""
-    return re.sub(r'([\\$`"])', r"\\\1", word) if " " in word else shlex.quote(word)
+    puts words that hold a space between double quotes, which it escapes in them, and no others."""
+    return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
 
 
 def choose_devices(nproc: int | None, devices: int, visible: str) -> tuple[dict[str, str], list[str]]:

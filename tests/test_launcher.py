@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from ds_moe import cli, launcher
 from ds_moe.errors import UserError
@@ -119,7 +121,8 @@ def test_impossible_choices_of_accelerators_are_refused():
 )
 def test_the_shell_of_another_machine_sees_the_words_as_they_were_written(word, tmp_path):
     quoted = launcher.for_remote_shell(word)
-    line = f'"{quoted}"' if " " in quoted else quoted  # as DeepSpeed's PDSHRunner writes it
+    runner = PDSHRunner(SimpleNamespace(user_args=[quoted], user_script=""), "")
+    [line] = runner.user_arguments
     seen = subprocess.run(["bash", "-c", f"printf %s {line}"], capture_output=True, text=True, cwd=tmp_path)
     assert seen.stdout == word and not list(tmp_path.iterdir())
 
