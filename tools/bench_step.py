@@ -171,7 +171,7 @@ def launch(
     settings = {"PYTHONPATH": os.pathsep.join(paths)}
     if suite.device == "cpu":
         settings |= launcher.cpu_settings(processes) | {"OMP_NUM_THREADS": "1"}
-    code = launcher.start(launcher.Launch(command, settings))
+    code = launcher.start(launcher.Launch(command, settings), stop_within_s=0)
     if code:
         sys.exit(code)
     found = json.loads(result_file.read_text())
