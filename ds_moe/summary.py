@@ -14,6 +14,7 @@ from ds_moe.models.convert import expert_state, moe_layers
 from ds_moe.models.lora import coverage
 from ds_moe.models.qwen3_vl import parameter_table
 from ds_moe.moe.backends import choose
+from ds_moe.step import SKIPPED_STEPS
 
 if TYPE_CHECKING:
     from ds_moe.run import Run
@@ -107,6 +108,7 @@ def result_rows(run: Run) -> dict[str, str]:
     of_task = result.get(run.config.task, {})
     _row(rows, "reward", of_task.get("reward"), "{:.3f}".format)
     _row(rows, "mismatch k3, engine to trainer", of_task.get("mismatch_k3"), "{:.2e}".format)
+    _row(rows, "steps not taken", run.skipped or None, lambda count: f"{count} (in {run.folder / SKIPPED_STEPS})")
     bad_records = run.folder / BAD_RECORDS
     if bad_records.exists():  # of all ranks
         rows["bad records skipped"] = f"{len(bad_records.read_text().splitlines())} (in {bad_records})"

@@ -65,7 +65,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
         Stopped: a signal has ended the run before, and its checkpoint is written.
     """
-    run = set_up(config)
+    run, complete = set_up(config), False
     try:
         resume(run)
         run.monitor.start(run.step + 1, run_summary(run), dump(config))
@@ -74,6 +74,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         run.stop.wait_for_step()
         train_steps(run)
         finish(run)
+        complete = True
     except OSError as error:
         raise UserError(f"rank {run.topology.rank} in {run.watch.place}: {error}") from error
     except Exception as error:
@@ -82,7 +83,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     finally:
         run.monitor.close()
         run.stop.close()
-    run.watch.close()
+        run.watch.close(complete)
     run.engine.destroy()
     return run.result
 

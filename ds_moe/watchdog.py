@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
@@ -25,6 +26,7 @@ import torch.distributed as dist
 STALLED = 3  # exit status of a rank whose watchdog has ended it
 SILENCE = 0.75  # of the limit: a rank that lives says something many times in it, whatever it computes
 CHECKS = 20  # a limit
+LEAVE_S = 2.0  # that a rank which leaves waits for the store
 _runs = count()  # of this process: each run of a job has its own keys in the store
 
 
@@ -112,15 +114,15 @@ class Watchdog:
         """The training thread moves on within its turn, which other ranks may have ended."""
         self.place = replace(self.place, since=time.monotonic())
 
-    def close(self) -> None:
-        """Stop watching, and tell the others that no more will be heard of this rank."""
+    def close(self, complete: bool) -> None:
+        """Stop watching; of a run that is complete the others are told that no more will be heard of this rank."""
         self._closed.set()
         for thread in self._threads:
-            thread.join(self.silence_s)
-        try:
-            self._speak(done=True)
-        except RuntimeError:  # the store's host has left already
-            pass
+            thread.join(LEAVE_S)
+        if complete:
+            self._store.set_timeout(timedelta(seconds=LEAVE_S))
+            with suppress(RuntimeError):  # the store's host has left already
+                self._speak(done=True)
 
     def _speak(self, done: bool = False) -> None:
         self._spoken += 1

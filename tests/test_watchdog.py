@@ -103,7 +103,7 @@ if sys.argv[1] == "moves":
     for _ in range(20):
         time.sleep(0.1)
         watch.at("data")
-    watch.close()
+    watch.close(complete=True)
     time.sleep(1.5)
     sys.exit(0)
 

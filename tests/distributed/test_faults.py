@@ -96,14 +96,15 @@ def test_the_schedule_does_not_wait_for_a_skipped_step(ran):
 
 
 def test_the_samples_of_a_skipped_step_are_written_down_by_rank(ran):
-    outputs, _ = ran
+    outputs, run = ran
     [line] = (outputs["nan loss, ZeRO 3"] / SKIPPED_STEPS).read_text().splitlines()
     skipped = json.loads(line)
     assert skipped["step"] == 4
     assert [rank["loss"] == "nan" for rank in skipped["ranks"]] == [False, True]
     samples = [where for rank in skipped["ranks"] for where in rank["samples"]]
     assert len(samples) == len(set(samples)) == 8
-    assert all(rank["samples"] and len(rank["samples"]) == 4 for rank in skipped["ranks"])
+    assert [len(rank["samples"]) for rank in skipped["ranks"]] == [4, 4]
+    assert "steps not taken" in run.log(0)
 
 
 def test_more_in_a_row_than_allowed_end_the_run_and_its_checkpoints_stay(ran):
