@@ -48,6 +48,7 @@ def assert_same_updates(ours, theirs):
     assert [move["bias"] for move in ours] == [move["bias"] for move in theirs], "bits of the bias"
 
 
+@pytest.mark.slow
 def test_counts_and_bias_are_bit_identical_on_every_topology(one_rank, two_ranks, four_ranks):
     expected = one_rank["checkpointing False"]
     assert len(expected) == 2 and all(sum(move["counts"]) > 0 for move in expected)  # one update a layer
@@ -152,6 +153,7 @@ def errors(folder: Path) -> dict[str, str]:
     return json.loads((folder / "errors.json").read_text())
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_goes_on_bit_for_bit_with_its_bias(stopped, tmp_path):
     arguments = [RUN, *BALANCE, f"train.output_dir={tmp_path}"]
     run = start_ranks("ds_moe.train", 2, arguments)

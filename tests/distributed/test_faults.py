@@ -68,6 +68,7 @@ SKIPPING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SKIPPING)
 def test_a_step_with_a_nan_on_one_rank_is_taken_by_none(ran, case):
     """Step 4 leaves weights, moments and biases as step 3 made them; the data and the schedule go on."""
@@ -82,12 +83,14 @@ def test_a_step_with_a_nan_on_one_rank_is_taken_by_none(ran, case):
     assert run.json_by_rank[0][case]["step"] == run.json_by_rank[1][case]["step"] == 8
 
 
+@pytest.mark.slow
 def test_without_a_nan_every_step_is_taken(ran):
     outputs, _ = ran
     assert not same(tensors(outputs["sound"], 3), tensors(outputs["sound"], 4))
     assert not (outputs["sound"] / SKIPPED_STEPS).exists()
 
 
+@pytest.mark.slow
 def test_the_schedule_does_not_wait_for_a_skipped_step(ran):
     """Rank 0's log: the learning rate of a run that skipped a step is that of one that did not, step for step."""
     _, run = ran
@@ -95,6 +98,7 @@ def test_the_schedule_does_not_wait_for_a_skipped_step(ran):
     assert len(rates) > 16 and rates[8:16] == rates[:8]
 
 
+@pytest.mark.slow
 def test_the_samples_of_a_skipped_step_are_written_down_by_rank(ran):
     outputs, run = ran
     [line] = (outputs["nan loss, ZeRO 3"] / SKIPPED_STEPS).read_text().splitlines()
@@ -107,6 +111,7 @@ def test_the_samples_of_a_skipped_step_are_written_down_by_rank(ran):
     assert "steps not taken" in run.log(0)
 
 
+@pytest.mark.slow
 def test_more_in_a_row_than_allowed_end_the_run_and_its_checkpoints_stay(ran):
     outputs, run = ran
     for of_rank in run.json_by_rank:
@@ -116,6 +121,7 @@ def test_more_in_a_row_than_allowed_end_the_run_and_its_checkpoints_stay(ran):
     assert run.json["not in a row"]["step"] == 8
 
 
+@pytest.mark.slow
 def test_checkpoints_in_the_background_hold_the_same(ran):
     """Each file takes longer than a step, so the next steps have moved every weight when it is written."""
     outputs, _ = ran
@@ -123,6 +129,7 @@ def test_checkpoints_in_the_background_hold_the_same(ran):
         assert same(tensors(outputs["background"], step), tensors(outputs["sound"], step)), step
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_evaluation_puts_it_off_until_the_run_goes_on(ran):
     outputs, run = ran
     stops, result = run.json["interrupted evaluation"]
@@ -132,6 +139,7 @@ def test_a_signal_in_an_evaluation_puts_it_off_until_the_run_goes_on(ran):
     assert same(tensors(outputs["interrupted evaluation"], 8), tensors(outputs["sound"], 8))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint_and_the_run_goes_on_bit_for_bit(ran, tmp_path):
     outputs, _ = ran
     slow = "data.num_workers=1"  # a worker that the launcher's signals must not kill before its rank has saved

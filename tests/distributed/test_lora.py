@@ -56,6 +56,7 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(never_stopped):
     assert size < 3 * 0.5 * whole  # weights and two moments of the updates, not of the model
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_equals_never_stopped_bit_for_bit(never_stopped, tmp_path):
     arguments = [RUN, *lora_run(never_stopped), f"train.output_dir={tmp_path}"]
     run = start_ranks("ds_moe.train", 2, arguments, launcher="deepspeed")

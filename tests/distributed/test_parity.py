@@ -10,7 +10,7 @@ from tests.launcher import run_ranks
 LOSS, GRADIENT = 1e-6, 5e-6  # the invariant: fp32 sums in another order
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_parity_matrix(world_size, show):
     run = run_ranks("tests/distributed/parity_ranks.py", world_size, timeout=300)
     title = f"parity with unconverted transformers, {world_size} ranks, real images (one rank without), fp32"

@@ -97,7 +97,7 @@ RESHARDED = {
 }
 
 
-@pytest.mark.parametrize("world_size", list(RESHARDED))
+@pytest.mark.parametrize("world_size", [2, 1, pytest.param(4, marks=pytest.mark.slow)])
 def test_resume_on_another_topology(never_stopped, tmp_path, world_size, show):
     """What is loaded is bit-equal, whatever the topology; what is trained from it drifts by rounding only."""
     source = checkpoints(never_stopped) / "step_00000016"
@@ -174,6 +174,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_resume_passes_over_a_flipped_bit_and_never_starts_anew_among_checkpoints(two_checkpoints):
     output = two_checkpoints.parent
     damage(two_checkpoints / LAST / "rank-00001.safetensors")
