@@ -32,6 +32,7 @@ FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 STATE_KEYS = {"step": int, "adam_step": int, "world_size": int, "ep_size": int, "precision": str}
 STATE_KEYS |= {"data": dict, "result": dict}
+MAPPED = 2**26  # bytes after which files are opened anew: their pages that were touched count as memory until then
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
@@ -124,6 +125,7 @@ class Reader:
         self.path = path
         self.tensors = (manifest or read_manifest(path))["tensors"]
         self._files: dict[str, Any] = {}
+        self._mapped = 0
 
     def _piece(self, key: str, name: str, start: int, stop: int) -> Any:
         """The slice `key` of a file, which must hold what the manifest says."""
@@ -164,7 +166,11 @@ class Reader:
                 position = min(last, stop)
         if position != stop:
             raise UserError(f"checkpoint {self.path} holds {key} only up to row {position} of {stop}")
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._mapped += value.nbytes
+        if self._mapped > MAPPED:
+            self._files, self._mapped = {}, 0
+        return value
 
 
 def file_table(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:

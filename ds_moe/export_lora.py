@@ -12,6 +12,8 @@ from ds_moe.config import LoRAConfig, RunConfig
 from ds_moe.errors import UserError
 from ds_moe.models.lora import TARGET_PARAMETERS, Update, merged, peft_config, peft_value, scaling, update_of
 from ds_moe.models.qwen3_vl import load_model
+from ds_moe.models.unread import is_unread
+from ds_moe.models.weight_rows import WeightRows
 from ds_moe.runfile import load_run
 
 WEIGHT = "weight/"
@@ -20,7 +22,8 @@ WEIGHT = "weight/"
 class MergedReader:
     """Reads the tensors of base and checkpoint as one model, by the keys of a checkpoint of the whole model.
 
-    The base is loaded complete, in the dtype it trained in; a weight with an update is merged when it is read.
+    The base has the dtype it trained in; its weights stay in their files, and one with an update is merged, when it is
+    read. That of a preset is built complete.
 
     Args:
         reader: of a checkpoint that leaves out its base.
@@ -30,7 +33,8 @@ class MergedReader:
     """
 
     def __init__(self, reader: Reader, config: RunConfig, lora: LoRAConfig, dtype: torch.dtype) -> None:
-        base = load_model(config.model, dtype, config.train.seed)
+        base = load_model(config.model, dtype, config.train.seed, unread=True)
+        self._base_files = WeightRows.find(config.model.path) if config.model.path is not None else None
         self._reader, self._scaling = reader, scaling(lora)
         self._base = {f"{WEIGHT}{name}": parameter.detach() for name, parameter in base.named_parameters()}
         self._halves: dict[str, dict[str, str]] = {}  # of updates: base weight -> half -> key
@@ -49,10 +53,18 @@ class MergedReader:
     def read(self, key: str) -> Tensor:
         if key in self._whole:
             return self._reader.read(key)
-        weight, halves = self._base[key], self._halves.get(key)
+        weight, halves = self._base_weight(key), self._halves.get(key)
         if halves is None:
             return weight
         return merged(weight, self._reader.read(halves["A"]), self._reader.read(halves["B"]), self._scaling)
+
+    def _base_weight(self, key: str) -> Tensor:
+        weight = self._base[key]
+        if self._base_files is None or not is_unread(weight):
+            return weight
+        rows = self._base_files.stored(key.removeprefix(WEIGHT), weight.shape)
+        assert rows is not None  # or `load_model` had read it
+        return rows(0, weight.shape[0]).to(weight.dtype)
 
 
 def _update(key: str) -> Update | None:
