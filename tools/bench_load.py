@@ -1,6 +1,6 @@
 """Host memory of loading: a checkpoint streamed into the shards of two ranks, and the same one loaded complete.
 
-    python tools/bench_load.py --size 4 --json docs/results/load_cpu.json
+    python tools/bench_load.py --size 4 --size 2 --json docs/results/load_cpu.json
 
 Writes a Qwen3-VL-MoE checkpoint of random weights, as the hub has them (experts transposed, an index, files of half a
 GiB), and starts two ranks (EP 2, ZeRO-3, CPU) for each way of loading it. They must find the same loss to the bit.
