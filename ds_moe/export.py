@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from ds_moe import __version__
 from ds_moe.checkpoint_files import STATE, Reader, find_checkpoint, read_manifest, write_tensors
-from ds_moe.errors import UserError, shown
+from ds_moe.errors import UserError, one_line, shown
 from ds_moe.export_lora import MergedReader, write_adapter
 from ds_moe.hf_folder import (
     LAYOUTS,
@@ -129,8 +129,7 @@ def _model_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers looks into values before it looks at their types
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder / 'config.json'} is no config of a model that we know ({reason})") from error
+        raise UserError(f"{folder / 'config.json'} is no config of a model that we know ({one_line(error)})") from error
 
 
 def _reader(checkpoint: Path, state: dict[str, Any], dtype: torch.dtype) -> Reader | MergedReader:

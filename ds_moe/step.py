@@ -34,7 +34,7 @@ def train_step(run: Run, steps: Iterator[list[Batch]]) -> StepReport:
     and biases stay; the schedule and the data go on.
 
     Raises:
-        UserError: on every rank, when any met a bad record, or after `train.max_skipped` such steps in a row.
+        UserError: on every rank, when any met a bad record.
     """
     began = time.perf_counter()
     device = run.topology.device

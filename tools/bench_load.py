@@ -21,16 +21,17 @@ import json
 import math
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import psutil
 import torch
+from launched import run_plan
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -42,7 +43,6 @@ from ds_moe.memory import skeleton
 from ds_moe.models.convert import expert_state
 from ds_moe.models.presets import preset_config
 
-ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 RANKS = 2
 FILE_BYTES = GIB // 2
@@ -167,21 +167,11 @@ def random_weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -
 
 
 def launch(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Start load_ranks under DeepSpeed's launcher, with the environment of CPU runs, and read what it writes."""
-    plan_file, result_file = folder / "plan.json", folder / "result.json"
-    plan_file.write_text(json.dumps(plan))
-    result_file.unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(RANKS)]
-    command += ["--master_port", str(port), "--quiet", "--no_local_rank"]
-    command += [str(ROOT / "tools/load_ranks.py"), str(plan_file), str(result_file)]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings = launcher.cpu_settings(RANKS) | {"PYTHONPATH": os.pathsep.join(paths)}
-    if code := launcher.start(launcher.Launch(command, settings), stop_within_s=0):
-        sys.exit(code)
-    return json.loads(result_file.read_text())
+    """What load_ranks finds with the environment of CPU runs."""
+    try:
+        return run_plan("load_ranks.py", plan, RANKS, launcher.cpu_settings(RANKS), folder)
+    except CalledProcessError as error:
+        sys.exit(error.returncode)
 
 
 def most_of_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,20 +20,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any, NamedTuple
 
 import torch
+from launched import run_plan
 from rich.console import Console
 from rich.table import Table
 
 from ds_moe import launcher
 
-ROOT = Path(__file__).resolve().parents[1]
 CONTENDERS = {"ds_moe": "ds_moe", "zero3": "ZeRO-3 + transformers grouped_mm", "autoep": "DeepSpeed AutoEP"}
 OURS = "ds_moe"
 MIB = 2**20
@@ -158,23 +158,11 @@ def launch(
     plan = {"measure": what, "contenders": contenders, "processes": processes, "tokens": options.tokens}
     plan |= {"steps": options.steps, "repeats": options.repeats}
     plan |= {key: getattr(suite, key) for key in ("dtype", "sequence", "loss_tolerance", "norm_tolerance", "model")}
-    plan_file, result_file = folder / "plan.json", folder / "result.json"
-    plan_file.write_text(json.dumps(plan))
-    result_file.unlink(missing_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes)]
-    command += ["--master_port", str(port), "--quiet", "--no_local_rank"]
-    command += [str(ROOT / "tools/step_ranks.py"), str(plan_file), str(result_file)]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings = {"PYTHONPATH": os.pathsep.join(paths)}
-    if suite.device == "cpu":
-        settings |= launcher.cpu_settings(processes) | {"OMP_NUM_THREADS": "1"}
-    code = launcher.start(launcher.Launch(command, settings), stop_within_s=0)
-    if code:
-        sys.exit(code)
-    found = json.loads(result_file.read_text())
+    settings = launcher.cpu_settings(processes) | {"OMP_NUM_THREADS": "1"} if suite.device == "cpu" else {}
+    try:
+        found = run_plan("step_ranks.py", plan, processes, settings, folder)
+    except CalledProcessError as error:
+        sys.exit(error.returncode)
     for result in found["results"]:
         result["processes"] = processes
     return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig, Qwen3MoeConfig, Qwen3VLMoeConfig
 
-import ds_moe.train  # noqa: F401  # its libraries belong to what a rank of a run has
 from ds_moe.config import RunConfig
 from ds_moe.ds_config import resolve_deepspeed
 from ds_moe.engine import build_engine, on_cpu, prepare_model, start_distributed
 from ds_moe.memory import predict, skeleton
 from ds_moe.models.classes import MODEL_CLASSES
 from ds_moe.trainable import set_trainable
+
+import_module("ds_moe.train")  # its libraries belong to what a rank of a run has
 
 STEPS = 2  # in the second Adam's moments are there
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ds_moe.data.chat import Sample
 from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.data.template import tokenize
+from ds_moe.errors import one_line
 
 Batch = dict[str, Tensor]  # exactly the keyword arguments of a model's forward
 NO_LOSS = -100
@@ -64,8 +65,7 @@ def encode_images(
     try:
         patches = processor.image_processor(images=images, return_tensors="pt")
     except Exception as error:  # an aspect ratio beyond 200; whatever a broken processor ends in
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RecordError(f"an image is refused by the model's processor: {reason} (crop it)") from error
+        raise RecordError(f"an image is refused by the model's processor: {one_line(error)} (crop it)") from error
     grid = patches["image_grid_thw"]
     return patches["pixel_values"], grid, (grid.prod(-1) // processor.image_processor.merge_size**2).tolist()
 

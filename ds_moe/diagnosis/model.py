@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_moe.checks import expert_count, model_problems
 from ds_moe.diagnosis import Case, Finding
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, one_line
 
 LEAST_TOKENS_A_STEP = 16  # expected tokens of an expert in an optimizer step; with fewer its gradient is mostly noise
 LEAST_TOKENS_A_RUN = 512  # and in the whole run; with fewer it stays about as it was
@@ -46,8 +46,7 @@ def find_model(case: Case) -> Iterator[Finding]:
         try:
             found = AutoConfig.from_pretrained(case.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers looks into values before it looks at their types
-            reason = " ".join(str(error).split())
-            yield Finding("error", f"{where}: model.path {path} has no config that can be read ({reason})")
+            yield Finding("error", f"{where}: model.path {path} has no config that can be read ({one_line(error)})")
             return
     if found.model_type not in MODEL_CLASSES:
         kinds = ", ".join(MODEL_CLASSES)

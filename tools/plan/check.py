@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import sys
 import tempfile
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any, NamedTuple
 
+from launched import run_plan
 from rich.table import Table
 
 from ds_moe import launcher
@@ -17,7 +15,6 @@ from ds_moe.errors import UserError
 from ds_moe.memory import KEPT_FREE
 from plan.runs import ENGINE_FILES
 
-ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 LIMIT = 0.15  # of the measured peak
 RECLAIMED = 0.03  # of the measured peak, pages of libraries that were missing at the end: no measurement
@@ -91,23 +88,12 @@ def measure(case: Case, kept: bool) -> dict[str, Any]:
     Raises:
         UserError: the processes failed, or this machine was too short of memory to measure any.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        files = Path(folder) / "case.json", Path(folder) / "result.json"
-        files[0].write_text(json.dumps(plan_of(case, kept)))
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(RANKS)]
-        command += ["--master_port", str(port), "--quiet", "--no_local_rank"]
-        command += [str(ROOT / "tools/memory_ranks.py"), *map(str, files)]
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        settings = {"PYTHONPATH": os.pathsep.join(paths), **launcher.cpu_settings(RANKS), "OMP_NUM_THREADS": "1"}
-        settings |= NO_KERNEL_CACHE
-        launch = launcher.Launch(command, settings | ({} if kept else RETURNED))
-        code = launcher.start(launch, stop_within_s=0)
-        if code:
-            raise UserError(f"--check: {case.name} failed with exit code {code}")
-        found = json.loads(files[1].read_text())
+    settings = {**launcher.cpu_settings(RANKS), "OMP_NUM_THREADS": "1", **NO_KERNEL_CACHE, **({} if kept else RETURNED)}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = run_plan("memory_ranks.py", plan_of(case, kept), RANKS, settings, Path(folder))
+        except CalledProcessError as error:
+            raise UserError(f"--check: {case.name} failed with exit code {error.returncode}") from error
     if found["reclaimed_bytes"] > RECLAIMED * found["peak_bytes"]:
         lost = f"{found['reclaimed_bytes'] / MIB:,.0f} MiB of its libraries"
         raise UserError(f"--check: {case.name}: the system took back {lost}; free some memory and repeat")
