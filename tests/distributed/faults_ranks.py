@@ -14,6 +14,7 @@ from ds_moe import checkpoint
 from ds_moe.checkpoint_files import newest_complete
 from ds_moe.engine import start_distributed
 from ds_moe.errors import UserError
+from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.runfile import load_run
 from ds_moe.stopping import Stopped
 from ds_moe.task import Supervised
@@ -92,16 +93,29 @@ def started_again(config):
             stops.append([int(path.name.removeprefix("step_")), stopped.exit_status])
 
 
+def recording(moved):
+    """How many assignments move a bias, by update."""
+    move = LossFreeBalancing.move
+
+    def moves(self, counts_E, rate):
+        moved.append(int(counts_E.sum()))
+        move(self, counts_E, rate)
+
+    return patch.object(LossFreeBalancing, "move", moves)
+
+
 def main():
     start_distributed(1)
     for name, overrides, fault, steps in json.loads(sys.argv[1]):
         config = load_run(RUN, overrides)
         faults = {"slow writes": slow_writes, "signal in evaluation": lambda steps=steps: signal_in_evaluation(steps)}
-        with poisoned(fault, steps) if fault in POISONS else faults[fault]():
+        moved = []
+        with recording(moved), poisoned(fault, steps) if fault in POISONS else faults[fault]():
             try:
                 report(**{name: started_again(config) if fault == "signal in evaluation" else train(config)})
             except UserError as error:
                 report(**{name: str(error)})
+        report(**{f"{name}: assignments": moved})
     leave()
 
 

@@ -91,6 +91,16 @@ def test_without_a_nan_every_step_is_taken(ran):
 
 
 @pytest.mark.slow
+def test_a_bias_is_moved_by_the_steps_that_are_taken_alone(ran):
+    """Each update by the assignments of its own step: those of the skipped fourth are in none."""
+    _, run = ran
+    every_step, taken = (run.json[f"{case}: assignments"] for case in ("sound", "nan loss, ZeRO 3"))
+    layers = 2
+    assert len(every_step) == 8 * layers and all(every_step)
+    assert taken == every_step[: 3 * layers] + every_step[4 * layers :]
+
+
+@pytest.mark.slow
 def test_the_schedule_does_not_wait_for_a_skipped_step(ran):
     """Rank 0's log: the learning rate of a run that skipped a step is that of one that did not, step for step."""
     _, run = ran
