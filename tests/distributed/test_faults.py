@@ -156,13 +156,13 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint_and_the_run_goes_on_bit
     arguments = [RUN, f"train.output_dir={tmp_path}", "checkpoint.every=null", slow]
     run = start_ranks("ds_moe.train", 2, arguments, launcher="deepspeed")
     run.wait_for(" 3/8  loss", timeout=120)
-    run.kill(rank=1, with_signal=signal.SIGUSR1)
+    run.kill(rank=1, with_signal=signal.SIGTERM)
     assert run.wait(timeout=60) != 0
     stopped = newest_complete(tmp_path / "checkpoints")
     assert stopped is not None and stopped.name != "step_00000008"
     step = int(stopped.name.removeprefix("step_"))
     assert same(tensors(tmp_path, step), tensors(outputs["sound"], step))
-    assert "rank 1: received SIGUSR1 in step" in run.output
+    assert "rank 1: received SIGTERM in step" in run.output
     run_ranks("ds_moe.train", 2, arguments)
     assert same(tensors(tmp_path, 8), tensors(outputs["sound"], 8))
 
