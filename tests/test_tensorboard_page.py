@@ -121,7 +121,7 @@ def test_plugins_are_active(page):
 def test_scalars_are_listed(page):
     tags = ask(page, "/data/plugin/scalars/tags")["tensorboard"]
     assert set(tags) == {
-        *("train/loss", "train/lr", "train/grad_norm"),
+        *("train/loss", "train/lr", "train/grad_norm", "train/skipped_steps"),
         *("eval/loss", "eval/accuracy", "eval/accuracy_digit", "eval/accuracy_parity", "eval/accuracy_at_least_five"),
         *("perf/tokens_per_s", "perf/step_s", "perf/data_wait_frac", "perf/mem_gib", "perf/mfu"),
         *("moe/max_vio", "moe/max_vio_text", "moe/max_vio_image", "moe/entropy", "moe/dead_experts", "moe/aux_loss"),
