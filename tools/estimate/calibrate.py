@@ -119,7 +119,9 @@ def _rank(rank: int, processes: int, folder: str, repeats: int) -> None:
     if rank == 0:
         write_machine(machine, Path(folder) / "machine.json")
     dist.barrier()
-    dist.destroy_process_group()
+    # Not through the interpreter's end: a thread of gloo's that frees its last tensor then aborts the process, and
+    # `destroy_process_group` does not always end the threads (torch 2.13; pytorch/pytorch#179291).
+    os._exit(0)
 
 
 def calibrate(processes: int = 2, repeats: int = 7) -> Machine:
