@@ -36,7 +36,7 @@ replay-demo: $(READY)  ## reinforcement on real images, with routing replay and 
 gate-demo: $(READY)  ## a learned gate over four LoRA adapters, on rendered screens (2 processes, under 10 minutes)
 	@$(PY) tools/gate_demo.py $(ARGS)
 
-assemble-demo: $(READY)  ## two experts trained apart become one Qwen3-VL-MoE (2 processes, about 5 minutes)
+assemble-demo: $(READY)  ## two experts trained apart become one Qwen3-VL-MoE (2 processes, about 3 minutes)
 	@$(PY) tools/assemble_demo.py $(ARGS)
 
 test: $(READY)  ## the test suite without the slow and the GPU tests (at most 17 minutes)

@@ -6,6 +6,9 @@
 # HOSTs are those of the job. GLOO_SOCKET_IFNAME becomes the interface that leads to them, unless it is set. Under SLURM
 # torchrun is told its node's rank, and to write its logs to a folder of the node's own below LOG_DIR.
 set -euo pipefail
+# USR1 stops a run with a checkpoint, and SLURM sends it to every process. Ignored here, it stays ignored in all that
+# this starts, torchrun above all, which would die of it; ranks install a handler of their own.
+trap '' USR1
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.bash
 source "$root/launch/common.bash"
@@ -21,7 +24,4 @@ if [[ -n ${SLURM_NODEID:-} ]]; then
     export PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$LOG_DIR/node$SLURM_NODEID
     mkdir -p "$PET_LOG_DIR"
 fi
-# USR1 stops a run with a checkpoint, and SLURM sends it to every process. Ignored here, it stays ignored in all that
-# this starts, torchrun above all, which would die of it; ranks install a handler of their own.
-trap '' USR1
 exec "$@"

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.distributed.test_resume import DRIFT, LAST, RUN, bit_equal, checkpoints, differences, position, tensors
@@ -16,6 +17,13 @@ LACKING = cluster.lacking()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(LACKING is not None, reason=str(LACKING)), pytest.mark.timeout(420)]
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
 START_S = 120  # for the ranks' imports on a busy machine
+
+
+def is_python(process: psutil.Process) -> bool:
+    try:
+        return process.name().startswith(("python", "torchrun"))
+    except psutil.Error:
+        return False
 
 
 class Job:
@@ -51,6 +59,13 @@ class Job:
             return self.slurm.wait_for(self.id, *states, timeout=timeout)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.output[-4000:]}") from None
+
+    def wait_for_launchers(self) -> None:
+        """Until torchrun itself runs on every node, no longer the scripts that start it."""
+        deadline = time.monotonic() + START_S
+        while not all(any(is_python(one) for one in host.processes("/torchrun")) for host in self.slurm.net.hosts):
+            assert time.monotonic() < deadline, f"no torchrun:\n{self.output}"
+            time.sleep(0.05)
 
     def finish(self) -> None:
         state = self.wait_for(*ENDED)
@@ -118,7 +133,7 @@ def test_before_the_time_limit_a_checkpoint_is_written_and_the_job_requeued(two_
 def test_a_signal_while_ranks_still_start_is_neither_lost_nor_does_it_kill_the_launchers(two_nodes, tmp_path):
     job = Job(two_nodes, tmp_path, [], [])
     job.wait_for("RUNNING")
-    job.wait_for_text("srun", 30)
+    job.wait_for_launchers()
     two_nodes.command("scancel", "--batch", "--signal=USR1", job.id)
     job.wait_for("PENDING")
     two_nodes.command("scancel", job.id)
