@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -106,6 +106,15 @@ def test_a_host_cut_off_ends_the_job_on_both_sides_by_name(tmp_path, show, cut):
     show(f"node{cut} cut off, watchdog_s={WATCHDOG_S}: launchers ended after {seconds[0]:.0f} s and {seconds[1]:.0f} s")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Launchers heed SIGINT also where the tests run in a shell's background, which makes every program ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_on_one_host_ends_the_job_on_all_with_a_checkpoint(tmp_path, number):
     """To the whole process group, as a terminal does; USR1 to the rank."""
