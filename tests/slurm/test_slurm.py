@@ -20,9 +20,10 @@ START_S = 120  # for the ranks' imports on a busy machine
 
 
 def is_python(process: psutil.Process) -> bool:
+    """Not by its name, which torchrun changes."""
     try:
-        return process.name().startswith(("python", "torchrun"))
-    except psutil.Error:
+        return Path(process.exe()).name.startswith("python")
+    except psutil.Error:  # it has just ended
         return False
 
 
@@ -61,7 +62,7 @@ class Job:
             raise AssertionError(f"{error}\n{self.output[-4000:]}") from None
 
     def wait_for_launchers(self) -> None:
-        """Until torchrun itself runs on every node, no longer the scripts that start it."""
+        """Until torchrun itself runs on every node; srun, env and bash have it among their arguments before."""
         deadline = time.monotonic() + START_S
         while not all(any(is_python(one) for one in host.processes("/torchrun")) for host in self.slurm.net.hosts):
             assert time.monotonic() < deadline, f"no torchrun:\n{self.output}"
