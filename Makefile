@@ -28,16 +28,16 @@ $(READY): setup.py constraints.txt tools/setup_env.sh ds_moe/__init__.py
 	@touch $(READY)
 
 demo: $(READY)  ## train a tiny Qwen3-VL-MoE on real images (2 processes), export it, evaluate the export
-	@$(PY) tools/demo.py
+	@$(PY) -m tools.demos.digits.demo
 
 replay-demo: $(READY)  ## reinforcement on real images, with routing replay and without (2 processes, under 10 minutes)
-	@$(PY) tools/replay_demo.py
+	@$(PY) -m tools.demos.replay.demo
 
 gate-demo: $(READY)  ## a learned gate over four LoRA adapters, on rendered screens (2 processes, under 10 minutes)
-	@$(PY) tools/gate_demo.py $(ARGS)
+	@$(PY) -m tools.demos.gate.demo $(ARGS)
 
 assemble-demo: $(READY)  ## two experts trained apart become one Qwen3-VL-MoE (2 processes, about 3 minutes)
-	@$(PY) tools/assemble_demo.py $(ARGS)
+	@$(PY) -m tools.demos.assemble.demo $(ARGS)
 
 test: $(READY)  ## the test suite without the slow and the GPU tests (at most 17 minutes)
 	@$(PYTEST) -m "not slow and not gpu" --session-timeout=$(TEST_BUDGET) $(ARGS)

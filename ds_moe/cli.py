@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from ds_moe import __version__
 from ds_moe.errors import UserError
-from ds_moe.gating.cli import add_gate
+from ds_moe.tasks.gate.cli import add_gate
 
 OVERRIDES = "dotted overrides of the run file, e.g. train.lr=1e-4 moe.ep_size=4"
 
@@ -110,8 +110,8 @@ def _positive(text: str) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from ds_moe.config.run_file import load_run
     from ds_moe.launcher import FINAL, plan, start
-    from ds_moe.runfile import load_run
 
     config = load_run(options.run, options.overrides)  # one complaint here instead of one from every rank
     if options.task not in (None, config.task):
@@ -128,14 +128,14 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from ds_moe.doctor import diagnose, report
+    from ds_moe.doctor.report import diagnose, report
 
     findings = diagnose(options.run, options.overrides, options.world, options.samples, options.device_memory)
     return report(findings, sys.stdout)
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ds_moe.export import export_adapter, export_checkpoint
+    from ds_moe.export.model import export_adapter, export_checkpoint
 
     if options.adapter:
         if options.layout:
@@ -152,7 +152,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _assemble(options: argparse.Namespace) -> int:
-    from ds_moe.models.assemble import assemble
+    from ds_moe.assembly.assemble import assemble
 
     assemble(options.spec, options.out, options.layout, dry_run=options.dry_run)
     return 0

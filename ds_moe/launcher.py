@@ -17,8 +17,9 @@ from pathlib import Path
 
 import psutil  # DeepSpeed depends on it
 
-from ds_moe import ops
-from ds_moe.ds_config import trains_on_cpu
+from ds_moe.config.deepspeed import trains_on_cpu
+from ds_moe.engine import cpu as ops
+from ds_moe.engine.cpu import cpu_settings
 from ds_moe.errors import UserError
 
 GRACE_S = 30  # seconds that a launcher has to end after its ranks
@@ -100,21 +101,6 @@ def choose_devices(nproc: int | None, devices: int, visible: str) -> tuple[dict[
     return {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[:nproc])}, []
 
 
-def cpu_settings(ranks: int) -> dict[str, str]:
-    """Environment of CPU ranks that share this machine's cores; a value that the user has set stays.
-
-    The MALLOC_ lines keep glibc from handing the experts' buffers back to the system after every step, which costs
-    page faults (docs/performance.md).
-    """
-    settings = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
-        "MALLOC_MMAP_THRESHOLD_": str(2**32),
-        "MALLOC_TRIM_THRESHOLD_": str(2**35),
-    }
-    chosen = {name: os.environ.get(name) or value for name, value in settings.items()}
-    return {"DS_ACCELERATOR": "cpu", **chosen, "TORCH_EXTENSIONS_DIR": str(ops.extensions_dir())}
-
-
 def _deepspeed() -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     launcher = shutil.which("deepspeed", path=path)
@@ -144,7 +130,7 @@ def start(launch: Launch, stop_within_s: float) -> int:
     """
     environment = {**os.environ, **launch.settings}
     if "TORCH_EXTENSIONS_DIR" in launch.settings and not ops.ready(Path(launch.settings["TORCH_EXTENSIONS_DIR"])):
-        code = run_group([sys.executable, "-m", "ds_moe.ops"], environment)
+        code = run_group([sys.executable, "-m", "ds_moe.engine.cpu"], environment)
         if code:
             return code
     return run_group(launch.command, environment, stop_within_s)

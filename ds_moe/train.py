@@ -19,22 +19,23 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from ds_moe import checkpoint
-from ds_moe.config import RunConfig
-from ds_moe.ds_config import precision
-from ds_moe.engine import on_cpu
+from ds_moe.checkpoint import save as checkpoint
+from ds_moe.checkpoint.restore import choose, load
+from ds_moe.config.deepspeed import precision
+from ds_moe.config.run import RunConfig
+from ds_moe.config.run_file import dump, dump_yaml, load_run
+from ds_moe.engine.start import on_cpu
 from ds_moe.errors import UserError
-from ds_moe.expert_load import reduce_load
+from ds_moe.faults.signals import Stopped, agreed
 from ds_moe.models.processor import save_processor
 from ds_moe.monitor import EvalReport, RoutingReport
 from ds_moe.monitor.meters import max_vio
-from ds_moe.restore import choose, load
-from ds_moe.run import Run, set_up
-from ds_moe.runfile import dump, dump_yaml, load_run
-from ds_moe.step import check_skipped, train_step
-from ds_moe.stopping import Stopped, agreed
-from ds_moe.summary import result_rows, run_summary
-from ds_moe.task import Batch
+from ds_moe.tasks.task import Batch
+from ds_moe.training.expert_load import reduce_load
+from ds_moe.training.run import Run
+from ds_moe.training.set_up import set_up
+from ds_moe.training.step import check_skipped, train_step
+from ds_moe.training.summary import result_rows, run_summary
 
 
 def main(argv: list[str] | None = None) -> int:

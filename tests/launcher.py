@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import psutil
 
-from ds_moe.ops import remove_stale_lock
+from ds_moe.engine.cpu import remove_stale_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_LINES = 40  # of each log, in the error message of a failed run

@@ -76,7 +76,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(("words", "layout"), [([], None), (["--layout", "memory"], "memory")])
 def test_export_says_in_one_line_what_was_written(words, layout, monkeypatch, capsys):
-    from ds_moe import export
+    from ds_moe.export import model as export
 
     seen = []
 

@@ -23,10 +23,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ds_moe.cli import _parser
-from ds_moe.config import RunConfig
+from ds_moe.config.run import RunConfig
+from ds_moe.config.run_file import ALL_KEYS, load_run
 from ds_moe.monitor.meters import Throughput, Window, routing_scalars
 from ds_moe.monitor.reports import RoutingReport, StepReport
-from ds_moe.runfile import ALL_KEYS, load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / name for name in ("README.md",) if (ROOT / name).exists()]

@@ -14,8 +14,8 @@ import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from ds_moe import cli, launcher
+from ds_moe.engine.cpu import OP
 from ds_moe.errors import UserError
-from ds_moe.ops import OP
 
 DEMO = "ds_configs/runs/demo.yaml"
 HOSTILE = "train.output_dir=runs/$(touch pwned);`id` 'x'"

@@ -63,5 +63,5 @@ else
     say "megablocks would compile its CUDA extension: left to you, see requirements/megablocks.txt"
 fi
 say "installed; building DeepSpeed's CPU communication op"
-"$python" -m ds_moe.ops
+"$python" -m ds_moe.engine.cpu
 say "ready: $venv"

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ds_moe.config import DataConfig
+from ds_moe.config.sections import DataConfig
 from ds_moe.data.chat import BadRecord
-from ds_moe.data.form import CHAT, Form
 from ds_moe.data.images import RecordError
+from ds_moe.data.record_kind import CHAT, Form
 from ds_moe.errors import UserError, shown
 
 MAX_LINE = 2**27  # bytes; a rollout of 64k tokens with the routing of 48 layers takes half of it

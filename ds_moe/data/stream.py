@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ds_moe.config import RunConfig
+from ds_moe.config.run import RunConfig
+from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.chat import BadRecord, Sample
-from ds_moe.data.collate import Batch, collate_prompts
-from ds_moe.data.form import CHAT, Form
-from ds_moe.data.loading import BadRecordLog, Encoder, forget_earlier_run, open_records
+from ds_moe.data.encode import Batch, collate_prompts
+from ds_moe.data.encoder import Encoder, open_records
 from ds_moe.data.order import FILLER, Plan
+from ds_moe.data.record_kind import CHAT, Form
 from ds_moe.data.records import Records
 from ds_moe.errors import UserError
-from ds_moe.stopping import leave_to_parent
+from ds_moe.faults.signals import leave_to_parent
 
 PREFETCH = 2  # steps a worker prepares ahead, unless the run file says otherwise
 
@@ -101,8 +102,6 @@ class TrainStream:
         self._slices = self._slices_by_rank[rank]
         self._position = 0  # steps yielded since the very first
         self.steps_per_epoch = self._plan.steps_per_epoch
-        if rank == 0:
-            forget_earlier_run(config)
         self._log = BadRecordLog(config, records.bad, rank, raise_errors)
         self.skipped = self._log.records
 

@@ -7,51 +7,27 @@ ordinary transformers model: forward, generate and the recording of router logit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
-from ds_moe.checks import NONCAUSAL
-from ds_moe.config import ExpertChoiceRouting, ExpertsConfig, LossFreeBalance, MoEConfig, RouterConfig, TopKRouting
+from ds_moe.config.moe import ExpertChoiceRouting, ExpertsConfig, LossFreeBalance, MoEConfig, RouterConfig, TopKRouting
+from ds_moe.config.rules.moe import NONCAUSAL
 from ds_moe.errors import UserError
-from ds_moe.models.experts_implementation import is_silu
-from ds_moe.models.unread import is_unread
+from ds_moe.models.families import BIAS_SUFFIX, FAMILIES
+from ds_moe.models.hf_experts import is_silu
+from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.moe.balance import BALANCERS
+from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.dispatch import DISPATCHERS
-from ds_moe.moe.exchange import ExpertParallel
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.moe.routers import ROUTERS
-from ds_moe.moe.routing import ForwardContext
+from ds_moe.weights.unread import is_unread
 
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between model families.
-
-    Attributes:
-        block: class name of the MoE block; it holds a router `gate` (`weight`) and fused `experts`
-            (`gate_up_proj`, `down_proj`, `act_fn`).
-        decoder: path of the text decoder, which sees the padding mask and the positions of image tokens.
-        normalizes: whether this config's router renormalises the top-k weights.
-    """
-
-    block: str
-    decoder: str
-    normalizes: Callable[[Any], bool]
-
-
-FAMILIES = {
-    "qwen3_vl_moe": Family("Qwen3VLMoeTextSparseMoeBlock", "model.language_model", lambda config: True),
-    "qwen3_moe": Family("Qwen3MoeSparseMoeBlock", "model", lambda config: config.norm_topk_prob),
-}
-
-BIAS_SUFFIX = ".mlp.gate.balancing.bias_E"  # ends the name of a loss-free bias
 EXPERT_BIAS = "expert_bias.safetensors"  # where an export keeps the biases that its architecture has no place for
 
 
@@ -225,14 +201,3 @@ def _begin_forward(context: ForwardContext) -> Callable[..., None]:
         context.begin(mask_BS, kwargs.get("visual_pos_masks"))
 
     return hook
-
-
-def expert_state(name: str) -> bool:
-    """Whether a parameter of a converted model belongs to the sharded experts, by its name."""
-    return ".mlp.experts." in name
-
-
-def full_shape(name: str, parameter: Tensor, ep_size: int) -> torch.Size:
-    """The shape of a parameter over all ranks (ZeRO-3's `ds_shape` is the shape on one EP rank)."""
-    shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-    return torch.Size([shape[0] * ep_size, *shape[1:]]) if expert_state(name) else shape

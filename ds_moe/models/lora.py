@@ -14,10 +14,10 @@ import peft
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ds_moe.config import LoRAConfig
+from ds_moe.config.sections import LoRAConfig
 from ds_moe.errors import UserError
-from ds_moe.models.convert import FAMILIES
-from ds_moe.moe.lora import ExpertLoRA
+from ds_moe.models.families import FAMILIES
+from ds_moe.moe.expert_lora import ExpertLoRA
 
 ADAPTER = "default"  # PEFT's name of the one adapter in a model's parameter names
 LINEAR = re.compile(rf"(.+)\.lora_([AB])\.{ADAPTER}\.weight")

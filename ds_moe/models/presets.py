@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from ds_moe.errors import UserError
-from ds_moe.models.classes import MODEL_CLASSES
+from ds_moe.models.families import MODEL_CLASSES
 from ds_moe.models.processor import special_token_ids, tiny_processor
 
 _TEXT = {

@@ -21,8 +21,8 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ds_moe.config import ModelConfig
-from ds_moe.data.demo import ANSWERS, QUESTIONS
+from ds_moe.config.sections import ModelConfig
+from ds_moe.data.digits import ANSWERS, QUESTIONS
 from ds_moe.errors import UserError
 
 PAD, EOS, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"

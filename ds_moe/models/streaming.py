@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ds_moe.models.convert import expert_state, full_shape
+from ds_moe.models.families import expert_state, full_shape
 from ds_moe.models.lora import stored_name
-from ds_moe.models.unread import is_unread
-from ds_moe.models.weight_rows import WeightRows, copy_range
 from ds_moe.moe import ExpertParallel
+from ds_moe.weights.rows import WeightRows, copy_range
+from ds_moe.weights.unread import is_unread
 
 # Gives a parameter memory; returns the flat part of it that this rank fills, and where that begins in the flattened
 # parameter. The part may be longer than what is left of the parameter: ZeRO-3 pads.

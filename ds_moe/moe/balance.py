@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe.moe.routing import RoutingDecision, count_experts
+from ds_moe.moe.decision import RoutingDecision, count_experts
 
 Scope = Literal["micro_batch", "global_batch", "sequence"]
 

@@ -13,10 +13,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from ds_moe.moe.all_to_all import Counts, ExpertParallel, Trip, arrive, depart
 from ds_moe.moe.backends import Order, backend_for
-from ds_moe.moe.exchange import Counts, ExpertParallel, Trip, arrive, depart
-from ds_moe.moe.movement import add_up, inverse, order_by_expert, permute, spread
-from ds_moe.moe.routing import RoutingDecision
+from ds_moe.moe.decision import RoutingDecision
+from ds_moe.moe.permute import add_up, inverse, order_by_expert, permute, spread
 
 ApplyWeight = Literal["before", "after"]
 RunExperts = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # rows, rows of each expert, combine weights -> rows

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_moe.moe.backends import Backend, Recompute, backend_for
-from ds_moe.moe.lora import ExpertLoRA
+from ds_moe.moe.expert_lora import ExpertLoRA
 
 
 class Experts(nn.Module):

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe.moe.balance import Balancer, Seen, everywhere
+from ds_moe.moe.context import ForwardContext
+from ds_moe.moe.decision import RoutingDecision
 from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher, Plan
+from ds_moe.moe.expert_load import Load
 from ds_moe.moe.experts import Experts
-from ds_moe.moe.load import Load
-from ds_moe.moe.routing import ForwardContext, RoutingDecision, current_tape
+from ds_moe.moe.tape import current_tape
 
 
 class MoELayer(nn.Module):

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ds_moe.config import MonitorConfig, RunConfig
+from ds_moe.config.run import RunConfig
+from ds_moe.config.sections import MonitorConfig
 from ds_moe.monitor.meters import Clock, DeadExperts, Throughput, Window, routing_scalars, tag
 from ds_moe.monitor.progress import Display, Lines, make_display, print_table
 from ds_moe.monitor.reports import EvalReport, RoutingReport, StepReport

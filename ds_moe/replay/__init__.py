@@ -1,9 +1,9 @@
 """Routing replay: the experts that an inference engine used, decoded, aligned, forced and weighed in an objective."""
 
 from ds_moe.replay.align import RoutingShape, align, join, pack, pad
-from ds_moe.replay.formats import RoutingTrace, check_weights, decode, load_traces, save_traces, to_record, with_weights
 from ds_moe.replay.objective import Objective, PolicyInputs, group_advantages, policy_loss
 from ds_moe.replay.record import RoutingRecorder, joined
+from ds_moe.replay.traces import RoutingTrace, check_weights, decode, load_traces, save_traces, to_record, with_weights
 
 __all__ = [
     "Objective",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ds_moe.errors import UserError
-from ds_moe.replay.formats import RoutingTrace
+from ds_moe.replay.traces import RoutingTrace
 
 LIVE = -1  # in place of expert ids: the router decides
 PLAUSIBLE_ROWS = 8  # so many tokens in a row do not all choose expert 0 alone: with top-1, zeros may be true

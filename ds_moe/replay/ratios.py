@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ds_moe.config.tasks import CORRECTION_BOUNDS
+
 Correction = Literal["none", "tis", "mis", "icepop"]
 Level = Literal["token", "sequence"]
 KL = Literal["k1", "k2", "k3"]
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8: far beyond any clip, and far from overflow
-CORRECTION_BOUNDS: dict[str, tuple[float, float]] = {"tis": (0.0, 2.0), "mis": (0.0, 2.0), "icepop": (0.5, 5.0)}
 
 
 def token_logprobs(logits_BSV: Tensor, input_ids_BS: Tensor, temperature: float = 1.0) -> Tensor:

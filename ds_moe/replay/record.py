@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_moe.models.convert import FAMILIES, moe_layers
-from ds_moe.moe.routing import RoutingDecision, count_experts, current_tape
+from ds_moe.models.convert import moe_layers
+from ds_moe.models.families import FAMILIES
+from ds_moe.moe.decision import RoutingDecision, count_experts
+from ds_moe.moe.tape import current_tape
 
 
 class RoutingRecorder:

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from ds_moe.config import RunConfig
+from ds_moe.config.run import RunConfig
 from ds_moe.models.processor import tiny_processor
 
 

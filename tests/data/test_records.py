@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ds_moe.config import DataConfig
+from ds_moe.config.sections import DataConfig
 from ds_moe.data.chat import BadRecord
-from ds_moe.data.collate import encode
+from ds_moe.data.encode import encode
 from ds_moe.data.images import ImageSource, RecordError
 from ds_moe.data.records import read_records
 from ds_moe.errors import UserError

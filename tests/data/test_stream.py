@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.chat import BadRecord
-from ds_moe.data.collate import NO_LOSS
-from ds_moe.data.demo import digits_samples
-from ds_moe.data.loading import BadRecordLog, check_samples, open_records
+from ds_moe.data.digits import digits_samples
+from ds_moe.data.encode import NO_LOSS
+from ds_moe.data.encoder import check_samples, open_records
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.errors import UserError
 

@@ -15,18 +15,22 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
-from ds_moe.checkpoint import persistent_buffers
-from ds_moe.config import RunConfig
-from ds_moe.engine import build_engine, prepare_model, start_distributed
+from ds_moe.checkpoint.save import persistent_buffers
+from ds_moe.config.run import RunConfig
+from ds_moe.config.run_file import load_run
+from ds_moe.engine.build import build_engine
+from ds_moe.engine.prepare import prepare_model
+from ds_moe.engine.start import start_distributed
 from ds_moe.errors import UserError
-from ds_moe.models.convert import BIAS_SUFFIX, convert, moe_layers
+from ds_moe.faults.signals import SIGNALS
+from ds_moe.models.convert import convert, moe_layers
+from ds_moe.models.families import BIAS_SUFFIX
 from ds_moe.models.presets import build_preset
 from ds_moe.moe.loss_free import LossFreeBalancing
-from ds_moe.run import Run, set_up
-from ds_moe.runfile import load_run
-from ds_moe.step import train_step
-from ds_moe.stopping import SIGNALS
 from ds_moe.train import resume, save_checkpoint, train
+from ds_moe.training.run import Run
+from ds_moe.training.set_up import set_up
+from ds_moe.training.step import train_step
 from tests.distributed.parity_ranks import SAMPLES, batches
 from tests.launcher import leave, report
 
@@ -114,7 +118,7 @@ def per_micro_batch():
 
 
 def counted_in_the_recompute():
-    return patch("ds_moe.engine.checkpoint_contexts", lambda: (nullcontext(), nullcontext()))
+    return patch("ds_moe.engine.build.checkpoint_contexts", lambda: (nullcontext(), nullcontext()))
 
 
 @contextmanager
@@ -122,7 +126,10 @@ def left_out_of_the_checkpoint():
     def kept(model):
         return [(name, buffer) for name, buffer in persistent_buffers(model) if not name.endswith(BIAS_SUFFIX)]
 
-    with patch("ds_moe.checkpoint.persistent_buffers", kept), patch("ds_moe.restore.persistent_buffers", kept):
+    with (
+        patch("ds_moe.checkpoint.save.persistent_buffers", kept),
+        patch("ds_moe.checkpoint.restore.persistent_buffers", kept),
+    ):
         yield
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ds_moe.engine import start_distributed
+from ds_moe.engine.start import start_distributed
 from ds_moe.moe import (
     AllToAllDispatcher,
     ExpertParallel,

@@ -10,14 +10,14 @@ from unittest.mock import patch
 
 import torch
 
-from ds_moe import checkpoint
-from ds_moe.checkpoint_files import newest_complete
-from ds_moe.engine import start_distributed
+from ds_moe.checkpoint import save as checkpoint
+from ds_moe.checkpoint.files import newest_complete
+from ds_moe.config.run_file import load_run
+from ds_moe.engine.start import start_distributed
 from ds_moe.errors import UserError
+from ds_moe.faults.signals import Stopped
 from ds_moe.moe.loss_free import LossFreeBalancing
-from ds_moe.runfile import load_run
-from ds_moe.stopping import Stopped
-from ds_moe.task import Supervised
+from ds_moe.tasks.task import Supervised
 from ds_moe.train import train
 from tests.launcher import leave, report
 

@@ -14,7 +14,9 @@ from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import save_processor, tiny_processor
 from tests.distributed.gate_ranks import NAMES
 
-SPEC = importlib.util.spec_from_file_location("screens", Path(__file__).resolve().parents[2] / "tools/screens.py")
+SPEC = importlib.util.spec_from_file_location(
+    "screens", Path(__file__).resolve().parents[2] / "tools/demos/gate/screens.py"
+)
 screens = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(screens)
 

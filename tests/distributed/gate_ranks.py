@@ -15,19 +15,21 @@ import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 from torch.distributions import Categorical, kl_divergence
 
-from ds_moe import restore
-from ds_moe.data.routed import gate_form
+from ds_moe.checkpoint import restore
+from ds_moe.config.run_file import load_run
 from ds_moe.data.stream import TrainStream
-from ds_moe.engine import build_engine, prepare_model, start_distributed
+from ds_moe.engine.build import build_engine
+from ds_moe.engine.prepare import prepare_model
+from ds_moe.engine.start import start_distributed
 from ds_moe.errors import UserError
-from ds_moe.gating.gate import install_gate
-from ds_moe.gating.saved import start_gate
-from ds_moe.gating.stages import GateTask
+from ds_moe.models.load import load_model
 from ds_moe.models.processor import load_processor
-from ds_moe.models.qwen3_vl import load_model
-from ds_moe.run import set_up
-from ds_moe.runfile import load_run
+from ds_moe.tasks.gate.files import start_gate
+from ds_moe.tasks.gate.model import install_gate
+from ds_moe.tasks.gate.records import gate_form
+from ds_moe.tasks.gate.task import GateTask
 from ds_moe.train import resume, save_checkpoint, train
+from ds_moe.training.set_up import set_up
 from tests.launcher import leave, report
 
 RUN = "tests/runs/gate.yaml"

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from peft import get_peft_model_state_dict
 
-from ds_moe import zero_state
-from ds_moe.config import RunConfig
-from ds_moe.engine import build_engine, prepare_model, start_distributed
+from ds_moe.config.run import RunConfig
+from ds_moe.engine import masters as zero_state
+from ds_moe.engine.build import build_engine
+from ds_moe.engine.prepare import prepare_model
+from ds_moe.engine.start import start_distributed
 from ds_moe.models.lora import TARGET_PARAMETERS, peft_config, peft_value, update_of
 from ds_moe.models.presets import build_preset
 from tests.distributed.parity_ranks import batches, engine_settings

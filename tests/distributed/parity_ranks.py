@@ -8,11 +8,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
-from ds_moe.config import RunConfig
-from ds_moe.data.collate import Encoded, collate, encode
-from ds_moe.data.demo import digits_samples
-from ds_moe.engine import build_engine, prepare_model, start_distributed
-from ds_moe.models.convert import expert_state, moe_layers
+from ds_moe.config.run import RunConfig
+from ds_moe.data.digits import digits_samples
+from ds_moe.data.encode import Encoded, collate, encode
+from ds_moe.engine.build import build_engine
+from ds_moe.engine.prepare import prepare_model
+from ds_moe.engine.start import start_distributed
+from ds_moe.models.convert import moe_layers
+from ds_moe.models.families import expert_state
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import tiny_processor
 from tests.launcher import leave, report

@@ -7,8 +7,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from ds_moe.config import RunConfig
-from ds_moe.engine import prepare_model, start_distributed
+from ds_moe.config.run import RunConfig
+from ds_moe.engine.prepare import prepare_model
+from ds_moe.engine.start import start_distributed
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.presets import build_preset
 from ds_moe.replay.record import RoutingRecorder, joined

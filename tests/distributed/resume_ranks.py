@@ -8,11 +8,11 @@ from unittest.mock import patch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ds_moe import checkpoint_files
+from ds_moe.checkpoint import files as checkpoint_files
+from ds_moe.config.run_file import load_run
 from ds_moe.data.stream import TrainStream
-from ds_moe.run import set_up
-from ds_moe.runfile import load_run
 from ds_moe.train import resume, save_checkpoint, train
+from ds_moe.training.set_up import set_up
 from tests.launcher import leave, report
 
 RUN = "tests/runs/resume.yaml"

@@ -8,12 +8,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from ds_moe import zero_state
-from ds_moe.config import RunConfig
-from ds_moe.engine import build_engine, prepare_model, read_weights, start_distributed
+from ds_moe.config.run import RunConfig
+from ds_moe.engine import masters as zero_state
+from ds_moe.engine.build import build_engine
+from ds_moe.engine.prepare import prepare_model, read_weights
+from ds_moe.engine.start import start_distributed
 from ds_moe.models.convert import moe_layers
-from ds_moe.models.qwen3_vl import load_model
-from ds_moe.models.unread import is_unread
+from ds_moe.models.load import load_model
+from ds_moe.weights.unread import is_unread
 from tests.distributed.parity_ranks import batches, engine_settings
 from tests.launcher import leave, report
 from tests.models.streamed import FORMS

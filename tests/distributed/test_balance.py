@@ -12,12 +12,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ds_moe import export
-from ds_moe.checkpoint_files import Reader, newest_complete
-from ds_moe.config import ModelConfig, MoEConfig
-from ds_moe.export import export_checkpoint
-from ds_moe.models.convert import BIAS_SUFFIX, EXPERT_BIAS, convert, load_expert_bias
-from ds_moe.models.qwen3_vl import load_model
+from ds_moe.checkpoint.files import Reader, newest_complete
+from ds_moe.config.moe import MoEConfig
+from ds_moe.config.sections import ModelConfig
+from ds_moe.export import model as export
+from ds_moe.export.model import export_checkpoint
+from ds_moe.models.convert import EXPERT_BIAS, convert, load_expert_bias
+from ds_moe.models.families import BIAS_SUFFIX
+from ds_moe.models.load import load_model
 from tests.launcher import run_ranks, start_ranks
 
 RANKS = "tests/distributed/balance_ranks.py"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_moe.checkpoint_files import Reader, newest_complete
-from ds_moe.step import SKIPPED_STEPS
-from ds_moe.watchdog import STALLED
+from ds_moe.checkpoint.files import Reader, newest_complete
+from ds_moe.faults.watchdog import STALLED
+from ds_moe.training.run import SKIPPED_STEPS
 from tests.launcher import run_ranks, start_ranks
 
 RUN = "tests/runs/faults.yaml"

@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ds_moe.checkpoint_files import newest_complete
+from ds_moe.checkpoint.files import newest_complete
 from ds_moe.cli import main
-from ds_moe.data.routed import gate_form
+from ds_moe.config.run_file import load_run
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
-from ds_moe.gating.commands import load_gated
-from ds_moe.gating.gate import install_gate
-from ds_moe.gating.manifest import read_manifest
-from ds_moe.gating.saved import start_gate
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import load_processor
-from ds_moe.runfile import load_run
+from ds_moe.tasks.gate.commands import load_gated
+from ds_moe.tasks.gate.files import start_gate
+from ds_moe.tasks.gate.model import install_gate
+from ds_moe.tasks.gate.records import gate_form
+from ds_moe.tasks.gate.serving import read_manifest
 from tests.distributed.gate_data import HELD_OUT, PROJECTIONS, make, screens, write_adapter
 from tests.distributed.gate_ranks import KL, NAMES, PARITY, RUN
 from tests.distributed.test_resume import LAST, bit_equal, checkpoints, differences, position, start_from, tensors

@@ -9,14 +9,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen3VLMoeForConditionalGeneration
 
-from ds_moe.checkpoint_files import newest_complete
+from ds_moe.checkpoint.files import newest_complete
+from ds_moe.config.run_file import load_run
 from ds_moe.data.stream import EvalSet
 from ds_moe.errors import UserError
-from ds_moe.export import export_adapter, export_checkpoint
+from ds_moe.export.model import export_adapter, export_checkpoint
 from ds_moe.models.lora import update_of
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import save_processor, tiny_processor
-from ds_moe.runfile import load_run
 from tests.distributed.test_parity import check_parity
 from tests.distributed.test_resume import LAST, RUN, bit_equal, checkpoints, launch, start_from, tensors
 from tests.launcher import run_ranks, start_ranks

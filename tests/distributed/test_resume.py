@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_moe.checkpoint_files import Reader, incomplete, newest_complete
+from ds_moe.checkpoint.files import Reader, incomplete, newest_complete
 from ds_moe.errors import UserError
-from ds_moe.export import export_checkpoint
+from ds_moe.export.model import export_checkpoint
 from tests.launcher import run_ranks, start_ranks
 
 RUN = "tests/runs/resume.yaml"

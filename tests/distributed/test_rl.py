@@ -11,14 +11,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ds_moe.checkpoint_files import Reader
+from ds_moe.checkpoint.files import Reader
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import save_processor, tiny_processor
 from tests.launcher import run_ranks
 
 STEPS_OF_8 = ["train.global_batch_size=8"]  # of 32 rollouts: two batches of two updates
 ROOT = Path(__file__).resolve().parents[2]
-SPEC = importlib.util.spec_from_file_location("make_rollouts", ROOT / "tools/make_rollouts.py")
+SPEC = importlib.util.spec_from_file_location("make_rollouts", ROOT / "ds_moe/tasks/rl/sample.py")
 tool = importlib.util.module_from_spec(SPEC)
 sys.modules["make_rollouts"] = tool
 SPEC.loader.exec_module(tool)

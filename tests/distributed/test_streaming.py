@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ds_moe.models.weight_rows import WeightRows
+from ds_moe.weights.rows import WeightRows
 from tests.launcher import run_ranks
 from tests.models.streamed import FORMS, write
 

@@ -9,15 +9,15 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from ds_moe.checkpoint_files import Reader, newest_complete
-from ds_moe.config import RunConfig
-from ds_moe.data.demo import write_digits
+from ds_moe.checkpoint.files import Reader, newest_complete
+from ds_moe.config.run import RunConfig
+from ds_moe.data.digits import write_digits
 from ds_moe.data.stream import EvalSet
 from ds_moe.errors import UserError
-from ds_moe.export import export_checkpoint
-from ds_moe.hf_folder import hub_layout_problem
+from ds_moe.export.model import export_checkpoint
 from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.processor import load_processor
+from ds_moe.weights.layouts import hub_layout_problem
 from tests.launcher import run_ranks
 
 SHORT = ["train.steps=6", "train.lr=1e-3", "train.warmup_steps=1", "checkpoint.every=null", "train.eval_every=3"]

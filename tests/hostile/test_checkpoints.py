@@ -11,22 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_moe.checkpoint_files import (
-    FORMAT,
-    MANIFEST,
-    STATE,
-    Reader,
-    file_table,
-    incomplete,
-    newest_complete,
-    write_json,
-    write_tensors,
-)
+from ds_moe.checkpoint.files import FORMAT, MANIFEST, STATE, Reader, file_table, incomplete, newest_complete, write_json
 from ds_moe.cli import main
-from ds_moe.export import export_checkpoint
-from ds_moe.gating.saved import read_gate
+from ds_moe.export.model import export_checkpoint
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import save_processor
+from ds_moe.tasks.gate.files import read_gate
+from ds_moe.weights.files import write_tensors
 
 from .limits import Payload, refusal
 from .safetensors_lies import LIES
@@ -52,7 +43,7 @@ def seal(folder: Path, files: dict | None = None, **tensors: object) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, processor):
-    """A run's output folder with one checkpoint, as `ds_moe.checkpoint` writes it."""
+    """A run's output folder with one checkpoint, as `ds_moe.checkpoint.save` writes it."""
     run = tmp_path_factory.mktemp("saved") / "run"
     folder = run / "checkpoints" / "step_00000004"
     folder.mkdir(parents=True)

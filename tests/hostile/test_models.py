@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_moe.config import ModelConfig
-from ds_moe.doctor import diagnose
+from ds_moe.config.sections import ModelConfig
+from ds_moe.doctor.report import diagnose
 from ds_moe.errors import UserError
-from ds_moe.hf_folder import INDEX, WEIGHTS, WeightFiles
+from ds_moe.models.load import load_model, model_config
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import load_processor, save_processor
-from ds_moe.models.qwen3_vl import load_model, model_config
-from ds_moe.models.weight_rows import WeightRows
+from ds_moe.weights.files import INDEX, WEIGHTS, WeightFiles
+from ds_moe.weights.rows import WeightRows
 
 from .conftest import line
 from .limits import Payload, refusal

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ds_moe.config import DataConfig
-from ds_moe.data.form import CHAT
+from ds_moe.config.sections import DataConfig
 from ds_moe.data.images import RecordError
+from ds_moe.data.record_kind import CHAT
 from ds_moe.data.records import MAX_LINE, read_records
 from ds_moe.errors import UserError
 

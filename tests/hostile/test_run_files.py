@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from ds_moe.cli import main
-from ds_moe.ds_config import resolve_deepspeed
-from ds_moe.lines import MAX_BYTES, MAX_VALUES
-from ds_moe.runfile import load_run
+from ds_moe.config.deepspeed import resolve_deepspeed
+from ds_moe.config.run_file import load_run
+from ds_moe.config.yaml_lines import MAX_BYTES, MAX_VALUES
 
 from .limits import refusal
 

@@ -13,8 +13,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from ds_moe.data.rollouts import rollout_form
 from ds_moe.replay import RoutingShape, RoutingTrace, align, decode, load_traces, save_traces, to_record
+from ds_moe.tasks.rl.rollouts import rollout_form
 
 from .limits import Payload, refusal
 from .safetensors_lies import LIES, tensor, written

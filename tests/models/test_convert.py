@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from ds_moe.config import ModelConfig, MoEConfig
+from ds_moe.config.moe import MoEConfig
+from ds_moe.config.sections import ModelConfig
 from ds_moe.errors import UserError
 from ds_moe.models.convert import convert, moe_layers
+from ds_moe.models.load import load_model
 from ds_moe.models.presets import build_preset
-from ds_moe.models.qwen3_vl import load_model
 from ds_moe.moe import ExpertParallel
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
-from ds_moe.data.demo import ANSWERS, QUESTIONS
+from ds_moe.data.digits import ANSWERS, QUESTIONS
 from ds_moe.errors import UserError
 from ds_moe.models.processor import (
     SPECIAL_TOKENS,

@@ -6,16 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ds_moe.config import LoRAConfig, ModelConfig, MoEConfig
+from ds_moe.config.moe import MoEConfig
+from ds_moe.config.sections import LoRAConfig, ModelConfig
 from ds_moe.errors import UserError
-from ds_moe.models import weight_rows
-from ds_moe.models.convert import convert, expert_state
+from ds_moe.models.convert import convert
+from ds_moe.models.families import expert_state
+from ds_moe.models.load import load_model
 from ds_moe.models.lora import add_lora
-from ds_moe.models.qwen3_vl import load_model
 from ds_moe.models.streaming import read_unread
-from ds_moe.models.unread import is_unread
-from ds_moe.models.weight_rows import WeightRows, copy_range
 from ds_moe.moe import ExpertParallel
+from ds_moe.weights import rows as weight_rows
+from ds_moe.weights.rows import WeightRows, copy_range
+from ds_moe.weights.unread import is_unread
 from tests.models.streamed import FORMS, change, file_of, write
 from tests.models.test_convert import batch_for
 

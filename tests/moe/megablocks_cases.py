@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ds_moe.config import ExpertsConfig, MoEConfig
+from ds_moe.config.moe import ExpertsConfig, MoEConfig
 from ds_moe.models.convert import convert
 from ds_moe.models.presets import build_preset
 from ds_moe.moe import Experts, ForwardContext, LocalDispatcher, MoELayer, RoutingDecision, TopKRouter

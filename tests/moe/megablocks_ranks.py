@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from ds_moe.engine import start_distributed
+from ds_moe.engine.start import start_distributed
 from ds_moe.moe import AllToAllDispatcher, ExpertParallel, LocalDispatcher
 from tests.distributed.dispatch_ranks import Case, D, E, build, run
 from tests.launcher import leave, report

@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from ds_moe.checks import problems
-from ds_moe.config import MoEConfig, RunConfig
+from ds_moe.config.check import problems
+from ds_moe.config.moe import MoEConfig
+from ds_moe.config.run import RunConfig
 from ds_moe.errors import UserError
 from ds_moe.models.convert import EXPERT_BIAS, convert, load_expert_bias, moe_layers
+from ds_moe.models.freeze import freeze, frozen
 from ds_moe.models.presets import build_preset
-from ds_moe.models.qwen3_vl import freeze, frozen
 from ds_moe.moe.balance import AuxLoss, Seen, ZLoss, everywhere
+from ds_moe.moe.decision import RoutingDecision, count_experts
 from ds_moe.moe.loss_free import LossFreeBalancing, loss_free, update_biases
-from ds_moe.moe.routing import RoutingDecision, checkpoint_contexts, count_experts
+from ds_moe.moe.tape import checkpoint_contexts
 from tests.moe.test_layer import D, E, make_layer
 
 SCOPES = ("micro_batch", "global_batch", "sequence")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from ds_moe.config import MoEConfig
+from ds_moe.config.moe import MoEConfig
 from ds_moe.errors import UserError
 from ds_moe.models.convert import convert
 from ds_moe.models.presets import build_preset
@@ -26,8 +26,8 @@ from ds_moe.moe import (
     MoELayer,
     checkpoint_contexts,
 )
+from ds_moe.moe.decision import Assignments
 from ds_moe.moe.routers.limits import survives_dropout
-from ds_moe.moe.routing import Assignments
 
 D = 12
 quick = settings(max_examples=60, deadline=None, derandomize=True)

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from ds_moe.errors import UserError
 from ds_moe.replay.align import RoutingShape, align, join, pack, pad
-from ds_moe.replay.formats import RoutingTrace, from_megatron, from_sglang, from_vllm, with_weights
+from ds_moe.replay.traces import RoutingTrace, from_megatron, from_sglang, from_vllm, with_weights
 
 SHAPE = RoutingShape(layers=3, moe_layers=(1, 2), experts=8, top_k=2)
 WIDE = RoutingShape(layers=2, moe_layers=(0, 1), experts=512, top_k=4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeForCausalLM
 
-from ds_moe.config import MoEConfig
+from ds_moe.config.moe import MoEConfig
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.presets import build_preset
 from ds_moe.moe import checkpoint_contexts

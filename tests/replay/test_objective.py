@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from ds_moe.config.tasks import CORRECTION_BOUNDS
+from ds_moe.replay.metrics import finish, metrics, routing_difference
 from ds_moe.replay.objective import OBJECTIVES, Objective, PolicyInputs, group_advantages, policy_loss
-from ds_moe.replay.ratios import CORRECTION_BOUNDS
-from ds_moe.replay.rl_metrics import finish, metrics, routing_difference
 
 KINDS = ("grpo", "dapo", "gspo", "cispo")
 ROUTERS = (

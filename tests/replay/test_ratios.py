@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from ds_moe.config.tasks import CORRECTION_BOUNDS
 from ds_moe.replay.ratios import (
-    CORRECTION_BOUNDS,
     LOG_RATIO_LIMIT,
     engine_weight,
     expert_logprobs,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_moe.moe.backends.swiglu import Recompute, swiglu
-from ds_moe.moe.routing import count_experts
+from ds_moe.moe.decision import count_experts
 
 
 class Order(NamedTuple):

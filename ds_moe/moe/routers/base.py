@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_moe.moe.decision import Assignments, RoutingDecision
 from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.moe.routers.limits import Drop, capacity, survives_dropout, within_capacity
-from ds_moe.moe.routing import Assignments, RoutingDecision
 
 TINY = 1e-20  # beside a sum of scores that could be zero; too small to change one that is not (DeepSeek-V3 adds it too)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ds_moe.moe.decision import Assignments
 from ds_moe.moe.routers.base import Router, routed
 from ds_moe.moe.routers.limits import capacity
-from ds_moe.moe.routing import Assignments
 
 
 class ExpertChoice(Router):

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ds_moe.moe.decision import Assignments
 from ds_moe.moe.routers.base import Router, routed
-from ds_moe.moe.routing import Assignments
 
 
 class FixedRouter(Router):

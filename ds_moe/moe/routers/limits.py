@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ds_moe.moe.routing import Assignments, count_experts
+from ds_moe.moe.decision import Assignments, count_experts
 
 Drop = Literal["position", "score"]
 

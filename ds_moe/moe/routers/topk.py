@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_moe.moe.decision import Assignments
 from ds_moe.moe.routers.base import Router, routed, score_dtype, share_of_token
-from ds_moe.moe.routing import Assignments
 
 Scores = Literal["softmax", "sigmoid"]
 Order = Literal["softmax_then_topk", "topk_then_softmax"]

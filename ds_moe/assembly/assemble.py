@@ -1,0 +1,111 @@
+"""Dense Qwen3-VL checkpoints -> one Qwen3-VL-MoE for plain transformers and for ds_moe: `ds-moe assemble`.
+
+- upcycle: N experts from the FFNs of one checkpoint (arXiv 2212.05055), also cut into finer ones (arXiv 2410.07524),
+  so that the new model gives what the dense one gives;
+- branches: the FFNs of checkpoints trained apart side by side (branch-train-mix, arXiv 2403.07816);
+- average: the mean of checkpoints, dense.
+
+Weights are made when their file is written: at most one output file and the tensors that one weight is made of are in
+memory. Only a router from hidden means needs a whole source model there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from ds_moe import __version__
+from ds_moe.assembly.dense import FILES
+from ds_moe.assembly.plan import Assembly, plan
+from ds_moe.assembly.spec import AssemblySpec, dump_spec, load_spec
+from ds_moe.models.families import expert_state
+from ds_moe.weights.files import SHARD_BYTES, check_empty, dtype_name, make_folder, shards, write_weights
+from ds_moe.weights.layouts import LAYOUTS, Layout, choose_layout, in_layout
+
+NOT_COPIED = ("config.json", "*.index.json", "*.safetensors")
+Note = Callable[[str], None]
+
+
+def assemble(
+    spec_path: str | Path,
+    out: Path,
+    layout: Layout | None = None,
+    *,
+    dry_run: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+    note: Note = print,
+) -> Assembly:
+    """Make the model of a spec.
+
+    Args:
+        out: the folder to write; must not exist or be empty.
+        layout: of the experts, as `ds_moe.export.model.export_checkpoint` takes it.
+        dry_run: only say what would be written.
+        max_shard_bytes: size of one weight file at most (a single larger tensor has a file of its own).
+        note: is told of the sources, of the result and of every file written.
+
+    Raises:
+        UserError: a mistake in the spec, sources that do not fit, or a folder that cannot be written.
+    """
+    spec = load_spec(spec_path)
+    check_empty(out)
+    assembly = plan(spec)
+    layout = choose_layout(assembly.config, layout)
+    files = shards(assembly.sizes, max_shard_bytes)
+    for name, source in assembly.sources.items():
+        note(f"{name}: {source.path}, {source.weights.parameters:,} parameters, {dtype_name(source.dtype)}")
+    size = f"{sum(assembly.sizes.values()) / 1e9:.3g} GB of {dtype_name(assembly.dtype)} in {len(files)} file(s)"
+    note(f"{out}: {assembly}; {size}" + (f", experts in the {layout} layout" if assembly.is_moe else ""))
+    if not dry_run:
+        _write(assembly, out, layout, files, note)
+        (out / "README.md").write_text(_model_card(assembly, spec, out.name, layout))
+    return assembly
+
+
+def _write(assembly: Assembly, out: Path, layout: Layout, files: list[list[str]], note: Note) -> None:
+    """Weights first and the config last, so that a folder left half done does not load."""
+
+    def stored(name: str) -> tuple[str, Tensor]:
+        tensor = assembly.parts[name].make().to(assembly.dtype)
+        return name, in_layout(tensor, layout) if expert_state(name) else tensor
+
+    make_folder(out)
+    write_weights(out, files, stored, note)
+    _copy_processor(next(iter(assembly.sources.values())).folder, out)
+    assembly.config.save_pretrained(out)
+
+
+def _copy_processor(source: Path, out: Path) -> None:
+    """Tokenizer, processor, chat template and generation config."""
+    for path in sorted(path for pattern in FILES for path in source.glob(pattern)):
+        if not any(path.match(pattern) for pattern in NOT_COPIED):
+            shutil.copy(path, out / path.name)
+
+
+def _model_card(assembly: Assembly, spec: AssemblySpec, title: str, layout: Layout) -> str:
+    rows = "\n".join(
+        f"| {name} | `{source.path}` | {source.weights.parameters:,} | {source.weights.bytes / 1e9:.3g} GB |"
+        for name, source in assembly.sources.items()
+    )
+    experts = f"\nExperts are stored in the `{layout}` layout: {LAYOUTS[layout]}.\n" if assembly.is_moe else ""
+    return f"""---
+library_name: transformers
+tags: [ds_moe]
+---
+# {title}
+
+Assembled with ds_moe {__version__}: {assembly}; {dtype_name(assembly.dtype)}.
+{experts}
+| source | from | parameters | files |
+|---|---|---|---|
+{rows}
+
+The spec, as it was resolved:
+
+```yaml
+{dump_spec(spec).strip()}
+```
+"""

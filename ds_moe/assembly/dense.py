@@ -1,0 +1,129 @@
+"""Dense Qwen3-VL checkpoints as material for a MoE: opened, checked against each other, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from ds_moe.errors import UserError
+from ds_moe.models.families import MODEL_CLASSES
+from ds_moe.weights.files import WeightFiles
+
+FAMILY = "qwen3_vl"
+FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # of a hub repository
+SAID_ONLY = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")  # change no output
+MANY = 5  # differences that a message names
+
+
+@dataclass
+class DenseModel:
+    """One checkpoint; `path` is what the spec calls it.
+
+    Attributes:
+        shapes: of every weight that a model of this config has, by name, in its order; a tied lm_head is left out.
+    """
+
+    path: str
+    folder: Path
+    config: PretrainedConfig
+    weights: WeightFiles
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        return self.weights.read(name)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return self.weights.dtype(next(iter(self.shapes)))
+
+
+def open_dense(path: str) -> DenseModel:
+    """A folder, or a hub id that is fetched where it is not in the cache.
+
+    Raises:
+        UserError: none of the two, another kind of model, or weights that do not fit its config, by name.
+    """
+    folder = _folder(path)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        hint = "it is a run's output folder; ds-moe export it first" if (folder / "checkpoints").is_dir() else error
+        raise UserError(f"{path} cannot be read as a transformers checkpoint: {hint}") from error
+    if config.model_type != FAMILY:
+        experts = getattr(config.get_text_config(), "num_experts", None)
+        kind = f", which has {experts} experts already" if experts else ""
+        raise UserError(f"{path} is a {config.model_type}{kind}; only dense {FAMILY} checkpoints can be assembled")
+    weights = WeightFiles(folder)
+    shapes = _expected(config)
+    tied = config.tie_word_embeddings
+    problems = list(_misfits(weights.shapes, shapes, {"lm_head.weight"} if tied else set()))
+    if problems:
+        raise UserError(f"{path} does not fit its own config: {_some(problems)}")
+    return DenseModel(path, folder, config, weights, shapes)
+
+
+def check_sibling(model: DenseModel, first: DenseModel) -> None:
+    """Raise `UserError`, with the keys that differ, unless both have the same config and tokenizer."""
+    differing = list(_differences(model.config.to_dict(), first.config.to_dict()))
+    if differing:
+        raise UserError(f"{model.path} does not fit {first.path}: {_some(differing)}")
+    if _vocabulary(model.folder) != _vocabulary(first.folder):
+        raise UserError(f"{model.path} does not fit {first.path}: their tokenizer.json give tokens other ids")
+
+
+def _folder(path: str) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is no folder, and no hub id that can be fetched ({reason})") from error
+
+
+def _expected(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        state = MODEL_CLASSES[FAMILY]()(config).state_dict()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
+
+
+def _misfits(found: dict[str, list[int]], wanted: dict[str, tuple[int, ...]], allowed: set[str]) -> Iterator[str]:
+    yield from (f"{name} is missing" for name in wanted if name not in found)
+    yield from (f"{name} is unexpected" for name in found if name not in wanted and name not in allowed)
+    for name, shape in wanted.items():
+        if name in found and tuple(found[name]) != shape:
+            yield f"{name} is {tuple(found[name])} and should be {shape}"
+
+
+def _differences(one: Any, other: Any, key: str = "") -> Iterator[str]:
+    """Every key in which two configs differ, with both values."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in sorted((one.keys() | other.keys()) - set(SAID_ONLY)):
+            yield from _differences(one.get(name), other.get(name), f"{key}.{name}".lstrip("."))
+    elif one != other:
+        yield f"{key} is {one!r}, not {other!r}"
+
+
+def _vocabulary(folder: Path) -> Any:
+    """What gives tokens their ids, None without a tokenizer.json."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    return tree.get("model"), tree.get("added_tokens")
+
+
+def _some(problems: list[str]) -> str:
+    more = f" and {len(problems) - MANY} more" if len(problems) > MANY else ""
+    return "; ".join(problems[:MANY]) + more

@@ -1,0 +1,95 @@
+"""Where the domains of the experts lie in the hidden space, and routers that point there."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_moe.assembly.dense import DenseModel
+from ds_moe.config.sections import DataConfig, ModelConfig
+from ds_moe.data.digits import DigitsRecords
+from ds_moe.data.images import RecordError
+from ds_moe.data.records import Records, read_records
+from ds_moe.errors import UserError
+from ds_moe.models.load import load_model
+from ds_moe.models.processor import load_processor
+
+
+def open_domain(path: str) -> Records:
+    """A data file (its first bad record is an error), or "digits": the training split of the bundled scans."""
+    return DigitsRecords("train") if path == "digits" else read_records(path, DataConfig(train=path))
+
+
+@torch.no_grad()
+def hidden_means(model: DenseModel, domains: list[Records], samples: int, seed: int) -> Tensor:
+    """(domains, layers, H) fp32: the mean over all tokens, images included, of what each layer's FFN gets as input.
+
+    The model is loaded whole, on the accelerator if there is one; each sample is a forward of its own.
+
+    Args:
+        samples: of each domain, a choice that depends on `seed`; all where there are fewer.
+    """
+    processor = load_processor(model.folder)
+    loaded: Any = load_model(ModelConfig(path=str(model.folder)), model.dtype).eval()
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    loaded.to(device)
+    ffns = [layer.mlp for layer in loaded.model.language_model.layers]
+    means = []
+    for records in domains:
+        sums = _Sums(ffns)
+        chosen = random.Random(seed).sample(range(len(records)), min(samples, len(records)))
+        for index in sorted(chosen):
+            loaded(**{key: value.to(device) for key, value in _inputs(records, index, processor).items()})
+        means.append(sums.mean())
+    return torch.stack(means)
+
+
+def router_rows(means_DLH: Tensor, std: float) -> Tensor:
+    """(layers, domains, H): each domain's mean less the mean over the domains, scaled to an RMS of `std`.
+
+    What all domains have in common would add the same to every logit, which a softmax does not see.
+
+    Raises:
+        UserError: domains whose means do not differ.
+    """
+    directions_DLH = means_DLH - means_DLH.mean(0)
+    rms_DL1 = directions_DLH.square().mean(-1, keepdim=True).sqrt()
+    if not rms_DL1.all():
+        raise UserError("branches.router: the domains' hidden means do not differ; give each expert data of its own")
+    return (directions_DLH / rms_DL1 * std).transpose(0, 1)
+
+
+class _Sums:
+    """Adds up the inputs of FFNs, of every forward until the mean is asked for."""
+
+    def __init__(self, ffns: list[nn.Module]) -> None:
+        self._sums = [torch.zeros((), dtype=torch.float64)] * len(ffns)
+        self._tokens = 0
+        self._hooks = [ffn.register_forward_pre_hook(self._hook(layer)) for layer, ffn in enumerate(ffns)]
+
+    def _hook(self, layer: int) -> Any:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            hidden_TH = args[0].flatten(0, -2)
+            self._sums[layer] = self._sums[layer] + hidden_TH.sum(0, dtype=torch.float64).cpu()
+            self._tokens += hidden_TH.shape[0] if layer == 0 else 0
+
+        return add
+
+    def mean(self) -> Tensor:
+        for hook in self._hooks:
+            hook.remove()
+        return (torch.stack(self._sums) / self._tokens).float()
+
+
+def _inputs(records: Records, index: int, processor: Any) -> dict[str, Tensor]:
+    """One record as the model's forward takes it, without labels."""
+    limits = DataConfig(train="")
+    try:
+        encoded = records.form.encode(records.sample(index), processor, limits.max_length, limits.max_pixels)
+    except RecordError as error:
+        raise UserError(f"{records.where(index)}: {error}") from error
+    batch = records.form.collate([encoded], processor)
+    return {key: value for key, value in batch.items() if key != "labels"}

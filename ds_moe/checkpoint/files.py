@@ -1,0 +1,213 @@
+"""The files of a checkpoint: what a whole one looks like, and how to read tensors from it. Needs no DeepSpeed.
+
+    <output_dir>/checkpoints/step_00000120/
+        rank-00000.safetensors ...  fp32 weights and Adam moments by parameter name; experts as blocks of rows
+        rng-00000.safetensors ...   this rank's random states
+        state.json                  step, data position, topology, Adam's step, versions
+        run.yaml, deepspeed.json    the resolved run
+        model/                      config, generation config and processor of the model
+        manifest.json               every file with size and SHA-256, every tensor with its place; written last
+
+Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ds_moe.errors import UserError, shown
+
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+STATE_KEYS = {"step": int, "adam_step": int, "world_size": int, "ep_size": int, "precision": str}
+STATE_KEYS |= {"data": dict, "result": dict}
+MAPPED = 2**26  # bytes after which files are opened anew: their pages that were touched count as memory until then
+STEP_FOLDER = re.compile(r"step_(\d{8})")
+
+
+def newest_complete(folder: Path, note: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint below `folder` that is whole; those passed over are noted with the reason."""
+    for path in step_folders(folder):
+        problem = incomplete(path)
+        if problem is None:
+            return path
+        note(f"checkpoint {path} is not usable: {problem}; trying the one before it")
+    return None
+
+
+def incomplete(path: Path) -> str | None:
+    """Why a checkpoint folder cannot be used, naming the file, or None if every file has its size."""
+    try:
+        manifest = _read_object(path / MANIFEST)
+        if manifest["format"] != FORMAT:
+            return f"manifest.json has format {shown(manifest['format'])}, this version reads {FORMAT}"
+        files = manifest["files"]
+        problem = _problem_of_files(path, files) or _problem_of_tensors(manifest["tensors"], files)
+        return problem or _problem_of_state(_read_object(path / STATE), files)
+    except ValueError as error:
+        return str(error)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json is no manifest of a checkpoint ({error})"
+
+
+def _problem_of_files(path: Path, files: dict[str, Any]) -> str | None:
+    """A checkpoint may come from somebody else: nothing outside of its folder is opened, or copied by an export."""
+    for name, entry in files.items():
+        size, sha256 = entry["size"], entry["sha256"]
+        if not (path / name).resolve().is_relative_to(path.resolve()):
+            return f"manifest.json names {shown(name)}, which lies outside of the checkpoint"
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (path / name).stat().st_size != size:
+            return f"{name} has {(path / name).stat().st_size} bytes instead of {shown(size)}"
+        if not isinstance(sha256, str):
+            return f"manifest.json has no SHA-256 of {name}"
+    return None if STATE in files else f"manifest.json does not name {STATE}"
+
+
+def _problem_of_tensors(tensors: dict[str, Any], files: dict[str, Any]) -> str | None:
+    for key, pieces in tensors.items():
+        for file, start, stop in pieces:
+            if file not in files:
+                return f"manifest.json places {shown(key)} in {shown(file)}, which is none of its files"
+            if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start <= stop):
+                return f"manifest.json gives {shown(key)} the rows {shown([start, stop])}"
+    return None
+
+
+def _problem_of_state(state: dict[str, Any], files: dict[str, Any]) -> str | None:
+    for key, kind in STATE_KEYS.items():
+        value = state.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            return f"{STATE}: {key} is {shown(value)}"
+    rng = (f"rng-{rank:05d}.safetensors" for rank in range(state["world_size"]))
+    lacks = next((name for name in rng if name not in files), None)
+    return None if lacks is None else f"manifest.json does not name {lacks}"
+
+
+def damaged(path: Path, share: int = 0, shares: int = 1) -> str | None:
+    """The first file whose content is not the manifest's, or None; looks at every `shares`-th file from `share` on."""
+    for name, entry in sorted(read_manifest(path)["files"].items())[share::shares]:
+        if sha256_of(path / name) != entry["sha256"]:
+            return f"{name} is damaged: its SHA-256 is not the manifest's"
+    return None
+
+
+def find_checkpoint(source: Path) -> Path:
+    """A checkpoint folder, or the newest whole one of a run's output folder.
+
+    Raises:
+        UserError: neither, or a damaged one.
+    """
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    found = newest_complete(folder) or next(iter(step_folders(folder)), source)
+    problem = incomplete(found) or damaged(found)
+    if problem is not None:
+        raise UserError(f"{found} is no whole checkpoint and no run with one: {problem}")
+    return found
+
+
+class Reader:
+    """Reads whole tensors, or some of their first rows, from a checkpoint's pieces; nothing else is loaded."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any] | None = None) -> None:
+        self.path = path
+        self.tensors = (manifest or read_manifest(path))["tensors"]
+        self._files: dict[str, Any] = {}
+        self._mapped = 0
+
+    def _piece(self, key: str, name: str, start: int, stop: int) -> Any:
+        """The slice `key` of a file, which must hold what the manifest says."""
+        try:
+            if name not in self._files:
+                self._files[name] = safe_open(self.path / name, framework="pt")
+            found = self._files[name].get_slice(key)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.path / name}: {key} cannot be read ({error}); use another checkpoint") from error
+        if found.get_shape()[:1] not in ([], [stop - start]):
+            text = f"{key} has the shape {found.get_shape()}, the manifest counts {stop - start} rows"
+            raise UserError(f"{self.path / name}: {text}; use another checkpoint")
+        return found
+
+    def shape(self, key: str) -> list[int]:
+        """The whole tensor's shape."""
+        pieces = self.tensors[key]
+        shape = self._piece(key, *pieces[0]).get_shape()
+        return [max(piece[2] for piece in pieces), *shape[1:]] if shape else shape
+
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor `kind/name`, or its rows [start, stop) of the first dimension.
+
+        Raises:
+            UserError: the checkpoint holds no such tensor or not all of these rows.
+        """
+        pieces = sorted(self.tensors.get(key, []), key=lambda piece: piece[1])
+        if not pieces:
+            raise UserError(f"checkpoint {self.path} holds no {key}")
+        start, stop = rows or (0, pieces[-1][2])
+        parts, position = [], start
+        for name, first, last in pieces:
+            if first <= position < min(last, stop):
+                piece = self._piece(key, name, first, last)
+                if not piece.get_shape():
+                    return self._files[name].get_tensor(key)
+                parts.append(piece[position - first : min(last, stop) - first])
+                position = min(last, stop)
+        if position != stop:
+            raise UserError(f"checkpoint {self.path} holds {key} only up to row {position} of {stop}")
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._mapped += value.nbytes
+        if self._mapped > MAPPED:
+            self._files, self._mapped = {}, 0
+        return value
+
+
+def file_table(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files below a folder, by relative name."""
+    return {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in sorted(files)
+    }
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises `ValueError`, which names the file, for anything else."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file.name} {'is no JSON object' if file.is_file() else 'cannot be read (no such file)'}")
+    return value
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / MANIFEST).read_text())
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, reverse=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with path.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,137 @@
+"""Resume from checkpoints: choose a sound one, fill an engine of any topology from it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ds_moe.checkpoint.files import Reader, damaged, incomplete, read_manifest, step_folders
+from ds_moe.checkpoint.save import persistent_buffers, saved_parameters
+from ds_moe.distributed import Topology, together
+from ds_moe.engine import masters as zero_state
+from ds_moe.errors import UserError, one_line
+from ds_moe.models.families import expert_state, full_shape
+
+
+def choose(resume: str, folder: Path, topology: Topology, note: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint that `train.resume` (auto, never, or a folder) means; None to start anew (collective).
+
+    Checksums are verified here, each rank its share. `auto` passes over what is damaged, but never starts anew where
+    there are checkpoints, and nothing is ever written among the later ones of another run.
+
+    Raises:
+        UserError: no usable checkpoint among those there are, or checkpoints in the way.
+    """
+    [existing, *_] = together(topology, "list checkpoints", lambda: step_folders(folder))
+    if resume == "never" and existing:
+        raise UserError(f"train.resume=never, but {folder} holds {existing[0].name}: choose another train.output_dir")
+    candidates = {"never": [], "auto": existing}.get(resume, [Path(resume)])
+    for path in candidates:
+        problems = together(topology, f"check {path}", lambda path=path: _problem(path, topology))
+        problem = next(filter(None, problems), None)
+        if problem is not None:
+            note(f"checkpoint {path} cannot be used: {problem}")
+            continue
+        later = [other.name for other in existing if other.name > path.name]
+        if resume != "auto" and later:
+            raise UserError(f"train.resume={resume}, but {folder} holds {later[0]}: choose another train.output_dir")
+        return path
+    if candidates:
+        raise UserError(f"train.resume={resume}: no usable checkpoint among {[path.name for path in candidates]}")
+    return None
+
+
+def _problem(path: Path, topology: Topology) -> str | None:
+    return incomplete(path) or damaged(path, topology.rank, topology.world_size)
+
+
+def load(
+    engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path, base: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fill weights, Adam, schedule and random states from a chosen checkpoint of any topology (collective).
+
+    Args:
+        base: as for `checkpoint.Saving`, of this run.
+
+    Returns:
+        The `state` it was saved with.
+
+    Raises:
+        UserError: tensors that do not fit this model, or what was trained upon another base.
+    """
+    manifest = read_manifest(path)
+    state = json.loads((path / "state.json").read_text())
+    reader = Reader(path, manifest)
+    parameters = saved_parameters(engine.module, with_frozen=base is None)
+    buffers = dict(persistent_buffers(engine.module))
+    wanted = {f"weight/{name}" for name in parameters} | {f"buffer/{name}" for name in buffers}
+    saved = {key for key in manifest["tensors"] if key.split("/", 1)[0] not in zero_state.MOMENTS}
+    if wanted != saved:
+        raise UserError(
+            f"checkpoint {path} does not fit this model: missing {sorted(wanted - saved)[:5]}, "
+            f"unexpected {sorted(saved - wanted)[:5]}"
+        )
+    if state.get("base") != base:
+        raise UserError(
+            f"checkpoint {path} was trained upon another model (model.path, or model.preset and train.seed): "
+            f"{state.get('base')} there, {base} here"
+        )
+    for name, parameter in parameters.items():
+        here, there = list(full_shape(name, parameter, topology.ep_size)), reader.shape(f"weight/{name}")
+        if here != there:
+            raise UserError(f"checkpoint {path} does not fit this model: {name} is {there} there and {here} here")
+    zero_state.start_adam(engine, state["adam_step"])
+    for name, parameter in parameters.items():
+        rows = _own_rows(name, parameter, topology)
+        zero_state.write(parameter, zero_state.WEIGHT, reader.read(f"weight/{name}", rows))
+        if parameter.requires_grad and state["adam_step"]:
+            for moment in zero_state.MOMENTS:
+                zero_state.write(parameter, moment, reader.read(f"{moment}/{name}", rows))
+    for name, buffer in buffers.items():
+        buffer.copy_(reader.read(f"buffer/{name}"))
+    _restore_progress(engine, state)
+    _restore_rng(path, state, topology)
+    dist.barrier()
+    return state
+
+
+def _own_rows(name: str, parameter: Tensor, topology: Topology) -> tuple[int, int] | None:
+    if not expert_state(name):
+        return None
+    rows = getattr(parameter, "ds_shape", parameter.shape)[0]
+    return topology.ep_rank * rows, (topology.ep_rank + 1) * rows
+
+
+def _restore_progress(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any]) -> None:
+    step = state["step"]
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+    engine.lr_scheduler.last_epoch = step - 1
+    with warnings.catch_warnings():  # torch takes this for a step of the schedule before one of the optimizer
+        warnings.simplefilter("ignore", UserWarning)
+        engine.lr_scheduler.step()  # the schedule is a function of the step: no state to convert between topologies
+
+
+def _restore_rng(path: Path, state: dict[str, Any], topology: Topology) -> None:
+    """The saved random states on the same world size; a fresh, reproducible one otherwise."""
+    if state["world_size"] != topology.world_size:
+        torch.manual_seed(state["step"] * topology.world_size + topology.rank)
+        return
+    source = path / f"rng-{topology.rank:05d}.safetensors"
+    try:
+        with safe_open(source, framework="pt") as file:
+            torch.set_rng_state(file.get_tensor("cpu"))
+            if "cuda" in file.keys() and topology.device.type == "cuda":
+                torch.cuda.set_rng_state(file.get_tensor("cuda"), topology.device)
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise UserError(f"{source} holds no random state of this machine: {one_line(error)}") from error

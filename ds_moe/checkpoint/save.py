@@ -1,0 +1,214 @@
+"""Write checkpoints: one topology-free form for save, resume, reshard and export (the files: `checkpoint_files.py`).
+
+A folder is written under a temporary name and renamed when it is whole; `latest` is moved after that. Values are stored
+by parameter, not by ZeRO partition, so any world size, EP size or ZeRO stage can resume (`restore.py`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from ds_moe.checkpoint.files import FORMAT, MANIFEST, file_table, incomplete, step_folders, write_json
+from ds_moe.distributed import Topology, together
+from ds_moe.engine import masters as zero_state
+from ds_moe.errors import UserError
+from ds_moe.models.families import expert_state
+from ds_moe.weights.files import write_tensors
+
+POLL_S = 1.0  # of a file that is being written
+PARTIAL = ".partial_"  # begins the name of a folder that is being written
+
+
+class Saving:
+    """A checkpoint on its way: what it holds is settled when this is made (collective), the files follow.
+
+    A thread writes this rank's files while training goes on; it takes part in no collective. `finish` waits for it and
+    makes a checkpoint of the files of all ranks.
+
+    Args:
+        folder: `<output_dir>/checkpoints`.
+        state: JSON-able; must hold `step`. Adam's step and the topology are added.
+        write_extras: called on rank 0 with the folder to fill in what is no tensor (run.yaml, model/).
+        keep: whole checkpoints to leave there, this one included.
+        base: tells which model the frozen parameters are of, which are then left out; None: they are saved too.
+        progress: called with every parameter that is collected.
+
+    Raises:
+        UserError: on every rank, when rank 0 cannot write to the folder.
+    """
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        topology: Topology,
+        folder: Path,
+        state: dict[str, Any],
+        write_extras: Callable[[Path], None],
+        keep: int,
+        base: dict[str, Any] | None = None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self.topology, self.keep, self.write_extras = folder, topology, keep, write_extras
+        self.final = folder / f"step_{state['step']:08d}"
+        self.partial = folder / f"{PARTIAL}{self.final.name}"
+        self.state = {
+            **state,
+            "format": FORMAT,
+            "adam_step": zero_state.adam_step(engine),
+            "world_size": topology.world_size,
+            "ep_size": topology.ep_size,
+            "base": base,
+        }
+        together(topology, f"prepare {self.partial}", self._prepare if topology.rank == 0 else lambda: None)
+        self._tensors = _collect(engine, topology, base is None, progress)
+        self._rng = _rng_states(topology)
+        self._share: _Share | None = None
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._write, name="checkpoint")
+        self._thread.start()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files are there, or never will be."""
+        return not self._thread.is_alive()
+
+    def finish(self, progress: Callable[[], None] = lambda: None) -> Path:
+        """Wait for the files of all ranks, make them a checkpoint, and delete whole ones before it but `keep` - 1
+        (collective).
+
+        Args:
+            progress: called whenever this rank's files have grown.
+
+        Raises:
+            UserError: on every rank, when any rank could not write; no earlier checkpoint is touched, and what was
+                written of this one is removed.
+        """
+        size = 0
+        while self._thread.is_alive():
+            self._thread.join(POLL_S)
+            if (now := self._size()) > size:
+                size = now
+                progress()
+        try:
+            shares = together(self.topology, f"write checkpoint {self.final}", self._own_share)
+            complete = (lambda: self._complete(shares)) if self.topology.rank == 0 else lambda: None
+            together(self.topology, f"finish checkpoint {self.final}", complete)
+        except UserError:
+            if self.topology.rank == 0:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+        return self.final
+
+    def _size(self) -> int:
+        return sum(file.stat().st_size for file in self.partial.glob(f"*-{self.topology.rank:05d}.safetensors"))
+
+    def _prepare(self) -> None:
+        for left in self.folder.glob(f"{PARTIAL}*"):  # of a run that was killed
+            shutil.rmtree(left)
+        self.partial.mkdir(parents=True)
+
+    def _write(self) -> None:
+        try:
+            self._share = _write_rank(self.partial, self.topology.rank, self._tensors, self._rng)
+        except Exception as error:  # whatever it is, `finish` tells it to all ranks
+            self._failure = error
+        self._tensors = {}
+
+    def _own_share(self) -> _Share:
+        if self._failure is not None:
+            raise self._failure
+        assert self._share is not None
+        return self._share
+
+    def _complete(self, shares: list[_Share]) -> None:
+        self.write_extras(self.partial)
+        write_json(self.partial / "state.json", self.state)
+        written = {name: entry for share in shares for name, entry in share.files.items()}
+        extras = [file for file in self.partial.rglob("*") if file.is_file() and file.name not in written]
+        pieces: dict[str, list[Any]] = {}
+        for share in shares:
+            for key, piece in share.pieces.items():
+                pieces.setdefault(key, []).append(piece)
+        files = {**written, **file_table(self.partial, extras)}
+        write_json(self.partial / MANIFEST, {"format": FORMAT, "files": files, "tensors": pieces})
+        shutil.rmtree(self.final, ignore_errors=True)
+        self.partial.rename(self.final)
+        write_json(self.folder / ".latest", self.final.name)
+        (self.folder / ".latest").replace(self.folder / "latest")
+        whole = [path for path in step_folders(self.folder) if path.name <= self.final.name and not incomplete(path)]
+        for old in whole[self.keep :]:
+            shutil.rmtree(old)
+
+
+def _collect(
+    engine: deepspeed.DeepSpeedEngine, topology: Topology, with_frozen: bool, progress: Callable[[], None]
+) -> dict[str, tuple[Tensor, list[int]]]:
+    """This rank's share of all tensors: {kind/name: (value, rows [start, stop))}, none of them in use (collective)."""
+    mine: dict[str, tuple[Tensor, list[int]]] = {}
+    zero_state.link_moments(engine)
+    kinds = (zero_state.WEIGHT, *(zero_state.MOMENTS if zero_state.adam_step(engine) else ()))
+    expert_copies = topology.world_size // topology.ep_size
+    for index, (name, parameter) in enumerate(saved_parameters(engine.module, with_frozen).items()):
+        progress()
+        sharded = expert_state(name)
+        writer = topology.rank // topology.ep_size if sharded else topology.rank
+        writes = writer == index % (expert_copies if sharded else topology.world_size)
+        for kind in kinds if parameter.requires_grad else (zero_state.WEIGHT,):
+            value = zero_state.read(parameter, kind)
+            if writes:
+                rows = value.shape[0] if value.dim() else 1
+                start = topology.ep_rank * rows if sharded else 0
+                mine[f"{kind}/{name}"] = (value.cpu().contiguous(), [start, start + rows])
+    if topology.rank == 0:
+        for name, buffer in persistent_buffers(engine.module):
+            rows = buffer.shape[0] if buffer.dim() else 1
+            mine[f"buffer/{name}"] = (buffer.detach().clone().cpu().contiguous(), [0, rows])
+    return mine
+
+
+def saved_parameters(model: torch.nn.Module, with_frozen: bool) -> dict[str, torch.nn.Parameter]:
+    return {name: one for name, one in model.named_parameters() if with_frozen or one.requires_grad}
+
+
+def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that belong to a model's state (module.state_dict() would gather nothing useful under ZeRO-3)."""
+    return [
+        (f"{prefix}.{name}" if prefix else name, buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+@dataclass
+class _Share:
+    """What one rank wrote: its files with size and checksum, and where each of its tensors' rows are."""
+
+    files: dict[str, dict[str, Any]]
+    pieces: dict[str, list[Any]]  # kind/name -> [file, first row, end of rows]
+
+
+def _write_rank(
+    folder: Path, rank: int, tensors: dict[str, tuple[Tensor, list[int]]], rng: dict[str, Tensor]
+) -> _Share:
+    weights_file, rng_file = (folder / f"{kind}-{rank:05d}.safetensors" for kind in ("rank", "rng"))
+    write_tensors(weights_file, {key: value for key, (value, _) in tensors.items()})
+    write_tensors(rng_file, rng)
+    pieces = {key: [weights_file.name, *rows] for key, (_, rows) in tensors.items()}
+    return _Share(file_table(folder, [weights_file, rng_file]), pieces)
+
+
+def _rng_states(topology: Topology) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if topology.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(topology.device)
+    return states

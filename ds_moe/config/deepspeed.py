@@ -1,0 +1,170 @@
+"""The DeepSpeed JSON of a run: "auto" values filled from the run file, contradictions between the two refused.
+
+The JSON holds how DeepSpeed works (ZeRO stage, buckets, offload); what is trained stands in the run file. A key that
+both can hold is either "auto" in the JSON or equal in both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from ds_moe.config.deepspeed_json import AUTO, Json, check_keys, read_json, section
+from ds_moe.config.deepspeed_keys import FP32_NAMES
+from ds_moe.config.rules.rule import written
+from ds_moe.config.run import RunConfig
+from ds_moe.errors import UserError
+
+
+def resolve_deepspeed(
+    config: RunConfig, world_size: int, on_cpu: bool, hidden_size: int | None = None
+) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`, with nothing "auto" left in it.
+
+    Args:
+        config: from `load_run`, so that `config.deepspeed` is the path of an existing file.
+        world_size: number of ranks; each is a data-parallel rank, whatever `moe.ep_size` is.
+        on_cpu: whether the ranks train on CPUs.
+        hidden_size: width of the text model, to size "auto" buckets; None leaves them to DeepSpeed.
+
+    Raises:
+        UserError: broken JSON, an unknown or unsupported key, a contradiction with the run file, a batch size or an
+            ep_size that does not divide.
+    """
+    resolved, complaints = deepspeed_problems(config, world_size, on_cpu, hidden_size)
+    if complaints:
+        raise UserError(complaints[0])
+    return resolved
+
+
+def deepspeed_problems(
+    config: RunConfig, world_size: int, on_cpu: bool, hidden_size: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """As `resolve_deepspeed`, but every complaint instead of the first. The dictionary is only good without any."""
+    try:
+        source = read_json(config.deepspeed)
+    except UserError as error:
+        return {}, [str(error)]
+    complaints = check_keys(source)
+    try:
+        accumulation = accumulation_steps(config, world_size)
+    except UserError as error:
+        complaints.append(str(error))
+        accumulation = 1
+    if config.moe and world_size % config.moe.ep_size:
+        fits = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
+        text = f"moe.ep_size {config.moe.ep_size} does not divide the {world_size} ranks ({fits} do)"
+        complaints.append(f"{config.at('moe.ep_size')}: {text}")
+    filled = {
+        "train_batch_size": ("train.global_batch_size", config.train.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", config.train.micro_batch_size),
+        "gradient_accumulation_steps": ("train.global_batch_size", accumulation),
+        "gradient_clipping": ("train.max_grad_norm", config.train.max_grad_norm),  # left out, DeepSpeed clips at 1.0
+        "bf16.enabled": ("train.precision", precision(config, on_cpu) == "bf16"),
+        "optimizer.params.lr": ("train.lr", config.train.lr),
+        "optimizer.params.betas": ("train.betas", list(config.train.betas)),
+        "optimizer.params.weight_decay": ("train.weight_decay", config.train.weight_decay),
+    }
+    resolved = json.loads(json.dumps(source.values))
+    for key, (yaml_key, value) in filled.items():
+        complaints += _fill(resolved, key, value, yaml_key, source, config)
+    complaints += _other_optimizer(resolved, source)
+    if complaints:
+        return {}, complaints
+    _finish_optimizer(resolved, on_cpu)
+    _finish_zero(resolved["zero_optimization"], hidden_size)
+    resolved.pop("fp16", None)
+    resolved = {key: value for key, value in resolved.items() if value != AUTO}  # what is left has DeepSpeed's default
+    return resolved, []
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches that one optimizer step accumulates on each rank: global / (micro x ranks), exactly."""
+    micro, total = config.train.micro_batch_size, config.train.global_batch_size
+    step = micro * world_size
+    if total % step == 0:
+        return total // step
+    fits = [size for size in (total // step * step, (total // step + 1) * step) if size]
+    micros = [size for size in range(1, total // world_size + 1) if total % (size * world_size) == 0]
+    advice = f"global_batch_size {' or '.join(map(str, fits))} would work"
+    if micros:
+        advice += f", or micro_batch_size {min(micros, key=lambda size: abs(size - micro))}"
+    raise UserError(
+        f"{config.at('train.global_batch_size')}: train.global_batch_size {total} is not a multiple of "
+        f"micro_batch_size {micro} x {world_size} ranks = {step}; {advice}"
+    )
+
+
+def precision(config: RunConfig, on_cpu: bool) -> str:
+    """ "fp32" or "bf16": what the run says, else what suits the device."""
+    return config.train.precision or ("fp32" if on_cpu else "bf16")
+
+
+def trains_on_cpu() -> bool:
+    """Whether DeepSpeed would train on CPUs on this machine: it was told so, or there is no accelerator."""
+    if told := os.environ.get("DS_ACCELERATOR"):
+        return told == "cpu"
+    import torch  # a second of import that reading a JSON does not need
+
+    return not torch.accelerator.is_available()
+
+
+def _fill(resolved: dict[str, Any], key: str, value: Any, yaml_key: str, source: Json, config: RunConfig) -> list[str]:
+    """Set dotted `key` where it is "auto" or absent; a complaint where it says something else than `value`."""
+    *parents, name = key.split(".")
+    holder = resolved
+    for parent in parents:
+        holder = holder.setdefault(parent, {})
+        if not isinstance(holder, dict):
+            return []  # `check_keys` has complained
+    given = holder.get(name, AUTO)
+    if given == AUTO:
+        holder[name] = value
+    elif given != value or isinstance(given, bool) != isinstance(value, bool):
+        ours = "'bf16'" if value is True else "'fp32'" if value is False else f"{value!r}"
+        what = "works out to" if name == "gradient_accumulation_steps" else "is"
+        default = "" if written(config, yaml_key) else " by default"
+        theirs, ours = f"{key} is {json.dumps(given)}", f"{config.at(yaml_key)} {yaml_key} {what} {ours}{default}"
+        return [f'{source.at(key)}: {theirs}, but {ours}; write "auto" in the JSON or make them agree']
+    return []
+
+
+def _other_optimizer(resolved: dict[str, Any], source: Json) -> list[str]:
+    """A complaint where DeepSpeed would replace its ZeRO-1 optimizer by one that checkpoints cannot be written of."""
+    key, zero = "data_types.grad_accum_dtype", section(resolved, "zero_optimization")
+    dtype = section(resolved, "data_types").get("grad_accum_dtype")
+    offloaded = section(zero, "offload_optimizer").get("device", "none") != "none"
+    bf16 = section(resolved, "bf16").get("enabled") is True
+    if zero.get("stage") != 1 or offloaded or not bf16 or dtype not in FP32_NAMES:
+        return []
+    text = f"{key} {dtype!r} is not supported with bf16 at ZeRO stage 1: DeepSpeed's BF16_Optimizer, which it chooses"
+    return [f"{source.at(key)}: {text}, has no checkpoints of ours; remove it, or use stage 2 or 3"]
+
+
+def _finish_optimizer(resolved: dict[str, Any], on_cpu: bool) -> None:
+    optimizer = resolved["optimizer"]
+    optimizer.setdefault("type", "AdamW")
+    params = optimizer["params"]
+    if params.get("eps", AUTO) == AUTO:
+        params["eps"] = 1e-8
+    offloaded = section(resolved["zero_optimization"], "offload_optimizer").get("device", "none") != "none"
+    if on_cpu and not offloaded:  # otherwise DeepSpeed compiles its fused Adam for a minute and a half
+        params.setdefault("torch_adam", True)
+        if params["torch_adam"]:
+            params["fused"] = True  # one pass over weights and moments, without temporary copies of them
+
+
+def _finish_zero(zero: dict[str, Any], hidden_size: int | None) -> None:
+    """Size "auto" buckets (in elements) as transformers does, but not so small that tiny models send crumbs."""
+    bucket = max((hidden_size or 0) ** 2, 2**24)  # DeepSpeed's own 5e8 would hold 2 GiB of each rank
+    sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if zero["stage"] == 3:
+        sizes["stage3_prefetch_bucket_size"] = bucket * 9 // 10
+        if hidden_size:
+            sizes["stage3_param_persistence_threshold"] = 10 * hidden_size
+    for key in [key for key, value in zero.items() if value == AUTO]:
+        if key in sizes:
+            zero[key] = sizes[key]
+        else:
+            del zero[key]

@@ -1,0 +1,152 @@
+"""The DeepSpeed JSON on its own: read with its lines, and keys refused that ds_moe cannot train with."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_moe.config.deepspeed_keys import (
+    ADAM_KEYS,
+    DEVICES,
+    FILLED,
+    KINDS,
+    OFFLOAD_KEYS,
+    PASSED_ON,
+    REFUSED,
+    REFUSED_VALUES,
+    STAGE_3_ONLY,
+    ZERO_KEYS,
+    ZERO_REFUSED,
+)
+from ds_moe.config.yaml_lines import compose_lines, join, nearest, read_text
+from ds_moe.errors import UserError, shown
+
+AUTO = "auto"
+FITS: dict[str, Callable[[Any], bool]] = {  # a key of KINDS -> whether a value is one
+    "an object": lambda value: isinstance(value, dict),
+    "a number above 0": lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value > 0,
+    "true or false": lambda value: isinstance(value, bool),
+}
+
+
+@dataclass
+class Json:
+    """A DeepSpeed JSON as written: its values and "file:line" of each dotted key."""
+
+    file: str
+    values: dict[str, Any]
+    origins: dict[str, str]
+
+    def at(self, key: str) -> str:
+        return self.origins.get(key, self.file)
+
+
+def read_json(path: str | Path) -> Json:
+    """Read a DeepSpeed JSON; `UserError` with the line where it is none."""
+    file = str(path)
+    text = read_text(Path(path), "DeepSpeed JSON")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+        raise UserError(f"{file}: not valid JSON ({str(error).partition(';')[0]})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: a DeepSpeed JSON is an object, this is a {type(values).__name__}")
+    _, origins = compose_lines(text.replace("\t", " "), file)  # JSON is YAML but for tabs; also refuses duplicates
+    return Json(file, values, origins)
+
+
+def check_keys(source: Json) -> list[str]:
+    """Complaints about keys that ds_moe does not pass on, and about values that it cannot train with."""
+    values = source.values
+    found = _check_names(source, "", values, FILLED + PASSED_ON, REFUSED)
+    fp16 = section(values, "fp16").get("enabled", False)
+    if fp16 not in (False, AUTO):
+        found.append(f"{source.at('fp16.enabled')}: fp16.enabled is {fp16!r}; ds_moe trains in bf16 or fp32")
+    found += _wrong_kinds(source)
+    optimizer = section(values, "optimizer")
+    found += _check_names(source, "optimizer", optimizer, ["type", "params"], {})
+    found += _check_names(source, "optimizer.params", section(optimizer, "params"), ADAM_KEYS, {})
+    kind = optimizer.get("type", "AdamW")
+    if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
+        found.append(f"{source.at('optimizer.type')}: optimizer.type is {kind!r}; must be 'AdamW' or 'Adam'")
+    zero = section(values, "zero_optimization")
+    found += _check_names(source, "zero_optimization", zero, ZERO_KEYS, ZERO_REFUSED)
+    stage = zero.get("stage")
+    if stage not in (1, 2, 3) or isinstance(stage, bool):
+        where = source.at("zero_optimization.stage" if "stage" in zero else "zero_optimization")
+        return [*found, f"{where}: zero_optimization.stage is {stage!r}; must be 1, 2 or 3"]
+    for key in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
+        offload = section(zero, key.partition(".")[2])
+        found += _check_names(source, key, offload, OFFLOAD_KEYS, {})
+        if (device := offload.get("device", "none")) not in DEVICES:
+            found.append(
+                f"{source.at(key + '.device')}: {key}.device is {shown(device)}; must be {' or '.join(DEVICES)}"
+            )
+    found += _refused_values(source)
+    found += [f"{source.at(key)}: {key} is {value}; must be finite" for key, value in _infinite(values)]
+    for key, value in zero.items():
+        if stage < 3 and value != AUTO and (key.startswith("stage3_") or key in STAGE_3_ONLY):
+            where = source.at(f"zero_optimization.{key}")
+            found.append(f"{where}: zero_optimization.{key} would not be used: it needs stage 3, this is {stage}")
+    return found
+
+
+def _wrong_kinds(source: Json) -> list[str]:
+    found = []
+    for kind, key in [(kind, key) for kind, keys in KINDS.items() for key in keys.split()]:
+        value = _value(source, key)
+        if value is None and key not in (*FILLED, "optimizer.params"):
+            continue  # to DeepSpeed the same as no such key
+        if value != AUTO and not FITS[kind](value):
+            found.append(f"{source.at(key)}: {key} is {shown(value)}; must be {kind}")
+    return found
+
+
+def _value(source: Json, key: str) -> Any:
+    """The value of a dotted key, AUTO where it is not written."""
+    *parents, name = key.split(".")
+    holder = source.values
+    for parent in parents:
+        holder = section(holder, parent)
+    return holder.get(name, AUTO)
+
+
+def _refused_values(source: Json) -> list[str]:
+    found = []
+    for key, (value, reason) in REFUSED_VALUES.items():
+        if _value(source, key) == value:
+            found.append(f"{source.at(key)}: {key} {json.dumps(value)} is not supported: {reason}")
+    return found
+
+
+def _infinite(values: dict[str, Any], parent: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted key and value of the numbers that JSON does not know but Python reads: NaN, Infinity, 1e999."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _infinite(value, join(parent, name))
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield join(parent, name), value
+
+
+def _check_names(source: Json, parent: str, values: Any, known: Sequence[str], refused: dict[str, str]) -> list[str]:
+    found = []
+    for key in values:
+        dotted = join(parent, key)
+        if key in refused:
+            found.append(f"{source.at(dotted)}: {dotted} is not supported: {refused[key]}")
+        elif key not in known:
+            near = nearest(key, known)
+            hint = f"did you mean {near}?" if near else f"keys here: {', '.join(sorted(known))}"
+            found.append(f"{source.at(dotted)}: unknown key {dotted} ({hint})")
+    return found
+
+
+def section(values: dict[str, Any], key: str) -> dict[str, Any]:
+    section = values.get(key)
+    return section if isinstance(section, dict) else {}

@@ -1,0 +1,117 @@
+"""The keys of `moe`: routers, balancers, dispatch, experts, replay."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from ds_moe.config.sections import Section
+
+
+class AnyRouter(Section):
+    """What every kind of router has; docs/routers.md has their formulas."""
+
+    kind: str
+    top_k: int | None = Field(default=None, gt=0)  # default: the model's own
+    expert_dropout: float = Field(default=0.0, ge=0, lt=1)  # of assignments, in training; a token keeps at least one
+
+
+class Jittered(Section):
+    jitter_noise: float = Field(default=0.0, ge=0, lt=1)  # in training the router sees x * uniform(1 - j, 1 + j)
+
+
+class Limited(Section):
+    capacity_factor: float | None = Field(default=None, gt=0)  # training: rows an expert takes / its fair share
+
+
+class TopKRouting(Limited, Jittered, AnyRouter):
+    kind: Literal["topk"] = "topk"
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    order: Literal["softmax_then_topk", "topk_then_softmax"] | None = None  # default softmax_then_topk
+    normalize: bool | None = None  # a token's weights sum to 1; default: as the model family does
+    route_scale: float = Field(default=1.0, gt=0)  # factor of all weights
+    groups: int | None = Field(default=None, gt=0)  # a token chooses from its best top_groups groups of experts
+    top_groups: int | None = Field(default=None, gt=0)
+    temperature: float = Field(default=1.0, gt=0)  # logits are divided by it
+    drop: Literal["position", "score"] | None = None  # whom a full expert refuses; default position
+
+
+class NoisyTopKRouting(TopKRouting):
+    kind: Literal["noisy_topk"] = "noisy_topk"
+    noise_std: float = Field(default=1.0, gt=0)  # factor of the learned noise
+
+
+class ExpertChoiceRouting(Jittered, AnyRouter):
+    kind: Literal["expert_choice"] = "expert_choice"
+    capacity_factor: float = Field(default=1.0, gt=0)  # rows an expert takes / its fair share
+    allow_noncausal: bool = False  # train a causal model although its tokens then depend on later ones
+
+
+class HashRouting(Limited, AnyRouter):
+    kind: Literal["hash"] = "hash"
+
+
+class BalancedRouting(Limited, AnyRouter):
+    kind: Literal["balanced"] = "balanced"
+
+
+RouterConfig = Annotated[
+    TopKRouting | NoisyTopKRouting | ExpertChoiceRouting | HashRouting | BalancedRouting, Field(discriminator="kind")
+]
+
+
+class NoBalance(Section):
+    kind: Literal["none"] = "none"
+
+
+class AuxBalance(Section):
+    kind: Literal["aux"] = "aux"
+    weight: float = Field(default=1e-3, gt=0)
+    scope: Literal["micro_batch", "global_batch", "sequence"] = "micro_batch"
+    normalize_by_k: bool = False  # perfectly balanced the loss is weight * top_k, or weight with this
+
+
+class ZLossBalance(Section):
+    kind: Literal["z_loss"] = "z_loss"
+    weight: float = Field(default=1e-3, gt=0)
+
+
+class LossFreeBalance(Section):
+    kind: Literal["loss_free"] = "loss_free"
+    update_rate: float = Field(default=1e-3, gt=0)  # step of the bias, in units of the router's scores
+    rule: Literal["sign", "proportional"] = "sign"
+    decay_from: float = Field(default=0.8, ge=0, le=1)  # share of the run after which the step falls to 0; 1: never
+
+
+Balance = Annotated[NoBalance | AuxBalance | ZLossBalance | LossFreeBalance, Field(discriminator="kind")]
+
+
+class DispatchConfig(Section):
+    kind: Literal["auto", "local", "all_to_all"] = "auto"  # auto: local at ep_size 1, else all_to_all
+    chunks: int = Field(default=1, gt=0)  # parts of a rank's experts: rows of one travel while another is computed
+
+
+class ExpertsConfig(Section):
+    backend: Literal["auto", "grouped_mm", "megablocks", "liger", "reference"] = "auto"  # kernels; auto: by device
+    recompute: Literal["none", "act", "all"] = "act"  # what backward computes again: nothing, the activation, all
+    apply_weight: Literal["before", "after"] = "after"  # combine weights multiply what experts get, or what they give
+
+
+class ReplayConfig(Section):
+    enabled: bool = False  # a forward uses the experts that its batch brings (task: rl), not those its routers choose
+    moves_bias: bool = False  # whether replayed tokens count for the loss-free bias
+
+
+class MoEConfig(Section):
+    ep_size: int = Field(default=1, gt=0)  # ranks one copy of the experts is spread over
+    router: RouterConfig = TopKRouting()
+    balance: list[Balance] = []
+    dispatch: DispatchConfig = DispatchConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    replay: ReplayConfig = ReplayConfig()
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _default_kind(cls, router: Any) -> Any:
+        return {"kind": "topk", **router} if isinstance(router, dict) else router

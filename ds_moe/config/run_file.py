@@ -1,0 +1,118 @@
+"""A run file: YAML plus dotted overrides -> `RunConfig`, and every mistake in it as one line that says where and what.
+
+`load_run` is what a run starts from; `parse_run` gives all the complaints at once, for the doctor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ds_moe.config.check import problems, used_keys
+from ds_moe.config.complaints import Schema, descend, read_mapping
+from ds_moe.config.run import RunConfig
+from ds_moe.config.yaml_lines import compose_lines
+from ds_moe.errors import UserError, shown
+
+SCHEMA = Schema(RunConfig, "run file")
+ALL_KEYS = SCHEMA.keys
+
+
+def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run file, apply `key=value` overrides, check types and refuse keys that the run would not use.
+
+    `deepspeed` is then the path of an existing JSON. Raises `UserError` with the first complaint.
+    """
+    config, complaints = parse_run(path, overrides)
+    if config is None or complaints:
+        raise UserError(complaints[0])
+    return config
+
+
+def parse_run(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig | None, list[str]]:
+    """(config, complaints): the config is None where the file could not be made into one."""
+    file = str(path)
+    try:
+        data, origins = read_mapping(Path(path), SCHEMA)
+        for override in overrides or []:
+            _override(data, origins, override)
+    except UserError as error:
+        return None, [str(error)]
+    for key in SCHEMA.sections:  # `train:` with nothing below it is an empty section
+        parent, _, name = key.rpartition(".")
+        holder = descend(data, parent)
+        if isinstance(holder, dict) and name in holder and holder[name] is None and key in origins:
+            holder[name] = None if origins[key].startswith("override ") else {}
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        return None, SCHEMA.complaints(error, data, origins, file)
+    config.remember_origins(file, origins)
+    complaints = problems(config)
+    try:
+        config.deepspeed = str(_find_json(config, Path(path)))
+    except UserError as error:
+        complaints.append(str(error))
+    return config, complaints
+
+
+def dump(config: RunConfig) -> dict[str, Any]:
+    """The resolved tree as plain data: every key this run uses, defaults filled in. `load_run` reads it back."""
+    return used_keys(config)
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """`dump` as the text of a run file."""
+    return yaml.safe_dump(dump(config), sort_keys=False)
+
+
+def _override(data: dict[str, Any], origins: dict[str, str], override: str) -> None:
+    """Set one `dotted.key=value` in `data`; its origin and that of all below it becomes the override."""
+    key, equals, text = override.partition("=")
+    names: list[Any] = key.strip().split(".")
+    if not equals or not all(names):
+        raise UserError(f"override {override}: write it as dotted.key=value, e.g. train.lr=1e-4")
+    try:
+        value, _ = compose_lines(text, "value")
+    except UserError as error:
+        raise UserError(f"override {override}: {error}") from error
+    holder: Any = data
+    for depth, name in enumerate(names):
+        last, so_far = depth == len(names) - 1, ".".join(names[:depth])
+        if isinstance(holder, list):
+            if not name.isdecimal() or int(name) >= len(holder):
+                raise UserError(f"override {override}: {so_far} is a list of {len(holder)}; {name} is no index in it")
+            name = int(name)
+        elif not isinstance(holder, dict):
+            raise UserError(f"override {override}: {so_far} is {shown(holder)}, not a section")
+        elif not last and holder.get(name) is None:
+            holder[name] = {}
+            origins[".".join(names[: depth + 1])] = f"override {override}"
+        if last:
+            holder[name] = value
+        holder = holder[name]
+    dotted = ".".join(names)
+    for below in [origin for origin in origins if origin.startswith(dotted + ".")]:
+        del origins[below]
+    origins[dotted] = f"override {override}"
+
+
+def _find_json(config: RunConfig, run_file: Path) -> Path:
+    """The DeepSpeed JSON: beside the run file, else from the working directory."""
+    for folder in (run_file.parent, Path()):
+        found = Path(*(folder / config.deepspeed).parts)
+        if found.is_file():
+            return _shortest(found)
+    raise UserError(
+        f"{config.at('deepspeed')}: deepspeed is {config.deepspeed!r}, which is neither a file beside the run file "
+        f"nor below the working directory {Path.cwd()}"
+    )
+
+
+def _shortest(path: Path) -> Path:
+    """`path` without "..", relative to the working directory where it lies below it."""
+    resolved = path.resolve()
+    return resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved

@@ -1,0 +1,133 @@
+"""The typed tree of one run: every key a run file or an override may hold, with its default.
+
+`ds_moe.config.run_file` reads YAML and dotted overrides into this tree and turns pydantic's complaints into one-line errors
+with file, line and the nearest valid key; `ds_moe.config.check` refuses keys that a run would not use. Units stand in the
+comment of each key.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+
+
+class Section(BaseModel):
+    """A section of the run file: unknown keys are errors, values are checked and never converted ("8" is no 8)."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Located(Section):
+    """The root of a file: knows where each of its keys was written."""
+
+    _file: str = PrivateAttr("run file")
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def remember_origins(self, file: str, origins: dict[str, str]) -> None:
+        """Keep where each dotted key was written ("run.yaml:12", "override train.lr=1"), for error messages."""
+        self._file, self._origins = file, origins
+
+    def at(self, key: str) -> str:
+        """Where `key` or the closest section around it was written; the file where only its default holds."""
+        return origin_of(key, self._origins, self._file)
+
+
+class ModelConfig(Section):
+    path: str | None = None  # local folder or hub id of a qwen3_vl_moe, qwen3_moe or qwen3_vl checkpoint
+    preset: str | None = None  # or a tiny model built from config: see ds_moe/models/presets.py
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    freeze: list[str] = []  # "vision", "router", "experts", "embeddings" or a regex on parameter names
+
+    @field_validator("freeze")
+    @classmethod
+    def _freeze_is_regex(cls, freeze: list[str]) -> list[str]:
+        for entry in freeze:
+            try:
+                re.compile(entry)
+            except re.error as error:
+                raise ValueError(f"{entry!r} is no regular expression ({error})") from error
+        return freeze
+
+
+class DataConfig(Section):
+    train: str  # JSONL or Parquet file, or "digits" (bundled scans rendered as chat samples); task rl: rollouts
+    eval: str | None = None  # same forms; "digits" is the held-out split
+    root: str | None = None  # images must lie below it; default: the folder of the data file
+    max_length: int = Field(default=2048, gt=0)  # tokens a sample, image tokens included
+    max_pixels: int = Field(default=16_777_216, gt=0)  # pixels of one image as stored; more is a bad record
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    shuffle: bool = True
+    length_grouping: bool = True  # samples of like length share a micro-batch
+    num_workers: int = Field(default=0, ge=0)  # processes a rank
+    prefetch_factor: int | None = Field(default=None, gt=0)  # steps a worker prepares ahead (default 2)
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class TrainConfig(Section):
+    output_dir: str = Field(default="runs/default", min_length=1)
+    stage: Literal["all", "router_only"] = "all"  # router_only: everything but the routers is frozen
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    precision: Literal["fp32", "bf16"] | None = None  # default: bf16 on an accelerator, fp32 on CPU
+    steps: int | None = Field(default=None, gt=0)  # optimizer steps; or
+    epochs: int | None = Field(default=None, gt=0)  # passes over the data
+    micro_batch_size: int = Field(default=1, gt=0)  # samples a rank and forward
+    global_batch_size: int = Field(default=8, gt=0)  # samples an optimizer step; accumulation follows from it
+    lr: float = Field(default=1e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)  # cosine only: floor as a share of lr
+    weight_decay: float = Field(default=0.0, ge=0)  # matrices only; norms and biases never decay
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
+    max_grad_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
+    gradient_checkpointing: bool = False
+    resume: str = Field(default="auto", min_length=1)  # newest complete of output_dir | never | a folder
+    eval_every: int | None = Field(default=None, gt=0)  # steps; the end is always evaluated if data.eval is set
+    eval_batch_size: int | None = Field(default=None, gt=0)  # samples a rank; default micro_batch_size
+    eval_samples: int | None = Field(default=None, gt=0)  # of data.eval in periodic evaluations; default all
+    eval_generate: bool = True  # also generate answers and count exact matches
+    max_new_tokens: int | None = Field(default=None, gt=0)  # of a generated answer (default 16)
+    patience: int | None = Field(default=None, gt=0)  # evaluations without a better loss that end the run
+    max_skipped: int = Field(default=3, ge=0)  # steps in a row not taken for a NaN or infinity; one more ends the run
+    watchdog_s: float = Field(default=600.0, gt=0)  # seconds without progress, of any rank, that end the job
+    stop_within_s: float = Field(default=120.0, gt=0)  # seconds from a signal to the end of its step and checkpoint
+
+
+class LoRAConfig(Section):
+    """Freezes the model and trains low-rank updates of its matrices; docs/lora.md."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)  # updates are scaled by alpha / rank
+    rslora: bool = False  # by alpha / sqrt(rank)
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # of what an update sees, in training
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]  # linear layers, by the last part of their names
+    experts: bool = False  # gate_up and down of every expert too
+    train_router: bool = False  # the routers' own weights, in full
+
+
+class MonitorConfig(Section):
+    tensorboard: bool = True
+    log_every: int = Field(default=10, gt=0)  # steps
+    heatmap_every: int = Field(default=50, gt=0)  # steps between layer x expert load images
+    sample_images: int = Field(default=4, ge=0)  # evaluated samples shown as images
+    dead_alarm_steps: int = Field(default=100, gt=0)  # steps without a token after which an expert is reported
+
+
+class CheckpointConfig(Section):
+    every: int | None = Field(default=None, gt=0)  # steps; default: only at the end
+    keep: int = Field(default=2, gt=0)
+    background: bool = False  # training goes on while files are written, from a copy in host memory
+
+
+def origin_of(key: str, origins: dict[str, str], file: str) -> str:
+    """`origins` of a dotted key or of its nearest parent in it, else `file`."""
+    while key:
+        if key in origins:
+            return origins[key]
+        key = key.rpartition(".")[0]
+    return file

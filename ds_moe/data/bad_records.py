@@ -1,0 +1,56 @@
+"""Records that cannot be used: an error, or a line each in the output folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ds_moe.config.run import RunConfig
+from ds_moe.data.chat import BadRecord
+from ds_moe.data.records import stop_message
+from ds_moe.errors import UserError
+
+BAD_RECORDS = "bad_records.jsonl"
+
+
+class BadRecordLog:
+    """Bad records met so far, each listed once in the output folder's BAD_RECORDS.
+
+    Under `stop` nothing is listed, and the first one is an error: raised, or with `raise_errors` False kept as `error`.
+    """
+
+    def __init__(self, config: RunConfig, bad: list[BadRecord], rank: int, raise_errors: bool = True):
+        self._stop, self._raise_errors = config.data.on_bad_record == "stop", raise_errors
+        self._file = Path(config.train.output_dir) / BAD_RECORDS
+        self._listed: set[str] = set()  # lines of the file, of all ranks, as far as it has been read
+        self._read_to = 0
+        self._known = set(bad)
+        self.records = list(bad)
+        self.error: str | None = None
+        if rank == 0:  # every rank has read the same structure
+            self._write(bad)
+
+    def note(self, bad: list[BadRecord]) -> None:
+        """Take up what loading a step has shown; a record comes again in every epoch. Raises `UserError` under stop."""
+        new = [record for record in dict.fromkeys(bad) if record not in self._known]
+        if not new:
+            return
+        if self._stop:
+            self.error = self.error or stop_message(new)
+            if self._raise_errors:
+                raise UserError(self.error)
+            return
+        self._known.update(new)
+        self.records += new
+        self._write(new)
+
+    def _write(self, bad: list[BadRecord]) -> None:
+        if not bad:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"where": record.where, "reason": record.reason}) for record in bad]
+        with self._file.open("a+", encoding="utf-8") as stream:  # short appended lines of several ranks do not mix
+            stream.seek(self._read_to)
+            self._listed.update(stream.read().splitlines())
+            self._read_to = stream.tell()
+            stream.writelines(f"{line}\n" for line in lines if line not in self._listed)

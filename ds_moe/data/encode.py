@@ -1,0 +1,115 @@
+"""Samples to tensors: `encode` makes one sample's ids, labels and patches, `collate` a micro-batch of them.
+
+Shapes: B samples, S tokens (padded to the longest of the micro-batch), P patches of all its images, I images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ds_moe.data.chat import Sample
+from ds_moe.data.chat_template import tokenize
+from ds_moe.data.images import ImageSource, RecordError, load_image
+from ds_moe.errors import one_line
+
+Batch = dict[str, Tensor]  # exactly the keyword arguments of a model's forward
+NO_LOSS = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample, unpadded. The first `prompt` ids are what generation of the last answer starts from."""
+
+    input_ids: Tensor  # (S,) int64
+    labels: Tensor  # (S,) int64, NO_LOSS outside assistant turns
+    prompt: int
+    pixel_values: Tensor | None = None  # (P, channels * temporal_patch * patch * patch) float32
+    image_grid_thw: Tensor | None = None  # (I, 3) int64, patches a side
+    real: bool = True  # False for a filler
+    kind: str | None = None  # the record's own label
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.input_ids, self.labels, self.pixel_values)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def encode(sample: Sample, processor: Any, max_length: int, max_pixels: int) -> Encoded:
+    """Decode the images of `sample`, tokenize it and mark every assistant turn, its <|im_end|> included, as label.
+
+    Raises `RecordError` for an image that does not decode or exceeds `max_pixels`, for more than `max_length`
+    tokens (image tokens included; nothing is ever cut off), and for images given to a text-only model.
+    """
+    sources = sample.images
+    pixel_values, grid, image_tokens = encode_images(sources, processor, max_pixels)
+    tokens = tokenize(sample.turns, processor, image_tokens)
+    check_length(len(tokens.ids), sum(image_tokens), max_length)
+    input_ids = torch.tensor(tokens.ids)
+    labels = torch.where(torch.tensor(tokens.label), input_ids, NO_LOSS)
+    return Encoded(input_ids, labels, tokens.prompt, pixel_values, grid, kind=sample.kind)
+
+
+def encode_images(
+    sources: list[ImageSource], processor: Any, max_pixels: int
+) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """(pixel_values, image_grid_thw, tokens of each image); None, None, [] without images. Raises `RecordError`."""
+    if not sources:
+        return None, None, []
+    if processor.image_processor is None:
+        raise RecordError("the record has an image, but the model reads text only (use a vision-language model)")
+    images = [load_image(source, max_pixels) for source in sources]
+    try:
+        patches = processor.image_processor(images=images, return_tensors="pt")
+    except Exception as error:  # an aspect ratio beyond 200; whatever a broken processor ends in
+        raise RecordError(f"an image is refused by the model's processor: {one_line(error)} (crop it)") from error
+    grid = patches["image_grid_thw"]
+    return patches["pixel_values"], grid, (grid.prod(-1) // processor.image_processor.merge_size**2).tolist()
+
+
+def check_length(tokens: int, of_images: int, max_length: int) -> None:
+    """Raises `RecordError` for more than `max_length` tokens: nothing is ever cut off."""
+    if tokens > max_length:
+        reason = f"over-long: {tokens} tokens, {of_images} of them of images, beyond data.max_length"
+        raise RecordError(f"{reason} {max_length} (shorten the record, or raise the limit)")
+
+
+def filler(processor: Any) -> Encoded:
+    """A sample of one token that adds nothing to the loss: it fills up a last batch or stands for a bad record."""
+    return Encoded(torch.tensor([processor.tokenizer.eos_token_id]), torch.tensor([NO_LOSS]), prompt=1, real=False)
+
+
+def collate(encoded: list[Encoded], processor: Any, side: Literal["right", "left"] = "right") -> Batch:
+    """A padded micro-batch: input_ids, attention_mask, labels (B, S) int64; for a VL model also mm_token_type_ids
+    (B, S), 1 on image tokens, and, only if there is an image, pixel_values and image_grid_thw (I, 3)."""
+    length = max(len(one.input_ids) for one in encoded)
+    pad_id = processor.tokenizer.pad_token_id
+    batch = {
+        "input_ids": torch.stack([padded(one.input_ids, length, pad_id, side) for one in encoded]),
+        "attention_mask": torch.stack([padded(torch.ones_like(one.input_ids), length, 0, side) for one in encoded]),
+        "labels": torch.stack([padded(one.labels, length, NO_LOSS, side) for one in encoded]),
+    }
+    if processor.image_processor is None:
+        return batch
+    batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).long()
+    pixels = [one.pixel_values for one in encoded if one.pixel_values is not None]
+    grids = [one.image_grid_thw for one in encoded if one.image_grid_thw is not None]
+    if pixels:
+        batch["pixel_values"], batch["image_grid_thw"] = torch.cat(pixels), torch.cat(grids)
+    return batch
+
+
+def collate_prompts(encoded: list[Encoded], processor: Any) -> Batch:
+    """Left-padded prompts of the last answers, ready for `generate`: no labels."""
+    prompts = [replace(one, input_ids=one.input_ids[: one.prompt], labels=one.labels[: one.prompt]) for one in encoded]
+    batch = collate(prompts, processor, side="left")
+    del batch["labels"]
+    return batch
+
+
+def padded(values: Tensor, length: int, fill: int, side: str) -> Tensor:
+    missing = length - len(values)
+    return torch.nn.functional.pad(values, (missing, 0) if side == "left" else (0, missing), value=fill)

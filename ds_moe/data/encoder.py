@@ -1,0 +1,74 @@
+"""From a record to its tensors, and what becomes of the records that fail on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ds_moe.config.run import RunConfig
+from ds_moe.data.chat import BadRecord, Sample, Turn
+from ds_moe.data.digits import DigitsRecords, Split
+from ds_moe.data.encode import Encoded, filler
+from ds_moe.data.images import RecordError
+from ds_moe.data.order import FILLER
+from ds_moe.data.record_kind import CHAT, Form
+from ds_moe.data.records import Records, read_records
+
+CACHE_BYTES = 128 * 2**20  # of encoded samples kept a process: small data are encoded once
+FILLER_SAMPLE = Sample((Turn("user", ("",)), Turn("assistant", ("",))), where="filler")
+
+
+def open_records(config: RunConfig, path: str, split: Split, form: Form = CHAT) -> Records:
+    """The records of data.train ("train") or data.eval ("held-out"): a file, or that split of the bundled digits."""
+    if path == "digits":
+        return DigitsRecords(split)
+    return read_records(path, config.data, cache_dir=Path(config.train.output_dir) / "data_cache", form=form)
+
+
+class Encoder:
+    """Records of one file to encoded samples; the first CACHE_BYTES of them are kept."""
+
+    def __init__(self, config: RunConfig, records: Records, processor: Any):
+        self._data, self._records, self._processor = config.data, records, processor
+        self._cache: dict[int, Encoded] = {FILLER: filler(processor)}
+        self._cached_bytes = 0
+
+    def sample(self, index: int) -> Sample:
+        return FILLER_SAMPLE if index == FILLER else self._records.sample(index)
+
+    def encode(self, indices: list[int]) -> tuple[list[Encoded], list[int], list[BadRecord]]:
+        """Encoded samples, the indices they are of, and the bad records that fillers stand for (index FILLER)."""
+        encoded, used, bad = [], [], []
+        for index in indices:
+            result = self._one(index)
+            if isinstance(result, BadRecord):
+                bad.append(result)
+                index, result = FILLER, self._cache[FILLER]
+            encoded.append(result)
+            used.append(index)
+        return encoded, used, bad
+
+    def _one(self, index: int) -> Encoded | BadRecord:
+        if index in self._cache:
+            return self._cache[index]
+        try:
+            sample = self._records.sample(index)
+            encoded = self._records.form.encode(sample, self._processor, self._data.max_length, self._data.max_pixels)
+        except RecordError as error:
+            return BadRecord(self._records.where(index), str(error))
+        if self._cached_bytes + encoded.nbytes <= CACHE_BYTES:
+            self._cache[index] = encoded
+            self._cached_bytes += encoded.nbytes
+        return encoded
+
+
+def check_samples(config: RunConfig, records: Records, processor: Any, count: int) -> tuple[list[BadRecord], list[int]]:
+    """Decode and tokenize the first `count` samples: those that this shows to be bad, and the tokens of the others."""
+    encoder = Encoder(config, records, processor)
+    found, lengths = [], []
+    for index in range(min(count, len(records))):  # one by one: their pixels are not needed together
+        [encoded], _, bad = encoder.encode([index])
+        found += bad
+        if encoded.real:
+            lengths.append(len(encoded.input_ids))
+    return found, lengths

@@ -1,0 +1,77 @@
+"""Checks that read the data: the structure of every record, and the first ones decoded and tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ds_moe.doctor.case import Case, Finding
+from ds_moe.errors import UserError
+
+SHOWN = 5  # bad records of a file given a line of their own
+
+
+def check_data(case: Case) -> Iterator[Finding]:
+    """Findings of data.train and data.eval; sets `case.records` and `case.tokens_a_sample`."""
+    config = case.config
+    try:
+        processor = _processor(case)
+    except UserError as error:
+        yield Finding("error", f"{config.at('model')}: {error}")
+        processor = None
+    for split in ("train", "eval"):
+        if getattr(config.data, split) is not None:
+            yield from _check_split(case, split, processor)
+
+
+def _processor(case: Case) -> Any:
+    from ds_moe.models.processor import load_processor, tiny_processor
+
+    if case.model is None:
+        return None
+    if case.folder is not None:
+        return load_processor(case.folder)
+    return tiny_processor("vl" if hasattr(case.model, "vision_config") else "text")
+
+
+def _check_split(case: Case, split: str, processor: Any) -> Iterator[Finding]:
+    from ds_moe.data.encoder import check_samples
+
+    config, path, where = case.config, getattr(case.config.data, split), case.config.at(f"data.{split}")
+    if split == "train" and config.task == "rl" and case.model is None:
+        return  # rollouts are read with the model's routing in mind
+    try:
+        records = _records(case, split)
+    except UserError as error:
+        yield Finding("error", f"{where}: {error}")
+        return
+    bad = [str(one) for one in records.bad]
+    lengths: list[int] = []
+    if processor is not None:
+        found, lengths = check_samples(config, records, processor, case.samples)
+        bad += map(str, found)
+    level = "warning" if config.data.on_bad_record == "skip" else "error"
+    yield from (Finding(level, line) for line in bad[:SHOWN])
+    if len(bad) > SHOWN:
+        yield Finding(level, f"{path}: and {len(bad) - SHOWN} more bad records")
+    mean = sum(lengths) / len(lengths) if lengths else None
+    if split == "train":
+        case.records, case.tokens_a_sample = len(records), mean
+        if len(records) < config.train.global_batch_size:
+            text = f"{len(records)} records do not fill one global batch of {config.train.global_batch_size}"
+            yield Finding("warning", f"{where}: data.train {path}: {text}")
+    size = f", {min(lengths)} to {max(lengths)} tokens in the first {len(lengths)}" if lengths else ""
+    if not bad:
+        yield Finding("ok", f"data.{split}: {len(records)} records{size}")
+
+
+def _records(case: Case, split: str) -> Any:
+    from ds_moe.data.digits import DigitsRecords
+    from ds_moe.data.records import read_records
+    from ds_moe.tasks.registry import eval_form, train_form
+
+    path = getattr(case.config.data, split)
+    if path == "digits":
+        return DigitsRecords("train" if split == "train" else "held-out")
+    form = train_form(case.config, case.model) if split == "train" else eval_form(case.config)
+    return read_records(path, case.config.data.model_copy(update={"on_bad_record": "skip"}), form=form)

@@ -1,0 +1,144 @@
+"""Checks that need the model's config, and of its weights the headers only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ds_moe.config.check import model_problems
+from ds_moe.config.rules.model import expert_count
+from ds_moe.doctor.case import Case, Finding
+from ds_moe.errors import UserError, one_line
+
+LEAST_TOKENS_A_STEP = 16  # expected tokens of an expert in an optimizer step; with fewer its gradient is mostly noise
+LEAST_TOKENS_A_RUN = 512  # and in the whole run; with fewer it stays about as it was
+SLOW_EXPERTS = {"batched_mm": "about 100 times slower than grouped_mm", "eager": "a loop over the experts"}
+
+
+def find_model(case: Case) -> Iterator[Finding]:
+    """Read the model's config; sets `case.model`, and `case.folder` for a checkpoint."""
+    from transformers import AutoConfig
+
+    from ds_moe.models.families import MODEL_CLASSES
+    from ds_moe.models.presets import preset_config
+
+    config = case.config
+    if (config.model.preset is None) == (config.model.path is None):
+        return  # already a finding
+    if config.model.preset is not None:
+        try:
+            found = preset_config(config.model.preset)
+        except UserError as error:
+            yield Finding("error", f"{config.at('model.preset')}: {error}")
+            return
+    else:
+        path, where = str(config.model.path), config.at("model.path")
+        try:
+            case.folder = _local_folder(path)
+        except UserError as error:
+            yield Finding("error", f"{where}: {error}")
+            return
+        if case.folder is None:
+            text = f"model.path {path} is not on this machine, so the model, its memory and the records' length were"
+            yield Finding("warning", f"{where}: {text} not checked; fetch it first: hf download {path}")
+            return
+        try:
+            found = AutoConfig.from_pretrained(case.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers looks into values before it looks at their types
+            yield Finding("error", f"{where}: model.path {path} has no config that can be read ({one_line(error)})")
+            return
+    if found.model_type not in MODEL_CLASSES:
+        kinds = ", ".join(MODEL_CLASSES)
+        text = f"model.path {config.model.path} is a {found.model_type} model; must be one of {kinds}"
+        yield Finding("error", f"{config.at('model.path')}: {text}")
+        return
+    complaints = model_problems(config, found)
+    yield from (Finding("error", complaint) for complaint in complaints)
+    case.model = None if complaints else found
+
+
+def _local_folder(path: str) -> str | None:
+    """The folder of a checkpoint: `path` itself or its copy in the Hugging Face cache; None where it is in neither."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(path).is_dir():
+        return path
+    try:
+        return snapshot_download(path, local_files_only=True)
+    except HFValidationError as error:
+        raise UserError(f"model.path {path} is no folder and no hub id (name/model)") from error
+    except LocalEntryNotFoundError as error:
+        if path.startswith((".", "~")) or "/" not in path:
+            raise UserError(f"model.path {path} is no folder and no hub id (name/model)") from error
+        return None
+
+
+def check_files(case: Case) -> Iterator[Finding]:
+    """Weights of a checkpoint folder: all shards there and readable, and in which layout the experts lie."""
+    if case.folder is None or case.model is None:
+        return
+    from ds_moe.weights.files import WeightFiles
+
+    folder, where = Path(case.folder), case.config.at("model.path")
+    try:
+        shapes = WeightFiles(folder).shapes
+    except UserError as error:
+        yield Finding("error", f"{where}: {error}")
+        return
+    layout, square = _expert_layout(shapes, case.model.get_text_config())
+    if square and layout == "hub layout":
+        fix = "transformers would load them untransposed; convert the checkpoint to memory layout"
+        yield Finding("error", f"{where}: {square} and in hub layout: {fix}")
+        return
+    if square:
+        yield Finding("warning", f"{where}: {square}: export with --layout memory, a hub layout loads wrongly")
+    yield Finding("ok", f"weights: {len(shapes)} tensors in {folder}, {layout}")
+
+
+def _expert_layout(shapes: dict[str, list[int]], text: Any) -> tuple[str, str | None]:
+    """(how experts are stored, why transformers would not see that they are transposed: one of their matrices is
+    square, so the other one tells)."""
+    down = next((shape for name, shape in shapes.items() if name.endswith("experts.down_proj")), None)
+    if down is None:
+        return ("one tensor an expert" if expert_count(text) else "no experts"), None
+    hidden, width = text.hidden_size, text.moe_intermediate_size
+    if hidden == width:
+        up = next((shape for name, shape in shapes.items() if name.endswith("experts.gate_up_proj")), [0, 2 * width])
+        layout = "hub layout" if up[1] == hidden else "memory layout"
+        return layout, f"experts are square (hidden_size {hidden} = moe_intermediate_size)"
+    square = f"experts are square (hidden_size {hidden} = 2 x {width})" if hidden == 2 * width else None
+    return ("hub layout" if down[1] == width else "memory layout"), square
+
+
+def check_experts(case: Case) -> Iterator[Finding]:
+    """How experts are computed, and whether they see enough tokens to learn anything."""
+    config, experts = case.config, expert_count(case.model) if case.model else None
+    if case.folder is not None and case.model is not None:
+        yield from _slow_implementation(Path(case.folder) / "config.json")
+    if case.model is None or config.moe is None or experts is None or case.tokens_a_sample is None:
+        return
+    top_k = config.moe.router.top_k or case.model.get_text_config().num_experts_per_tok
+    step = config.train.global_batch_size * case.tokens_a_sample * top_k / experts
+    text = f"an expert sees about {step:.0f} tokens a step ({experts} experts, top {top_k})"
+    if step < LEAST_TOKENS_A_STEP:
+        fix = f"fewer than {LEAST_TOKENS_A_STEP} barely train it; raise train.global_batch_size"
+        yield Finding("warning", f"{config.at('train.global_batch_size')}: {text}; {fix}")
+    elif case.steps is not None and step * case.steps < LEAST_TOKENS_A_RUN:
+        fix = f"{step * case.steps:.0f} in the whole run, which leave it untrained; train longer or on more data"
+        yield Finding("warning", f"{config.at('train.steps')}: {text}, {fix}")
+    else:
+        yield Finding("ok", f"experts: {text}")
+
+
+def _slow_implementation(file: Path) -> Iterator[Finding]:
+    """A config.json that makes plain transformers compute experts slowly, after an export too."""
+    values: dict[str, Any] = json.loads(file.read_text())
+    for holder in (values, values.get("text_config") or {}):
+        kind = holder.get("experts_implementation", holder.get("_experts_implementation"))
+        if kind in SLOW_EXPERTS:
+            text = f"experts_implementation is {kind}, {SLOW_EXPERTS[kind]}, in evaluation with plain transformers"
+            yield Finding("warning", f"{file}: {text}; remove the key")
+            return

@@ -1,0 +1,158 @@
+"""Predict the peak memory of one rank from a model's config alone: no weights, no GPU.
+
+    python -m ds_moe.doctor.plan_command qwen3-vl-30b-a3b --gpus 8 --ep-size 8 --zero 3 --checkpointing
+    python -m ds_moe.doctor.plan_command qwen3-vl-30b-a3b --gpus 8,16,64 --sweep --checkpointing
+    python -m ds_moe.doctor.plan_command folder/with/config.json/in/it --config run.yaml --gpus 16
+    python -m ds_moe.doctor.plan_command --check                                   # against runs on this CPU, 15 minutes
+
+How it is counted stands in docs/memory.md. A plan fits if it needs no more than 90% of a GPU. `--check` trains models
+of 44 to 60 million parameters in two processes and exits with 1 if a prediction is off by more than 15%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PretrainedConfig
+
+from ds_moe.config.run_file import load_run
+from ds_moe.doctor.memory import BUSY
+from ds_moe.doctor.plans import BUNDLED, Plan, outline_of, predicted, read_model, run_of
+from ds_moe.doctor.sweep import NODE, Outcome, as_json, described, recommended, sweep, sweep_table
+from ds_moe.errors import UserError
+from ds_moe.memory.predict import GIB
+from tools.bench.memory.bench import CASES, check_table, failed, measure
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, whole = parser.add_argument, {"type": int, "metavar": "N"}
+    add("model", nargs="?", default="qwen3-vl-30b-a3b", help=f"{', '.join(BUNDLED)}, or a folder with a config.json")
+    add("--config", type=Path, metavar="RUN.yaml", help="a run file, whose settings hold in place of the options'")
+    add("--gpus", default="8", metavar="N,N", help="numbers of ranks (default 8)")
+    add("--memory", type=float, default=80.0, metavar="GIB", help="of one GPU (default 80)")
+    add("--ep-size", default=1, **whole, help="ranks that share one copy of the experts (default 1)")
+    add("--zero", type=int, choices=(1, 2, 3), default=3, help="ZeRO stage (default 3)")
+    add("--offload", action="store_true", help="optimizer state in host memory (ZeRO-3)")
+    add("--lora", default=0, **whole, help="rank of updates of attention and experts; 0: all is trained (default)")
+    add("--sequence", default=4096, **whole, help="tokens of a sample (default 4096)")
+    add("--micro-batch", default=1, **whole, help="samples of a rank and forward (default 1)")
+    add("--checkpointing", action="store_true", help="gradient checkpointing")
+    add("--freeze-vision", action="store_true", help="freeze the vision tower")
+    add("--precision", choices=("bf16", "fp32"), default="bf16")
+    add("--sweep", action="store_true", help="every EP size, ZeRO stage, offload and LoRA of each number of GPUs")
+    add("--check", action="store_true", help="compare with measured peaks of runs on this CPU")
+    add("--cases", default="", metavar="TEXT", help="of --check: those whose name has it")
+    add("--json", type=Path, metavar="FILE", help="also write figures and settings here")
+    return parser
+
+
+def settings_of(options: argparse.Namespace, model: PretrainedConfig) -> dict[str, Any]:
+    """Keys of a run file that options stand for."""
+    settings = {
+        "data.max_length": options.sequence,
+        "train.micro_batch_size": options.micro_batch,
+        "train.gradient_checkpointing": options.checkpointing,
+        "train.precision": options.precision,
+    }
+    if options.freeze_vision:
+        if not hasattr(model, "vision_config"):
+            raise UserError("--freeze-vision: this model has no vision tower")
+        settings["model.freeze"] = ["vision"]
+    return settings
+
+
+def counts(text: str) -> list[int]:
+    """Numbers of GPUs.
+
+    Raises:
+        UserError: something else.
+    """
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise UserError(f"--gpus {text}: must be whole numbers above 0, separated by commas")
+    return [int(part) for part in text.split(",")]
+
+
+def check(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    cases = [case for case in CASES if options.cases in case.name]
+    if not cases:
+        raise UserError(f"--cases {options.cases}: there is none; choose of: {'; '.join(case.name for case in CASES)}")
+    results = []
+    for case in cases:
+        for kept in (False, True):
+            print(f"{case.name}, freed memory {'kept' if kept else 'returned'}", file=sys.stderr, flush=True)
+            results.append(measure(case, kept))
+    console.print(check_table(results))
+    return {"check": results}
+
+
+def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console: Console) -> Outcome:
+    """The table of a single plan, or of a run file."""
+    plan = Plan(gpus, options.ep_size, options.zero, options.offload, options.lora)
+    if options.config:
+        config = load_run(options.config)
+        plan = Plan(gpus, config.moe.ep_size if config.moe else 1, 0)
+    else:
+        config = run_of(plan, options.model, model, settings_of(options, model))
+    if plan.gpus % plan.ep_size:
+        raise UserError(f"--gpus {gpus}: EP {plan.ep_size} does not divide them")
+    memory = predicted(config, outline_of(config, model), gpus)
+    outcome = Outcome(plan, memory, sum(memory.device.values()) <= BUSY * options.memory * GIB)
+    named = str(options.config) if options.config else described(plan)
+    console.print(f"{options.model} on {gpus} GPUs of {options.memory:g} GiB, {named}; predicted:", highlight=False)
+    console.print(*memory.table(), "fits" if outcome.fits else "DOES NOT FIT", sep="\n", highlight=False)
+    return outcome
+
+
+def swept(options: argparse.Namespace, model: PretrainedConfig, gpus: list[int], console: Console) -> dict[str, Any]:
+    if options.config:
+        raise UserError("--sweep varies what --config would fix: give one of them")
+    settings = settings_of(options, model)
+    found = sweep(options.model, model, settings, gpus, options.memory * GIB, options.lora or 16)
+    shown = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
+    report: dict[str, Any] = {"settings": settings, "memory_gib": options.memory, "gpus": {}}
+    for count, outcomes in found.items():
+        console.print(sweep_table(count, outcomes, f"{options.model}, {shown}"))
+        best = recommended(outcomes)
+        console.print(f"{count} GPUs: {advice(best, count)}\n", highlight=False)
+        report["gpus"][count] = [as_json(outcome) for outcome in outcomes]
+    return report
+
+
+def advice(best: Outcome | None, gpus: int) -> str:
+    """The recommended plan in words, with what its hosts must have besides."""
+    if best is None:
+        return "nothing fits"
+    host = sum(best.memory.host.values()) * min(gpus, NODE) / GIB
+    return described(best.plan) + (f"; a host of {min(gpus, NODE)} GPUs needs {host:,.0f} GiB" if host else "")
+
+
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    if options.check:
+        return check(options, console)
+    model, gpus = read_model(options.model), counts(options.gpus)
+    if options.sweep:
+        return {"model": options.model, **swept(options, model, gpus, console)}
+    return {"model": options.model, "plans": [as_json(one(options, model, count, console)) for count in gpus]}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 170)  # no wrapped columns in a log file
+    try:
+        report = run(options, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if failed(report.get("check", [])) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What is planned for: a model's config, and runs of it on a number of GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel, Qwen3VLMoeConfig
+
+from ds_moe.config.deepspeed import resolve_deepspeed
+from ds_moe.config.run import RunConfig
+from ds_moe.config.sections import ModelConfig
+from ds_moe.errors import UserError
+from ds_moe.memory.predict import Memory, predict
+from ds_moe.models.load import model_config, skeleton
+from ds_moe.tasks.registry import set_trainable
+
+ENGINE_FILES = Path(__file__).resolve().parents[2] / "ds_configs"
+# Figures of the models' config.json on the hub.
+_TEXT = {"num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151_936}
+_LARGE = {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "moe_intermediate_size": 1536}
+_SMALL = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "moe_intermediate_size": 768}
+_VISION = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16}
+_VISION |= {"deepstack_visual_indexes": [8, 16, 24]}
+BUNDLED = {"qwen3-vl-30b-a3b": _SMALL, "qwen3-vl-235b-a22b": _LARGE}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to train.
+
+    Attributes:
+        lora: rank of the updates of attention and experts, the model being frozen; 0: all is trained.
+    """
+
+    gpus: int
+    ep_size: int
+    stage: int
+    offload: bool = False
+    lora: int = 0
+
+
+def read_model(name: str) -> PretrainedConfig:
+    """A bundled geometry, or the config.json of a folder.
+
+    Raises:
+        UserError: neither, or a family that ds_moe does not train.
+    """
+    if name not in BUNDLED:
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"{name}: neither one of {', '.join(BUNDLED)} nor a folder with a config.json")
+        return model_config(ModelConfig(path=name))
+    text = {**_TEXT, **BUNDLED[name], "max_position_embeddings": 262_144, "tie_word_embeddings": False}
+    vision = {**_VISION, "out_hidden_size": text["hidden_size"]}
+    return Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+def run_of(plan: Plan, name: str, model: PretrainedConfig, settings: dict[str, Any]) -> RunConfig:
+    """The run file that a plan stands for.
+
+    Args:
+        settings: dotted keys of the run file, in place of its defaults.
+
+    Raises:
+        UserError: offload with another stage than 3, for which there is no file.
+    """
+    if plan.offload and plan.stage != 3:
+        raise UserError(f"--offload with ZeRO-{plan.stage}: optimizer state is offloaded with ZeRO-3 only")
+    tree: dict[str, Any] = {
+        "model": {"path": name},
+        "data": {"train": "data.jsonl"},
+        "train": {"precision": "bf16", "global_batch_size": plan.gpus, "steps": 1},
+        "deepspeed": str(ENGINE_FILES / f"zero{plan.stage}{'_offload' if plan.offload else ''}.json"),
+    }
+    if hasattr(model.get_text_config(), "num_experts"):
+        tree["moe"] = {"ep_size": plan.ep_size}
+    if plan.lora:
+        tree["lora"] = {"rank": plan.lora, "experts": "moe" in tree}
+    for key, value in settings.items():
+        section, _, field = key.partition(".")
+        tree[section][field] = value
+    tree["train"]["global_batch_size"] = plan.gpus * tree["train"].get("micro_batch_size", 1)
+    return RunConfig(**tree)
+
+
+def outline_of(config: RunConfig, model: PretrainedConfig) -> PreTrainedModel:
+    """The model without storage, with what the run trains marked."""
+    outline = skeleton(model)
+    set_trainable(outline, config)
+    return outline
+
+
+def predicted(config: RunConfig, outline: PreTrainedModel, gpus: int) -> Memory:
+    ds = resolve_deepspeed(config, gpus, on_cpu=False, hidden_size=outline.config.get_text_config().hidden_size)
+    return predict(outline, config, ds, gpus, on_cpu=False)

@@ -1,0 +1,75 @@
+"""What would fail or be slow in a run, said before an accelerator is booked: one line a finding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from ds_moe.config.run_file import parse_run
+from ds_moe.doctor import data, kernels, memory, model, run
+from ds_moe.doctor.case import Case, Finding
+from ds_moe.errors import UserError
+
+COLOURS = {"ok": "32", "warning": "33", "error": "31"}  # ANSI green, yellow, red
+CHECKS = [  # from what is cheap and certain to what needs model and data; later ones use what earlier ones found
+    run.check_device,
+    kernels.check_cores,
+    kernels.check_kernels,
+    run.check_resume,
+    model.find_model,
+    run.check_deepspeed,
+    model.check_files,
+    memory.check_skeleton,
+    data.check_data,
+    model.check_experts,
+    run.check_warmup,
+    run.check_intervals,
+]
+
+
+def diagnose(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    world_size: int = 1,
+    samples: int = 64,
+    device_memory: float | None = None,
+) -> Iterator[Finding]:
+    """Findings about a run, as they are made. A check whose ground is missing is not made.
+
+    Args:
+        path: the run file.
+        overrides: `key=value` on top of it.
+        world_size: number of ranks.
+        samples: records of each data file to decode and tokenize.
+        device_memory: GiB of one accelerator; None: what this machine has, or its CPUs.
+    """
+    yield from run.versions()
+    config, complaints = parse_run(path, overrides)
+    yield from (Finding("error", complaint) for complaint in complaints)
+    if config is None:
+        return
+    if not complaints:
+        yield Finding("ok", f"{path}: every key is known, in range and used")
+    try:
+        device = run.find_device(world_size, device_memory)
+    except UserError as error:
+        yield Finding("error", str(error))
+        return
+    case = Case(config, world_size, device, samples)
+    for check in CHECKS:
+        yield from check(case)
+
+
+def report(findings: Iterator[Finding], out: TextIO) -> int:
+    """Print findings as they come, with a closing count; the exit code, 1 if there was an error."""
+    colour = out.isatty() and "NO_COLOR" not in os.environ
+    counts = {"error": 0, "warning": 0, "ok": 0}
+    for finding in findings:
+        counts[finding.level] += 1
+        label = f"{finding.level:<9}"
+        label = f"\033[{COLOURS[finding.level]}m{label}\033[0m" if colour else label
+        print(label + finding.text, *(" " * 11 + line for line in finding.details), sep="\n", file=out, flush=True)
+    print(f"{counts['error']} errors, {counts['warning']} warnings", file=out)
+    return 1 if counts["error"] else 0

@@ -1,0 +1,140 @@
+"""Checks that need the run file, the DeepSpeed JSON and this machine only."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from importlib import metadata, util
+from pathlib import Path
+
+from ds_moe.config.check import warmup_problem
+from ds_moe.config.deepspeed import deepspeed_problems, precision, trains_on_cpu
+from ds_moe.config.rules.rule import written
+from ds_moe.doctor.case import GIB, Case, Device, Finding
+from ds_moe.errors import UserError
+
+WATCHED = ("torch", "deepspeed", "transformers")  # always named in the report
+
+
+def versions() -> Iterator[Finding]:
+    """Installed packages against the ranges of ds_moe's own metadata."""
+    from packaging.requirements import Requirement
+
+    try:
+        requires = [Requirement(line) for line in metadata.requires("ds-moe") or []]
+    except metadata.PackageNotFoundError:
+        requires = []  # a checkout on the path: nothing says which ranges hold
+    for requirement in requires:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(requirement.name)
+        if found is None:
+            yield Finding("error", f"{requirement.name} is not installed: pip install '{requirement}'")
+        elif not requirement.specifier.contains(found, prereleases=True):
+            text = f"{requirement.name} {found} is outside the range ds_moe is written for: pip install '{requirement}'"
+            yield Finding("warning", text)
+    shown = ", ".join(f"{name} {_version(name) or 'missing'}" for name in WATCHED)
+    ranges = "" if requires else " (ds-moe is not installed as a package: no ranges to compare with)"
+    yield Finding("ok", f"versions: python {sys.version.split()[0]}, {shown}{ranges}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def find_device(world_size: int, device_memory: float | None) -> Device:
+    """What the ranks would compute on: accelerators of `device_memory` GiB, else this machine's, else its CPUs.
+
+    Raises:
+        UserError: this machine's accelerator does not tell its memory, or DS_ACCELERATOR names one that is not there.
+    """
+    if device_memory is not None:
+        return Device(False, device_memory * GIB, "--device-memory")
+    if not trains_on_cpu():
+        return _accelerator()
+    import psutil  # DeepSpeed depends on it
+
+    share = psutil.virtual_memory().available / world_size
+    return Device(True, share, f"this machine's free memory over {world_size} CPU ranks")
+
+
+def _accelerator() -> Device:
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        told = os.environ["DS_ACCELERATOR"]  # else the ranks would train on CPUs
+        text = f"DS_ACCELERATOR is {told!r}, but this machine has no accelerator; give --device-memory GIB"
+        raise UserError(f"{text}, or set DS_ACCELERATOR=cpu for a job on CPUs")
+    properties = getattr(torch.get_device_module(found), "get_device_properties", lambda index: None)(0)
+    memory = getattr(properties, "total_memory", None)
+    if memory is None:
+        text = f"this machine's accelerator ({found.type}) does not tell its memory; give --device-memory GIB"
+        raise UserError(f"{text}, or set DS_ACCELERATOR=cpu for a job on CPUs")
+    return Device(False, memory, f"this machine's {properties.name}")
+
+
+def check_device(case: Case) -> Iterator[Finding]:
+    config, on_cpu = case.config, case.device.on_cpu
+    hint = "(for a job on accelerators give the doctor --device-memory GIB)"
+    if on_cpu and precision(config, on_cpu) == "bf16":
+        where = config.at("train.precision")
+        yield Finding("warning", f"{where}: train.precision bf16 is about 11 times slower than fp32 on CPUs {hint}")
+    if config.model.attention == "flash_attention_2":
+        where = config.at("model.attention")
+        if on_cpu:
+            yield Finding("error", f"{where}: model.attention flash_attention_2 needs an accelerator {hint}")
+        elif util.find_spec("flash_attn") is None:
+            text = "flash_attn is not installed in this environment; install it where the job runs, or use sdpa"
+            yield Finding("warning", f"{where}: model.attention flash_attention_2: {text}")
+
+
+def check_deepspeed(case: Case) -> Iterator[Finding]:
+    """Conflicts between JSON and run file, batch arithmetic and EP; sets `case.deepspeed` where there are none."""
+    config = case.config
+    if not Path(config.deepspeed).is_file():
+        return  # already a finding
+    hidden_size = case.model.get_text_config().hidden_size if case.model else None
+    resolved, complaints = deepspeed_problems(config, case.world_size, case.device.on_cpu, hidden_size)
+    yield from (Finding("error", complaint) for complaint in complaints)
+    if complaints:
+        return
+    case.deepspeed = resolved
+    train, ep_size = config.train, config.moe.ep_size if config.moe else 1
+    accumulation = resolved["gradient_accumulation_steps"]
+    yield Finding(
+        "ok",
+        f"batch: {train.micro_batch_size} x {case.world_size} ranks x {accumulation} accumulated = "
+        f"{train.global_batch_size} samples a step; EP {ep_size} x EDP {case.world_size // ep_size}, ZeRO "
+        f"{resolved['zero_optimization']['stage']}, {precision(config, case.device.on_cpu)}",
+    )
+
+
+def check_resume(case: Case) -> Iterator[Finding]:
+    resume = case.config.train.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        where = case.config.at("train.resume")
+        yield Finding("error", f"{where}: train.resume is {resume!r}; must be auto, never or a checkpoint folder")
+
+
+def check_warmup(case: Case) -> Iterator[Finding]:
+    """A warm-up that takes the whole run, where the length of the data decided how long that is."""
+    if case.config.train.steps is None and case.steps is not None:
+        problem = warmup_problem(case.config, case.steps)
+        if problem is not None:
+            yield Finding("error", problem)
+
+
+def check_intervals(case: Case) -> Iterator[Finding]:
+    """Written intervals that are longer than the run, so that nothing happens at them."""
+    steps = case.steps
+    for key in ("train.eval_every", "monitor.log_every", "monitor.heatmap_every", "checkpoint.every"):
+        section, _, name = key.partition(".")
+        every = getattr(getattr(case.config, section), name)
+        if steps is not None and every is not None and every > steps and written(case.config, key):
+            text = f"{key} {every} is longer than the run of {steps} steps, so it never comes round"
+            yield Finding("warning", f"{case.config.at(key)}: {text}")

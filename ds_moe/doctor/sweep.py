@@ -1,0 +1,120 @@
+"""Memory of every way to train a model on numbers of GPUs, and the one to take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ds_moe.doctor.memory import BUSY
+from ds_moe.doctor.plans import Plan, outline_of, predicted, run_of
+from ds_moe.memory.predict import GIB, Memory
+
+NODE = 8  # GPUs between which rows travel fast
+COLUMNS = {  # of a table: purposes of `Memory.device`
+    "weights": ("weights", "gathered weights"),
+    "gradients": ("gradients", "gradient buckets", "fp32 gradient of step"),
+    "optimizer": ("optimizer",),
+    "activations": ("activations", "layer at work"),
+    "all-to-all": ("all-to-all buffers",),
+    "logits": ("logits",),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a plan needs of one GPU, and whether that is there."""
+
+    plan: Plan
+    memory: Memory
+    fits: bool
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.device.values())
+
+
+def sweep(
+    name: str, model: PretrainedConfig, settings: dict[str, Any], gpus: list[int], memory: float, lora: int
+) -> dict[int, list[Outcome]]:
+    """Every EP size of powers of two x ZeRO 1, 2, 3, 3 with offload, and 3 with LoRA, for each number of GPUs.
+
+    Args:
+        memory: bytes of one GPU, of which a run may plan with the share `BUSY`.
+        lora: rank of the updates.
+    """
+    outlines: dict[int, PreTrainedModel] = {}
+    found = {}
+    for count in gpus:
+        found[count] = []
+        for ep_size in ep_sizes(model, count):
+            for plan in plans(count, ep_size, lora):
+                config = run_of(plan, name, model, settings)
+                outline = outlines.get(plan.lora) or outlines.setdefault(plan.lora, outline_of(config, model))
+                needed = predicted(config, outline, count)
+                found[count].append(Outcome(plan, needed, sum(needed.device.values()) <= BUSY * memory))
+    return found
+
+
+def ep_sizes(model: PretrainedConfig, gpus: int) -> list[int]:
+    """Powers of two that divide ranks and experts; 1 alone for a dense model."""
+    experts = getattr(model.get_text_config(), "num_experts", 1)
+    return [2**power for power in range(experts.bit_length()) if experts % 2**power == gpus % 2**power == 0]
+
+
+def plans(gpus: int, ep_size: int, lora: int) -> list[Plan]:
+    return [
+        *(Plan(gpus, ep_size, stage) for stage in (1, 2, 3)),
+        Plan(gpus, ep_size, 3, offload=True),
+        Plan(gpus, ep_size, 3, lora=lora),
+    ]
+
+
+def recommended(outcomes: list[Outcome]) -> Outcome | None:
+    """Of those that fit: all weights trained before LoRA, no offload before offload; then experts spread as far as one
+    node goes (their weights then never travel), and the lowest ZeRO stage. None if nothing fits."""
+
+    def order(outcome: Outcome) -> tuple:
+        plan = outcome.plan
+        return plan.lora > 0, plan.offload, plan.ep_size > NODE, -min(plan.ep_size, NODE), plan.stage, plan.ep_size
+
+    return min((outcome for outcome in outcomes if outcome.fits), key=order, default=None)
+
+
+def described(plan: Plan) -> str:
+    lora = f", LoRA of rank {plan.lora}" if plan.lora else ""
+    return f"EP {plan.ep_size}, ZeRO-{plan.stage}{' with offload' if plan.offload else ''}{lora}"
+
+
+def cells(outcome: Outcome) -> list[str]:
+    """GiB by column, then other, host and total."""
+    device = outcome.memory.device
+    sizes = {column: sum(device.get(name, 0) for name in names) for column, names in COLUMNS.items()}
+    values = [*sizes.values(), outcome.total - sum(sizes.values()), outcome.total, sum(outcome.memory.host.values())]
+    return [f"{value / GIB:,.1f}" if value else "" for value in values]
+
+
+def sweep_table(count: int, outcomes: list[Outcome], title: str) -> Table:
+    table = Table("plan", title=f"{count} GPUs: {title}; predicted GiB of one rank")
+    for column in (*COLUMNS, "other", "total", "host"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    best = recommended(outcomes)
+    for outcome in outcomes:
+        mark = "fits, recommended" if outcome is best else "fits" if outcome.fits else "does not fit"
+        table.add_row(described(outcome.plan), *cells(outcome), mark)
+    return table
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    memory = outcome.memory
+    return {
+        "plan": vars(outcome.plan),
+        "device_bytes": memory.device,
+        "host_bytes": memory.host,
+        "total_bytes": outcome.total,
+        "moment": memory.moment,
+        "fits": outcome.fits,
+    }

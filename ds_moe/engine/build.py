@@ -1,0 +1,105 @@
+"""From a model and a run's settings to a DeepSpeed engine: groups, parameter groups, and invariants before step 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
+from torch import nn
+from transformers import PreTrainedModel, get_scheduler
+
+from ds_moe.config.run import RunConfig
+from ds_moe.config.sections import TrainConfig
+from ds_moe.engine.moe_binding import BoundMoELayer
+from ds_moe.errors import UserError
+from ds_moe.models.convert import moe_layers
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | None = None) -> list[dict[str, Any]]:
+    """Optimizer groups in the form DeepSpeed wants: matrices decay, vectors do not, experts stand apart; with an
+    `adapter_lr` also the adapters of a gated model."""
+    adapters = {id(one) for one in model.adapter_bank.parameters()} if adapter_lr is not None else set()
+    matrices, vectors, banked = [], [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # a sharded one is flat
+            (banked if id(parameter) in adapters else matrices if dimensions > 1 else vectors).append(parameter)
+    groups = [
+        {"name": "matrices", "params": matrices, "weight_decay": weight_decay},
+        {"name": "vectors", "params": vectors, "weight_decay": 0.0},
+        {"name": "adapters", "params": banked, "weight_decay": weight_decay, "lr": adapter_lr},
+    ]
+    return [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
+
+
+def scheduler_factory(config: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+    """Warm-up, then cosine (to `min_lr_ratio`), linear or constant, over `total_steps` optimizer steps."""
+    kind, specific = config.schedule, {}
+    if kind == "cosine" and config.min_lr_ratio > 0:
+        kind, specific = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
+    elif kind == "constant":
+        kind = "constant_with_warmup"
+    return lambda optimizer: get_scheduler(
+        kind,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=specific,
+    )
+
+
+def build_engine(
+    model: PreTrainedModel, config: RunConfig, ds_config: dict[str, Any], total_steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """`deepspeed.initialize` around a prepared model, with our invariants checked afterwards.
+
+    Raises:
+        UserError: a combination DeepSpeed cannot train.
+        RuntimeError: an invariant does not hold (a bug of ours, or a DeepSpeed we do not know).
+    """
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    layers = moe_layers(model)
+    experts = [parameter for layer in layers for parameter in layer.experts.parameters()]
+    if layers and stage < 3 and not any(parameter.requires_grad for parameter in experts):
+        raise UserError(
+            "frozen experts (model.freeze, train.stage router_only, or lora without lora.experts) need ZeRO stage 3: "
+            "choose ds_configs/zero3.json or train the experts"
+        )
+    if stage == 3 and layers:
+        set_z3_leaf_modules(model, [BoundMoELayer])
+    adapter_lr = config.gate.adapter_lr if config.task == "gate" else None
+    groups = parameter_groups(model, config.train.weight_decay, adapter_lr)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=groups,
+        config=ds_config,
+        lr_scheduler=scheduler_factory(config.train, total_steps),
+    )
+    _check_invariants(engine, layers, grouped, stage)
+    return engine
+
+
+def _check_invariants(
+    engine: deepspeed.DeepSpeedEngine, layers: list[BoundMoELayer], grouped: list[int], stage: int
+) -> None:
+    if stage in (1, 2) and not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
+        raise RuntimeError(f"checkpoints cannot be written with DeepSpeed's {type(engine.optimizer).__name__}")
+    trainable = {id(parameter): name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    if sorted(grouped) != sorted(trainable):
+        lost = [name for key, name in trainable.items() if key not in set(grouped)]
+        raise RuntimeError(f"every trainable parameter must be in exactly one optimizer group; lost: {lost[:5]}")
+    for layer in layers:
+        if stage == 3 and not z3_leaf_module(layer):
+            raise RuntimeError(f"MoE layer {layer.index} is no ZeRO-3 leaf module: ranks would gather out of step")
+        group = layer.dispatcher.ep.group if layer.ep_size > 1 else None
+        if layer.ep_size > 1 and dist.get_world_size(group) != layer.ep_size:
+            raise RuntimeError(f"MoE layer {layer.index} exchanges over {dist.get_world_size(group)} ranks")
+        for parameter in layer.experts.parameters():
+            if parameter.allreduce:
+                raise RuntimeError(f"an expert of MoE layer {layer.index} would be averaged with other experts")

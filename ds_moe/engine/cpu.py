@@ -1,0 +1,147 @@
+"""The op that DeepSpeed compiles for CPU runs, `deepspeed_shm_comm`: where it lies, and building it before a run.
+
+DeepSpeed compiles it when the first CPU process group starts: about 100 s in which a run looks hung, and a build that
+was killed leaves a lock that every later run would wait for without a word. `python -m ds_moe.engine.cpu` builds it up front,
+says so, and clears such a lock; it does next to nothing when the op is up to date.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil  # DeepSpeed depends on it
+
+from ds_moe.errors import UserError
+
+OP = "deepspeed_shm_comm"
+
+
+def use_environment() -> None:
+    """Let this process and its children find what `make setup` compiled into this Python environment.
+
+    Its ninja comes first on PATH with it: another version of ninja discards the build log and compiles all again.
+    """
+    compiled = Path(sys.prefix, "torch_extensions")
+    if compiled.is_dir():
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled))
+        _put_first_on_path(Path(sys.executable).parent)
+
+
+def _put_first_on_path(folder: Path) -> None:
+    path = os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != str(folder):
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+
+
+def extensions_dir() -> Path:
+    """Where compiled ops belong: TORCH_EXTENSIONS_DIR, else this virtual environment, else torch's own default."""
+    if named := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(named)
+    if sys.prefix != sys.base_prefix:
+        return Path(sys.prefix, "torch_extensions")
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory(OP, verbose=False)).parent
+
+
+def ready(extensions: Path) -> bool:
+    """Whether the op has been built under `extensions` and nobody holds, or left, its lock."""
+    return (extensions / OP / f"{OP}.so").exists() and not (extensions / OP / "lock").exists()
+
+
+def lock_holder(lock: Path) -> int | None:
+    """Process id of the build that holds `lock`, or None. torch keeps the file open for as long as it builds.
+
+    Only processes of this machine are seen: on a home folder shared by several machines, give each its own
+    TORCH_EXTENSIONS_DIR.
+    """
+    return next((pid for pid in psutil.pids() if str(lock) in _open_paths(pid)), None)
+
+
+def _open_paths(pid: int) -> Iterator[str]:
+    """What process `pid` has open; nothing for one that has ended or belongs to another user."""
+    with suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # closed between the listing and the look
+                yield os.readlink(descriptor)
+
+
+def remove_stale_lock(extensions: Path) -> bool:
+    """Remove the build lock under `extensions` when no process holds it. True if there was a stale one."""
+    lock = extensions.resolve() / OP / "lock"
+    if not lock.exists() or lock_holder(lock) is not None:
+        return False
+    lock.unlink(missing_ok=True)
+    return True
+
+
+def build() -> None:
+    """Build the op if need be, after saying what the wait is for.
+
+    Raises:
+        UserError: there is no compiler, or the headers of this Python are missing.
+    """
+    _check_tools()
+    extensions = extensions_dir()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
+    os.environ["DS_ACCELERATOR"] = "cpu"  # whose op it is; a machine with GPUs needs it for CPU runs
+    _put_first_on_path(Path(sys.executable).parent)
+    if remove_stale_lock(extensions):
+        print(f"removed the lock that a killed build left in {extensions / OP}", flush=True)
+    lock = extensions.resolve() / OP / "lock"
+    if lock.exists():
+        print(f"waiting for process {lock_holder(lock)}, which is building DeepSpeed's {OP} ...", flush=True)
+    else:
+        again = "checking" if ready(extensions) else "compiling"
+        print(f"{again} DeepSpeed's {OP} (compiling takes 30 to 100 s on 2 cores, once) ...", flush=True)
+    start = time.monotonic()
+
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    print(f"{OP} is ready after {time.monotonic() - start:.0f} s in {extensions}", flush=True)
+
+
+def _check_tools() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"no C++ compiler: `{compiler}` is not on PATH. DeepSpeed compiles its CPU op with it; install one "
+            "(Debian/Ubuntu: apt-get install g++) or set CXX, then run this again"
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        raise UserError(
+            f"{header} is missing: install the headers of this Python (Debian/Ubuntu: apt-get install python3-dev), "
+            "then run this again"
+        )
+
+
+def cpu_settings(ranks: int) -> dict[str, str]:
+    """Environment of CPU ranks that share this machine's cores; a value that the user has set stays.
+
+    The MALLOC_ lines keep glibc from handing the experts' buffers back to the system after every step, which costs
+    page faults (docs/performance.md).
+    """
+    settings = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        "MALLOC_MMAP_THRESHOLD_": str(2**32),
+        "MALLOC_TRIM_THRESHOLD_": str(2**35),
+    }
+    chosen = {name: os.environ.get(name) or value for name, value in settings.items()}
+    return {"DS_ACCELERATOR": "cpu", **chosen, "TORCH_EXTENSIONS_DIR": str(extensions_dir())}
+
+
+if __name__ == "__main__":
+    try:
+        build()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,69 @@
+"""From a loaded model to one that DeepSpeed can wrap: trainable parts, expert layers, weights in their places."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ds_moe.config.run import RunConfig
+from ds_moe.distributed import Topology
+from ds_moe.engine.moe_binding import BoundMoELayer, create_groups, zero3_home
+from ds_moe.models.convert import convert, load_expert_bias, moe_layers
+from ds_moe.models.streaming import read_unread
+from ds_moe.models.vision import has_vision, keep_vision_in_step
+from ds_moe.moe import ExpertParallel, ForwardContext, checkpoint_contexts
+from ds_moe.tasks.gate.files import start_gate
+from ds_moe.tasks.registry import set_trainable
+from ds_moe.weights.rows import WeightRows
+from ds_moe.weights.unread import is_unread
+
+
+def prepare_model(model: PreTrainedModel, config: RunConfig, topology: Topology) -> ForwardContext | None:
+    """Freeze, convert or gate, and switch on gradient checkpointing; the forward context is None for a dense model."""
+    context = None
+    set_trainable(model, config)
+    if config.task == "gate":
+        start_gate(model, config.gate)
+    if config.moe is not None:
+        create_groups(topology.ep_size)
+        ep = ExpertParallel(topology.ep_size, topology.ep_rank)
+        context = convert(model, config.moe, ep, BoundMoELayer)
+        if config.lora is not None and not config.lora.train_router:
+            for layer in moe_layers(model):
+                layer.gate.requires_grad_(False)  # what a router of ours learns beside the model's weight
+        if config.model.path is not None:
+            load_expert_bias(model, config.model.path)
+    if has_vision(model) and config.task != "gate":  # a gate runs the vision tower itself
+        keep_vision_in_step(model)
+    if config.train.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+    return context
+
+
+def read_weights(model: PreTrainedModel, config: RunConfig, topology: Topology, ds_config: dict[str, Any]) -> int:
+    """Read what `load_model` left in its files into the memory where this rank keeps it: of the experts its own, and
+    under ZeRO-3 its shards alone. Nothing happens to a model that is complete.
+
+    Returns:
+        Bytes read by this rank.
+    """
+    if not any(is_unread(parameter) for parameter in model.parameters()):
+        return 0
+    files = WeightRows.find(str(config.model.path))
+    assert files is not None  # they are where they were
+    sharded = ds_config["zero_optimization"]["stage"] == 3
+    home = zero3_home(model, ds_config) if sharded else partial(_whole, topology.device)
+    size = read_unread(model, files, ExpertParallel(topology.ep_size, topology.ep_rank), home)
+    for buffer in model.buffers():  # DeepSpeed does not move those of a model that is sharded already
+        buffer.data = buffer.data.to(topology.device)
+    return size
+
+
+def _whole(device: torch.device, parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """Memory for a parameter that is not sharded, see `streaming.Home`."""
+    parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    return parameter.data.view(-1), 0

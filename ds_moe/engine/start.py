@@ -1,0 +1,58 @@
+"""Join the job that the launcher started, and bind this process to its device."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from ds_moe.distributed import Topology
+from ds_moe.engine import cpu as ops
+from ds_moe.errors import UserError
+
+
+def on_cpu() -> bool:
+    return get_accelerator().device_name() == "cpu"
+
+
+def start_distributed(ep_size: int) -> Topology:
+    """Join the job the launcher started (or make one of a single process) and bind this process to its device.
+
+    Raises:
+        UserError: `ep_size` does not divide the number of processes.
+    """
+    ops.use_environment()
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size % ep_size:
+        raise UserError(
+            f"moe.ep_size={ep_size} does not divide the {world_size} processes of this job; "
+            f"start a multiple of {ep_size} or choose another moe.ep_size"
+        )
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 warns about at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not on_cpu():
+        get_accelerator().set_device(local_rank)
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    if on_cpu():
+        _unlink_shared_memory()
+    device = torch.device(get_accelerator().device_name(local_rank) if not on_cpu() else "cpu")
+    return Topology(dist.get_rank(), dist.get_world_size(), local_rank, ep_size, device)
+
+
+def _unlink_shared_memory() -> None:
+    """Let the memory that DeepSpeed's ranks on CPUs share (66 MiB each, shm.cpp) end with them.
+
+    DeepSpeed 0.19 never removes these files from /dev/shm: every process that ever ran would keep its part of memory.
+    """
+    dist.barrier()  # by now every rank has opened those of all others
+    place = (str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(dist.get_rank()))
+    Path("/dev/shm", "_".join(("deepspeed_allreduce_buffer", *place))).unlink(missing_ok=True)

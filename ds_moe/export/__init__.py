@@ -1,0 +1,4 @@
+"""Checkpoints into folders that plain libraries load.
+
+model.py   the whole model for transformers    lora.py   updates merged into their base, or a PEFT adapter
+"""

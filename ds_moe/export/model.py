@@ -1,0 +1,208 @@
+"""Checkpoint -> plain Hugging Face folder: sharded safetensors, config, processor, generation config, model card.
+
+Reads our checkpoint files tensor by tensor; needs no GPU, no process group and no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from ds_moe import __version__
+from ds_moe.checkpoint.base import fingerprint
+from ds_moe.checkpoint.files import STATE, Reader, find_checkpoint, read_manifest
+from ds_moe.config.complaints import descend
+from ds_moe.config.run_file import load_run
+from ds_moe.config.yaml_lines import compose_lines
+from ds_moe.errors import UserError, one_line, shown
+from ds_moe.export.lora import MergedReader, write_adapter
+from ds_moe.models.convert import EXPERT_BIAS
+from ds_moe.models.families import BIAS_SUFFIX, expert_state
+from ds_moe.weights.files import SHARD_BYTES, check_empty, dtype_name, make_folder, shards, write_tensors, write_weights
+from ds_moe.weights.layouts import LAYOUTS, Layout, choose_layout, in_layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TRAINING_ONLY = ".mlp.gate.noise_weight"  # ends the names of weights that evaluation does not use and exports leave out
+# model_type -> how transformers calls the bias that selects experts, in place of BIAS_SUFFIX. A family that is not here
+# has none: its weights would not load with one, and plain transformers then selects without it.
+BIAS_NAMES = {
+    "deepseek_v3": ".mlp.gate.e_score_correction_bias",
+    "glm4_moe": ".mlp.gate.e_score_correction_bias",
+    "dots1": ".mlp.gate.e_score_correction_bias",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: files with weights, their number of parameters and bytes."""
+
+    folder: Path
+    layout: Layout
+    files: list[str]
+    parameters: int
+    bytes: int
+
+
+def export_checkpoint(
+    source: Path, out: Path, layout: Layout | None = None, max_shard_bytes: int = SHARD_BYTES
+) -> Exported:
+    """Write the model of a checkpoint as a folder that `from_pretrained` of plain transformers loads.
+
+    Args:
+        source: a checkpoint folder, or a run's output folder (its newest complete checkpoint is taken).
+        out: the folder to write; must not exist or be empty.
+        layout: a key of `LAYOUTS`; None: `hub` for the family that has it and where it is unambiguous, else `memory`.
+        max_shard_bytes: size of one weight file at most (a single larger tensor has a file of its own).
+
+    Raises:
+        UserError: an incomplete checkpoint, a folder in the way, or a layout this model cannot be stored in.
+    """
+    checkpoint = find_checkpoint(source)
+    check_empty(out)
+    state = json.loads((checkpoint / "state.json").read_text())
+    config = _model_config(checkpoint / "model")
+    layout = choose_layout(config, layout)
+    dtype = _dtype(checkpoint, state)
+    reader = _reader(checkpoint, state, dtype)
+    bias_name = BIAS_NAMES.get(config.model_type)
+    biases = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
+    sizes = _sizes(reader, dtype)
+    if bias_name is None:
+        sizes = {key: size for key, size in sizes.items() if key not in biases}
+
+    def stored(key: str) -> tuple[str, Tensor]:
+        return _stored_name(key, bias_name), _stored(reader, key, dtype, layout)
+
+    make_folder(out)
+    for name in map(Path, read_manifest(checkpoint)["files"]):  # what else may lie there is not the checkpoint's
+        if name.parent == Path("model"):
+            shutil.copy(checkpoint / name, out / name.name)
+    _set_dtype(out / "config.json", dtype)
+    written = write_weights(out, shards(sizes, max_shard_bytes), stored)
+    if biases and bias_name is None:
+        write_tensors(out / EXPERT_BIAS, {key.split("/", 1)[1]: bias for key, bias in biases.items()})
+    about = _model_card(checkpoint, state, config.get_text_config(), layout, written.parameters)
+    differs = _routing_that_differs(checkpoint)
+    notes = [BIAS_NOTE] if biases and bias_name is None else []
+    notes += [ROUTER_NOTE.format(settings=differs)] if differs else []
+    (out / "README.md").write_text(about + "".join(notes))
+    return Exported(out, layout, written.files, written.parameters, written.bytes)
+
+
+def export_adapter(source: Path, out: Path) -> tuple[Path, int]:
+    """Write the LoRA of a checkpoint (found as by `export_checkpoint`) as a PEFT adapter; (its folder, parameters).
+
+    Raises:
+        UserError: an incomplete checkpoint, a folder in the way, or a run that no adapter can hold.
+    """
+    checkpoint = find_checkpoint(source)
+    check_empty(out)
+    state = json.loads((checkpoint / "state.json").read_text())
+    return out, write_adapter(checkpoint, out, _dtype(checkpoint, state))
+
+
+def _dtype(checkpoint: Path, state: dict[str, Any]) -> torch.dtype:
+    if state["precision"] not in DTYPES:
+        known = " or ".join(DTYPES)
+        raise UserError(f"{checkpoint / STATE}: precision is {shown(state['precision'])}; must be {known}")
+    return DTYPES[state["precision"]]
+
+
+def _model_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers looks into values before it looks at their types
+        raise UserError(f"{folder / 'config.json'} is no config of a model that we know ({one_line(error)})") from error
+
+
+def _reader(checkpoint: Path, state: dict[str, Any], dtype: torch.dtype) -> Reader | MergedReader:
+    reader = Reader(checkpoint)
+    if state.get("base") is None:
+        return reader
+    config = load_run(str(checkpoint / "run.yaml"))
+    if config.lora is None:
+        raise UserError(f"{checkpoint} holds no model of its own: ds-moe gate export writes what it holds")
+    if fingerprint(config) != state["base"]:
+        raise UserError(f"{checkpoint}: the model it was trained upon ({config.model.path}) has changed since")
+    return MergedReader(reader, config, config.lora, dtype)
+
+
+def _sizes(reader: Reader | MergedReader, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each weight and persistent buffer by its key in the checkpoint, from the files' headers alone."""
+    keys = [key for key in reader.tensors if key.startswith(("weight/", "buffer/")) and not key.endswith(TRAINING_ONLY)]
+    return {key: math.prod(reader.shape(key)) * dtype.itemsize for key in keys}
+
+
+def _stored_name(key: str, bias_name: str | None) -> str:
+    name = key.split("/", 1)[1]
+    return name.removesuffix(BIAS_SUFFIX) + bias_name if bias_name and name.endswith(BIAS_SUFFIX) else name
+
+
+def _stored(reader: Reader | MergedReader, key: str, dtype: torch.dtype, layout: Layout) -> Tensor:
+    tensor = reader.read(key)
+    if tensor.is_floating_point() and not key.endswith(BIAS_SUFFIX):
+        tensor = tensor.to(dtype)
+    return in_layout(tensor, layout) if expert_state(key) else tensor
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    config = json.loads(path.read_text())
+    config["dtype"] = dtype_name(dtype)
+    path.write_text(json.dumps(config, indent=2))
+
+
+BIAS_NOTE = f"""
+## Expert bias
+Trained with auxiliary-loss-free balancing: a bias an expert was added to the router's scores when experts were
+selected. This architecture has no place for it, so plain transformers selects without it, and some tokens go to other
+experts than in training. The biases are in `{EXPERT_BIAS}`; ds_moe reads them when `model.path` is this folder and
+`moe.balance` has `loss_free`.
+"""
+
+
+ROUTER_NOTE = """
+## Router
+Trained with `{settings}`. Plain transformers routes by softmax and top-k alone, so some tokens go to other experts, or
+with other weights, than in training: evaluate the export before you rely on it.
+"""
+
+
+def _routing_that_differs(checkpoint: Path) -> str | None:
+    """The router settings of a run that plain transformers cannot repeat, as YAML says them."""
+    run, _ = compose_lines((checkpoint / "run.yaml").read_text(), str(checkpoint / "run.yaml"))
+    router = descend(run, "moe.router") or {}
+    plain = {"scores": "softmax", "route_scale": 1.0, "temperature": 1.0}
+    asked = ("scores", "groups", "top_groups", "route_scale", "temperature", "normalize")
+    differing = {key: router[key] for key in asked if key in router and router[key] not in (None, plain.get(key))}
+    if router.get("kind", "topk") not in ("topk", "noisy_topk"):
+        differing = {"kind": router["kind"], **differing}
+    return ", ".join(f"{key}: {value}" for key, value in differing.items()) or None
+
+
+def _model_card(checkpoint: Path, state: dict[str, Any], config: Any, layout: Layout, parameters: int) -> str:
+    experts = getattr(config, "num_experts", None)
+    about = f"{experts} experts a layer, top-{config.num_experts_per_tok}" if experts else "dense"
+    return f"""---
+library_name: transformers
+tags: [ds_moe]
+---
+# {checkpoint.parent.parent.name}
+
+Trained with ds_moe {__version__} for {state["step"]} optimizer steps on {state["world_size"]} ranks
+(expert parallelism {state["ep_size"]}), {state["precision"]}; {parameters:,} parameters, {about}.
+Experts are stored in the `{layout}` layout: {LAYOUTS[layout]}.
+
+The run, as it was resolved:
+
+```yaml
+{(checkpoint / "run.yaml").read_text().strip()}
+```
+"""

@@ -1,1 +1,0 @@
-"""A learned gate over LoRA adapters: which one serves a request."""

@@ -1,0 +1,150 @@
+"""What a micro-batch keeps for its backward pass, counted from configs: what autograd or our functions save.
+
+The micro-batch is the largest there may be: `train.micro_batch_size` samples of `data.max_length` tokens, none of them
+padding, routed evenly, half of them image tokens if the model sees. Shapes are those of `ds_moe/moe/decision.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ds_moe.config.rules.model import expert_count
+from ds_moe.config.run import RunConfig
+
+IMAGE_SHARE = 0.5  # of the tokens
+LOGIT_BYTES = 12  # a logit as its backward begins, in fp32: the log-softmax, its gradient, and that of the logits
+ASSIGNMENT_BYTES = 80  # indices of token and expert, of the sorted order and its inverse (int64), weights (fp32)
+# Weights that learn make their layer keep what it read; others (a frozen base under LoRA) need only themselves.
+READERS = {
+    "attention": r"\.self_attn\.[qkvo]_proj\.",
+    "mlp": r"\.mlp\.(gate|gate_proj|up_proj|down_proj)\.",
+    "norms": r"layernorm\.|[qk]_norm\.",
+    "head": r"lm_head\.|embed_tokens\.",  # tied ones have the embedding's name
+    "vision": r"\.visual\.",
+}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one rank.
+
+    Attributes:
+        kept: of all layers, between forward and backward; with gradient checkpointing each layer's input alone.
+        layer: of one text layer.
+        repeated: `layer` if gradient checkpointing computes it again, on top of what is kept; else 0.
+        work: gradients of the rows in the layer whose backward runs.
+        exchange: rows packed for other ranks, and those that arrive, in one layer.
+        logits: of the loss.
+        vision: of a layer of a frozen vision tower, which keeps nothing.
+    """
+
+    kept: int
+    layer: int
+    repeated: int
+    work: int
+    exchange: int
+    logits: int
+    vision: int
+
+
+def activations(model: PreTrainedModel, config: RunConfig, width: int, ep_size: int) -> Activations:
+    """Of one micro-batch.
+
+    Args:
+        model: a `skeleton` with the frozen parameters marked.
+        config: the run.
+        width: bytes of a weight, and of what passes between layers.
+        ep_size: as in the run.
+    """
+    text: Any = model.config.get_text_config()
+    T, D = config.train.micro_batch_size * config.data.max_length, text.hidden_size
+    K = _top_k(model, config)
+    learns = _learns(model)
+    layer = T * (_attention(text, config, width, learns) + _mlp(text, config, width, K, learns))
+    boundary = T * (width * D + ASSIGNMENT_BYTES * K)  # the tape of a recompute holds the routing
+    repeats = config.train.gradient_checkpointing
+    head = T * (_norm(D, width, learns["norms"]) + width * D * learns["head"])
+    seen, frozen = _vision(model, T, width, repeats, learns["vision"])
+    return Activations(
+        kept=int(text.num_hidden_layers * (boundary if repeats else layer) + head + seen),
+        layer=int(layer),
+        repeated=int(layer) if repeats else 0,
+        work=int(T * width * _row_gradients(text, K)),
+        exchange=2 * T * K * D * width if ep_size > 1 else 0,
+        logits=T * text.vocab_size * LOGIT_BYTES,
+        vision=int(frozen),
+    )
+
+
+def _top_k(model: PreTrainedModel, config: RunConfig) -> int:
+    """0 for a dense model."""
+    if not expert_count(model.config):
+        return 0
+    return (config.moe.router.top_k if config.moe else None) or model.config.get_text_config().num_experts_per_tok
+
+
+def _learns(model: PreTrainedModel) -> dict[str, bool]:
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {part: any(re.search(pattern, name) for name in names) for part, pattern in READERS.items()}
+
+
+def _norm(features: int, width: int, learns: bool) -> int:
+    """Bytes a token of an RMSNorm: its input in fp32, and what its weight multiplies if that learns."""
+    return features * (4 + width * learns)
+
+
+def _attention(text: Any, config: RunConfig, width: int, learns: dict[str, bool]) -> int:
+    """Bytes a token: norm, q and k with their norms, and what the kernel keeps: q, k, v, output, log-sum-exp (fp32)."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    q, kv = head_dim * text.num_attention_heads, head_dim * text.num_key_value_heads
+    normed = _norm(text.hidden_size, width, learns["norms"]) + width * text.hidden_size * learns["attention"]
+    size = normed + _norm(q + kv, width, learns["norms"]) + width * (2 * q + 2 * kv) + 4 * text.num_attention_heads
+    if config.model.attention == "eager":  # keys and values of every head, the softmax (in fp32) and its cast
+        size += 2 * width * q + text.num_attention_heads * config.data.max_length * (4 if width == 4 else 4 + width)
+    return size
+
+
+def _mlp(text: Any, config: RunConfig, width: int, K: int, learns: dict[str, bool]) -> int:
+    """Bytes a token of a layer's second half: norm, then router and experts, or one dense SwiGLU."""
+    D = text.hidden_size
+    size = _norm(D, width, learns["norms"]) + width * D * learns["mlp"]
+    if not K:
+        return size + 4 * width * text.intermediate_size  # gate, SiLU of it, up, their product
+    rows = K * (width * _kept_by_experts(config, D, text.moe_intermediate_size) + ASSIGNMENT_BYTES)
+    return size + 2 * 4 * text.num_experts + rows  # scores and balancers in fp32
+
+
+def _kept_by_experts(config: RunConfig, D: int, F: int) -> int:
+    """Numbers a row: `moe/backends/swiglu.py` keeps its input and what `recompute` says, others all they compute."""
+    experts = config.moe.experts if config.moe else None
+    if experts is None or experts.backend == "reference" or (config.lora is not None and config.lora.experts):
+        return D + 5 * F  # the products (2F), SiLU, activation, and that times its weight
+    return D + {"none": 3, "act": 2, "all": 0}[experts.recompute] * F
+
+
+def _row_gradients(text: Any, K: int) -> int:
+    """Numbers a token: gradients of output and input rows, of both products, and the activation computed again."""
+    if not K:
+        return 2 * text.hidden_size + 3 * text.intermediate_size
+    return K * (2 * text.hidden_size + 3 * text.moe_intermediate_size)
+
+
+def _vision(model: PreTrainedModel, T: int, width: int, repeats: bool, learns: bool) -> tuple[float, float]:
+    """Bytes that the vision tower keeps, and those of one layer where it is frozen."""
+    vision: Any = getattr(model.config, "vision_config", None)
+    if vision is None:
+        return 0, 0
+    patches = IMAGE_SHARE * T * vision.spatial_merge_size**2
+    # Two LayerNorms with their inputs (4D), q, k and the product that v is a view of (5D), what attention gives, of
+    # each image and joined (2D), and both sides of the GELU.
+    layer = width * patches * (11 * vision.hidden_size + 2 * vision.intermediate_size)
+    if not learns:
+        return 0, layer
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    mergers = 4 * vision.hidden_size * (1 + len(vision.deepstack_visual_indexes))  # norm, and both sides of the GELU
+    ends = width * patches * (pixels + mergers)
+    return ends + (vision.depth * width * patches * vision.hidden_size + layer if repeats else vision.depth * layer), 0

@@ -1,0 +1,217 @@
+"""Peak memory of one rank, predicted from the configs alone: no weights, no accelerator.
+
+A step has four moments at which it may need most: the loss is there and with it all activations; the backward pass
+begins; it ends, and all gradients are there; the optimizer works. Each is summed by purpose, and the largest sum is the
+prediction. `ds_moe/doctor/plan_command.py --check` holds it against the peaks of runs on CPUs, within 15% (docs/memory.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ds_moe.config.run import RunConfig
+from ds_moe.memory.activations import Activations, activations
+from ds_moe.memory.parameter_counts import Shares, shares
+
+GIB = 2**30
+ADAM_BYTES = 12  # an element: fp32 master weight and two moments, which ZeRO keeps apart under fp32 too
+RUNTIME_BYTES = {"cpu": GIB // 2, "accelerator": 3 * GIB // 2}  # libraries, context, communication buffers
+READING_BYTES = 2**27  # of files at once, see models/streaming.py: pages that were touched, and a block
+REUSE_DISTANCE = 1e9  # DeepSpeed's default, elements
+KEPT_FREE = "freed, kept by malloc"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank by purpose, on the device that computes and on the host it is offloaded to.
+
+    Attributes:
+        moment: of a step, when the device needs most.
+    """
+
+    device: dict[str, int]
+    host: dict[str, int]
+    moment: str
+
+    def table(self) -> list[str]:
+        """Lines of purpose and GiB, with the totals."""
+        rows = [("on the device", name, size) for name, size in self.device.items()]
+        rows += [("on the host", name, size) for name, size in self.host.items()]
+        rows.append((f"on the device, when {self.moment}", "total", sum(self.device.values())))
+        return [f"{name:<22}{size / GIB:>9.3f} GiB  {where}" for where, name, size in rows if size]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Bytes of one rank while the model is loaded, before the first step.
+
+    Attributes:
+        host: the rank's share and what is being read where weights are streamed from their files, else the complete
+            model.
+        device: what is moved there: the share; unstreamed, all but other ranks' experts, under ZeRO-3 too.
+    """
+
+    host: int
+    device: int
+    streamed: bool = False
+
+
+def streams(config: RunConfig) -> bool:
+    """Whether ranks read their shares from files: those of a `model.path`, but for a gate, which is made of complete
+    weights."""
+    return config.model.path is not None and config.task != "gate"
+
+
+def load(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world_size: int) -> Load:
+    """Memory of one rank at the start; arguments as for `predict`. See `streams`."""
+    width, ep_size = _width(ds), config.moe.ep_size if config.moe else 1
+    share = shares(model, ep_size, world_size)
+    if not streams(config):
+        complete = sum(parameter.numel() for parameter in model.parameters())
+        return Load(width * complete, int(width * share.held))
+    own = width * (share.owned if ds["zero_optimization"]["stage"] == 3 else share.held)
+    return Load(int(own) + READING_BYTES, int(own), streamed=True)
+
+
+def predict(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world_size: int, on_cpu: bool) -> Memory:
+    """Memory of one rank.
+
+    Args:
+        model: a `skeleton` (unconverted), with the frozen parameters marked.
+        config: the run.
+        ds: from `resolve_deepspeed`.
+        world_size: number of ranks, a multiple of `moe.ep_size`.
+        on_cpu: whether the ranks train on CPUs, which have no context but hold everything in host memory.
+    """
+    zero, width, ep_size = ds["zero_optimization"], _width(ds), config.moe.ep_size if config.moe else 1
+    share, made = shares(model, ep_size, world_size), activations(model, config, width, ep_size)
+    states, host = _states(share, zero, width)
+    moments = _moments(share, zero, width, made, config, world_size, on_cpu)
+    moment, parts = max(moments.items(), key=lambda one: sum(one[1].values()))
+    device = {**states, **parts}
+    if on_cpu:
+        loaded = 0.0 if streams(config) else width * share.held  # which ZeRO has copied into its own buffers
+        device[KEPT_FREE] = loaded + _kept_free(moments, parts)
+    device["runtime"] = RUNTIME_BYTES["cpu" if on_cpu else "accelerator"]
+    return Memory(*({name: int(size) for name, size in part.items()} for part in (device, host)), moment)
+
+
+def _width(ds: dict[str, Any]) -> int:
+    """Bytes of a weight."""
+    return 2 if ds["bf16"]["enabled"] else 4
+
+
+def _offloaded(zero: dict[str, Any], what: str) -> bool:
+    return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+
+def _states(share: Shares, zero: dict[str, Any], width: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What is there all the time, on the device and on the host."""
+    weights = width * (share.owned if zero["stage"] == 3 else share.held)
+    device: dict[str, float] = {"weights": weights, "optimizer": ADAM_BYTES * share.owned_trained}
+    host: dict[str, float] = {}
+    if _offloaded(zero, "optimizer"):
+        host["optimizer"] = device.pop("optimizer")
+        host["gradients"] = width * share.owned_trained
+        host["fp32 gradient of step"] = 4 * share.owned_trained
+    if _offloaded(zero, "param"):
+        host["weights"] = device.pop("weights")
+    return device, host
+
+
+def _moments(
+    share: Shares,
+    zero: dict[str, Any],
+    width: int,
+    made: Activations,
+    config: RunConfig,
+    world_size: int,
+    on_cpu: bool,
+) -> dict[str, dict[str, float]]:
+    """What comes on top of the states at each moment."""
+    stage, accumulates = zero["stage"], config.train.global_batch_size > config.train.micro_batch_size * world_size
+    owned = 0.0 if _offloaded(zero, "optimizer") else width * share.owned_trained
+    unreduced = width * max(share.largest.trained, share.table_trained)
+    buffer, copy = _buckets(share, zero, width, on_cpu)
+    gathered = width * _gathered(share, zero, config.train.gradient_checkpointing) if stage == 3 else 0.0
+    # What earlier micro-batches left: ZeRO-1 reduces in the last one, ZeRO-3's partition is there from the start.
+    before = {1: accumulates * width * share.held_trained, 2: accumulates * owned, 3: owned}[stage]
+    # ZeRO-1 copies its partition out of complete gradients; on a CPU the copy takes room as these are freed.
+    copied = 0.0 if on_cpu else owned
+    after = {1: width * share.held_trained + copied, 2: before + owned + unreduced, 3: owned + unreduced}[stage]
+    work = {"layer at work": made.work, "all-to-all buffers": made.exchange}
+    always = buffer if stage == 3 else 0.0
+    return {
+        "the loss is computed": {
+            "gathered weights": gathered,
+            "gradients": before,
+            "gradient buckets": always,
+            "activations": made.kept,
+            "logits": made.logits,
+        },
+        "the backward pass begins": {
+            "gathered weights": gathered,
+            "gradients": before + unreduced,
+            "gradient buckets": always if stage == 1 else buffer + copy,
+            "activations": made.kept + made.repeated,
+            **work,
+        },
+        "the backward pass ends": {
+            "gathered weights": gathered,
+            "gradients": after,
+            "gradient buckets": buffer + copy,
+            "activations": made.layer,
+            **work,
+        },
+        "the optimizer steps": {
+            "gradients": owned,
+            "gradient buckets": always,
+            "fp32 gradient of step": 0.0 if _offloaded(zero, "optimizer") else _flat_gradient(share, zero, width),
+        },
+    }
+
+
+def _kept_free(moments: dict[str, dict[str, float]], parts: dict[str, float]) -> float:
+    """Bytes that CPU ranks do not return when they free them: `launcher.cpu_settings` tells glibc so, for speed.
+
+    A hole that activations leave seldom fits a flat buffer of the optimizer, nor the reverse: every purpose ends up
+    with room for its largest moment, instead of all sharing that of the peak. An estimate, as fragments are.
+    """
+    purposes = {name for moment in moments.values() for name in moment}
+    return sum(max(moment.get(name, 0.0) for moment in moments.values()) for name in purposes) - sum(parts.values())
+
+
+def _flat_gradient(share: Shares, zero: dict[str, Any], width: int) -> float:
+    """Bytes of the gradient that Adam gets: of one optimizer group at once (ZeRO-3: of at most `sub_group_size`),
+    flattened in the dtype of the weights, then in fp32."""
+    elements = share.group
+    if zero["stage"] == 3:
+        elements = min(elements, zero.get("sub_group_size", 1e9))
+    return elements * (4 if width == 4 else 4 + width)
+
+
+def _buckets(share: Shares, zero: dict[str, Any], width: int, on_cpu: bool) -> tuple[float, float]:
+    """Bytes of the buffer that gradients are collected in, and of the copy that is reduced.
+
+    On a CPU memory that was never written to takes no room, so the buffer is as large as what comes into it.
+    """
+    size = zero.get("reduce_bucket_size", 5e8)
+    filled = min(size, share.held_trained)
+    return width * (filled if on_cpu else size), width * filled
+
+
+def _gathered(share: Shares, zero: dict[str, Any], repeats: bool) -> float:
+    """Elements that ZeRO-3 holds complete at once: two layers (one is fetched while the other computes) or the largest
+    table, and the layers it keeps for their backward pass.
+
+    It keeps what is used again within `stage3_max_reuse_distance` elements of its trace: for layer i from the end that
+    is both passes of the output layer and of the i layers behind it, and their repetition.
+    """
+    largest, passes = share.largest, 3 if repeats else 2
+    room = zero.get("stage3_max_reuse_distance", REUSE_DISTANCE) - 2 * share.table
+    kept = max(0.0, room / (passes * largest.passed)) if largest.passed else 0.0
+    wanted = kept * largest.gathered + max(2 * largest.gathered, share.table)
+    return min(share.gathered, wanted, zero.get("stage3_max_live_parameters", REUSE_DISTANCE) + share.table)

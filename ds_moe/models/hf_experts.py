@@ -1,0 +1,57 @@
+"""Our experts as an `experts_implementation` of transformers: for plain models, without DeepSpeed or conversion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ds_moe.moe.backends import backend_for
+from ds_moe.moe.permute import add_up, order_by_expert, permute, spread
+
+NAME = "ds_moe"
+
+
+def is_silu(activation: nn.Module) -> bool:
+    """Whether an activation of experts is the one that the kernels compute."""
+    return isinstance(activation, nn.SiLU | SiLUActivation)
+
+
+def register() -> None:
+    """Let transformers' models be built or loaded with `experts_implementation="ds_moe"`."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls in place of the forward of a module of experts.
+
+    Args:
+        experts: has `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F).
+        hidden_states: (T, D).
+        top_k_index: (T, K) experts.
+        top_k_weights: (T, K).
+
+    Raises:
+        ValueError: experts of another form than SiLU-gated, without biases, gate rows above up rows.
+    """
+    plain = experts.has_gate and experts.is_concatenated and is_silu(experts.act_fn)
+    other = experts.has_bias, experts.is_transposed, experts.has_post_expert_norm, experts._is_expert_parallel
+    if not plain or any(other):
+        raise ValueError(
+            f"experts_implementation {NAME!r} computes SiLU-gated experts only, not {type(experts).__name__}"
+        )
+    with torch.autocast(hidden_states.device.type, enabled=False):  # it knows nothing of grouped products
+        rows_TD = hidden_states.to(experts.gate_up_proj.dtype)
+        return _experts(experts, rows_TD, top_k_index, top_k_weights).to(hidden_states.dtype)
+
+
+def _experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    backend = backend_for("auto", hidden_states)
+    tokens, top_k = top_k_index.shape
+    token_N = torch.arange(tokens, device=top_k_index.device).repeat_interleave(top_k)
+    order = order_by_expert(backend, token_N, top_k_index.flatten(), tokens, experts.num_experts, top_k)
+    rows_ND = spread(backend, hidden_states, order)
+    weight_N = permute(top_k_weights.flatten(), order.order_N)
+    weights = experts.gate_up_proj, experts.down_proj
+    return add_up(backend, backend.swiglu(rows_ND, *weights, order.counts_E, weight_N, "act"), order)

@@ -1,0 +1,158 @@
+"""Routers and losses under the names and signatures that people look for: thin fronts of what the trainer uses."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ds_moe.moe.balance import AuxLoss, Seen, ZLoss
+from ds_moe.moe.decision import RoutingDecision, count_experts
+from ds_moe.moe.routers import ExpertChoice, NoisyTopKRouter, TopKRouter
+
+
+class ExpertRouter(nn.Module):
+    """Top-k router with its own weight: `TopKRouter` or `NoisyTopKRouter`, each token's weights summing to 1.
+
+    Args:
+        dim: model width, D.
+        num_experts: E.
+        top_k: experts a token, K.
+        gating_type: `softmax`, `sigmoid`, or `noisy_top_k` (softmax with learned noise in training).
+        jitter_noise: in training the input is multiplied by uniform(1 - jitter_noise, 1 + jitter_noise).
+        noise_std: factor of the learned noise (`noisy_top_k` only).
+        temperature: logits are divided by it.
+        expert_dropout: in training, probability of losing an assignment; a token always keeps one.
+
+    Raises:
+        ValueError: an unknown gating type, `noise_std` without `noisy_top_k`, or an impossible `top_k`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        gating_type: Literal["softmax", "sigmoid", "noisy_top_k"] = "softmax",
+        *,
+        jitter_noise: float = 0.0,
+        noise_std: float | None = None,
+        temperature: float = 1.0,
+        expert_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        weight_ED = _new_weight(num_experts, dim)
+        settings = {"jitter_noise": jitter_noise, "temperature": temperature, "expert_dropout": expert_dropout}
+        if gating_type not in ("softmax", "sigmoid", "noisy_top_k"):
+            raise ValueError(f"gating_type={gating_type!r} must be softmax, sigmoid or noisy_top_k")
+        if gating_type == "noisy_top_k":
+            noise_std = 1.0 if noise_std is None else noise_std
+            self.router = NoisyTopKRouter(weight_ED, top_k, noise_std=noise_std, **settings)
+        elif noise_std is not None:
+            raise ValueError(f"noise_std={noise_std} needs gating_type noisy_top_k, this is {gating_type}")
+        else:
+            self.router = TopKRouter(weight_ED, top_k, scores=gating_type, **settings)
+        self.aux = AuxLoss(weight=1.0)
+
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Route (B, S, D) hidden states.
+
+        Args:
+            mask_BS: non-zero at real tokens; None: all are real.
+
+        Returns:
+            weights (B, S, K) fp32, with grad; indices (B, S, K) int64; the unweighted aux loss (K when balanced). A
+            slot without an expert (padding, expert dropout) comes last and has weight 0 and index -1.
+        """
+        batch, length, dim = x_BSD.shape
+        token_V = _real_tokens(mask_BS)
+        decision = self.router(x_BSD.reshape(-1, dim), token_V)
+        weights_TK, indices_TK = _slots(decision, self.router.top_k)
+        seen = Seen(token_V, batch, count_experts(decision.expert_N, decision.logits_TE.shape[1]))
+        loss = self.aux.loss(decision, seen)
+        return weights_TK.view(batch, length, -1), indices_TK.view(batch, length, -1), loss
+
+
+class ExpertChoiceRouter(nn.Module):
+    """Experts choose tokens: `ExpertChoice` with its own weight. Not causal: for encoders.
+
+    Args:
+        dim: model width, D.
+        num_experts: E.
+        capacity_factor: experts a token, on average; each expert takes C = ceil(capacity_factor * T / E) tokens.
+    """
+
+    def __init__(self, dim: int, num_experts: int, capacity_factor: float = 1.0) -> None:
+        super().__init__()
+        self.router = ExpertChoice(_new_weight(num_experts, dim), capacity_factor=capacity_factor)
+
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """expert_weights (E, C), token_indices (E, C) into B * S, scores (B * S, E); the floats fp32 and with grad."""
+        decision = self.router(x_BSD.reshape(-1, x_BSD.shape[-1]), _real_tokens(mask_BS))
+        experts = decision.scores_TE.shape[1]
+        return decision.weight_N.view(experts, -1), decision.token_N.view(experts, -1), decision.scores_TE
+
+
+class LoadBalancingLoss(nn.Module):
+    """A balancer as a module: `AuxLoss` or `ZLoss` on a router's logits and its choice.
+
+    Args:
+        num_experts: E.
+        loss_type: `standard` (aux loss over the batch), `sequence` (over each sequence, averaged) or `z_loss`.
+        loss_weight: factor; perfectly balanced, `standard` and `sequence` are loss_weight * K.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        loss_type: Literal["standard", "z_loss", "sequence"] = "standard",
+        loss_weight: float = 1e-2,
+    ) -> None:
+        super().__init__()
+        kinds = {
+            "standard": lambda: AuxLoss(loss_weight),
+            "sequence": lambda: AuxLoss(loss_weight, scope="sequence"),
+            "z_loss": lambda: ZLoss(loss_weight),
+        }
+        if loss_type not in kinds:
+            raise ValueError(f"loss_type={loss_type!r} must be one of {', '.join(kinds)}")
+        self.num_experts = num_experts
+        self.balancer = kinds[loss_type]()
+
+    def forward(self, logits_BSE: Tensor, indices_BSK: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+        """A scalar with grad.
+
+        Args:
+            logits_BSE: raw router logits (B, S, E); scores are their softmax.
+            indices_BSK: the chosen experts, int64; -1 is no expert.
+            mask_BS: non-zero at real tokens; None: all are real.
+        """
+        logits_TE = logits_BSE.reshape(-1, self.num_experts)
+        chosen_TK = indices_BSK.reshape(logits_TE.shape[0], -1)
+        kept_TK = chosen_TK >= 0
+        if mask_BS is not None:
+            kept_TK = kept_TK & mask_BS.reshape(-1, 1).bool()
+        token_N, expert_N = kept_TK.nonzero()[:, 0], chosen_TK[kept_TK]
+        scores_TE = logits_TE.float().softmax(-1)
+        decision = RoutingDecision(logits_TE, scores_TE, token_N, expert_N, scores_TE[token_N, expert_N])
+        seen = Seen(_real_tokens(mask_BS), logits_BSE.shape[0], count_experts(expert_N, self.num_experts))
+        return self.balancer.loss(decision, seen)
+
+
+def _new_weight(num_experts: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(num_experts, dim).normal_(std=dim**-0.5))  # logits of unit variance at first
+
+
+def _real_tokens(mask_BS: Tensor | None) -> Tensor | None:
+    return None if mask_BS is None else mask_BS.reshape(-1).nonzero().squeeze(1)
+
+
+def _slots(decision: RoutingDecision, top_k: int) -> tuple[Tensor, Tensor]:
+    """The list of assignments as (T, K) weights and indices; a token's assignments stand beside each other."""
+    token_N, tokens = decision.token_N, decision.logits_TE.shape[0]
+    counts_T = torch.bincount(token_N, minlength=tokens)
+    slot_N = torch.arange(token_N.numel(), device=token_N.device) - (counts_T.cumsum(0) - counts_T)[token_N]
+    weights_TK = decision.weight_N.new_zeros(tokens, top_k).index_put((token_N, slot_N), decision.weight_N)
+    indices_TK = decision.expert_N.new_full((tokens, top_k), -1).index_put((token_N, slot_N), decision.expert_N)
+    return weights_TK, indices_TK

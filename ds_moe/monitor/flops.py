@@ -1,0 +1,32 @@
+"""FLOPs of a token, and the peak of a device, for the share of the peak that a run reaches."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ds_moe.distributed import Topology
+from ds_moe.models.families import expert_state
+
+# Dense bf16 peak of one device, FLOP/s, from the vendors' data sheets.
+PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def peak_flops(topology: Topology) -> float | None:
+    """FLOP/s of all ranks together, or None for a device that is not in the table (a CPU, say)."""
+    if topology.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(topology.device)
+    peak = next((flops for known, flops in PEAK_BF16.items() if known in name), None)
+    return None if peak is None else peak * topology.world_size
+
+
+def active_flops_per_token(model: nn.Module) -> float:
+    """Forward and backward FLOPs of one token: 6 for each parameter it meets, K of E experts; attention left out."""
+    text_config = model.config.get_text_config()
+    share = text_config.num_experts_per_tok / text_config.num_experts if hasattr(text_config, "num_experts") else 1.0
+    met = 0.0
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" not in name and ".visual." not in name:
+            met += parameter.numel() * (share if expert_state(name) else 1.0)
+    return 6.0 * met

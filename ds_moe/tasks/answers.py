@@ -1,0 +1,104 @@
+"""Held-out loss, and the share of generated answers that match exactly, per kind of question."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ds_moe.data.stream import EvalSet
+from ds_moe.distributed import over_ranks, parallel, raise_together, to_device
+from ds_moe.models.vision import encode_blank, has_vision
+from ds_moe.monitor import EvalReport, ShownSample
+
+if TYPE_CHECKING:
+    import deepspeed
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How answers are generated: greedily, `max_new_tokens` at most; None in its place: only the loss."""
+
+    processor: Any
+    max_new_tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    engine: deepspeed.DeepSpeedEngine,
+    eval_set: EvalSet,
+    answering: Answering | None,
+    *,
+    step: int,
+    limit: int | None = None,
+    shown: int = 0,
+    each_batch: Callable[[], None] = lambda: None,
+) -> EvalReport:
+    """Evaluate on all ranks together (collective); every rank returns the same numbers, rank 0 the samples to show.
+
+    Args:
+        limit: samples to use, over all ranks; None: all.
+        shown: how many samples to return with question, answer and prediction.
+        each_batch: called before every batch.
+
+    Raises:
+        UserError: on every rank, when any of them met a bad record.
+    """
+    engine.eval()
+    loss_sum, label_tokens = 0.0, 0
+    hits: dict[str, int] = defaultdict(int)
+    asked: dict[str, int] = defaultdict(int)
+    samples: list[ShownSample] = []
+    for batch in eval_set.batches(limit):
+        each_batch()
+        inputs = to_device(batch.batch, engine.device)
+        loss_sum += engine(**inputs, use_cache=False, num_items_in_batch=1).loss.item()
+        label_tokens += int((inputs["labels"][:, 1:] != -100).sum())
+        if answering is None:
+            continue
+        predictions = generate_answers(engine.module, to_device(batch.prompt, engine.device), answering)
+        for sample, answer, prediction, weight in zip(
+            batch.samples, batch.answers, predictions, batch.weights, strict=True
+        ):
+            asked[sample.kind or "all"] += weight
+            hits[sample.kind or "all"] += weight * (prediction == answer)
+            if weight and len(samples) < shown:
+                samples.append(ShownSample(sample.first_image(), sample.last_question(), answer, prediction))
+    engine.train()
+    raise_together(eval_set.error)
+    totals = over_ranks((loss_sum, label_tokens, dict(hits), dict(asked)))
+    loss = sum(total[0] for total in totals) / max(sum(total[1] for total in totals), 1)
+    return EvalReport(step, loss, _accuracy(totals), samples)
+
+
+def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering) -> list[str]:
+    """Greedy answers to left-padded prompts. Ranks keep step until the last one has finished its longest answer."""
+    if parallel() and has_vision(model) and "pixel_values" not in prompt:
+        encode_blank(model, prompt["input_ids"].device)  # `generate` encodes the other ranks' images at this point
+    tokens = model.generate(
+        **prompt,
+        max_new_tokens=answering.max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        synced_gpus=parallel(),
+    )
+    answers = tokens[:, prompt["input_ids"].shape[1] :]
+    return [text.strip() for text in answering.processor.batch_decode(answers, skip_special_tokens=True)]
+
+
+def _accuracy(totals: list[tuple[float, int, dict[str, int], dict[str, int]]]) -> dict[str, float]:
+    kinds = sorted({kind for total in totals for kind, count in total[3].items() if count})
+    accuracy = {
+        kind: sum(total[2].get(kind, 0) for total in totals) / sum(total[3].get(kind, 0) for total in totals)
+        for kind in kinds
+    }
+    if accuracy:
+        accuracy["mean"] = sum(accuracy.values()) / len(accuracy)
+    return accuracy

@@ -1,0 +1,202 @@
+"""Several LoRA adapters in one model, mixed by weights that may differ from sample to sample.
+
+A layer stacks the adapters' matrices: with A (R, in) and B (out, R), R the sum of their ranks, a mixture is
+
+    y = W x + B ((g[owner] * scale) * (A x))        owner_R: whose row it is, scale_R: that adapter's scaling
+
+which is two products however many adapters there are, of ranks as they come, and keeps for the backward pass of g only
+A x: R numbers a token, where a stack of the adapters' outputs keeps K * out.
+
+Shapes, besides the legend of ds_moe/moe/decision.py: K adapters, L layers of the model (all of them), R as above.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import peft
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ds_moe.errors import UserError
+from ds_moe.tasks.gate.adapters import CONFIG, KEY, WEIGHTS, Adapter, Update, updates
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+Values = Callable[[nn.Parameter], Tensor]
+
+
+@dataclass
+class Gates:
+    """The weights that all banked layers of one model read.
+
+    Set before a forward, they stay until the next: non-reentrant gradient checkpointing reads them again in backward.
+    """
+
+    weights: Tensor | None = None  # fp32 (B, K), (B, L, K) or (B, S, K) as `per` says, may need grad; None: the base
+    per: Literal["example", "layer", "token"] = "example"
+
+    def at(self, layer: int) -> Tensor | None:
+        """(B, 1 or S, K) weights of one layer of the model, None for the base."""
+        if self.weights is None or self.per == "token":
+            return self.weights
+        return (self.weights if self.per == "example" else self.weights[:, layer]).unsqueeze(1)
+
+
+class BankedLinear(nn.Linear):
+    """An nn.Linear, with its own Parameter objects, and the stacked updates of all adapters that target it.
+
+    The updates are kept in the precision of the weight. An adapter's lora_dropout is not applied.
+    """
+
+    lora_A: nn.Parameter  # (R, in)
+    lora_B: nn.Parameter  # (out, R)
+    owner_R: Tensor  # int64 adapter of each row of lora_A; an adapter that leaves this layer alone owns none
+    scale_R: Tensor  # fp32
+
+    def __init__(self, linear: nn.Linear, parts: dict[int, Update], layer_index: int, gates: Gates) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.layer_index, self.gates = layer_index, gates
+        device, dtype = linear.weight.device, linear.weight.dtype
+        lora_A = torch.cat([part.A for part in parts.values()]).to(device, dtype)
+        lora_B = torch.cat([part.B for part in parts.values()], dim=1).to(device, dtype)
+        self.lora_A = nn.Parameter(lora_A, requires_grad=False)
+        self.lora_B = nn.Parameter(lora_B, requires_grad=False)
+        if device.type == "meta":  # of a model without storage its adapters can still be written
+            device = torch.device("cpu")
+        ranks = torch.tensor([len(part.A) for part in parts.values()])
+        scales = torch.tensor([part.scale for part in parts.values()])
+        self.register_buffer("owner_R", torch.tensor([*parts]).repeat_interleave(ranks).to(device), persistent=False)
+        self.register_buffer("scale_R", scales.repeat_interleave(ranks).to(device), persistent=False)
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, S, in) or (B, in) to (B, S, out) or (B, out), in the dtype of x."""
+        g_BSK = self.gates.at(self.layer_index)
+        if g_BSK is None:
+            return super().forward(x)
+        rows = x.reshape(-1, self.in_features)
+        h_BSR = F.linear(rows, self.lora_A).view(len(x), -1, len(self.owner_R))
+        g_BSR = g_BSK.float().index_select(-1, self.owner_R) * self.scale_R
+        h_BSR = h_BSR * g_BSR.to(h_BSR.dtype)
+        # In place, which no backward notices (a product does not keep its result): no second (B, S, out) is made.
+        # Of two dimensions, because in-place on a view, which the product of three would be, copies the gradient.
+        y = super().forward(rows)
+        y.addmm_(h_BSR.flatten(0, 1), self.lora_B.to(y.dtype).T)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BankedLinear:
+        scale_R = self.scale_R
+        super()._apply(fn, recurse)
+        self.scale_R = scale_R.to(self.scale_R.device)  # .bfloat16() of a model would round it
+        return self
+
+
+@dataclass
+class Bank:
+    """The adapters of a model and where they are in it. The parameters belong to the model's BankedLinear modules.
+
+    `values` turns such a parameter into its whole value, where an engine has sharded it or holds a better one (fp32).
+    """
+
+    adapters: list[Adapter]  # as they were read
+    layers: dict[str, BankedLinear]  # by module path
+    gates: Gates
+
+    @property
+    def names(self) -> list[str]:
+        return [adapter.name for adapter in self.adapters]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for layer in self.layers.values():
+            yield layer.lora_A
+            yield layer.lora_B
+
+    def train_adapters(self, flag: bool) -> None:
+        for parameter in self.parameters():
+            parameter.requires_grad_(flag)
+
+    def export(self, out: Path, values: Values = Tensor.detach) -> None:
+        """Write each adapter as a PEFT folder out/<name>, an untrained tensor with the bits of the file it came from.
+
+        Raises:
+            UserError: such a folder is there and not empty.
+        """
+        folders = [_empty(out / name) for name in self.names]
+        tensors: list[dict[str, Tensor]] = [{} for _ in folders]
+        for module, (A_RI, B_OR) in self._stacks(values):
+            layer = self.layers[module]
+            for index, adapter in enumerate(self.adapters):
+                mine_R = layer.owner_R.cpu() == index
+                if mine_R.any():
+                    mine = zip("AB", (A_RI[mine_R], B_OR[:, mine_R]), adapter.pair(module), strict=True)
+                    for side, value, original in mine:
+                        # Compared as the model holds it: what was only rounded to bf16 was not trained.
+                        same = torch.equal(value.to(layer.lora_A.dtype), original.to(layer.lora_A.dtype))
+                        tensors[index][KEY.format(module=module, side=side)] = original if same else value.contiguous()
+        for folder, adapter, written in zip(folders, self.adapters, tensors, strict=True):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(adapter.path / CONFIG, folder / CONFIG)
+            save_file(written, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def merged(self, weights_K: Tensor, out: Path, values: Values = Tensor.detach) -> None:
+        """Write one PEFT folder that adds what gates of the constant `weights_K` add; fp32, ranks R, scaling 1.
+
+        Raises:
+            UserError: the folder is there and not empty.
+        """
+        _empty(out).mkdir(parents=True, exist_ok=True)
+        tensors, ranks = {}, {}
+        for module, (A_RI, B_OR) in self._stacks(values):
+            layer = self.layers[module]
+            fold_R = weights_K.detach().float().cpu()[layer.owner_R.cpu()] * layer.scale_R.cpu()
+            tensors[KEY.format(module=module, side="A")] = A_RI.float()
+            tensors[KEY.format(module=module, side="B")] = B_OR.float() * fold_R
+            ranks[module] = len(fold_R)
+        r, first = max(ranks.values()), self.adapters[0].config
+        other = {module: rank for module, rank in ranks.items() if rank != r}
+        config = peft.LoraConfig(r=r, lora_alpha=r, rank_pattern=other, alpha_pattern=other, target_modules=list(ranks))
+        config.task_type, config.inference_mode = first.task_type, True
+        config.base_model_name_or_path, config.revision = first.base_model_name_or_path, first.revision
+        config.save_pretrained(str(out))
+        save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+
+    def _stacks(self, values: Values) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """Each layer's A (R, in) and B (out, R) on the CPU. A sharded parameter does not know its shape."""
+        for module, layer in self.layers.items():
+            R = len(layer.owner_R)
+            A_RI = values(layer.lora_A).cpu().reshape(R, layer.in_features)
+            B_OR = values(layer.lora_B).cpu().reshape(layer.out_features, R)
+            yield module, (A_RI, B_OR)
+
+
+def _empty(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty: choose another folder or remove it")
+    return folder
+
+
+def install(model: nn.Module, adapters: list[Adapter]) -> Bank:
+    """Replace, in place, every nn.Linear that an adapter targets. The gates are off, the adapters frozen.
+
+    Raises:
+        UserError: an adapter that does not fit the model, or updates its vision tower. The model is as it was.
+    """
+    plans = [updates(adapter, model) for adapter in adapters]
+    bank = Bank(adapters, {}, Gates())
+    for name, linear in list(model.named_modules()):
+        parts = {index: plan[name] for index, plan in enumerate(plans) if name in plan}
+        if parts:
+            number = _LAYER.search(name)
+            bank.layers[name] = BankedLinear(linear, parts, int(number[1]) if number else 0, bank.gates)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, bank.layers[name])
+    return bank

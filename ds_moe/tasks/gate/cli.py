@@ -1,0 +1,76 @@
+"""`ds-moe gate train | eval | predict | export | freeze`: its options; heavy imports wait for the command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def add_gate(commands: Any, add_training_options: Callable[[argparse.ArgumentParser], None], train: Command) -> None:
+    """Add the group of commands to those of `ds-moe`; `train` and its options are those of `ds-moe train`."""
+    group = commands.add_parser("gate", help="a learned gate over LoRA adapters: train, eval, predict, export, freeze")
+    parts = group.add_subparsers(required=True, metavar="WHAT")
+
+    training = parts.add_parser("train", help="train a run of task gate under DeepSpeed's launcher")
+    add_training_options(training)
+    training.set_defaults(command=train, task="gate")
+
+    evaluate = parts.add_parser("eval", help="routing accuracy, confusion, calibration and baselines on data.eval")
+    _add_run(evaluate)
+    evaluate.add_argument("--json", metavar="FILE", help="write everything there too")
+    evaluate.set_defaults(command=_evaluate)
+
+    predict = parts.add_parser("predict", help="one JSON line a request: its adapter and how probable that is")
+    _add_run(predict)
+    predict.add_argument("--requests", required=True, metavar="FILE", help="JSONL of messages; answers are not read")
+    predict.set_defaults(command=_predict)
+
+    export = parts.add_parser("export", help="write router, adapters and, if asked, a routing manifest for serving")
+    export.add_argument("source", type=Path, metavar="RUN_FOLDER", help="output folder or checkpoint of a gate's run")
+    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("--manifest", metavar="REQUESTS", help="JSONL of requests to route into OUT/manifest.json")
+    export.set_defaults(command=_export)
+
+    freeze = parts.add_parser("freeze", help="write one plain PEFT adapter: the adapters at constant weights")
+    freeze.add_argument("source", type=Path, metavar="RUN_FOLDER")
+    freeze.add_argument("out", type=Path, metavar="OUT")
+    freeze.add_argument("--weights", nargs="+", required=True, metavar="NAME=W", help="of each adapter; others have 0")
+    freeze.set_defaults(command=_freeze)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the run file")
+    parser.add_argument("--from", dest="source", metavar="FOLDER", help="checkpoint, run or exported gate")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from ds_moe.tasks.gate.commands import evaluate_gate
+
+    evaluate_gate(options.run, options.overrides, options.source, options.json)
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from ds_moe.tasks.gate.commands import predict
+
+    predict(options.run, options.overrides, options.source, options.requests)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ds_moe.tasks.gate.commands import export
+
+    export(options.source, options.out, options.manifest)
+    return 0
+
+
+def _freeze(options: argparse.Namespace) -> int:
+    from ds_moe.tasks.gate.commands import freeze
+
+    freeze(options.source, options.out, options.weights)
+    return 0

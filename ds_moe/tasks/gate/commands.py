@@ -1,0 +1,147 @@
+"""What `ds-moe gate` does beside training: evaluate, predict, export, freeze. One process, no DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from transformers.utils.logging import disable_progress_bar
+
+from ds_moe.config.deepspeed import precision, trains_on_cpu
+from ds_moe.config.run import RunConfig
+from ds_moe.config.run_file import load_run
+from ds_moe.data.record_kind import Form
+from ds_moe.data.stream import EvalSet
+from ds_moe.errors import UserError
+from ds_moe.models.load import load_model
+from ds_moe.models.processor import processor_of
+from ds_moe.tasks.gate.evaluate import Survey, survey
+from ds_moe.tasks.gate.files import SavedGate, check_base, export_gate, freeze_gate, load_gate, read_gate
+from ds_moe.tasks.gate.model import install_gate
+from ds_moe.tasks.gate.records import gate_form, request_form
+from ds_moe.tasks.gate.scores import RoutingScores, as_json, check_not_constant, probe_accuracy, table
+from ds_moe.tasks.gate.serving import Route, write_manifest
+from ds_moe.tasks.gate.task import pictures
+
+BASELINE_RECORDS = 4000  # of data.train, at most, that the baselines learn from
+
+
+@dataclass
+class Gated:
+    """A run's gated model with its trained gate, on one device."""
+
+    config: RunConfig
+    model: Any
+    processor: Any
+    saved: SavedGate
+
+    @property
+    def names(self) -> list[str]:
+        return self.model.adapter_bank.names
+
+    def survey(self, path: str, form: Form, limit: int | None = None) -> Survey:
+        """What the gate decides for the records of a data file."""
+        data = self.config.data.model_copy(update={"eval": path, "on_bad_record": "stop"})
+        records = EvalSet(
+            self.config.model_copy(update={"data": data}), self.processor, rank=0, world_size=1, form=form
+        )
+        return survey(self.model, records, self.names, limit)
+
+
+def load_gated(path: str, overrides: list[str], source: str | None) -> Gated:
+    """The model of a run file with the gate at `source` (default: the newest checkpoint of the run's output folder)."""
+    config = load_run(path, overrides)
+    if config.task != "gate":
+        raise UserError(f"{config.at('task')}: task is {config.task}; ds-moe gate is about runs of task gate")
+    saved = read_gate(Path(source or config.train.output_dir))
+    if saved.reader is not None:
+        check_base(saved.path, config)
+    disable_progress_bar()  # of loading: the answer is on standard output
+    on_cpu = trains_on_cpu()
+    dtype = torch.bfloat16 if precision(config, on_cpu) == "bf16" else torch.float32
+    model = load_model(config.model, dtype, config.train.seed)
+    install_gate(model, config.gate)
+    load_gate(model, saved)
+    device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
+    return Gated(config, model.to(device).eval(), processor_of(config.model), saved)
+
+
+def evaluate_gate(path: str, overrides: list[str], source: str | None, json_file: str | None) -> RoutingScores:
+    """Print how well the gate of a run routes data.eval, against baselines on the same features; write figures to the
+    run's TensorBoard folder and, if asked, everything to a JSON file.
+
+    Raises:
+        UserError: a gate that predicts one adapter for everything, after the table has been printed.
+    """
+    gated = load_gated(path, overrides, source)
+    if gated.config.data.eval is None:
+        raise UserError("data.eval is not set: there is nothing to evaluate on (data.eval=FILE)")
+    found = gated.survey(gated.config.data.eval, gate_form(gated.names, labelled=True))
+    seen = gated.survey(gated.config.data.train, gate_form(gated.names, labelled=False), BASELINE_RECORDS)
+    labels_N = seen.labels_N[seen.labelled]
+    scores = found.scores(labels_N if len(labels_N) else None)
+    assert scores is not None  # every record of data.eval is labelled
+    baselines = {}
+    for name, part in (("text only", "text_ND"), ("vision only", "vision_ND")) if len(labels_N) else ():
+        train_ND = getattr(seen, part)[seen.labelled]
+        baselines[name] = probe_accuracy(train_ND, labels_N, getattr(found, part), found.labels_N)
+    print(table(scores, baselines), flush=True)
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(as_json(scores, baselines), indent=1))
+    if gated.config.monitor.tensorboard:
+        folder = Path(gated.config.train.output_dir) / "tensorboard"
+        with SummaryWriter(str(folder)) as writer:
+            for tag, draw in pictures(scores, found).items():
+                writer.add_image(f"{tag}_final", draw(), 0, dataformats="HWC")
+        print(f"figures: tensorboard --logdir {folder.parent}")
+    check_not_constant(scores)
+    return scores
+
+
+def _routes(gated: Gated, requests: str) -> list[Route]:
+    found = gated.survey(requests, request_form(gated.names))
+    best_N = found.probabilities_NK.argmax(1)
+    return [
+        Route(where, gated.names[best], float(np.clip(row[best], 0, 1)))
+        for where, best, row in zip(found.where, best_N, found.probabilities_NK, strict=True)
+    ]
+
+
+def predict(path: str, overrides: list[str], source: str | None, requests: str) -> None:
+    """Print one JSON line a request: where it stands, the adapter, and how probable the gate finds it."""
+    for route in _routes(load_gated(path, overrides, source), requests):
+        print(
+            json.dumps({"request": route.where, "adapter": route.adapter, "probability": round(route.probability, 4)})
+        )
+
+
+def export(source: Path, out: Path, requests: str | None) -> None:
+    """Write router and adapters of a run as a folder, and with `requests` manifest.json: their top-1 routing."""
+    saved = export_gate(source, out)
+    print(f"{out}: a gate over {', '.join(saved.adapters)}, with its router and their PEFT folders")
+    if requests is not None:
+        checkpoint = read_gate(source).path
+        gated = load_gated(str(checkpoint / "run.yaml"), [], str(checkpoint))
+        routes = _routes(gated, requests)
+        write_manifest(out / "manifest.json", routes, {name: out / "adapters" / name for name in saved.adapters})
+        print(f"{out / 'manifest.json'}: the adapter of each of {len(routes)} requests")
+
+
+def freeze(source: Path, out: Path, weights: list[str]) -> None:
+    """Write one PEFT adapter with constant weights, given as name=weight."""
+    parsed: dict[str, float] = {}
+    for entry in weights:
+        name, equals, text = entry.rpartition("=")
+        try:
+            parsed[name] = float(text)
+        except ValueError:
+            equals = ""
+        if not equals or not np.isfinite(parsed[name]):
+            raise UserError(f"--weights {entry}: write name=weight, e.g. calendar=0.7")
+    freeze_gate(source, out, parsed)
+    print(f"{out}: one PEFT adapter of {', '.join(f'{name} x {weight:g}' for name, weight in parsed.items())}")

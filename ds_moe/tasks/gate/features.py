@@ -1,0 +1,170 @@
+"""What the gate sees: features of the request (text) and of the screen (vision), as pure functions on tensors.
+
+Shape suffixes of this package, where they differ from the legend in `ds_moe/moe/decision.py`:
+
+    K adapters    L decoder layers with a gate of their own    I images of a micro-batch    H width of the gate's MLP
+
+D is the width of the text embeddings, which is also what the vision tower projects to. Features are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ds_moe.data.encode import NO_LOSS
+
+
+@dataclass
+class Features:
+    """Features of B samples, the input of a `GateRouter`."""
+
+    text_BD: Tensor  # fp32, of the request; zeros for a sample without any
+    vision_BD: Tensor  # fp32, (B, D) or (B, 2 D), of the screen; zeros for a sample without an image
+    present_B: Tensor  # bool, whether the sample has an image
+    token_BSD: Tensor | None = None  # embedding of every token, any float dtype; only for gates per token
+    mask_BS: Tensor | None = None  # bool, the tokens of `token_BSD` that count; only for gates per token
+
+
+def get_hidden_size(model: nn.Module) -> int:
+    """D, the width of a model's text embeddings.
+
+    Works for nested configs (Qwen3-VL, which has no `config.hidden_size`), plain ones, inner models, and models without
+    a usable config, by their input embeddings, also where ZeRO-3 has left a shard of shape (0,) there.
+
+    Raises:
+        TypeError: neither a config nor input embeddings say it.
+    """
+    config = getattr(model, "config", None)
+    if callable(text_config := getattr(config, "get_text_config", None)):
+        try:
+            config = text_config()
+        except ValueError:  # several text models in one
+            config = None
+    size = getattr(config, "hidden_size", None)
+    if isinstance(size, int):
+        return size
+    try:
+        weight = model.get_input_embeddings().weight
+        return int(getattr(weight, "ds_shape", weight.shape)[1])
+    except (AttributeError, NotImplementedError, IndexError) as error:
+        name = type(model).__name__
+        raise TypeError(
+            f"{name} tells no hidden size: neither config.get_text_config().hidden_size nor a two-dimensional "
+            f"get_input_embeddings().weight (give the language model itself)"
+        ) from error
+
+
+def prompt_mask(
+    input_ids_BS: Tensor, attention_mask_BS: Tensor | None, labels_BS: Tensor | None, not_text: Collection[int]
+) -> Tensor:
+    """(B, S) bool: the text tokens that a gate may look at. A row may have none.
+
+    Args:
+        input_ids_BS: int64 token ids.
+        attention_mask_BS: non-zero at real tokens, padding on either side; None: every token is real.
+        labels_BS: unshifted labels; only what stands before a row's first one (!= -100) counts, or the gate would read
+            the answer that it helps to give. None: nothing is hidden, which is right for prompts of a generation only.
+        not_text: ids that are no text: image, video, vision start and end.
+    """
+    mask_BS = torch.ones_like(input_ids_BS, dtype=torch.bool)
+    if attention_mask_BS is not None:
+        mask_BS = attention_mask_BS != 0
+    for token_id in not_text:
+        mask_BS = mask_BS & (input_ids_BS != token_id)
+    if labels_BS is not None:
+        mask_BS = mask_BS & ((labels_BS != NO_LOSS).cumsum(1) == 0)
+    return mask_BS
+
+
+def mean_text(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+    """(B, D) fp32 mean of the tokens in the mask, zeros for rows without any. What is outside may even be NaN."""
+    total_BD = hidden_BSD.masked_fill(~mask_BS.unsqueeze(-1), 0.0).sum(1, dtype=torch.float32)
+    return total_BD / mask_BS.sum(1, keepdim=True).clamp(min=1)
+
+
+def last_text(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+    """(B, D) fp32: the last token in the mask, zeros for rows without any."""
+    position_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+    return _pick(hidden_BSD, mask_BS, torch.where(mask_BS, position_S, -1).amax(1))
+
+
+def first_text(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+    """(B, D) fp32: the first token in the mask, zeros for rows without any.
+
+    Content-free under causal attention: the first token sees itself alone, and it is the same `<|im_start|>` in every
+    prompt, so every sample gets the same features and a gate on them can learn the class frequencies only. It is here
+    to reproduce published gates, and as the control of the others.
+    """
+    position_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+    return _pick(hidden_BSD, mask_BS, torch.where(mask_BS, position_S, mask_BS.shape[1] - 1).amin(1))
+
+
+def _pick(hidden_BSD: Tensor, mask_BS: Tensor, position_B: Tensor) -> Tensor:
+    """(B, D) fp32 rows at the positions (any for rows without a token in the mask, which give zeros)."""
+    row_B = torch.arange(len(position_B), device=position_B.device)
+    picked_BD = hidden_BSD[row_B, position_B].float()
+    return picked_BD.masked_fill(~mask_BS.any(1, keepdim=True), 0.0)
+
+
+def image_counts(input_ids_BS: Tensor, image_token_id: int, vision_start_id: int) -> Tensor:
+    """(B,) int64: images of each sample, those vision starts that an image token follows (a video's do not count).
+
+    Never waits for the device.
+    """
+    starts = input_ids_BS[:, :-1] == vision_start_id
+    return (starts & (input_ids_BS[:, 1:] == image_token_id)).sum(1)
+
+
+def mean_vision(pooled: Sequence[Tensor], counts_B: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """(features (B, D) fp32, present (B,) bool): the mean over all vision tokens of all images of each sample.
+
+    A large image has more tokens and weighs more. A sample without an image gets zeros. Waits for the device once, to
+    check the counts; the sums are ordered alike in every run (no atomic additions).
+
+    Args:
+        pooled: one (tokens, D) tensor an image, of the whole micro-batch in order, as `get_image_features` gives them
+            (`pooler_output`).
+        counts_B: images of each sample, as `image_counts` gives them.
+        width: D, needed where `pooled` may be empty.
+
+    Raises:
+        ValueError: the counts do not add up to the number of images, or no image and no width.
+    """
+    images = int(counts_B.sum())
+    if images != len(pooled):
+        raise ValueError(f"the prompts have {images} images, but the vision tower gave features of {len(pooled)}")
+    if not pooled:
+        if width is None:
+            raise ValueError("mean_vision needs the width where there is no image at all")
+        return counts_B.new_zeros(len(counts_B), width, dtype=torch.float32), counts_B > 0
+    total_ID = torch.stack([image.sum(0, dtype=torch.float32) for image in pooled])
+    tokens_I = torch.tensor([len(image) for image in pooled], device=total_ID.device)
+    end_B1 = counts_B.to(total_ID.device).cumsum(0).unsqueeze(1)
+    start_B1 = end_B1 - counts_B.to(total_ID.device).unsqueeze(1)
+    image_I = torch.arange(len(pooled), device=total_ID.device)
+    own_BI = (start_B1 <= image_I) & (image_I < end_B1)
+    total_BD = torch.where(own_BI.unsqueeze(-1), total_ID, 0.0).sum(1)  # no matmul: 0 * NaN would reach every sample
+    tokens_B = torch.where(own_BI, tokens_I, 0).sum(1)
+    return total_BD / tokens_B.clamp(min=1).unsqueeze(1), tokens_B > 0
+
+
+def vision_statistics(
+    pooled: Sequence[Tensor], counts_B: Tensor, width: int, deviation: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(features, present (B,) bool): `mean_vision`, (B, D), and with `deviation` beside it the standard deviation over
+    the same tokens, (B, 2 D).
+
+    A mean alone tells little of a screen's layout; what varies over it does (statistics pooling: Snyder et al. 2018,
+    x-vectors). Arguments as for `mean_vision`.
+    """
+    mean_BD, present_B = mean_vision(pooled, counts_B, width)
+    if not deviation:
+        return mean_BD, present_B
+    owner_I = torch.arange(len(counts_B), device=counts_B.device).repeat_interleave(counts_B).tolist()
+    away = [(image.float() - mean_BD[owner]).square() for image, owner in zip(pooled, owner_I, strict=True)]
+    variance_BD, _ = mean_vision(away, counts_B, width)
+    return torch.cat([mean_BD, variance_BD.sqrt()], dim=1), present_B

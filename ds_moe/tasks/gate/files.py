@@ -1,0 +1,223 @@
+"""A gate in files: read from a checkpoint or an exported folder, exported, frozen into one adapter.
+
+An exported gate is gate.json (adapters, settings, what it reads), router.safetensors, and adapters/<name>/, each a
+plain PEFT folder. The base model is never loaded to write one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ds_moe.checkpoint.base import fingerprint
+from ds_moe.checkpoint.files import STATE, Reader, find_checkpoint, write_json
+from ds_moe.config.run import RunConfig
+from ds_moe.config.run_file import load_run
+from ds_moe.config.tasks import GateConfig
+from ds_moe.errors import UserError, shown
+from ds_moe.models.load import model_config, skeleton
+from ds_moe.tasks.gate.bank import Bank
+from ds_moe.tasks.gate.model import ROUTER, hold_reference, install_gate
+from ds_moe.weights.files import write_tensors
+
+FORMAT = 1
+READS = ("text", "text_layer", "vision", "modalities", "per", "select", "top_k", "temperature")
+MUST_AGREE = READS[:5]  # the others may change from stage to stage
+GATE, ROUTER_FILE = "gate.json", "router.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedGate:
+    """What a folder holds of a gate."""
+
+    path: Path
+    adapters: list[str]  # names, in the order of the router's outputs
+    router: dict[str, Tensor]
+    reads: dict[str, Any]  # what it looks at and how, by the keys READS of the run's `gate` section
+    reader: Reader | None = None  # of a checkpoint, which may hold trained adapters
+
+    def trained(self, name: str) -> Tensor | None:
+        """A bank's parameter by its name in the model; None where the adapters stayed as they were read."""
+        key = f"weight/{name}"
+        return self.reader.read(key) if self.reader is not None and key in self.reader.tensors else None
+
+
+def read_gate(source: Path) -> SavedGate:
+    """The gate of an exported folder, a checkpoint, or a run.
+
+    Raises:
+        UserError: none of these, or of another task.
+    """
+    if (source / GATE).is_file():
+        return _read_exported(source)
+    path = find_checkpoint(source)
+    reader = Reader(path)
+    own = re.compile(rf"(?:weight|buffer)/{ROUTER}\.(.+)")
+    router = {match[1]: reader.read(key) for key in reader.tensors if (match := own.fullmatch(key))}
+    if not router:
+        raise UserError(f"{path} holds no gate: it is of a run of another task")
+    return SavedGate(path, _base_of(path)["order"], router, _reads(_run_of(path).gate), reader)
+
+
+def _base_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint of a gate was trained upon, see `fingerprint`."""
+    base = json.loads((path / STATE).read_text()).get("base")
+    if (
+        not isinstance(base, dict)
+        or not isinstance(base.get("adapters"), dict)
+        or not isinstance(base.get("order"), list)
+    ):
+        raise UserError(
+            f"{path / STATE}: base is {shown(base)}, which names no adapters: it is of a run of another task"
+        )
+    return base
+
+
+def _reads(config: GateConfig) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in READS}
+
+
+def _read_exported(folder: Path) -> SavedGate:
+    try:
+        about = json.loads((folder / GATE).read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise UserError(f"{folder / GATE} has format {shown(about['format'])}, this version reads {FORMAT}")
+        return SavedGate(folder, list(about["adapters"]), load_file(folder / ROUTER_FILE), dict(about["reads"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{folder} is no exported gate that can be read ({error}); export it again") from error
+
+
+def load_gate(model: Any, saved: SavedGate) -> None:
+    """Fill the router of a gated model, and its adapters where they were trained.
+
+    Raises:
+        UserError: a gate over other adapters, of another size, or made for other features.
+    """
+    names = model.adapter_bank.names
+    if saved.adapters != names:
+        raise UserError(f"{saved.path} gates {', '.join(saved.adapters)}; the run's adapters are {', '.join(names)}")
+    for key in MUST_AGREE:
+        if (there := saved.reads.get(key)) != (here := getattr(model.reads, key)):
+            raise UserError(f"gate.{key} is {here!r}, but the gate in {saved.path} was trained with {there!r}")
+    router = model.adapter_gate
+    shapes = {name: tuple(value.shape) for name, value in saved.router.items()}
+    state = router.state_dict(keep_vars=True)
+    wanted = {name: tuple(value.shape) for name, value in state.items()}
+    if shapes != wanted:
+        raise UserError(f"{saved.path} has a gate of other sizes (gate.width, gate.per, the model): {shapes}, {wanted}")
+    with torch.no_grad():
+        for name, value in state.items():
+            value.copy_(saved.router[name])
+        for name, parameter in _bank_parameters(model.adapter_bank).items():
+            if (value := saved.trained(name)) is not None:
+                parameter.copy_(value)
+
+
+def start_gate(model: Any, config: GateConfig) -> None:
+    """Begin a stage where `gate.start` ended, and keep its gate as the reference where the stage is held near it.
+
+    Raises:
+        UserError: as `load_gate`, or trained adapters that this stage would not keep.
+    """
+    if config.start is None:
+        return
+    saved = read_gate(Path(config.start))
+    trained = [name for name in _bank_parameters(model.adapter_bank) if saved.trained(name) is not None]
+    if trained and config.stage != "joint":
+        raise UserError(
+            f"gate.start {config.start} trained its adapters, which stage {config.stage} would not save: export it "
+            "(ds-moe gate export), and name what that wrote in gate.start and gate.adapters_in"
+        )
+    load_gate(model, saved)
+    if config.kl_weight:
+        hold_reference(model)
+
+
+def _bank_parameters(bank: Bank) -> dict[str, nn.Parameter]:
+    return {
+        f"{module}.lora_{side}": getattr(layer, f"lora_{side}")
+        for module, layer in bank.layers.items()
+        for side in "AB"
+    }
+
+
+def _bank_of(saved: SavedGate, config: RunConfig) -> tuple[Any, Callable[[nn.Parameter], Tensor]]:
+    """The gated model without storage, and the values of its bank."""
+    outline: Any = skeleton(model_config(config.model))
+    install_gate(outline, config.gate)
+    bank: Bank = outline.adapter_bank
+    values: dict[int, Tensor] = {}
+    for name, parameter in _bank_parameters(bank).items():
+        module, _, side = name.rpartition(".lora_")
+        pairs = [adapter.pair(module) for adapter in bank.adapters if module in adapter.modules]
+        as_read = torch.cat([pair["AB".index(side)] for pair in pairs], dim="AB".index(side))
+        trained = saved.trained(name)
+        values[id(parameter)] = as_read if trained is None else trained
+    return outline, lambda parameter: values[id(parameter)]
+
+
+def _run_of(path: Path) -> RunConfig:
+    config = load_run(str(path / "run.yaml"))
+    if config.task != "gate":
+        raise UserError(f"{path} is of a run of task {config.task}, not gate")
+    return config
+
+
+def check_base(path: Path, config: RunConfig) -> None:
+    """Raise UserError if model or adapters have changed since the checkpoint at `path` was trained upon them."""
+    then, now = _base_of(path), fingerprint(config)
+    changed = [name for name, files in now["adapters"].items() if then["adapters"].get(name) != files]
+    if then != now:
+        what = f"adapter {changed[0]!r} has" if changed else "the model, or the order of its adapters, has"
+        raise UserError(f"{path}: {what} changed since the gate was trained: give the files of then, or train it anew")
+
+
+def export_gate(source: Path, out: Path) -> SavedGate:
+    """Write the gate of a checkpoint, or of a run's newest one, as a folder.
+
+    Raises:
+        UserError: a folder in the way, or no checkpoint of a gate.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty: choose another folder or remove it")
+    saved = read_gate(source)
+    if saved.reader is None:
+        raise UserError(f"{source} is an exported gate already")
+    config = _run_of(saved.path)
+    check_base(saved.path, config)
+    outline, values = _bank_of(saved, config)
+    out.mkdir(parents=True, exist_ok=True)
+    outline.adapter_bank.export(out / "adapters", values)
+    write_tensors(out / ROUTER_FILE, {name: value.contiguous() for name, value in saved.router.items()})
+    sizes = {key: getattr(outline.adapter_gate.settings, key) for key in ("hidden_size", "vision_size", "width")}
+    about = {"format": FORMAT, "adapters": saved.adapters, "reads": saved.reads, "sizes": sizes}
+    write_json(out / GATE, {**about, "base": config.model.path or config.model.preset, "stage": config.gate.stage})
+    return read_gate(out)
+
+
+def freeze_gate(source: Path, out: Path, weights: dict[str, float]) -> None:
+    """Write one PEFT adapter that adds what the gate's adapters add at constant weights; unnamed ones have weight 0.
+
+    Raises:
+        UserError: an unknown name, no weight at all, a folder in the way, or no checkpoint of a gate.
+    """
+    saved = read_gate(source)
+    if saved.reader is None:
+        raise UserError(f"{source} is an exported gate, which does not know its run: give the run or a checkpoint")
+    unknown = [name for name in weights if name not in saved.adapters]
+    if unknown or not any(weights.values()):
+        what = f"{unknown[0]!r} is none of them" if unknown else "none has a weight"
+        raise UserError(f"--weights: the gate's adapters are {', '.join(saved.adapters)}; {what}")
+    config = _run_of(saved.path)
+    check_base(saved.path, config)
+    outline, values = _bank_of(saved, config)
+    outline.adapter_bank.merged(torch.tensor([weights.get(name, 0.0) for name in saved.adapters]), out, values)

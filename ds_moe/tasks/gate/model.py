@@ -1,0 +1,182 @@
+"""A Qwen3-VL whose adapters are mixed by a gate: base, bank and router in one module.
+
+    request, screen -> features -> router -> weights of the adapters -> the model's own forward
+
+`install_gate` turns a loaded model into one; it stays an ordinary transformers model, `generate` included. Needs no
+DeepSpeed, but keeps ranks in step where there are several.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ds_moe.config.tasks import GateConfig
+from ds_moe.distributed import parallel
+from ds_moe.errors import UserError
+from ds_moe.models.vision import encode_blank, has_vision
+from ds_moe.tasks.gate import bank
+from ds_moe.tasks.gate.adapters import find_adapters, read_adapter
+from ds_moe.tasks.gate.features import (
+    Features,
+    first_text,
+    get_hidden_size,
+    image_counts,
+    last_text,
+    mean_text,
+    prompt_mask,
+    vision_statistics,
+)
+from ds_moe.tasks.gate.network import GateRouter, GateSettings
+
+ROUTER = "adapter_gate"  # the router's name in the model
+POOLS = {"embeddings": mean_text, "layer": mean_text, "last": last_text, "first": first_text}
+IMAGES = ("pixel_values", "image_grid_thw")
+
+
+def gate_settings(config: GateConfig, model: PreTrainedModel, adapters: int) -> GateSettings:
+    hidden_size = get_hidden_size(model)
+    return GateSettings(
+        adapters=adapters,
+        hidden_size=hidden_size,
+        vision_size=(2 if config.vision == "mean_std" else 1) * hidden_size,
+        width=config.width,
+        select=config.select,
+        top_k=config.top_k if config.select == "top_k" else None,
+        temperature=config.temperature,
+        per=config.per,
+        layers=model.config.get_text_config().num_hidden_layers if config.per == "layer" else 1,
+        modalities=config.modalities,
+    )
+
+
+def install_gate(model: PreTrainedModel, config: GateConfig) -> None:
+    """Freeze `model` in place and give it the adapters of `config` and a gate over them, which alone is trained.
+
+    Afterwards the model has `adapter_bank` (a `Bank`), `adapter_gate` (a `GateRouter`) and, after every forward,
+    `decision` and `features`. Its forward takes one more argument, `gate_only`: True returns the `GateDecision` without
+    running the language model.
+
+    Raises:
+        UserError: an adapter that cannot be gated, a model without a vision tower, a text layer it does not have.
+    """
+    if not has_vision(model):
+        raise UserError(f"task gate needs a vision-language model, this is a {model.config.model_type}")
+    layers = model.config.get_text_config().num_hidden_layers
+    if config.text_layer is not None and config.text_layer > layers:
+        raise UserError(f"gate.text_layer {config.text_layer} exceeds the model's {layers} layers")
+    if config.text == "first":
+        text = "gate.text first is content-free under causal attention: every request gets the same text features"
+        warnings.warn(text, stacklevel=2)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    found = find_adapters(config.adapters, config.adapters_in)
+    model.adapter_bank = bank.install(model, [read_adapter(name, path) for name, path in found.items()])
+    model.adapter_bank.gates.per = config.per
+    model.adapter_bank.train_adapters(config.stage == "joint")
+    model.adapter_gate = GateRouter(gate_settings(config, model, len(found))).to(model.device)
+    model.gate_reference = None
+    model.reads = config
+    model.decision, model.features, model.reference_logits = None, None, None
+    model.__class__ = _gated(type(model))
+
+
+def hold_reference(model: PreTrainedModel) -> None:
+    """Keep a frozen copy of the gate as it is now; forwards then leave its logits in `reference_logits`."""
+    model.gate_reference = copy.deepcopy(model.adapter_gate).requires_grad_(False)
+    for module in model.gate_reference.modules():  # a checkpoint leaves it out: `gate.start` has it
+        module._non_persistent_buffers_set.update(module._buffers)
+
+
+def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    @wraps(base.forward)  # `generate` reads the signature
+    def forward(self: Any, *args: Any, gate_only: bool = False, adapter: Tensor | None = None, **kwargs: Any) -> Any:
+        """`adapter`, the label that a batch may bring, is for the loss; the gate must not see it."""
+        cache = kwargs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            self.features, kwargs = read(self, kwargs)
+            self.decision = self.adapter_gate(self.features)
+        elif self.adapter_gate.settings.per == "token":  # decoding: every other gate stays that of the prompt
+            self.features.token_BSD = _embed(self, kwargs["input_ids"])
+            self.decision = self.adapter_gate(self.features)
+        if self.gate_reference is not None:
+            with torch.no_grad():
+                self.reference_logits = self.gate_reference(self.features).logits
+        if gate_only:
+            return self.decision
+        self.adapter_bank.gates.weights = self.decision.weights
+        return base.forward(self, *args, **kwargs)
+
+    @wraps(base.activation_checkpointing_enable)
+    def activation_checkpointing_enable(self: Any, options: Any = None, *args: Any, **kwargs: Any) -> None:
+        options = kwargs.pop("activation_checkpointing_kwargs", options)
+        if options is not None and options.get("use_reentrant") is not False:
+            raise ValueError(
+                "a gated model needs non-reentrant gradient checkpointing, {'use_reentrant': False}: the weights of "
+                "its gate are no input of a layer, and the reentrant kind would go back through them once a layer"
+            )
+        base.activation_checkpointing_enable(self, options, *args, **kwargs)
+
+    methods = {"forward": forward, "activation_checkpointing_enable": activation_checkpointing_enable}
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base,), methods | names)
+
+
+def read(model: Any, inputs: dict[str, Any]) -> tuple[Features, dict[str, Any]]:
+    """Features of a batch, and the forward's arguments with its images encoded: one vision pass serves both.
+
+    The vision tower is nobody's to train here. A rank without an image runs it on a blank one where others run it, so
+    that ZeRO-3 gathers the same on all of them; `generate` has done all that before the first forward.
+    """
+    input_ids, mask_BS = inputs["input_ids"], inputs.get("attention_mask")
+    if mask_BS is not None and mask_BS.dim() != 2:
+        raise ValueError("the gate needs the padding mask (B, S), not a ready-made attention mask")
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    with torch.no_grad():
+        if inputs.get("pixel_values") is not None:
+            encoded = model.get_image_features(*(inputs[name] for name in IMAGES), return_dict=True)
+            inputs = {key: value for key, value in inputs.items() if key != "pixel_values"}
+            inputs["mm_encoder_outputs"] = {"image": encoded}
+        elif inputs.get("past_key_values") is None and parallel():
+            encode_blank(model, input_ids.device)
+        ids = model.config
+        not_text = (ids.image_token_id, ids.video_token_id, ids.vision_start_token_id, ids.vision_end_token_id)
+        read_BS = prompt_mask(input_ids, mask_BS, inputs.get("labels"), not_text)
+        kind, layer = model.reads.text, model.reads.text_layer
+        embeds_BSD = _embed(model, input_ids)
+        hidden_BSD = embeds_BSD if kind == "embeddings" else _contextual(model, inputs, layer)
+        counts_B = image_counts(input_ids, ids.image_token_id, ids.vision_start_token_id)
+        pooled = encoded.pooler_output if encoded is not None else []
+        vision_BD, present_B = vision_statistics(
+            pooled, counts_B, embeds_BSD.shape[-1], model.reads.vision == "mean_std"
+        )
+        per_token = model.adapter_gate.settings.per == "token"
+        features = Features(
+            POOLS[kind](hidden_BSD, read_BS),
+            vision_BD,
+            present_B,
+            embeds_BSD if per_token else None,
+            read_BS if per_token else None,
+        )
+    return features, inputs
+
+
+def _embed(model: Any, input_ids_BS: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.get_input_embeddings()(input_ids_BS)
+
+
+def _contextual(model: Any, inputs: dict[str, Any], layer: int | None) -> Tensor:
+    """(B, S, D) output of a decoder layer, or of the last one after its norm, of the base without adapters."""
+    model.adapter_bank.gates.weights = None
+    # `generate` brings the position_ids in place of the image_grid_thw from which a forward would make them.
+    kept = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "mm_encoder_outputs", "image_grid_thw")
+    given = {name: inputs[name] for name in kept if inputs.get(name) is not None}
+    outputs = model.model(**given, use_cache=False, output_hidden_states=layer is not None)
+    return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]

@@ -1,0 +1,266 @@
+"""Rollouts for `task: rl`: a plain transformers engine samples completions, with log-probs, routing and rewards.
+
+    python -m ds_moe.tasks.rl.sample MODEL OUT.jsonl --data digits --prompts 64 --per-prompt 8 --dtype bf16
+
+MODEL is a Hugging Face folder, or a checkpoint or the output folder of a run (its newest one), exported first. The
+engine shares nothing with the trainer: unconverted model, transformers' expert kernels, a KV cache. Samples are those
+of the full softmax at --temperature, without top-k or top-p: their log-probs are those of the policy that is trained.
+docs/replay.md has the keys of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from ds_moe.config.run import RunConfig
+from ds_moe.config.sections import ModelConfig
+from ds_moe.data.chat import Sample
+from ds_moe.data.encode import Encoded, collate_prompts, encode
+from ds_moe.data.encoder import open_records
+from ds_moe.data.images import ImageSource, RecordError, load_image
+from ds_moe.errors import UserError
+from ds_moe.export.model import DTYPES, export_checkpoint
+from ds_moe.models.load import load_model
+from ds_moe.models.processor import load_processor
+from ds_moe.replay import RoutingRecorder, RoutingTrace, joined, to_record
+
+SAMPLING = (
+    "per_prompt",
+    "temperature",
+    "max_new_tokens",
+    "batch_size",
+    "seed",
+    "max_length",
+)  # options of `generate_rollouts`
+REWARDS: dict[str, Callable[[str, str], float]] = {  # of (completion, right answer)
+    "exact": lambda completion, answer: float(completion.strip() == answer.strip()),
+    "contains": lambda completion, answer: float(answer.strip() in completion),
+}
+
+
+def load_policy(folder: Path, dtype: torch.dtype, experts: str | None = None) -> tuple[PreTrainedModel, Any]:
+    """(model, processor) of an exported folder, a checkpoint, or the newest checkpoint of a run's output folder.
+
+    Raises `UserError` for anything else, and for weights that are missing or left over.
+    """
+    if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
+        with tempfile.TemporaryDirectory() as exported:
+            export_checkpoint(folder, Path(exported) / "export")
+            return load_policy(Path(exported) / "export", dtype, experts)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is neither a Hugging Face folder nor a run's output folder or checkpoint")
+    model = load_model(ModelConfig(path=str(folder)), dtype).eval()
+    if experts is not None:
+        model.set_experts_implementation(experts)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_processor(str(folder))
+
+
+def open_prompts(data: str, count: int | None, seed: int) -> list[Sample]:
+    """`count` conversations of a data file (or of "digits", the training split), a choice that `seed` makes."""
+    config = RunConfig(model={"preset": "tiny-moe"}, data={"train": data}, train={"steps": 1}, deepspeed="none")
+    records = open_records(config, data, "train")
+    count = len(records) if count is None else min(count, len(records))
+    return [records.sample(index) for index in sorted(random.Random(seed).sample(range(len(records)), count))]
+
+
+@torch.inference_mode()
+def generate_rollouts(
+    model: PreTrainedModel,
+    processor: Any,
+    samples: list[Sample],
+    *,
+    per_prompt: int = 8,
+    temperature: float = 1.0,
+    max_new_tokens: int = 16,
+    batch_size: int = 64,
+    seed: int = 0,
+    reward: Callable[[str, str], float] = REWARDS["exact"],
+    max_length: int = 4096,
+    max_pixels: int = 16_777_216,
+) -> list[dict[str, Any]]:
+    """`per_prompt` completions of each sample's prompt, as records; `images` still holds the sources. A completion
+    that contains an image token, which no model can read back, is left out.
+
+    Args:
+        temperature: 0 is greedy, with the log-probs of temperature 1.
+        batch_size: sequences in one call of `generate`.
+
+    Raises:
+        UserError: a sample that cannot be encoded.
+    """
+    image_token = processor.image_token_id if processor.image_processor else None
+    encoded = []
+    for sample in samples:
+        try:
+            encoded.append(encode(sample, processor, max_length, max_pixels))
+        except RecordError as error:
+            raise UserError(f"{sample.where}: {error}") from error
+    jobs = [number for number in range(len(samples)) for _ in range(per_prompt)]
+    completions: list[dict[str, Any]] = []
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), _own_generation_config(model):
+        torch.manual_seed(seed)
+        for start in range(0, len(jobs), batch_size):
+            prompts = [encoded[number] for number in jobs[start : start + batch_size]]
+            completions += _complete(model, processor, prompts, temperature, max_new_tokens)
+    records = []
+    for number, record in zip(jobs, completions, strict=True):
+        if image_token in record["tokens"][encoded[number].prompt :]:
+            continue
+        sample = samples[number]
+        facts = {"reward": reward(record["completion"], sample.answer), "group": f"{number} {sample.where}"}
+        facts |= {"answer": sample.answer, "images": sample.images}
+        records.append(record | facts | ({"kind": sample.kind} if sample.kind else {}))
+    return records
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Without a folder's generation config: what a call leaves open, such as a repetition penalty or min_p, comes from
+    there, and the samples would not be those of their log-probs."""
+    folders, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = folders
+
+
+class _SampledLogProbs(LogitsProcessor):
+    """Sets the temperature, and keeps the log-prob of each sampled token alone: logits of a long answer are GiBs."""
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._last_BV: Tensor | None = None  # of the step whose token is not known yet
+        self._steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._last_BV is not None:
+            self._steps.append(self._last_BV.gather(-1, input_ids[:, -1:]))
+        self._last_BV = (scores / self._temperature).log_softmax(-1)
+        return self._last_BV
+
+    def of(self, new_BN: Tensor) -> Tensor:
+        """(B, N) for the tokens that `generate` returned, which on CUDA may be fewer than it has made."""
+        steps = [*self._steps, self._last_BV.gather(-1, new_BN[:, -1:])]
+        return torch.cat(steps[: new_BN.shape[1]], dim=1)
+
+
+def _complete(
+    model: PreTrainedModel, processor: Any, prompts: list[Encoded], temperature: float, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """One completion of each prompt: tokens, completion_mask, logprobs, its text, and if it has any its routing."""
+    batch = {key: value.to(model.device) for key, value in collate_prompts(prompts, processor).items()}
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+    sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, **sampling)
+    scored = _SampledLogProbs(temperature or 1.0)
+    experts = getattr(model.config.get_text_config(), "num_experts", None)
+    width = batch["input_ids"].shape[1]
+    with RoutingRecorder(model) if experts else nullcontext() as recorder:
+        output = model.generate(**batch, generation_config=config, logits_processor=LogitsProcessorList([scored]))
+    new_BN, logprob_BN = output[:, width:].cpu(), scored.of(output[:, width:]).cpu()
+    routing_BSLK = joined(recorder.take(), len(prompts)).cpu().numpy() if recorder else None
+    for row, one in enumerate(prompts):
+        length = _completion_length(new_BN[row], eos)
+        new = new_BN[row, :length].tolist()
+        tokens = one.input_ids[: one.prompt].tolist() + new
+        first = width - one.prompt  # behind the padding on the left
+        trace = None if routing_BSLK is None else RoutingTrace(routing_BSLK[row, first : first + len(tokens) - 1])
+        yield {
+            "tokens": tokens,
+            "completion_mask": [0] * one.prompt + [1] * length,
+            "logprobs": [min(value, 0.0) for value in logprob_BN[row, :length].tolist()],
+            "completion": processor.tokenizer.decode(new, skip_special_tokens=True),
+            **({} if trace is None else {"routing": to_record(trace)}),
+        }
+
+
+def _completion_length(new_N: Tensor, eos: int) -> int:
+    """Tokens up to the end token, it included; all where there is none."""
+    ends = (new_N == eos).nonzero()
+    return int(ends[0]) + 1 if len(ends) else len(new_N)
+
+
+def write_rollouts(records: list[dict[str, Any]], file: Path) -> None:
+    """JSON lines, complete or not at all; images as PNG, each once, below `images/` beside the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w", encoding="utf-8") as lines:
+        for record in records:
+            images = [_stored(image, file.parent) for image in record["images"]]
+            lines.write(json.dumps({**record, "images": images}) + "\n")
+    os.replace(partial, file)
+
+
+def _stored(image: ImageSource, folder: Path) -> str:
+    data = image.data if image.data is not None else Path(str(image.path)).read_bytes()
+    name = f"images/{hashlib.sha256(data).hexdigest()[:16]}.png"
+    if not (folder / name).exists():
+        (folder / "images").mkdir(exist_ok=True)
+        partial = folder / f"{name}.partial"
+        load_image(image, max_pixels=sys.maxsize).save(partial, "PNG")
+        os.replace(partial, folder / name)
+    return name
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("out", type=Path, metavar="OUT.jsonl")
+    parser.add_argument("--data", default="digits", help='JSONL or Parquet of messages, or "digits" (default)')
+    parser.add_argument("--prompts", type=int, metavar="N", help="a random choice of so many (default: all)")
+    parser.add_argument("--per-prompt", type=int, default=8, metavar="N", help="completions (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences (default %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=4096, metavar="N", help="of a prompt with its reference answer"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the engine (default %(default)s)")
+    parser.add_argument("--experts-implementation", metavar="NAME", help="transformers' (default: the model's own)")
+    parser.add_argument("--reward", choices=REWARDS, default="exact", help="(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and samples (default %(default)s)")
+    options = parser.parse_args()
+    if options.temperature < 0 or min(options.per_prompt, options.max_new_tokens, options.batch_size) < 1:
+        parser.error("--temperature must not be negative; --per-prompt, --max-new-tokens, --batch-size at least 1")
+    try:
+        model, processor = load_policy(options.model, DTYPES[options.dtype], options.experts_implementation)
+        samples = open_prompts(options.data, options.prompts, options.seed)
+        began = time.perf_counter()
+        asked = {key: getattr(options, key) for key in SAMPLING}
+        records = generate_rollouts(model, processor, samples, reward=REWARDS[options.reward], **asked)
+        if not records:
+            raise UserError("every completion holds an image token, which no model can read back (train it first)")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    seconds = time.perf_counter() - began
+    write_rollouts(records, options.out)
+    completed = sum(sum(record["completion_mask"]) for record in records)
+    mean_reward = sum(record["reward"] for record in records) / len(records)
+    print(
+        f"{options.out}: {len(records)} completions of {len(samples)} prompts, mean reward {mean_reward:.3f}, "
+        f"{completed / len(records):.1f} tokens each, {completed / seconds:,.0f} tokens/s; "
+        f"{len(samples) * options.per_prompt - len(records)} with image tokens left out"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

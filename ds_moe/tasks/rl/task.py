@@ -1,0 +1,155 @@
+"""`task: rl`: reinforce the completions of a rollout file under the routing that the inference engine used.
+
+Ratios refer to the *old* policy, this trainer's own before the first of `rl.updates_per_batch` optimizer steps, and not
+to the engine, whose log-probs only measure (and, with `rl.correction`, correct for) the mismatch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_moe.config.tasks import RLConfig
+from ds_moe.distributed import to_device
+from ds_moe.models.convert import moe_layers
+from ds_moe.replay.metrics import finish, metrics
+from ds_moe.replay.objective import OBJECTIVES, Objective, PolicyInputs, policy_loss
+from ds_moe.replay.ratios import token_logprobs
+from ds_moe.tasks.rl.router_watch import RouterWatch
+from ds_moe.tasks.task import Batch, Supervised
+
+if TYPE_CHECKING:
+    from ds_moe.training.run import Run
+
+FACTS = ("completion_mask", "engine_logprobs", "advantage", "reward", "reference_logprobs")  # of the rollouts
+OLD = ("old_logprobs", "old_expert_logprobs")  # computed here
+SUSPICIOUS = 0.2  # share of tokens: engines of one model differ in a few, other models in most
+NOT_OF_THE_OBJECTIVE = {"objective", "normalize_std", "updates_per_batch", "temperature"}
+
+
+def objective_of(config: RLConfig) -> Objective:
+    return Objective(kind=config.objective, **config.model_dump(exclude=NOT_OF_THE_OBJECTIVE))
+
+
+class PolicyOptimization(Supervised):
+    """The task of a run with `task: rl`.
+
+    Args:
+        model: converted; or dense, without a routing to replay.
+    """
+
+    def __init__(self, config: RLConfig, replay: bool, model: nn.Module) -> None:
+        self.config = config
+        self.objective = objective_of(config)
+        self.router = RouterWatch(moe_layers(model), config.router) if replay else None
+        self.scoring_s = 0.0
+        self._sums: dict[str, Tensor] = {}
+        self._waiting = 0  # optimizer steps of the batch that are still to come
+
+    @property
+    def at_boundary(self) -> bool:
+        """The old policy is not saved: a checkpoint waits for the last step that refers to it."""
+        return self._waiting == 0
+
+    def steps(self, run: Run) -> Iterator[list[Batch]]:
+        """Takes `updates_per_batch` steps at a time and scores them under the policy of that moment."""
+        stream = iter(run.stream)
+        while run.step < run.total_steps:
+            batch = list(islice(stream, min(self.config.updates_per_batch, run.total_steps - run.step)))
+            began = time.perf_counter()
+            if len(batch) > 1:
+                batch = [[self._with_old(run, one) for one in step] for step in batch]
+            self.scoring_s = time.perf_counter() - began
+            for number, step in enumerate(batch, start=1):
+                self._waiting = len(batch) - number
+                yield step
+                self.scoring_s = 0.0
+
+    def weight(self, batch: Batch) -> Tensor:
+        mask_BS = batch["completion_mask"]
+        how = self.objective.aggregate or OBJECTIVES[self.objective.kind].aggregate
+        return mask_BS.sum() if how == "token_mean" else mask_BS.any(1).sum()
+
+    def loss(self, run: Run, batch: Batch, share: float) -> Tensor:
+        facts = {name: batch.pop(name) for name in FACTS + OLD if name in batch}
+        logprob_BS, expert_BSLK, routed_BS = self._score(run, batch)
+        mask_BS = facts["completion_mask"]
+        if self.router is not None:
+            self._add(self.router.differences(mask_BS))
+        inputs = PolicyInputs(
+            logprob_BS,
+            facts.get("old_logprobs", logprob_BS.detach()),
+            facts["engine_logprobs"],
+            mask_BS,
+            facts["advantage"],
+            expert_BSLK,
+            facts.get("old_expert_logprobs", None if expert_BSLK is None else expert_BSLK.detach()),
+            routed_BS,
+            facts.get("reference_logprobs"),
+        )
+        loss, stats = policy_loss(self.objective, inputs, normalizer=share)
+        self._add(metrics(inputs, stats))
+        self._add(_rewards(facts["reward"], mask_BS))
+        return loss
+
+    def metrics(self, run: Run) -> dict[str, float]:
+        sums, self._sums = self._sums, {}
+        totals = torch.stack(list(sums.values()))
+        dist.all_reduce(totals)
+        found = finish(dict(zip(sums, totals, strict=True)))
+        share = found.get("mismatch_large", 0.0)
+        if share > SUSPICIOUS and run.step == run.file_from + 1:  # later the policy has moved on
+            run.monitor.note(
+                f"step {run.step}: {share:.0%} of the completion tokens are half or twice as likely as the "
+                "rollouts say: was data.train sampled from this model at rl.temperature?"
+            )
+        return found
+
+    def _score(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs of the tokens (B, S) and of the replayed experts that predict them (B, S, L, K), and which tokens
+        have a routing (B, S)."""
+        if self.router is None:
+            logits_BSV = run.engine(**batch, use_cache=False).logits
+            return token_logprobs(logits_BSV, batch["input_ids"], self.config.temperature), None, None
+        routing_BSLK = batch["routing"]
+        self.router.begin(routing_BSLK)
+        logits_BSV = run.engine(**batch, use_cache=False).logits
+        self.router.end()
+        expert_BSLK = None
+        if self.objective.router != "none":
+            expert_BSLK = _of_next_token(self.router.logprobs(batch["input_ids"].shape[0]))
+        routed_BS = _of_next_token((routing_BSLK >= 0).flatten(2).all(-1))
+        return token_logprobs(logits_BSV, batch["input_ids"], self.config.temperature), expert_BSLK, routed_BS
+
+    @torch.no_grad()
+    def _with_old(self, run: Run, batch: Batch) -> Batch:
+        """The micro-batch with its log-probs under the policy as it stands (collective)."""
+        run.engine.eval()  # nothing is counted, no loss of a balancer is made
+        inputs = {name: value for name, value in batch.items() if name not in (*FACTS, "real", "kind")}
+        old_BS, old_expert_BSLK, _ = self._score(run, to_device(inputs, run.topology.device))
+        run.engine.train()
+        old = {"old_logprobs": old_BS.cpu()}
+        if old_expert_BSLK is not None:
+            old["old_expert_logprobs"] = old_expert_BSLK.cpu()
+        return batch | old
+
+    def _add(self, sums: dict[str, Tensor]) -> None:
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+
+def _of_next_token(values: Tensor) -> Tensor:
+    """What row t-1 has, at token t, which it predicts; (B, S, ...), zeros at the first."""
+    return torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], dim=1)
+
+
+def _rewards(reward_B: Tensor, mask_BS: Tensor) -> dict[str, Tensor]:
+    """Sums over the sequences whose reward is known."""
+    known_B = mask_BS.any(1) & ~reward_B.isnan()
+    return {"rewards": known_B.sum().double(), "reward": torch.where(known_B, reward_B, 0).sum().double()}

@@ -1,0 +1,120 @@
+"""Everything a run needs, made in the order in which mistakes are cheapest to find."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ds_moe.checkpoint.files import step_folders
+from ds_moe.config.check import check_model, warmup_problem
+from ds_moe.config.deepspeed import precision, resolve_deepspeed
+from ds_moe.config.run import RunConfig
+from ds_moe.data.bad_records import BAD_RECORDS
+from ds_moe.data.stream import EvalSet, TrainStream
+from ds_moe.distributed import raise_together
+from ds_moe.engine.build import build_engine
+from ds_moe.engine.prepare import prepare_model, read_weights
+from ds_moe.engine.start import on_cpu, start_distributed
+from ds_moe.errors import UserError
+from ds_moe.faults.signals import StopRequest
+from ds_moe.faults.watchdog import watch_job
+from ds_moe.memory.predict import predict
+from ds_moe.models.convert import moe_layers
+from ds_moe.models.load import load_model, model_config, skeleton
+from ds_moe.models.processor import processor_of
+from ds_moe.monitor import make_monitor
+from ds_moe.monitor.flops import active_flops_per_token, peak_flops
+from ds_moe.tasks.registry import _task, eval_form, set_trainable, train_form
+from ds_moe.training.early_stopping import EarlyStopping
+from ds_moe.training.expert_load import watch as count_load
+from ds_moe.training.run import Run
+
+
+def set_up(config: RunConfig) -> Run:
+    """Data, model, engine and monitor, in the order in which mistakes are cheapest to find."""
+    topology = start_distributed(config.moe.ep_size if config.moe else 1)
+    watch = watch_job(topology.rank, topology.world_size, config.train.watchdog_s)
+    stop = StopRequest(topology.rank, config.train.stop_within_s, lambda: str(watch.place))
+    raise_together(_unwritable(Path(config.train.output_dir)))
+    seed_everything(config.train.seed)
+    dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
+    processor = processor_of(config.model)
+    if topology.rank == 0:
+        forget_earlier_run(config)
+    ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
+    stream = TrainStream(config, processor, **ranks, form=train_form(config, model_config(config.model)))
+    eval_set = None
+    if config.data.eval is not None:
+        eval_set = EvalSet(config, processor, **ranks, form=eval_form(config))
+    total_steps = config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch
+    follows = config.task == "rl" and config.train.epochs is not None  # other rollout files, whose steps are not known
+    if not follows and (problem := warmup_problem(config, total_steps)):
+        raise UserError(problem)
+    outline = skeleton(model_config(config.model))
+    check_model(config, outline.config)
+    hidden_size = outline.config.get_text_config().hidden_size
+    ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
+    set_trainable(outline, config)
+    memory = predict(outline, config, ds_config, topology.world_size, on_cpu())
+    model = load_model(config.model, dtype, config.train.seed, unread=config.task != "gate")
+    context = prepare_model(model, config, topology)
+    read_weights(model, config, topology, ds_config)
+    engine = build_engine(model, config, ds_config, total_steps)
+    engine.train()
+    seed_everything(config.train.seed + topology.rank)  # from here on ranks draw apart
+    monitor = make_monitor(
+        config,
+        rank=topology.rank,
+        total_steps=total_steps,
+        flops_per_token=active_flops_per_token(outline),
+        peak_flops=peak_flops(topology),
+        run_dir=Path(config.train.output_dir),
+    )
+    if config.monitor.tensorboard:
+        count_load(moe_layers(engine.module), len(stream.kinds))
+    return Run(
+        config=config,
+        topology=topology,
+        engine=engine,
+        context=context,
+        processor=processor,
+        stream=stream,
+        eval_set=eval_set,
+        monitor=monitor,
+        total_steps=total_steps,
+        memory=memory,
+        watch=watch,
+        stop=stop,
+        task=_task(config, engine.module, stream),
+        patience=EarlyStopping(config.train.patience) if config.train.patience else None,
+    )
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why a run could not write below its output folder, before anything is loaded for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"train.output_dir {folder} cannot be written ({error.strerror}); choose another"
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def forget_earlier_run(config: RunConfig) -> None:
+    """Remove the BAD_RECORDS of another run from the output folder. Without a checkpoint there is none to go on with.
+
+    For rank 0, before any rank loads samples.
+    """
+    folder = Path(config.train.output_dir)
+    if not step_folders(folder / "checkpoints"):
+        (folder / BAD_RECORDS).unlink(missing_ok=True)

@@ -1,0 +1,252 @@
+"""DeepSpeed's JSON: "auto" is filled, contradictions name both files, what ds_moe cannot train with is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_moe.config.deepspeed import accumulation_steps, deepspeed_problems, resolve_deepspeed
+from ds_moe.config.deepspeed_keys import ADAM_KEYS, FILLED, PASSED_ON, REFUSED, ZERO_KEYS, ZERO_REFUSED
+from ds_moe.config.run_file import load_run
+from ds_moe.errors import UserError
+
+SHIPPED = sorted(Path("ds_configs").resolve().glob("*.json"))
+BASE = """\
+model: {preset: tiny-vl-moe}
+data: {train: digits}
+moe: {ep_size: 2}
+train:
+  steps: 10
+  micro_batch_size: 4
+  global_batch_size: 32
+  lr: 3e-3
+  weight_decay: 0.1
+deepspeed: zero.json
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run(json, *overrides)` is a config whose zero.json holds `json` (text, or values with ZeRO stage 3 added)."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(values: dict | str, *overrides: str):
+        if isinstance(values, dict):
+            values = json.dumps({"zero_optimization": {"stage": 3}, **values}, indent=2)
+        Path("zero.json").write_text(values)
+        Path("run.yaml").write_text(BASE)
+        return load_run("run.yaml", list(overrides))
+
+    return make
+
+
+def complaint(config, world_size: int = 2) -> str:
+    with pytest.raises(UserError) as raised:
+        resolve_deepspeed(config, world_size, on_cpu=True)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "accelerator"])
+def test_shipped_files_resolve_with_nothing_left_to_guess(run, path, on_cpu):
+    resolved = resolve_deepspeed(run(path.read_text()), 4, on_cpu, hidden_size=4096)
+    assert '"auto"' not in json.dumps(resolved)
+    assert resolved["train_batch_size"] == 32
+    assert resolved["train_micro_batch_size_per_gpu"] == 4
+    assert resolved["gradient_accumulation_steps"] == 2
+    assert resolved["gradient_clipping"] == 1.0
+    assert resolved["bf16"]["enabled"] is not on_cpu
+    params = resolved["optimizer"]["params"]
+    assert resolved["optimizer"]["type"] == "AdamW"
+    assert {key: params[key] for key in ("lr", "betas", "eps", "weight_decay")} == {
+        "lr": 3e-3,
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+    }
+    assert params.get("torch_adam", False) is params.get("fused", False) is (on_cpu and "offload" not in path.stem)
+    assert resolved["zero_optimization"]["reduce_bucket_size"] == 4096**2
+
+
+def test_deepspeed_accepts_what_is_resolved(run):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for path in SHIPPED:
+        parsed = DeepSpeedConfig(resolve_deepspeed(run(path.read_text(), "moe.ep_size=1"), 1, False, hidden_size=64))
+        assert parsed.gradient_clipping == 1.0 and parsed.gradient_accumulation_steps == 8
+
+
+def test_our_list_of_zero_keys_is_deepspeeds(run):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert set(ZERO_KEYS) | set(ZERO_REFUSED) <= fields
+
+
+def test_an_empty_file_needs_only_a_stage(run):
+    resolved = resolve_deepspeed(run({}), 2, on_cpu=False)
+    assert resolved["train_batch_size"] == 32 and resolved["optimizer"]["type"] == "AdamW"
+
+
+def test_no_clipping_means_none(run):
+    assert resolve_deepspeed(run({}, "train.max_grad_norm=0"), 2, on_cpu=True)["gradient_clipping"] == 0
+
+
+def test_buckets_follow_the_model_unless_given(run):
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
+    wide = resolve_deepspeed(run({"zero_optimization": zero}), 2, True, hidden_size=8192)["zero_optimization"]
+    assert wide["reduce_bucket_size"] == 8192**2 and wide["stage3_param_persistence_threshold"] == 81920
+    unknown = resolve_deepspeed(run({"zero_optimization": zero}), 2, True)["zero_optimization"]
+    assert unknown["reduce_bucket_size"] == 2**24 and "stage3_param_persistence_threshold" not in unknown
+    given = {"stage": 3, "reduce_bucket_size": 5}
+    assert resolve_deepspeed(run({"zero_optimization": given}), 2, True)["zero_optimization"]["reduce_bucket_size"] == 5
+
+
+CONFLICTS = {
+    "train_micro_batch_size_per_gpu": (8, "run.yaml:6 train.micro_batch_size is 4"),
+    "train_batch_size": (64, "run.yaml:7 train.global_batch_size is 32"),
+    "gradient_accumulation_steps": (1, "run.yaml:7 train.global_batch_size works out to 4"),
+    "gradient_clipping": (0.5, "run.yaml:4 train.max_grad_norm is 1.0 by default"),
+    "bf16.enabled": (True, "run.yaml:4 train.precision is 'fp32' by default"),
+    "optimizer.params.lr": (0.001, "run.yaml:8 train.lr is 0.003"),
+    "optimizer.params.betas": ([0.9, 0.999], "run.yaml:4 train.betas is [0.9, 0.95] by default"),
+    "optimizer.params.weight_decay": (0.0, "run.yaml:9 train.weight_decay is 0.1"),
+}
+
+
+@pytest.mark.parametrize("key", CONFLICTS)
+def test_a_conflict_names_both_files_and_keys(run, key):
+    value, ours = CONFLICTS[key]
+    nested = value
+    for name in reversed(key.split(".")):
+        nested = {name: nested}
+    message = complaint(run(nested))
+    line = 5 + len(key.split(".")) - 1  # after the four lines of zero_optimization
+    assert message == (
+        f'zero.json:{line}: {key} is {json.dumps(value)}, but {ours}; write "auto" in the JSON or make them agree'
+    )
+
+
+def test_equal_values_are_no_conflict(run):
+    same = {"train_batch_size": 32, "gradient_clipping": 1, "optimizer": {"type": "AdamW", "params": {"lr": 0.003}}}
+    assert resolve_deepspeed(run(same), 2, on_cpu=True)["train_batch_size"] == 32
+
+
+REFUSALS = {
+    "unknown key": (
+        {"gradient_cliping": 1},
+        "zero.json:5: unknown key gradient_cliping (did you mean gradient_clipping?)",
+    ),
+    "unknown zero key": (
+        {"zero_optimization": {"stage": 3, "reduce_bucket": 1}},
+        "unknown key zero_optimization.reduce_bucket (did you mean reduce_bucket_size?)",
+    ),
+    "unknown optimizer key": (
+        {"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}},
+        "unknown key optimizer.params.learning_rate",
+    ),
+    "expert_parallel": (
+        {"expert_parallel": {"enabled": True}},
+        "expert_parallel is not supported: ds_moe installs its own",
+    ),
+    "scheduler": ({"scheduler": {"type": "WarmupLR"}}, "scheduler is not supported: the learning rate follows train."),
+    "fp16": ({"fp16": {"enabled": True}}, "fp16.enabled is True; ds_moe trains in bf16 or fp32"),
+    "optimizer": ({"optimizer": {"type": "Lion"}}, "optimizer.type is 'Lion'; must be 'AdamW' or 'Adam'"),
+    "no stage": ({"zero_optimization": {}}, "zero_optimization.stage is None; must be 1, 2 or 3"),
+    "stage 0": ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0; must be 1, 2 or 3"),
+    "stage-3 key at stage 2": (
+        {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 5}},
+        "stage3_max_live_parameters would not be used: it needs stage 3, this is 2",
+    ),
+    "hpZ": (
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+        "zero_hpz_partition_size is not supported",
+    ),
+    "leaf_module": (
+        {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["A"]}}},
+        "zero.json:4: zero_optimization.leaf_module is not supported: ds_moe marks its layers itself",
+    ),
+    "optimizer on NVMe": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/ssd"}}},
+        'zero.json:5: zero_optimization.offload_optimizer.device "nvme" is not supported: offload to NVMe was not',
+    ),
+    "parameters on NVMe": (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+        'zero.json:5: zero_optimization.offload_param.device "nvme" is not supported',
+    ),
+    "moments in bf16": (
+        {"optimizer": {"type": "AdamW", "params": {"fp32_optimizer_states": False}}},
+        "zero.json:8: optimizer.params.fp32_optimizer_states false is not supported: checkpoints hold Adam's moments",
+    ),
+    "masters in bf16": (
+        {"bf16": {"bf16_master_weights_and_grads": True}},
+        "zero.json:6: bf16.bf16_master_weights_and_grads true is not supported",
+    ),
+    "bare bf16": ({"bf16": True}, "bf16 is True; must be an object"),
+}
+
+
+@pytest.mark.parametrize("values, expected", REFUSALS.values(), ids=REFUSALS)
+def test_what_cannot_be_trained_with_is_refused(run, values, expected):
+    assert expected in complaint(run(values))
+
+
+@pytest.mark.parametrize("name", ["fp32", "float32", "torch.float32"])
+def test_fp32_accumulation_is_refused_where_deepspeed_takes_another_optimizer_for_it(run, name):
+    def problems(stage: int, precision: str = "bf16", **zero_options) -> list[str]:
+        values = {"zero_optimization": {"stage": stage, **zero_options}, "data_types": {"grad_accum_dtype": name}}
+        return deepspeed_problems(run(values, f"train.precision={precision}"), 2, on_cpu=True)[1]
+
+    [line] = problems(stage=1)
+    assert line.startswith(
+        f"zero.json:6: data_types.grad_accum_dtype '{name}' is not supported with bf16 at ZeRO stage"
+    )
+    assert problems(2) == problems(3) == problems(1, "fp32") == []
+    assert problems(1, offload_optimizer={"device": "cpu"}) == []
+
+
+def test_fp32_optimizer_states_may_be_written(run):
+    params = {"fp32_optimizer_states": True}
+    resolved = resolve_deepspeed(run({"optimizer": {"type": "AdamW", "params": params}}), 2, on_cpu=True)
+    assert resolved["optimizer"]["params"]["fp32_optimizer_states"] is True
+
+
+def test_fp16_switched_off_is_fine(run):
+    assert "fp16" not in resolve_deepspeed(run({"fp16": {"enabled": False}}), 2, on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ('{\n "a": 1,\n}', "zero.json:3: not valid JSON"),
+        ("[1]", "zero.json: a DeepSpeed JSON is an object, this is a list"),
+        (
+            '{\n\t"steps_per_print": 1,\n\t"steps_per_print": 2\n}',
+            "zero.json:3: duplicate key steps_per_print (first at zero.json:2)",
+        ),
+    ],
+)
+def test_a_broken_json_names_its_line(run, text, expected):
+    assert complaint(run(text)).startswith(expected)
+
+
+def test_batch_arithmetic(run):
+    assert accumulation_steps(run({}), 2) == 4
+    assert accumulation_steps(run({}), 8) == 1
+    assert complaint(run({}, "train.global_batch_size=36", "train.micro_batch_size=8")) == (
+        "override train.global_batch_size=36: train.global_batch_size 36 is not a multiple of micro_batch_size 8 x 2 "
+        "ranks = 16; global_batch_size 32 or 48 would work, or micro_batch_size 9"
+    )
+    assert "global_batch_size 40 would work" in complaint(run({}, "moe.ep_size=1"), world_size=10)
+
+
+def test_ep_size_must_divide_the_ranks(run):
+    message = complaint(run({}, "train.global_batch_size=36", "moe.ep_size=2"), world_size=9)
+    assert message == "override moe.ep_size=2: moe.ep_size 2 does not divide the 9 ranks (1, 3, 9 do)"
+
+
+def test_lists_of_keys_do_not_overlap():
+    assert not set(FILLED + PASSED_ON) & set(REFUSED) and not set(ZERO_KEYS) & set(ZERO_REFUSED)
+    assert len(set(ADAM_KEYS)) == len(ADAM_KEYS)

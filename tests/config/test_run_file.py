@@ -1,0 +1,442 @@
+"""Run files: what is read, where each mistake is said to be, and that no key is ever passed over."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import Qwen3MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+
+from ds_moe.config.check import UNUSED, check_model, check_used, unused_keys
+from ds_moe.config.rules.rule import written
+from ds_moe.config.run import RunConfig
+from ds_moe.config.run_file import ALL_KEYS, dump, dump_yaml, load_run, parse_run
+from ds_moe.errors import UserError
+
+RUNS = sorted(Path("ds_configs/runs").glob("*.yaml"))
+BASE = """\
+model:
+  preset: tiny-vl-moe
+data:
+  train: digits
+moe:
+  ep_size: 2
+train:
+  steps: 10
+deepspeed: zero.json
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run(text)` writes run.yaml beside a zero.json and goes to their folder, so that places read "run.yaml:3"."""
+    monkeypatch.chdir(tmp_path)
+    Path("zero.json").write_text("{}")
+
+    def write(text: str = BASE) -> str:
+        Path("run.yaml").write_text(text)
+        return "run.yaml"
+
+    return write
+
+
+def complaint(path: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as raised:
+        load_run(path, list(overrides))
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def test_yaml_then_overrides_then_defaults(run):
+    config = load_run(run(), ["train.lr=1e-4", "moe.ep_size=4", "moe.balance=[{kind: aux, weight: 1e-2}]"])
+    assert config.model.preset == "tiny-vl-moe" and config.train.steps == 10
+    assert config.train.lr == 1e-4 and config.moe and config.moe.ep_size == 4
+    assert [(one.kind, one.weight) for one in config.moe.balance] == [("aux", 0.01)]  # type: ignore[union-attr]
+    assert config.train.betas == (0.9, 0.95) and config.checkpoint.keep == 2
+    assert config.deepspeed == "zero.json"
+
+
+@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("1E4", 1e4), ("-1.5e+3", None), (".5", 0.5), ("3", 3.0)])
+def test_numbers_are_read_as_a_newcomer_writes_them(run, text, value):
+    if value is None:
+        assert "train.lr is -1500.0; must be greater than 0" in complaint(run(), f"train.lr={text}")
+    else:
+        assert load_run(run(), [f"train.lr={text}"]).train.lr == value
+
+
+def test_an_override_reaches_into_a_list_and_makes_sections(run):
+    text = BASE.replace("  ep_size: 2\n", "  ep_size: 2\n  balance:\n  - kind: aux\n    weight: 1\n")
+    config = load_run(run(text), ["moe.balance.0.weight=0.5", "checkpoint.keep=3"])
+    assert config.moe and config.moe.balance[0].weight == 0.5 and config.checkpoint.keep == 3  # type: ignore[union-attr]
+
+
+def test_an_empty_section_is_a_section_and_null_takes_one_away(run):
+    assert load_run(run(BASE.replace("moe:\n  ep_size: 2\n", "moe:\n"))).moe is not None
+    assert load_run(run(), ["moe=null"]).moe is None
+
+
+MISTAKES = {
+    "unknown key": ("  ep_sise: 2", "run.yaml:6: unknown key moe.ep_sise (did you mean moe.ep_size?)"),
+    "key of another section": ("  lr: 3", "run.yaml:6: unknown key moe.lr (did you mean train.lr?)"),
+    "text for a number": ("  ep_size: two", "run.yaml:6: moe.ep_size is 'two'; must be a valid integer"),
+    "quoted number": ("  ep_size: '2'", "run.yaml:6: moe.ep_size is '2'; must be a valid integer"),
+    "fraction": ("  ep_size: 1.5", "run.yaml:6: moe.ep_size is 1.5; must be a valid integer"),
+    "out of range": ("  ep_size: 0", "run.yaml:6: moe.ep_size is 0; must be greater than 0"),
+    "not an option": (
+        "  dispatch: {kind: magic}",
+        "run.yaml:6: moe.dispatch.kind is 'magic'; must be 'auto', 'local' or 'all_to_all'",
+    ),
+    "unknown kind": (
+        "  balance: [{kind: zen}]",
+        "run.yaml:6: moe.balance.0.kind is 'zen'; must be one of 'none', 'aux', 'z_loss', 'loss_free'",
+    ),
+    "no kind": (
+        "  balance: [{weight: 1}]",
+        "run.yaml:6: moe.balance.0.kind is None; must be one of 'none', 'aux', 'z_loss', 'loss_free'",
+    ),
+    "unknown key of a kind": (
+        "  balance:\n  - kind: aux\n    wight: 1",
+        "run.yaml:8: unknown key moe.balance.0.wight (did you mean moe.balance.0.weight?)",
+    ),
+    "value for a section": ("  dispatch: 3", "run.yaml:6: moe.dispatch is 3; must be a section with keys kind, chunks"),
+    "unknown kind of router": (
+        "  router: {kind: zen}",
+        "run.yaml:6: moe.router.kind is 'zen'; must be one of "
+        "'topk', 'noisy_topk', 'expert_choice', 'hash', 'balanced'",
+    ),
+    "key of another kind": (
+        "  router:\n    kind: hash\n    scores: sigmoid",
+        "run.yaml:8: moe.router.scores would not be used: the kind of moe.router has no such key; remove it",
+    ),
+    "unknown key of the kind that is left out": (
+        "  router: {topk: 2}",
+        "run.yaml:6: unknown key moe.router.topk (did you mean moe.router.top_k?)",
+    ),
+    "wrong value of a kind": (
+        "  router: {kind: hash, top_k: two}",
+        "run.yaml:6: moe.router.top_k is 'two'; must be a valid integer",
+    ),
+    "duplicate": (
+        "  ep_size: 2\n  ep_size: 4",
+        "run.yaml:7: duplicate key moe.ep_size (first at run.yaml:6); keep one of them",
+    ),
+    "broken": ("  ep_size: [1", "run.yaml:7: not valid YAML (expected ',' or ']', but got ':')"),
+    "tab": ("\tep_size: 2", "run.yaml:6: not valid YAML (found character '\\t' that cannot start any token)"),
+}
+
+
+@pytest.mark.parametrize("lines, expected", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_named_with_its_line(run, lines, expected):
+    assert complaint(run(BASE.replace("  ep_size: 2", lines))) == expected
+
+
+def test_required_keys_are_named(run):
+    assert complaint(run(BASE.replace("  train: digits", "  eval: digits"))) == (
+        "run.yaml:3: required key data.train is missing from section data"
+    )
+    assert complaint(run(BASE.replace("deepspeed: zero.json\n", ""))) == "run.yaml: required key deepspeed is missing"
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("moe.ep_sise=4", "override moe.ep_sise=4: unknown key moe.ep_sise (did you mean moe.ep_size?)"),
+        ("mow.ep_size=4", "override mow.ep_size=4: unknown key mow.ep_size (did you mean moe.ep_size?)"),
+        ("lr=1", "override lr=1: unknown key lr (did you mean train.lr?)"),
+        ("train.lr=fast", "override train.lr=fast: train.lr is 'fast'; must be a valid number"),
+        ("train.lr=.inf", "override train.lr=.inf: train.lr is inf; must be a finite number"),
+        ("train.lr", "override train.lr: write it as dotted.key=value, e.g. train.lr=1e-4"),
+        ("train..lr=1", "override train..lr=1: write it as dotted.key=value, e.g. train.lr=1e-4"),
+        ("train.steps.x=1", "override train.steps.x=1: train.steps is 10, not a section"),
+        ("moe={ep_sise: 1}", "override moe={ep_sise: 1}: unknown key moe.ep_sise (did you mean moe.ep_size?)"),
+        ("train.betas=[0.9,1]", "override train.betas=[0.9,1]: train.betas.1 is 1; must be less than 1"),
+        ("model.freeze=['(']", "override model.freeze=['(']: model.freeze: '(' is no regular expression"),
+    ],
+)
+def test_an_override_is_named_instead_of_a_line(run, override, expected):
+    assert complaint(run(), override).startswith(expected)
+
+
+def test_the_file_itself(run, tmp_path):
+    assert complaint("none.yaml") == "none.yaml: cannot read the run file (No such file or directory)"
+    assert "a run file is a mapping" in complaint(run("- a\n"))
+    assert complaint(run(), "deepspeed=zero9.json") == (
+        "override deepspeed=zero9.json: deepspeed is 'zero9.json', which is neither a file beside the run file nor "
+        f"below the working directory {tmp_path}"
+    )
+
+
+def test_all_mistakes_are_found_at_once_in_the_order_of_the_file(run):
+    text = BASE.replace("  ep_size: 2", "  ep_sise: 2").replace("digits", "7").replace("steps: 10", "steps: 0")
+    config, complaints = parse_run(run(text))
+    assert config is None
+    assert [line.split(":")[1] for line in complaints] == ["4", "6", "8"]
+
+
+LORA = "lora={rank: 8}"
+GATE = ["task=gate", "moe=null", "model.preset=tiny-vl-dense", "gate.adapters_in=adapters", "data.train=routed.jsonl"]
+LATER = [*GATE, "gate.stage=end_to_end"]
+EVALUATED = ["data.eval=held_out.jsonl", "train.eval_every=5"]
+RL = ["task=rl", "data.train=rollouts.jsonl"]
+# Every rule about keys without effect or in contradiction: overrides that trigger it, and words of the complaint.
+RULES = {
+    "path and preset": (["model.path=x"], "model.path is 'x' and model.preset is 'tiny-vl-moe'; set only one"),
+    "neither path nor preset": (["model.preset=null"], "neither model.path nor model.preset is set"),
+    "steps and epochs": (["train.epochs=1"], "train.steps is 10 and train.epochs is 1; set only one"),
+    "neither steps nor epochs": (["train.steps=null"], "neither train.steps nor train.epochs is set"),
+    "local at EP 2": (["moe.dispatch.kind=local"], "moe.dispatch.kind local needs moe.ep_size 1, which is 2"),
+    "all_to_all at EP 1": (
+        ["moe.dispatch.kind=all_to_all", "moe.ep_size=1"],
+        "needs moe.ep_size more than 1, which is 1",
+    ),
+    "moe.router.order": (
+        ["moe.router.order=topk_then_softmax", "moe.router.scores=sigmoid"],
+        "moe.router.order would not be used: moe.router.scores is sigmoid",
+    ),
+    "moe.router.normalize": (
+        ["moe.router.normalize=false", "moe.router.order=topk_then_softmax"],
+        "moe.router.normalize would not be used: moe.router.order is topk_then_softmax",
+    ),
+    "moe.router.drop": (["moe.router.drop=score"], "drop would not be used: moe.router.capacity_factor is not set"),
+    "moe.dispatch.chunks": (["moe.dispatch.chunks=2", "moe.ep_size=1"], "would not be used: moe.ep_size is 1"),
+    "moe.experts.recompute": (
+        ["moe.experts.recompute=all", "moe.experts.backend=reference"],
+        "moe.experts.recompute would not be used: moe.experts.backend reference decides that itself",
+    ),
+    "recompute beside LoRA": (
+        ["moe.experts.recompute=all", "lora={rank: 8, experts: true}"],
+        "would not be used: the experts have LoRA updates",
+    ),
+    "liger beside LoRA": (
+        ["moe.experts.backend=liger", "lora={rank: 8, experts: true}"],
+        "moe.experts.backend liger would not be used: experts with LoRA updates need torch's products",
+    ),
+    "groups alone": (["moe.router.groups=4"], "moe.router.groups is 4 and moe.router.top_groups is not set"),
+    "expert choice in a causal model": (["moe.router.kind=expert_choice"], "leaks the future and cannot generate"),
+    "expert choice that would generate": (
+        ["data.eval=digits", "train.eval_generate=true", "moe.router={kind: expert_choice, allow_noncausal: true}"],
+        "expert_choice cannot generate answers; set train.eval_generate to false",
+    ),
+    "a balancer of a router that learns nothing": (
+        ["moe.balance=[{kind: aux}]", "moe.router.kind=hash"],
+        "moe.balance aux would not be used: moe.router.kind hash learns nothing",
+    ),
+    "a balancer of balanced experts": (
+        ["moe.balance=[{kind: aux}]", "moe.router={kind: expert_choice, allow_noncausal: true}"],
+        "moe.balance aux would not be used: moe.router.kind expert_choice gives all experts the same load",
+    ),
+    "aux twice": (["moe.balance=[{kind: aux}, {kind: aux}]"], "moe.balance lists aux 2 times"),
+    "none beside aux": (["moe.balance=[{kind: none}, {kind: aux}]"], "moe.balance lists none beside aux"),
+    "warm-up without end": (["train.warmup_steps=10"], "train.warmup_steps 10 takes all of the run's 10 steps"),
+    "flash attention in fp32": (
+        ["model.attention=flash_attention_2", "train.precision=fp32"],
+        "flash_attention_2 has no fp32 kernels",
+    ),
+    "data.root": (["data.root=images"], 'data.root would not be used: the data is "digits"'),
+    "data.length_grouping": (["data.length_grouping=true", "train.global_batch_size=1"], "global_batch_size is 1"),
+    "data.prefetch_factor": (
+        ["data.prefetch_factor=2"],
+        "data.prefetch_factor would not be used: data.num_workers is 0",
+    ),
+    "train.min_lr_ratio": (["train.min_lr_ratio=0.1", "train.schedule=linear"], "train.schedule is linear"),
+    "train.eval_every": (["train.eval_every=5"], "train.eval_every would not be used: data.eval is not set"),
+    "train.eval_batch_size": (["train.eval_batch_size=5"], "eval_batch_size would not be used: data.eval is not set"),
+    "train.eval_samples": (["train.eval_samples=5", "data.eval=digits"], "train.eval_every is not set"),
+    "train.eval_generate": (["train.eval_generate=false"], "eval_generate would not be used: data.eval is not set"),
+    "train.max_new_tokens": (
+        ["train.max_new_tokens=5", "data.eval=digits", "train.eval_generate=false"],
+        "train.max_new_tokens would not be used: train.eval_generate is false",
+    ),
+    "monitor.dead_alarm_steps": (
+        ["monitor.dead_alarm_steps=5", "moe=null"],
+        "monitor.dead_alarm_steps would not be used: there is no moe section",
+    ),
+    "monitor.heatmap_every": (
+        ["monitor.heatmap_every=5", "monitor.tensorboard=false"],
+        "heatmap_every would not be used: monitor.tensorboard is false",
+    ),
+    "lora.experts": (["moe=null", "lora={experts: true}"], "lora.experts would not be used: there is no moe section"),
+    "lora.train_router": (["moe=null", "lora={train_router: true}"], "train_router would not be used: there is no moe"),
+    "model.freeze": ([LORA, "model.freeze=[vision]"], "model.freeze would not be used: lora freezes the whole model"),
+    "lora of nothing": (["lora={targets: []}"], "nothing would be trained"),
+    "lora of experts with an odd rank": (["lora={rank: 12, experts: true}"], "lora.rank 12 is no multiple of 8"),
+    "lora and router_only": ([LORA, "train.stage=router_only"], "remove it, or the lora section"),
+    "lora and a router that learns nothing": (
+        ["lora={train_router: true}", "moe.router.kind=hash"],
+        "moe.router.kind hash learns nothing: set lora.train_router false",
+    ),
+    "gate": (["gate.width=8"], "gate would not be used: task is sft"),
+    "gate.text": (
+        [*GATE, "gate.modalities=vision", "gate.text=last"],
+        "gate.text would not be used: gate.modalities is",
+    ),
+    "gate.text_layer": ([*GATE, "gate.text_layer=1"], "gate.text_layer would not be used: gate.text is embeddings"),
+    "gate.vision": ([*GATE, "gate.modalities=text", "gate.vision=mean"], "not be used: gate.modalities is text"),
+    "gate.top_k": ([*GATE, "gate.top_k=2"], "gate.top_k would not be used: gate.select is soft"),
+    "gate.temperature": (
+        [*GATE, "gate.select=top_k", "gate.top_k=1", "gate.temperature=0.5"],
+        "gate.temperature would not be used: gate.select top_k with gate.top_k 1",
+    ),
+    "gate.class_weights": ([*LATER, "gate.class_weights=balanced"], "would not be used: gate.stage is end_to_end"),
+    "gate.entropy_weight": ([*GATE, "gate.entropy_weight=0.1"], "would not be used: gate.stage is supervised"),
+    "gate.kl_weight": (
+        [*GATE, "gate.start=x", "gate.kl_weight=0.1"],
+        "gate.kl_weight would not be used: gate.stage is supervised",
+    ),
+    "gate.adapter_lr": ([*LATER, "gate.adapter_lr=0.1"], "adapter_lr would not be used: gate.stage is end_to_end"),
+    "a supervised gate that would answer": (
+        [*GATE, *EVALUATED, "train.eval_generate=true"],
+        "train.eval_generate would not be used: gate.stage supervised learns which adapter, and answers nothing",
+    ),
+    "a gate on digits": ([*GATE, "data.train=digits"], 'data.train is "digits", whose records name no adapter'),
+    "a gate without adapters": ([*GATE, "gate.adapters_in=null"], "neither gate.adapters nor gate.adapters_in is set"),
+    "a gate over experts": ([*GATE, "moe={ep_size: 1}"], "section moe would not be used: task gate gates adapters of"),
+    "a gate with lora": ([*GATE, LORA], "section lora would not be used: task gate brings the adapters itself"),
+    "a gate upon a frozen part": ([*GATE, "model.freeze=[vision]"], "task gate freezes the whole model; remove it"),
+    "a pull to no gate": ([*LATER, "gate.kl_weight=0.1"], "near that of gate.start, which is not set"),
+    "top_k without k": ([*GATE, "gate.select=top_k"], "gate.select top_k needs gate.top_k; set it"),
+    "layer without number": ([*GATE, "gate.text=layer"], "gate.text layer needs gate.text_layer; set it"),
+    "a constant gate": ([*LATER, "gate.select=top_k", "gate.top_k=1"], "learns nothing from the answers of stage"),
+    "text for tokens": ([*GATE, "gate.per=token", "gate.text=last"], "per token reads each token's own embedding"),
+    "patience without evaluations": (["train.patience=2"], "train.patience counts periodic evaluations"),
+    "patience over samples": ([*EVALUATED, "train.patience=2", "train.eval_samples=5"], "remove train.eval_samples"),
+    "patience and periodic checkpoints": (
+        [*EVALUATED, "train.patience=2", "checkpoint.every=5"],
+        "checkpoint.every beside train.patience",
+    ),
+    "rl": (["rl.objective=dapo"], "rl would not be used: task is sft"),
+    "moe.replay.moves_bias": ([*RL, "moe.replay={enabled: true, moves_bias: true}"], "lists no loss_free"),
+    "moves_bias without replay": (
+        ["moe.replay.moves_bias=true", "moe.balance=[{kind: loss_free}]"],
+        "moe.replay.moves_bias would not be used: moe.replay.enabled is false",
+    ),
+    "rl.gamma_floor": ([*RL, "rl.gamma_floor=0.5"], "rl.gamma_floor would not be used: rl.router is none"),
+    "rl.gamma_place": ([*RL, "rl.gamma_place=after"], "rl.gamma_place would not be used: rl.router is none"),
+    "rl.joint_lambda": ([*RL, "rl.joint_lambda=1.0"], "rl.joint_lambda would not be used: rl.router is none"),
+    "rl.correction_low": ([*RL, "rl.correction_low=0.5"], "rl.correction is none"),
+    "rl.correction_high": ([*RL, "rl.correction_high=5.0"], "rl.correction is none"),
+    "rl.correction_level": ([*RL, "rl.correction_level=sequence"], "rl.correction is none"),
+    "rl.kl_kind": ([*RL, "rl.kl_kind=k1"], "rl.kl_kind would not be used: rl.kl_weight is 0"),
+    "replay without rollouts": (["moe.replay.enabled=true"], "moe.replay.enabled needs task rl"),
+    "router terms without replay": ([*RL, "rl.router=joint"], "set moe.replay.enabled to true"),
+    "replay of another router": (
+        [*RL, "moe.replay.enabled=true", "moe.router.kind=hash"],
+        "moe.replay.enabled needs moe.router.kind topk, which is hash",
+    ),
+    "rl.clip_low": ([*RL, "rl.clip_low=0.1"], "rl.clip_low would not be used: rl.updates_per_batch is 1"),
+    "rl.clip_high": ([*RL, "rl.clip_high=0.1"], "rl.clip_high would not be used: rl.updates_per_batch is 1"),
+    "rl with dropout": ([*RL, "moe.router.expert_dropout=0.1"], "routes otherwise than the rollouts were; remove it"),
+    "rl with noise": ([*RL, "moe.router.kind=noisy_topk"], "noisy_topk routes otherwise than the rollouts were"),
+    "a router that cannot have shifted": (
+        [*RL, "moe.replay.enabled=true", "rl.router=router_shift"],
+        "rl.router router_shift needs rl.updates_per_batch above 1",
+    ),
+    "bounds of a correction": (
+        [*RL, "rl.correction=mis", "rl.correction_low=3.0"],
+        "the bounds of mis are 3.0 and 2.0; the low one must be smaller",
+    ),
+    "a bias that decays in every file": (
+        [*RL, "train.steps=null", "train.epochs=1", "train.schedule=constant", "moe.balance=[{kind: loss_free}]"],
+        "set its decay_from to 1",
+    ),
+    "router terms of sigmoid scores": (
+        [*RL, "moe.replay.enabled=true", "moe.router.scores=sigmoid", "rl.router=joint"],
+        "rl.router joint needs moe.router.scores softmax",
+    ),
+    "rl on digits": (["task=rl", "data.train=digits"], "data.train is digits, but task rl reads a rollout file"),
+    "rl without end": (
+        [*RL, "train.steps=null", "train.epochs=1", "train.schedule=linear"],
+        "train.schedule linear needs train.steps under task rl",
+    ),
+    "monitor.sample_images": (
+        ["monitor.sample_images=2", "data.eval=digits", "train.eval_generate=false"],
+        "sample_images would not be used: train.eval_generate is false",
+    ),
+}
+
+
+@pytest.mark.parametrize("overrides, expected", RULES.values(), ids=RULES)
+def test_a_rule_names_the_override_at_fault(run, overrides, expected):
+    message = complaint(run(), *overrides)
+    assert expected in message
+    assert message.startswith("override ") or "neither" in message
+
+
+def test_every_unused_rule_is_tested_and_is_about_a_key():
+    assert set(UNUSED) <= set(RULES)
+    assert set(UNUSED) <= set(ALL_KEYS)
+
+
+def test_an_unused_key_names_its_line(run):
+    assert complaint(run(BASE.replace("  steps: 10", "  steps: 10\n  eval_every: 5"))) == (
+        "run.yaml:9: train.eval_every would not be used: data.eval is not set, so nothing is evaluated; remove it"
+    )
+
+
+def test_a_key_set_to_null_is_not_set(run):
+    assert load_run(run(), ["train.eval_every=null", "data.root=null"]).train.eval_every is None
+
+
+def test_a_tree_made_without_a_file_is_checked_too():
+    config = RunConfig.model_validate(
+        {
+            "model": {"preset": "x"},
+            "data": {"train": "digits", "prefetch_factor": 2},
+            "train": {"steps": 1},
+            "deepspeed": "z",
+        }
+    )
+    assert written(config, "data.prefetch_factor") and not written(config, "train.lr")
+    with pytest.raises(UserError, match="^run file: data.prefetch_factor would not be used"):
+        check_used(config)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_dumped_tree_reads_back_as_the_same_run(path, tmp_path):
+    config = load_run(path, ["train.seed=7"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_yaml(config))
+    reloaded = load_run(again)
+    assert dump(reloaded) == dump(config) and reloaded.model_dump() == config.model_dump()
+    text = yaml.safe_load(again.read_text())
+    assert text["train"]["seed"] == 7 and text["train"]["weight_decay"] is not None
+
+
+def test_a_dump_holds_every_used_default_and_no_unused_key(run):
+    config = load_run(run())
+    tree = dump(config)
+    expected = {"kind": "topk", "scores": "softmax", "route_scale": 1, "temperature": 1}
+    assert tree["moe"]["router"] == expected | {"expert_dropout": 0, "jitter_noise": 0} and tree["train"]["lr"] == 1e-5
+    assert {"eval_every", "max_new_tokens"} & set(tree["train"]) == set()
+    assert all(key.rpartition(".")[2] not in tree.get(key.partition(".")[0], ()) for key in unused_keys(config))
+
+
+MOE, DENSE, TEXT = Qwen3VLMoeConfig(), Qwen3VLConfig(), Qwen3MoeConfig()  # 60, no and 128 experts
+
+
+@pytest.mark.parametrize(
+    "model, overrides, expected",
+    [
+        (MOE, ["moe=null"], "a qwen3_vl_moe model has experts but the run has no moe section"),
+        (DENSE, [], "run.yaml:5: section moe would not be used: qwen3_vl is a dense model"),
+        (MOE, ["moe.ep_size=8"], "moe.ep_size 8 does not divide the model's 60 experts (1, 2, 3, 4, 5, 6, 10, 12"),
+        (MOE, ["moe.router.top_k=61"], "moe.router.top_k 61 exceeds the model's 60 experts"),
+        (MOE, ["moe.router={groups: 7, top_groups: 2}"], "moe.router.groups 7 does not divide the 60 experts"),
+        (MOE, ["moe.router={groups: 4, top_groups: 5}"], "moe.router.top_groups 5 exceeds moe.router.groups 4"),
+        (MOE, ["moe.router={groups: 30, top_groups: 1}"], "leaves 2 experts, fewer than the top_k of 4"),
+        (MOE, ["moe.router={top_k: 1, expert_dropout: 0.1}"], "moe.router.expert_dropout would not be used"),
+        (TEXT, [], 'data.train is "digits", images that the text-only qwen3_moe model cannot see'),
+        (TEXT, ["data.train=a.jsonl", "data.max_pixels=9"], "data.max_pixels would not be used: qwen3_moe takes no"),
+    ],
+)
+def test_the_run_must_fit_its_model(run, model, overrides, expected):
+    config = load_run(run(), overrides)
+    with pytest.raises(UserError) as raised:
+        check_model(config, model)
+    assert expected in str(raised.value)
+
+
+def test_runs_that_fit_their_models(run):
+    check_model(load_run(run()), MOE)
+    check_model(load_run(run(), ["moe=null"]), DENSE)
+    check_model(load_run(run(), ["data.train=a.jsonl"]), TEXT)

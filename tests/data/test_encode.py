@@ -1,0 +1,78 @@
+"""Micro-batches: padding, masks, images; over-long samples; the fillers that stand for missing ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_moe.data.chat import parse_record
+from ds_moe.data.encode import NO_LOSS, collate, collate_prompts, encode, filler
+from ds_moe.data.images import RecordError
+
+from .conftest import chat
+
+
+@pytest.fixture
+def mixed(processor, folder):
+    """Two images, no image, one image."""
+    records = [
+        {**chat("<image> or <image>?", "four"), "images": ["a.png", "b.png"]},
+        chat("Hi", "yes and no and yes"),
+        {**chat("<image>Which digit is this?", "7"), "images": ["b.png"]},
+    ]
+    return [encode(parse_record(record, "test:1", folder), processor, 512, 10**6) for record in records]
+
+
+def test_mixed_batch_right_padded(mixed, processor):
+    batch = collate(mixed, processor)
+    assert sorted(batch) == [
+        "attention_mask", "image_grid_thw", "input_ids", "labels", "mm_token_type_ids", "pixel_values"]  # fmt: skip
+    longest = max(len(one.input_ids) for one in mixed)
+    for row, one in enumerate(mixed):
+        size = len(one.input_ids)
+        assert batch["input_ids"][row, :size].equal(one.input_ids) and batch["labels"][row, :size].equal(one.labels)
+        assert batch["attention_mask"][row].tolist() == [1] * size + [0] * (longest - size)
+        assert (batch["labels"][row, size:] == NO_LOSS).all()
+        assert (batch["input_ids"][row, size:] == processor.tokenizer.pad_token_id).all()
+    assert all(batch[key].dtype == torch.int64 for key in batch if key != "pixel_values")
+    assert batch["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 8], [1, 4, 8]]
+    assert batch["pixel_values"].shape == (16 + 32 + 32, 3 * 2 * 4 * 4)
+    assert batch["pixel_values"][:48].equal(mixed[0].pixel_values)
+    # One image token for each 2x2 patches, where the processor itself says image.
+    assert batch["mm_token_type_ids"].sum(1).tolist() == [12, 0, 8]
+    own = processor.create_mm_token_type_ids(batch["input_ids"].tolist())
+    assert batch["mm_token_type_ids"].tolist() == own
+
+
+def test_prompts_left_padded_without_labels(mixed, processor):
+    batch = collate_prompts(mixed, processor)
+    assert "labels" not in batch and batch["image_grid_thw"].shape == (3, 3)
+    for row, one in enumerate(mixed):
+        missing = batch["input_ids"].shape[1] - one.prompt
+        assert batch["input_ids"][row, missing:].equal(one.input_ids[: one.prompt])
+        assert batch["attention_mask"][row].tolist() == [0] * missing + [1] * one.prompt
+    ends = processor.tokenizer.batch_decode(batch["input_ids"])
+    assert all(end.endswith("<|im_start|>assistant\n") for end in ends)
+
+
+def test_without_images_there_are_none_but_token_types_for_a_vl_model(processor, text_processor):
+    samples = {model: [encode(parse_record(chat("Hi"), "test:1", Path("/")), model, 99, 1)]
+               for model in (processor, text_processor)}  # fmt: skip
+    assert sorted(collate(samples[processor], processor)) == [
+        "attention_mask", "input_ids", "labels", "mm_token_type_ids"]  # fmt: skip
+    assert sorted(collate(samples[text_processor], text_processor)) == ["attention_mask", "input_ids", "labels"]
+
+
+def test_over_long_is_refused_at_exactly_one_token_too_many(processor, folder):
+    sample = parse_record({**chat("<image>Which digit is this?", "7"), "images": ["a.png"]}, "test:1", folder)
+    length = len(encode(sample, processor, 512, 10**6).input_ids)
+    assert len(encode(sample, processor, length, 10**6).input_ids) == length
+    with pytest.raises(RecordError, match=rf"over-long: {length} tokens, 4 of them of images.* {length - 1} \("):
+        encode(sample, processor, length - 1, 10**6)
+
+
+def test_filler_has_no_label_and_no_image(processor):
+    batch = collate([filler(processor)], processor)
+    assert batch["labels"].tolist() == [[NO_LOSS]] and batch["attention_mask"].tolist() == [[1]]
+    assert not filler(processor).real
+    assert "pixel_values" not in batch and batch["mm_token_type_ids"].tolist() == [[0]]

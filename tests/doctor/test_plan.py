@@ -1,0 +1,122 @@
+"""ds_moe/doctor/plan_command.py: plans and tables, what it refuses, and its check against measured peaks."""
+
+import json
+
+import pytest
+
+from ds_moe.doctor import plan_command as estimate_memory
+from ds_moe.doctor import plans as runs
+from ds_moe.doctor import sweep
+from ds_moe.memory.predict import GIB, KEPT_FREE
+from ds_moe.models.presets import preset_config
+from tools.bench.memory import bench as checks
+
+SMALL = "qwen3-vl-30b-a3b"
+
+
+def command(capsys, *words) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error."""
+    status = estimate_memory.main([str(word) for word in words])
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(("name", "billions"), [(SMALL, 31.07), ("qwen3-vl-235b-a22b", 235.7)])
+def test_bundled_models_have_their_parameters(name, billions):
+    model = runs.read_model(name)
+    config = runs.run_of(runs.Plan(8, 8, 3), name, model, {})
+    outline = runs.outline_of(config, model)
+    assert sum(p.numel() for p in outline.parameters()) / 1e9 == pytest.approx(billions, abs=0.05)
+    assert {p.device.type for p in outline.parameters()} == {"meta"}
+
+
+def test_one_plan(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    status, out, err = command(capsys, SMALL, "--gpus", "8,16", "--ep-size", 8, "--checkpointing", "--json", file)
+    assert status == 0 and not err
+    eight, sixteen = json.loads(file.read_text())["plans"]
+    assert eight["fits"] and eight["total_bytes"] > sixteen["total_bytes"]
+    assert sum(eight["device_bytes"].values()) == eight["total_bytes"]
+    assert eight["device_bytes"]["optimizer"] == pytest.approx(12 * 31.07e9 / 8, rel=2e-3)
+    assert "EP 8, ZeRO-3; predicted:" in out and "logits" in out
+    assert "DOES NOT FIT" in command(capsys, SMALL, "--ep-size", 8, "--checkpointing", "--memory", 70)[1]
+
+
+def test_a_folder_and_a_run_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preset_config("tiny-vl-moe").save_pretrained("model")
+    (tmp_path / "zero.json").write_text((runs.ENGINE_FILES / "zero2.json").read_text())
+    (tmp_path / "run.yaml").write_text(
+        "model: {path: model}\ndata: {train: x.jsonl}\nmoe: {ep_size: 2}\ndeepspeed: zero.json\n"
+        "train: {steps: 1, global_batch_size: 8, precision: bf16}\n"
+    )
+    status, out, err = command(capsys, "model", "--config", "run.yaml", "--gpus", 4)
+    assert status == 0 and not err and "run.yaml; predicted:" in out and "fits" in out
+    assert command(capsys, "model", "--gpus", 4, "--ep-size", 2, "--lora", 4)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--gpus", "8,x"), "--gpus 8,x: must be whole numbers above 0"),
+        (("--gpus", 6, "--ep-size", 4), "EP 4 does not divide them"),
+        (("--zero", 2, "--offload"), "--offload with ZeRO-2"),
+        (("no-such-folder",), "no-such-folder"),
+        (("--config", "run.yaml", "--sweep"), "give one of them"),
+        (("--check", "--cases", "nothing"), "--cases nothing: there is none"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, words, complaint):
+    status, _, err = command(capsys, *words)
+    assert status == 2 and err.startswith("error: ") and complaint in err and err.count("\n") == 1
+
+
+def test_sweep_has_every_plan_and_one_recommendation(capsys, tmp_path):
+    file = tmp_path / "sweep.json"
+    status, out, _ = command(capsys, SMALL, "--gpus", "8,16", "--sweep", "--checkpointing", "--json", file)
+    assert status == 0 and out.count("fits, recommended") == 2 and "does not fit" in out
+    report = json.loads(file.read_text())["gpus"]
+    assert [len(report[count]) for count in ("8", "16")] == [4 * 5, 5 * 5]
+    for outcomes in report.values():
+        assert all(one["fits"] == (one["total_bytes"] <= 0.9 * 80 * GIB) for one in outcomes)
+
+
+def outcome(total: float, fits: bool = True, **plan) -> sweep.Outcome:
+    memory = sweep.Memory({"weights": int(total)}, {}, "the loss is computed")
+    return sweep.Outcome(runs.Plan(**{"gpus": 16, "ep_size": 8, "stage": 3, **plan}), memory, fits)
+
+
+def test_recommended_trains_all_without_offload_within_a_node_if_it_can():
+    best = outcome(1, stage=1)
+    others = [outcome(1, lora=16, stage=1), outcome(1, offload=True), outcome(1), outcome(1, ep_size=4, stage=1)]
+    others += [outcome(1, ep_size=16, stage=1), outcome(1, fits=False, stage=1)]
+    assert sweep.recommended([*others, best]) is best
+    assert sweep.recommended(others[:2]) is others[1]
+    assert sweep.recommended([outcome(1, fits=False)]) is None
+
+
+def found(peak: int) -> dict:
+    parts = {"weights": 300, KEPT_FREE: 200, "runtime": 500}
+    return {"predicted_bytes": parts, "peak_bytes": peak, "baseline_bytes": 500, "moment": "the loss is computed"}
+
+
+def test_errors_are_of_the_total_and_above_the_libraries():
+    returned = checks.compared(found(1000), kept=False)
+    assert returned["predicted_total_bytes"] == 800 and returned["error"] == pytest.approx(-0.2)
+    assert returned["error_above_baseline"] == pytest.approx(300 / 500 - 1)
+    assert checks.compared(found(1000), kept=True)["error"] == 0
+    assert checks.failed([returned, checks.compared(found(1000), kept=True)]) == [returned]
+
+
+def test_a_prediction_that_is_off_fails_the_check(capsys, monkeypatch):
+    def measured(case, kept):
+        return {"case": case.name, "kept": kept, **checks.compared(found(1000), kept)}
+
+    monkeypatch.setattr(estimate_memory, "measure", measured)
+    status, out, _ = command(capsys, "--check", "--cases", "bf16")
+    assert status == 1 and "-20.0%" in out and "+0.0%" in out
+
+
+@pytest.mark.slow
+def test_predictions_are_within_15_percent_of_measured_peaks(capsys):
+    status, out, _ = command(capsys, "--check", "--cases", "images, ZeRO-3")
+    assert status == 0, out

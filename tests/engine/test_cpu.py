@@ -1,0 +1,51 @@
+"""DeepSpeed's compiled op: found without help, and no killed build stands in the way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_moe.engine import cpu as ops
+
+COMPILED = Path(sys.prefix, "torch_extensions", ops.OP, f"{ops.OP}.so")
+
+
+def test_only_a_stale_build_lock_is_removed(tmp_path):
+    lock = tmp_path / ops.OP / "lock"
+    lock.parent.mkdir()
+    (lock.parent / f"{ops.OP}.so").touch()
+    assert ops.ready(tmp_path) and not ops.remove_stale_lock(tmp_path)
+    with open(lock, "w"):  # as a running build has it
+        assert ops.lock_holder(lock) == os.getpid() and not ops.ready(tmp_path)
+        assert not ops.remove_stale_lock(tmp_path) and lock.exists()
+    assert ops.remove_stale_lock(tmp_path) and ops.ready(tmp_path)
+
+
+def test_the_environments_folder_and_ninja_are_used_where_it_has_compiled_ops(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setenv("PATH", "/usr/bin")
+    ops.use_environment()
+    assert "TORCH_EXTENSIONS_DIR" not in os.environ and os.environ["PATH"] == "/usr/bin"
+    (tmp_path / "torch_extensions").mkdir()
+    for _ in range(2):  # a second call changes nothing
+        ops.use_environment()
+        assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "torch_extensions")
+        assert os.environ["PATH"] == f"{tmp_path / 'bin'}:/usr/bin"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/chosen")
+    ops.use_environment()
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == "/chosen" and ops.extensions_dir() == Path("/chosen")
+
+
+@pytest.mark.skipif(not COMPILED.exists(), reason="the op has not been compiled into this environment")
+def test_a_rank_started_by_hand_finds_the_op(tmp_path):
+    code = "from ds_moe.engine.build import start_distributed; start_distributed(1)"
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_EXTENSIONS_DIR"}
+    environment |= {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
+    built = COMPILED.stat().st_mtime_ns
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=60)
+    assert COMPILED.stat().st_mtime_ns == built
+    assert not (tmp_path / ".cache/torch_extensions").exists()

@@ -1,0 +1,237 @@
+"""Predicted memory against counts by hand and, for what autograd keeps, against what it really saves."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from ds_moe.config.run import RunConfig
+from ds_moe.memory import predict as memories
+from ds_moe.memory.activations import LOGIT_BYTES, activations
+from ds_moe.memory.parameter_counts import shares
+from ds_moe.memory.predict import load, predict
+from ds_moe.models.convert import convert
+from ds_moe.models.families import MODEL_CLASSES
+from ds_moe.models.load import skeleton
+from ds_moe.models.presets import preset_config
+from ds_moe.moe import ExpertParallel
+from ds_moe.tasks.registry import set_trainable
+
+
+def run(preset: str = "tiny-moe", **sections) -> RunConfig:
+    train = {"micro_batch_size": 2, "global_batch_size": 8, "steps": 1, **sections.pop("train", {})}
+    moe = {"ep_size": 2, **sections.pop("moe", {})}
+    data = {"train": "x", "max_length": 64}
+    return RunConfig(model={"preset": preset}, data=data, moe=moe, train=train, deepspeed="zero.json", **sections)
+
+
+def zero(stage: int = 3, bf16: bool = False, **keys) -> dict:
+    return {"zero_optimization": {"stage": stage, **keys}, "bf16": {"enabled": bf16}}
+
+
+def outline(config: RunConfig):
+    model = skeleton(preset_config(config.model.preset))
+    set_trainable(model, config)
+    return model
+
+
+def predicted(config: RunConfig, ds: dict, world_size: int = 4, on_cpu: bool = True) -> memories.Memory:
+    return predict(outline(config), config, ds, world_size, on_cpu)
+
+
+def total(config: RunConfig, ds: dict, on_cpu: bool = False) -> int:
+    return sum(predicted(config, ds, on_cpu=on_cpu).device.values())
+
+
+def counts(model) -> tuple[int, int]:
+    """(experts, all else)."""
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    return experts, sum(p.numel() for p in model.parameters()) - experts
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_states_are_counted_exactly(stage):
+    """Experts are spread over all ranks of EP x EDP, the rest over all ranks of DP, by ZeRO stage."""
+    experts, rest = counts(outline(run()))
+    owned, held = (experts + rest) / 4, rest + experts / 2
+    found = predicted(run(), zero(stage)).device
+    assert found["weights"] == pytest.approx(4 * (owned if stage == 3 else held), abs=4)
+    assert found["optimizer"] == pytest.approx(12 * owned, abs=4)
+    assert found["runtime"] == memories.RUNTIME_BYTES["cpu"]
+
+
+@pytest.mark.parametrize(("stage", "bf16", "copies"), [(1, False, 4), (2, False, 4), (3, False, 4), (3, True, 6)])
+def test_the_step_holds_gradients_and_the_largest_group_in_fp32(stage, bf16, copies):
+    """In bf16 flattened before it is made fp32: 2 + 4 bytes an element."""
+    config, ds = run(), zero(stage, bf16, reduce_bucket_size=1000)
+    model = outline(config)
+    experts, rest = counts(model)
+    parts = _moments(config, ds, model)["the optimizer steps"]
+    width = 2 if bf16 else 4
+    assert parts["gradients"] == width * (experts + rest) / 4
+    assert parts["fp32 gradient of step"] == copies * max(experts, rest) / 4
+    limited = _moments(config, zero(3, bf16, sub_group_size=500), model)["the optimizer steps"]
+    assert limited["fp32 gradient of step"] == copies * 500
+
+
+def _moments(config: RunConfig, ds: dict, model, on_cpu: bool = True, world_size: int = 4) -> dict:
+    width = 2 if ds["bf16"]["enabled"] else 4
+    ep_size = config.moe.ep_size
+    share, made = shares(model, ep_size, world_size), activations(model, config, width, ep_size)
+    return memories._moments(share, ds["zero_optimization"], width, made, config, world_size, on_cpu)
+
+
+def test_gradients_at_the_end_of_backward_by_stage():
+    """ZeRO-1 has all of its copy's, and on an accelerator its partition besides; the others what is not yet reduced."""
+    config, model = run(), outline(run())
+    experts, rest = counts(model)
+    held, owned = rest + experts / 2, (experts + rest) / 4
+    share = shares(model, 2, 4)
+    unreduced = max(share.largest.trained, share.table_trained)
+    wanted = {1: held, 2: owned + unreduced, 3: owned + unreduced}
+    for stage, elements in wanted.items():
+        assert _moments(config, zero(stage), model)["the backward pass ends"]["gradients"] == 4 * elements
+    accelerator = _moments(config, zero(1), model, on_cpu=False)["the backward pass ends"]
+    assert accelerator["gradients"] == 4 * (held + owned)
+    two = run(train={"global_batch_size": 16})  # two micro-batches: the first one's gradients wait
+    assert _moments(two, zero(1), model)["the loss is computed"]["gradients"] == 4 * held
+    assert _moments(two, zero(2), model)["the loss is computed"]["gradients"] == 4 * owned
+    assert _moments(config, zero(2), model)["the loss is computed"]["gradients"] == 0
+
+
+def test_buckets_are_whole_on_accelerators_and_filled_on_cpus():
+    model, ds = outline(run()), zero(3, reduce_bucket_size=10**7)
+    held = shares(model, 2, 4).held
+    assert _moments(run(), ds, model)["the backward pass ends"]["gradient buckets"] == 8 * held
+    whole = _moments(run(), ds, model, on_cpu=False)["the backward pass ends"]["gradient buckets"]
+    assert whole == 4 * (10**7 + held)
+
+
+def test_experts_without_a_replica_are_not_gathered():
+    model = outline(run())
+    experts, rest = counts(model)
+    assert shares(model, 2, 2).gathered == rest
+    assert shares(model, 2, 4).gathered == rest + experts / 2
+
+
+def test_zero3_keeps_what_it_reuses_soon():
+    model, experts_rest = outline(run()), sum(counts(outline(run(moe={"ep_size": 1}))))
+    share = shares(model, 1, 4)
+    everything = memories._gathered(share, {}, repeats=False)
+    assert everything == share.gathered == experts_rest
+    nothing = memories._gathered(share, {"stage3_max_reuse_distance": 0}, repeats=False)
+    assert nothing == max(2 * share.largest.gathered, share.table) < everything
+
+
+def test_offloaded_states_are_on_the_host():
+    experts, rest = counts(outline(run()))
+    owned = (experts + rest) / 4
+    found = predicted(run(), zero(3, bf16=True, offload_optimizer={"device": "cpu"}), on_cpu=False)
+    assert found.host == {"optimizer": int(12 * owned), "gradients": int(2 * owned), "fp32 gradient of step": 4 * owned}
+    assert "optimizer" not in found.device
+    both = zero(3, bf16=True, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
+    assert predicted(run(), both, on_cpu=False).host["weights"] == int(2 * owned)
+
+
+def test_lora_trains_its_updates_alone():
+    config = run(lora={"rank": 4, "experts": True})
+    trained = sum(p.numel() for p in outline(config).parameters() if p.requires_grad)
+    found = predicted(config, zero(3))
+    assert found.device["optimizer"] == pytest.approx(12 * trained / 4, abs=4)
+    assert found.device["optimizer"] < predicted(run(), zero(3)).device["optimizer"] / 5
+
+
+def test_memory_shrinks_with_what_should_shrink_it():
+    vl, bf16 = "tiny-vl-moe", zero(3, bf16=True)
+    usual = total(run(vl), bf16)
+    assert total(run(vl, train={"gradient_checkpointing": True}), bf16) < usual
+    assert total(run(vl, train={"micro_batch_size": 1}), bf16) < usual
+    frozen = run(vl)
+    frozen.model.freeze = ["vision"]
+    assert total(frozen, bf16) < usual
+    assert total(run(vl), zero(3, bf16=True, offload_optimizer={"device": "cpu"})) < usual
+    recompute = [total(run(vl, moe={"experts": {"recompute": what}}), bf16) for what in ("all", "act", "none")]
+    assert recompute[0] < recompute[1] == usual < recompute[2]
+    assert total(run(vl, moe={"experts": {"backend": "reference"}}), bf16) > recompute[2]
+
+
+def test_rows_travel_only_between_ranks():
+    def made(ep_size: int):
+        return activations(outline(run()), run(moe={"ep_size": ep_size}), 4, ep_size)
+
+    text = preset_config("tiny-moe")
+    assert made(2).exchange == 2 * 2 * 64 * text.num_experts_per_tok * text.hidden_size * 4
+    assert made(1).exchange == 0 and made(1).kept == made(2).kept
+    assert made(1).logits == 2 * 64 * text.vocab_size * LOGIT_BYTES
+
+
+@pytest.mark.parametrize("recompute", ["none", "act", "all"])
+@pytest.mark.parametrize("preset", ["tiny-moe", "tiny-vl-moe"])
+def test_activations_are_what_autograd_saves(preset, recompute):
+    """Distinct storages of a real forward, parameters aside, within 10% of the count: that of one more layer, so that
+    what the ends of the model keep, and small things, do not blur it."""
+    config = run(preset, moe={"ep_size": 1, "experts": {"recompute": recompute}})
+    saved = []
+    for layers in (2, 4):
+        built = preset_config(preset)
+        built.get_text_config().num_hidden_layers = layers
+        saved.append(_saved_bytes(config, built))
+    counted = activations(outline(config), config, 4, 1).layer
+    assert (saved[1] - saved[0]) / 2 == pytest.approx(counted, rel=0.10)
+
+
+def _saved_bytes(config: RunConfig, built) -> int:
+    model = MODEL_CLASSES[built.model_type]()(built).train()
+    convert(model, config.moe, ExpertParallel())
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids_BS = torch.randint(10, 200, (config.train.micro_batch_size, config.data.max_length))
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_a_term_left_out_is_noticed(monkeypatch):
+    """Negative control of the comparison above: without what attention keeps, the count is off."""
+    monkeypatch.setattr("ds_moe.memory.activations._attention", lambda *_: 0)
+    with pytest.raises(AssertionError):
+        test_activations_are_what_autograd_saves("tiny-moe", "act")
+
+
+def test_freed_memory_is_kept_on_cpus_alone():
+    config, ds = run(), zero(3)
+    on_cpu, on_gpu = (predicted(config, ds, on_cpu=where) for where in (True, False))
+    assert on_cpu.device[memories.KEPT_FREE] > 0 and memories.KEPT_FREE not in on_gpu.device
+    from_files = run()
+    from_files.model.preset, from_files.model.path = None, "somewhere"  # read into place: no copy is left behind
+    streamed = predict(outline(config), from_files, ds, 4, on_cpu=True).device[memories.KEPT_FREE]
+    assert on_cpu.device[memories.KEPT_FREE] - streamed == 4 * shares(outline(config), 2, 4).held
+    moments = {"early": {"a": 5.0, "b": 1.0}, "late": {"b": 4.0, "c": 2.0}}
+    assert memories._kept_free(moments, moments["late"]) == 5 + 4 + 2 - 6
+
+
+def test_the_start_holds_a_share_where_weights_are_streamed():
+    model = outline(run())
+    experts, rest = counts(model)
+    whole = load(model, run(), zero(3, bf16=True), 4)
+    assert (whole.host, whole.device, whole.streamed) == (2 * (experts + rest), 2 * rest + experts, False)
+    streamed = run()
+    streamed.model.preset, streamed.model.path = None, "somewhere"
+    for stage, elements in ((2, rest + experts / 2), (3, (experts + rest) / 4)):
+        found = load(model, streamed, zero(stage, bf16=True), 4)
+        assert found.streamed and found.device == int(2 * elements)
+        assert found.host == found.device + memories.READING_BYTES
+
+
+def test_the_table_names_every_purpose_and_the_moment():
+    memory = memories.Memory({"weights": 2**30, "nothing": 0}, {"optimizer": 2**31}, "the loss is computed")
+    lines = memory.table()
+    assert len(lines) == 3 and lines[0].split() == ["weights", "1.000", "GiB", "on", "the", "device"]
+    assert "2.000 GiB  on the host" in lines[1] and lines[2].endswith("on the device, when the loss is computed")

@@ -1,0 +1,50 @@
+"""Rows from tokens to experts and back, against indexing and index_add in float64: any list, any order of tokens."""
+
+import pytest
+import torch
+
+from ds_moe.moe.backends import Backend
+from ds_moe.moe.permute import add_up, inverse, order_by_expert, permute, spread
+
+T, D, E = 7, 5, 4
+LISTS = {  # tokens of the assignments
+    "top-k": torch.arange(T).repeat_interleave(2),
+    "tokens in any order, some without": torch.tensor([5, 0, 2, 5, 5, 1, 0]),
+    "one assignment": torch.tensor([3]),
+    "none": torch.empty(0, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_spread_and_add_up_equal_indexing(name):
+    token_N = LISTS[name]
+    expert_N = torch.randint(0, E, token_N.shape)
+    top_k = 2 if name == "top-k" else None
+    order = order_by_expert(Backend(), token_N, expert_N, T, E, top_k)
+    sorted_N = torch.argsort(expert_N, stable=True)
+    assert torch.equal(order.token_N, token_N[sorted_N])
+    x_TD = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    rows_ND = torch.randn(len(token_N), D, dtype=torch.float64, requires_grad=True)
+    pairs = [
+        (spread(Backend(), x_TD, order), x_TD[token_N[sorted_N]], x_TD),
+        (add_up(Backend(), rows_ND, order), torch.zeros_like(x_TD).index_add(0, token_N[sorted_N], rows_ND), rows_ND),
+    ]
+    for ours, expected, given in pairs:
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-14)
+        direction = torch.randn_like(ours)
+        for one, other in zip(*(torch.autograd.grad(y, given, direction) for y in (ours, expected)), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+
+
+def test_a_general_list_is_what_the_top_k_shortcut_gives():
+    token_N, expert_N = LISTS["top-k"], torch.randint(0, E, (2 * T,))
+    short, general = (order_by_expert(Backend(), token_N, expert_N, T, E, top_k) for top_k in (2, None))
+    assert all(torch.equal(one, other) for one, other in zip(short[:-1], general[:-1], strict=True))
+
+
+def test_permute_and_its_gradient():
+    order = torch.randperm(6)
+    values = torch.randn(6, 3, requires_grad=True)
+    direction = torch.randn(6, 3)
+    assert torch.equal(permute(values, order), values[order])
+    assert torch.equal(torch.autograd.grad(permute(values, order), values, direction)[0], direction[inverse(order)])

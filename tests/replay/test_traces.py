@@ -1,0 +1,267 @@
+"""Every form that engines and files give routing in: hand-made examples, round trips, and what is refused."""
+
+import base64
+import io
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_np
+
+from ds_moe.errors import UserError
+from ds_moe.replay.traces import (
+    FORMATS,
+    RoutingTrace,
+    check_weights,
+    decode,
+    from_megatron,
+    from_prime_rl,
+    from_sglang,
+    from_vllm,
+    from_vllm_http,
+    load_traces,
+    save_traces,
+    to_record,
+    with_weights,
+)
+
+IDS = [[[0, 0], [3, 1]], [[0, 0], [2, 7]]]  # two rows, a dense layer and one with experts, top-2
+SGLANG = "AAAAAAAAAAADAAAAAQAAAAAAAAAAAAAAAgAAAAcAAAA="  # the same, as sglang sends it
+
+
+def encoded(raw):
+    return base64.b64encode(raw).decode()
+
+
+def npy(array, **options):
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return encoded(file.getvalue())
+
+
+def prime(ids=IDS, dtype="uint8", **changed):
+    array = np.array(ids, dtype)
+    return {"data": encoded(array.tobytes()), "shape": list(array.shape), "start": 0, "dtype": dtype} | changed
+
+
+FORMS = {
+    "record": [IDS, prime(), np.array(IDS)],
+    "vllm": [np.array(IDS, np.uint8), np.array(IDS, np.uint16), IDS],
+    "vllm_http": [npy(np.array(IDS, np.uint8)), npy(np.array(IDS, np.uint16)), npy(np.asfortranarray(IDS)).encode()],
+    "sglang": [SGLANG, SGLANG.encode()],
+    "prime_rl": [prime(), prime(dtype="int32"), prime() | {"data": memoryview(prime()["data"].encode())}],
+    "megatron": [np.array(IDS, np.int64), IDS],
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_form_gives_the_same_trace(kind):
+    for value in FORMS[kind]:
+        trace = decode(value, kind=kind, layers=2, top_k=2)
+        assert trace == RoutingTrace(IDS)
+        assert trace.ids.dtype == np.int16 and trace.ids.tolist() == IDS and trace.source == kind
+        if not isinstance(value, dict):
+            assert decode(value, kind=kind, layers=2, top_k=2, start=5).start == 5
+    assert decode(prime(start=5), kind="prime_rl") == decode(prime(start=5), kind="prime_rl", start=5)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "int32", "int64"])
+def test_ids_beyond_uint8(dtype):
+    ids = np.array([[[511, 256]], [[255, 32767]]], dtype)
+    raw = encoded(ids.astype("<i4").tobytes())
+    for trace in (
+        from_vllm(ids),
+        from_vllm_http(npy(ids)),
+        from_sglang(raw, 1, 2),
+        from_prime_rl(prime(ids, dtype)),
+        from_megatron(ids),
+    ):
+        assert trace.ids.tolist() == ids.tolist()
+
+
+def test_padding_rows_of_sglang_stay():
+    ids = np.array([[[3, 1]], [[-1, -1]]], "<i4")
+    assert from_sglang(encoded(ids.tobytes()), 1, 2).ids.tolist() == ids.tolist()
+
+
+def test_equality_is_of_routing_start_and_weights_not_of_source():
+    trace = RoutingTrace(IDS, 3, source="here")
+    halves = np.full((2, 2, 2), 0.5)
+    assert trace == RoutingTrace(np.array(IDS), 3, source="there")
+    assert trace != RoutingTrace(IDS, 4) and trace != RoutingTrace(IDS[:1], 3)
+    assert trace != with_weights(trace, halves) and with_weights(trace, halves) == with_weights(trace, halves)
+    assert trace != IDS
+
+
+def pickled(array):
+    return npy(array, allow_pickle=True)
+
+
+class Exploit:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle ran",)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        (IDS, "vlm", "kind is 'vlm' .one of record, vllm"),
+        (IDS, ["vllm"], "kind is .'vllm'. .one of record, vllm"),
+        ([[[1, 2]], [[1]]], "record", "record: expert ids are no array of numbers"),
+        ([[1, 2]], "record", r"record: expert ids have the shape \(1, 2\)"),
+        ([[[]]], "record", r"shape \(1, 1, 0\)"),
+        ([[[0.5, 1.0]]], "record", "type float64"),
+        ([[[True, False]]], "record", "type bool"),
+        ([[[None, 1]]], "record", "type object"),
+        ([[["1", "2"]]], "vllm", "vllm: expert ids have the type <U1"),
+        ([[[32768, 1]]], "megatron", "megatron: expert id 32768 does not fit 16 bits"),
+        ([[[-40000, 1]]], "vllm", "expert id -40000 does not fit"),
+        (np.full((1, 1, 2), 2**63, np.uint64), "vllm", "expert id 9223372036854775808"),
+        (IDS, "vllm_http", "vllm_http: list where base64"),
+        ("not base64!", "vllm_http", "vllm_http: not base64"),
+        ("!" + SGLANG, "sglang", "sglang: not base64"),
+        ("ä", "sglang", "sglang: not base64"),
+        ("", "vllm_http", "vllm_http: no .npy array"),
+        (SGLANG, "vllm_http", "vllm_http: no .npy array"),
+        (encoded(b"PK\x03\x04junk"), "vllm_http", "vllm_http: no .npy array"),
+        (npy(np.array(IDS))[:-24], "vllm_http", "vllm_http: no .npy array"),
+        (npy(np.array(IDS) / 2), "vllm_http", "vllm_http: expert ids have the type float64"),
+        (pickled(np.array([Exploit()], object)), "vllm_http", "Object arrays cannot be loaded"),
+        (encoded(pickle.dumps(Exploit())), "vllm_http", "vllm_http: no .npy array: the magic string"),
+        (SGLANG[:-8], "sglang", "sglang: 27 bytes are no whole rows of 2 layers x top-2 int32"),
+        (SGLANG, "prime_rl", "prime_rl: str .give an object"),
+        ({"data": "", "shape": [0, 2, 2]}, "prime_rl", "prime_rl: data, shape .give an object"),
+        (prime(dtype="uint8") | {"dtype": "object"}, "prime_rl", "dtype is 'object' .one of uint8"),
+        (prime(dtype="uint8") | {"dtype": "float32"}, "prime_rl", "dtype is 'float32'"),
+        (prime(dtype="int16") | {"dtype": "uint8"}, "prime_rl", "16 bytes, where 2 x 2 x 2 uint8 are 8"),
+        (prime(shape=[2, 2]), "prime_rl", r"shape is \[2, 2\]"),
+        (prime(shape=[2, 2, -2]), "prime_rl", r"shape is \[2, 2, -2\]"),
+        (prime(shape=None), "prime_rl", "shape is None"),
+        (prime(shape="222"), "prime_rl", "shape is '222'"),
+        (prime(start=-1), "prime_rl", "start is -1 .give the index"),
+        (prime(start=None), "record", "start is None"),
+        (prime(start=True), "record", "start is True"),
+        (prime(weights=prime()["data"]), "record", "record: weights: 8 bytes, where 2 x 2 x 2 float32 are 32"),
+    ],
+)
+def test_refused(value, kind, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        decode(value, kind=kind, layers=2, top_k=2)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_pickles_of_these_tests_would_run():
+    """Negative control: a reader that allows pickles runs them."""
+    with pytest.raises(pytest.fail.Exception, match="a pickle ran"):
+        np.load(io.BytesIO(base64.b64decode(pickled(np.array([Exploit()], object)))), allow_pickle=True)
+
+
+def test_sglang_needs_its_shape():
+    with pytest.raises(UserError, match="sglang: layers is None, top_k is 2 .give both"):
+        decode(SGLANG, kind="sglang", top_k=2)
+
+
+def test_two_starts():
+    with pytest.raises(UserError, match="start is 3, but the value itself says 5"):
+        decode(prime(start=5), kind="prime_rl", start=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(raw=st.binary(max_size=200), kind=st.sampled_from(["vllm_http", "sglang"]), header=st.booleans())
+def test_any_bytes_are_a_trace_or_one_line(raw, kind, header):
+    text = encoded((b"\x93NUMPY\x01\x00" if header else b"") + raw)
+    try:
+        assert decode(text, kind=kind, layers=1, top_k=2).ids.dtype == np.int16
+    except UserError as error:
+        assert "\n" not in str(error) and str(error).startswith(kind)
+
+
+traces = st.builds(
+    RoutingTrace,
+    ids=st_np.arrays(np.int16, st_np.array_shapes(min_dims=3, max_dims=3, max_side=5), elements=st.integers(-1, 32767)),
+    start=st.integers(0, 10**6),
+    source=st.text(max_size=8),
+)
+
+
+def weighted(trace):
+    return with_weights(trace, np.random.default_rng(0).random(trace.ids.shape) + 0.1, renormalize=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(trace=traces)
+def test_records_come_back_from_json(trace):
+    for one in (trace, weighted(trace)):
+        record = json.loads(json.dumps(to_record(one)))
+        assert decode(record, kind="record") == one
+        assert decode(record, kind="prime_rl") == one
+    assert decode(trace.ids.tolist(), kind="record", start=trace.start) == trace
+
+
+def test_records_come_back_from_parquet(tmp_path):
+    plain, heavy = RoutingTrace(IDS, 2), weighted(RoutingTrace(IDS))
+    table = pa.Table.from_pylist([{"routing": to_record(one), "lists": one.ids.tolist()} for one in (plain, heavy)])
+    pq.write_table(table, tmp_path / "rollouts.parquet")
+    rows = pq.read_table(tmp_path / "rollouts.parquet").to_pylist()
+    assert [decode(row["routing"], kind="record") for row in rows] == [plain, heavy]
+    assert [decode(row["lists"], kind="record").ids.tolist() for row in rows] == [IDS, IDS]
+
+
+def test_one_file_holds_many_traces(tmp_path):
+    path = tmp_path / "traces.safetensors"
+    strided = np.asfortranarray(np.arange(24).reshape(4, 3, 2))[::2]
+    kept = {"b/1": RoutingTrace(strided, 4, source="vllm"), "a": weighted(RoutingTrace(IDS)), "": RoutingTrace(IDS)}
+    save_traces(path, kept)
+    loaded = load_traces(path)
+    assert loaded == kept
+    assert list(loaded) == list(kept) and loaded["b/1"].source == "vllm"
+    save_traces(path, {})
+    assert load_traces(path) == {}
+
+
+def test_no_file_of_traces(tmp_path):
+    path = tmp_path / "traces.safetensors"
+    with pytest.raises(UserError, match="traces.safetensors: no file of routing traces"):
+        load_traces(path)
+    path.write_bytes(b"something else")
+    with pytest.raises(UserError, match="no file of routing traces"):
+        load_traces(path)
+
+
+def test_weights():
+    weights = np.array([[[0.25, 0.75]], [[1.0, 0.0004]]])
+    assert check_weights(weights).dtype == np.float32
+    np.testing.assert_allclose(check_weights(weights * 3, renormalize=True).sum(-1), 1, atol=1e-6)
+
+
+def test_weights_of_padding_and_dense_layers_may_be_zero():
+    ids = [[[0, 0], [3, 1]], [[-1, -1], [-1, -1]]]
+    weights = [[[0, 0], [0.5, 0.5]], [[0, 0], [0, 0]]]
+    for renormalize in (False, True):
+        assert with_weights(RoutingTrace(ids), weights, renormalize).weights.tolist() == weights
+    with pytest.raises(UserError, match="row 0, layer 1: weights sum to 0"):
+        with_weights(RoutingTrace(ids), np.zeros((2, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("weights", "renormalize", "message"),
+    [
+        ([[[0.5, 0.5]], [[0.5, 0.4]]], False, "row 1, layer 0: weights sum to 0.9 .give"),
+        ([[[0.5, 0.5]], [[0.5, 0.502]]], False, "weights sum to 1.002"),
+        ([[[0.5, 0.5]], [[np.nan, 1]]], True, "row 1, layer 0: weight nan"),
+        ([[[np.inf, 0.5]], [[0, 1]]], True, "row 0, layer 0: weight inf"),
+        ([[[1.5, -0.5]], [[0, 1]]], False, "weight -0.5"),
+        ([[[0.5, 0.5]], [[0, 0]]], True, "weights sum to 0 .they cannot be renormalized"),
+        ([[0.5, 0.5]], False, r"weights have the shape \(1, 2\)"),
+        ([[[0.5, 0.5]], [[1]]], False, "weights are no array of numbers"),
+        ([[[0.5, 0.5]]], False, r"weights \(1, 1, 2\), ids \(2, 1, 2\)"),
+    ],
+)
+def test_refused_weights(weights, renormalize, message):
+    with pytest.raises(UserError, match="here: .*" + message):
+        with_weights(RoutingTrace([[[3, 1]], [[2, 7]]], source="here"), weights, renormalize)

@@ -1,0 +1,219 @@
+"""The rollout generator: what it writes is what the engine did, whatever stood beside it in the batch."""
+
+import copy
+import importlib.util
+import json
+import shutil
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_moe.config.run import RunConfig
+from ds_moe.data.encode import encode_images
+from ds_moe.data.stream import TrainStream
+from ds_moe.errors import UserError
+from ds_moe.models.presets import build_preset
+from ds_moe.models.processor import save_processor, tiny_processor
+from ds_moe.replay import RoutingRecorder, RoutingShape, align, decode, joined
+from ds_moe.tasks.rl.rollouts import rollout_form
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool("make_rollouts")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor("vl")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_preset("tiny-vl-moe").eval()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return tool.open_prompts("digits", 5, seed=3)
+
+
+def rollouts(model, processor, samples, **options):
+    options = {"per_prompt": 3, "max_new_tokens": 5, "batch_size": 15, **options}
+    return tool.generate_rollouts(model, processor, samples, **options)
+
+
+def read_back(records, folder, processor, shape):
+    """The records as the trainer reads them, one micro-batch."""
+    tool.write_rollouts(records, folder / "rollouts.jsonl")
+    config = RunConfig(
+        model={"preset": "tiny-vl-moe"},
+        data={"train": str(folder / "rollouts.jsonl"), "shuffle": False, "length_grouping": False},
+        train={"steps": 1, "micro_batch_size": len(records), "global_batch_size": len(records)},
+        deepspeed="none",
+    )
+    config.train.output_dir = str(folder / "run")
+    [[batch]] = islice(TrainStream(config, processor, rank=0, world_size=1, form=rollout_form(shape)), 1)
+    return batch
+
+
+def test_log_probs_and_routing_are_those_of_a_forward_over_the_record(model, processor, samples, tmp_path):
+    records = rollouts(model, processor, samples)
+    assert len({record["completion"] for record in records}) > 5  # sampled
+    shape = RoutingShape.of(model.config)
+    batch = read_back(records, tmp_path, processor, shape)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    inputs |= {key: batch[key] for key in ("pixel_values", "image_grid_thw")}
+    with torch.no_grad(), RoutingRecorder(model) as recorder:
+        logits = model(**inputs).logits
+    scored = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+    mask = batch["completion_mask"]
+    assert mask.sum() == sum(len(record["logprobs"]) for record in records)
+    torch.testing.assert_close(batch["engine_logprobs"][mask], scored[mask[:, 1:]], rtol=1e-4, atol=1e-4)
+    whole = joined(recorder.take(), len(records))
+    routed = batch["routing"][..., 0, 0] >= 0
+    assert torch.equal(routed.sum(1), batch["attention_mask"].sum(1) - 1)  # all but the last token
+    same = (whole.sort(-1).values == batch["routing"].sort(-1).values).all(-1)[routed]
+    assert same.float().mean() > 0.99  # rounding may flip a tie
+
+
+@pytest.fixture
+def ending_model(processor):
+    """A model whose answers end at different steps, so that rows of a batch are padded on the right."""
+
+    def favour_the_end(head, args, logits):
+        favoured = logits.clone()
+        favoured[..., processor.tokenizer.eos_token_id] += 4.5
+        return favoured
+
+    model = build_preset("tiny-vl-moe").eval()
+    model.lm_head.register_forward_hook(favour_the_end)
+    return model
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.5, 0.0])
+def test_a_record_alone_and_unpadded_has_its_log_probs_and_routing(ending_model, processor, samples, temperature):
+    records = rollouts(ending_model, processor, samples, per_prompt=4, max_new_tokens=8, temperature=temperature)
+    if temperature == 1:
+        assert len({len(record["logprobs"]) for record in records}) > 3
+    ended, agreed = 0, []
+    for record in records:
+        ids = torch.tensor([record["tokens"]])
+        pixels, grid, _ = encode_images(record["images"], processor, sys.maxsize)
+        of_images = (ids == processor.image_token_id).long()
+        with torch.no_grad(), RoutingRecorder(ending_model) as recorder:
+            logits = ending_model(ids, mm_token_type_ids=of_images, pixel_values=pixels, image_grid_thw=grid).logits
+        scored = (logits[0, :-1] / (temperature or 1.0)).log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        completed = torch.tensor(record["completion_mask"][1:]).bool()
+        torch.testing.assert_close(torch.tensor(record["logprobs"]), scored[completed], rtol=0, atol=1e-4)
+        routing = torch.tensor(decode(record["routing"], kind="record").ids)
+        [whole] = recorder.take()
+        agreed.append((routing.sort(-1).values == whole[:-1].sort(-1).values).all(-1).flatten())
+        ended += record["tokens"][-1] == processor.tokenizer.eos_token_id
+    assert ended > len(records) / 4
+    assert torch.cat(agreed).float().mean() > 0.99  # rounding may flip a tie
+
+
+def test_samples_are_those_of_the_softmax_whatever_the_folder_says(model, processor, samples):
+    """A folder's generation config must not warp what is sampled: log-probs would not be of that distribution."""
+    plain = rollouts(model, processor, samples)
+    own = model.generation_config
+    for name, value in (("repetition_penalty", 3.0), ("min_p", 0.5), ("top_k", 1)):
+        model.generation_config = copy.deepcopy(own)
+        setattr(model.generation_config, name, value)
+        assert rollouts(model, processor, samples) == plain
+        assert getattr(model.generation_config, name) == value  # as it was
+    model.generation_config = own
+
+
+def test_what_stands_beside_a_prompt_in_the_batch_changes_nothing(model, processor, samples):
+    together = rollouts(model, processor, samples, per_prompt=1, temperature=0)
+    alone = rollouts(model, processor, samples, per_prompt=1, temperature=0, batch_size=1)
+    assert len({len(record["tokens"]) - len(record["logprobs"]) for record in together}) > 1  # padded on the left
+    for one, other in zip(together, alone, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert decode(one["routing"], kind="record").ids.shape == decode(other["routing"], kind="record").ids.shape
+        torch.testing.assert_close(torch.tensor(one["logprobs"]), torch.tensor(other["logprobs"]), rtol=1e-4, atol=1e-4)
+
+
+def test_records_are_whole(model, processor, samples):
+    records = rollouts(model, processor, samples, max_new_tokens=12)
+    eos, shape = processor.tokenizer.eos_token_id, RoutingShape.of(model.config)
+    assert [len({record["group"] for record in records}), len(records)] == [5, 15]
+    for record in records:
+        completed = record["tokens"][-sum(record["completion_mask"]) :]
+        assert len(completed) == len(record["logprobs"]) and eos not in completed[:-1]
+        assert completed[-1] == eos or len(completed) == 12
+        assert record["reward"] == float(record["completion"].strip() == record["answer"])
+        assert align(decode(record["routing"], kind="record"), shape, len(record["tokens"])).shape[1:] == (2, 2)
+        assert record["kind"] in ("digit", "parity", "at_least_five")
+
+
+def test_the_end_token_belongs_to_the_completion():
+    assert tool._completion_length(torch.tensor([4, 9, 9, 0]), eos=9) == 2
+    assert tool._completion_length(torch.tensor([4, 5]), eos=9) == 2
+
+
+def test_a_completion_with_image_tokens_is_left_out(model, processor, samples, monkeypatch):
+    whole = rollouts(model, processor, samples, per_prompt=1)
+    spoiled = {**whole[0], "tokens": [*whole[0]["tokens"][:-1], processor.image_token_id]}
+    monkeypatch.setattr(tool, "_complete", lambda *args: iter([spoiled, *whole[1:]]))
+    assert len(rollouts(model, processor, samples, per_prompt=1)) == len(whole) - 1
+
+
+def test_a_dense_model_has_no_routing(processor, samples):
+    records = rollouts(build_preset("tiny-vl-dense").eval(), processor, samples)
+    assert records and not any("routing" in record for record in records)
+
+
+def test_an_overlong_sample_is_named(model, processor, samples):
+    with pytest.raises(UserError, match=r"^digits:\d+: over-long"):
+        rollouts(model, processor, samples, max_length=8)
+
+
+def test_a_seed_decides_everything(model, processor, samples):
+    before = torch.get_rng_state()
+    first, again, other = (rollouts(model, processor, samples, seed=seed) for seed in (1, 1, 2))
+    assert [r["tokens"] for r in first] == [r["tokens"] for r in again] != [r["tokens"] for r in other]
+    assert torch.equal(before, torch.get_rng_state())  # the caller's own draws go on as they were
+    assert samples == tool.open_prompts("digits", 5, seed=3) != tool.open_prompts("digits", 5, seed=4)
+
+
+def test_the_command_writes_a_file_that_trains(model, processor, tmp_path, capsys, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    save_processor(processor, tmp_path / "model")
+    out = tmp_path / "out/rollouts.jsonl"
+    words = ["make_rollouts.py", str(tmp_path / "model"), str(out), "--prompts", "2", "--per-prompt", "2"]
+    monkeypatch.setattr(sys, "argv", [*words, "--max-new-tokens", "3", "--dtype", "bf16"])
+    assert tool.main() == 0
+    assert "4 completions of 2 prompts, mean reward" in capsys.readouterr().out
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all((out.parent / record["images"][0]).is_file() for record in records)
+    assert len(list((out.parent / "images").iterdir())) <= 2 and not list(out.parent.glob("*.partial"))
+    monkeypatch.setattr(sys, "argv", ["make_rollouts.py", str(tmp_path / "nothing"), str(out)])
+    assert tool.main() == 2
+    assert "neither a Hugging Face folder nor a run's output folder" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_exported_first(model, processor, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    save_processor(processor, tmp_path / "model")
+    monkeypatch.setattr(tool, "export_checkpoint", lambda source, out: shutil.copytree(tmp_path / "model", out))
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_1/state.json").write_text("{}")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for source in ("step_1", "run"):
+        loaded, _ = tool.load_policy(tmp_path / source, torch.float32, "eager")
+        assert torch.equal(loaded.lm_head.weight.cpu(), model.lm_head.weight)
+        assert "eager" in loaded.get_experts_implementation().values()

@@ -1,0 +1,201 @@
+"""The RL task on one process without an engine: what it scores, where routing and log-probs belong, what it reports."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ds_moe.config.moe import MoEConfig
+from ds_moe.config.tasks import RLConfig
+from ds_moe.models.convert import convert, moe_layers
+from ds_moe.models.presets import build_preset
+from ds_moe.moe import checkpoint_contexts
+from ds_moe.replay.record import RoutingRecorder, joined
+from ds_moe.tasks.rl.task import PolicyOptimization
+
+LAYERS, EXPERTS, TOP_K = 2, 8, 2
+
+
+class Model:
+    """A converted tiny model in the place of an engine."""
+
+    def __init__(self, checkpointing=False):
+        self.module = build_preset("tiny-moe").train()
+        convert(self.module, MoEConfig(replay={"enabled": True}))
+        if checkpointing:
+            self.module.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+
+    def __call__(self, **inputs):
+        return self.module(**inputs)
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
+def run_of(model, stream=(), total_steps=10):
+    return SimpleNamespace(
+        file_from=-1,  # the first step of a file
+        monitor=SimpleNamespace(note=lambda text: None),
+        engine=model,
+        stream=stream,
+        step=0,
+        total_steps=total_steps,
+        topology=SimpleNamespace(device=torch.device("cpu")),
+    )
+
+
+def rollouts(seed=0):
+    """Two sequences, the second shorter, the third without routing."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(300, (3, 9), generator=generator)
+    attention = torch.ones(3, 9, dtype=torch.int64)
+    attention[1, 7:] = 0
+    completion = torch.zeros(3, 9, dtype=torch.bool)
+    completion[:, 4:] = attention[:, 4:].bool()
+    routing = torch.rand(3, 9, LAYERS, EXPERTS, generator=generator).argsort(-1)[..., :TOP_K].to(torch.int16)
+    routing[:, -1] = -1
+    routing[1, 6:] = -1
+    routing[2] = -1
+    return {
+        "input_ids": ids,
+        "attention_mask": attention,
+        "completion_mask": completion,
+        "engine_logprobs": -torch.rand(3, 9, generator=generator),
+        "advantage": torch.tensor([1.0, -0.5, 2.0]),
+        "reward": torch.tensor([1.0, 0.0, float("nan")]),
+        "routing": routing,
+    }
+
+
+def task(model, **config):
+    return PolicyOptimization(RLConfig(**config), replay=True, model=model.module)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.module.named_parameters()}
+
+
+def slow(model, batch, weight):
+    """REINFORCE token by token on unpadded sequences, with the expert term of `joint`: the on-policy gradient."""
+    total = 0.0
+    for row in range(3):
+        length = int(batch["attention_mask"][row].sum())
+        ids, routing = batch["input_ids"][row : row + 1, :length], batch["routing"][row : row + 1, :length]
+        output = model(input_ids=ids, routing=routing, output_router_logits=True)
+        logits, router_logits = output.logits[0], output.router_logits
+        values = []
+        for t in range(1, length):
+            if not batch["completion_mask"][row, t]:
+                continue
+            value = logits[t - 1].log_softmax(-1)[ids[0, t]]
+            if weight and routing[0, t - 1, 0, 0] >= 0:
+                expert = [
+                    router_logits[layer][t - 1].log_softmax(-1)[int(routing[0, t - 1, layer, k])]
+                    for layer, k in itertools.product(range(LAYERS), range(TOP_K))
+                ]
+                value = value + weight * torch.stack(expert).mean()
+            values.append(value * batch["advantage"][row])
+        total = total - torch.stack(values).mean()
+    (total / 3).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("router", ["none", "router_shift", "joint"])
+def test_the_gradient_on_policy_is_the_policy_gradient_under_the_replayed_routing(router, checkpointing):
+    model, reference = Model(checkpointing), Model()
+    joint = {"joint_lambda": 0.3} if router == "joint" else {}
+    policy = task(model, router=router, **joint)
+    batch = rollouts()
+    assert int(policy.weight(batch)) == 3
+    policy.loss(run_of(model), dict(batch), share=3.0).backward()
+    expected = slow(reference, batch, joint.get("joint_lambda", 0.0))
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_routing_shifted_by_one_is_another_gradient():
+    """Negative control of the alignment above."""
+    model, reference = Model(), Model()
+    batch = rollouts()
+    shifted = {**batch, "routing": batch["routing"].roll(1, dims=1)}
+    task(model).loss(run_of(model), shifted, share=3.0).backward()
+    expected = slow(reference, batch, 0.0)
+    worst = max((grad - expected[name]).abs().max() for name, grad in gradients(model).items())
+    assert worst > 1e-3
+
+
+def test_what_is_reported(monkeypatch):
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
+    model = Model()
+    policy = task(model, router="router_shift")
+    batch = rollouts()
+    with torch.no_grad():
+        logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "routing")}).logits
+    logprobs = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    difference = (logprobs - batch["engine_logprobs"][:, 1:])[batch["completion_mask"][:, 1:]]
+    policy.loss(run_of(model), dict(batch), share=3.0)
+    run, notes = run_of(model), []
+    run.monitor.note = notes.append
+    found = policy.metrics(run)
+    assert len(notes) == 1 and "was data.train sampled from this model at rl.temperature?" in notes[0]  # it was not
+    assert found["reward"] == 0.5  # of the two that are known
+    assert (
+        found["replayed"] == pytest.approx(8 / 13)
+        and found["ratio"] == pytest.approx(1)
+        and found["gamma"] == pytest.approx(1)
+        and found["clip_fraction"] == 0
+    )
+    assert found["mismatch_k3"] == pytest.approx((difference.exp() - difference - 1).mean().item(), rel=1e-4)
+    assert 0.5 < found["routers_changed"] <= 1  # random experts
+    with RoutingRecorder(model.module) as recorder:
+        model(**{key: batch[key] for key in ("input_ids", "attention_mask")})
+    first = joined(recorder.take(), 3)[:, :, :1]  # the first layer sees the same input live and replayed
+    replayed = dict(batch, routing=torch.cat([first, batch["routing"][:, :, 1:]], dim=2))
+    policy.loss(run_of(model), replayed, share=3.0)
+    assert policy.metrics(run_of(model))["routers_changed"] <= 0.5
+
+
+def test_forwards_of_an_evaluation_are_not_watched():
+    model = Model()
+    policy = task(model, router="joint")
+    batch = rollouts()
+    policy.loss(run_of(model), dict(batch), share=3.0)
+    kept = len(policy.router._logprob_TLK)
+    model.module.eval()
+    model(input_ids=batch["input_ids"])
+    assert kept == LAYERS == len(policy.router._logprob_TLK)
+
+
+def test_several_updates_share_one_old_policy_and_checkpoints_wait_for_the_last():
+    model = Model()
+    policy = task(model, updates_per_batch=3, router="router_shift")
+    stream = [[rollouts(step)] for step in range(5)]
+    run = run_of(model, stream, total_steps=5)
+    taken, boundaries = [], []
+    with torch.no_grad():
+        for [batch] in itertools.islice(policy.steps(run), 5):
+            taken.append(batch)
+            boundaries.append(policy.at_boundary)
+            for parameter in model.module.parameters():  # an optimizer step
+                parameter.mul_(1.01)
+            run.step += 1
+    assert boundaries == [False, False, True, False, True]  # 3 and the 2 that are left
+    fresh = Model()
+    scored = task(fresh, updates_per_batch=3, router="router_shift")
+    for number, batch in enumerate(taken[:3]):
+        alone = scored._with_old(run_of(fresh), rollouts(number))
+        assert torch.equal(alone["old_logprobs"], batch["old_logprobs"])  # of the first weights, for all three
+        assert torch.equal(alone["old_expert_logprobs"], batch["old_expert_logprobs"])
+    assert not torch.equal(scored._with_old(run_of(fresh), rollouts(3))["old_logprobs"], taken[3]["old_logprobs"])
+    assert model.module.training and all(layer.load.take() is None for layer in moe_layers(model.module))
+
+
+def test_a_dense_policy_needs_no_routing():
+    model = Model()
+    model.module = build_preset("tiny-vl-dense").train()
+    batch = rollouts()
+    del batch["routing"]
+    policy = PolicyOptimization(RLConfig(), replay=False, model=model.module)
+    assert torch.isfinite(policy.loss(run_of(model), batch, share=3.0))

@@ -1,0 +1,193 @@
+"""Does loss-free balancing balance, and what does it cost? A small MoE language model on real text, method by method.
+
+    python -m tools.bench.balance.bench                             4 methods x 3 seeds: about 20 minutes on 2 cores
+    python -m tools.bench.balance.bench --seeds 0 --steps 150       a first look
+    python -m tools.bench.balance.bench --show FILE --plot FILE     print and draw an earlier result
+
+Qwen3-MoE from a config (3 layers, 16 experts, top-2) learns the bytes of Python's standard library, on 2 processes
+with the experts spread over them, by the trainer's own step. Loss and load are measured on files held out.
+MaxVio_global is the fullest expert's load over the mean, minus 1, over the whole held-out set (Wang et al. 2024,
+arXiv 2408.15664).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_moe.engine import cpu as ops
+from ds_moe.engine.cpu import cpu_settings
+from tools.bench.balance.plot import write_figure
+
+ROOT = Path(__file__).resolve().parents[3]
+METHODS = ("none", "aux", "loss_free", "aux+loss_free")
+RANKS = 2
+EVALUATIONS = 10  # evenly spaced, beside one after the first step
+TARGET, TARGET_RATIO = 0.20, 0.10  # MaxVio_global of loss_free: at most, and at most this share of none's
+STARVED = 0.1  # of the fair share
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.show:
+        result = json.loads(options.show.read_text())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(make_plan(options), Path(folder), options.json)
+    result["summary"] = summarize(result)
+    result["claims"] = claims(result["summary"])
+    print_result(result)
+    for file in (options.json, options.plot):
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    if options.json:
+        options.json.write_text(json.dumps(result) + "\n")
+    if options.plot:
+        write_figure(result, options.plot, target=TARGET)
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of a run (default %(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    parser.add_argument("--aux-weight", type=float, default=0.01, help="of aux (default %(default)s, Switch's)")
+    parser.add_argument("--update-rate", type=float, default=0.005, help="u of loss_free (default %(default)s)")
+    parser.add_argument("--decay-from", type=float, default=0.8, help="share of a run after which u falls to 0")
+    parser.add_argument("--suite", choices=["cpu"], default="cpu", help="where to run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure; after each run what there is")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result as PNG")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="an earlier --json to print and draw; train nothing")
+    options = parser.parse_args(arguments)
+    if options.steps < 2:
+        parser.error("--steps must be at least 2")
+    return options
+
+
+def make_plan(options: argparse.Namespace) -> dict[str, Any]:
+    """What the ranks are told: every method as the `moe.balance` list of a run file."""
+    terms = {
+        "aux": {"kind": "aux", "weight": options.aux_weight},
+        "loss_free": {"kind": "loss_free", "update_rate": options.update_rate, "decay_from": options.decay_from},
+    }
+    return {
+        "seeds": options.seeds,
+        "steps": options.steps,
+        "ep_size": RANKS,
+        "evaluate_at": sorted({1, *np.linspace(0, options.steps, EVALUATIONS + 1).astype(int).tolist()[1:]} - {0}),
+        "methods": {name: [terms[term] for term in name.split("+") if term != "none"] for name in options.methods},
+    }
+
+
+def measure(plan: dict[str, Any], folder: Path, keep: Path | None) -> dict[str, Any]:
+    """Train everything in one launch; `keep` holds the result of the runs that are done, all along."""
+    plan_file, result_file = folder / "plan.json", keep or folder / "result.json"
+    plan_file.write_text(json.dumps(plan))
+    result_file.parent.mkdir(parents=True, exist_ok=True)
+    if not ops.ready(ops.extensions_dir()):
+        ops.build()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    command += [str(ROOT / "tools/bench/balance/ranks.py"), str(plan_file), str(result_file)]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {**os.environ, **cpu_settings(RANKS), "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, env=settings)
+    if done.returncode != 0:
+        sys.exit(done.returncode)
+    return json.loads(result_file.read_text())
+
+
+def summarize(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Per method, at the last step: each figure of every seed; MaxVio is the mean over layers."""
+    summary: dict[str, dict[str, Any]] = {}
+    for run in result["runs"]:
+        last = run["points"][-1]
+        share_LE = np.array(last["counts_LE"]) / np.mean(last["counts_LE"], axis=1, keepdims=True)
+        figures = {
+            "max_vio": float(np.mean(last["max_vio_L"])),
+            "max_vio_L": last["max_vio_L"],
+            "loss": last["loss"],
+            "dead": int((share_LE == 0).sum()),
+            "starved": int((share_LE < STARVED).sum()),
+            "step_s": run["train_s"] / last["step"],
+        }
+        by_seed = summary.setdefault(run["method"], {key: [] for key in figures})
+        for key, value in figures.items():
+            by_seed[key].append(value)
+    return summary
+
+
+def spread(values: list[float]) -> float | None:
+    """Standard deviation over seeds (n - 1); None for a single seed."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def claims(summary: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What loss-free balancing promises, with `holds` true or false; only what these methods and seeds can tell."""
+    if "loss_free" not in summary:
+        return []
+    ours = summary["loss_free"]
+    vio = statistics.mean(ours["max_vio"])
+    found = [(f"MaxVio_global of loss_free, {vio:.3f}, is at most {TARGET:.2f}", vio <= TARGET)]
+    if "none" in summary:
+        limit = TARGET_RATIO * statistics.mean(summary["none"]["max_vio"])
+        found.append((f"it is at most 1/10 of none's, {limit:.3f}", vio <= limit))
+    if "aux" in summary:
+        aux = summary["aux"]
+        theirs, loss, aux_loss = (statistics.mean(x) for x in (aux["max_vio"], ours["loss"], aux["loss"]))
+        found.append((f"it is below aux's, {theirs:.3f}", vio < theirs))
+        if len(ours["loss"]) > 1:
+            worst = max(spread(ours["loss"]), spread(aux["loss"]))
+            text = (
+                f"its held-out loss, {loss:.4f}, is at most aux's, {aux_loss:.4f}, plus the seeds' spread, {worst:.4f}"
+            )
+            found.append((text, loss <= aux_loss + worst))
+    return [{"claim": text, "holds": bool(holds)} for text, holds in found]
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """A Markdown table, the losses seed by seed against aux, and the claims."""
+    summary = result["summary"]
+    seeds = len(next(iter(summary.values()))["loss"])
+    held_out = result["held_out_windows"] * result["train"]["sequence"]
+    print(
+        f"\n{result['steps']} steps, {seeds} seed(s), mean ± standard deviation over seeds; {held_out:,} bytes of "
+        f"{result['text']['held_out_files']} held-out files; {result['seconds'] / 60:.1f} minutes on "
+        f"{result['cores']} cores"
+    )
+    print("\n| method | MaxVio_global | of none's | by layer | held-out loss | dead | starved | s/step |")
+    print("|---|---|---|---|---|---|---|---|")
+    none = statistics.mean(summary["none"]["max_vio"]) if "none" in summary else None
+    for method, figures in summary.items():
+        ratio = "-" if none is None else f"{statistics.mean(figures['max_vio']) / none:.1%}"
+        layers = ", ".join(f"{vio:.2f}" for vio in np.mean(figures["max_vio_L"], axis=0))
+        counted = [f"{statistics.mean(figures[key]):.1f}" for key in ("dead", "starved")]
+        cells = [method, show(figures["max_vio"], 3), ratio, layers, show(figures["loss"], 4), *counted]
+        print(f"| {' | '.join(cells)} | {statistics.mean(figures['step_s']):.3f} |")
+    print(f"dead: experts of all layers with no held-out token; starved: below {STARVED:.0%} of the fair share")
+    for method, figures in summary.items():
+        if "aux" in summary and method != "aux":
+            gaps = [ours - theirs for ours, theirs in zip(figures["loss"], summary["aux"]["loss"], strict=True)]
+            print(f"held-out loss of {method} minus aux's, same seed: {', '.join(f'{gap:+.4f}' for gap in gaps)}")
+    print()
+    for claim in result["claims"]:
+        print(f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
+
+
+def show(values: list[float], digits: int) -> str:
+    deviation = spread(values)
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if deviation is None else f"{mean} ± {deviation:.{digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

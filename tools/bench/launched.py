@@ -1,0 +1,43 @@
+"""Start ranks of a tool on this machine, under DeepSpeed's launcher: they get a plan and leave what they found."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any
+
+from ds_moe import launcher
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_plan(
+    script: str, plan: dict[str, Any], processes: int, settings: dict[str, str], folder: Path
+) -> dict[str, Any]:
+    """What `tools/<script> PLAN.json RESULT.json` has written in one of its `processes` ranks.
+
+    Args:
+        settings: environment variables beside the caller's own.
+        folder: for the two files.
+
+    Raises:
+        CalledProcessError: a rank failed; what it said is on the terminal.
+    """
+    plan_file, result_file = folder / "plan.json", folder / "result.json"
+    plan_file.write_text(json.dumps(plan))
+    result_file.unlink(missing_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes)]
+    command += ["--master_port", str(port), "--quiet", "--no_local_rank"]
+    command += [str(ROOT / "tools" / script), str(plan_file), str(result_file)]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = launcher.start(launcher.Launch(command, {"PYTHONPATH": paths, **settings}), stop_within_s=0)
+    if code:
+        raise CalledProcessError(code, command)
+    return json.loads(result_file.read_text())

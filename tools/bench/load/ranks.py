@@ -1,0 +1,114 @@
+"""The ranks of bench_load: one model, loaded and sharded in one way, weighed as it grows, and its loss.
+
+deepspeed --num_accelerators 2 --no_local_rank tools/bench/load/ranks.py PLAN.json RESULT.json
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from ds_moe.config.deepspeed import resolve_deepspeed
+from ds_moe.config.run import RunConfig
+from ds_moe.engine.build import build_engine
+from ds_moe.engine.prepare import prepare_model, read_weights
+from ds_moe.engine.start import on_cpu, start_distributed
+from ds_moe.models.load import load_model
+
+ROOT = Path(__file__).resolve().parents[3]
+SEQUENCE = 32  # tokens of a rank
+INTERVAL_S = 0.005
+
+
+def main() -> None:
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    topology = start_distributed(plan["ranks"])
+    deepspeed.utils.logger.setLevel("ERROR")
+    config = run_config(plan)
+    imported = start_peak()
+    anonymous = AnonymousPeak()
+    began = time.perf_counter()
+
+    model = load_model(config.model, getattr(torch, plan["dtype"]), unread=plan["path"] == "streamed")
+    hidden_size, vocabulary = (getattr(model.config.get_text_config(), key) for key in ("hidden_size", "vocab_size"))
+    prepare_model(model, config, topology)
+    ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
+    read = read_weights(model, config, topology, ds_config)
+    loaded = {"loaded_bytes": status("VmHWM"), "loaded_anonymous_bytes": anonymous.peak, "read_bytes": read}
+    loaded["loaded_s"] = time.perf_counter() - began
+    engine = build_engine(model, config, ds_config, total_steps=1)
+    built = {"built_bytes": status("VmHWM"), "built_anonymous_bytes": anonymous.peak}
+    built["built_s"] = time.perf_counter() - began
+
+    anonymous.stop()
+    ids_BS = torch.randint(vocabulary, (1, SEQUENCE), generator=torch.Generator().manual_seed(topology.rank))
+    with torch.no_grad():
+        loss = engine(input_ids=ids_BS, labels=ids_BS).loss.item()
+    mine = {"imported_bytes": imported, **loaded, **built, "loss": loss}
+    found: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(found, mine)
+    if topology.rank == 0:
+        environment = {module.__name__: module.__version__ for module in (torch, deepspeed)}
+        Path(sys.argv[2]).write_text(json.dumps({"environment": environment, "ranks": found}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_config(plan: dict[str, Any]) -> RunConfig:
+    """A run of ds_moe on the checkpoint, ZeRO-3 and experts over all ranks."""
+    return RunConfig(
+        model={"path": plan["folder"]},
+        data={"train": "random tokens"},
+        moe={"ep_size": plan["ranks"]},
+        train={
+            **{"steps": 1, "micro_batch_size": 1, "global_batch_size": plan["ranks"], "stage": plan["trained"]},
+            "precision": {"float32": "fp32", "bfloat16": "bf16"}[plan["dtype"]],
+        },
+        deepspeed=str(ROOT / "ds_configs/zero3.json"),
+    )
+
+
+def status(which: str) -> int:
+    """Bytes of this process: VmRSS and RssAnon are now, VmHWM is the peak of the former since `start_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
+
+
+def start_peak() -> int:
+    """Forget the peak until now; the memory that the interpreter and its libraries take."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+class AnonymousPeak:
+    """The most RssAnon that a thread has seen, which looks every `INTERVAL_S` while it gets its turn."""
+
+    def __init__(self) -> None:
+        self.peak = status("RssAnon")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(INTERVAL_S):
+            self.peak = max(self.peak, status("RssAnon"))
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The ranks of `estimate_memory --check`: train a model from a config on this CPU and read the peak of the process.
+
+    deepspeed --num_accelerators 2 --no_local_rank tools/bench/memory/ranks.py CASE.json RESULT.json
+
+The peak is VmHWM of /proc/self/status, the largest resident memory of the process, from its beginning or from the
+first step. Model, engine and loss are those of a run (`ds_moe.train`); tokens and pixels are random.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PretrainedConfig, Qwen3MoeConfig, Qwen3VLMoeConfig
+
+from ds_moe.config.deepspeed import resolve_deepspeed
+from ds_moe.config.run import RunConfig
+from ds_moe.engine.build import build_engine
+from ds_moe.engine.prepare import prepare_model
+from ds_moe.engine.start import on_cpu, start_distributed
+from ds_moe.memory.predict import predict
+from ds_moe.models.families import MODEL_CLASSES
+from ds_moe.models.load import skeleton
+from ds_moe.tasks.registry import set_trainable
+
+import_module("ds_moe.train")  # its libraries belong to what a rank of a run has
+
+STEPS = 2  # in the second Adam's moments are there
+
+
+def config_of(model: dict[str, Any]) -> PretrainedConfig:
+    """A Qwen3-MoE, or with a `vision` section a Qwen3-VL-MoE."""
+    text = {"tie_word_embeddings": False, "norm_topk_prob": True} | {k: v for k, v in model.items() if k != "vision"}
+    if "vision" not in model:
+        return Qwen3MoeConfig(**text)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_interleaved": True}
+    text["rope_parameters"]["mrope_section"] = [text["head_dim"] // 4] + 2 * [text["head_dim"] // 8]
+    vision = model["vision"] | {"out_hidden_size": text["hidden_size"]}
+    return Qwen3VLMoeConfig(text_config=text, vision_config=vision, image_token_id=4, vision_start_token_id=2)
+
+
+def batch_of(config: RunConfig, model: PretrainedConfig) -> dict[str, Tensor]:
+    """Random samples of the full length; the first half of each is one image where the model sees."""
+    B, S = config.train.micro_batch_size, config.data.max_length
+    ids_BS = torch.randint(5, model.get_text_config().vocab_size, (B, S))
+    batch = {"input_ids": ids_BS, "labels": ids_BS.clone(), "attention_mask": torch.ones_like(ids_BS)}
+    vision = getattr(model, "vision_config", None)
+    if vision is None:
+        return batch
+    image_BS = torch.arange(S).expand(B, S) < S // 2
+    ids_BS[image_BS] = model.image_token_id
+    side = vision.spatial_merge_size
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    patches = B * (S // 2) * side**2
+    grid = torch.tensor([[1, side, side * (S // 2)]] * B)
+    return batch | {
+        "mm_token_type_ids": image_BS.int(),
+        "pixel_values": torch.randn(patches, width),
+        "image_grid_thw": grid,
+    }
+
+
+def resident(which: str) -> int:
+    """Bytes of this process: VmRSS is now, RssFile of that pages of files (libraries), VmHWM the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    config, model = RunConfig(**case["run"]), config_of(case["model"])
+    topology = start_distributed(config.moe.ep_size if config.moe else 1)
+    deepspeed.utils.logger.setLevel("ERROR")
+    baseline, libraries = resident("VmRSS"), resident("RssFile")
+    ds = resolve_deepspeed(config, topology.world_size, on_cpu(), model.get_text_config().hidden_size)
+    outline = skeleton(model)
+    set_trainable(outline, config)
+    predicted = predict(outline, config, ds, topology.world_size, on_cpu())
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    trained = MODEL_CLASSES[model.model_type]()._from_config(model, dtype=dtype).train()
+    prepare_model(trained, config, topology)
+    engine = build_engine(trained, config, ds, total_steps=STEPS)
+    del trained
+    gc.collect()
+    if not case["kept"]:
+        Path("/proc/self/clear_refs").write_text("5")  # a new peak: that of the steps, which predictions are of
+    batch = batch_of(config, model)
+    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * topology.world_size)
+    for _ in range(STEPS * accumulation):
+        loss = engine(**batch, use_cache=False, num_items_in_batch=batch["labels"].numel()).loss
+        engine.backward(loss)
+        del loss
+        engine.step()
+    # A machine short of memory takes back pages of libraries: the peak is then not what the run would have had.
+    sizes = torch.tensor([baseline, resident("VmHWM"), libraries - resident("RssFile")])
+    dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
+    parameters = sum(parameter.numel() for parameter in outline.parameters())
+    found = dict(zip(("baseline_bytes", "peak_bytes", "reclaimed_bytes"), sizes.tolist(), strict=True))
+    found["parameters"] = parameters
+    return found | {"predicted_bytes": predicted.device, "moment": predicted.moment, "rank": topology.rank}
+
+
+def main() -> None:
+    found = measure(json.loads(Path(sys.argv[1]).read_text()))
+    if found.pop("rank") == 0:
+        Path(sys.argv[2]).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Draw the load of every router on the same random, skewed hidden states, before any training.
+
+python -m tools.bench.routers.plot --out docs/images/routers.png
+python -m tools.bench.routers.plot --json loads.json       # {router: load of each expert in fair shares}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+
+from ds_moe.moe import ROUTERS, Router, RoutingDecision
+from ds_moe.moe.loss_free import LossFreeBalancing
+from ds_moe.monitor.heatmap import FAINT, INK
+from ds_moe.monitor.meters import max_vio, relative_load
+
+T, D, E, K = 8192, 64, 16, 2
+BIAS_STEPS = 600
+BLUE, GREEN, GREY = "#0072B2", "#009E73", "#9AA0A6"  # tokens choose, experts choose, nothing is learned
+ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
+    "topk": ("topk", {}),
+    "topk, loss-free": ("topk", {}),
+    "topk, 2 of 4 groups": ("topk", {"groups": 4, "top_groups": 2}),
+    "topk, capacity 1.25": ("topk", {"capacity_factor": 1.25}),
+    "noisy_topk": ("noisy_topk", {}),
+    "expert_choice": ("expert_choice", {}),
+    "hash": ("hash", {}),
+    "balanced": ("balanced", {}),
+}
+
+
+def skewed_states(generator: torch.Generator) -> torch.Tensor:
+    """(T, D): what all tokens share, beside what is each token's own, is what makes some experts popular."""
+    common_D, own_TD = torch.randn(D, generator=generator), torch.randn(T, D, generator=generator)
+    return 0.5 * common_D + own_TD
+
+
+def route(name: str) -> RoutingDecision:
+    generator = torch.Generator().manual_seed(0)
+    x_TD = skewed_states(generator)
+    weight_ED = nn.Parameter(torch.randn(E, D, generator=generator) * D**-0.5)
+    kind, settings = ROUTES[name]
+    torch.manual_seed(0)
+    router = ROUTERS[kind](weight_ED, K, **settings).train()
+    with torch.no_grad():
+        if "loss-free" in name:
+            balance(router, x_TD)
+        return router(x_TD)
+
+
+def balance(router: Router, x_TD: torch.Tensor) -> None:
+    """Let the bias settle on fixed scores."""
+    router.balancing = LossFreeBalancing(E, decay_from=0.5)
+    for step in range(BIAS_STEPS):
+        router.balancing.add(torch.bincount(router(x_TD).expert_N, minlength=E))
+        router.balancing.update(progress=step / BIAS_STEPS)
+
+
+def draw(axes: Axes, name: str, decision: RoutingDecision) -> np.ndarray:
+    counts_1E = torch.bincount(decision.expert_N, minlength=E)[None].numpy()
+    load_E = counts_1E[0] * E / (T * K)  # in fair shares of what all tokens ask for
+    kind = ROUTES[name][0]
+    color = GREEN if kind == "expert_choice" else GREY if kind in ("hash", "balanced") else BLUE
+    axes.bar(range(E), load_E, color=color, width=0.8)
+    axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    uncovered = 1 - decision.token_N.unique().numel() / T
+    facts = [f"MaxVio {max_vio(counts_1E):.2f}"]
+    facts += [f"{decision.dropped / (T * K):.0%} dropped"] if decision.dropped else []
+    facts += [f"{uncovered:.0%} uncovered"] if uncovered else []
+    axes.set_title(name, color=INK, fontsize=10, loc="left", fontweight="bold", pad=16)
+    axes.text(0, 1.02, ", ".join(facts), transform=axes.transAxes, color=INK, fontsize=8)
+    axes.set_xticks([0, E // 2 - 1, E - 1], ["1", str(E // 2), str(E)], fontsize=8)
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.35)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    return relative_load(counts_1E)[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/images/routers.png"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    figure = Figure(figsize=(10.4, 5.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 4, sharex=True, sharey=True)
+    loads = {name: draw(axes, name, route(name)) for name, axes in zip(ROUTES, panels.flat, strict=True)}
+    for axes in panels[:, 0]:
+        axes.set_ylabel("load, fair shares", color=INK, fontsize=9)
+    for axes in panels[1]:
+        axes.set_xlabel("expert", color=INK, fontsize=9)
+    figure.suptitle(
+        f"Load of {E} experts, top-{K}, {T:,} random tokens with a common direction, untrained", color=INK, fontsize=10
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out)
+    if options.json is not None:
+        options.json.write_text(json.dumps({name: load_E.tolist() for name, load_E in loads.items()}, indent=1))
+    print(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

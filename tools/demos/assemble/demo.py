@@ -1,0 +1,161 @@
+"""`make assemble-demo`: two experts trained apart from one dense parent, assembled into one Qwen3-VL-MoE.
+
+    python -m tools.demos.assemble.demo [--plot FILE] [--json FILE]
+
+A small dense Qwen3-VL learns a little of everything about the digits. Two branches of it go on apart, in the FFNs:
+one only reads digits, the other only says whether they are even and at least five. `ds-moe assemble` puts their FFNs
+side by side, a short run trains the routers and nothing else. Plain transformers then answers the held-out questions
+with every model, with the mean of the branches (model averaging) as the rival. All training is `ds-moe train`, ZeRO-3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ds_moe.data.digits import write_digits
+from ds_moe.export.model import export_checkpoint
+from ds_moe.monitor import print_table
+from tools.demos.assemble.plot import write_figure
+
+ROOT = Path(__file__).resolve().parents[3]
+RUN = "ds_configs/runs/assemble_demo.yaml"
+FOLDER = Path("runs/assemble_demo")
+BRANCHES = {"digit": ("digit",), "parity": ("parity", "at_least_five")}  # kinds of question that each one learns
+PARENT = ("model.path=null", "model.preset=tiny-vl-dense", "model.freeze=[]", "train.steps=150", "train.lr=3e-3")
+ROUTERS = ("model.freeze=[]", "moe.ep_size=2", "train.stage=router_only", "train.steps=100", "train.lr=2e-2")
+CALIBRATION = 600  # records of the training split, of all kinds
+MODELS = {
+    "parent": "parent",
+    "digit": "branch: which digit",
+    "parity": "branch: even, at least five",
+    "average": "average of the branches",
+    "assembled": "assembled",
+    "calibrated": "assembled, routers trained",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the accuracies as PNG")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there too")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    began = time.monotonic()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    write_data()
+    train("parent", 2, *PARENT, f"data.train={FOLDER}/data/train.jsonl")
+    with ThreadPoolExecutor(2) as pool:  # a process each
+        list(pool.map(train_branch, BRANCHES))
+    assemble("average", f"average:\n  models: {{{checkpoints()}}}\n")
+    assemble("assembled", moe_spec())
+    calibration = f"model.path={FOLDER}/assembled", f"data.train={FOLDER}/data/calibration.jsonl"
+    train("calibrated", 2, *ROUTERS, *calibration)
+    with ThreadPoolExecutor(2) as pool:
+        accuracy = dict(zip(MODELS, pool.map(score, MODELS), strict=True))
+    result = {"accuracy": accuracy, "claims": claims(accuracy), "seconds": time.monotonic() - began}
+    report(result)
+    for file in filter(None, (FOLDER / "result.json", options.json)):
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    if options.plot:
+        write_figure({label: accuracy[name] for name, label in MODELS.items()}, options.plot)
+    return 0 if all(claim["holds"] for claim in result["claims"]) else 1
+
+
+def write_data() -> None:
+    """The bundled scans as JSONL: all of the training split, each branch's questions, and a few of all kinds."""
+    train_file, _ = write_digits(FOLDER / "data")
+    lines = train_file.read_text().splitlines()
+    parts = {name: [line for line in lines if json.loads(line)["kind"] in kinds] for name, kinds in BRANCHES.items()}
+    parts["calibration"] = random.Random(0).sample(lines, CALIBRATION)
+    for name, part in parts.items():
+        train_file.with_name(f"{name}.jsonl").write_text("\n".join(part) + "\n")
+
+
+def train_branch(name: str) -> None:
+    train(name, 1, f"model.path={FOLDER}/parent", f"data.train={FOLDER}/data/{name}.jsonl")
+
+
+def train(name: str, processes: int, *overrides: str) -> None:
+    """One run, exported as FOLDER/name."""
+    output = FOLDER / f"{name}_run"
+    command = ("train", RUN, "--nproc", str(processes), f"train.output_dir={output}", *overrides)
+    run("ds-moe", *command, log=output.with_suffix(".log"))
+    export_checkpoint(output, FOLDER / name)
+
+
+def checkpoints() -> str:
+    return ", ".join(f"{name}: {FOLDER}/{name}" for name in BRANCHES)
+
+
+def moe_spec() -> str:
+    data = ", ".join(f"{name}: {FOLDER}/data/{name}.jsonl" for name in BRANCHES)
+    return f"""\
+branches:
+  parent: {FOLDER}/parent
+  experts: {{{checkpoints()}}}
+  top_k: 2
+  rest: parent # the branches have changed nothing but FFNs
+  router:
+    init: hidden_mean
+    data: {{{data}}}
+"""
+
+
+def assemble(name: str, spec: str) -> None:
+    file = FOLDER / f"{name}.yaml"
+    file.write_text(spec)
+    run("ds-moe", "assemble", str(file), str(FOLDER / name))
+
+
+def score(name: str) -> dict[str, float]:
+    """Share of held-out answers that are exactly right, by kind of question and on average."""
+    file = FOLDER / f"{name}_accuracy.json"
+    words = (f"{FOLDER}/{name}", "--data", "digits", "--max-new-tokens", "4", "--json", str(file))
+    run("python", "tools/demos/score.py", *words, log=file.with_suffix(".log"))
+    return json.loads(file.read_text())
+
+
+def run(program: str, *words: str, log: Path | None = None) -> None:
+    """Run a program of this environment, its output to a log if given; its failure is the demo's."""
+    print(f"\n$ {program} {' '.join(words)}{f' > {log}' if log else ''}", flush=True)
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes on two cores, whoever started them
+    command = [str(Path(sys.executable).with_name(program)), *words]
+    done = subprocess.run(command, env=settings, text=True, capture_output=log is not None)
+    if log is not None:
+        log.write_text(done.stdout + done.stderr)
+    if done.returncode != 0:
+        sys.exit(f"{program} {words[0]} failed" + (f", see {log}" if log else ""))
+
+
+def claims(accuracy: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """What the demo is to show, with `holds` true or false."""
+    ours = accuracy["calibrated"]["mean"]
+    rivals = {name: accuracy[name]["mean"] for name in ("parent", *BRANCHES, "average")}
+    return [
+        {"claim": f"assembled, routers trained {ours:.3f} > {MODELS[name]} {share:.3f}", "holds": ours > share}
+        for name, share in rivals.items()
+    ]
+
+
+def report(result: dict[str, Any]) -> None:
+    rows = {
+        MODELS[name]: "  ".join(f"{kind} {share:.3f}" for kind, share in shares.items())
+        for name, shares in result["accuracy"].items()
+    }
+    print_table(rows | {"time": f"{result['seconds']:.0f} s"}, "ds_moe: experts trained apart, assembled")
+    for claim in result["claims"]:
+        print(f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

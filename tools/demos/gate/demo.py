@@ -1,0 +1,236 @@
+"""`make gate-demo`: a learned gate over four LoRA adapters, from what is asked and what the screen shows.
+
+    python -m tools.demos.gate.demo [--joint] [--plot FILE] [--json FILE]
+
+Screens are rendered (tools/demos/gate/screens.py), a small dense Qwen3-VL learns to caption them, four adapters learn a task each,
+then the gate learns which of them a request needs: supervised, and from the answers. All training is `ds-moe train`, 2
+processes, ZeRO-3. Held-out layouts and phrasings judge the gate against its baselines, and the routed model against the
+oracle choice, every single adapter and the even blend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from ds_moe.data.encode import Batch
+from ds_moe.data.stream import EvalSet
+from ds_moe.export.model import export_adapter, export_checkpoint
+from ds_moe.models.families import MODEL_CLASSES
+from ds_moe.models.presets import preset_config
+from ds_moe.models.processor import save_processor, special_token_ids, tiny_processor
+from ds_moe.monitor import print_table
+from ds_moe.tasks.answers import Answering, generate_answers
+from ds_moe.tasks.gate.commands import load_gated
+from ds_moe.tasks.gate.features import Features
+from ds_moe.tasks.gate.network import GateDecision, GateSettings
+from ds_moe.tasks.gate.records import gate_form
+from tools.demos.gate.plot import write_figure
+from tools.demos.gate.screens import ADAPTERS, words, write_screens
+
+ROOT = Path(__file__).resolve().parents[3]
+RUNS = Path("ds_configs/runs")
+FOLDER = Path("runs/gate_demo")
+GATE = RUNS / "gate_demo.yaml"
+RANKS = {"agenda": 8, "pointer": 16, "auditor": 8, "operator": 4}  # of the adapters: a bank takes them as they come
+LATER = ("train.lr=5e-4", "train.steps=60", "train.warmup_steps=5", "train.max_new_tokens=6")
+TRAP = ("gate.text=first", "gate.modalities=text", "train.steps=60")
+ROUTED, ALONE, ORACLE_POINTS = 0.95, 0.65, 0.02
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--joint", action="store_true", help="also stage 3: gate and adapters together")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the accuracies as PNG")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    disable_progress_bar()
+    began = time.monotonic()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    make_base()
+    make_adapters()
+    gate = train_gate(options.joint)
+    result = {"routing": evaluate("supervised"), "routing_end_to_end": evaluate(gate), "trap": fall_into_the_trap()}
+    result |= {"answers": answer_accuracy(gate), "seconds": time.monotonic() - began}
+    result["claims"] = claims(result)
+    report(result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.plot:
+        write_figure(result, options.plot)
+    return 0 if all(claim["holds"] for claim in result["claims"]) else 1
+
+
+def make_base() -> None:
+    """Screens, and a model that knows what is on them."""
+    write_screens(FOLDER / "data", train=6000, held_out=400, base=12_000, seed=0)
+    processor = tiny_processor("vl", tuple(words()), patch_size=8)
+    build_model(processor).save_pretrained(FOLDER / "untrained")
+    save_processor(processor, FOLDER / "untrained")
+    ds_moe("train", RUNS / "gate_demo_base.yaml", "--nproc", "2")
+    export_checkpoint(FOLDER / "base_run", FOLDER / "base")
+
+
+def build_model(processor: Any) -> PreTrainedModel:
+    """The tiny dense preset with the processor's vocabulary and larger patches: a screen is 16 image tokens."""
+    config: Any = preset_config("tiny-vl-dense")
+    ids = special_token_ids(processor)
+    config.text_config.vocab_size = len(processor.tokenizer)
+    for key in ("pad_token_id", "eos_token_id"):
+        setattr(config.text_config, key, ids.pop(key))
+    for key, value in ids.items():
+        setattr(config, key, value)
+    vision = {"patch_size": 8, "hidden_size": 64, "intermediate_size": 128, "num_position_embeddings": 64}
+    for key, value in vision.items():
+        setattr(config.vision_config, key, value)
+    torch.manual_seed(0)
+    return MODEL_CLASSES[config.model_type]()(config)
+
+
+def make_adapters() -> None:
+    """A PEFT folder for each task, of different ranks."""
+    with ThreadPoolExecutor(2) as pool:  # two at a time, a process each
+        list(pool.map(make_adapter, RANKS))
+
+
+def make_adapter(name: str) -> None:
+    output, rank = FOLDER / "adapter_runs" / name, RANKS[name]
+    data = f"data.train={FOLDER}/data/adapter-{name}.jsonl"
+    run = [data, f"train.output_dir={output}", f"lora.rank={rank}", f"lora.alpha={2 * rank}"]
+    ds_moe("train", RUNS / "gate_demo_adapter.yaml", *run, "--nproc", "1", log=output.with_suffix(".log"))
+    export_adapter(output, FOLDER / "adapters" / name)
+
+
+def train_gate(joint: bool) -> str:
+    """Stages 1 and 2, and 3 if asked; the last one's folder."""
+    ds_moe("gate", "train", GATE, "--nproc", "2")
+    stages = [("end_to_end", "supervised", ["gate.kl_weight=0.1", "gate.entropy_weight=0.01"])]
+    if joint:
+        stages.append(("joint", "end_to_end", ["gate.adapter_lr=1e-4"]))
+    for stage, before, more in stages:
+        run = [f"gate.stage={stage}", f"gate.start={FOLDER / before}", f"train.output_dir={FOLDER / stage}"]
+        ds_moe("gate", "train", GATE, *run, *more, *LATER, "--nproc", "2")
+    return stages[-1][0]
+
+
+def evaluate(stage: str) -> dict[str, Any]:
+    """What `ds-moe gate eval` finds."""
+    file = FOLDER / stage / "eval.json"
+    ds_moe("gate", "eval", GATE, f"train.output_dir={FOLDER / stage}", "--json", file)
+    return json.loads(file.read_text())
+
+
+def fall_into_the_trap() -> dict[str, Any]:
+    """A gate that pools the first token: it predicts one adapter for every request, and the evaluation says so."""
+    output = FOLDER / "first_token"
+    ds_moe("gate", "train", GATE, *TRAP, f"train.output_dir={output}", "--nproc", "2")
+    command = ["gate", "eval", GATE, *TRAP, f"train.output_dir={output}", "--json", output / "eval.json"]
+    done = subprocess.run([executable(), *map(str, command)], capture_output=True, text=True)
+    print(done.stderr.strip().splitlines()[-1], flush=True)
+    return {**json.loads((output / "eval.json").read_text()), "exit_code": done.returncode}
+
+
+def ds_moe(*words: object, log: Path | None = None) -> None:
+    """Run one command, its output to a log if given; its failure is the demo's."""
+    print(f"\n$ ds-moe {' '.join(map(str, words))}{f' > {log}' if log else ''}", flush=True)
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes on two cores, whoever started them
+    with log.open("w") if log is not None else nullcontext() as out:
+        done = subprocess.run([executable(), *map(str, words)], stdout=out, stderr=out, env=settings)
+    if done.returncode != 0:
+        sys.exit(f"ds-moe {words[0]} failed{f', see {log}' if log else ''}")
+
+
+def executable() -> str:
+    return str(Path(sys.executable).with_name("ds-moe"))
+
+
+class Fixed(nn.Module):
+    """In place of a gate: weights that somebody else has chosen for the batch."""
+
+    def __init__(self, settings: GateSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.weights_BK: Tensor
+
+    def forward(self, features: Features) -> GateDecision:
+        return GateDecision(self.weights_BK.log(), self.weights_BK)
+
+
+def answer_accuracy(stage: str) -> dict[str, float]:
+    """Share of exactly right generated answers to the held-out requests, by who chooses the adapter."""
+    gated = load_gated(str(GATE), [f"train.output_dir={FOLDER / stage}"], None)
+    model, names = gated.model, gated.names
+    router, fixed = model.adapter_gate, Fixed(model.adapter_gate.settings)
+    form = gate_form(names, labelled=True)
+    batches = list(EvalSet(gated.config, gated.processor, rank=0, world_size=1, form=form).batches())
+    every = torch.eye(len(names))
+
+    def accuracy(gate: nn.Module, choose: Any) -> float:
+        model.adapter_gate, right, asked = gate, 0, 0
+        for batch in batches:
+            fixed.weights_BK = choose(batch.batch)
+            answers = generate_answers(model, batch.prompt, Answering(gated.processor, 6))
+            right += sum(map(str.__eq__, answers, batch.answers))
+            asked += len(answers)
+        return right / asked
+
+    def constant(weights_K: Tensor) -> Any:
+        return lambda batch: weights_K.expand(len(batch["adapter"]), -1)
+
+    def oracle(batch: Batch) -> Tensor:
+        return every[batch["adapter"]]
+
+    with torch.no_grad():
+        found = {"routed": accuracy(router, oracle), "oracle": accuracy(fixed, oracle)}
+        found |= {name: accuracy(fixed, constant(one)) for name, one in zip(names, every, strict=True)}
+        found["even blend"] = accuracy(fixed, constant(torch.full((len(names),), 1 / len(names))))
+    return found
+
+
+def claims(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the demo is to show, with `holds` true or false."""
+    routing, answers = result["routing"], result["answers"]
+    text, vision = (routing["baselines"][name] for name in ("text only", "vision only"))
+    others = {name: share for name, share in answers.items() if name not in ("routed", "oracle")}
+    best, routed, oracle = max(others, key=others.__getitem__), answers["routed"], answers["oracle"]
+    trap = result["trap"]
+    collapsed = trap["constant"] is not None and trap["exit_code"] == 2
+    found = [
+        (f"routing accuracy {routing['accuracy']:.3f} >= {ROUTED}", routing["accuracy"] >= ROUTED),
+        (f"text only {text:.3f} and vision only {vision:.3f} <= {ALONE}", max(text, vision) <= ALONE),
+        (f"answers: routed {routed:.3f} within 2 points of oracle {oracle:.3f}", routed >= oracle - ORACLE_POINTS),
+        (f"answers: routed above every other choice, of which {best} has {others[best]:.3f}", routed > others[best]),
+        (f"a gate on the first token predicts {trap['constant']} for everything, and eval fails", collapsed),
+    ]
+    return [{"claim": text, "holds": bool(holds)} for text, holds in found]
+
+
+def report(result: dict[str, Any]) -> None:
+    rows = {"routing accuracy, supervised / end to end": f"{result['routing']['accuracy']:.3f} / "
+            f"{result['routing_end_to_end']['accuracy']:.3f}"}  # fmt: skip
+    rows |= {f"baseline, {name}": f"{share:.3f}" for name, share in result["routing"]["baselines"].items()}
+    rows |= {f"answers right, {name}": f"{share:.3f}" for name, share in result["answers"].items()}
+    print_table(rows | {"time": f"{result['seconds']:.0f} s"}, f"ds_moe: a gate over {len(ADAPTERS)} LoRA adapters")
+    for claim in result["claims"]:
+        print(f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""What one rank computes in a micro-step, as operations of counted FLOPs and bytes, each on a roofline.
+
+An operation takes max(FLOPs / rate, bytes / bandwidth) (Williams et al. 2009): an expert with few rows costs the
+reading of its weights. The backward pass of a matrix product is two products of the same size. Elementwise work
+is counted as transformers' modules do it, one kernel after another, nothing fused. Launches and Python are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ds_moe.errors import UserError
+from tools.step_model.machines import Machine
+from tools.step_model.shapes import Decoder, layer_parameters, other_parameters, parameters, score_flops
+
+Kind = Literal["dense", "grouped", "attention", "elementwise"]
+WIDTHS = {"bf16": 2, "fp32": 4}
+FLASH_BACKWARD = 2.5  # FlashAttention: 5 products against the forward's 2
+LOSS_BYTES = 28  # a logit, forward and backward: to fp32, log-softmax, gradient; besides 2 accesses in its own width
+
+
+@dataclass(frozen=True)
+class Topology:
+    """How a model is trained: N ranks of which `ep_size` share one copy of the experts.
+
+    Attributes:
+        tokens: a rank and micro-step.
+        sequence: tokens of one sequence, at most `tokens`.
+        accumulation: micro-steps of an optimizer step.
+        max_vio: rows of the busiest rank above its fair share, as a share of it; without effect at ep_size 1, where
+            a rank's rows are those of its own tokens.
+        chunks: parts of an exchange, all but one of which hide behind the experts (or the other way round).
+    """
+
+    nodes: int
+    devices_per_node: int
+    ep_size: int = 1
+    zero_stage: int = 3
+    tokens: int = 4096
+    sequence: int = 4096
+    accumulation: int = 1
+    dtype: str = "bf16"
+    checkpointing: bool = False
+    max_vio: float = 0.0
+    chunks: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.devices_per_node
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight or an activation."""
+        return WIDTHS[self.dtype]
+
+
+def check_topology(topology: Topology, decoder: Decoder) -> None:
+    """
+    Raises:
+        UserError: what cannot be; names the option and the fix.
+    """
+    for option in ("nodes", "devices_per_node", "ep_size", "tokens", "sequence", "accumulation", "chunks"):
+        if getattr(topology, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(topology, option)}: must be at least 1")
+    if decoder.E % topology.ep_size:
+        raise UserError(f"--ep-size {topology.ep_size} does not divide the {decoder.E} experts of {decoder.name}")
+    if topology.world % topology.ep_size:
+        raise UserError(f"--ep-size {topology.ep_size} does not divide the {topology.world} ranks")
+    if decoder.E // topology.ep_size % topology.chunks:
+        raise UserError(
+            f"--chunks {topology.chunks} does not divide the {decoder.E // topology.ep_size} experts of a rank"
+        )
+    if topology.zero_stage not in (1, 2, 3):
+        raise UserError(f"--zero {topology.zero_stage}: 1, 2 or 3")
+    if topology.dtype not in WIDTHS:
+        raise UserError(f"--dtype {topology.dtype}: one of {', '.join(WIDTHS)}")
+    if topology.sequence > topology.tokens:
+        raise UserError(f"--sequence {topology.sequence} exceeds the {topology.tokens} --tokens of a micro-step")
+    if topology.max_vio < 0:
+        raise UserError(f"--max-vio {topology.max_vio}: must be at least 0")
+
+
+def busiest_rows(topology: Topology, decoder: Decoder) -> float:
+    """Rows that the experts of the busiest rank get: T K (1 + MaxVio), at most all of its EP group's."""
+    mean = topology.tokens * decoder.K
+    return mean * min(1 + topology.max_vio, topology.ep_size) if topology.ep_size > 1 else mean
+
+
+def held_parameters(topology: Topology, decoder: Decoder) -> float:
+    """Elements of a complete copy of this rank's share: all but other ranks' experts."""
+    other = other_parameters(decoder)
+    return other + (parameters(decoder) - other) / topology.ep_size
+
+
+def owned_parameters(topology: Topology, decoder: Decoder) -> float:
+    """Elements whose optimizer state is this rank's: experts over EP x EDP ranks, the rest over DP, both all ranks."""
+    return parameters(decoder) / topology.world
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Work of one rank in one micro-step, all layers together.
+
+    Attributes:
+        name: the table's row it belongs to.
+        flops, bytes: of one execution in one layer.
+        count: executions of a forward (layers).
+        forward, backward: times it is executed in either pass.
+        repeated: whether gradient checkpointing executes its forward again.
+    """
+
+    name: str
+    kind: Kind
+    flops: float
+    bytes: float
+    count: int = 1
+    forward: float = 1
+    backward: float = 2
+    repeated: bool = True
+
+
+def gemm(
+    name: str, kind: Kind, rows: float, inner: int, outer: int, width: int, count: int, weights: float = 1, **more: Any
+) -> Operation:
+    """(rows, inner) x (inner, outer), split over `weights` matrices: reads rows and every matrix, writes rows."""
+    moved = width * (rows * (inner + outer) + weights * inner * outer)
+    return Operation(name, kind, 2 * rows * inner * outer, moved, count, **more)
+
+
+def operations(topology: Topology, decoder: Decoder) -> list[Operation]:
+    """Everything one rank computes in a micro-step but the optimizer; the busiest rank's where ranks differ."""
+    T, D, C, width = topology.tokens, decoder.D, decoder.head_dim, topology.width
+    heads, layers, moe = decoder.heads, decoder.layers, decoder.moe_layers
+    both_heads = heads + decoder.kv_heads
+    rows = busiest_rows(topology, decoder)
+    local = min(decoder.E / topology.ep_size, rows)  # experts that have a row to multiply
+    norm = 20 + 2 * width + (0 if width == 4 else 2 * (width + 4))  # bytes an element: x^2, mean, scale in fp32; weight
+    rotary = 10 * width  # rotate_half, two products, a sum
+    swiglu = 3 * width + 36 + (12 if width < 4 else 0)  # silu, two products, a copy in fp32, and casts
+    residual = 2 * 3 * width * D  # two sums
+    attention_bytes = width * T * C * 2 * both_heads  # reads q, k, v, writes the output: nothing of size S x S
+    work = [
+        gemm("attention projections", "dense", T, D, C * (heads + 2 * decoder.kv_heads), width, layers),
+        gemm("attention projections", "dense", T, C * heads, D, width, layers),
+        Operation(
+            *("attention scores", "attention", score_flops(decoder, T, topology.sequence), attention_bytes, layers),
+            backward=FLASH_BACKWARD,
+        ),
+        Operation(
+            *("norms, rotary, residuals", "elementwise", 0),
+            *(T * (2 * D * norm + both_heads * C * (norm + rotary) + residual), layers),
+        ),
+        gemm("router", "dense", T, D, decoder.E, width, moe),
+        Operation("router", "elementwise", 0, 6 * 4 * T * decoder.E, moe),  # softmax, top-k, counts in fp32
+        gemm("experts", "grouped", rows, D, 2 * decoder.F, width, moe, local),
+        gemm("experts", "grouped", rows, decoder.F, D, width, moe, local),
+        Operation("experts' activation", "elementwise", 0, rows * decoder.F * swiglu, moe),
+        Operation("dispatch and combine", "elementwise", 0, dispatch_bytes(topology, decoder), moe, backward=1),
+        *head_operations(topology, decoder),
+        # Copied into a bucket and out of it, every micro-step.
+        Operation(
+            "gradient buckets", "elementwise", 0, 4 * width * held_parameters(topology, decoder), forward=0, backward=1
+        ),
+    ]
+    if decoder.dense_layers:
+        F = decoder.dense_F
+        work += [
+            gemm("dense MLP", "dense", T, D, 2 * F, width, decoder.dense_layers),
+            gemm("dense MLP", "dense", T, F, D, width, decoder.dense_layers),
+            Operation("dense MLP", "elementwise", 0, T * F * 5 * width, decoder.dense_layers),
+        ]
+    return work
+
+
+def dispatch_bytes(topology: Topology, decoder: Decoder) -> float:
+    """Of one layer's forward: rows gathered and added up; under EP also sorted twice by rank and expert."""
+    width = topology.width
+    own = topology.tokens * (decoder.K * 3 + 1) * width  # each row copied, read again, the sums written
+    sorted_again = busiest_rows(topology, decoder) * 4 * width if topology.ep_size > 1 else 0
+    return decoder.D * (own + sorted_again)
+
+
+def head_operations(topology: Topology, decoder: Decoder) -> list[Operation]:
+    """Embedding, output layer and loss; outside the layers, so that checkpointing repeats none of them."""
+    T, D, V, width = topology.tokens, decoder.D, decoder.vocabulary, topology.width
+    once = {"repeated": False}
+    return [
+        gemm("lm_head", "dense", T, D, V, width, 1, **once),
+        Operation("loss", "elementwise", 0, T * V * (LOSS_BYTES + 2 * width) / 2, backward=1, **once),
+        Operation("embedding", "elementwise", 0, 2 * T * D * width, backward=0, **once),
+        Operation("embedding", "elementwise", 0, width * D * (2 * T + V), forward=0, backward=1, **once),
+    ]
+
+
+def rate(operation: Operation, machine: Machine, dtype: str) -> float:
+    """FLOP/s that this kind of operation reaches.
+
+    Raises:
+        UserError: no figure for this dtype.
+    """
+    if dtype not in machine.peak_flops:
+        raise UserError(f"--dtype {dtype}: {machine.name} has figures for {', '.join(machine.peak_flops)} only")
+    fraction = {"dense": machine.dense, "grouped": machine.grouped, "attention": machine.attention, "elementwise": 1.0}
+    return machine.peak_flops[dtype] * fraction[operation.kind]
+
+
+def execution_s(operation: Operation, machine: Machine, dtype: str) -> float:
+    """Seconds of one execution: the roofline."""
+    return max(operation.flops / rate(operation, machine, dtype), operation.bytes / machine.memory_bandwidth)
+
+
+def bound_by_flops(operation: Operation, machine: Machine, dtype: str) -> bool:
+    return operation.flops / rate(operation, machine, dtype) >= operation.bytes / machine.memory_bandwidth
+
+
+def gathered_layer(topology: Topology, decoder: Decoder) -> float:
+    """Elements of one MoE layer as a rank holds it complete under ZeRO-3: with its own experts only."""
+    return layer_parameters(decoder, decoder.E / topology.ep_size)

@@ -1,0 +1,101 @@
+"""Estimates over numbers of devices and EP sizes, the best of each number, and their figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from ds_moe.errors import UserError
+from tools.step_model.costs import Topology
+from tools.step_model.machines import Machine
+from tools.step_model.memory import fits, memory
+from tools.step_model.shapes import Decoder
+from tools.step_model.step_time import Estimate, estimate
+
+DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
+INK, FAINT = "#222222", "#6B6B6B"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One topology of a sweep."""
+
+    topology: Topology
+    estimate: Estimate
+    memory: dict[str, float]
+    fits: bool
+
+    def tokens_per_s(self, overlap: bool) -> float:
+        return self.estimate.tokens_overlap_per_s if overlap else self.estimate.tokens_per_s
+
+
+def ep_sizes(decoder: Decoder, world: int) -> list[int]:
+    """Divisors of the number of experts that divide the ranks."""
+    return [size for size in range(1, decoder.E + 1) if decoder.E % size == world % size == 0]
+
+
+def point(topology: Topology, decoder: Decoder, machine: Machine) -> Point:
+    parts = memory(topology, decoder, machine.runtime)
+    return Point(topology, estimate(topology, decoder, machine), parts, fits(parts, machine.memory))
+
+
+def sweep(
+    topology: Topology, decoder: Decoder, machine: Machine, devices: Sequence[int] = DEVICES
+) -> dict[int, list[Point]]:
+    """Points of every EP size for each number of devices; all else as in `topology`.
+
+    Raises:
+        UserError: devices that do not fill their nodes.
+    """
+    points = {}
+    for count in devices:
+        per_node = min(count, topology.devices_per_node)
+        if count < 1 or count % per_node:
+            raise UserError(f"--devices {count}: must fill nodes of {per_node}")
+        placed = replace(topology, nodes=count // per_node, devices_per_node=per_node)
+        sizes = ep_sizes(decoder, count)
+        points[count] = [point(replace(placed, ep_size=size), decoder, machine) for size in sizes]
+    return points
+
+
+def best(points: list[Point], overlap: bool = False) -> Point | None:
+    """The fastest that fits the memory; None if none does."""
+    return max((p for p in points if p.fits), key=lambda p: p.tokens_per_s(overlap), default=None)
+
+
+def write_figure(points: dict[int, list[Point]], title: str, file: Path, overlap: bool = False) -> None:
+    """PNG: tokens/s of one device against EP size, a line for each number of devices; hollow: exceeds the memory."""
+    figure = Figure(figsize=(7.6, 4.6), dpi=150, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    colors = colormaps["viridis"].resampled(max(2, len(points) + 1))  # its last, a pale yellow, stays unused
+    for position, (count, row) in enumerate(points.items()):
+        color = colors(position)
+        sizes = [p.topology.ep_size for p in row]
+        speeds = [p.tokens_per_s(overlap) / count for p in row]
+        axes.plot(sizes, speeds, color=color, linewidth=1.5, label=str(count))
+        for size, speed, p in zip(sizes, speeds, row, strict=True):
+            axes.plot(size, speed, "o", color=color, markersize=5, markerfacecolor=color if p.fits else "white")
+    ticks = sorted({p.topology.ep_size for row in points.values() for p in row})
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("EP size (ranks that share one copy of the experts)", fontsize=9, color=INK)
+    axes.set_ylabel("estimated tokens/s of one device", fontsize=9, color=INK)
+    axes.set_title(title, fontsize=10, color=INK, loc="left", pad=8)
+    axes.tick_params(labelsize=8.5, colors=FAINT, length=0)
+    axes.grid(color="#E4E4E4", linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    handles.append(Line2D([], [], color=FAINT, marker="o", markerfacecolor="white", linestyle="none"))
+    labels.append("exceeds the\nmemory")
+    figure.legend(handles, labels, loc="outside right upper", title="devices", frameon=False, fontsize=8.5)
+    FigureCanvasAgg(figure).print_png(str(file))
