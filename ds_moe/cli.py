@@ -110,12 +110,13 @@ def _positive(text: str) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from ds_moe.config.run import other_task
     from ds_moe.config.run_file import load_run
     from ds_moe.launcher import FINAL, plan, start
 
     config = load_run(options.run, options.overrides)  # one complaint here instead of one from every rank
-    if options.task not in (None, config.task):
-        raise UserError(f"{config.at('task')}: task is {config.task}; ds-moe gate train trains runs of task gate")
+    if options.task is not None and (other := other_task(config, options.task)):
+        raise UserError(f"{config.at('task')}: task is {other}; ds-moe gate train trains runs of task gate")
     restarts = options.max_restarts
     while True:
         launch = plan(options.run, options.overrides, options.nproc, options.hostfile, options.port)

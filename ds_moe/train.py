@@ -12,15 +12,15 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from ds_moe.checkpoint import save as checkpoint
 from ds_moe.checkpoint.restore import choose, load
+from ds_moe.checkpoint.save import Saving
 from ds_moe.config.deepspeed import precision
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import dump, dump_yaml, load_run
@@ -30,6 +30,7 @@ from ds_moe.faults.signals import Stopped, agreed
 from ds_moe.models.processor import save_processor
 from ds_moe.monitor import EvalReport, RoutingReport
 from ds_moe.monitor.meters import max_vio
+from ds_moe.tasks.registry import task_kind
 from ds_moe.tasks.task import Batch
 from ds_moe.training.expert_load import reduce_load
 from ds_moe.training.run import Run
@@ -60,51 +61,53 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig) -> dict[str, object]:
     """Train one run to its end; returns what the summary table shows (also in `<output_dir>/result.json`).
 
     Raises:
         Stopped: a signal has ended the run before, and its checkpoint is written.
     """
     run, complete = set_up(config), False
+    progress = run.progress
     try:
         resume(run)
-        run.monitor.start(run.step + 1, run_summary(run), dump(config))
-        if run.step >= run.total_steps:
-            run.monitor.note(f"all {run.total_steps} steps are done: nothing to train ({way_on(config)} to go on)")
+        run.monitor.start(progress.step + 1, run_summary(run), dump(config))
+        if progress.step >= progress.total_steps:
+            run.monitor.note(f"all {progress.total_steps} steps are done: nothing to train ({way_on(config)} to go on)")
         run.stop.wait_for_step()
         train_steps(run)
         finish(run)
         complete = True
     except OSError as error:
-        raise UserError(f"rank {run.topology.rank} in {run.watch.place}: {error}") from error
+        raise UserError(f"rank {run.parts.topology.rank} in {run.watch.place}: {error}") from error
     except Exception as error:
-        error.add_note(f"rank {run.topology.rank} in {run.watch.place}")
+        error.add_note(f"rank {run.parts.topology.rank} in {run.watch.place}")
         raise
     finally:
         run.monitor.close()
         run.stop.close()
         run.watch.close(complete)
     run.engine.destroy()
-    return run.result
+    return progress.figures.as_json(run.kind.name)
 
 
 def way_on(config: RunConfig) -> str:
     """What gives a complete run more steps."""
-    if config.task == "rl" and not config.train.steps:
+    if task_kind(config).files_follow and not config.train.steps:
         return "give data.train the next rollouts"
     return "raise train.steps" if config.train.steps else "raise train.epochs"
 
 
 def train_steps(run: Run) -> None:
     """Steps, evaluations and checkpoints until all are done, patience is exhausted, or a signal has come."""
-    steps = run.task.steps(run)
-    save_due = False
-    while run.step < run.total_steps or run.evaluation_due:
-        if not run.evaluation_due or run.stopping:
+    progress, save_due = run.progress, False
+    steps = run.task.steps(progress)
+    while progress.step < progress.total_steps or progress.evaluation_due:
+        if not progress.evaluation_due or run.stopping:
             one_step(run, steps)
-            save_due = save_due or (run.last and run.patience is None) or due(run.step, run.config.checkpoint.every)
-        if run.evaluation_due and not run.stopping:
+            save_due = save_due or (progress.last and run.patience is None)
+            save_due = save_due or due(progress.step, run.config.checkpoint.every)
+        if progress.evaluation_due and not run.stopping:
             save_due = run_evaluation(run) or save_due
         if (save_due or run.stopping) and run.task.at_boundary:
             save_checkpoint(run)
@@ -120,12 +123,13 @@ def train_steps(run: Run) -> None:
 def one_step(run: Run, steps: Iterator[list[Batch]]) -> None:
     """Train one step and report it."""
     report = train_step(run, steps)
-    run.monitor.step(report, routing_report(run) if run.monitor.is_log_step(run.step) else None)
+    run.monitor.step(report, routing_report(run) if run.monitor.is_log_step(run.progress.step) else None)
     run.note_progress(report)
     check_skipped(run)
     if run.all_written:
         finish_saving(run)
-    run.evaluation_due = run.eval_set is not None and (run.last or due(run.step, run.config.train.eval_every))
+    progress, evaluates = run.progress, run.parts.eval_set is not None
+    progress.evaluation_due = evaluates and (progress.last or due(progress.step, run.config.train.eval_every))
 
 
 def due(step: int, every: int | None) -> bool:
@@ -134,36 +138,37 @@ def due(step: int, every: int | None) -> bool:
 
 def resume(run: Run) -> None:
     """Go on from the checkpoint that `train.resume` means, whatever topology wrote it."""
-    folder = run.folder / "checkpoints"
-    path = choose(run.config.train.resume, folder, run.topology, note=run.monitor.note)
+    parts, progress = run.parts, run.progress
+    path = choose(run.config.train.resume, run.folder / "checkpoints", parts.topology, note=run.monitor.note)
     if path is None:
         return
-    state = load(run.engine, run.topology, path, run.base)
-    run.step = state["step"]
-    next_file = run.config.task == "rl" and not run.stream.is_file_of(state["data"])
+    state = load(run.engine, parts.topology, path, run.base)
+    progress.resume(state, run.kind.name)
+    progress.figures.checkpoint = str(path)
+    progress.evaluation_due = progress.evaluation_due and parts.eval_set is not None
+    next_file = run.kind.files_follow and not parts.stream.is_file_of(state["data"])
     if next_file:
-        run.file_from = run.step
+        progress.file_from = progress.step
     else:
-        run.stream.load_state_dict(state["data"])
-        run.file_from = state.get("file_from", 0)
+        parts.stream.load_state_dict(state["data"])
     if run.config.train.epochs is not None:
-        run.total_steps += run.file_from
-        run.monitor.total_steps = run.total_steps
-    run.result = {**state["result"], "checkpoint": str(path)}
-    run.evaluation_due = run.eval_set is not None and state.get("evaluation_due", False)
-    if run.patience is not None and state.get("best_loss") is not None:
-        run.patience.note(state["best_loss"], run.result)
+        progress.total_steps += progress.file_from
+        run.monitor.total_steps = progress.total_steps
+    if run.patience is not None and progress.best_loss is not None:
+        run.patience.note(progress.best_loss, progress.figures)
+    topology = f"{state['world_size']} ranks with ep_size {state['ep_size']}"
     run.monitor.note(
-        f"resumed from {path} at step {run.step} (saved by {state['world_size']} ranks with ep_size {state['ep_size']})"
+        f"resumed from {path} at step {progress.step} (saved by {topology})"
         + (", with the next rollout file" if next_file else "")
     )
 
 
 def routing_report(run: Run) -> RoutingReport | None:
     """Expert loads since the last report, over all ranks (collective)."""
-    report = reduce_load(run.layers, run.load_before_step, run.result["aux_loss"], run.stream.kinds)
+    parts, figures = run.parts, run.progress.figures
+    report = reduce_load(parts.layers, run.load_before_step, figures.aux_loss, parts.stream.kinds)
     if report is not None:
-        run.result["max_vio"] = max_vio(report.counts_LE)
+        figures.max_vio = max_vio(report.counts_LE)
     return report
 
 
@@ -171,14 +176,14 @@ def run_evaluation(run: Run) -> bool:
     """Evaluate after the last step; whether its weights are to be kept. A signal in between puts it off until the run
     is resumed."""
     try:
-        limit = None if run.last else run.config.train.eval_samples
-        report = run.task.evaluate(run, limit, each_batch=lambda: evaluating(run))
+        limit = None if run.progress.last else run.config.train.eval_samples
+        report = run.task.evaluate(run.progress, limit, each_batch=lambda: evaluating(run))
     except Stopped as stopped:
         run.stopping = stopped.signal
         return False
-    run.evaluation_due = False
+    run.progress.evaluation_due = False
     run.monitor.evaluated(report)
-    run.result |= {"eval_loss": report.loss, "accuracy": report.accuracy}
+    run.progress.figures.eval_loss, run.progress.figures.accuracy = report.loss, report.accuracy
     return best_so_far(run, report)
 
 
@@ -189,7 +194,7 @@ def evaluating(run: Run) -> None:
         Stopped: on every rank, when any has received a signal.
     """
     run.watch.at("evaluation")
-    votes = torch.tensor(run.stop.votes(), device=run.topology.device)
+    votes = torch.tensor(run.stop.votes(), device=run.parts.topology.device)
     dist.all_reduce(votes)
     if (number := agreed(votes.tolist())) is not None:
         raise Stopped(number)
@@ -200,12 +205,16 @@ def best_so_far(run: Run, report: EvalReport) -> bool:
     ones."""
     if run.patience is None:
         return False
-    better = run.patience.note(report.loss, run.result)
+    progress = run.progress
+    better = run.patience.note(report.loss, progress.figures)
+    progress.best_loss = run.patience.best
     if not better:
-        run.result = {**run.patience.result, "checkpoint": run.result.get("checkpoint")}
+        progress.figures = replace(run.patience.figures, checkpoint=progress.figures.checkpoint)
     if run.patience.exhausted:
-        best = f"held-out loss {run.patience.best:.4f} after step {run.result['step']}"
-        run.monitor.note(f"step {run.step}: {run.patience.waited} evaluations without a better one than the {best}")
+        best = f"held-out loss {run.patience.best:.4f} after step {progress.figures.step}"
+        run.monitor.note(
+            f"step {progress.step}: {run.patience.waited} evaluations without a better one than the {best}"
+        )
     return better
 
 
@@ -221,23 +230,19 @@ def save_checkpoint(run: Run) -> None:
         model.config.save_pretrained(folder / "model")
         if model.can_generate():
             model.generation_config.save_pretrained(folder / "model")
-        save_processor(run.processor, folder / "model")
+        save_processor(run.parts.processor, folder / "model")
 
     finish_saving(run)
     run.watch.at("checkpoint")
     state = {
-        "step": run.step,
-        "data": run.stream.state_dict(),
-        "file_from": run.file_from,
+        **run.progress.as_json(run.kind.name),
+        "data": run.parts.stream.state_dict(),
         "precision": precision(run.config, on_cpu()),
-        "result": run.result,
-        "evaluation_due": run.evaluation_due,
-        "best_loss": run.patience.best if run.patience is not None else None,
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
-    run.saving = checkpoint.Saving(
+    run.saving = Saving(
         run.engine,
-        run.topology,
+        run.parts.topology,
         run.folder / "checkpoints",
         state,
         write_extras,
@@ -256,16 +261,17 @@ def finish_saving(run: Run) -> None:
     run.watch.at("checkpoint's files")
     path = run.saving.finish(run.watch.pulse)
     run.saving = None
-    run.result["checkpoint"] = str(path)
+    run.progress.figures.checkpoint = str(path)
     run.monitor.note(f"checkpoint {path}")
 
 
 def finish(run: Run) -> None:
     """Write `result.json` and close with one table."""
     run.watch.at("end", timed=False)
-    if run.topology.rank == 0:
+    if run.parts.topology.rank == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "result.json").write_text(json.dumps(run.result, indent=1))
+        result = run.progress.figures.as_json(run.kind.name)
+        (run.folder / "result.json").write_text(json.dumps(result, indent=1))
     run.monitor.finish(result_rows(run))
 
 

@@ -1,36 +1,36 @@
-"""What a run trains, and the frozen base it builds on: checkpoints leave that out, and go with no other."""
+"""The frozen model that a run builds on, which its checkpoints leave out: they go with no other."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from ds_moe.config.run import RunConfig
-from ds_moe.tasks.gate.adapters import CONFIG, WEIGHTS, find_adapters
 
 SAMPLE = 2**16  # bytes read at the start, in the middle and at the end of a weight file
 
 
-def fingerprint(config: RunConfig) -> dict[str, Any]:
+def base_identity(config: RunConfig, adapters: Mapping[str, Sequence[Path]] | None = None) -> dict[str, object]:
     """JSON-able, equal for equal weights: of model and adapters, each weight file's size and a hash of samples of it.
+
+    Args:
+        adapters: files of each adapter that the run takes as they are, by name, in the order of the gate's outputs.
 
     Hashing every byte of a large model would take minutes at every save; another checkpoint, dtype or layout of the
     same model differs in its samples.
     """
     if config.model.preset is not None:
-        found: dict[str, Any] = {"preset": config.model.preset, "seed": config.train.seed}
+        found: dict[str, object] = {"preset": config.model.preset, "seed": config.train.seed}
     else:
         path = Path(str(config.model.path))
         folder = path if path.is_dir() else Path(snapshot_download(str(config.model.path), local_files_only=True))
         found = {"files": {file.name: _sampled(file) for file in sorted(folder.glob("*.safetensors"))}}
-    if config.task == "gate":
-        adapters = find_adapters(config.gate.adapters, config.gate.adapters_in)
-        files = (WEIGHTS, CONFIG)  # the second has the scale of the first
-        found["adapters"] = {name: [_sampled(path / file) for file in files] for name, path in adapters.items()}
-        found["order"] = list(adapters)  # of the router's outputs; dicts are equal in any
+    if adapters is not None:
+        found["adapters"] = {name: [_sampled(file) for file in files] for name, files in adapters.items()}
+        found["order"] = list(adapters)  # dicts are equal whatever the order of their keys
     return found
 
 

@@ -31,3 +31,8 @@ class RunConfig(Located):
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     deepspeed: str  # a DeepSpeed JSON, beside the run file or below the working directory
+
+
+def other_task(config: RunConfig, name: str) -> str | None:
+    """The task of a run where it is another one than `name`, which a command is for."""
+    return None if config.task == name else config.task

@@ -36,9 +36,10 @@ def _processor(case: Case) -> Any:
 
 def _check_split(case: Case, split: str, processor: Any) -> Iterator[Finding]:
     from ds_moe.data.encoder import check_samples
+    from ds_moe.tasks.registry import task_kind
 
     config, path, where = case.config, getattr(case.config.data, split), case.config.at(f"data.{split}")
-    if split == "train" and config.task == "rl" and case.model is None:
+    if split == "train" and case.model is None and task_kind(config).files_follow:
         return  # rollouts are read with the model's routing in mind
     try:
         records = _records(case, split)
@@ -68,10 +69,11 @@ def _check_split(case: Case, split: str, processor: Any) -> Iterator[Finding]:
 def _records(case: Case, split: str) -> Any:
     from ds_moe.data.digits import DigitsRecords
     from ds_moe.data.records import read_records
-    from ds_moe.tasks.registry import eval_form, train_form
+    from ds_moe.tasks.registry import task_kind
 
     path = getattr(case.config.data, split)
     if path == "digits":
         return DigitsRecords("train" if split == "train" else "held-out")
-    form = train_form(case.config, case.model) if split == "train" else eval_form(case.config)
+    kind = task_kind(case.config)
+    form = kind.train_records(case.config, case.model) if split == "train" else kind.eval_records(case.config)
     return read_records(path, case.config.data.model_copy(update={"on_bad_record": "skip"}), form=form)

@@ -20,13 +20,13 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
     from ds_moe.memory.predict import load, predict
     from ds_moe.models.families import expert_state
     from ds_moe.models.load import skeleton
-    from ds_moe.tasks.registry import set_trainable
+    from ds_moe.tasks.registry import task_kind
 
     if case.model is None:
         return
-    config, model = case.config, skeleton(case.model)
+    config, model, kind = case.config, skeleton(case.model), task_kind(case.config)
     try:
-        set_trainable(model, config)
+        kind.set_trainable(model, config)
     except UserError as error:
         yield Finding("error", f"{config.at('lora' if config.lora else 'model.freeze')}: {error}")
         return
@@ -43,7 +43,7 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
         text = f"{key} freezes all experts, which DeepSpeed cannot do at ZeRO stage {stage}; use stage 3"
         yield Finding("error", f"{config.at(key)}: {text}")
         return
-    memory = predict(model, config, case.deepspeed, case.world_size, case.device.on_cpu)
+    memory = predict(model, config, case.deepspeed, case.world_size, case.device.on_cpu, kind.streams_weights)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     yield Finding("ok", f"model: {case.model.model_type}, {parameters:,} parameters, {trained:,} of them trained")
@@ -53,7 +53,7 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
         yield Finding("error", f"{text} ({case.device.source}); {_relief(case)}", memory.table())
     else:
         yield Finding("ok", f"{text} ({case.device.source})", memory.table())
-    yield from _loading(case, load(model, config, case.deepspeed, case.world_size))
+    yield from _loading(case, load(model, config, case.deepspeed, case.world_size, kind.streams_weights))
 
 
 def _loading(case: Case, load: Load) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from ds_moe.config.sections import ModelConfig
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import Memory, predict
 from ds_moe.models.load import model_config, skeleton
-from ds_moe.tasks.registry import set_trainable
+from ds_moe.tasks.registry import task_kind
 
 ENGINE_FILES = Path(__file__).resolve().parents[2] / "ds_configs"
 # Figures of the models' config.json on the hub.
@@ -87,10 +87,11 @@ def run_of(plan: Plan, name: str, model: PretrainedConfig, settings: dict[str, A
 def outline_of(config: RunConfig, model: PretrainedConfig) -> PreTrainedModel:
     """The model without storage, with what the run trains marked."""
     outline = skeleton(model)
-    set_trainable(outline, config)
+    task_kind(config).set_trainable(outline, config)
     return outline
 
 
 def predicted(config: RunConfig, outline: PreTrainedModel, gpus: int) -> Memory:
     ds = resolve_deepspeed(config, gpus, on_cpu=False, hidden_size=outline.config.get_text_config().hidden_size)
-    return predict(outline, config, ds, gpus, on_cpu=False)
+    streams_weights = task_kind(config).streams_weights
+    return predict(outline, config, ds, gpus, on_cpu=False, streams_weights=streams_weights)

@@ -54,9 +54,16 @@ def scheduler_factory(config: TrainConfig, total_steps: int) -> Callable[[torch.
 
 
 def build_engine(
-    model: PreTrainedModel, config: RunConfig, ds_config: dict[str, Any], total_steps: int
+    model: PreTrainedModel,
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    total_steps: int,
+    adapter_lr: float | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """`deepspeed.initialize` around a prepared model, with our invariants checked afterwards.
+
+    Args:
+        adapter_lr: learning rate of the adapters of a gated model, where they have one of their own.
 
     Raises:
         UserError: a combination DeepSpeed cannot train.
@@ -72,7 +79,6 @@ def build_engine(
         )
     if stage == 3 and layers:
         set_z3_leaf_modules(model, [BoundMoELayer])
-    adapter_lr = config.gate.adapter_lr if config.task == "gate" else None
     groups = parameter_groups(model, config.train.weight_decay, adapter_lr)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     engine, *_ = deepspeed.initialize(

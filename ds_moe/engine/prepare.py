@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,30 +15,42 @@ from ds_moe.distributed import Topology
 from ds_moe.engine.moe_binding import BoundMoELayer, create_groups, zero3_home
 from ds_moe.models.convert import convert, load_expert_bias, moe_layers
 from ds_moe.models.streaming import read_unread
+from ds_moe.models.trainable import set_trainable
 from ds_moe.models.vision import has_vision, keep_vision_in_step
 from ds_moe.moe import ExpertParallel, ForwardContext, checkpoint_contexts
-from ds_moe.tasks.gate.files import start_gate
-from ds_moe.tasks.registry import set_trainable
 from ds_moe.weights.rows import WeightRows
 from ds_moe.weights.unread import is_unread
 
 
-def prepare_model(model: PreTrainedModel, config: RunConfig, topology: Topology) -> ForwardContext | None:
-    """Freeze, convert or gate, and switch on gradient checkpointing; the forward context is None for a dense model."""
+def prepare_model(
+    model: PreTrainedModel,
+    config: RunConfig,
+    topology: Topology,
+    *,
+    set_trainable: Callable[[PreTrainedModel, RunConfig], None] = set_trainable,
+    keep_ranks_in_step: bool = True,
+) -> ForwardContext | None:
+    """Freeze what is not trained, convert MoE blocks, and switch on gradient checkpointing.
+
+    Args:
+        set_trainable: freezes a loaded model and adds what a run trains instead, as its task wants it.
+        keep_ranks_in_step: give ranks without images a blank one; False where the task runs the vision tower itself.
+
+    Returns:
+        The context of the model's expert layers, None for a dense model.
+    """
     context = None
     set_trainable(model, config)
-    if config.task == "gate":
-        start_gate(model, config.gate)
     if config.moe is not None:
         create_groups(topology.ep_size)
         ep = ExpertParallel(topology.ep_size, topology.ep_rank)
         context = convert(model, config.moe, ep, BoundMoELayer)
         if config.lora is not None and not config.lora.train_router:
             for layer in moe_layers(model):
-                layer.gate.requires_grad_(False)  # what a router of ours learns beside the model's weight
+                layer.gate.requires_grad_(False)  # also freezes our router's extra parameters (noise_weight)
         if config.model.path is not None:
             load_expert_bias(model, config.model.path)
-    if has_vision(model) and config.task != "gate":  # a gate runs the vision tower itself
+    if has_vision(model) and keep_ranks_in_step:
         keep_vision_in_step(model)
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
@@ -54,7 +67,7 @@ def read_weights(model: PreTrainedModel, config: RunConfig, topology: Topology, 
     if not any(is_unread(parameter) for parameter in model.parameters()):
         return 0
     files = WeightRows.find(str(config.model.path))
-    assert files is not None  # they are where they were
+    assert files is not None  # load_model found them here a moment ago
     sharded = ds_config["zero_optimization"]["stage"] == 3
     home = zero3_home(model, ds_config) if sharded else partial(_whole, topology.device)
     size = read_unread(model, files, ExpertParallel(topology.ep_size, topology.ep_rank), home)

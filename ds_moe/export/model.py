@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ds_moe import __version__
-from ds_moe.checkpoint.base import fingerprint
+from ds_moe.checkpoint.base import base_identity
 from ds_moe.checkpoint.files import STATE, Reader, find_checkpoint, read_manifest
 from ds_moe.config.complaints import descend
 from ds_moe.config.run_file import load_run
@@ -130,7 +130,7 @@ def _reader(checkpoint: Path, state: dict[str, Any], dtype: torch.dtype) -> Read
     config = load_run(str(checkpoint / "run.yaml"))
     if config.lora is None:
         raise UserError(f"{checkpoint} holds no model of its own: ds-moe gate export writes what it holds")
-    if fingerprint(config) != state["base"]:
+    if base_identity(config) != state["base"]:
         raise UserError(f"{checkpoint}: the model it was trained upon ({config.model.path}) has changed since")
     return MergedReader(reader, config, config.lora, dtype)
 

@@ -59,24 +59,27 @@ class Load:
     streamed: bool = False
 
 
-def streams(config: RunConfig) -> bool:
-    """Whether ranks read their shares from files: those of a `model.path`, but for a gate, which is made of complete
-    weights."""
-    return config.model.path is not None and config.task != "gate"
-
-
-def load(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world_size: int) -> Load:
-    """Memory of one rank at the start; arguments as for `predict`. See `streams`."""
+def load(
+    model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world_size: int, streams_weights: bool = True
+) -> Load:
+    """Memory of one rank at the start; arguments as for `predict`."""
     width, ep_size = _width(ds), config.moe.ep_size if config.moe else 1
     share = shares(model, ep_size, world_size)
-    if not streams(config):
+    if not (streams_weights and config.model.path is not None):
         complete = sum(parameter.numel() for parameter in model.parameters())
         return Load(width * complete, int(width * share.held))
     own = width * (share.owned if ds["zero_optimization"]["stage"] == 3 else share.held)
     return Load(int(own) + READING_BYTES, int(own), streamed=True)
 
 
-def predict(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world_size: int, on_cpu: bool) -> Memory:
+def predict(
+    model: PreTrainedModel,
+    config: RunConfig,
+    ds: dict[str, Any],
+    world_size: int,
+    on_cpu: bool,
+    streams_weights: bool = True,
+) -> Memory:
     """Memory of one rank.
 
     Args:
@@ -85,6 +88,7 @@ def predict(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world
         ds: from `resolve_deepspeed`.
         world_size: number of ranks, a multiple of `moe.ep_size`.
         on_cpu: whether the ranks train on CPUs, which have no context but hold everything in host memory.
+        streams_weights: whether the run's task lets ranks read their shares from the files of `model.path`.
     """
     zero, width, ep_size = ds["zero_optimization"], _width(ds), config.moe.ep_size if config.moe else 1
     share, made = shares(model, ep_size, world_size), activations(model, config, width, ep_size)
@@ -93,7 +97,8 @@ def predict(model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world
     moment, parts = max(moments.items(), key=lambda one: sum(one[1].values()))
     device = {**states, **parts}
     if on_cpu:
-        loaded = 0.0 if streams(config) else width * share.held  # which ZeRO has copied into its own buffers
+        streamed = streams_weights and config.model.path is not None
+        loaded = 0.0 if streamed else width * share.held  # which ZeRO has copied into its own buffers
         device[KEPT_FREE] = loaded + _kept_free(moments, parts)
     device["runtime"] = RUNTIME_BYTES["cpu" if on_cpu else "accelerator"]
     return Memory(*({name: int(size) for name, size in part.items()} for part in (device, host)), moment)

@@ -1,57 +1,79 @@
-"""What each `task` of a run file means: its records, what it trains, its loss and its reports."""
+"""One row for each `task` of a run file: its records, what it trains, its loss and its reports.
+
+The only place that asks which task a run has. What a row needs of PEFT and scikit-learn is imported when it is used:
+other tasks start seconds earlier without them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ds_moe.checkpoint.base import base_identity
 from ds_moe.config.run import RunConfig
 from ds_moe.data.record_kind import CHAT, Form
-from ds_moe.data.stream import TrainStream
-from ds_moe.models.freeze import freeze, frozen
-from ds_moe.models.lora import add_lora
+from ds_moe.models.trainable import set_trainable
 from ds_moe.replay.align import RoutingShape
-from ds_moe.tasks.gate.model import install_gate
-from ds_moe.tasks.gate.records import gate_form
-from ds_moe.tasks.gate.task import GateTask
 from ds_moe.tasks.rl.rollouts import rollout_form
-from ds_moe.tasks.rl.task import PolicyOptimization
-from ds_moe.tasks.task import Supervised
+from ds_moe.tasks.task import Task, TrainingParts
 
 
-def set_trainable(model: PreTrainedModel, config: RunConfig) -> None:
-    """Freeze what a run does not train of an unconverted model, and add what it trains instead."""
-    if config.task == "gate":
-        install_gate(model, config.gate)
-    elif config.lora is not None:
-        add_lora(model, config.lora, config.train.seed)
-    else:
-        freeze(model, frozen(config))
+@dataclass(frozen=True)
+class TaskKind:
+    """What differs between tasks. The defaults are those of supervised fine-tuning.
 
-
-def keeps_base_apart(config: RunConfig) -> bool:
-    """Whether this run's checkpoints leave out the frozen model."""
-    return config.lora is not None or config.task == "gate"
-
-
-def _task(config: RunConfig, model: Any, stream: TrainStream) -> Supervised:
-    if config.task == "rl":
-        return PolicyOptimization(config.rl, config.moe is not None and config.moe.replay.enabled, model)
-    if config.task == "gate":
-        return GateTask(config.gate, model, stream.kept)
-    return Supervised()
-
-
-def train_form(config: RunConfig, model_config: Any) -> Form:
-    """What the records of data.train are in this run.
-
-    Args:
-        model_config: transformers' config of the model.
+    Attributes:
+        make: the task of one run.
+        train_records: what the records of data.train are, given the config of the model.
+        eval_records: what those of data.eval are.
+        set_trainable: freezes a model and adds what is trained instead; also on the meta device.
+        begin: fills what was added from an earlier run, once the model has values.
+        fixed_adapters: files of the adapters that the run takes as they are, by name; None: it takes none.
+        adapter_lr: their learning rate, where they are trained at one of their own.
+        streams_weights: whether ranks may read their shares straight from the model's files.
+        files_follow: whether other data files follow one another in the same run, whose steps are not known.
+        runs_vision_itself: whether the task runs the vision tower, on every rank alike.
+        summary: lines that the opening summary adds.
+        closing: rows of the closing table: name -> (figure of the task, format).
     """
-    if config.task != "rl":
-        return eval_form(config)
+
+    name: str
+    make: Callable[[TrainingParts], Task] = Task
+    train_records: Callable[[RunConfig, PretrainedConfig], Form] = lambda config, model_config: CHAT
+    eval_records: Callable[[RunConfig], Form] = lambda config: CHAT
+    set_trainable: Callable[[PreTrainedModel, RunConfig], None] = set_trainable
+    begin: Callable[[PreTrainedModel, RunConfig], None] = lambda model, config: None
+    fixed_adapters: Callable[[RunConfig], Mapping[str, list[Path]] | None] = lambda config: None
+    adapter_lr: Callable[[RunConfig], float | None] = lambda config: None
+    streams_weights: bool = True
+    files_follow: bool = False
+    runs_vision_itself: bool = False
+    summary: Callable[[PreTrainedModel, RunConfig], list[str]] = lambda model, config: []
+    closing: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def base(self, config: RunConfig) -> dict[str, object] | None:
+        """Identity of the frozen model that checkpoints leave out; None where they hold the whole model."""
+        adapters = self.fixed_adapters(config)
+        return base_identity(config, adapters) if config.lora is not None or adapters is not None else None
+
+    def prepare(self, model: PreTrainedModel, config: RunConfig) -> None:
+        """`set_trainable`, then `begin`."""
+        self.set_trainable(model, config)
+        self.begin(model, config)
+
+
+def task_kind(config: RunConfig) -> TaskKind:
+    """The row of a run's task."""
+    return TASKS[config.task]
+
+
+# --- task: rl
+
+
+def _rollouts(config: RunConfig, model_config: PretrainedConfig) -> Form:
     shape = None
     if config.moe is not None and config.moe.replay.enabled:
         shape = RoutingShape.of(model_config)
@@ -59,11 +81,78 @@ def train_form(config: RunConfig, model_config: Any) -> Form:
     return rollout_form(shape, config.rl.normalize_std, need_reference=config.rl.kl_weight > 0)
 
 
-def eval_form(config: RunConfig) -> Form:
-    """What the records of data.eval are: conversations, with the adapter that should answer where a gate is trained."""
-    if config.task != "gate":
-        return CHAT
-    from ds_moe.tasks.gate.adapters import find_adapters  # seconds of imports that other tasks do not need
+def _policy_optimization(parts: TrainingParts) -> Task:
+    from ds_moe.tasks.rl.task import PolicyOptimization
+
+    return PolicyOptimization(parts)
+
+
+# --- task: gate
+
+
+def _gate_task(parts: TrainingParts) -> Task:
+    from ds_moe.tasks.gate.task import GateTask
+
+    return GateTask(parts)
+
+
+def _labelled_chats(config: RunConfig) -> Form:
+    from ds_moe.tasks.gate.adapters import find_adapters
+    from ds_moe.tasks.gate.records import gate_form
 
     names = list(find_adapters(config.gate.adapters, config.gate.adapters_in))
     return gate_form(names, labelled=config.gate.stage == "supervised")
+
+
+def _install_gate(model: PreTrainedModel, config: RunConfig) -> None:
+    from ds_moe.tasks.gate.model import install_gate
+
+    install_gate(model, config.gate)
+
+
+def _start_gate(model: PreTrainedModel, config: RunConfig) -> None:
+    from ds_moe.tasks.gate.files import start_gate
+
+    start_gate(model, config.gate)
+
+
+def _gated_adapters(config: RunConfig) -> Mapping[str, list[Path]]:
+    from ds_moe.tasks.gate.adapters import adapter_files
+
+    return adapter_files(config.gate)
+
+
+def _gate_summary(model: PreTrainedModel, config: RunConfig) -> list[str]:
+    bank, gate = model.adapter_bank, config.gate
+    return [
+        f"gate      stage {gate.stage} over {', '.join(bank.names)}: {len(bank.layers)} layers with adapters, "
+        f"reads {gate.modalities} ({gate.text}, {gate.vision}), {gate.select} per {gate.per}"
+    ]
+
+
+TASKS = {
+    kind.name: kind
+    for kind in (
+        TaskKind("sft"),
+        TaskKind(
+            "rl",
+            make=_policy_optimization,
+            train_records=_rollouts,
+            files_follow=True,
+            closing={"reward": ("reward", "{:.3f}"), "mismatch k3, engine to trainer": ("mismatch_k3", "{:.2e}")},
+        ),
+        TaskKind(
+            "gate",
+            make=_gate_task,
+            train_records=lambda config, model_config: _labelled_chats(config),
+            eval_records=_labelled_chats,
+            set_trainable=_install_gate,
+            begin=_start_gate,
+            fixed_adapters=_gated_adapters,
+            adapter_lr=lambda config: config.gate.adapter_lr,
+            streams_weights=False,
+            runs_vision_itself=True,
+            summary=_gate_summary,
+        ),
+    )
+}

@@ -3,51 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cached_property
 
+import deepspeed
 from torch import Tensor
 
+from ds_moe.checkpoint.progress import Progress
+from ds_moe.config.run import RunConfig
+from ds_moe.data.stream import EvalSet, TrainStream
+from ds_moe.distributed import Topology
+from ds_moe.models.convert import moe_layers
+from ds_moe.models.processor import Processor
+from ds_moe.moe import ForwardContext, MoELayer
+from ds_moe.moe.loss_free import LossFreeBalancing, loss_free
 from ds_moe.monitor import EvalReport
 from ds_moe.tasks.answers import Answering, evaluate
-
-if TYPE_CHECKING:
-    from ds_moe.training.run import Run
 
 Batch = dict[str, Tensor]
 DEFAULT_NEW_TOKENS = 16
 
 
-class Supervised:
-    """The task that others derive from (`ds_moe.tasks.rl.task.PolicyOptimization`): imitate the labelled tokens.
+@dataclass(frozen=True)
+class TrainingParts:
+    """What training needs of a run. `optimizer_step` reads the first four; tasks read the others too.
 
-    Cross entropy, the mean over the tokens of the global batch.
+    Attributes:
+        context: of the expert layers; None for a dense model.
+        note: tells the person who runs the job one line.
+    """
+
+    config: RunConfig
+    topology: Topology
+    engine: deepspeed.DeepSpeedEngine
+    context: ForwardContext | None
+    processor: Processor | None = None
+    stream: TrainStream | None = None
+    eval_set: EvalSet | None = None
+    note: Callable[[str], None] = print
+
+    @cached_property
+    def layers(self) -> list[MoELayer]:
+        """Empty for a dense model."""
+        return moe_layers(self.engine.module)
+
+    @cached_property
+    def balancings(self) -> list[LossFreeBalancing]:
+        """Those of the layers in whose selection a loss-free bias takes part."""
+        return loss_free(self.engine.module)
+
+
+class Task:
+    """Supervised fine-tuning, from which the other tasks derive: imitate the labelled tokens.
+
+    The loss is the cross entropy, a mean over the tokens of the global batch.
     """
 
     at_boundary = True  # whether a checkpoint may be taken after the step that was last begun
-    scoring_s = 0.0  # of the last `next` of `steps`, seconds that were no wait for data
+    scoring_s = 0.0  # seconds that the last step spent scoring rather than waiting for data
 
-    def steps(self, run: Run) -> Iterator[list[Batch]]:
+    def __init__(self, parts: TrainingParts) -> None:
+        self.parts = parts
+
+    def steps(self, progress: Progress) -> Iterator[list[Batch]]:
         """Micro-batches of each optimizer step, endless."""
-        return iter(run.stream)
+        return iter(self.parts.stream)
 
     def weight(self, batch: Batch) -> Tensor:
         """What the micro-batch counts in the mean over the global batch, an integer scalar."""
         return (batch["labels"][:, 1:] != -100).sum()
 
-    def loss(self, run: Run, batch: Batch, share: float) -> Tensor:
+    def loss(self, batch: Batch, share: float) -> Tensor:
         """The micro-batch's loss, with grad: a sum divided by `share`, the global count over ranks x accumulation."""
-        return run.engine(**batch, use_cache=False, num_items_in_batch=share).loss
+        return self.parts.engine(**batch, use_cache=False, num_items_in_batch=share).loss
 
-    def metrics(self, run: Run) -> dict[str, float]:
+    def metrics(self, progress: Progress) -> dict[str, float]:
         """What else the optimizer step is reported by, over all ranks (collective)."""
         return {}
 
-    def evaluate(self, run: Run, limit: int | None, each_batch: Callable[[], None]) -> EvalReport:
+    def evaluate(self, progress: Progress, limit: int | None, each_batch: Callable[[], None]) -> EvalReport:
         """On `limit` held-out samples, or all of them (collective). `each_batch` is called before every batch."""
-        config, answering = run.config.train, None
+        config, answering = self.parts.config.train, None
         if config.eval_generate:
-            answering = Answering(run.processor, config.max_new_tokens or DEFAULT_NEW_TOKENS)
-        shown = run.config.monitor.sample_images
+            answering = Answering(self.parts.processor, config.max_new_tokens or DEFAULT_NEW_TOKENS)
         return evaluate(
-            run.engine, run.eval_set, answering, step=run.step, limit=limit, shown=shown, each_batch=each_batch
+            self.parts.engine,
+            self.parts.eval_set,
+            answering,
+            step=progress.step,
+            limit=limit,
+            shown=self.parts.config.monitor.sample_images,
+            each_batch=each_batch,
         )

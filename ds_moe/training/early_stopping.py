@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+
+from ds_moe.checkpoint.progress import Figures
 
 
 @dataclass
@@ -14,13 +15,13 @@ class EarlyStopping:
     patience: int
     best: float = math.inf
     waited: int = 0
-    result: dict[str, Any] = field(default_factory=dict)  # of the run, at its best evaluation
+    figures: Figures = field(default_factory=Figures)  # of the run, at its best evaluation
 
-    def note(self, loss: float, result: dict[str, Any]) -> bool:
+    def note(self, loss: float, figures: Figures) -> bool:
         """Whether this evaluation is the best so far."""
         better = loss < self.best
         if better:
-            self.best, self.waited, self.result = loss, 0, dict(result)
+            self.best, self.waited, self.figures = loss, 0, replace(figures)
         else:
             self.waited += 1
         return better

@@ -1,4 +1,4 @@
-"""One run: everything the loop works with, and how it is set up."""
+"""Everything the loop works with."""
 
 from __future__ import annotations
 
@@ -6,93 +6,94 @@ import signal
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 from torch import Tensor
 
-from ds_moe.checkpoint import save as checkpoint
-from ds_moe.checkpoint.base import fingerprint
+from ds_moe.checkpoint.progress import Progress
+from ds_moe.checkpoint.save import Saving
 from ds_moe.config.run import RunConfig
-from ds_moe.data.stream import EvalSet, TrainStream
-from ds_moe.distributed import Topology
 from ds_moe.faults.signals import StopRequest
 from ds_moe.faults.watchdog import Watchdog
 from ds_moe.memory.predict import Memory
-from ds_moe.models.convert import moe_layers
-from ds_moe.moe import ForwardContext, MoELayer
-from ds_moe.moe.loss_free import LossFreeBalancing, loss_free
 from ds_moe.monitor import Monitor, StepReport
-from ds_moe.tasks.registry import keeps_base_apart
-from ds_moe.tasks.task import Supervised
+from ds_moe.tasks.registry import TaskKind, task_kind
+from ds_moe.tasks.task import Task, TrainingParts
 from ds_moe.training.early_stopping import EarlyStopping
+
+SKIPPED_STEPS = "skipped_steps.jsonl"  # in the output folder: steps that were not taken, with their samples
+
+
+@dataclass
+class Session:
+    """What this process counts; a resumed run begins anew."""
+
+    seconds: float = 0.0  # of training steps
+    tokens: int = 0
+    task_sums: dict[str, float] = field(default_factory=dict)  # of `StepReport.task`, over steps
+    task_steps: int = 0
+    skipped: int = 0  # steps not taken, in all
+    skipped_in_a_row: int = 0
+
+    def note(self, report: StepReport) -> None:
+        """Add a step."""
+        self.seconds += report.step_s
+        self.tokens += report.tokens
+        self.skipped += not report.taken
+        self.skipped_in_a_row = 0 if report.taken else self.skipped_in_a_row + 1
+        if report.task:
+            self.task_sums = {name: self.task_sums.get(name, 0.0) + value for name, value in report.task.items()}
+            self.task_steps += 1
+
+    @property
+    def task_means(self) -> dict[str, float]:
+        return {name: total / self.task_steps for name, total in self.task_sums.items()}
 
 
 @dataclass
 class Run:
-    """Everything the loop works with."""
+    """Everything the loop works with. `parts` and `progress` are what tasks see of it."""
 
-    config: RunConfig
-    topology: Topology
-    engine: deepspeed.DeepSpeedEngine
-    context: ForwardContext | None  # None for a dense model
-    processor: Any
-    stream: TrainStream
-    eval_set: EvalSet | None
+    parts: TrainingParts
+    task: Task
+    progress: Progress
     monitor: Monitor
-    total_steps: int
     memory: Memory  # predicted, of one rank
     watch: Watchdog
     stop: StopRequest
-    task: Supervised = field(default_factory=Supervised)
     patience: EarlyStopping | None = None
-    step: int = 0
-    evaluation_due: bool = False  # after the last step
-    saving: checkpoint.Saving | None = None  # in flight
+    session: Session = field(default_factory=Session)
+    saving: Saving | None = None  # the checkpoint whose files are being written
     all_written: bool = False  # whether the files of `saving` were there on all ranks at the last step
     stopping: signal.Signals | None = None  # what all ranks have agreed to end by
-    skipped: int = 0  # steps not taken, in all
-    skipped_in_a_row: int = 0
-    file_from: int = 0  # the step at which the data file was begun: rollout files follow one another
-    seconds: float = 0.0  # of training steps in this process
-    tokens: int = 0
-    task_sums: dict[str, float] = field(default_factory=dict)  # of `StepReport.task`, over the steps in this process
-    task_steps: int = 0
     load_before_step: list[Tensor | int] = field(default_factory=list)  # see expert_load.py
-    result: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def layers(self) -> list[MoELayer]:
-        """Empty for a dense model."""
-        return moe_layers(self.engine.module)
-
-    @cached_property
-    def balancings(self) -> list[LossFreeBalancing]:
-        """Of the layers, where a bias takes part in the selection."""
-        return loss_free(self.engine.module)
-
-    @cached_property
-    def base(self) -> dict[str, Any] | None:
-        """What checkpoints leave out, see `checkpoint.Saving`."""
-        return fingerprint(self.config) if keeps_base_apart(self.config) else None
 
     @property
-    def last(self) -> bool:
-        """Whether the last step is done."""
-        return self.step == self.total_steps
+    def config(self) -> RunConfig:
+        return self.parts.config
+
+    @property
+    def engine(self) -> deepspeed.DeepSpeedEngine:
+        return self.parts.engine
+
+    @cached_property
+    def kind(self) -> TaskKind:
+        return task_kind(self.config)
+
+    @cached_property
+    def base(self) -> dict[str, object] | None:
+        """What checkpoints leave out, see `checkpoint.save.Saving`."""
+        return self.kind.base(self.config)
 
     @property
     def folder(self) -> Path:
         return Path(self.config.train.output_dir)
 
     def note_progress(self, report: StepReport) -> None:
-        self.seconds += report.step_s
-        self.tokens += report.tokens
-        self.result |= {"step": report.step, "loss": report.loss, "tokens_per_s": self.tokens / self.seconds}
+        """Take a step's report into the sums of this process and the figures of the run."""
+        self.session.note(report)
+        figures = self.progress.figures
+        figures.step, figures.loss = report.step, report.loss
+        figures.tokens_per_s = self.session.tokens / self.session.seconds
         if report.task:
-            self.task_sums = {name: self.task_sums.get(name, 0.0) + value for name, value in report.task.items()}
-            self.task_steps += 1
-            self.result[self.config.task] = {name: total / self.task_steps for name, total in self.task_sums.items()}
-
-
-SKIPPED_STEPS = "skipped_steps.jsonl"  # in the output folder: steps that were not taken, with their samples
+            figures.task = self.session.task_means

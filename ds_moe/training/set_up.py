@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from ds_moe.checkpoint.files import step_folders
+from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.check import check_model, warmup_problem
 from ds_moe.config.deepspeed import precision, resolve_deepspeed
 from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.data.stream import EvalSet, TrainStream
-from ds_moe.distributed import raise_together
+from ds_moe.distributed import Topology, raise_together
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model, read_weights
 from ds_moe.engine.start import on_cpu, start_distributed
@@ -25,73 +26,71 @@ from ds_moe.faults.watchdog import watch_job
 from ds_moe.memory.predict import predict
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.load import load_model, model_config, skeleton
-from ds_moe.models.processor import processor_of
+from ds_moe.models.processor import Processor, processor_of
 from ds_moe.monitor import make_monitor
 from ds_moe.monitor.flops import active_flops_per_token, peak_flops
-from ds_moe.tasks.registry import _task, eval_form, set_trainable, train_form
+from ds_moe.tasks.registry import TaskKind, task_kind
+from ds_moe.tasks.task import TrainingParts
 from ds_moe.training.early_stopping import EarlyStopping
 from ds_moe.training.expert_load import watch as count_load
 from ds_moe.training.run import Run
 
 
 def set_up(config: RunConfig) -> Run:
-    """Data, model, engine and monitor, in the order in which mistakes are cheapest to find."""
+    """Data, model, engine and monitor, in the order in which mistakes are cheapest to find (collective)."""
     topology = start_distributed(config.moe.ep_size if config.moe else 1)
     watch = watch_job(topology.rank, topology.world_size, config.train.watchdog_s)
     stop = StopRequest(topology.rank, config.train.stop_within_s, lambda: str(watch.place))
     raise_together(_unwritable(Path(config.train.output_dir)))
     seed_everything(config.train.seed)
-    dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
-    processor = processor_of(config.model)
     if topology.rank == 0:
         forget_earlier_run(config)
-    ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
-    stream = TrainStream(config, processor, **ranks, form=train_form(config, model_config(config.model)))
-    eval_set = None
-    if config.data.eval is not None:
-        eval_set = EvalSet(config, processor, **ranks, form=eval_form(config))
-    total_steps = config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch
-    follows = config.task == "rl" and config.train.epochs is not None  # other rollout files, whose steps are not known
-    if not follows and (problem := warmup_problem(config, total_steps)):
+    processor, kind = processor_of(config.model), task_kind(config)
+    stream, eval_set = _data(config, topology, processor, kind)
+    progress = Progress(config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch)
+    steps_are_known = not (kind.files_follow and config.train.epochs is not None)
+    if steps_are_known and (problem := warmup_problem(config, progress.total_steps)):
         raise UserError(problem)
     outline = skeleton(model_config(config.model))
     check_model(config, outline.config)
     hidden_size = outline.config.get_text_config().hidden_size
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
-    set_trainable(outline, config)
-    memory = predict(outline, config, ds_config, topology.world_size, on_cpu())
-    model = load_model(config.model, dtype, config.train.seed, unread=config.task != "gate")
-    context = prepare_model(model, config, topology)
+    kind.set_trainable(outline, config)
+    memory = predict(outline, config, ds_config, topology.world_size, on_cpu(), kind.streams_weights)
+    dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
+    model = load_model(config.model, dtype, config.train.seed, unread=kind.streams_weights)
+    context = prepare_model(
+        model, config, topology, set_trainable=kind.prepare, keep_ranks_in_step=not kind.runs_vision_itself
+    )
     read_weights(model, config, topology, ds_config)
-    engine = build_engine(model, config, ds_config, total_steps)
+    engine = build_engine(model, config, ds_config, progress.total_steps, kind.adapter_lr(config))
     engine.train()
     seed_everything(config.train.seed + topology.rank)  # from here on ranks draw apart
     monitor = make_monitor(
         config,
         rank=topology.rank,
-        total_steps=total_steps,
+        total_steps=progress.total_steps,
         flops_per_token=active_flops_per_token(outline),
         peak_flops=peak_flops(topology),
         run_dir=Path(config.train.output_dir),
     )
     if config.monitor.tensorboard:
         count_load(moe_layers(engine.module), len(stream.kinds))
-    return Run(
-        config=config,
-        topology=topology,
-        engine=engine,
-        context=context,
-        processor=processor,
-        stream=stream,
-        eval_set=eval_set,
-        monitor=monitor,
-        total_steps=total_steps,
-        memory=memory,
-        watch=watch,
-        stop=stop,
-        task=_task(config, engine.module, stream),
-        patience=EarlyStopping(config.train.patience) if config.train.patience else None,
-    )
+    parts = TrainingParts(config, topology, engine, context, processor, stream, eval_set, monitor.note)
+    patience = EarlyStopping(config.train.patience) if config.train.patience else None
+    return Run(parts, kind.make(parts), progress, monitor, memory, watch, stop, patience)
+
+
+def _data(
+    config: RunConfig, topology: Topology, processor: Processor, kind: TaskKind
+) -> tuple[TrainStream, EvalSet | None]:
+    """What is trained on and what is held out. Bad records are kept for the first step, where ranks compare them."""
+    ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
+    records = kind.train_records(config, model_config(config.model))
+    stream = TrainStream(config, processor, **ranks, form=records)
+    if config.data.eval is None:
+        return stream, None
+    return stream, EvalSet(config, processor, **ranks, form=kind.eval_records(config))
 
 
 def _unwritable(folder: Path) -> str | None:

@@ -7,7 +7,6 @@ with plain autograd. Arguments: `short`; `long` (20 steps beside it); `train` an
 import json
 import sys
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import deepspeed
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
+from ds_moe.checkpoint.progress import Progress
 from ds_moe.checkpoint.save import persistent_buffers
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import load_run
@@ -22,15 +22,14 @@ from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import start_distributed
 from ds_moe.errors import UserError
-from ds_moe.faults.signals import SIGNALS
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.families import BIAS_SUFFIX
 from ds_moe.models.presets import build_preset
 from ds_moe.moe.loss_free import LossFreeBalancing
+from ds_moe.tasks.task import Task, TrainingParts
 from ds_moe.train import resume, save_checkpoint, train
-from ds_moe.training.run import Run
 from ds_moe.training.set_up import set_up
-from ds_moe.training.step import train_step
+from ds_moe.training.step import optimizer_step
 from tests.distributed.parity_ranks import SAMPLES, batches
 from tests.launcher import leave, report
 
@@ -56,7 +55,7 @@ def run_config(ep_size, checkpointing, balance, steps=1):
 
 
 def start(config, stage):
-    """A run with the parts that `train_step` needs."""
+    """The parts that `optimizer_step` needs, and where they are in the run."""
     topology = start_distributed(config.moe.ep_size)
     model = build_preset("tiny-vl-moe")
     context = prepare_model(model, config, topology)
@@ -70,11 +69,11 @@ def start(config, stage):
     steps = config.train.steps
     engine = build_engine(model, config, ds_config, steps)
     engine.train()
-    absent = SimpleNamespace()
-    stream = SimpleNamespace(error=None)
-    watch = SimpleNamespace(at=lambda *place, **more: None)
-    stop = SimpleNamespace(votes=lambda: [0.0] * len(SIGNALS))
-    return Run(config, topology, engine, context, absent, stream, None, absent, steps, absent, watch, stop)
+    return TrainingParts(config, topology, engine, context), Progress(steps)
+
+
+def step(parts, progress, everything):
+    optimizer_step(parts, Task(parts), own_share(everything, parts.topology), progress)
 
 
 def own_share(everything, topology):
@@ -97,10 +96,10 @@ def biases(config, stage, everything):
     """What every update of a run did, in the order of steps and layers."""
     moves = []
     with recording(moves):
-        run = start(config, stage)
+        parts, progress = start(config, stage)
         for _ in range(config.train.steps):
-            train_step(run, iter([own_share(everything, run.topology)]))
-    run.engine.destroy()
+            step(parts, progress, everything)
+    parts.engine.destroy()
     return moves
 
 
@@ -118,7 +117,7 @@ def per_micro_batch():
 
 
 def counted_in_the_recompute():
-    return patch("ds_moe.engine.build.checkpoint_contexts", lambda: (nullcontext(), nullcontext()))
+    return patch("ds_moe.engine.prepare.checkpoint_contexts", lambda: (nullcontext(), nullcontext()))
 
 
 @contextmanager
@@ -138,17 +137,17 @@ def left_out_of_the_checkpoint():
 
 def router_gradients(config, stage, everything):
     """The gradient of every router in one step, as the optimizer would get it."""
-    run, found = start(config, stage), []
-    step = run.engine.step
+    (parts, progress), found = start(config, stage), []
+    engine_step = parts.engine.step
 
     def spying_step():
-        if run.engine.is_gradient_accumulation_boundary():
-            found.extend(safe_get_full_grad(layer.gate.weight).clone() for layer in run.layers)
-        step()
+        if parts.engine.is_gradient_accumulation_boundary():
+            found.extend(safe_get_full_grad(layer.gate.weight).clone() for layer in parts.layers)
+        engine_step()
 
-    run.engine.step = spying_step
-    train_step(run, iter([own_share(everything, run.topology)]))
-    run.engine.destroy()
+    parts.engine.step = spying_step
+    step(parts, progress, everything)
+    parts.engine.destroy()
     return found
 
 
@@ -223,14 +222,14 @@ def topologies(everything, world_size, long):
 
 def disagreement():
     """One rank's bias is tipped: the check must say which."""
-    run = start(run_config(2, False, [LOSS_FREE]), 1)
-    if run.topology.rank == 1:
-        run.balancings[1].bias_E[0] += 1e-6
+    parts, progress = start(run_config(2, False, [LOSS_FREE]), 1)
+    if parts.topology.rank == 1:
+        parts.balancings[1].bias_E[0] += 1e-6
     try:
-        train_step(run, iter([own_share(batches(MICRO_BATCHES), run.topology)]))
+        step(parts, progress, batches(MICRO_BATCHES))
     except RuntimeError as error:
         report(disagreement=str(error))
-    run.engine.destroy()
+    parts.engine.destroy()
 
 
 def whole_runs(cases):

@@ -28,6 +28,8 @@ from ds_moe.tasks.gate.files import start_gate
 from ds_moe.tasks.gate.model import install_gate
 from ds_moe.tasks.gate.records import gate_form
 from ds_moe.tasks.gate.task import GateTask
+from ds_moe.tasks.registry import task_kind
+from ds_moe.tasks.task import TrainingParts
 from ds_moe.train import resume, save_checkpoint, train
 from ds_moe.training.set_up import set_up
 from tests.launcher import leave, report
@@ -102,7 +104,8 @@ def compare(config, zero, own, expected, breakage=None):
     topology = start_distributed(1)
     model = load_model(config.model, torch.float32)
     torch.manual_seed(3)
-    prepare_model(model, config, topology)
+    gate = task_kind(config)
+    prepare_model(model, config, topology, set_trainable=gate.prepare, keep_ranks_in_step=False)
     move(model.adapter_gate)
     if breakage == "scale":
         next(iter(model.adapter_bank.layers.values())).scale_R *= 1.01
@@ -113,12 +116,13 @@ def compare(config, zero, own, expected, breakage=None):
         "zero_optimization": {"stage": zero},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     }
-    engine = build_engine(model, config, ds_config, total_steps=1)
+    engine = build_engine(model, config, ds_config, 1, gate.adapter_lr(config))
     engine.train()
-    task = GateTask(config.gate, engine.module, LABELS if breakage != "class weights" else NAMES)
+    labels = SimpleNamespace(kept=LABELS if breakage != "class weights" else NAMES)
+    task = GateTask(TrainingParts(config, topology, engine, None, stream=labels))
     labelled = task.weight(own).clone()
     dist.all_reduce(labelled)
-    loss = task.loss(SimpleNamespace(engine=engine), dict(own), labelled.item() / topology.world_size)
+    loss = task.loss(dict(own), labelled.item() / topology.world_size)
     engine.backward(loss)
     total = loss.detach().clone()
     dist.all_reduce(total)

@@ -13,8 +13,8 @@ from ds_moe.models.convert import convert
 from ds_moe.models.families import MODEL_CLASSES
 from ds_moe.models.load import skeleton
 from ds_moe.models.presets import preset_config
+from ds_moe.models.trainable import set_trainable
 from ds_moe.moe import ExpertParallel
-from ds_moe.tasks.registry import set_trainable
 
 
 def run(preset: str = "tiny-moe", **sections) -> RunConfig:

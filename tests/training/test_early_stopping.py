@@ -2,34 +2,35 @@
 
 import math
 
+from ds_moe.checkpoint.progress import Figures
 from ds_moe.training.early_stopping import EarlyStopping
 
 
 def test_it_waits_for_a_better_loss_and_no_longer():
     stopping = EarlyStopping(patience=2)
     losses = [3.0, 2.0, 2.5, 1.5, 1.5, 1.6]  # an equal loss is no better one
-    seen = [(stopping.note(loss, {"step": step}), stopping.exhausted) for step, loss in enumerate(losses)]
+    seen = [(stopping.note(loss, Figures(step)), stopping.exhausted) for step, loss in enumerate(losses)]
     assert [better for better, _ in seen] == [True, True, False, True, False, False]
     assert [exhausted for _, exhausted in seen] == [False] * 5 + [True]
-    assert (stopping.best, stopping.waited, stopping.result) == (1.5, 2, {"step": 3})
+    assert (stopping.best, stopping.waited, stopping.figures) == (1.5, 2, Figures(3))
 
 
 def test_the_result_is_a_copy():
-    stopping, result = EarlyStopping(patience=1), {"step": 1}
-    stopping.note(1.0, result)
-    result["step"] = 2
-    assert stopping.result == {"step": 1}
+    stopping, figures = EarlyStopping(patience=1), Figures(1)
+    stopping.note(1.0, figures)
+    figures.step = 2
+    assert stopping.figures == Figures(1)
 
 
 def test_what_is_no_number_is_never_the_best():
     stopping = EarlyStopping(patience=3)
-    assert not stopping.note(math.nan, {}) and not stopping.note(math.inf, {})
-    assert stopping.note(7.0, {}) and not stopping.note(math.nan, {}) and stopping.best == 7.0
+    assert not stopping.note(math.nan, Figures()) and not stopping.note(math.inf, Figures())
+    assert stopping.note(7.0, Figures()) and not stopping.note(math.nan, Figures()) and stopping.best == 7.0
     assert stopping.waited == 1 and not stopping.exhausted
 
 
 def test_a_resumed_run_keeps_its_best_and_waits_anew():
     stopping = EarlyStopping(patience=1)
-    stopping.note(0.5, {"step": 40})  # as `train.resume` does
-    assert not stopping.exhausted and not stopping.note(0.6, {"step": 50}) and stopping.exhausted
-    assert stopping.result == {"step": 40}
+    stopping.note(0.5, Figures(40))  # as `train.resume` does
+    assert not stopping.exhausted and not stopping.note(0.6, Figures(50)) and stopping.exhausted
+    assert stopping.figures == Figures(40)

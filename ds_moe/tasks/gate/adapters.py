@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from ds_moe.config.tasks import GateConfig
 from ds_moe.data.chat import TAKEN_KINDS
 from ds_moe.errors import UserError, shown
 
@@ -96,6 +97,12 @@ def find_adapters(explicit: dict[str, str], folder: str | None) -> dict[str, Pat
             raise UserError(f"adapter name {name!r} is that of an evaluation's own row: rename the adapter")
         _check_files(name, path)
     return found
+
+
+def adapter_files(config: GateConfig) -> dict[str, list[Path]]:
+    """The files of each adapter of a run: its weights, and its config, which holds the scaling of the weights."""
+    folders = find_adapters(config.adapters, config.adapters_in)
+    return {name: [folder / WEIGHTS, folder / CONFIG] for name, folder in folders.items()}
 
 
 def _check_files(name: str, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers.utils.logging import disable_progress_bar
 
 from ds_moe.config.deepspeed import precision, trains_on_cpu
-from ds_moe.config.run import RunConfig
+from ds_moe.config.run import RunConfig, other_task
 from ds_moe.config.run_file import load_run
 from ds_moe.data.record_kind import Form
 from ds_moe.data.stream import EvalSet
@@ -56,8 +56,8 @@ class Gated:
 def load_gated(path: str, overrides: list[str], source: str | None) -> Gated:
     """The model of a run file with the gate at `source` (default: the newest checkpoint of the run's output folder)."""
     config = load_run(path, overrides)
-    if config.task != "gate":
-        raise UserError(f"{config.at('task')}: task is {config.task}; ds-moe gate is about runs of task gate")
+    if other := other_task(config, "gate"):
+        raise UserError(f"{config.at('task')}: task is {other}; ds-moe gate is about runs of task gate")
     saved = read_gate(Path(source or config.train.output_dir))
     if saved.reader is not None:
         check_base(saved.path, config)

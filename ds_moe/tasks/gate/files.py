@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ds_moe.checkpoint.base import fingerprint
+from ds_moe.checkpoint.base import base_identity
 from ds_moe.checkpoint.files import STATE, Reader, find_checkpoint, write_json
-from ds_moe.config.run import RunConfig
+from ds_moe.config.run import RunConfig, other_task
 from ds_moe.config.run_file import load_run
 from ds_moe.config.tasks import GateConfig
 from ds_moe.errors import UserError, shown
 from ds_moe.models.load import model_config, skeleton
+from ds_moe.tasks.gate.adapters import adapter_files
 from ds_moe.tasks.gate.bank import Bank
 from ds_moe.tasks.gate.model import ROUTER, hold_reference, install_gate
 from ds_moe.weights.files import write_tensors
@@ -69,7 +70,7 @@ def read_gate(source: Path) -> SavedGate:
 
 
 def _base_of(path: Path) -> dict[str, Any]:
-    """What a checkpoint of a gate was trained upon, see `fingerprint`."""
+    """What a checkpoint of a gate was trained upon, see `base_identity`."""
     base = json.loads((path / STATE).read_text()).get("base")
     if (
         not isinstance(base, dict)
@@ -167,14 +168,14 @@ def _bank_of(saved: SavedGate, config: RunConfig) -> tuple[Any, Callable[[nn.Par
 
 def _run_of(path: Path) -> RunConfig:
     config = load_run(str(path / "run.yaml"))
-    if config.task != "gate":
-        raise UserError(f"{path} is of a run of task {config.task}, not gate")
+    if other := other_task(config, "gate"):
+        raise UserError(f"{path} is of a run of task {other}, not gate")
     return config
 
 
 def check_base(path: Path, config: RunConfig) -> None:
     """Raise UserError if model or adapters have changed since the checkpoint at `path` was trained upon them."""
-    then, now = _base_of(path), fingerprint(config)
+    then, now = _base_of(path), base_identity(config, adapter_files(config.gate))
     changed = [name for name, files in now["adapters"].items() if then["adapters"].get(name) != files]
     if then != now:
         what = f"adapter {changed[0]!r} has" if changed else "the model, or the order of its adapters, has"

@@ -9,59 +9,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe.config.tasks import GateConfig
+from ds_moe.checkpoint.progress import Progress
 from ds_moe.data.encode import NO_LOSS
 from ds_moe.distributed import to_device
 from ds_moe.monitor import EvalReport
 from ds_moe.tasks.gate.evaluate import Survey, per_sample, survey
 from ds_moe.tasks.gate.network import GateDecision, divergence, entropy, gate_loss
 from ds_moe.tasks.gate.scores import RoutingScores
-from ds_moe.tasks.task import Batch, Supervised
-
-if TYPE_CHECKING:
-    from ds_moe.training.run import Run
+from ds_moe.tasks.task import Batch, Task, TrainingParts
 
 
-class GateTask(Supervised):
-    """The task of a run with `task: gate`.
+class GateTask(Task):
+    """The task of a run with `task: gate`; the engine's model is gated, see `model.install_gate`."""
 
-    Args:
-        config: the run's `gate` section.
-        model: gated, see `gate.install_gate`.
-        labels: the adapter that each training record names, None where it names none.
-    """
-
-    def __init__(self, config: GateConfig, model: Any, labels: list[str | None]) -> None:
-        self.config = config
-        self.names: list[str] = model.adapter_bank.names
-        self.class_weights = _balanced(self.names, labels) if config.class_weights == "balanced" else None
+    def __init__(self, parts: TrainingParts) -> None:
+        super().__init__(parts)
+        self.config = parts.config.gate
+        self.names: list[str] = parts.engine.module.adapter_bank.names
+        self.class_weights: Tensor | None = None
+        if self.config.class_weights == "balanced":
+            self.class_weights = balanced(self.names, parts.stream.kept)
         self._sums: dict[str, Tensor] = {}
 
-    def steps(self, run: Run) -> Iterator[list[Batch]]:
+    def steps(self, progress: Progress) -> Iterator[list[Batch]]:
         """As they come; the first batch of a gate that begins anew also sets the scale of its features."""
-        stream = super().steps(run)
-        if run.step == 0 and self.config.start is None:
+        stream = super().steps(progress)
+        if progress.step == 0 and self.config.start is None:
             first = next(stream)
-            self._set_scale(run, first)
+            self._set_scale(first)
             stream = chain([first], stream)
         return stream
 
     @torch.no_grad()
-    def _set_scale(self, run: Run, micro_batches: list[Batch]) -> None:
+    def _set_scale(self, micro_batches: list[Batch]) -> None:
         """Mean and deviation over the real samples of all ranks (collective)."""
-        model, router = run.engine.module, run.engine.module.adapter_gate
+        engine, device = self.parts.engine, self.parts.topology.device
+        model, router = engine.module, engine.module.adapter_gate
         scales = (router.text_scale, router.vision_scale)
-        sums = [torch.zeros(1 + 2 * len(scale.mean), device=run.topology.device) for scale in scales]
+        sums = [torch.zeros(1 + 2 * len(scale.mean), device=device) for scale in scales]
         for batch in micro_batches:
-            real_B = batch["real"].to(run.topology.device)
+            real_B = batch["real"].to(device)
             inputs = {key: value for key, value in batch.items() if key not in ("real", "kind", "adapter")}
-            run.engine(**to_device(inputs, run.topology.device), gate_only=True)
+            engine(**to_device(inputs, device), gate_only=True)
             seen = model.features
             text = seen.text_BD[real_B] if seen.token_BSD is None else seen.token_BSD[seen.mask_BS & real_B[:, None]]
             for row, values in zip(sums, (text.float(), seen.vision_BD[real_B & seen.present_B]), strict=True):
@@ -77,23 +72,24 @@ class GateTask(Supervised):
     def _supervised(self) -> bool:
         return self.config.stage == "supervised"
 
-    def loss(self, run: Run, batch: Batch, share: float) -> Tensor:
+    def loss(self, batch: Batch, share: float) -> Tensor:
         labels_B, real_B = batch.pop("adapter"), (batch["labels"] != NO_LOSS).any(1)  # fillers answer nothing
+        model = self.parts.engine.module
         if self._supervised:
-            decision = run.engine(**batch, gate_only=True)
-            mask_BS = run.engine.module.features.mask_BS
+            decision = self.parts.engine(**batch, gate_only=True)
+            mask_BS = model.features.mask_BS
             loss = gate_loss(decision, labels_B, mask_BS, self.class_weights) / share
         else:
-            loss = super().loss(run, batch, share)
-            decision, mask_BS = run.engine.module.decision, run.engine.module.features.mask_BS
-            loss = loss + self._regularisers(run, decision, mask_BS, real_B)
+            loss = super().loss(batch, share)
+            decision, mask_BS = model.decision, model.features.mask_BS
+            loss = loss + self._regularisers(decision, mask_BS, real_B)
         self._note(decision, labels_B, mask_BS, real_B)
         return loss
 
-    def _regularisers(self, run: Run, decision: GateDecision, mask_BS: Tensor | None, real_B: Tensor) -> Tensor:
+    def _regularisers(self, decision: GateDecision, mask_BS: Tensor | None, real_B: Tensor) -> Tensor:
         """Sums over real samples / micro-batch size; DeepSpeed averages over ranks and micro-batches."""
         total = self.config.entropy_weight * (entropy(decision.weights, mask_BS) * real_B).mean()
-        reference = run.engine.module.reference_logits
+        reference = self.parts.engine.module.reference_logits
         if reference is not None:
             away_B = divergence(decision.logits, reference, mask_BS)
             total = total + self.config.kl_weight * (away_B * real_B).mean()
@@ -110,20 +106,21 @@ class GateTask(Supervised):
         both = torch.stack([values.float().sum(), values.new_ones(values.shape, dtype=torch.float32).sum()])
         self._sums[name] = self._sums.get(name, torch.zeros_like(both)) + both
 
-    def metrics(self, run: Run) -> dict[str, float]:
+    def metrics(self, progress: Progress) -> dict[str, float]:
         sums, self._sums = self._sums, {}
         totals = torch.stack(list(sums.values()))
         dist.all_reduce(totals)
         return {name: (total / count).item() for name, (total, count) in zip(sums, totals, strict=True) if count > 0}
 
-    def evaluate(self, run: Run, limit: int | None, each_batch: Callable[[], None]) -> EvalReport:
+    def evaluate(self, progress: Progress, limit: int | None, each_batch: Callable[[], None]) -> EvalReport:
         """Supervised: the held-out loss and accuracy of routing; later: of answers, with the routing beside them."""
-        shown = run.config.monitor.sample_images
-        found = survey(run.engine, run.eval_set, self.names, limit, shown=shown, each_batch=each_batch)
+        parts = self.parts
+        shown = parts.config.monitor.sample_images
+        found = survey(parts.engine, parts.eval_set, self.names, limit, shown=shown, each_batch=each_batch)
         if self._supervised:
-            report = EvalReport(run.step, found.loss, found.accuracy, found.samples)
+            report = EvalReport(progress.step, found.loss, found.accuracy, found.samples)
         else:
-            report = super().evaluate(run, limit, each_batch)
+            report = super().evaluate(progress, limit, each_batch)
         return _with_routing(report, found)
 
 
@@ -145,7 +142,7 @@ def pictures(scores: RoutingScores, found: Survey) -> dict[str, Any]:
     }
 
 
-def _balanced(names: list[str], labels: list[str | None]) -> Tensor:
+def balanced(names: list[str], labels: list[str | None]) -> Tensor:
     """(K,) N / (K n_k): the mean weight of a labelled sample is 1. An adapter without a sample gets 0."""
     counts_K = torch.tensor([labels.count(name) for name in names], dtype=torch.float32)
     return torch.where(counts_K > 0, counts_K.sum() / (len(names) * counts_K), 0.0)

@@ -9,23 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.tasks import RLConfig
 from ds_moe.distributed import to_device
-from ds_moe.models.convert import moe_layers
 from ds_moe.replay.metrics import finish, metrics
 from ds_moe.replay.objective import OBJECTIVES, Objective, PolicyInputs, policy_loss
 from ds_moe.replay.ratios import token_logprobs
 from ds_moe.tasks.rl.router_watch import RouterWatch
-from ds_moe.tasks.task import Batch, Supervised
-
-if TYPE_CHECKING:
-    from ds_moe.training.run import Run
+from ds_moe.tasks.task import Batch, Task, TrainingParts
 
 FACTS = ("completion_mask", "engine_logprobs", "advantage", "reward", "reference_logprobs")  # of the rollouts
 OLD = ("old_logprobs", "old_expert_logprobs")  # computed here
@@ -37,17 +33,17 @@ def objective_of(config: RLConfig) -> Objective:
     return Objective(kind=config.objective, **config.model_dump(exclude=NOT_OF_THE_OBJECTIVE))
 
 
-class PolicyOptimization(Supervised):
-    """The task of a run with `task: rl`.
+class PolicyOptimization(Task):
+    """The task of a run with `task: rl`; a dense model has no routing to replay."""
 
-    Args:
-        model: converted; or dense, without a routing to replay.
-    """
-
-    def __init__(self, config: RLConfig, replay: bool, model: nn.Module) -> None:
-        self.config = config
-        self.objective = objective_of(config)
-        self.router = RouterWatch(moe_layers(model), config.router) if replay else None
+    def __init__(self, parts: TrainingParts) -> None:
+        super().__init__(parts)
+        moe = parts.config.moe
+        self.config = parts.config.rl
+        self.objective = objective_of(self.config)
+        self.router: RouterWatch | None = None
+        if moe is not None and moe.replay.enabled:
+            self.router = RouterWatch(parts.layers, self.config.router)
         self.scoring_s = 0.0
         self._sums: dict[str, Tensor] = {}
         self._waiting = 0  # optimizer steps of the batch that are still to come
@@ -57,14 +53,14 @@ class PolicyOptimization(Supervised):
         """The old policy is not saved: a checkpoint waits for the last step that refers to it."""
         return self._waiting == 0
 
-    def steps(self, run: Run) -> Iterator[list[Batch]]:
+    def steps(self, progress: Progress) -> Iterator[list[Batch]]:
         """Takes `updates_per_batch` steps at a time and scores them under the policy of that moment."""
-        stream = iter(run.stream)
-        while run.step < run.total_steps:
-            batch = list(islice(stream, min(self.config.updates_per_batch, run.total_steps - run.step)))
+        stream = iter(self.parts.stream)
+        while progress.step < progress.total_steps:
+            batch = list(islice(stream, min(self.config.updates_per_batch, progress.total_steps - progress.step)))
             began = time.perf_counter()
             if len(batch) > 1:
-                batch = [[self._with_old(run, one) for one in step] for step in batch]
+                batch = [[self._with_old(one) for one in step] for step in batch]
             self.scoring_s = time.perf_counter() - began
             for number, step in enumerate(batch, start=1):
                 self._waiting = len(batch) - number
@@ -76,9 +72,9 @@ class PolicyOptimization(Supervised):
         how = self.objective.aggregate or OBJECTIVES[self.objective.kind].aggregate
         return mask_BS.sum() if how == "token_mean" else mask_BS.any(1).sum()
 
-    def loss(self, run: Run, batch: Batch, share: float) -> Tensor:
+    def loss(self, batch: Batch, share: float) -> Tensor:
         facts = {name: batch.pop(name) for name in FACTS + OLD if name in batch}
-        logprob_BS, expert_BSLK, routed_BS = self._score(run, batch)
+        logprob_BS, expert_BSLK, routed_BS = self._score(batch)
         mask_BS = facts["completion_mask"]
         if self.router is not None:
             self._add(self.router.differences(mask_BS))
@@ -98,28 +94,28 @@ class PolicyOptimization(Supervised):
         self._add(_rewards(facts["reward"], mask_BS))
         return loss
 
-    def metrics(self, run: Run) -> dict[str, float]:
+    def metrics(self, progress: Progress) -> dict[str, float]:
         sums, self._sums = self._sums, {}
         totals = torch.stack(list(sums.values()))
         dist.all_reduce(totals)
         found = finish(dict(zip(sums, totals, strict=True)))
         share = found.get("mismatch_large", 0.0)
-        if share > SUSPICIOUS and run.step == run.file_from + 1:  # later the policy has moved on
-            run.monitor.note(
-                f"step {run.step}: {share:.0%} of the completion tokens are half or twice as likely as the "
+        if share > SUSPICIOUS and progress.step == progress.file_from + 1:  # later the policy has moved on
+            self.parts.note(
+                f"step {progress.step}: {share:.0%} of the completion tokens are half or twice as likely as the "
                 "rollouts say: was data.train sampled from this model at rl.temperature?"
             )
         return found
 
-    def _score(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _score(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probs of the tokens (B, S) and of the replayed experts that predict them (B, S, L, K), and which tokens
         have a routing (B, S)."""
         if self.router is None:
-            logits_BSV = run.engine(**batch, use_cache=False).logits
+            logits_BSV = self.parts.engine(**batch, use_cache=False).logits
             return token_logprobs(logits_BSV, batch["input_ids"], self.config.temperature), None, None
         routing_BSLK = batch["routing"]
         self.router.begin(routing_BSLK)
-        logits_BSV = run.engine(**batch, use_cache=False).logits
+        logits_BSV = self.parts.engine(**batch, use_cache=False).logits
         self.router.end()
         expert_BSLK = None
         if self.objective.router != "none":
@@ -128,12 +124,12 @@ class PolicyOptimization(Supervised):
         return token_logprobs(logits_BSV, batch["input_ids"], self.config.temperature), expert_BSLK, routed_BS
 
     @torch.no_grad()
-    def _with_old(self, run: Run, batch: Batch) -> Batch:
+    def _with_old(self, batch: Batch) -> Batch:
         """The micro-batch with its log-probs under the policy as it stands (collective)."""
-        run.engine.eval()  # nothing is counted, no loss of a balancer is made
+        self.parts.engine.eval()  # nothing is counted, no loss of a balancer is made
         inputs = {name: value for name, value in batch.items() if name not in (*FACTS, "real", "kind")}
-        old_BS, old_expert_BSLK, _ = self._score(run, to_device(inputs, run.topology.device))
-        run.engine.train()
+        old_BS, old_expert_BSLK, _ = self._score(to_device(inputs, self.parts.topology.device))
+        self.parts.engine.train()
         old = {"old_logprobs": old_BS.cpu()}
         if old_expert_BSLK is not None:
             old["old_expert_logprobs"] = old_expert_BSLK.cpu()

@@ -10,10 +10,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ds_moe.checkpoint.base import fingerprint
+from ds_moe.checkpoint.base import base_identity
 from ds_moe.checkpoint.files import FORMAT, MANIFEST, file_table, write_json
 from ds_moe.config.run_file import dump_yaml, load_run
 from ds_moe.errors import UserError
+from ds_moe.tasks.gate.adapters import adapter_files
 from ds_moe.tasks.gate.files import export_gate, freeze_gate, load_gate, read_gate, start_gate
 from ds_moe.weights.files import write_tensors
 from tests.tasks.gate.gated import batch, fixed, gated
@@ -53,8 +54,11 @@ def save(model, config, step: int = 4) -> Path:
     tensors |= {f"buffer/{name}": one for name, one in model.state_dict().items() if name not in parameters}
     write_tensors(folder / "rank-00000.safetensors", {key: value.contiguous() for key, value in tensors.items()})
     write_tensors(folder / "rng-00000.safetensors", {"cpu": torch.get_rng_state()})
+    base = base_identity(config, adapter_files(config.gate))
     about = {"adam_step": 0, "world_size": 1, "ep_size": 1, "precision": "fp32", "data": {}, "result": {}}
-    write_json(folder / "state.json", {"step": step, "base": fingerprint(config), **about})
+    write_json(
+        folder / "state.json", {"step": step, "base": base, **about}
+    )
     shutil.copy(ZERO, folder / "deepspeed.json")
     (folder / "run.yaml").write_text(dump_yaml(config.model_copy(update={"deepspeed": "deepspeed.json"})))
     pieces = {key: [["rank-00000.safetensors", 0, len(value)]] for key, value in tensors.items()}

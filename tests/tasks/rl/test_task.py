@@ -1,20 +1,23 @@
 """The RL task on one process without an engine: what it scores, where routing and log-probs belong, what it reports."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.moe import MoEConfig
-from ds_moe.config.tasks import RLConfig
+from ds_moe.config.run import RunConfig
+from ds_moe.distributed import Topology
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.presets import build_preset
 from ds_moe.moe import checkpoint_contexts
 from ds_moe.replay.record import RoutingRecorder, joined
 from ds_moe.tasks.rl.task import PolicyOptimization
+from ds_moe.tasks.task import TrainingParts
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
+FIRST_STEP = Progress(total_steps=10, step=1)  # the first of a rollout file is done
 
 
 class Model:
@@ -33,16 +36,20 @@ class Model:
         return getattr(self.module, name)
 
 
-def run_of(model, stream=(), total_steps=10):
-    return SimpleNamespace(
-        file_from=-1,  # the first step of a file
-        monitor=SimpleNamespace(note=lambda text: None),
-        engine=model,
-        stream=stream,
-        step=0,
-        total_steps=total_steps,
-        topology=SimpleNamespace(device=torch.device("cpu")),
+CPU = Topology(rank=0, world_size=1, local_rank=0, ep_size=1, device=torch.device("cpu"))
+
+
+def task(model, stream=(), replay=True, note=print, **rl):
+    """The task of a run of this model, with the `rl` section."""
+    config = RunConfig(
+        task="rl",
+        model={"preset": "tiny-moe"},
+        data={"train": "rollouts.jsonl"},
+        moe={"replay": {"enabled": True}} if replay else None,
+        rl=rl,
+        deepspeed="none",
     )
+    return PolicyOptimization(TrainingParts(config, CPU, model, None, stream=stream, note=note))
 
 
 def rollouts(seed=0):
@@ -66,10 +73,6 @@ def rollouts(seed=0):
         "reward": torch.tensor([1.0, 0.0, float("nan")]),
         "routing": routing,
     }
-
-
-def task(model, **config):
-    return PolicyOptimization(RLConfig(**config), replay=True, model=model.module)
 
 
 def gradients(model):
@@ -109,7 +112,7 @@ def test_the_gradient_on_policy_is_the_policy_gradient_under_the_replayed_routin
     policy = task(model, router=router, **joint)
     batch = rollouts()
     assert int(policy.weight(batch)) == 3
-    policy.loss(run_of(model), dict(batch), share=3.0).backward()
+    policy.loss(dict(batch), share=3.0).backward()
     expected = slow(reference, batch, joint.get("joint_lambda", 0.0))
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -120,7 +123,7 @@ def test_a_routing_shifted_by_one_is_another_gradient():
     model, reference = Model(), Model()
     batch = rollouts()
     shifted = {**batch, "routing": batch["routing"].roll(1, dims=1)}
-    task(model).loss(run_of(model), shifted, share=3.0).backward()
+    task(model).loss(shifted, share=3.0).backward()
     expected = slow(reference, batch, 0.0)
     worst = max((grad - expected[name]).abs().max() for name, grad in gradients(model).items())
     assert worst > 1e-3
@@ -129,16 +132,15 @@ def test_a_routing_shifted_by_one_is_another_gradient():
 def test_what_is_reported(monkeypatch):
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
     model = Model()
-    policy = task(model, router="router_shift")
+    notes = []
+    policy = task(model, router="router_shift", note=notes.append)
     batch = rollouts()
     with torch.no_grad():
         logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "routing")}).logits
     logprobs = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
     difference = (logprobs - batch["engine_logprobs"][:, 1:])[batch["completion_mask"][:, 1:]]
-    policy.loss(run_of(model), dict(batch), share=3.0)
-    run, notes = run_of(model), []
-    run.monitor.note = notes.append
-    found = policy.metrics(run)
+    policy.loss(dict(batch), share=3.0)
+    found = policy.metrics(FIRST_STEP)
     assert len(notes) == 1 and "was data.train sampled from this model at rl.temperature?" in notes[0]  # it was not
     assert found["reward"] == 0.5  # of the two that are known
     assert (
@@ -153,15 +155,15 @@ def test_what_is_reported(monkeypatch):
         model(**{key: batch[key] for key in ("input_ids", "attention_mask")})
     first = joined(recorder.take(), 3)[:, :, :1]  # the first layer sees the same input live and replayed
     replayed = dict(batch, routing=torch.cat([first, batch["routing"][:, :, 1:]], dim=2))
-    policy.loss(run_of(model), replayed, share=3.0)
-    assert policy.metrics(run_of(model))["routers_changed"] <= 0.5
+    policy.loss(replayed, share=3.0)
+    assert policy.metrics(FIRST_STEP)["routers_changed"] <= 0.5
 
 
 def test_forwards_of_an_evaluation_are_not_watched():
     model = Model()
     policy = task(model, router="joint")
     batch = rollouts()
-    policy.loss(run_of(model), dict(batch), share=3.0)
+    policy.loss(dict(batch), share=3.0)
     kept = len(policy.router._logprob_TLK)
     model.module.eval()
     model(input_ids=batch["input_ids"])
@@ -170,25 +172,24 @@ def test_forwards_of_an_evaluation_are_not_watched():
 
 def test_several_updates_share_one_old_policy_and_checkpoints_wait_for_the_last():
     model = Model()
-    policy = task(model, updates_per_batch=3, router="router_shift")
     stream = [[rollouts(step)] for step in range(5)]
-    run = run_of(model, stream, total_steps=5)
+    policy, progress = task(model, stream, updates_per_batch=3, router="router_shift"), Progress(total_steps=5)
     taken, boundaries = [], []
     with torch.no_grad():
-        for [batch] in itertools.islice(policy.steps(run), 5):
+        for [batch] in itertools.islice(policy.steps(progress), 5):
             taken.append(batch)
             boundaries.append(policy.at_boundary)
             for parameter in model.module.parameters():  # an optimizer step
                 parameter.mul_(1.01)
-            run.step += 1
+            progress.step += 1
     assert boundaries == [False, False, True, False, True]  # 3 and the 2 that are left
     fresh = Model()
     scored = task(fresh, updates_per_batch=3, router="router_shift")
     for number, batch in enumerate(taken[:3]):
-        alone = scored._with_old(run_of(fresh), rollouts(number))
+        alone = scored._with_old(rollouts(number))
         assert torch.equal(alone["old_logprobs"], batch["old_logprobs"])  # of the first weights, for all three
         assert torch.equal(alone["old_expert_logprobs"], batch["old_expert_logprobs"])
-    assert not torch.equal(scored._with_old(run_of(fresh), rollouts(3))["old_logprobs"], taken[3]["old_logprobs"])
+    assert not torch.equal(scored._with_old(rollouts(3))["old_logprobs"], taken[3]["old_logprobs"])
     assert model.module.training and all(layer.load.take() is None for layer in moe_layers(model.module))
 
 
@@ -197,5 +198,5 @@ def test_a_dense_policy_needs_no_routing():
     model.module = build_preset("tiny-vl-dense").train()
     batch = rollouts()
     del batch["routing"]
-    policy = PolicyOptimization(RLConfig(), replay=False, model=model.module)
-    assert torch.isfinite(policy.loss(run_of(model), batch, share=3.0))
+    policy = task(model, replay=False)
+    assert torch.isfinite(policy.loss(batch, share=3.0))

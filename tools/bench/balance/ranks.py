@@ -18,7 +18,6 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -29,19 +28,19 @@ import transformers
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.deepspeed import resolve_deepspeed
 from ds_moe.config.run import RunConfig
-from ds_moe.distributed import Topology
+from ds_moe.distributed import Topology, to_device
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import on_cpu, start_distributed
-from ds_moe.faults.signals import SIGNALS
 from ds_moe.models.convert import moe_layers
 from ds_moe.moe.decision import RoutingDecision, count_experts
 from ds_moe.monitor.meters import relative_load
-from ds_moe.training.run import Run
+from ds_moe.tasks.task import Task, TrainingParts
 from ds_moe.training.set_up import seed_everything
-from ds_moe.training.step import train_step
+from ds_moe.training.step import optimizer_step
 
 ROOT = Path(__file__).resolve().parents[3]
 SEQUENCE = 256  # bytes
@@ -157,8 +156,8 @@ def run_config(balance: list[dict[str, Any]], seed: int, steps: int, topology: T
     )
 
 
-def start_run(balance: list[dict[str, Any]], seed: int, steps: int, topology: Topology) -> Run:
-    """A run of the trainer around the small language model, without the parts of images, files and monitoring."""
+def start_run(balance: list[dict[str, Any]], seed: int, steps: int, topology: Topology) -> TrainingParts:
+    """The trainer's parts around the small language model, without those of images and files."""
     config = run_config(balance, seed, steps, topology)
     seed_everything(seed)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MODEL))
@@ -166,29 +165,28 @@ def start_run(balance: list[dict[str, Any]], seed: int, steps: int, topology: To
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), MODEL["hidden_size"])
     engine = build_engine(model, config, ds_config, steps)
     engine.train()
-    absent: Any = None
-    stream: Any = SimpleNamespace(error=None)
-    watch = SimpleNamespace(at=lambda *place, **more: None)
-    stop = SimpleNamespace(votes=lambda: [0.0] * len(SIGNALS))
-    return Run(config, topology, engine, context, absent, stream, None, absent, steps, absent, watch, stop)
+    return TrainingParts(config, topology, engine, context)
 
 
 def measure(plan: dict[str, Any], method: str, seed: int, texts: tuple[np.ndarray, np.ndarray], topology: Topology):
     """Train one method with one seed; yields the run's record after every evaluation, complete at the last."""
-    run = start_run(plan["methods"][method], seed, plan["steps"], topology)
+    parts = start_run(plan["methods"][method], seed, plan["steps"], topology)
+    task, progress = Task(parts), Progress(plan["steps"])
     batches = training_steps(texts[0], seed, topology)
     held_out = held_out_batches(texts[1], topology)
     began = time.perf_counter()
     record: dict[str, Any] = {"method": method, "seed": seed, "points": [], "train_s": 0.0}
-    while run.step < plan["steps"]:
-        report = train_step(run, batches)
-        record["train_s"] += report.step_s
-        if run.step in plan["evaluate_at"]:
-            loss, counts_LE = evaluate(run.engine, held_out)
+    while progress.step < plan["steps"]:
+        step_began = time.perf_counter()
+        micro_batches = [to_device(batch, topology.device) for batch in next(batches)]
+        outcome = optimizer_step(parts, task, micro_batches, progress)
+        record["train_s"] += time.perf_counter() - step_began
+        if progress.step in plan["evaluate_at"]:
+            loss, counts_LE = evaluate(parts.engine, held_out)
             record["points"].append(
                 {
-                    "step": run.step,
-                    "train_loss": report.loss,
+                    "step": progress.step,
+                    "train_loss": outcome.loss,
                     "loss": loss,
                     "max_vio_L": (relative_load(counts_LE).max(axis=1) - 1).tolist(),
                     "counts_LE": counts_LE.tolist(),
@@ -196,7 +194,7 @@ def measure(plan: dict[str, Any], method: str, seed: int, texts: tuple[np.ndarra
             )
             record["seconds"] = time.perf_counter() - began
             yield record
-    run.engine.destroy()
+    parts.engine.destroy()
 
 
 def main() -> None:

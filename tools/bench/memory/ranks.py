@@ -29,7 +29,7 @@ from ds_moe.engine.start import on_cpu, start_distributed
 from ds_moe.memory.predict import predict
 from ds_moe.models.families import MODEL_CLASSES
 from ds_moe.models.load import skeleton
-from ds_moe.tasks.registry import set_trainable
+from ds_moe.models.trainable import set_trainable
 
 import_module("ds_moe.train")  # its libraries belong to what a rank of a run has
 

@@ -1,0 +1,82 @@
+"""Where a run is: what a checkpoint saves beside tensors, apart from the position in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TypedDict
+
+
+@dataclass
+class Figures:
+    """What `result.json` and the closing table say of a run so far; None for what is not known yet.
+
+    In JSON the task's own figures stand under the task's name and unknown ones are left out.
+    """
+
+    step: int | None = None
+    loss: float | None = None  # training loss of the last step
+    tokens_per_s: float | None = None
+    aux_loss: float | None = None
+    ep_sent_bytes: float | None = None  # of the last step, to other ranks' experts, mean over ranks
+    max_vio: float | None = None  # load of the busiest expert over the mean load, less 1
+    eval_loss: float | None = None
+    accuracy: dict[str, float] | None = None  # by kind of record, and "mean"
+    checkpoint: str | None = None  # the newest one's folder
+    task: dict[str, float] | None = None  # means over the steps of this process
+
+    def as_json(self, task: str) -> dict[str, object]:
+        """The known figures of a run of this task."""
+        known = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) is not None}
+        return {task if name == "task" else name: value for name, value in known.items()}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, object], task: str) -> Figures:
+        """The inverse of `as_json`; figures of other tasks are left out."""
+        names = {one.name for one in fields(cls)} - {"task"}
+        known = {name: value for name, value in saved.items() if name in names}
+        return cls(**known, task=saved.get(task))
+
+
+class SavedProgress(TypedDict):
+    """A `Progress` as a checkpoint's `state.json` holds it, among other keys."""
+
+    step: int
+    file_from: int
+    result: dict[str, object]
+    evaluation_due: bool
+    best_loss: float | None
+
+
+@dataclass
+class Progress:
+    """The step that a run has reached, and what must not be lost with it."""
+
+    total_steps: int  # not saved: it follows from the run file and the data
+    step: int = 0  # optimizer steps done
+    file_from: int = 0  # the step at which the data file was begun: rollout files follow one another
+    evaluation_due: bool = False  # after the last step
+    best_loss: float | None = None  # held out, with `train.patience`
+    figures: Figures = field(default_factory=Figures)
+
+    @property
+    def last(self) -> bool:
+        """Whether the last step is done."""
+        return self.step == self.total_steps
+
+    def as_json(self, task: str) -> SavedProgress:
+        return {
+            "step": self.step,
+            "file_from": self.file_from,
+            "result": self.figures.as_json(task),
+            "evaluation_due": self.evaluation_due,
+            "best_loss": self.best_loss,
+        }
+
+    def resume(self, saved: Mapping[str, object], task: str) -> None:
+        """Take over what a checkpoint's state holds; older versions saved fewer keys."""
+        self.step = saved["step"]
+        self.file_from = saved.get("file_from", 0)
+        self.figures = Figures.from_json(saved["result"], task)
+        self.evaluation_due = saved.get("evaluation_due", False)
+        self.best_loss = saved.get("best_loss")
