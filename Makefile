@@ -54,10 +54,10 @@ format: $(READY)  ## rewrite the sources as the linter wants them
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench: $(READY)  ## the CPU benchmarks: every tools/bench_*.py
-	@for bench in tools/bench_*.py; do \
-		[ -e "$$bench" ] || { echo "no tools/bench_*.py"; exit 0; }; \
-		echo "== $$bench"; $(PY) "$$bench" --suite cpu || exit 1; \
+bench: $(READY)  ## the CPU benchmarks: every tools/bench/*/bench.py
+	@for file in tools/bench/*/bench.py; do \
+		module=$$(echo "$${file%.py}" | tr / .); \
+		echo "== $$module"; $(PY) -m "$$module" --suite cpu || exit 1; \
 	done
 
 clean:  ## remove the environment and the caches (not runs/)

@@ -29,7 +29,7 @@ from ds_moe.monitor.meters import Throughput, Window, routing_scalars
 from ds_moe.monitor.reports import RoutingReport, StepReport
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / name for name in ("README.md",) if (ROOT / name).exists()]
+PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROOMS = ("ds_moe/", "ds_configs/", "launch/", "tools/", "tests/", "docs/")
 RUN_FILE_KEYS = {"model", "data", "deepspeed"}
@@ -81,6 +81,7 @@ def test_relative_links_and_named_files_exist(page):
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     named = [name for name in re.findall(r"`([\w./-]+)`", text) if name.startswith(ROOMS)]
     missing += [name for name in named if not (ROOT / name).exists()]
+    missing += [name for name in re.findall(r"-m ([\w.]+)", text) if ours(name) and not source(name).is_file()]
     assert not missing, f"{page.name} names what does not exist: {missing}"
 
 
@@ -107,8 +108,25 @@ def is_key(dotted: str) -> bool:
     return re.sub(r"\.\d+", "", dotted) in ALL_KEYS
 
 
+def ours(module: str) -> bool:
+    return module.partition(".")[0] in ("ds_moe", "tools")
+
+
+def source(module: str) -> Path:
+    return ROOT / f"{module.replace('.', '/')}.py"
+
+
+def split_at_module(words: list[str]) -> tuple[str | None, list[str]]:
+    """The module of ours that a command runs (`python -m`, `deepspeed --module`), if any, and the words behind it."""
+    for position, (word, module) in enumerate(zip(words, words[1:], strict=False)):
+        if word in ("-m", "--module") and ours(module):
+            return module, words[position + 2 :]
+    return None, []
+
+
 def complaints(words: list[str]) -> Iterator[str]:
-    """What is wrong with one command of a page: its name, an option, the script or make target, an override's key."""
+    """What is wrong with one command of a page: its name, an option, the script, module or make target, an override's
+    key."""
     if words[0] == "ds-moe":
         try:
             with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
@@ -121,7 +139,13 @@ def complaints(words: list[str]) -> Iterator[str]:
         yield from (word for word in words[1:] if "=" not in word and word not in targets)
     scripts = [word for word in words if word.startswith(("launch/", "tools/"))]
     yield from (script for script in scripts if not (ROOT / script).is_file())
-    if words[0] == "ds-moe" or "ds_moe.train" in words or any(script.startswith("launch/") for script in scripts):
+    module, behind = split_at_module(words)
+    if module and not source(module).is_file():
+        yield module
+    elif module:
+        options = [word.partition("=")[0] for word in behind if word.startswith("-")]
+        yield from (option for option in options if f'"{option}"' not in source(module).read_text())
+    if words[0] == "ds-moe" or module == "ds_moe.train" or any(script.startswith("launch/") for script in scripts):
         overrides = [word.partition("=")[0] for word in words if re.match(r"[a-z_.0-9]+=", word)]
         yield from (key for key in overrides if re.sub(r"\.\d+", "", key) not in ALL_KEYS)
 
@@ -137,8 +161,12 @@ def test_commands_exist_with_their_options_and_overrides(page):
 def test_a_wrong_command_is_noticed():
     wrong = ["ds-moe trian r.yaml", "ds-moe export a b --force", "launch/lokal.sh r.yaml 2", "make tset"]
     wrong += ["ds-moe train r.yaml train.learning=1", "deepspeed --module ds_moe.train r.yaml moe.balance.0.wight=1"]
+    wrong += ["python -m tools.bench.lair.bench --suite cpu", "python -m tools.bench.layer.bench --sweet cpu"]
+    wrong += ["python -m ds_moe.trainer r.yaml", "python -m ds_moe.doctor.plan_command --gups 8"]
     assert all(list(complaints(shlex.split(line))) for line in wrong)
-    assert not list(complaints(shlex.split("ds-moe train r.yaml --nproc 2 moe.balance.0.weight=1")))
+    right = ["ds-moe train r.yaml --nproc 2 moe.balance.0.weight=1", "python -m tools.bench.layer.bench --suite cpu"]
+    right += ["torchrun --nproc_per_node 2 --module ds_moe.train r.yaml train.steps=2"]
+    assert not any(list(complaints(shlex.split(line))) for line in right)
 
 
 # --- the table of keys

@@ -1,4 +1,4 @@
-"""Write checkpoints: one topology-free form for save, resume, reshard and export (the files: `checkpoint_files.py`).
+"""Write checkpoints: one topology-free form for save, resume, reshard and export (the files: `files.py`).
 
 A folder is written under a temporary name and renamed when it is whole; `latest` is moved after that. Values are stored
 by parameter, not by ZeRO partition, so any world size, EP size or ZeRO stage can resume (`restore.py`).

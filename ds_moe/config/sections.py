@@ -1,8 +1,8 @@
 """The typed tree of one run: every key a run file or an override may hold, with its default.
 
-`ds_moe.config.run_file` reads YAML and dotted overrides into this tree and turns pydantic's complaints into one-line errors
-with file, line and the nearest valid key; `ds_moe.config.check` refuses keys that a run would not use. Units stand in the
-comment of each key.
+`ds_moe.config.run_file` reads YAML and dotted overrides into this tree and turns pydantic's complaints into one-line
+errors with file, line and the nearest valid key; `ds_moe.config.check` refuses keys that a run would not use. Units
+stand in the comment of each key.
 """
 
 from __future__ import annotations

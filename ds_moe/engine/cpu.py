@@ -1,8 +1,8 @@
 """The op that DeepSpeed compiles for CPU runs, `deepspeed_shm_comm`: where it lies, and building it before a run.
 
 DeepSpeed compiles it when the first CPU process group starts: about 100 s in which a run looks hung, and a build that
-was killed leaves a lock that every later run would wait for without a word. `python -m ds_moe.engine.cpu` builds it up front,
-says so, and clears such a lock; it does next to nothing when the op is up to date.
+was killed leaves a lock that every later run would wait for without a word. `python -m ds_moe.engine.cpu` builds it up
+front, says so, and clears such a lock; it does next to nothing when the op is up to date.
 """
 
 from __future__ import annotations

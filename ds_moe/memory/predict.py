@@ -2,7 +2,7 @@
 
 A step has four moments at which it may need most: the loss is there and with it all activations; the backward pass
 begins; it ends, and all gradients are there; the optimizer works. Each is summed by purpose, and the largest sum is the
-prediction. `ds_moe/doctor/plan_command.py --check` holds it against the peaks of runs on CPUs, within 15% (docs/memory.md).
+prediction. A benchmark holds it against the peaks of runs on CPUs, within 15%.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Examples:
 
     python -m ds_moe.monitor.plot runs/demo --out docs/images/demo.png
-    python -m ds_moe.monitor.plot runs/demo --json curves.json      # every scalar of the run as {tag: [[step, value], ...]}
+    python -m ds_moe.monitor.plot runs/demo --json curves.json    # every scalar of the run: {tag: [[step, value], ...]}
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Policy(NamedTuple):
 def policy_loss(
     objective: Objective, inputs: PolicyInputs, normalizer: float | Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one micro-batch, a scalar with grad, and what `rl_metrics.metrics` wants to know, detached (B, S).
+    """Loss of one micro-batch, a scalar with grad, and what `metrics.metrics` wants to know, detached (B, S).
 
     Args:
         normalizer: what the sum over tokens (`token_mean`) or over sequence means (`sequence_mean`) is divided by.

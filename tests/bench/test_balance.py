@@ -1,8 +1,6 @@
 """tools/bench/balance/bench.py: it can be started, judges rightly, draws, and trains on both ranks."""
 
-import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,21 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tools.bench.balance import bench as bench_balance
+
 ROOT = Path(__file__).resolve().parents[2]
 EXPERTS, LAYERS = 16, 3
 
 
-@pytest.fixture
-def bench_balance(monkeypatch):
-    """The script as a module; it finds its neighbours as it does when it is started."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    return importlib.import_module("bench_balance")
-
-
 def bench(*arguments: object) -> str:
-    command = [sys.executable, str(ROOT / "tools/bench/balance/bench.py"), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    command = [sys.executable, "-m", "tools.bench.balance.bench", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -64,7 +56,7 @@ def result(loss_free_vio: float, loss_free_loss: float) -> dict:
         (0.17, 2.12, [True, True, True, False]),  # the spread of these seeds is 0.01
     ],
 )
-def test_an_earlier_result_is_judged_and_drawn(bench_balance, capsys, tmp_path, vio, loss, holding):
+def test_an_earlier_result_is_judged_and_drawn(capsys, tmp_path, vio, loss, holding):
     earlier, again, picture = tmp_path / "earlier.json", tmp_path / "new/again.json", tmp_path / "new/balance.png"
     earlier.write_text(json.dumps(result(vio, loss)))
     arguments = ["--show", earlier, "--json", again, "--plot", picture]

@@ -1,11 +1,11 @@
-"""tools/bench/gate/bench.py measures every contender, judges by the figures it writes, and times nothing that is wrong."""
+"""The gate's benchmark measures every contender, judges by the figures it writes, and times nothing that is wrong."""
 
 import json
 
 import pytest
 import torch
 
-from tools import bench_gate
+from tools.bench.gate import bench as bench_gate
 
 
 @pytest.fixture

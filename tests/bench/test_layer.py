@@ -1,4 +1,4 @@
-"""tools/bench/layer/bench.py times every contender that can run here, names the others, and times none that is wrong."""
+"""The layer's benchmark times every contender that can run here, names the others, and times none that is wrong."""
 
 import json
 import os
@@ -35,9 +35,8 @@ def bench(folder, *arguments):
 
 
 def test_help():
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tools/bench/layer/bench.py", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    command = [sys.executable, "-m", "tools.bench.layer.bench", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     options = ("--suite", "--shape", "--routing", "--repeats", "--growth", "--malloc", "--json")
     assert all(option in done.stdout for option in options)

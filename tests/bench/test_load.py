@@ -1,4 +1,4 @@
-"""tools/bench/load/bench.py: its checkpoint is one of the hub, both ways of loading it agree, and figures are told apart."""
+"""The benchmark of loading: its checkpoint is one of the hub, both ways of loading agree, figures are told apart."""
 
 import json
 

@@ -1,25 +1,23 @@
 """tools/bench/replay/bench.py: it judges rightly, draws, and measures a tiny engine against a tiny trainer."""
 
-import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.bench.replay import bench as bench_replay
+
 MODES = ("live", "completion only", "prompt + completion", "shifted by one")
 TINY = ["--prompts", "3", "--tokens", "8", "--layers", "2", "--experts", "8", "--top-k", "2", "--seeds", "5"]
 
 
-@pytest.fixture
-def bench_replay(monkeypatch):
-    """The script as a module; it finds its neighbours as it does when it is started. It sets torch's threads."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """The benchmark sets torch's threads."""
     threads = torch.get_num_threads()
-    yield importlib.import_module("bench_replay")
+    yield
     torch.set_num_threads(threads)
 
 
@@ -48,7 +46,7 @@ def result(fp32: tuple[float, ...], bf16: tuple[float, ...]) -> dict:
         (5e-4, 2e-2, [True, False, True, False]),  # 40 times worse
     ],
 )
-def test_an_earlier_result_is_judged_and_drawn(bench_replay, capsys, tmp_path, replayed, shifted, holding):
+def test_an_earlier_result_is_judged_and_drawn(capsys, tmp_path, replayed, shifted, holding):
     k3 = (1e-3, replayed, replayed, shifted)
     earlier, again, picture = tmp_path / "earlier.json", tmp_path / "new/again.json", tmp_path / "new/replay.png"
     earlier.write_text(json.dumps(result(k3, k3)))
@@ -67,7 +65,7 @@ def test_an_earlier_result_is_judged_and_drawn(bench_replay, capsys, tmp_path, r
     assert np.asarray(Image.open(picture).convert("RGB")).std() > 10
 
 
-def test_the_options(bench_replay, capsys):
+def test_the_options(capsys):
     options = bench_replay.parse(["--router-scales", "2", "0.5"])
     assert options.router_scales == [2.0, 0.5] and options.seeds == [0, 1, 2] and options.suite == "cpu"
     with pytest.raises(SystemExit):
@@ -75,11 +73,11 @@ def test_the_options(bench_replay, capsys):
     assert "--top-k 4 of 4 --experts leaves a router nothing to choose" in capsys.readouterr().err
 
 
-def test_the_run_file_replays(bench_replay):
+def test_the_run_file_replays():
     assert bench_replay.load_run(bench_replay.RUN).moe.replay.enabled
 
 
-def rolled(bench_replay, kind: str, preset: str):
+def rolled(kind: str, preset: str):
     options = bench_replay.parse(TINY)
     model = bench_replay.build(preset, 5, 2.0, options)
     processor = bench_replay.tiny_processor(kind)
@@ -88,9 +86,9 @@ def rolled(bench_replay, kind: str, preset: str):
 
 
 @pytest.mark.parametrize(("kind", "preset"), [("vl", "tiny-vl-moe"), ("text", "tiny-moe")])
-def test_the_engine_brings_what_teacher_forcing_finds(bench_replay, kind, preset):
+def test_the_engine_brings_what_teacher_forcing_finds(kind, preset):
     """Trace and log-probs belong to their tokens: plain transformers on one sequence at a time finds the same."""
-    model, _, begins, rollouts = rolled(bench_replay, kind, preset)
+    model, _, begins, rollouts = rolled(kind, preset)
     assert len({one.prompt for one in begins}) > 1  # of different lengths: padding is taken off again
     for begin, one in zip(begins, rollouts, strict=True):
         ids = one.sequence.input_ids
@@ -113,8 +111,8 @@ def test_the_engine_brings_what_teacher_forcing_finds(bench_replay, kind, preset
         assert (found_N - one.logprob_N).abs().max() < 0.7  # bf16, and a flipped router
 
 
-def test_what_each_mode_replays(bench_replay):
-    model, _, begins, rollouts = rolled(bench_replay, "text", "tiny-moe")
+def test_what_each_mode_replays():
+    model, _, begins, rollouts = rolled("text", "tiny-moe")
     length = max(len(one.sequence.input_ids) for one in rollouts) + 1
     given = bench_replay.replays(rollouts, bench_replay.RoutingShape.of(model.config), length)
     assert tuple(given) == MODES and given["live"] is None
@@ -126,7 +124,7 @@ def test_what_each_mode_replays(bench_replay):
         assert torch.equal(shifted[1:last], whole[: last - 1]) and (shifted[last:] == -1).all()
 
 
-def test_end_to_end(bench_replay, tmp_path):
+def test_end_to_end(tmp_path):
     file = tmp_path / "replay.json"
     assert bench_replay.main([*TINY, "--router-scales", "2", "--json", str(file)]) == 0
     written = json.loads(file.read_text())

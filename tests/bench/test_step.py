@@ -1,4 +1,4 @@
-"""tools/bench/step/bench.py: its ranks find every contender right, time and weigh it; what it prints and returns follows."""
+"""The step's benchmark: its ranks find every contender right, time and weigh it; what it prints and returns follows."""
 
 import json
 import math
@@ -120,10 +120,8 @@ def test_a_wrong_contender_is_neither_timed_nor_weighed(monkeypatch, capsys):
     ("loss", "norm", "right"), [(1e-6, 1e-5, True), (2e-5, 0.0, False), (0.0, 1e-3, False), (math.nan, 0.0, False)]
 )
 def test_loss_and_gradients_must_both_be_right(loss, norm, right):
-    from tools.step_ranks import is_right
-
     plan = {"loss_tolerance": SUITE.loss_tolerance, "norm_tolerance": SUITE.norm_tolerance}
-    assert is_right({"loss_difference": loss, "norm_difference": norm}, plan) is right
+    assert step_ranks.is_right({"loss_difference": loss, "norm_difference": norm}, plan) is right
 
 
 @pytest.mark.parametrize(

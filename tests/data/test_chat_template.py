@@ -9,8 +9,7 @@ from ds_moe.data.encode import encode
 from ds_moe.data.images import RecordError, load_image
 from ds_moe.errors import UserError
 from ds_moe.models.processor import CHAT_TEMPLATE, tiny_processor
-
-from .conftest import chat
+from tests.records import chat
 
 
 def encoded(record, processor, folder=Path("/")):

@@ -8,8 +8,7 @@ import torch
 from ds_moe.data.chat import parse_record
 from ds_moe.data.encode import NO_LOSS, collate, collate_prompts, encode, filler
 from ds_moe.data.images import RecordError
-
-from .conftest import chat
+from tests.records import chat
 
 
 @pytest.fixture

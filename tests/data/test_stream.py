@@ -16,8 +16,7 @@ from ds_moe.data.encode import NO_LOSS
 from ds_moe.data.encoder import check_samples, open_records
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.errors import UserError
-
-from .conftest import chat
+from tests.records import chat
 
 RECORDS = 21  # with a global batch of 8: three steps an epoch, the last with three fillers
 STEPS = 3

@@ -1,23 +1,17 @@
 """The screens of the gate's demo: what is asked, what is shown and what is right, and that nothing gives it away."""
 
-import importlib.util
 import json
 import random
 from collections import Counter
 from itertools import chain, combinations, product
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
 from ds_moe.data.chat import parse_record
+from tools.demos.gate import screens as tool
 
-SPEC = importlib.util.spec_from_file_location(
-    "screens", Path(__file__).resolve().parents[2] / "tools/demos/gate/screens.py"
-)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
 TRAIN, HELD_OUT, BASE = 80, 40, 60
 FILES = ["base", *(f"adapter-{name}" for name in tool.ADAPTERS), "routing-train", "routing-held_out"]
 

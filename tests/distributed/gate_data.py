@@ -1,6 +1,5 @@
 """What test_gate trains on: screens beside text-only records, a base, four adapters of different ranks."""
 
-import importlib.util
 import json
 import random
 from itertools import product
@@ -13,12 +12,7 @@ from PIL import Image
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import save_processor, tiny_processor
 from tests.distributed.gate_ranks import NAMES
-
-SPEC = importlib.util.spec_from_file_location(
-    "screens", Path(__file__).resolve().parents[2] / "tools/demos/gate/screens.py"
-)
-screens = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(screens)
+from tools.demos.gate import screens
 
 TRAIN, HELD_OUT = 96, 24
 PROJECTIONS = [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["o_proj", "down_proj"], ["up_proj"]]

@@ -1,11 +1,8 @@
 """Rounds of rollouts and training through the real launcher: 2 processes, EP 2, ZeRO-3, real images."""
 
-import importlib.util
 import json
 import math
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,25 +11,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ds_moe.checkpoint.files import Reader
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import save_processor, tiny_processor
+from ds_moe.tasks.rl import sample
 from tests.launcher import run_ranks
 
 STEPS_OF_8 = ["train.global_batch_size=8"]  # of 32 rollouts: two batches of two updates
-ROOT = Path(__file__).resolve().parents[2]
-SPEC = importlib.util.spec_from_file_location("make_rollouts", ROOT / "ds_moe/tasks/rl/sample.py")
-tool = importlib.util.module_from_spec(SPEC)
-sys.modules["make_rollouts"] = tool
-SPEC.loader.exec_module(tool)
 
 
 def rollouts(policy, file, seed):
-    model, processor = tool.load_policy(policy, torch.float32)
-    samples = tool.open_prompts("digits", 8, seed)
+    model, processor = sample.load_policy(policy, torch.float32)
+    samples = sample.open_prompts("digits", 8, seed)
     options = {"per_prompt": 4, "max_new_tokens": 4, "seed": seed, "reward": lambda text, answer: len(text) % 3}
-    records = tool.generate_rollouts(model, processor, samples, **options)
+    records = sample.generate_rollouts(model, processor, samples, **options)
     assert len({record["reward"] for record in records}) > 1  # else there would be nothing to learn
     for record in records[::5]:
         del record["routing"]  # those fall back to the live router
-    tool.write_rollouts(records, file)
+    sample.write_rollouts(records, file)
     return records
 
 

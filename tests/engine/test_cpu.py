@@ -42,7 +42,7 @@ def test_the_environments_folder_and_ninja_are_used_where_it_has_compiled_ops(tm
 
 @pytest.mark.skipif(not COMPILED.exists(), reason="the op has not been compiled into this environment")
 def test_a_rank_started_by_hand_finds_the_op(tmp_path):
-    code = "from ds_moe.engine.build import start_distributed; start_distributed(1)"
+    code = "from ds_moe.engine.start import start_distributed; start_distributed(1)"
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_EXTENSIONS_DIR"}
     environment |= {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
     built = COMPILED.stat().st_mtime_ns

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -318,7 +317,7 @@ def test_other_ranks_agree_on_log_steps_and_do_nothing(tmp_path, capsys):
 def test_a_process_that_ends_without_finishing_leaves_its_curves(tmp_path):
     program = f"""
 from pathlib import Path
-from tests.test_monitor import new_monitor, train
+from tests.monitor.test_monitor import new_monitor, train
 monitor = new_monitor(Path({str(tmp_path)!r}))
 monitor.start(1, "", {{}})
 train(monitor, 1, 20)
@@ -434,14 +433,12 @@ def test_monitoring_costs_under_half_a_millisecond_a_step(tmp_path, record_prope
     assert 0 < overhead < 0.01
 
 
-# --- ds_moe/monitor/plot.py -----------------------------------------------------------------------------------------------
+# --- ds_moe/monitor/plot.py -----------------------------------------------------------------------------------------
 
 
 def plot_run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "plot_run.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    command = [sys.executable, "-m", "ds_moe.monitor.plot", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_plot_run_draws_the_picture_and_dumps_the_scalars(tmp_path):

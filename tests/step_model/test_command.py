@@ -1,4 +1,4 @@
-"""tools/step_model/command.py as a command: its options, what it refuses, this machine measured, a benchmark checked."""
+"""The step model's command: its options, what it refuses, this machine measured, a benchmark checked."""
 
 import functools
 import json
@@ -104,7 +104,7 @@ def test_this_cpu_is_measured(capsys, tmp_path, monkeypatch):
 
 
 def bench_file(folder, **changes):
-    """A report in the form of bench_step's, of a benchmark whose ds_moe took exactly twice its estimated time."""
+    """A report in the form of the step's benchmark, of a benchmark whose ds_moe took exactly twice its estimated time."""
     alike = {"nodes": 1, "devices_per_node": 2, "tokens": 1024, "sequence": 256, "dtype": "fp32"}
     tiny = shapes.PRESETS["tiny-64"]
     twice = 2 * steps.estimate(topology(**alike, ep_size=2, checkpointing=False), tiny, MEASURED).step_s
@@ -143,7 +143,7 @@ def test_check_compares_ds_moe_and_its_rival(capsys, tmp_path):
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        ({"results": None}, "no results; give what bench_step.py --json wrote"),
+        ({"results": None}, "no results; give what tools.bench.step.bench --json wrote"),
         ({"results": [{"tokens": 8}]}, "no contender"),
         ({"results": [{"contender": "ds_moe", "median_s": 1.0, "tokens": 8}]}, "no processes"),
         ({"results": [{"contender": "ds_moe", "median_s": 1.0, "tokens": 256, "processes": 16}]}, "--processes 16"),

@@ -1,4 +1,4 @@
-"""The model of tools/step_model/command.py: counts against transformers and by hand, what must hold between topologies."""
+"""The step model: counts against transformers and by hand, what must hold between topologies."""
 
 import math
 from dataclasses import replace

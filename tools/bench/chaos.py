@@ -1,6 +1,6 @@
 """Train a tiny model through one fault after another, and compare what comes out with an undisturbed run, bit for bit.
 
-    tools/bench/chaos.py --rounds 30 [--background] [--seed S] [--json FILE] [--keep FOLDER]
+    python -m tools.bench.chaos --rounds 30 [--background] [--seed S] [--json FILE] [--keep FOLDER]
 
 Two processes on this machine's CPU. In each round the job is started (and resumes), trains some steps, and meets one
 fault at a random moment; then it is started again. Filling the disk needs a small tmpfs, which root alone can mount;

@@ -16,26 +16,33 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_plan(
-    script: str, plan: dict[str, Any], processes: int, settings: dict[str, str], folder: Path
+    module: str,
+    plan: dict[str, Any],
+    processes: int,
+    settings: dict[str, str],
+    folder: Path,
+    result_file: Path | None = None,
 ) -> dict[str, Any]:
-    """What `tools/<script> PLAN.json RESULT.json` has written in one of its `processes` ranks.
+    """What `python -m <module> PLAN.json RESULT.json` has written in one of its `processes` ranks.
 
     Args:
         settings: environment variables beside the caller's own.
         folder: for the two files.
+        result_file: a place of its own for the result, where a caller wants to keep what the ranks write on the way.
 
     Raises:
         CalledProcessError: a rank failed; what it said is on the terminal.
     """
-    plan_file, result_file = folder / "plan.json", folder / "result.json"
+    plan_file, result_file = folder / "plan.json", result_file or folder / "result.json"
     plan_file.write_text(json.dumps(plan))
+    result_file.parent.mkdir(parents=True, exist_ok=True)
     result_file.unlink(missing_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes)]
     command += ["--master_port", str(port), "--quiet", "--no_local_rank"]
-    command += [str(ROOT / "tools" / script), str(plan_file), str(result_file)]
+    command += ["--module", module, str(plan_file), str(result_file)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     code = launcher.start(launcher.Launch(command, {"PYTHONPATH": paths, **settings}), stop_within_s=0)
     if code:

@@ -1,4 +1,4 @@
-"""Measure the figures of this machine's CPU for `estimate_step.py`: several processes at once, as ranks run.
+"""Measure the figures of this machine's CPU for the step model: several processes at once, as ranks run.
 
 Each figure is the median of several repetitions in the slowest process. Collectives are gloo's; their bandwidth is
 fitted to the formulas that the estimate uses. A busy machine gives low figures: measure when nothing else runs.

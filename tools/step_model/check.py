@@ -1,4 +1,4 @@
-"""Estimated against measured steps: the results of tools/bench/step/bench.py, whose contenders all train under ZeRO-3."""
+"""Estimated against measured steps: results of the step's benchmark, whose contenders all train under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def value(row: dict[str, Any], key: str, file: Path) -> Any:
         UserError: no such key, or no value.
     """
     if row.get(key) is None:
-        raise UserError(f"--check {file}: no {key} in {json.dumps(row)[:100]}; give what bench_step.py --json wrote")
+        raise UserError(f"--check {file}: no {key} in {json.dumps(row)[:100]}; give what tools.bench.step.bench --json wrote")
     return row[key]
 
 
@@ -67,14 +67,14 @@ def read_results(file: Path) -> list[Measured]:
     """Every result that was timed.
 
     Raises:
-        UserError: no such file, or not what bench_step writes; names the missing key.
+        UserError: no such file, or not what the benchmark writes; names the missing key.
     """
     try:
         report = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--check {file}: {error}") from error
     if not isinstance(report, dict) or not isinstance(report.get("results"), list):
-        raise UserError(f"--check {file}: no results; give what bench_step.py --json wrote")
+        raise UserError(f"--check {file}: no results; give what tools.bench.step.bench --json wrote")
     decoder = from_config(value(report, "model", file), f"--check {file}, model")
     sequence, dtype = value(report, "sequence", file), value(value(report, "environment", file), "dtype", file)
     measured = []
@@ -115,7 +115,7 @@ def check(results: Iterable[Measured], machine: Machine) -> list[Compared]:
 
 
 def check_table(rows: list[Compared]) -> Table:
-    table = Table("contender", title="measured by bench_step (m), and estimated (e)")
+    table = Table("contender", title="measured by tools.bench.step.bench (m), and estimated (e)")
     for column in ("processes", "EP", "tokens\na rank", "step ms\nm", "no overlap\ne", "error", "full overlap\ne"):
         table.add_column(column, justify="right")
     for column in ("MiB sent\nm", "\ne", "peak MiB\nm", "\ne"):

@@ -2,10 +2,10 @@
 
     python -m tools.step_model.command --model qwen3-vl-30b-a3b --machine h100-8x --nodes 2 --ep-size 8 --checkpointing
     python -m tools.step_model.command --sweep --plot sweep.png --checkpointing --tokens 16384
-    python -m tools.step_model.command --calibrate cpu.json                                # measures this machine's CPU
-    python -m tools.step_model.command --machine cpu.json --check bench_step.json          # against tools/bench/step/bench.py
+    python -m tools.step_model.command --calibrate cpu.json                # measures this machine's CPU
+    python -m tools.step_model.command --machine cpu.json --check step.json    # against `tools.bench.step.bench --json`
 
-Everything printed is estimated, but for the columns named measured. What each term counts stands in `estimate/`:
+Everything printed is estimated, but for the columns named measured. What each term counts stands beside this file:
 `costs.py` (computing), `links.py` (collectives), `step_time.py` (what a step has of them, overlap), `memory.py`. Not
 counted: the vision tower, kernel launches and Python, the reading of data, contention of jobs. Of named machines peaks
 and links are from data sheets; the fractions of them that are reached are assumptions and options.
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     modes.add_argument("--devices", type=int, nargs="+", default=DEVICES, metavar="N", help="of --sweep")
     modes.add_argument("--overlap", action="store_true", help="--sweep compares by full overlap instead of none")
     modes.add_argument("--plot", type=Path, metavar="PNG", help="with --sweep: tokens/s of a device over EP size")
-    modes.add_argument("--check", type=Path, metavar="FILE", help="compare with results of tools/bench/step/bench.py")
+    modes.add_argument("--check", type=Path, metavar="FILE", help="compare with results of tools.bench.step.bench")
     modes.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this machine's CPU, write its figures")
     modes.add_argument("--processes", default=2, **whole, help="of --calibrate (default 2)")
     add("--json", type=Path, metavar="FILE", help="also write figures and settings here")

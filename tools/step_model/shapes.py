@@ -37,7 +37,7 @@ class Decoder:
 
 
 # Figures of the models' config.json on the hub (the text_config of Qwen3-VL-MoE equals Qwen3-MoE's of the same name),
-# and of the model that bench_step trains on CPUs.
+# and of the model that `tools.bench.step.bench` trains on CPUs.
 _QWEN3 = {"kv_heads": 4, "head_dim": 128, "E": 128, "K": 8, "vocabulary": 151_936}
 PRESETS = {
     decoder.name: decoder

@@ -1,4 +1,4 @@
-"""Rules of a run file about `lora`; `checks.py` takes them into its tables."""
+"""Rules of a run file about `lora`; `check.py` takes them into its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of a run file about `task: rl` and routing replay; `checks.py` takes them into its tables."""
+"""Rules of a run file about `task: rl` and routing replay; `check.py` takes them into its tables."""
 
 from __future__ import annotations
 

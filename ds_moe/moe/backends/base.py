@@ -1,6 +1,6 @@
 """What a backend offers: kernels that move rows and multiply them by expert.
 
-Their gradients are written once, over these kernels: of the movement in `movement.py`, of the products here and in
+Their gradients are written once, over these kernels: of the movement in `permute.py`, of the products here and in
 `swiglu.py`. So a new backend need have no backward of its own, and its kernels are not differentiated; one that brings
 gradients overrides `multiply` and `swiglu`.
 """

@@ -2,7 +2,7 @@
 
 Its modules import `megablocks_ops`, a CUDA extension that a wheel built without a CUDA compiler lacks, and
 `grouped_gemm`, another one, for its expert layers. Both are a few functions, written here in torch; the backend needs
-`sort` and `histogram`, megablocks' own layers (a rival in `tools/bench/layer/bench.py`, a partner in the tests) the others.
+`sort` and `histogram`, megablocks' own layers (which benchmarks and tests compare with) the others.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Rollout:
     reward: float  # NaN: not told
     group: str
     advantage: float  # NaN until rewards of the group are known
-    routing: dict[str, Any] | None  # arguments of `formats.decode`
+    routing: dict[str, Any] | None  # arguments of `traces.decode`
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _numbers(record: dict[str, Any], key: str, count: int | None) -> list[float]
 
 
 def _routing(record: dict[str, Any], shape: RoutingShape | None) -> dict[str, Any] | None:
-    """What `formats.decode` needs, kept undecoded: it is read when the record is used."""
+    """What `traces.decode` needs, kept undecoded: it is read when the record is used."""
     if "routing" not in record:
         lone = [key for key in ("routing_format", "routing_start") if key in record]
         if lone:

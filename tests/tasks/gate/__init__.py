@@ -1,1 +1,1 @@
-"""Tests of ds_moe/gating."""
+"""Tests of ds_moe/tasks/gate."""

@@ -1,4 +1,4 @@
-"""ds_moe/tasks/gate/model.py on real images: the mixture, what the gate reads, decoding, checkpointing, the reference."""
+"""A gated model on real images: the mixture, what the gate reads, decoding, checkpointing, the reference."""
 
 import peft
 import pytest

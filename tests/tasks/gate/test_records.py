@@ -14,8 +14,7 @@ from ds_moe.data.records import read_records
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.errors import UserError
 from ds_moe.tasks.gate.records import gate_form, request_form
-
-from .conftest import chat
+from tests.records import chat
 
 NAMES = ["mail", "maps", "notes"]
 QUESTION = {"messages": [{"role": "user", "content": "Where am I?"}]}

@@ -1,12 +1,10 @@
 """The rollout generator: what it writes is what the engine did, whatever stood beside it in the batch."""
 
 import copy
-import importlib.util
 import json
 import shutil
 import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,20 +16,8 @@ from ds_moe.errors import UserError
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import save_processor, tiny_processor
 from ds_moe.replay import RoutingRecorder, RoutingShape, align, decode, joined
+from ds_moe.tasks.rl import sample as tool
 from ds_moe.tasks.rl.rollouts import rollout_form
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool("make_rollouts")
 
 
 @pytest.fixture(scope="module")
@@ -194,14 +180,14 @@ def test_the_command_writes_a_file_that_trains(model, processor, tmp_path, capsy
     model.save_pretrained(tmp_path / "model")
     save_processor(processor, tmp_path / "model")
     out = tmp_path / "out/rollouts.jsonl"
-    words = ["make_rollouts.py", str(tmp_path / "model"), str(out), "--prompts", "2", "--per-prompt", "2"]
+    words = ["sample", str(tmp_path / "model"), str(out), "--prompts", "2", "--per-prompt", "2"]
     monkeypatch.setattr(sys, "argv", [*words, "--max-new-tokens", "3", "--dtype", "bf16"])
     assert tool.main() == 0
     assert "4 completions of 2 prompts, mean reward" in capsys.readouterr().out
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert all((out.parent / record["images"][0]).is_file() for record in records)
     assert len(list((out.parent / "images").iterdir())) <= 2 and not list(out.parent.glob("*.partial"))
-    monkeypatch.setattr(sys, "argv", ["make_rollouts.py", str(tmp_path / "nothing"), str(out)])
+    monkeypatch.setattr(sys, "argv", ["sample", str(tmp_path / "nothing"), str(out)])
     assert tool.main() == 2
     assert "neither a Hugging Face folder nor a run's output folder" in capsys.readouterr().err
 

@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import numpy as np
 
-from ds_moe.engine import cpu as ops
 from ds_moe.engine.cpu import cpu_settings
 from tools.bench.balance.plot import write_figure
+from tools.bench.launched import run_plan
 
-ROOT = Path(__file__).resolve().parents[3]
 METHODS = ("none", "aux", "loss_free", "aux+loss_free")
 RANKS = 2
 EVALUATIONS = 10  # evenly spaced, beside one after the first step
@@ -91,19 +89,10 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure(plan: dict[str, Any], folder: Path, keep: Path | None) -> dict[str, Any]:
     """Train everything in one launch; `keep` holds the result of the runs that are done, all along."""
-    plan_file, result_file = folder / "plan.json", keep or folder / "result.json"
-    plan_file.write_text(json.dumps(plan))
-    result_file.parent.mkdir(parents=True, exist_ok=True)
-    if not ops.ready(ops.extensions_dir()):
-        ops.build()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    command += [str(ROOT / "tools/bench/balance/ranks.py"), str(plan_file), str(result_file)]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings = {**os.environ, **cpu_settings(RANKS), "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, env=settings)
-    if done.returncode != 0:
-        sys.exit(done.returncode)
-    return json.loads(result_file.read_text())
+    try:
+        return run_plan("tools.bench.balance.ranks", plan, RANKS, cpu_settings(RANKS), folder, keep)
+    except CalledProcessError as error:
+        sys.exit(error.returncode)
 
 
 def summarize(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The figure of bench_balance: balance over time, balance by layer, and what it costs in held-out loss."""
+"""The benchmark's figure: balance over time, balance by layer, and what it costs in held-out loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = {"fontsize": 7.5, "color": INK}
 
 
 def write_figure(result: dict[str, Any], file: Path, target: float) -> None:
-    """PNG of a result of bench_balance, with its `summary`; `target` is the MaxVio_global drawn as a line."""
+    """PNG of a result of the benchmark, with its `summary`; `target` is the MaxVio_global drawn as a line."""
     figure = Figure(figsize=(12, 3.7), dpi=150, facecolor="white", layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1.15, 1.15, 1))
     draw_time(axes[0], result["runs"], target)

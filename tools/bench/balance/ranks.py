@@ -1,6 +1,6 @@
-"""The ranks of bench_balance: train each method and seed with the trainer's own step, watch balance on held-out text.
+"""The benchmark's ranks: train each method and seed with the trainer's own step, watch balance on held-out text.
 
-    torchrun --nproc-per-node 2 tools/bench/balance/ranks.py PLAN.json RESULT.json
+    deepspeed --num_accelerators 2 --no_local_rank --module tools.bench.balance.ranks PLAN.json RESULT.json
 
 Everything a run draws comes from its seed: methods of one seed start from the same weights and see the same bytes.
 The result is written anew after every run, so that a benchmark that was stopped leaves what it has measured.

@@ -1,4 +1,4 @@
-"""What the contenders of bench_layer are made of: weights, a case to build for, and the block that is measured."""
+"""What the benchmark's contenders are made of: weights, a case to build for, and the block that is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One MoE layer as every contender of bench_layer builds it: the same weights, input and routing for all.
+"""One MoE layer as every contender of the benchmark builds it: the same weights, input and routing for all.
 
 The router renormalises the softmax of the K chosen logits, as Qwen3-MoE and Qwen3-VL-MoE do. Contenders in
 transformers' layout share the weight tensors; the others copy them once.

@@ -1,4 +1,4 @@
-"""What bench_layer measures of one layer: its results, its time, and the memory its backward waits for."""
+"""What the benchmark measures of one layer: its results, its time, and the memory its backward waits for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw the growth that bench_layer measured: time and saved memory over tokens, experts and top-k, log-log.
+"""Draw the growth that the benchmark measured: time and saved memory over tokens, experts and top-k, log-log.
 
 Example:
 
@@ -26,7 +26,7 @@ ROWS = {"median_s": ("Time, forward and backward", "ms", 1e3), "saved_bytes": ("
 
 
 def write_figure(growth: dict[str, Any], file: Path) -> None:
-    """PNG of `growth` in the JSON of bench_layer --growth: a column an axis; time above, saved memory below."""
+    """PNG of `growth` in the JSON of `tools.bench.layer.bench --growth`: a column an axis; time above, saved memory below."""
     sweeps = growth["axes"]
     figure = Figure(figsize=(4 * len(sweeps), 6.6), dpi=150, facecolor="white", layout="constrained")
     panels = figure.subplots(len(ROWS), len(sweeps), squeeze=False)
@@ -71,12 +71,12 @@ def draw(axes: Axes, axis: str, sweep: dict[str, Any], key: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, help="what bench_layer.py --growth --json wrote")
+    parser.add_argument("json", type=Path, help="what tools.bench.layer.bench --growth --json wrote")
     parser.add_argument("png", type=Path, help="the picture to write")
     options = parser.parse_args(arguments)
     report = json.loads(options.json.read_text())
     if "growth" not in report:
-        parser.error(f"{options.json} holds no growth: write it with bench_layer.py --growth --json")
+        parser.error(f"{options.json} holds no growth: write it with tools.bench.layer.bench --growth --json")
     write_figure(report["growth"], options.png)
     return 0
 

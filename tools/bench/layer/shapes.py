@@ -1,4 +1,4 @@
-"""The sizes bench_layer measures, and hidden states that a router sends where a routing says."""
+"""The sizes that are measured, and hidden states that a router sends where a routing says."""
 
 from __future__ import annotations
 

@@ -85,6 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where checkpoints are written, and removed (default: temporary)")
     parser.add_argument("--path", choices=PATHS, action="append", help="only this way of loading")
     parser.add_argument("--trained", choices=TRAINED, action="append", help="only this (default: one after the other)")
+    parser.add_argument("--suite", choices=["cpu"], default="cpu", help="where to run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures, sizes and versions here")
     options = parser.parse_args(arguments)
     options.size = options.size or [4.0]
@@ -167,9 +168,9 @@ def random_weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -
 
 
 def launch(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What load_ranks finds with the environment of CPU runs."""
+    """What the ranks find with the environment of CPU runs."""
     try:
-        return run_plan("load_ranks.py", plan, RANKS, launcher.cpu_settings(RANKS), folder)
+        return run_plan("tools.bench.load.ranks", plan, RANKS, launcher.cpu_settings(RANKS), folder)
     except CalledProcessError as error:
         sys.exit(error.returncode)
 

@@ -1,6 +1,6 @@
-"""The ranks of bench_load: one model, loaded and sharded in one way, weighed as it grows, and its loss.
+"""The benchmark's ranks: one model, loaded and sharded in one way, weighed as it grows, and its loss.
 
-deepspeed --num_accelerators 2 --no_local_rank tools/bench/load/ranks.py PLAN.json RESULT.json
+deepspeed --num_accelerators 2 --no_local_rank --module tools.bench.load.ranks PLAN.json RESULT.json
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ CASES = [
 
 
 def plan_of(case: Case, kept: bool) -> dict[str, Any]:
-    """What `memory_ranks` reads."""
+    """What the ranks read."""
     train = {"micro_batch_size": case.samples, "global_batch_size": case.samples * RANKS * case.accumulation}
     train |= {"steps": 1, "schedule": "constant", "gradient_checkpointing": case.checkpointing, "precision": "fp32"}
     more = dict(case.more)
@@ -91,7 +91,7 @@ def measure(case: Case, kept: bool) -> dict[str, Any]:
     settings = {**launcher.cpu_settings(RANKS), "OMP_NUM_THREADS": "1", **NO_KERNEL_CACHE, **({} if kept else RETURNED)}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = run_plan("memory_ranks.py", plan_of(case, kept), RANKS, settings, Path(folder))
+            found = run_plan("tools.bench.memory.ranks", plan_of(case, kept), RANKS, settings, Path(folder))
         except CalledProcessError as error:
             raise UserError(f"--check: {case.name} failed with exit code {error.returncode}") from error
     if found["reclaimed_bytes"] > RECLAIMED * found["peak_bytes"]:

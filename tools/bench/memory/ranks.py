@@ -1,6 +1,6 @@
-"""The ranks of `estimate_memory --check`: train a model from a config on this CPU and read the peak of the process.
+"""The benchmark's ranks: train a model from a config on this CPU and read the peak of the process.
 
-    deepspeed --num_accelerators 2 --no_local_rank tools/bench/memory/ranks.py CASE.json RESULT.json
+    deepspeed --num_accelerators 2 --no_local_rank --module tools.bench.memory.ranks CASE.json RESULT.json
 
 The peak is VmHWM of /proc/self/status, the largest resident memory of the process, from its beginning or from the
 first step. Model, engine and loss are those of a run (`ds_moe.train`); tokens and pixels are random.

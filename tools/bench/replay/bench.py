@@ -1,6 +1,6 @@
 """What does routing replay leave of the mismatch between an inference engine and the trainer?
 
-    python -m tools.bench.replay.bench                              2 models x 3 router scales x 3 seeds: 3 minutes on 1 core
+    python -m tools.bench.replay.bench                              2 models x 3 scales x 3 seeds: 3 minutes on 1 core
     python -m tools.bench.replay.bench --seeds 0 --router-scales 2  a first look
     python -m tools.bench.replay.bench --show FILE --plot FILE      print and draw an earlier result
 

@@ -1,4 +1,4 @@
-"""What bench_replay makes of its figures: the summary, the claims, the tables, the picture."""
+"""What the benchmark makes of its figures: the summary, the claims, the tables, the picture."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def draw_scales(axes: Axes, summary: list[Row]) -> None:
 
 
 def finish_panel(axes: Axes, title: str, label: str) -> None:
-    """As `plot_run.finish_axes`, which sees steps along x, but with the ticks and limits as they were."""
+    """As `ds_moe.monitor.plot.finish_axes`, which sees steps along x, but with the ticks and limits as they were."""
     ticks, limits = (axes.get_xticks(), [text.get_text() for text in axes.get_xticklabels()]), axes.get_xlim()
     finish_axes(axes, title)
     axes.set_xlabel(label, fontsize=9, color=INK)

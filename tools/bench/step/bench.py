@@ -149,7 +149,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def launch(
     what: list[str], contenders: list[str], processes: int, options: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
-    """Start step_ranks under DeepSpeed's launcher, one thread a process, and read what it writes.
+    """Start the ranks under DeepSpeed's launcher, one thread a process, and read what it writes.
 
     Args:
         what: "time", "memory" or both, one after the other in the same processes.
@@ -160,7 +160,7 @@ def launch(
     plan |= {key: getattr(suite, key) for key in ("dtype", "sequence", "loss_tolerance", "norm_tolerance", "model")}
     settings = launcher.cpu_settings(processes) | {"OMP_NUM_THREADS": "1"} if suite.device == "cpu" else {}
     try:
-        found = run_plan("step_ranks.py", plan, processes, settings, folder)
+        found = run_plan("tools.bench.step.ranks", plan, processes, settings, folder)
     except CalledProcessError as error:
         sys.exit(error.returncode)
     for result in found["results"]:

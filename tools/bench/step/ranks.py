@@ -1,6 +1,6 @@
-"""The ranks of bench_step: training steps of one model, with the same weights and tokens under each contender's engine.
+"""The benchmark's ranks: training steps of one model, with the same weights and tokens under each contender's engine.
 
-    deepspeed --num_accelerators 2 --no_local_rank tools/bench/step/ranks.py PLAN.json RESULT.json
+    deepspeed --num_accelerators 2 --no_local_rank --module tools.bench.step.ranks PLAN.json RESULT.json
 
 The learning rate is so small that no weight changes. The optimizer does all of its work, yet every step of a contender
 is the first step, with the same loss, gradients and routing, and can be held against plain transformers.

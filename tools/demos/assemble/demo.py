@@ -121,7 +121,7 @@ def score(name: str) -> dict[str, float]:
     """Share of held-out answers that are exactly right, by kind of question and on average."""
     file = FOLDER / f"{name}_accuracy.json"
     words = (f"{FOLDER}/{name}", "--data", "digits", "--max-new-tokens", "4", "--json", str(file))
-    run("python", "tools/demos/score.py", *words, log=file.with_suffix(".log"))
+    run("python", "-m", "tools.demos.score", *words, log=file.with_suffix(".log"))
     return json.loads(file.read_text())
 
 
@@ -134,7 +134,7 @@ def run(program: str, *words: str, log: Path | None = None) -> None:
     if log is not None:
         log.write_text(done.stdout + done.stderr)
     if done.returncode != 0:
-        sys.exit(f"{program} {words[0]} failed" + (f", see {log}" if log else ""))
+        sys.exit(f"{program} {' '.join(words[:2])} failed" + (f", see {log}" if log else ""))
 
 
 def claims(accuracy: dict[str, dict[str, float]]) -> list[dict[str, Any]]:

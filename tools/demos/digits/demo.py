@@ -47,7 +47,7 @@ def main() -> int:
     export, scores = output / "export", output / "export_accuracy.json"
     run("launch/local.sh", str(RUN.relative_to(ROOT)), options.procs, *options.overrides)
     run(str(Path(sys.executable).with_name("ds-moe")), "export", str(output), str(export))
-    run(sys.executable, "tools/demos/score.py", str(export), "--data", "digits", "--json", str(scores))
+    run(sys.executable, "-m", "tools.demos.score", str(export), "--data", "digits", "--json", str(scores))
     result, exported = json.loads((output / "result.json").read_text()), json.loads(scores.read_text())
     rows = {
         "loss, training / held out": f"{result['loss']:.4f} / {result['eval_loss']:.4f}",

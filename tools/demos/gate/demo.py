@@ -2,10 +2,10 @@
 
     python -m tools.demos.gate.demo [--joint] [--plot FILE] [--json FILE]
 
-Screens are rendered (tools/demos/gate/screens.py), a small dense Qwen3-VL learns to caption them, four adapters learn a task each,
-then the gate learns which of them a request needs: supervised, and from the answers. All training is `ds-moe train`, 2
-processes, ZeRO-3. Held-out layouts and phrasings judge the gate against its baselines, and the routed model against the
-oracle choice, every single adapter and the even blend.
+Screens are rendered (`tools.demos.gate.screens`), a small dense Qwen3-VL learns to caption them, four adapters learn a
+task each, then the gate learns which of them a request needs: supervised, and from the answers. All training is
+`ds-moe train`, 2 processes, ZeRO-3. Held-out layouts and phrasings judge the gate against its baselines, and the routed
+model against the oracle choice, every single adapter and the even blend.
 """
 
 from __future__ import annotations

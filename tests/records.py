@@ -1,0 +1,62 @@
+"""Small data files, run configurations and the tiny processors: fixtures of tests/data and tests/tasks."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from ds_moe.config.run import RunConfig
+from ds_moe.models.processor import tiny_processor
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return tiny_processor("vl")
+
+
+@pytest.fixture(scope="session")
+def text_processor():
+    return tiny_processor("text")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data folder with the images a.png (16x16) and b.png (32x16)."""
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (16, 16), (250, 10, 10)).save(data / "a.png")
+    Image.new("RGB", (32, 16), (10, 10, 250)).save(data / "b.png")
+    return data
+
+
+@pytest.fixture
+def write_jsonl(folder):
+    """write_jsonl(records) -> path; a record given as `str` is written as it stands."""
+
+    def write(records, name="train.jsonl"):
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return folder / name
+
+    return write
+
+
+@pytest.fixture
+def run_config(tmp_path):
+    """run_config(train path, data={...}, train={...}) -> RunConfig writing below tmp_path / "run"."""
+
+    def build(train, data=None, **train_options):
+        options = {"output_dir": str(tmp_path / "run"), "micro_batch_size": 2, "global_batch_size": 8, **train_options}
+        return RunConfig(
+            model={"preset": "tiny-vl-moe"},
+            data={"train": str(train), **(data or {})},
+            train=options,
+            deepspeed="ds_configs/zero3.json",
+        )
+
+    return build
+
+
+def chat(question, answer="yes"):
+    """A record with one question and one answer."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}

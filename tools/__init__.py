@@ -1,0 +1,7 @@
+"""What stands beside the package: benchmarks, demos and a model of a step's time, each run as a module.
+
+- `bench/`       benchmarks, `python -m tools.bench.<name>.bench`
+- `demos/`       the demos of `make`, `python -m tools.demos.<name>.demo`
+- `step_model/`  estimates the time and the memory of a step on machines that are not there
+- `setup_env.sh` makes the environment of every target of `make`
+"""

@@ -1,0 +1,13 @@
+"""Benchmarks, a folder each: `bench` is the command, `ranks` what its processes run, `plot` draws the result.
+
+- `balance`  does loss-free balancing balance, and what does it cost?
+- `gate`     a bank of LoRA adapters against PEFT's adapters one by one
+- `layer`    one MoE layer against those of other libraries
+- `load`     peak memory of the two ways of loading a checkpoint
+- `memory`   predicted against measured peaks of a training step
+- `replay`   mismatch of rollout engine and trainer, with routing replay and without
+- `routers`  loads of every router before any training
+- `step`     a whole training step against DeepSpeed's own expert layers
+- `chaos`    kills, stops and starts a run again, round after round
+- `launched` starts the ranks of a benchmark under DeepSpeed's launcher
+"""

@@ -1,1 +1,0 @@
-"""The cost model of `estimate_step.py`: shapes -> costs -> seconds and bytes of a step on a topology."""

@@ -1,1 +1,0 @@
-"""What `bench_layer.py` measures: shapes and routings, contenders, timing, growth."""
