@@ -3,7 +3,7 @@
     python -m ds_moe.doctor.plan_command qwen3-vl-30b-a3b --gpus 8 --ep-size 8 --zero 3 --checkpointing
     python -m ds_moe.doctor.plan_command qwen3-vl-30b-a3b --gpus 8,16,64 --sweep --checkpointing
     python -m ds_moe.doctor.plan_command folder/with/config.json/in/it --config run.yaml --gpus 16
-    python -m ds_moe.doctor.plan_command --check                                   # against runs on this CPU, 15 minutes
+    python -m ds_moe.doctor.plan_command --check                                  # against runs on this CPU, 15 minutes
 
 How it is counted stands in docs/memory.md. A plan fits if it needs no more than 90% of a GPU. `--check` trains models
 of 44 to 60 million parameters in two processes and exits with 1 if a prediction is off by more than 15%.

@@ -104,7 +104,7 @@ def test_this_cpu_is_measured(capsys, tmp_path, monkeypatch):
 
 
 def bench_file(folder, **changes):
-    """A report in the form of the step's benchmark, of a benchmark whose ds_moe took exactly twice its estimated time."""
+    """A report as the step's benchmark writes it, in which ds_moe took exactly twice its estimated time."""
     alike = {"nodes": 1, "devices_per_node": 2, "tokens": 1024, "sequence": 256, "dtype": "fp32"}
     tiny = shapes.PRESETS["tiny-64"]
     twice = 2 * steps.estimate(topology(**alike, ep_size=2, checkpointing=False), tiny, MEASURED).step_s

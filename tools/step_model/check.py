@@ -19,6 +19,7 @@ from tools.step_model.step_time import estimate, exchanged_bytes
 
 GATHERED = "zero3"  # the contender that gathers all experts; the others spread them over all processes
 MIB = 2**20
+WRITTEN = "give what tools.bench.step.bench --json wrote"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def value(row: dict[str, Any], key: str, file: Path) -> Any:
         UserError: no such key, or no value.
     """
     if row.get(key) is None:
-        raise UserError(f"--check {file}: no {key} in {json.dumps(row)[:100]}; give what tools.bench.step.bench --json wrote")
+        raise UserError(f"--check {file}: no {key} in {json.dumps(row)[:100]}; {WRITTEN}")
     return row[key]
 
 
@@ -74,7 +75,7 @@ def read_results(file: Path) -> list[Measured]:
     except (OSError, ValueError) as error:
         raise UserError(f"--check {file}: {error}") from error
     if not isinstance(report, dict) or not isinstance(report.get("results"), list):
-        raise UserError(f"--check {file}: no results; give what tools.bench.step.bench --json wrote")
+        raise UserError(f"--check {file}: no results; {WRITTEN}")
     decoder = from_config(value(report, "model", file), f"--check {file}, model")
     sequence, dtype = value(report, "sequence", file), value(value(report, "environment", file), "dtype", file)
     measured = []

@@ -26,7 +26,7 @@ ROWS = {"median_s": ("Time, forward and backward", "ms", 1e3), "saved_bytes": ("
 
 
 def write_figure(growth: dict[str, Any], file: Path) -> None:
-    """PNG of `growth` in the JSON of `tools.bench.layer.bench --growth`: a column an axis; time above, saved memory below."""
+    """PNG of `growth` in the benchmark's JSON: a column an axis; time above, saved memory below."""
     sweeps = growth["axes"]
     figure = Figure(figsize=(4 * len(sweeps), 6.6), dpi=150, facecolor="white", layout="constrained")
     panels = figure.subplots(len(ROWS), len(sweeps), squeeze=False)

@@ -4,8 +4,8 @@
 
 A tiny Qwen3-VL-MoE is taught a little, supervised. Then, once with `moe.replay.enabled` and once without, rounds of
 sampling (`ds_moe.tasks.rl.sample`) and `ds-moe train` (2 processes, EP 2, ZeRO-3): the engine is plain transformers in
-bf16 with a KV cache, the trainer works in fp32, and the reward is 1 for a right answer. Both start from the same weights
-and seeds.
+bf16 with a KV cache, the trainer works in fp32, and the reward is 1 for a right answer. Both start from the same
+weights and seeds.
 """
 
 from __future__ import annotations
