@@ -14,6 +14,7 @@ from ds_moe.config.deepspeed_json import AUTO, Json, check_keys, read_json, sect
 from ds_moe.config.deepspeed_keys import FP32_NAMES
 from ds_moe.config.rules.rule import written
 from ds_moe.config.run import RunConfig
+from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.errors import UserError
 
 
@@ -79,6 +80,28 @@ def deepspeed_problems(
     return resolved, []
 
 
+def zero_plan(resolved: dict[str, Any]) -> ZeroPlan:
+    """The part of a dictionary for `deepspeed.initialize` that says where state is kept.
+
+    Args:
+        resolved: from `resolve_deepspeed`. A key that it lacks has DeepSpeed's default; without a stage that is 0.
+    """
+    zero = section(resolved, "zero_optimization")
+    sizes = {
+        "reduce_bucket": "reduce_bucket_size",
+        "sub_group": "sub_group_size",
+        "reuse_distance": "stage3_max_reuse_distance",
+        "max_live": "stage3_max_live_parameters",
+    }
+    return ZeroPlan(
+        stage=zero.get("stage", 0),
+        offload_optimizer=_offloads(zero, "offload_optimizer"),
+        offload_param=_offloads(zero, "offload_param"),
+        bf16=section(resolved, "bf16").get("enabled", False),
+        **{name: zero[key] for name, key in sizes.items() if zero.get(key) is not None},
+    )
+
+
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches that one optimizer step accumulates on each rank: global / (micro x ranks), exactly."""
     micro, total = config.train.micro_batch_size, config.train.global_batch_size
@@ -130,11 +153,15 @@ def _fill(resolved: dict[str, Any], key: str, value: Any, yaml_key: str, source:
     return []
 
 
+def _offloads(zero: dict[str, Any], key: str) -> bool:
+    return section(zero, key).get("device", "none") != "none"
+
+
 def _other_optimizer(resolved: dict[str, Any], source: Json) -> list[str]:
     """A complaint where DeepSpeed would replace its ZeRO-1 optimizer by one that checkpoints cannot be written of."""
     key, zero = "data_types.grad_accum_dtype", section(resolved, "zero_optimization")
     dtype = section(resolved, "data_types").get("grad_accum_dtype")
-    offloaded = section(zero, "offload_optimizer").get("device", "none") != "none"
+    offloaded = _offloads(zero, "offload_optimizer")
     bf16 = section(resolved, "bf16").get("enabled") is True
     if zero.get("stage") != 1 or offloaded or not bf16 or dtype not in FP32_NAMES:
         return []
@@ -148,7 +175,7 @@ def _finish_optimizer(resolved: dict[str, Any], on_cpu: bool) -> None:
     params = optimizer["params"]
     if params.get("eps", AUTO) == AUTO:
         params["eps"] = 1e-8
-    offloaded = section(resolved["zero_optimization"], "offload_optimizer").get("device", "none") != "none"
+    offloaded = _offloads(resolved["zero_optimization"], "offload_optimizer")
     if on_cpu and not offloaded:  # otherwise DeepSpeed compiles its fused Adam for a minute and a half
         params.setdefault("torch_adam", True)
         if params["torch_adam"]:

@@ -6,9 +6,10 @@ Every check takes the `Case` and gives `Finding`s; none trains, downloads or rea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ds_moe.config.run import RunConfig
+from ds_moe.config.zero_plan import ZeroPlan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -44,7 +45,7 @@ class Case:
     samples: int  # records of each data file to decode and tokenize
     folder: str | None = None  # of the checkpoint on this machine
     model: PretrainedConfig | None = None
-    deepspeed: dict[str, Any] | None = None  # resolved
+    zero: ZeroPlan | None = None  # of the DeepSpeed JSON
     tokens_a_sample: float | None = None  # mean over the training records looked at
     records: int | None = None  # good training records
 

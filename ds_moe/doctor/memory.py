@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.doctor.case import GIB, Case, Finding
 from ds_moe.errors import UserError
 
@@ -34,35 +35,34 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
     if config.data.max_length > longest:
         text = f"data.max_length {config.data.max_length} exceeds the {longest} positions the model was made for"
         yield Finding("warning", f"{config.at('data.max_length')}: {text}")
-    if case.deepspeed is None:
+    zero = case.zero
+    if zero is None:
         return
     experts = [parameter for name, parameter in model.named_parameters() if expert_state(name)]
-    stage = case.deepspeed["zero_optimization"]["stage"]
-    if stage < 3 and experts and not any(parameter.requires_grad for parameter in experts):
+    if zero.stage < 3 and experts and not any(parameter.requires_grad for parameter in experts):
         key = "train.stage" if config.train.stage == "router_only" else "lora" if config.lora else "model.freeze"
-        text = f"{key} freezes all experts, which DeepSpeed cannot do at ZeRO stage {stage}; use stage 3"
+        text = f"{key} freezes all experts, which DeepSpeed cannot do at ZeRO stage {zero.stage}; use stage 3"
         yield Finding("error", f"{config.at(key)}: {text}")
         return
-    memory = predict(model, config, case.deepspeed, case.world_size, case.device.on_cpu, kind.streams_weights)
+    memory = predict(model, config, zero, case.world_size, case.device.on_cpu, kind.streams_weights)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     yield Finding("ok", f"model: {case.model.model_type}, {parameters:,} parameters, {trained:,} of them trained")
     needed = sum(memory.device.values()) + (sum(memory.host.values()) if case.device.on_cpu else 0)
     text = f"memory: about {needed / GIB:.1f} GiB a rank; {case.device.memory / GIB:.1f} GiB are there"
     if needed > BUSY * case.device.memory:
-        yield Finding("error", f"{text} ({case.device.source}); {_relief(case)}", memory.table())
+        yield Finding("error", f"{text} ({case.device.source}); {_relief(case, zero)}", memory.table())
     else:
         yield Finding("ok", f"{text} ({case.device.source})", memory.table())
-    yield from _loading(case, load(model, config, case.deepspeed, case.world_size, kind.streams_weights))
+    yield from _loading(case, load(model, config, zero, case.world_size, kind.streams_weights))
 
 
-def _loading(case: Case, load: Load) -> Iterator[Finding]:
+def _loading(case: Case, zero: ZeroPlan, load: Load) -> Iterator[Finding]:
     """Memory before the first step, which may exceed that of the training where nothing is sharded yet."""
     import psutil  # DeepSpeed depends on it
 
     where, on_cpu = case.config.at("model"), case.device.on_cpu
-    stage = (case.deepspeed or {})["zero_optimization"]["stage"]
-    moved_whole = stage == 3 and not load.streamed  # at 1 and 2 the peak counts it
+    moved_whole = zero.stage == 3 and not load.streamed  # at 1 and 2 the peak counts it
     if moved_whole and not on_cpu and load.device > BUSY * case.device.memory:
         text = f"a rank's {load.device / GIB:.1f} GiB of weights are moved to the device before ZeRO-3 shards them"
         there = f"{case.device.memory / GIB:.1f} GiB are there ({case.device.source})"
@@ -81,16 +81,16 @@ def _loading(case: Case, load: Load) -> Iterator[Finding]:
         yield Finding("ok", text)
 
 
-def _relief(case: Case) -> str:
+def _relief(case: Case, zero: ZeroPlan) -> str:
     """The knobs of this run that would make it smaller, the cheapest first."""
-    config, zero = case.config, (case.deepspeed or {})["zero_optimization"]
+    config = case.config
     knobs = []
     if not config.train.gradient_checkpointing:
         knobs.append("train.gradient_checkpointing true")
     if config.train.micro_batch_size > 1:
         knobs.append("a smaller train.micro_batch_size")
-    if zero["stage"] < 3:
+    if zero.stage < 3:
         knobs.append("zero3.json")
-    elif not zero.get("offload_optimizer") and not case.device.on_cpu:
+    elif not zero.offload_optimizer and not case.device.on_cpu:
         knobs.append("zero3_offload.json")
     return "try " + ", ".join([*knobs, "a smaller data.max_length", "more ranks"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, Qwen3VLMoeConfig
 
-from ds_moe.config.deepspeed import resolve_deepspeed
+from ds_moe.config.deepspeed import resolve_deepspeed, zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import ModelConfig
 from ds_moe.errors import UserError
@@ -94,4 +94,4 @@ def outline_of(config: RunConfig, model: PretrainedConfig) -> PreTrainedModel:
 def predicted(config: RunConfig, outline: PreTrainedModel, gpus: int) -> Memory:
     ds = resolve_deepspeed(config, gpus, on_cpu=False, hidden_size=outline.config.get_text_config().hidden_size)
     streams_weights = task_kind(config).streams_weights
-    return predict(outline, config, ds, gpus, on_cpu=False, streams_weights=streams_weights)
+    return predict(outline, config, zero_plan(ds), gpus, on_cpu=False, streams_weights=streams_weights)

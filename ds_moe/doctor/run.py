@@ -9,7 +9,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from ds_moe.config.check import warmup_problem
-from ds_moe.config.deepspeed import deepspeed_problems, precision, trains_on_cpu
+from ds_moe.config.deepspeed import deepspeed_problems, precision, trains_on_cpu, zero_plan
 from ds_moe.config.rules.rule import written
 from ds_moe.doctor.case import GIB, Case, Device, Finding
 from ds_moe.errors import UserError
@@ -94,7 +94,7 @@ def check_device(case: Case) -> Iterator[Finding]:
 
 
 def check_deepspeed(case: Case) -> Iterator[Finding]:
-    """Conflicts between JSON and run file, batch arithmetic and EP; sets `case.deepspeed` where there are none."""
+    """Conflicts between JSON and run file, batch arithmetic and EP; sets `case.zero` where there are none."""
     config = case.config
     if not Path(config.deepspeed).is_file():
         return  # already a finding
@@ -103,14 +103,14 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
     yield from (Finding("error", complaint) for complaint in complaints)
     if complaints:
         return
-    case.deepspeed = resolved
+    case.zero = zero_plan(resolved)
     train, ep_size = config.train, config.moe.ep_size if config.moe else 1
     accumulation = resolved["gradient_accumulation_steps"]
     yield Finding(
         "ok",
         f"batch: {train.micro_batch_size} x {case.world_size} ranks x {accumulation} accumulated = "
         f"{train.global_batch_size} samples a step; EP {ep_size} x EDP {case.world_size // ep_size}, ZeRO "
-        f"{resolved['zero_optimization']['stage']}, {precision(config, case.device.on_cpu)}",
+        f"{case.zero.stage}, {precision(config, case.device.on_cpu)}",
     )
 
 

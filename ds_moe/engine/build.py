@@ -13,6 +13,7 @@ from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from torch import nn
 from transformers import PreTrainedModel, get_scheduler
 
+from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import TrainConfig
 from ds_moe.engine.moe_binding import BoundMoELayer
@@ -69,7 +70,7 @@ def build_engine(
         UserError: a combination DeepSpeed cannot train.
         RuntimeError: an invariant does not hold (a bug of ours, or a DeepSpeed we do not know).
     """
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    stage = zero_plan(ds_config).stage
     layers = moe_layers(model)
     experts = [parameter for layer in layers for parameter in layer.experts.parameters()]
     if layers and stage < 3 and not any(parameter.requires_grad for parameter in experts):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.distributed import Topology
 from ds_moe.engine.moe_binding import BoundMoELayer, create_groups, zero3_home
@@ -68,7 +69,7 @@ def read_weights(model: PreTrainedModel, config: RunConfig, topology: Topology, 
         return 0
     files = WeightRows.find(str(config.model.path))
     assert files is not None  # load_model found them here a moment ago
-    sharded = ds_config["zero_optimization"]["stage"] == 3
+    sharded = zero_plan(ds_config).stage == 3
     home = zero3_home(model, ds_config) if sharded else partial(_whole, topology.device)
     size = read_unread(model, files, ExpertParallel(topology.ep_size, topology.ep_rank), home)
     for buffer in model.buffers():  # DeepSpeed does not move those of a model that is sharded already

@@ -8,11 +8,11 @@ prediction. A benchmark holds it against the peaks of runs on CPUs, within 15%.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from ds_moe.config.run import RunConfig
+from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.memory.activations import Activations, activations
 from ds_moe.memory.parameter_counts import Shares, shares
 
@@ -20,7 +20,6 @@ GIB = 2**30
 ADAM_BYTES = 12  # an element: fp32 master weight and two moments, which ZeRO keeps apart under fp32 too
 RUNTIME_BYTES = {"cpu": GIB // 2, "accelerator": 3 * GIB // 2}  # libraries, context, communication buffers
 READING_BYTES = 2**27  # of files at once, see models/streaming.py: pages that were touched, and a block
-REUSE_DISTANCE = 1e9  # DeepSpeed's default, elements
 KEPT_FREE = "freed, kept by malloc"
 
 
@@ -60,22 +59,22 @@ class Load:
 
 
 def load(
-    model: PreTrainedModel, config: RunConfig, ds: dict[str, Any], world_size: int, streams_weights: bool = True
+    model: PreTrainedModel, config: RunConfig, zero: ZeroPlan, world_size: int, streams_weights: bool = True
 ) -> Load:
     """Memory of one rank at the start; arguments as for `predict`."""
-    width, ep_size = _width(ds), config.moe.ep_size if config.moe else 1
+    width, ep_size = zero.width, config.moe.ep_size if config.moe else 1
     share = shares(model, ep_size, world_size)
     if not (streams_weights and config.model.path is not None):
         complete = sum(parameter.numel() for parameter in model.parameters())
         return Load(width * complete, int(width * share.held))
-    own = width * (share.owned if ds["zero_optimization"]["stage"] == 3 else share.held)
+    own = width * (share.owned if zero.stage == 3 else share.held)
     return Load(int(own) + READING_BYTES, int(own), streamed=True)
 
 
 def predict(
     model: PreTrainedModel,
     config: RunConfig,
-    ds: dict[str, Any],
+    zero: ZeroPlan,
     world_size: int,
     on_cpu: bool,
     streams_weights: bool = True,
@@ -85,62 +84,53 @@ def predict(
     Args:
         model: a `skeleton` (unconverted), with the frozen parameters marked.
         config: the run.
-        ds: from `resolve_deepspeed`.
+        zero: of the run's DeepSpeed JSON.
         world_size: number of ranks, a multiple of `moe.ep_size`.
         on_cpu: whether the ranks train on CPUs, which have no context but hold everything in host memory.
         streams_weights: whether the run's task lets ranks read their shares from the files of `model.path`.
     """
-    zero, width, ep_size = ds["zero_optimization"], _width(ds), config.moe.ep_size if config.moe else 1
-    share, made = shares(model, ep_size, world_size), activations(model, config, width, ep_size)
-    states, host = _states(share, zero, width)
-    moments = _moments(share, zero, width, made, config, world_size, on_cpu)
+    ep_size = config.moe.ep_size if config.moe else 1
+    share, made = shares(model, ep_size, world_size), activations(model, config, zero.width, ep_size)
+    states, host = _states(share, zero)
+    moments = _moments(share, zero, made, config, world_size, on_cpu)
     moment, parts = max(moments.items(), key=lambda one: sum(one[1].values()))
     device = {**states, **parts}
     if on_cpu:
         streamed = streams_weights and config.model.path is not None
-        loaded = 0.0 if streamed else width * share.held  # which ZeRO has copied into its own buffers
+        loaded = 0.0 if streamed else zero.width * share.held  # which ZeRO has copied into its own buffers
         device[KEPT_FREE] = loaded + _kept_free(moments, parts)
     device["runtime"] = RUNTIME_BYTES["cpu" if on_cpu else "accelerator"]
     return Memory(*({name: int(size) for name, size in part.items()} for part in (device, host)), moment)
 
 
-def _width(ds: dict[str, Any]) -> int:
-    """Bytes of a weight."""
-    return 2 if ds["bf16"]["enabled"] else 4
-
-
-def _offloaded(zero: dict[str, Any], what: str) -> bool:
-    return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
-
-
-def _states(share: Shares, zero: dict[str, Any], width: int) -> tuple[dict[str, float], dict[str, float]]:
+def _states(share: Shares, zero: ZeroPlan) -> tuple[dict[str, float], dict[str, float]]:
     """What is there all the time, on the device and on the host."""
-    weights = width * (share.owned if zero["stage"] == 3 else share.held)
+    weights = zero.width * (share.owned if zero.stage == 3 else share.held)
     device: dict[str, float] = {"weights": weights, "optimizer": ADAM_BYTES * share.owned_trained}
     host: dict[str, float] = {}
-    if _offloaded(zero, "optimizer"):
+    if zero.offload_optimizer:
         host["optimizer"] = device.pop("optimizer")
-        host["gradients"] = width * share.owned_trained
+        host["gradients"] = zero.width * share.owned_trained
         host["fp32 gradient of step"] = 4 * share.owned_trained
-    if _offloaded(zero, "param"):
+    if zero.offload_param:
         host["weights"] = device.pop("weights")
     return device, host
 
 
 def _moments(
     share: Shares,
-    zero: dict[str, Any],
-    width: int,
+    zero: ZeroPlan,
     made: Activations,
     config: RunConfig,
     world_size: int,
     on_cpu: bool,
 ) -> dict[str, dict[str, float]]:
     """What comes on top of the states at each moment."""
-    stage, accumulates = zero["stage"], config.train.global_batch_size > config.train.micro_batch_size * world_size
-    owned = 0.0 if _offloaded(zero, "optimizer") else width * share.owned_trained
+    stage, width = zero.stage, zero.width
+    accumulates = config.train.global_batch_size > config.train.micro_batch_size * world_size
+    owned = 0.0 if zero.offload_optimizer else width * share.owned_trained
     unreduced = width * max(share.largest.trained, share.table_trained)
-    buffer, copy = _buckets(share, zero, width, on_cpu)
+    buffer, copy = _buckets(share, zero, on_cpu)
     gathered = width * _gathered(share, zero, config.train.gradient_checkpointing) if stage == 3 else 0.0
     # What earlier micro-batches left: ZeRO-1 reduces in the last one, ZeRO-3's partition is there from the start.
     before = {1: accumulates * width * share.held_trained, 2: accumulates * owned, 3: owned}[stage]
@@ -174,7 +164,7 @@ def _moments(
         "the optimizer steps": {
             "gradients": owned,
             "gradient buckets": always,
-            "fp32 gradient of step": 0.0 if _offloaded(zero, "optimizer") else _flat_gradient(share, zero, width),
+            "fp32 gradient of step": 0.0 if zero.offload_optimizer else _flat_gradient(share, zero),
         },
     }
 
@@ -189,26 +179,23 @@ def _kept_free(moments: dict[str, dict[str, float]], parts: dict[str, float]) ->
     return sum(max(moment.get(name, 0.0) for moment in moments.values()) for name in purposes) - sum(parts.values())
 
 
-def _flat_gradient(share: Shares, zero: dict[str, Any], width: int) -> float:
+def _flat_gradient(share: Shares, zero: ZeroPlan) -> float:
     """Bytes of the gradient that Adam gets: of one optimizer group at once (ZeRO-3: of at most `sub_group_size`),
     flattened in the dtype of the weights, then in fp32."""
-    elements = share.group
-    if zero["stage"] == 3:
-        elements = min(elements, zero.get("sub_group_size", 1e9))
-    return elements * (4 if width == 4 else 4 + width)
+    elements = min(share.group, zero.sub_group) if zero.stage == 3 else share.group
+    return elements * (4 + zero.width if zero.bf16 else 4)
 
 
-def _buckets(share: Shares, zero: dict[str, Any], width: int, on_cpu: bool) -> tuple[float, float]:
+def _buckets(share: Shares, zero: ZeroPlan, on_cpu: bool) -> tuple[float, float]:
     """Bytes of the buffer that gradients are collected in, and of the copy that is reduced.
 
     On a CPU memory that was never written to takes no room, so the buffer is as large as what comes into it.
     """
-    size = zero.get("reduce_bucket_size", 5e8)
-    filled = min(size, share.held_trained)
-    return width * (filled if on_cpu else size), width * filled
+    filled = min(zero.reduce_bucket, share.held_trained)
+    return zero.width * (filled if on_cpu else zero.reduce_bucket), zero.width * filled
 
 
-def _gathered(share: Shares, zero: dict[str, Any], repeats: bool) -> float:
+def _gathered(share: Shares, zero: ZeroPlan, repeats: bool) -> float:
     """Elements that ZeRO-3 holds complete at once: two layers (one is fetched while the other computes) or the largest
     table, and the layers it keeps for their backward pass.
 
@@ -216,7 +203,7 @@ def _gathered(share: Shares, zero: dict[str, Any], repeats: bool) -> float:
     is both passes of the output layer and of the i layers behind it, and their repetition.
     """
     largest, passes = share.largest, 3 if repeats else 2
-    room = zero.get("stage3_max_reuse_distance", REUSE_DISTANCE) - 2 * share.table
+    room = zero.reuse_distance - 2 * share.table
     kept = max(0.0, room / (passes * largest.passed)) if largest.passed else 0.0
     wanted = kept * largest.gathered + max(2 * largest.gathered, share.table)
-    return min(share.gathered, wanted, zero.get("stage3_max_live_parameters", REUSE_DISTANCE) + share.table)
+    return min(share.gathered, wanted, zero.max_live + share.table)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe.config.deepspeed import accumulation_steps, deepspeed_problems, resolve_deepspeed
+from ds_moe.config.deepspeed import accumulation_steps, deepspeed_problems, resolve_deepspeed, zero_plan
 from ds_moe.config.deepspeed_keys import ADAM_KEYS, FILLED, PASSED_ON, REFUSED, ZERO_KEYS, ZERO_REFUSED
 from ds_moe.config.run_file import load_run
+from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.errors import UserError
 
 SHIPPED = sorted(Path("ds_configs").resolve().glob("*.json"))
@@ -102,6 +103,22 @@ def test_buckets_follow_the_model_unless_given(run):
     assert unknown["reduce_bucket_size"] == 2**24 and "stage3_param_persistence_threshold" not in unknown
     given = {"stage": 3, "reduce_bucket_size": 5}
     assert resolve_deepspeed(run({"zero_optimization": given}), 2, True)["zero_optimization"]["reduce_bucket_size"] == 5
+
+
+def test_the_plan_says_what_the_json_says_and_else_what_deepspeed_does(run):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    theirs = {name: field.default for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    plain = zero_plan(resolve_deepspeed(run({}), 2, on_cpu=True))
+    assert plain == ZeroPlan(stage=3) and plain.width == 4
+    assert (plain.reduce_bucket, plain.sub_group) == (theirs["reduce_bucket_size"], theirs["sub_group_size"])
+    assert (plain.reuse_distance, plain.max_live) == (theirs["max_reuse_distance"], theirs["max_live_parameters"])
+    assert zero_plan({}).stage == theirs["stage"] == 0
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+    sizes = {"reduce_bucket_size": 5, "sub_group_size": 6, "stage3_max_reuse_distance": 7}
+    given = {"zero_optimization": {**zero, **sizes, "stage3_max_live_parameters": 8}}
+    read = zero_plan(resolve_deepspeed(run(given), 2, on_cpu=False))
+    assert read == ZeroPlan(3, True, False, 5, 6, 7, 8, bf16=True) and read.width == 2
 
 
 CONFLICTS = {

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from ds_moe.cli import main
 from ds_moe.config.check import warmup_problem
 from ds_moe.config.run_file import load_run
+from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.doctor.case import Case, Device, Finding
 from ds_moe.doctor.memory import _loading
 from ds_moe.doctor.model import check_experts, check_files
@@ -384,14 +385,14 @@ def test_memory_at_the_start_is_compared_before_anything_is_sharded(healthy, mon
     model = skeleton(preset_config("tiny-vl-moe"))
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     total = sum(p.numel() for p in model.parameters())
-    ds = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
-    assert load(model, config, ds, 4) == Load(host=2 * total, device=2 * (total - experts // 2))
+    assert load(model, config, ZeroPlan(stage=3, bf16=True), 4) == Load(
+        host=2 * total, device=2 * (total - experts // 2)
+    )
 
     def findings(device: Device, stage: int = 3, free: int = 2**40) -> list[Finding]:
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
-        ds["zero_optimization"]["stage"] = stage
-        case = Case(config, 16, device, samples=2, deepspeed=ds)
-        return list(_loading(case, Load(host=40 * 2**30, device=10 * 2**30)))
+        case = Case(config, 16, device, samples=2)
+        return list(_loading(case, ZeroPlan(stage, bf16=True), Load(host=40 * 2**30, device=10 * 2**30)))
 
     small, large = Device(False, 11 * 2**30, "test"), Device(False, 12 * 2**30, "test")
     assert [one.level for one in findings(large)] == ["ok"]

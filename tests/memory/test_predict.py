@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
+from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.memory import predict as memories
 from ds_moe.memory.activations import LOGIT_BYTES, activations
 from ds_moe.memory.parameter_counts import shares
@@ -24,8 +26,8 @@ def run(preset: str = "tiny-moe", **sections) -> RunConfig:
     return RunConfig(model={"preset": preset}, data=data, moe=moe, train=train, deepspeed="zero.json", **sections)
 
 
-def zero(stage: int = 3, bf16: bool = False, **keys) -> dict:
-    return {"zero_optimization": {"stage": stage, **keys}, "bf16": {"enabled": bf16}}
+def zero(stage: int = 3, bf16: bool = False, **keys) -> ZeroPlan:
+    return zero_plan({"zero_optimization": {"stage": stage, **keys}, "bf16": {"enabled": bf16}})
 
 
 def outline(config: RunConfig):
@@ -34,11 +36,11 @@ def outline(config: RunConfig):
     return model
 
 
-def predicted(config: RunConfig, ds: dict, world_size: int = 4, on_cpu: bool = True) -> memories.Memory:
+def predicted(config: RunConfig, ds: ZeroPlan, world_size: int = 4, on_cpu: bool = True) -> memories.Memory:
     return predict(outline(config), config, ds, world_size, on_cpu)
 
 
-def total(config: RunConfig, ds: dict, on_cpu: bool = False) -> int:
+def total(config: RunConfig, ds: ZeroPlan, on_cpu: bool = False) -> int:
     return sum(predicted(config, ds, on_cpu=on_cpu).device.values())
 
 
@@ -73,11 +75,10 @@ def test_the_step_holds_gradients_and_the_largest_group_in_fp32(stage, bf16, cop
     assert limited["fp32 gradient of step"] == copies * 500
 
 
-def _moments(config: RunConfig, ds: dict, model, on_cpu: bool = True, world_size: int = 4) -> dict:
-    width = 2 if ds["bf16"]["enabled"] else 4
+def _moments(config: RunConfig, ds: ZeroPlan, model, on_cpu: bool = True, world_size: int = 4) -> dict:
     ep_size = config.moe.ep_size
-    share, made = shares(model, ep_size, world_size), activations(model, config, width, ep_size)
-    return memories._moments(share, ds["zero_optimization"], width, made, config, world_size, on_cpu)
+    share, made = shares(model, ep_size, world_size), activations(model, config, ds.width, ep_size)
+    return memories._moments(share, ds, made, config, world_size, on_cpu)
 
 
 def test_gradients_at_the_end_of_backward_by_stage():
@@ -116,9 +117,9 @@ def test_experts_without_a_replica_are_not_gathered():
 def test_zero3_keeps_what_it_reuses_soon():
     model, experts_rest = outline(run()), sum(counts(outline(run(moe={"ep_size": 1}))))
     share = shares(model, 1, 4)
-    everything = memories._gathered(share, {}, repeats=False)
+    everything = memories._gathered(share, zero(), repeats=False)
     assert everything == share.gathered == experts_rest
-    nothing = memories._gathered(share, {"stage3_max_reuse_distance": 0}, repeats=False)
+    nothing = memories._gathered(share, zero(stage3_max_reuse_distance=0), repeats=False)
     assert nothing == max(2 * share.largest.gathered, share.table) < everything
 
 
