@@ -295,7 +295,6 @@ NOT_YET = {  # rules that the code does not keep yet
     "a public class name exists once",
     "tasks are told apart in the registry",
     "model types are known in families.py",
-    "the ZeRO section is read in config/deepspeed",
     "safetensors are opened in weights/",
     "every folder opens with its map",
     "no text names a path outside the package",
