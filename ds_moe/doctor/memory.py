@@ -54,7 +54,7 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
         yield Finding("error", f"{text} ({case.device.source}); {_relief(case, zero)}", memory.table())
     else:
         yield Finding("ok", f"{text} ({case.device.source})", memory.table())
-    yield from _loading(case, load(model, config, zero, case.world_size, kind.streams_weights))
+    yield from _loading(case, zero, load(model, config, zero, case.world_size, kind.streams_weights))
 
 
 def _loading(case: Case, zero: ZeroPlan, load: Load) -> Iterator[Finding]:
