@@ -33,6 +33,11 @@ class RunConfig(Located):
     deepspeed: str  # a DeepSpeed JSON, beside the run file or below the working directory
 
 
+def task_is(config: RunConfig, name: str) -> bool:
+    """Whether a rule or command about the task `name` concerns this run."""
+    return config.task == name
+
+
 def other_task(config: RunConfig, name: str) -> str | None:
-    """The task of a run where it is another one than `name`, which a command is for."""
-    return None if config.task == name else config.task
+    """The task of a run where it is another one than `name`, which a rule or command is for; None: it is that one."""
+    return None if task_is(config, name) else config.task

@@ -7,13 +7,13 @@ from typing import Any
 
 from ds_moe.config.moe import TopKRouting
 from ds_moe.config.rules.rule import Complaint
-from ds_moe.config.run import RunConfig
+from ds_moe.config.run import RunConfig, task_is
 
 # --- keys without effect
 
 
 def _no_rl(config: RunConfig) -> str | None:
-    return None if config.task == "rl" else "task is sft"
+    return None if task_is(config, "rl") else "task is sft"
 
 
 def _rl_is(key: str, *values: Any) -> Callable[[RunConfig], str | None]:
@@ -57,8 +57,8 @@ RL_UNUSED: dict[str, Callable[[RunConfig], str | None]] = {
 def _replay(config: RunConfig) -> Complaint:
     if not config.moe or not config.moe.replay.enabled:
         text = f"rl.router {config.rl.router} compares the routers at replayed experts; set moe.replay.enabled to true"
-        return "rl.router", text if config.task == "rl" and config.rl.router != "none" else None
-    if config.task != "rl":
+        return "rl.router", text if task_is(config, "rl") and config.rl.router != "none" else None
+    if not task_is(config, "rl"):
         return "moe.replay.enabled", "moe.replay.enabled needs task rl, whose rollouts bring a routing; remove it"
     router, key = config.moe.router, "moe.router.kind"
     if type(router) is not TopKRouting:
@@ -70,7 +70,7 @@ def _replay(config: RunConfig) -> Complaint:
 
 def _same_function(config: RunConfig) -> Complaint:
     """Whatever a router does in training only: rollouts were routed without it, and so is the old policy."""
-    if config.task != "rl" or config.moe is None:
+    if not task_is(config, "rl") or config.moe is None:
         return "moe.router", None
     router = config.moe.router
     if router.kind == "noisy_topk":
@@ -82,13 +82,13 @@ def _same_function(config: RunConfig) -> Complaint:
 
 
 def _first_update(config: RunConfig) -> Complaint:
-    useless = config.task == "rl" and config.rl.router == "router_shift" and config.rl.updates_per_batch == 1
+    useless = task_is(config, "rl") and config.rl.router == "router_shift" and config.rl.updates_per_batch == 1
     text = "rl.router router_shift needs rl.updates_per_batch above 1: before an update no router has shifted"
     return "rl.router", text if useless else None
 
 
 def _correction_bounds(config: RunConfig) -> Complaint:
-    if config.task != "rl" or config.rl.correction == "none":
+    if not task_is(config, "rl") or config.rl.correction == "none":
         return "rl.correction", None
     from ds_moe.config.tasks import CORRECTION_BOUNDS  # torch: only where it is needed
 
@@ -101,13 +101,11 @@ def _correction_bounds(config: RunConfig) -> Complaint:
 
 
 def _rollouts(config: RunConfig) -> Complaint:
-    if config.task != "rl":
+    if not task_is(config, "rl"):
         return "task", None
     if config.data.train == "digits":
-        return (
-            "data.train",
-            "data.train is digits, but task rl reads a rollout file (see ds_moe/tasks/rl/sample.py)",
-        )
+        text = "data.train is digits, but task rl reads a rollout file; python -m ds_moe.tasks.rl.sample makes one"
+        return "data.train", text
     text = f"train.schedule {config.train.schedule} needs train.steps under task rl: rollout files follow one another"
     endless = config.train.epochs is not None
     if endless and config.train.schedule != "constant":
