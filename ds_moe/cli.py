@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(command=_export)
 
     assembly = commands.add_parser("assemble", help="make a Qwen3-VL-MoE of dense Qwen3-VL checkpoints")
-    assembly.add_argument("spec", metavar="SPEC.yaml", help="what to make of which checkpoints (docs/assembly.md)")
+    assembly.add_argument("spec", metavar="SPEC.yaml", help="what to make of which checkpoints")
     assembly.add_argument("out", type=Path, metavar="OUT")
     _add_layout(assembly)
     assembly.add_argument("--dry-run", action="store_true", help="only say what would be written")

@@ -1,4 +1,4 @@
-"""The file `ds-moe assemble` reads: which model is made of which checkpoints. docs/assembly.md explains the keys."""
+"""The file `ds-moe assemble` reads: which model is made of which checkpoints."""
 
 from __future__ import annotations
 

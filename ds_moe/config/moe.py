@@ -10,7 +10,7 @@ from ds_moe.config.sections import Section
 
 
 class AnyRouter(Section):
-    """What every kind of router has; docs/routers.md has their formulas."""
+    """What every kind of router has; their formulas stand on the routers of `ds_moe.moe.routers`."""
 
     kind: str
     top_k: int | None = Field(default=None, gt=0)  # default: the model's own

@@ -99,7 +99,7 @@ class TrainConfig(Section):
 
 
 class LoRAConfig(Section):
-    """Freezes the model and trains low-rank updates of its matrices; docs/lora.md."""
+    """Freezes the model and trains low-rank updates of its matrices."""
 
     rank: int = Field(default=16, gt=0)
     alpha: int = Field(default=32, gt=0)  # updates are scaled by alpha / rank

@@ -10,7 +10,7 @@ from ds_moe.config.sections import Section
 
 
 class GateConfig(Section):
-    """Used with `task: gate`: a learned gate over LoRA adapters of one model; docs/gating.md."""
+    """Used with `task: gate`: a learned gate over LoRA adapters of one model."""
 
     adapters: dict[str, str] = {}  # name: folder of a PEFT adapter
     adapters_in: str | None = None  # a folder: each subfolder with an adapter_config.json is one, named as it is
@@ -32,7 +32,7 @@ class GateConfig(Section):
 
 
 class RLConfig(Section):
-    """Used with `task: rl`; docs/replay.md has the formulas, `replay/objective.py` the defaults of each objective."""
+    """Used with `task: rl`; `replay/objective.py` has the formulas, and the defaults of each objective."""
 
     objective: Literal["grpo", "dapo", "gspo", "cispo"] = "grpo"
     clip_low: float | None = Field(default=None, ge=0)  # ratios are held in [1 - clip_low, 1 + clip_high]

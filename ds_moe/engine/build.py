@@ -76,7 +76,7 @@ def build_engine(
     if layers and stage < 3 and not any(parameter.requires_grad for parameter in experts):
         raise UserError(
             "frozen experts (model.freeze, train.stage router_only, or lora without lora.experts) need ZeRO stage 3: "
-            "choose ds_configs/zero3.json or train the experts"
+            "choose a DeepSpeed JSON of ZeRO stage 3, or train the experts"
         )
     if stage == 3 and layers:
         set_z3_leaf_modules(model, [BoundMoELayer])

@@ -128,7 +128,7 @@ def cpu_settings(ranks: int) -> dict[str, str]:
     """Environment of CPU ranks that share this machine's cores; a value that the user has set stays.
 
     The MALLOC_ lines keep glibc from handing the experts' buffers back to the system after every step, which costs
-    page faults (docs/performance.md).
+    page faults.
     """
     settings = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),

@@ -2,7 +2,7 @@
 
 Examples:
 
-    python -m ds_moe.monitor.plot runs/demo --out docs/images/demo.png
+    python -m ds_moe.monitor.plot runs/demo --out demo.png
     python -m ds_moe.monitor.plot runs/demo --json curves.json    # every scalar of the run: {tag: [[step, value], ...]}
 """
 
@@ -135,7 +135,7 @@ def finish_axes(axes: Axes, title: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's output_dir (or any folder above its event files)")
-    parser.add_argument("--out", type=Path, help="PNG to write, such as docs/images/demo.png")
+    parser.add_argument("--out", type=Path, help="PNG to write, such as demo.png")
     parser.add_argument("--json", type=Path, help="file to write every scalar to")
     options = parser.parse_args(arguments)
     if not options.out and not options.json:

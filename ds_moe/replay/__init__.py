@@ -1,4 +1,9 @@
-"""Routing replay: the experts that an inference engine used, decoded, aligned, forced and weighed in an objective."""
+"""Routing replay: the experts that an inference engine used, decoded, aligned, forced and weighed in an objective.
+
+traces.py     forms of engines and files, decoded   align.py      experts of each input token
+record.py     experts that our own forwards used    objective.py  policy-gradient losses
+ratios.py     log-probs, ratios, corrections, KL    metrics.py    what an RL step is watched by
+"""
 
 from ds_moe.replay.align import RoutingShape, align, join, pack, pad
 from ds_moe.replay.objective import Objective, PolicyInputs, group_advantages, policy_loss

@@ -1,4 +1,10 @@
-"""Kernels by kind. A new one is one class in one file and one line in `BACKENDS`; see `base.py`."""
+"""Kernels by kind. A new one is one class in one file and one line in `BACKENDS`.
+
+base.py       what a backend offers               swiglu.py         gated experts and their gradients
+grouped_mm.py torch's grouped GEMM                reference.py      a loop over experts, to compare with
+liger.py      liger-kernel's fused experts        megablocks.py     megablocks' kernels that move rows
+optional.py   why a package cannot be used here   megablocks_ops.py torch in place of its compiled parts
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Routers: hidden states in, a `RoutingDecision` out. A new kind is one class and one line in `ROUTERS`."""
+"""Routers: hidden states in, a `RoutingDecision` out. A new kind is one class and one line in `ROUTERS`.
+
+base.py           score -> select -> weigh          topk.py    each token chooses its experts
+expert_choice.py  each expert chooses its tokens    fixed.py   nothing is learned: hash, balanced
+limits.py         expert dropout and capacity
+"""
 
 from ds_moe.moe.routers.base import Router
 from ds_moe.moe.routers.expert_choice import ExpertChoice

@@ -1,6 +1,6 @@
 """Rollouts: completions that an inference engine sampled, with its log-probs, its routing and what they earned.
 
-One record a line (or row), written by `ds_moe/tasks/rl/sample.py` or an orchestrator; docs/replay.md has the keys:
+One record a line (or row), written by `python -m ds_moe.tasks.rl.sample` or by an orchestrator. Its keys:
 `tokens` and `completion_mask`, or `messages` whose last answer is the completion; `logprobs` of its tokens;
 `advantage`, or `reward` and `group`; optionally `routing`, `images`, `reference_logprobs`, `kind`.
 """

@@ -5,7 +5,6 @@
 MODEL is a Hugging Face folder, or a checkpoint or the output folder of a run (its newest one), exported first. The
 engine shares nothing with the trainer: unconverted model, transformers' expert kernels, a KV cache. Samples are those
 of the full softmax at --temperature, without top-k or top-p: their log-probs are those of the policy that is trained.
-docs/replay.md has the keys of the file.
 """
 
 from __future__ import annotations
