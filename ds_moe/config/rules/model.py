@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from ds_moe.config.moe import ExpertChoiceRouting, RouterConfig, TopKRouting
 from ds_moe.config.rules.rule import written
 from ds_moe.config.run import RunConfig
+
+if TYPE_CHECKING:  # `ds-moe train` reads a run file without torch and transformers
+    from transformers import PretrainedConfig
 
 Complaints = list[tuple[str, str]]
 
