@@ -17,7 +17,7 @@ def check_kernels(case: Case) -> Iterator[Finding]:
     import torch
 
     from ds_moe.config.deepspeed import precision
-    from ds_moe.moe.backends import BACKENDS, choose
+    from ds_moe.moe.backends import BACKENDS, choose_backend
 
     kind, where = config.moe.experts.backend, config.at("moe.experts.backend")
     on_cpu = case.device.on_cpu
@@ -30,7 +30,7 @@ def check_kernels(case: Case) -> Iterator[Finding]:
     device = "cpu" if on_cpu else "cuda"
     if kind == "auto":
         dtype = torch.bfloat16 if precision(config, on_cpu) == "bf16" else torch.float32
-        chosen, why = choose(device, dtype)
+        chosen, why = choose_backend(device, dtype)
         yield Finding("ok", f"experts: backend {chosen} (auto: {why})")
         return
     obstacle = BACKENDS[kind].obstacle(device)

@@ -8,7 +8,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ds_moe.moe.backends import backend_for
-from ds_moe.moe.permute import add_up, order_by_expert, permute, spread
+from ds_moe.moe.permute import permute, sort_by_expert, sum_per_token, to_experts
 
 NAME = "ds_moe"
 
@@ -50,8 +50,9 @@ def _experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
     backend = backend_for("auto", hidden_states)
     tokens, top_k = top_k_index.shape
     token_N = torch.arange(tokens, device=top_k_index.device).repeat_interleave(top_k)
-    order = order_by_expert(backend, token_N, top_k_index.flatten(), tokens, experts.num_experts, top_k)
-    rows_ND = spread(backend, hidden_states, order)
-    weight_N = permute(top_k_weights.flatten(), order.order_N)
+    permutation = sort_by_expert(backend, token_N, top_k_index.flatten(), tokens, experts.num_experts, top_k)
+    rows_ND = to_experts(backend, hidden_states, permutation)
+    weight_N = permute(top_k_weights.flatten(), permutation.order_N)
     weights = experts.gate_up_proj, experts.down_proj
-    return add_up(backend, backend.swiglu(rows_ND, *weights, order.counts_E, weight_N, "act"), order)
+    rows_ND = backend.swiglu(rows_ND, *weights, permutation.counts_E, weight_N, "act")
+    return sum_per_token(backend, rows_ND, permutation)

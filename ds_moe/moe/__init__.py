@@ -11,7 +11,7 @@ standalone.py   routers and losses for use without the trainer
 """
 
 from ds_moe.moe.all_to_all import ExpertParallel
-from ds_moe.moe.balance import AuxLoss, Balancer, Seen, ZLoss
+from ds_moe.moe.balance import AuxLoss, Balancer, TokenStats, ZLoss
 from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.decision import RoutingDecision
 from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher
@@ -38,7 +38,7 @@ __all__ = [
     "MoELayer",
     "Router",
     "RoutingDecision",
-    "Seen",
+    "TokenStats",
     "TopKRouter",
     "ZLoss",
     "checkpoint_contexts",

@@ -1,18 +1,18 @@
-"""Rows on their way between the ranks that share one copy of the experts, and the bytes that takes.
+"""All-to-all of rows between the ranks that share one copy of the experts.
 
-An exchange is two autograd functions: one starts it, the other waits for it. What runs between them, forward or
-backward, runs while the rows travel.
+An `AllToAll` is two autograd functions, `start` and `wait`. In forward the rows travel from the one to the other; in
+backward their gradients travel back, from the backward of `wait` to the backward of `start`. What a rank computes in
+between, forward or backward, runs while the rows travel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 @dataclass
@@ -25,7 +25,7 @@ class ExpertParallel:
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
-    sent_bytes: int = 0  # to other ranks, by this one, since it was last set to 0
+    sent_bytes: int = 0  # that this rank sent to others; the trainer reads it and sets it back to 0
 
     def owned(self, num_experts: int) -> slice:
         """The global experts of this rank: a contiguous block."""
@@ -34,37 +34,38 @@ class ExpertParallel:
         local = num_experts // self.size
         return slice(self.rank * local, (self.rank + 1) * local)
 
-    def start(self, given: Tensor, send: list[int], receive: list[int]) -> tuple[Tensor, dist.Work]:
-        """Exchange slices of the first dimension: `send[p]` to rank p, `receive[p]` from it. Collective.
+    def all_to_all(self, given: Tensor, send: list[int], receive: list[int]) -> tuple[Tensor, dist.Work]:
+        """Start to send `send[p]` slices of the first dimension to rank p and to receive `receive[p]` from it.
 
-        `given` is contiguous; it and the result belong to the exchange until the work has been waited for.
+        Collective, without a gradient. `given` must be contiguous; neither it nor the result may be touched before the
+        returned work has been waited for.
         """
         arriving = given.new_empty(sum(receive), *given.shape[1:])
         work = dist.all_to_all_single(arriving, given, receive, send, group=self.group, async_op=True)
-        assert work is not None  # only ranks outside of the group get none
+        assert work is not None  # torch returns None only to ranks outside of the group
         self.sent_bytes += (sum(send) - send[self.rank]) * given[:1].numel() * given.element_size()
         return arriving, work
 
 
-class Counts:
-    """The exchange of how many rows each rank has for each expert, and its way to the host.
+class RowCounts:
+    """How many rows each rank has for each expert: exchanged by an all-to-all, then copied to the host.
 
-    Uneven exchanges need their sizes on the host: the layer's only sync. `on_host` waits for it, so that what the
-    device was given in between does not.
+    An all-to-all of uneven sizes needs them on the host, which is the layer's only sync. It happens in `on_host`, so
+    the device works on what it was given before that call while the counts travel.
 
     Args:
-        sent_Pne: int64 rows of this rank for each rank, part and expert of the part.
+        sent_Pne: int64 rows that this rank has for each rank P, chunk n of its experts, and expert e of the chunk.
     """
 
     def __init__(self, sent_Pne: Tensor, ep: ExpertParallel) -> None:
         self.sent_Pne = sent_Pne.contiguous()
-        even = [1] * ep.size
-        self.received_Pne, self._work = ep.start(self.sent_Pne, even, even)
+        one_each = [1] * ep.size
+        self.received_Pne, self._work = ep.all_to_all(self.sent_Pne, one_each, one_each)
         self._copy: tuple[Tensor, torch.cuda.Event] | None = None
         if sent_Pne.is_cuda:
-            # On a stream of its own: the one that packs the rows does not wait for the counts of other ranks.
+            # A stream of its own waits for the counts of the other ranks; the current stream goes on packing rows.
             with torch.cuda.stream(torch.cuda.Stream()):
-                self._work.wait()  # orders this stream, not the host
+                self._work.wait()  # makes this stream wait, not the host
                 sums = self._sums()
                 copy = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
                 copied = torch.cuda.Event()
@@ -75,7 +76,7 @@ class Counts:
         return torch.stack([self.sent_Pne.sum(2), self.received_Pne.sum(2)]).transpose(1, 2)
 
     def on_host(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Rows to send to, and to receive from, each rank: [part][rank]."""
+        """Rows to send to, and to receive from, each rank: two lists, both [chunk][rank]."""
         if self._copy is None:
             self._work.wait()
             send, receive = self._sums().tolist()
@@ -86,59 +87,76 @@ class Counts:
         return send, receive
 
 
-class Trip:
-    """One exchange of tensors whose first dimension is rows; the gradients take the way back."""
+class AllToAll:
+    """One differentiable all-to-all of tensors whose first dimension is rows.
+
+    Args:
+        ep: the ranks that take part.
+        send: rows for each rank.
+        receive: rows from each rank.
+    """
 
     def __init__(self, ep: ExpertParallel, send: list[int], receive: list[int]) -> None:
-        self.ep, self.splits = ep, (send, receive)
-        self._under_way: list[tuple[Tensor, Tensor, dist.Work]] = []  # what leaves is kept until it has left
+        self.ep, self.send, self.receive = ep, send, receive
+        self._in_flight: list[tuple[Tensor, Tensor, dist.Work]] = []  # tensors being sent are kept alive here
 
-    def launch(self, tensors: tuple[Tensor, ...], back: bool = False) -> tuple[Tensor, ...]:
-        splits = self.splits[::-1] if back else self.splits
+    def start(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Send the tensors off (collective). Nothing but `wait` may read the results."""
+        return _Start.apply(self, *tensors)
+
+    def wait(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Wait for the tensors that `start` returned; what this returns has arrived."""
+        return _Wait.apply(self, *tensors)
+
+    def reverse(self) -> AllToAll:
+        """The all-to-all that brings as many rows back."""
+        return AllToAll(self.ep, self.receive, self.send)
+
+    def launch(self, tensors: tuple[Tensor, ...], send: list[int], receive: list[int]) -> tuple[Tensor, ...]:
+        """`start` without a gradient; the sizes may be those of the way back."""
         packed = [tensor.contiguous() for tensor in tensors]
-        self._under_way = [(tensor, *self.ep.start(tensor, *splits)) for tensor in packed]
-        return tuple(arriving for _, arriving, _ in self._under_way)
+        self._in_flight = [(tensor, *self.ep.all_to_all(tensor, send, receive)) for tensor in packed]
+        return tuple(arriving for _, arriving, _ in self._in_flight)
 
-    def wait(self) -> tuple[Tensor, ...]:
-        """What has arrived."""
-        under_way, self._under_way = self._under_way, []
-        for _, _, work in under_way:
+    def complete(self) -> tuple[Tensor, ...]:
+        """`wait` without a gradient, for what `launch` started."""
+        in_flight, self._in_flight = self._in_flight, []
+        for _, _, work in in_flight:
             work.wait()
-        return tuple(arrived for _, arrived, _ in under_way)
+        return tuple(arrived for _, arrived, _ in in_flight)
 
 
-def depart(trip: Trip, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Start `trip`; the results must not be read before `arrive`."""
-    return _Depart.apply(trip, *tensors)
+class _Context(FunctionCtx):
+    """What both functions keep for backward."""
+
+    all_to_all: AllToAll
 
 
-def arrive(trip: Trip, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Wait for what `depart` returned."""
-    return _Arrive.apply(trip, *tensors)
-
-
-class _Depart(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, trip: Trip, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.trip = trip
-        return trip.launch(tensors)
+    def forward(ctx: _Context, all_to_all: AllToAll, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.all_to_all = all_to_all
+        return all_to_all.launch(tensors, all_to_all.send, all_to_all.receive)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients given are stand-ins of the shape that autograd wants: the real ones have been travelling."""
-        return None, *ctx.trip.wait()
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """`grads` are the placeholders that `_Wait.backward` returned; the real gradients are in flight since then."""
+        return None, *ctx.all_to_all.complete()
 
 
-class _Arrive(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, trip: Trip, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.trip = trip
-        return tuple(arrived.view_as(arrived) for arrived in trip.wait())
+    def forward(ctx: _Context, all_to_all: AllToAll, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.all_to_all = all_to_all
+        return tuple(arrived.view_as(arrived) for arrived in all_to_all.complete())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """A gradient that nothing asked for is a tensor of zeros: every rank takes part in every exchange."""
-        ctx.trip.launch(grads, back=True)
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Send the gradients off, and return tensors of the shapes that autograd checks.
+
+        Autograd fills in zeros for an output that nothing used, so every rank takes part in every all-to-all.
+        """
+        ctx.all_to_all.launch(grads, ctx.all_to_all.receive, ctx.all_to_all.send)
         return None, *grads

@@ -1,7 +1,7 @@
-"""Balancers: what keeps the experts evenly loaded. They compose; each says what it adds to the loss.
+"""Balancers keep the experts evenly loaded. They compose: each adds a term to the loss.
 
-A new kind is one class and one line in `BALANCERS`. The kind `none` is the empty list; `loss_free` adds nothing to the
-loss and is part of the router (`loss_free.py`).
+A new kind is one class and one line in `BALANCERS`. No balancer is the empty list; the kind `loss_free` adds nothing to
+the loss, because it is part of the router (`loss_free.py`).
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from ds_moe.moe.decision import RoutingDecision, count_experts
 Scope = Literal["micro_batch", "global_batch", "sequence"]
 
 
-class Everywhere(NamedTuple):
-    """One micro-batch of every data-parallel rank, together."""
+class GlobalCounts(NamedTuple):
+    """Sums over the micro-batches that all ranks run at the same time."""
 
     counts_E: Tensor  # int64, assignments of each expert
     tokens: Tensor  # int64 scalar, padding left out
     ranks: int
 
 
-class Seen(NamedTuple):
-    """What a balancer may know of a micro-batch beside the decision; nothing here has a gradient."""
+class TokenStats(NamedTuple):
+    """What a balancer may know about a micro-batch beside the decision; nothing here has a gradient."""
 
-    token_V: Tensor | None  # int64 indices of the tokens that are no padding; None: all
+    token_V: Tensor | None  # int64 indices of the real tokens (not padding); None: all
     sequences: int  # B; the T tokens are B sequences of equal length, padding included
     counts_E: Tensor  # int64, this rank's assignments of each expert
-    everywhere: Everywhere | None = None  # only where a balancer's scope is global_batch
+    global_counts: GlobalCounts | None = None  # None unless some balancer's scope is global_batch
 
 
 class Balancer(Protocol):
-    """Sees the decisions of a layer. A recompute calls it again and discards the result: it must hold no state, and do
-    nothing collective."""
+    """Turns the decision of a layer into a loss term.
+
+    A recompute calls it again and discards the result, so it must hold no state and run no collective.
+    """
 
     scope: Scope
 
-    def loss(self, decision: RoutingDecision, seen: Seen) -> Tensor:
-        """What this decision adds to the micro-batch's loss: a scalar with grad, already weighted.
+    def loss(self, decision: RoutingDecision, stats: TokenStats) -> Tensor:
+        """The term to add to the micro-batch's loss: a scalar with grad, already weighted.
 
         The trainer averages it over the micro-batches and ranks of an optimizer step.
         """
@@ -56,11 +58,11 @@ class AuxLoss:
     with `normalize_by_k`. Padding enters neither.
 
     Args:
-        scope: over which tokens f and P are taken. `micro_batch`: of this rank and forward; another micro_batch_size
-            gives another loss. `global_batch` (Qiu 2025, arXiv 2501.11873): of the forwards that all ranks run at the
-            same time, so that averaged over the ranks it equals the loss of their concatenated micro-batches; steps of
-            gradient accumulation stay apart. `sequence` (DeepSeek-V3): of each sequence, averaged over the sequences
-            that have a token.
+        scope: over which tokens f and P are taken. `micro_batch`: those of one forward of this rank, so that the loss
+            depends on micro_batch_size. `global_batch` (Qiu 2025, arXiv 2501.11873): those of the forwards that all
+            ranks run at the same time; averaged over the ranks, it equals the loss of their concatenated
+            micro-batches. The micro-batches of gradient accumulation stay apart. `sequence` (DeepSeek-V3): those of
+            each sequence, averaged over the sequences that have a real token.
         normalize_by_k: divide by K = assignments a token.
     """
 
@@ -69,11 +71,11 @@ class AuxLoss:
         self.scope: Scope = scope
         self.normalize_by_k = normalize_by_k
 
-    def loss(self, decision: RoutingDecision, seen: Seen) -> Tensor:
+    def loss(self, decision: RoutingDecision, stats: TokenStats) -> Tensor:
         if self.scope == "sequence":
-            sums_GE, counts_GE, tokens_G, groups = _by_sequence(decision, seen)
+            sums_GE, counts_GE, tokens_G, groups = _over_sequences(decision, stats)
         else:
-            sums_GE, counts_GE, tokens_G, groups = _together(decision, seen, self.scope)
+            sums_GE, counts_GE, tokens_G, groups = _over_batch(decision, stats, self.scope)
         tokens_G1 = tokens_G.clamp_min(1).unsqueeze(1)
         f_GE, p_GE = counts_GE.float() / tokens_G1, sums_GE / tokens_G1
         loss = self.weight * counts_GE.shape[1] * (f_GE * p_GE).sum() / groups
@@ -83,67 +85,76 @@ class AuxLoss:
 
 
 class ZLoss:
-    """Keeps logits small (Zoph 2022, ST-MoE, eq. 5): `weight * mean(logsumexp(logits)^2)` over the real tokens of a
-    micro-batch."""
+    """Keeps logits small (Zoph 2022, ST-MoE, eq. 5).
+
+    It is `weight * mean(logsumexp(logits)^2)` over the real tokens of a micro-batch.
+    """
 
     scope: Scope = "micro_batch"
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
 
-    def loss(self, decision: RoutingDecision, seen: Seen) -> Tensor:
-        logits_VE = _real(decision.logits_TE, seen).float()
+    def loss(self, decision: RoutingDecision, stats: TokenStats) -> Tensor:
+        logits_VE = _real(decision.logits_TE, stats).float()
         return self.weight * logits_VE.logsumexp(-1).square().sum() / max(logits_VE.shape[0], 1)
 
 
-def everywhere(token_V: Tensor | None, tokens: int, counts_E: Tensor) -> Everywhere:
-    """Add up one micro-batch of all ranks (collective: a forward may call it, a recompute must not)."""
+def global_counts(token_V: Tensor | None, tokens: int, counts_E: Tensor) -> GlobalCounts:
+    """Sum the counts of all ranks (collective: a forward may call it, a recompute must not).
+
+    Args:
+        token_V: as in `TokenStats`.
+        tokens: T.
+        counts_E: int64, this rank's assignments of each expert.
+    """
     real = tokens if token_V is None else token_V.numel()
     sums = torch.cat([counts_E, counts_E.new_tensor([real])])
     ranks = 1
     if dist.is_available() and dist.is_initialized():
         ranks = dist.get_world_size()
         dist.all_reduce(sums)
-    return Everywhere(sums[:-1], sums[-1], ranks)
+    return GlobalCounts(sums[:-1], sums[-1], ranks)
 
 
-# --- score sums and counts of G groups of tokens, tokens of each, and by how many groups the sum is divided
-
+# Of G groups of tokens: sums of scores (G, E), assignments (G, E) and tokens (G,), then the number of groups that the
+# sum of their losses is divided by.
 _Groups = tuple[Tensor, Tensor, Tensor, Tensor | int]
 
 
-def _together(decision: RoutingDecision, seen: Seen, scope: Scope) -> _Groups:
-    scores_VE = shares(decision, seen)
+def _over_batch(decision: RoutingDecision, stats: TokenStats, scope: Scope) -> _Groups:
+    scores_VE = normalized_scores(decision, stats)
     sums_E = scores_VE.sum(0)
-    if scope == "global_batch" and seen.everywhere is not None:
-        # The sum over ranks of their score sums belongs here; each rank gives its own, and the average over the ranks
-        # of the losses, times their number, adds them up.
-        counts_E, tokens, ranks = seen.everywhere
+    if scope == "global_batch" and stats.global_counts is not None:
+        # The loss needs the score sums of all ranks. Each rank contributes its own, times the number of ranks: the
+        # trainer's average of the ranks' losses then is the loss of the sums.
+        counts_E, tokens, ranks = stats.global_counts
         return ranks * sums_E.unsqueeze(0), counts_E.unsqueeze(0), tokens.view(1), 1
-    tokens = seen.counts_E.new_tensor([scores_VE.shape[0]])
-    return sums_E.unsqueeze(0), seen.counts_E.unsqueeze(0), tokens, 1
+    tokens = stats.counts_E.new_tensor([scores_VE.shape[0]])
+    return sums_E.unsqueeze(0), stats.counts_E.unsqueeze(0), tokens, 1
 
 
-def _by_sequence(decision: RoutingDecision, seen: Seen) -> _Groups:
+def _over_sequences(decision: RoutingDecision, stats: TokenStats) -> _Groups:
     tokens, experts = decision.logits_TE.shape
-    length = tokens // seen.sequences
-    counts_BE = count_experts(decision.token_N // length * experts + decision.expert_N, seen.sequences * experts)
-    real_V = torch.arange(tokens, device=counts_BE.device) if seen.token_V is None else seen.token_V
+    length = tokens // stats.sequences
+    counts_BE = count_experts(decision.token_N // length * experts + decision.expert_N, stats.sequences * experts)
+    real_V = torch.arange(tokens, device=counts_BE.device) if stats.token_V is None else stats.token_V
     sequence_V = real_V // length
-    sums_BE = decision.scores_TE.new_zeros(seen.sequences, experts)
-    sums_BE = sums_BE.index_add(0, sequence_V, shares(decision, seen))
-    tokens_B = torch.bincount(sequence_V, minlength=seen.sequences)
+    sums_BE = decision.scores_TE.new_zeros(stats.sequences, experts)
+    sums_BE = sums_BE.index_add(0, sequence_V, normalized_scores(decision, stats))
+    tokens_B = torch.bincount(sequence_V, minlength=stats.sequences)
     return sums_BE, counts_BE.view(-1, experts), tokens_B, (tokens_B > 0).sum().clamp_min(1)
 
 
-def shares(decision: RoutingDecision, seen: Seen) -> Tensor:
-    """(V, E) scores of the real tokens; each token's sum to 1, as those of a softmax do anyway."""
-    scores_VE = _real(decision.scores_TE, seen)
+def normalized_scores(decision: RoutingDecision, stats: TokenStats) -> Tensor:
+    """(V, E) scores of the real tokens, divided by each token's sum (which a softmax has made 1 already)."""
+    scores_VE = _real(decision.scores_TE, stats)
     return scores_VE / scores_VE.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
-def _real(values_TE: Tensor, seen: Seen) -> Tensor:
-    return values_TE if seen.token_V is None else values_TE.index_select(0, seen.token_V)
+def _real(values_TE: Tensor, stats: TokenStats) -> Tensor:
+    """The rows of the real tokens."""
+    return values_TE if stats.token_V is None else values_TE.index_select(0, stats.token_V)
 
 
 BALANCERS = {"aux": AuxLoss, "z_loss": ZLoss}

@@ -1,4 +1,4 @@
-"""What all MoE layers of a model must know of the micro-batch in flight."""
+"""The forward context: what all MoE layers of a model must know about the micro-batch that runs through it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from torch import Tensor
 
 @dataclass
 class ForwardContext:
-    """Facts of the micro-batch in flight, shared by all MoE layers of one model.
+    """Facts about the micro-batch that runs through the model, shared by all of its MoE layers.
 
-    The converter's hook on the decoder refreshes it at every forward, so that the layers, which only see
-    hidden states, know what is padding and what is an image token.
+    The layers see hidden states only. A hook that the converter puts on the decoder calls `begin` at every forward, so
+    that they know which tokens are padding and which belong to an image. The fields "of the next forward" are set by
+    the trainer and used once.
     """
 
     token_V: Tensor | None = None  # int64 indices of the real tokens; None: every token is real
-    real_B: Tensor | None = None  # bool, false for samples that only fill up the next forward's batch; used once
-    image_T: Tensor | None = None  # bool, image tokens; None: there is none
-    kind_B: Tensor | None = None  # int64 kind of each sample of the next forward's batch, -1 none; used once
-    kind_T: Tensor | None = None  # int64, the same of each token; None: not known
-    routing_BSLK: Tensor | None = None  # experts to replay in the next forward, -1 where the router decides; used once
-    replayed_TLK: Tensor | None = None  # the same, of the forward in flight
-    replay_moves_bias: bool = False  # whether replayed rows count for a loss-free bias
-    aux_losses: list[Tensor] = field(default_factory=list)  # one scalar a layer and balancer, with grad
+    real_B: Tensor | None = None  # of the next forward: bool, false for samples that only fill up its batch
+    image_T: Tensor | None = None  # bool, true at image tokens; None: there is none
+    kind_B: Tensor | None = None  # of the next forward: int64 kind of record of each sample, -1 none
+    kind_T: Tensor | None = None  # int64 kind of record of each token; None: not known
+    routing_BSLK: Tensor | None = None  # of the next forward: experts to replay, -1 where the router decides
+    replayed_TLK: Tensor | None = None  # the same for the forward that runs; None: the router decides everywhere
+    replay_moves_bias: bool = False  # whether replayed assignments count for a loss-free bias
+    aux_losses: list[Tensor] = field(default_factory=list)  # one scalar for each layer and balancer, with grad
 
     def begin(self, mask_BS: Tensor | None, image_BS: Tensor | None) -> None:
         """Start a forward: `mask_BS` is non-zero at real tokens, `image_BS` is true at image tokens."""

@@ -1,4 +1,4 @@
-"""What routing decides, and what travels beside the hidden states while a model runs.
+"""The legend of shapes, and the routing decision that routers make and dispatchers carry out.
 
 Shape suffixes used in this package (after Noam Shazeer; one letter a dimension):
 
@@ -20,7 +20,7 @@ class Assignments(NamedTuple):
 
     token_N: Tensor  # int64, index into T
     expert_N: Tensor  # int64, global expert id
-    seed: int | None = None  # of the random numbers that went with this selection; None: there were none
+    seed: int | None = None  # of the random numbers that the router drew for this selection; None: it drew none
     top_k: int | None = None  # every token has this many, beside each other, tokens in order; None: not known
 
     def where(self, kept_N: Tensor) -> Assignments:
@@ -28,9 +28,9 @@ class Assignments(NamedTuple):
         return self._replace(token_N=self.token_N[kept_N], expert_N=self.expert_N[kept_N], top_k=None)
 
     def replaced(self, replayed_TK: Tensor) -> Assignments:
-        """The same tokens with the experts of `replayed_TK`, but for those whose row there is -1.
+        """The same tokens with the experts of `replayed_TK`; a token whose row there is -1 keeps its own.
 
-        The list must hold K assignments of each token beside each other.
+        This list must hold K assignments of each token, beside each other.
         """
         replayed_VK = replayed_TK[self.token_N[:: replayed_TK.shape[1]]].to(torch.int64)
         live_V1 = replayed_VK[:, :1] < 0
@@ -40,9 +40,9 @@ class Assignments(NamedTuple):
 class RoutingDecision(NamedTuple):
     """Which token goes to which expert and with what weight, as a list of N assignments.
 
-    Top-k routing of V tokens gives N = V * K; a capacity limit, expert dropout, a padding mask or expert
-    choice are just other lists. A tuple whose first field is the logits is what transformers' recorder of
-    router logits expects from a module that subclasses the family's router.
+    Top-k routing of V tokens gives N = V * K; a capacity limit, expert dropout, a padding mask or expert choice are
+    just other lists. It is a tuple whose first field is the logits because transformers, which records the router
+    logits of modules that subclass the family's router, expects that.
     """
 
     logits_TE: Tensor  # raw router logits of every token, model dtype, with grad
@@ -50,16 +50,17 @@ class RoutingDecision(NamedTuple):
     token_N: Tensor  # int64, index into T
     expert_N: Tensor  # int64, global expert id
     weight_N: Tensor  # fp32 combine weight, with grad
-    seed: int | None = None  # of the router's random numbers in this forward; None: it drew none
+    seed: int | None = None  # of the random numbers that the router drew in this forward; None: it drew none
     dropped: int = 0  # assignments that the experts' capacity refused; 0 in a recompute
     top_k: int | None = None  # as in `Assignments`
 
     @property
     def chosen(self) -> Assignments:
+        """The selection alone, for a recompute to repeat."""
         return Assignments(self.token_N, self.expert_N, self.seed, self.top_k)
 
 
 def count_experts(expert_N: Tensor, num_experts: int) -> Tensor:
-    """How often each of 0 ... `num_experts` - 1 occurs, int64. Not bincount, which reads its maximum on the host."""
+    """How often each of 0 ... `num_experts` - 1 occurs, int64 (E,). torch.bincount would wait for the device."""
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_N.device)
     return counts_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))

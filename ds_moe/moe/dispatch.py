@@ -1,7 +1,8 @@
 """Dispatchers move rows to their experts and back. Dropless: a row is never lost, an expert or a rank may get none.
 
-`dispatch` sorts the N assignments by expert and sends the rows off; each `Part` of them goes `through` the experts;
-`combine` adds up what comes back per token. What these need to agree on is the `Plan`, which a recompute reuses.
+`dispatch` sorts the N assignments by expert and starts the all-to-all of their rows; each `Chunk` of rows then runs
+through its experts; `combine` sums what comes back per token. A `DispatchPlan` holds the sort and the counts, so that a
+recompute moves its rows exactly as its forward did.
 """
 
 from __future__ import annotations
@@ -13,29 +14,33 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ds_moe.moe.all_to_all import Counts, ExpertParallel, Trip, arrive, depart
-from ds_moe.moe.backends import Order, backend_for
+from ds_moe.moe.all_to_all import AllToAll, ExpertParallel, RowCounts
+from ds_moe.moe.backends import Permutation, backend_for
 from ds_moe.moe.decision import RoutingDecision
-from ds_moe.moe.permute import add_up, inverse, order_by_expert, permute, spread
+from ds_moe.moe.permute import inverse, permute, sort_by_expert, sum_per_token, to_experts
 
 ApplyWeight = Literal["before", "after"]
 RunExperts = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # rows, rows of each expert, combine weights -> rows
 
 
 @dataclass
-class Plan:
+class DispatchPlan:
     """How N assignments become rows grouped by expert."""
 
-    order: Order
+    permutation: Permutation
     counts_E: Tensor  # int64: this rank's assignments of every global expert
-    counts: Counts | None = None  # of the exchange; None: every expert is here
+    row_counts: RowCounts | None = None  # how many rows travel between ranks; None: every expert is on this rank
 
 
-class Part(Protocol):
-    """Rows for some of this rank's experts, perhaps still on their way."""
+class Chunk(Protocol):
+    """Rows for some of this rank's experts, which may still be travelling."""
 
-    def through(self, experts: RunExperts) -> Callable[[], Tensor]:
-        """Wait for the rows, run the experts and send the result off; what is returned waits for its arrival."""
+    def run(self, experts: RunExperts) -> Callable[[], Tensor]:
+        """Wait for the rows, run them through the experts and send the results back.
+
+        Returns:
+            A function that waits until the results of this rank's own tokens are back, and returns them.
+        """
         ...
 
 
@@ -45,35 +50,38 @@ class Dispatcher:
     Args:
         ep: this rank's place among those that share the experts.
         backend: a kind of kernels, see `backends`.
-        apply_weight: `after`: the combine weight multiplies what an expert gives. `before`: it multiplies what the
-            expert gets (Llama 4; torchtitan's score_before_experts), another function, experts being no linear maps.
+        apply_weight: `after` multiplies what an expert gives by the combine weight. `before` multiplies what the expert
+            gets (Llama 4; torchtitan's score_before_experts), which is another function: experts are not linear.
     """
 
-    parts = 1  # `dispatch` returns this many, each for as many experts
+    chunks = 1  # `dispatch` returns this many, each for an equal number of experts
 
     def __init__(self, ep: ExpertParallel, backend: str = "auto", apply_weight: ApplyWeight = "after") -> None:
         self.ep = ep
         self.backend = backend
         self.apply_weight: ApplyWeight = apply_weight
 
-    def order(self, decision: RoutingDecision, keys_N: Tensor) -> Order:
-        """The decision's list sorted by key, one an expert."""
+    def permutation(self, decision: RoutingDecision, keys_N: Tensor) -> Permutation:
+        """Sort the decision's list by `keys_N`, int64 in 0 ... E-1; each expert has a key of its own."""
         backend = backend_for(self.backend, decision.logits_TE)
-        return order_by_expert(backend, decision.token_N, keys_N, *decision.logits_TE.shape, decision.top_k)
+        return sort_by_expert(backend, decision.token_N, keys_N, *decision.logits_TE.shape, decision.top_k)
 
-    def sorted_rows(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> tuple[Tensor, Tensor | None]:
-        """(N, D) rows sorted by expert in the dtype of `x_TD`, and the (N,) weights for the experts to apply, if so."""
-        rows_ND = spread(backend_for(self.backend, x_TD), x_TD, plan.order)
-        weight_N = permute(decision.weight_N, plan.order.order_N)
+    def sorted_rows(self, x_TD: Tensor, decision: RoutingDecision, plan: DispatchPlan) -> tuple[Tensor, Tensor | None]:
+        """(N, D) rows sorted by expert, in the dtype of `x_TD`, and the (N,) weights that the experts have to apply.
+
+        The weights are None if they have been applied already.
+        """
+        rows_ND = to_experts(backend_for(self.backend, x_TD), x_TD, plan.permutation)
+        weight_N = permute(decision.weight_N, plan.permutation.order_N)
         if self.apply_weight == "before":
             return (rows_ND * weight_N.unsqueeze(1)).to(x_TD.dtype), None
         return rows_ND, weight_N
 
-    def combine(self, outputs: list[Callable[[], Tensor]], plan: Plan) -> Tensor:
-        """What the parts' `through` returned -> (T, D) of this rank's tokens, summed per token."""
+    def combine(self, outputs: list[Callable[[], Tensor]], plan: DispatchPlan) -> Tensor:
+        """Wait for the results of all chunks, given what their `run` returned, and sum them per token: (T, D)."""
         rows = [output() for output in outputs]
         rows_ND = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return add_up(backend_for(self.backend, rows_ND), rows_ND, plan.order)
+        return sum_per_token(backend_for(self.backend, rows_ND), rows_ND, plan.permutation)
 
 
 class LocalDispatcher(Dispatcher):
@@ -82,84 +90,84 @@ class LocalDispatcher(Dispatcher):
     def __init__(self, backend: str = "auto", apply_weight: ApplyWeight = "after") -> None:
         super().__init__(ExpertParallel(), backend, apply_weight)
 
-    def plan(self, decision: RoutingDecision) -> Plan:
-        order = self.order(decision, decision.expert_N)
-        return Plan(order, order.counts_E)
+    def plan(self, decision: RoutingDecision) -> DispatchPlan:
+        permutation = self.permutation(decision, decision.expert_N)
+        return DispatchPlan(permutation, permutation.counts_E)
 
-    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> list[Part]:
-        return [_Here(*self.sorted_rows(x_TD, decision, plan), plan.counts_E)]
+    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, plan: DispatchPlan) -> list[Chunk]:
+        return [_LocalChunk(*self.sorted_rows(x_TD, decision, plan), plan.counts_E)]
 
 
 @dataclass
-class _Here:
+class _LocalChunk:
     rows_ND: Tensor
     weight_N: Tensor | None
     counts_E: Tensor
 
-    def through(self, experts: RunExperts) -> Callable[[], Tensor]:
+    def run(self, experts: RunExperts) -> Callable[[], Tensor]:
         rows_ND = experts(self.rows_ND, self.counts_E, self.weight_N)
         return lambda: rows_ND
 
 
 class AllToAllDispatcher(Dispatcher):
-    """Experts are spread over the ranks of `ep`: an exchange of counts, of rows and of their weights, of rows back.
+    """The ranks of `ep` share the experts: an all-to-all of counts, one of rows and their weights, one of rows back.
 
     Args:
-        chunks: exchange and compute the rank's experts in so many parts, so that the rows of one part travel while
-            another is computed; must divide the number of experts a rank.
+        chunks: split the rank's experts into so many chunks, so that the rows of one chunk travel while another is
+            computed; must divide the number of experts a rank.
     """
 
     def __init__(
         self, ep: ExpertParallel, backend: str = "auto", apply_weight: ApplyWeight = "after", chunks: int = 1
     ) -> None:
         super().__init__(ep, backend, apply_weight)
-        self.parts = chunks
+        self.chunks = chunks
 
-    def plan(self, decision: RoutingDecision) -> Plan:
-        """Collective over the EP group: starts the exchange of counts."""
+    def plan(self, decision: RoutingDecision) -> DispatchPlan:
+        """Collective over the EP group: starts the all-to-all of counts."""
         num_experts = decision.logits_TE.shape[1]
-        shape = self.ep.size, self.parts, num_experts // (self.ep.size * self.parts)
-        if self.parts == 1:
-            order = self.order(decision, decision.expert_N)
-            return Plan(order, order.counts_E, Counts(order.counts_E.view(shape), self.ep))
-        # Sorted by part before rank, so that what leaves for one part lies together.
+        shape = self.ep.size, self.chunks, num_experts // (self.ep.size * self.chunks)
+        if self.chunks == 1:
+            permutation = self.permutation(decision, decision.expert_N)
+            return DispatchPlan(permutation, permutation.counts_E, RowCounts(permutation.counts_E.view(shape), self.ep))
+        # Sort by chunk before rank, so that the rows that leave for one chunk are contiguous.
         experts_E = torch.arange(num_experts, device=decision.expert_N.device)
         expert_of_key_E = experts_E.view(shape).transpose(0, 1).flatten()
         key_of_expert_E = inverse(expert_of_key_E)
-        order = self.order(decision, key_of_expert_E[decision.expert_N])
-        counts_E = order.counts_E[key_of_expert_E]
-        return Plan(order, counts_E, Counts(counts_E.view(shape), self.ep))
+        permutation = self.permutation(decision, key_of_expert_E[decision.expert_N])
+        counts_E = permutation.counts_E[key_of_expert_E]
+        return DispatchPlan(permutation, counts_E, RowCounts(counts_E.view(shape), self.ep))
 
-    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, plan: Plan) -> list[Part]:
-        """Collective: packs the rows, then waits for the counts on the host, then sends all parts off."""
-        assert plan.counts is not None
+    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, plan: DispatchPlan) -> list[Chunk]:
+        """Collective: packs the rows, then waits for the counts on the host, then sends all chunks off."""
+        assert plan.row_counts is not None
         rows_ND, weight_N = self.sorted_rows(x_TD, decision, plan)
-        send_nP, receive_nP = plan.counts.on_host()
-        sizes = [sum(send) for send in send_nP]
-        parts: list[Part] = []
-        weights = [None] * self.parts if weight_N is None else weight_N.split(sizes)
-        for part, (rows, weight) in enumerate(zip(rows_ND.split(sizes), weights, strict=True)):
-            trip = Trip(self.ep, send_nP[part], receive_nP[part])
-            arriving = depart(trip, rows) if weight is None else depart(trip, rows, weight)
-            parts.append(_Arriving(trip, arriving, plan.counts.received_Pne[:, part]))
-        return parts
+        send_nP, receive_nP = plan.row_counts.on_host()
+        sizes = [sum(send_P) for send_P in send_nP]
+        weights = [None] * self.chunks if weight_N is None else weight_N.split(sizes)
+        chunks: list[Chunk] = []
+        for i, (rows, weight) in enumerate(zip(rows_ND.split(sizes), weights, strict=True)):
+            outward = AllToAll(self.ep, send_nP[i], receive_nP[i])
+            travelling = outward.start(rows) if weight is None else outward.start(rows, weight)
+            chunks.append(_TravellingChunk(outward, travelling, plan.row_counts.received_Pne[:, i]))
+        return chunks
 
 
 @dataclass
-class _Arriving:
-    trip: Trip
-    tensors: tuple[Tensor, ...]  # rows, and their weights if the experts apply them; by rank, then by expert
+class _TravellingChunk:
+    outward: AllToAll
+    travelling: tuple[Tensor, ...]  # rows, and their weights if the experts apply them; by rank, then by expert
     received_Pe: Tensor  # int64: how many from each rank for each expert
 
-    def through(self, experts: RunExperts) -> Callable[[], Tensor]:
-        rows_RD, *weights = arrive(self.trip, *self.tensors)
+    def run(self, experts: RunExperts) -> Callable[[], Tensor]:
+        rows_RD, *weights = self.outward.wait(*self.travelling)
         by_expert_R = regrouped(self.received_Pe, rows_RD.shape[0])
         weight_R = permute(weights[0], by_expert_R) if weights else None
         rows_RD = experts(permute(rows_RD, by_expert_R), self.received_Pe.sum(0), weight_R)
         by_rank_RD = permute(rows_RD, regrouped(self.received_Pe.T, rows_RD.shape[0]))
-        back = Trip(self.trip.ep, *self.trip.splits[::-1])
-        travelling = depart(back, by_rank_RD)
-        return lambda: arrive(back, *travelling)[0]
+        homeward = self.outward.reverse()
+        travelling = homeward.start(by_rank_RD)
+        return lambda: homeward.wait(*travelling)[0]
 
 
 def regrouped(counts_AB: Tensor, rows: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the tokens ask of a layer's experts, summed up for the monitor."""
+"""How much work the tokens give each expert of a layer, summed for the monitor."""
 
 from __future__ import annotations
 
@@ -7,25 +7,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_moe.moe.balance import Seen, shares
+from ds_moe.moe.balance import TokenStats, normalized_scores
 from ds_moe.moe.decision import RoutingDecision
 
 
 class LoadTotals(NamedTuple):
-    """Sums over the tokens of one rank and layer."""
+    """Sums over the real tokens of one rank and layer."""
 
     counts_E: Tensor  # int64, assignments of each expert
     image_E: Tensor  # int64, of these, of image tokens
     kind_GE: Tensor  # int64, of these, of tokens of each of the G kinds of records
-    tokens: Tensor  # int64 scalar, padding left out
+    tokens: Tensor  # int64 scalar
     uncovered: Tensor  # int64 scalar, of these, tokens that no expert took
     dropped: Tensor  # int64 scalar, assignments that the experts' capacity refused
-    entropy: Tensor  # fp32 scalar, nats
-    pairs_EE: Tensor | None  # int64, tokens that use both experts; the diagonal holds the counts
+    entropy: Tensor  # fp32 scalar, nats, of the normalised scores
+    pairs_EE: Tensor | None  # int64, tokens that use both experts; the diagonal holds the counts; None: not counted
+
+    def plus(self, other: LoadTotals) -> LoadTotals:
+        """The sums over the tokens of both. Pairs are kept if only one of them has counted them."""
+        pairs_EE = self.pairs_EE if other.pairs_EE is None else other.pairs_EE
+        if self.pairs_EE is not None and other.pairs_EE is not None:
+            pairs_EE = self.pairs_EE + other.pairs_EE
+        return LoadTotals(
+            counts_E=self.counts_E + other.counts_E,
+            image_E=self.image_E + other.image_E,
+            kind_GE=self.kind_GE + other.kind_GE,
+            tokens=self.tokens + other.tokens,
+            uncovered=self.uncovered + other.uncovered,
+            dropped=self.dropped + other.dropped,
+            entropy=self.entropy + other.entropy,
+            pairs_EE=pairs_EE,
+        )
 
 
-class Load:
-    """What this rank's tokens asked of one layer's experts since the last `take`.
+class ExpertLoad:
+    """The load of one layer's experts by this rank's tokens, since the last `take`.
 
     Args:
         num_experts: E.
@@ -33,30 +49,33 @@ class Load:
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
-        self.kinds = 0  # kinds of records to tell apart, G
-        self.count_pairs = False  # a matrix product of (E, T) and (T, E) a micro-batch
+        self.kinds = 0  # G, how many kinds of records to count apart
+        self.count_pairs = False  # costs a matrix product of (E, T) and (T, E) for each micro-batch
         self._totals: LoadTotals | None = None
 
     @torch.no_grad()
-    def add(self, decision: RoutingDecision, seen: Seen, image_T: Tensor | None, kind_T: Tensor | None = None) -> None:
-        counts_E = seen.counts_E
+    def add(
+        self, decision: RoutingDecision, stats: TokenStats, image_T: Tensor | None, kind_T: Tensor | None = None
+    ) -> None:
+        """Add one micro-batch; `image_T` and `kind_T` are those of `ForwardContext`."""
+        counts_E = stats.counts_E
         image_E = torch.zeros_like(counts_E)
         if image_T is not None:
             on_image_N = image_T[decision.token_N].to(torch.int64)
             image_E = image_E.scatter_add(0, decision.expert_N, on_image_N)
-        shares_VE = shares(decision, seen)
-        tokens = counts_E.new_full((), shares_VE.shape[0])
+        scores_VE = normalized_scores(decision, stats)
+        tokens = counts_E.new_full((), scores_VE.shape[0])
         covered_T = torch.zeros(decision.logits_TE.shape[0], dtype=torch.bool, device=counts_E.device)
         covered_T[decision.token_N] = True
         dropped = counts_E.new_full((), decision.dropped)
         pairs_EE = _pairs(decision) if self.count_pairs else None
-        entropy = torch.special.entr(shares_VE).sum()
+        entropy = torch.special.entr(scores_VE).sum()
         kind_GE = self._by_kind(decision, kind_T)
         new = LoadTotals(counts_E, image_E, kind_GE, tokens, tokens - covered_T.sum(), dropped, entropy, pairs_EE)
-        self._totals = new if self._totals is None else LoadTotals(*map(_sum, self._totals, new))
+        self._totals = new if self._totals is None else self._totals.plus(new)
 
     def _by_kind(self, decision: RoutingDecision, kind_T: Tensor | None) -> Tensor:
-        counts = decision.expert_N.new_zeros((self.kinds + 1) * self.num_experts)  # the first row: tokens of no kind
+        counts = decision.expert_N.new_zeros((self.kinds + 1) * self.num_experts)  # the first row is for kind -1, none
         if self.kinds and kind_T is not None:
             place_N = (kind_T[decision.token_N] + 1) * self.num_experts + decision.expert_N
             counts.scatter_add_(0, place_N, torch.ones_like(place_N))
@@ -68,13 +87,9 @@ class Load:
         return 0 if self._totals is None else self._totals.counts_E
 
     def take(self) -> LoadTotals | None:
-        """The totals, or None if nothing was added; start anew."""
+        """Return the totals, None if nothing was added, and start again from zero."""
         totals, self._totals = self._totals, None
         return totals
-
-
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return other if one is None else one if other is None else one + other
 
 
 def _pairs(decision: RoutingDecision) -> Tensor:

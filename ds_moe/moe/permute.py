@@ -1,23 +1,25 @@
-"""Rows from tokens to experts and back on one rank, with their gradients: gathers both ways, no scatter-add."""
+"""Rows from tokens to experts and back on one rank, with their gradients.
+
+Forward and backward are both gathers. There is no scatter-add, so sums have one order and the same bits every time.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ds_moe.moe.backends import Backend, Order
+from ds_moe.moe.backends import Backend, Permutation
 from ds_moe.moe.decision import count_experts
 
 
-def order_by_expert(
+def sort_by_expert(
     backend: Backend, token_N: Tensor, expert_N: Tensor, tokens: int, num_experts: int, top_k: int | None
-) -> Order:
-    """The list of (token, expert) sorted by expert.
+) -> Permutation:
+    """Sort a list of (token, expert) by expert; assignments of one expert keep their order.
 
     Args:
+        tokens: T.
         top_k: every token has this many assignments, beside each other, tokens in order; None: any list.
     """
     order_N, counts_E = backend.sort(expert_N, num_experts)
@@ -28,74 +30,83 @@ def order_by_expert(
         place_N = place_N[torch.argsort(token_N, stable=True)]
         per_token_T = count_experts(token_N, tokens)
         start_T = per_token_T.cumsum(0) - per_token_T
-    return Order(order_N, token_N.index_select(0, order_N), counts_E, place_N, start_T, top_k)
+    return Permutation(order_N, token_N.index_select(0, order_N), counts_E, place_N, start_T, top_k)
 
 
-def spread(backend: Backend, x_TD: Tensor, order: Order) -> Tensor:
+def to_experts(backend: Backend, x_TD: Tensor, permutation: Permutation) -> Tensor:
     """(T, D) -> (N, D): the token of each assignment, in sorted order."""
-    return _Spread.apply(backend, x_TD, order)
+    return _ToExperts.apply(backend, x_TD, permutation)
 
 
-def add_up(backend: Backend, rows_ND: Tensor, order: Order) -> Tensor:
+def sum_per_token(backend: Backend, rows_ND: Tensor, permutation: Permutation) -> Tensor:
     """(N, D) sorted rows -> (T, D) sums per token."""
-    return _AddUp.apply(backend, rows_ND, order)
+    return _SumPerToken.apply(backend, rows_ND, permutation)
 
 
 def permute(rows: Tensor, order_R: Tensor) -> Tensor:
-    """`rows[order]` for a permutation."""
+    """`rows[order_R]`, where `order_R` holds each index once."""
     return _Permute.apply(rows, order_R)
 
 
 def inverse(order_N: Tensor) -> Tensor:
-    """Of a permutation."""
+    """The permutation that undoes `order_N`."""
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
+
+
+class _Context(FunctionCtx):
+    """What the functions below keep for backward."""
+
+    backend: Backend
+    top_k: int | None
+    saved_tensors: tuple[Tensor, ...]
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order_R: Tensor) -> Tensor:
+    def forward(ctx: _Context, rows: Tensor, order_R: Tensor) -> Tensor:
         ctx.save_for_backward(order_R)
         return rows.index_select(0, order_R)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
         (order_R,) = ctx.saved_tensors
         return grads[0].index_select(0, inverse(order_R)), None
 
 
-class _Spread(torch.autograd.Function):
-    """Tokens to rows; the gradients of a token's rows are added up."""
+class _ToExperts(torch.autograd.Function):
+    """Tokens to rows; in backward the gradients of a token's rows are summed."""
 
     @staticmethod
-    def forward(ctx: Any, backend: Backend, x_TD: Tensor, order: Order) -> Tensor:
-        _keep(ctx, backend, order)
-        return backend.spread(x_TD, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        return None, ctx.backend.add_up(grads[0].contiguous(), _kept(ctx)), None
-
-
-class _AddUp(torch.autograd.Function):
-    """Rows to tokens; the gradient of a token goes to each of its rows."""
-
-    @staticmethod
-    def forward(ctx: Any, backend: Backend, rows_ND: Tensor, order: Order) -> Tensor:
-        _keep(ctx, backend, order)
-        return backend.add_up(rows_ND, order)
+    def forward(ctx: _Context, backend: Backend, x_TD: Tensor, permutation: Permutation) -> Tensor:
+        _save(ctx, backend, permutation)
+        return backend.to_experts(x_TD, permutation)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        return None, ctx.backend.spread(grads[0].contiguous(), _kept(ctx)), None
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[None, Tensor, None]:
+        return None, ctx.backend.sum_per_token(grads[0].contiguous(), _saved(ctx)), None
 
 
-def _keep(ctx: Any, backend: Backend, order: Order) -> None:
-    ctx.backend, ctx.top_k = backend, order.top_k
-    ctx.save_for_backward(*order[:-1])
+class _SumPerToken(torch.autograd.Function):
+    """Rows to tokens; in backward the gradient of a token goes to each of its rows."""
+
+    @staticmethod
+    def forward(ctx: _Context, backend: Backend, rows_ND: Tensor, permutation: Permutation) -> Tensor:
+        _save(ctx, backend, permutation)
+        return backend.sum_per_token(rows_ND, permutation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[None, Tensor, None]:
+        return None, ctx.backend.to_experts(grads[0].contiguous(), _saved(ctx)), None
 
 
-def _kept(ctx: Any) -> Order:
-    return Order(*ctx.saved_tensors, ctx.top_k)
+def _save(ctx: _Context, backend: Backend, permutation: Permutation) -> None:
+    ctx.backend, ctx.top_k = backend, permutation.top_k
+    ctx.save_for_backward(*permutation[:-1])
+
+
+def _saved(ctx: _Context) -> Permutation:
+    order_N, token_N, counts_E, place_N, start_T = ctx.saved_tensors
+    return Permutation(order_N, token_N, counts_E, place_N, start_T, ctx.top_k)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ds_moe.moe.balance import AuxLoss, Seen, ZLoss
+from ds_moe.moe.balance import AuxLoss, TokenStats, ZLoss
 from ds_moe.moe.decision import RoutingDecision, count_experts
 from ds_moe.moe.routers import ExpertChoice, NoisyTopKRouter, TopKRouter
 
@@ -69,8 +69,8 @@ class ExpertRouter(nn.Module):
         token_V = _real_tokens(mask_BS)
         decision = self.router(x_BSD.reshape(-1, dim), token_V)
         weights_TK, indices_TK = _slots(decision, self.router.top_k)
-        seen = Seen(token_V, batch, count_experts(decision.expert_N, decision.logits_TE.shape[1]))
-        loss = self.aux.loss(decision, seen)
+        stats = TokenStats(token_V, batch, count_experts(decision.expert_N, decision.logits_TE.shape[1]))
+        loss = self.aux.loss(decision, stats)
         return weights_TK.view(batch, length, -1), indices_TK.view(batch, length, -1), loss
 
 
@@ -136,8 +136,8 @@ class LoadBalancingLoss(nn.Module):
         token_N, expert_N = kept_TK.nonzero()[:, 0], chosen_TK[kept_TK]
         scores_TE = logits_TE.float().softmax(-1)
         decision = RoutingDecision(logits_TE, scores_TE, token_N, expert_N, scores_TE[token_N, expert_N])
-        seen = Seen(_real_tokens(mask_BS), logits_BSE.shape[0], count_experts(expert_N, self.num_experts))
-        return self.balancer.loss(decision, seen)
+        stats = TokenStats(_real_tokens(mask_BS), logits_BSE.shape[0], count_experts(expert_N, self.num_experts))
+        return self.balancer.loss(decision, stats)
 
 
 def _new_weight(num_experts: int, dim: int) -> nn.Parameter:

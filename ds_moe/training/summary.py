@@ -5,7 +5,7 @@ from __future__ import annotations
 from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.models.freeze import parameter_table
 from ds_moe.models.lora import coverage
-from ds_moe.moe.backends import choose
+from ds_moe.moe.backends import choose_backend
 from ds_moe.training.run import SKIPPED_STEPS, Run
 
 
@@ -27,7 +27,7 @@ def run_summary(run: Run) -> str:
             f"balance {[balance.kind for balance in config.moe.balance] or 'none'}"
         )
         if config.moe.experts.backend == "auto":
-            backend, reason = choose(topology.device.type, layers[0].experts.down_proj.dtype)
+            backend, reason = choose_backend(topology.device.type, layers[0].experts.down_proj.dtype)
             lines.append(f"kernels   {backend}: {reason}")
     lines.append(
         f"batch     {config.train.global_batch_size} samples a step = {config.train.micro_batch_size} a rank x "

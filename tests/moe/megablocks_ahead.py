@@ -7,12 +7,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_moe.moe.backends.megablocks_ops import load
+from ds_moe.moe.backends.megablocks_ops import load_megablocks
 from tests.launcher import report
 
 TARGET = GPUTarget("cuda", 90, 32)
 INDICES = {"indices": "*i64", "bin_ids": "*i32", "bins": "*i32", "padded_bins": "*i32"}
-COPY = {"spread": {"A_TO_B": True, "TOP_K": 1}, "add_up": {"A_TO_B": False, "TOP_K": 8}}
+COPY = {"to_experts": {"A_TO_B": True, "TOP_K": 1}, "sum_per_token": {"A_TO_B": False, "TOP_K": 8}}
 
 
 def compiled(kernel, types, constants):
@@ -26,7 +26,7 @@ def compiled(kernel, types, constants):
 
 def main():
     with warnings.catch_warnings(record=True) as caught:
-        megablocks = load("cuda")
+        megablocks = load_megablocks("cuda")
     warned = [str(warning.message) for warning in caught if "Grouped GEMM" in str(warning.message)]
     found = [megablocks.grouped_gemm_util.grouped_gemm_is_available(), find_spec("grouped_gemm") is not None]
     report(warnings=warned, grouped_gemm=found)

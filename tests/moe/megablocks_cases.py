@@ -12,7 +12,7 @@ from ds_moe.models.presets import build_preset
 from ds_moe.moe import Experts, ForwardContext, LocalDispatcher, MoELayer, RoutingDecision, TopKRouter
 from ds_moe.moe.backends.base import Backend
 from ds_moe.moe.backends.megablocks import Megablocks
-from ds_moe.moe.backends.megablocks_ops import active, load
+from ds_moe.moe.backends.megablocks_ops import active, load_megablocks
 from tests.launcher import report
 
 E = 6
@@ -66,7 +66,7 @@ def decision(listed):
 @contextlib.contextmanager
 def launches():
     """A list that fills with the kernels that are launched."""
-    kernel = load("cpu").backend.kernels._padded_copy
+    kernel = load_megablocks("cpu").backend.kernels._padded_copy
     original, seen = kernel.run, []
     kernel.run = lambda *args, **kwargs: seen.append(kwargs["A_TO_B"]) or original(*args, **kwargs)
     try:
@@ -88,8 +88,8 @@ def excess(sums_TD, rows_ND, order, tokens):
 def movements(listed, dtype, wrong=lambda order: order):
     """Ours against torch's, each from its own sort; `wrong` breaks the order first."""
     given = decision(listed)
-    order = LocalDispatcher("megablocks").plan(given).order
-    theirs = LocalDispatcher("grouped_mm").plan(given).order
+    order = LocalDispatcher("megablocks").plan(given).permutation
+    theirs = LocalDispatcher("grouped_mm").plan(given).permutation
     same = all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(order[:-1], theirs[:-1], strict=True))
     order = wrong(order)
     torch.manual_seed(0)
@@ -102,11 +102,12 @@ def movements(listed, dtype, wrong=lambda order: order):
             rows_ND[second] = -rows_ND[first] * 1.01
             break
     with launches() as seen:
-        spread_ND, sums_TD = Megablocks().spread(x_TD, order), Megablocks().add_up(rows_ND.T.contiguous().T, order)
-    assert sums_TD.dtype == dtype and sums_TD.shape == x_TD.shape and spread_ND.dtype == dtype
+        moved_ND = Megablocks().to_experts(x_TD, order)
+        sums_TD = Megablocks().sum_per_token(rows_ND.T.contiguous().T, order)
+    assert sums_TD.dtype == dtype and sums_TD.shape == x_TD.shape and moved_ND.dtype == dtype
     return {
         "sorted as torch does": same,
-        "spread as torch does": torch.equal(spread_ND, Backend().spread(x_TD, theirs)),
+        "to experts as torch does": torch.equal(moved_ND, Backend().to_experts(x_TD, theirs)),
         "excess": excess(sums_TD, rows_ND, theirs, listed.tokens),
         "launched": seen,
         "wanted": [True, False][: listed.kernels],
@@ -169,7 +170,7 @@ def whole_model():
 
 def dmoe(tokens, top_k, D=24, FFN=40, wrong=False):
     """megablocks' own dropless layer against ours with the same weights: output and gradients."""
-    megablocks = load("cpu")
+    megablocks = load_megablocks("cpu")
     torch.manual_seed(top_k)
     arguments = megablocks.Arguments(
         **{"hidden_size": D, "ffn_hidden_size": FFN, "moe_num_experts": E, "moe_top_k": top_k, "bias": False},

@@ -1,4 +1,4 @@
-"""The order of an exchange's parts, in one process: what starts, what runs meanwhile, what waits."""
+"""The order of events in an all-to-all dispatch, in one process: what starts, what runs meanwhile, what waits."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from ds_moe.moe import (
     MoELayer,
     TopKRouter,
 )
-from ds_moe.moe.all_to_all import Counts
+from ds_moe.moe.all_to_all import RowCounts
 from ds_moe.moe.dispatch import regrouped
 from ds_moe.moe.expert_lora import ExpertLoRA
 
@@ -27,7 +27,7 @@ class Alone(ExpertParallel):
         super().__init__()
         self.log = []
 
-    def start(self, given, send, receive):
+    def all_to_all(self, given, send, receive):
         assert send == receive and sum(send) == given.shape[0]
         name = {torch.int64: "counts"}.get(given.dtype, "rows" if given.dim() == 2 else "weights")
         self.log.append(f"start {name}")
@@ -72,10 +72,10 @@ def build(dispatcher, shared=None, frozen_router=False, updated=False):
 def logged(chunks):
     ep = Alone()
     layer = build(AllToAllDispatcher(ep, chunks=chunks), Logged("shared", ep.log))
-    run, parts = layer.experts._run, iter(range(chunks))
+    run, numbers = layer.experts._run, iter(range(chunks))
 
     def logging_run(*given):
-        ep.log.append(f"experts {next(parts)}")
+        ep.log.append(f"experts {next(numbers)}")
         return run(*given)
 
     layer.experts._run = logging_run
@@ -101,7 +101,7 @@ def test_chunks_travel_while_others_are_computed():
         *(*arrived, "experts 0", "start rows", *arrived, "experts 1", "start rows", "wait rows", "wait rows"),
     ]
     log.clear()
-    y.sum().backward()  # part 1 is computed while the gradients of part 0 arrive, and so on
+    y.sum().backward()  # chunk 1 is computed while the gradients of chunk 0 arrive, and so on
     assert log == [
         *("start rows", "start rows", "wait rows", *out, "wait rows", *out, "shared backward", *arrived, *arrived),
     ]
@@ -109,7 +109,7 @@ def test_chunks_travel_while_others_are_computed():
 
 @pytest.mark.parametrize("updated", [False, True], ids=["experts", "experts with LoRA"])
 @pytest.mark.parametrize("chunks", [1, 2, 4])
-def test_an_exchange_with_oneself_changes_nothing(chunks, updated):
+def test_an_all_to_all_with_oneself_changes_nothing(chunks, updated):
     x = torch.randn(2, 9, D)
     results = []
     for dispatcher in (LocalDispatcher(), AllToAllDispatcher(Alone(), chunks=chunks)):
@@ -121,7 +121,7 @@ def test_an_exchange_with_oneself_changes_nothing(chunks, updated):
         assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()  # added up in another order
 
 
-def test_a_frozen_router_leaves_the_exchanges_as_they_are():
+def test_a_frozen_router_leaves_the_all_to_alls_as_they_are():
     """Every rank must take part in the same ones, whatever it trains."""
     logs = []
     for frozen, input_grad in ((False, True), (True, True), (False, False)):
@@ -146,7 +146,7 @@ def test_rows_in_a_wrong_order_are_noticed(monkeypatch):
     assert (build(AllToAllDispatcher(Alone()))(x) - expected).abs().max() > 1e-3
 
 
-def test_the_layer_reads_nothing_on_the_host_but_the_counts_of_an_exchange(monkeypatch):
+def test_the_layer_reads_nothing_on_the_host_but_the_counts_of_an_all_to_all(monkeypatch):
     reads: list[str] = []
     for name in ("tolist", "item", "__bool__", "__int__", "nonzero"):
         original = getattr(torch.Tensor, name)
@@ -168,7 +168,7 @@ def test_rows_change_groups_without_a_sort():
     assert torch.equal(b_R[there][back], b_R)
 
 
-def test_counts_are_of_each_part():
+def test_counts_are_of_each_chunk():
     ep = Alone()
-    send, receive = Counts(torch.tensor([[[1, 2], [3, 4]]]), ep).on_host()
+    send, receive = RowCounts(torch.tensor([[[1, 2], [3, 4]]]), ep).on_host()
     assert send == receive == [[3], [7]]

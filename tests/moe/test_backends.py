@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from ds_moe.moe.backends import BACKENDS, Backend, Order, backend_for, choose
-from ds_moe.moe.backends.grouped_mm import GroupedMM, say_so
+from ds_moe.moe.backends import BACKENDS, Backend, Permutation, backend_for, choose_backend
+from ds_moe.moe.backends.grouped_mm import GroupedMM, warn_once
 from ds_moe.moe.backends.megablocks import Megablocks
 from ds_moe.moe.backends.reference import Reference
 
@@ -164,7 +164,7 @@ def test_only_what_backward_needs_is_kept(recompute, kept):
 
 
 def test_what_grouped_mm_refuses_goes_expert_by_expert_and_is_said_once(caplog):
-    say_so.cache_clear()
+    warn_once.cache_clear()
     weight, rows, counts = torch.randn(2, 6, 7), torch.randn(3, 7), torch.tensor([1, 2])  # rows of 28 bytes
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -200,14 +200,14 @@ def test_rows_are_added_up_in_fp32_and_rounded_once(dtype, half_a_place):
     rows_ND = torch.randn(14, 200).to(dtype)
     rows_ND[5] = -rows_ND[4] + 0.01
     place_N, start_T = torch.tensor([4, 0, 5, 2, 1, 3, *range(6, 14)]), torch.tensor([0, 3, 3, 4, 6])
-    order = Order(torch.empty(0), torch.empty(0), torch.empty(0), place_N, start_T, None)
+    permutation = Permutation(torch.empty(0), torch.empty(0), torch.empty(0), place_N, start_T, None)
     exact_TD = torch.stack([rows_ND[list(rows)].double().sum(0) for rows in ([4, 0, 5], [], [2], [1, 3], range(6, 14))])
-    difference_TD = (Backend().add_up(rows_ND, order).double() - exact_TD).abs()
+    difference_TD = (Backend().sum_per_token(rows_ND, permutation).double() - exact_TD).abs()
     assert (difference_TD <= half_a_place * exact_TD.abs() + (1e-6 if dtype != torch.float64 else 1e-14)).all()
 
 
 def test_auto_chooses_and_says_why(caplog):
-    assert choose("cpu", torch.float32)[0] == "grouped_mm"
+    assert choose_backend("cpu", torch.float32)[0] == "grouped_mm"
     with caplog.at_level(logging.INFO, logger="ds_moe.moe.backends"):
         assert isinstance(backend_for("auto", torch.zeros(1, dtype=torch.float16)), GroupedMM)
     [record] = caplog.records
@@ -230,4 +230,4 @@ def test_auto_on_a_gpu(monkeypatch, capability, dtype, packages, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(Megablocks, "obstacle", lambda device: None if "megablocks" in packages else "not installed")
     monkeypatch.setattr("ds_moe.moe.backends.compiled", lambda name: name in packages)
-    assert choose("cuda", dtype)[0] == expected
+    assert choose_backend("cuda", dtype)[0] == expected

@@ -17,7 +17,7 @@ from ds_moe.errors import UserError
 from ds_moe.models.convert import EXPERT_BIAS, convert, load_expert_bias, moe_layers
 from ds_moe.models.freeze import freeze, frozen
 from ds_moe.models.presets import build_preset
-from ds_moe.moe.balance import AuxLoss, Seen, ZLoss, everywhere
+from ds_moe.moe.balance import AuxLoss, TokenStats, ZLoss, global_counts
 from ds_moe.moe.decision import RoutingDecision, count_experts
 from ds_moe.moe.loss_free import LossFreeBalancing, loss_free, update_biases
 from ds_moe.moe.tape import checkpoint_contexts
@@ -37,7 +37,7 @@ def decide(logits_TE, token_V=None, scores="softmax"):
 
 def seen_of(decision, sequences, token_V=None):
     counts_E = count_experts(decision.expert_N, decision.logits_TE.shape[1])
-    return Seen(token_V, sequences, counts_E, everywhere(token_V, len(decision.logits_TE), counts_E))
+    return TokenStats(token_V, sequences, counts_E, global_counts(token_V, len(decision.logits_TE), counts_E))
 
 
 def slow_aux(decision, sequences, real_T, scope):

@@ -9,7 +9,7 @@ from ds_moe.moe.backends.liger import Liger
 from tests.launcher import ROOT
 from tests.moe.processes import reported
 
-installed = pytest.mark.skipif(liger.importable("cuda") is not None, reason=f"liger: {liger.importable('cuda')}")
+installed = pytest.mark.skipif(Liger.obstacle("cuda") is not None, reason=f"liger: {Liger.obstacle('cuda')}")
 ROUNDING = {"fp16": 4 * 2**-11, "float64": 1e-14}  # products, activation and result are rounded one after the other
 ONE_ROW = torch.tensor([1]), None, "act"
 
@@ -42,10 +42,10 @@ def test_bf16_is_refused_where_the_interpreter_would_multiply_it_wrongly():
 def test_what_is_missing_is_named_with_the_fix(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(optional, "find_spec", lambda name: None if name == "liger_kernel" else name)
-    assert "pip install --no-deps liger-kernel==0.8.5" in liger.importable("cuda")
+    assert "pip install --no-deps liger-kernel==0.8.5" in Liger.obstacle("cuda")
     assert "\nliger-kernel==0.8.5\n" in (ROOT / "constraints.txt").read_text()
     monkeypatch.setattr(optional, "find_spec", lambda name: name)
-    assert liger.importable("cuda") is None
-    liger.load.cache_clear()
+    assert Liger.obstacle("cuda") is None
+    liger.load_liger.cache_clear()
     with pytest.raises(UserError, match="moe.experts.backend=liger: .*TRITON_INTERPRET=1"):
         Liger().swiglu(torch.ones(1, 8), torch.ones(1, 16, 8), torch.ones(1, 8, 8), *ONE_ROW)

@@ -15,9 +15,8 @@ from tests.launcher import ROOT, run_ranks
 from tests.moe.processes import reported
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
-installed = pytest.mark.skipif(
-    megablocks_ops.importable("cuda") is not None, reason=f"megablocks: {megablocks_ops.importable('cuda')}"
-)
+OBSTACLE = megablocks_ops.megablocks_obstacle("cuda")
+installed = pytest.mark.skipif(OBSTACLE is not None, reason=f"megablocks: {OBSTACLE}")
 
 
 # --- the real kernels
@@ -32,7 +31,7 @@ def cases():
 def test_rows_move_as_torch_moves_them(cases):
     assert len(cases["lists"]) == 3 * 13
     for name, result in cases["lists"].items():
-        assert result["sorted as torch does"] and result["spread as torch does"], name
+        assert result["sorted as torch does"] and result["to experts as torch does"], name
         assert result["excess"] <= 0, f"{name}: sums are further from float64 than one rounding: {result}"
         assert result["launched"] == result["wanted"], f"{name}: torch did what the kernels should have done"
     assert all(cases["sorts"].values()), cases["sorts"]
@@ -41,12 +40,12 @@ def test_rows_move_as_torch_moves_them(cases):
 @installed
 def test_float64_which_the_kernels_would_round_goes_through_torch(cases):
     result = cases["float64"]
-    assert result["launched"] == [] and result["spread as torch does"] and result["excess"] <= 0
+    assert result["launched"] == [] and result["to experts as torch does"] and result["excess"] <= 0
 
 
 @installed
 def test_a_wrong_order_is_noticed(cases):
-    assert [result["spread as torch does"] for result in cases["broken"]] == [False] * 4
+    assert [result["to experts as torch does"] for result in cases["broken"]] == [False] * 4
     assert min(result["excess"] for result in cases["broken"] if False in result["launched"]) > 0.1
 
 
@@ -96,14 +95,14 @@ def test_what_is_missing_is_named_with_the_fix(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(optional, "find_spec", lambda name: None if name == "megablocks" else name)
     line = "pip install --no-deps --no-build-isolation -r requirements/megablocks.txt"
-    assert line in megablocks_ops.importable("cuda") and (ROOT / "requirements/megablocks.txt").exists()
+    assert line in megablocks_ops.megablocks_obstacle("cuda") and (ROOT / "requirements/megablocks.txt").exists()
     assert line in (ROOT / "requirements/megablocks.txt").read_text()
     monkeypatch.setattr(optional, "find_spec", lambda name: None if name == "triton" else name)
-    assert megablocks_ops.importable("cuda").startswith("triton is not installed")
+    assert megablocks_ops.megablocks_obstacle("cuda").startswith("triton is not installed")
     monkeypatch.setattr(optional, "find_spec", lambda name: name)
-    assert megablocks_ops.importable("cuda") is None
-    assert "TRITON_INTERPRET=1" in megablocks_ops.importable("cpu")
-    megablocks_ops.load.cache_clear()
+    assert megablocks_ops.megablocks_obstacle("cuda") is None
+    assert "TRITON_INTERPRET=1" in megablocks_ops.megablocks_obstacle("cpu")
+    megablocks_ops.load_megablocks.cache_clear()
     with pytest.raises(UserError, match="moe.experts.backend=megablocks: .*TRITON_INTERPRET=1"):
         Megablocks().sort(torch.tensor([0, 1]), 2)
 
@@ -113,7 +112,7 @@ def test_too_late_for_the_interpreter(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", compiled)
     monkeypatch.setattr(optional, "find_spec", lambda name: name)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "after Triton was imported" in megablocks_ops.importable("cpu")
+    assert "after Triton was imported" in megablocks_ops.megablocks_obstacle("cpu")
 
 
 # --- grouped_gemm, which needs CUDA: its checks and semantics, after csrc/grouped_gemm.cu of 0.3.0

@@ -100,9 +100,9 @@ def test_stand_ins_never_replace_a_compiled_part(monkeypatch):
     modules = {"megablocks_ops": real}
     monkeypatch.setattr(megablocks_ops, "sys", types.SimpleNamespace(modules=modules))
     monkeypatch.setattr(megablocks_ops, "compiled", {"megablocks_ops": real}.get)
-    megablocks_ops.install()
+    megablocks_ops.install_stand_ins()
     first = modules["grouped_gemm"]
-    megablocks_ops.install()
+    megablocks_ops.install_stand_ins()
     assert modules == {"megablocks_ops": real, "grouped_gemm": first}
     assert megablocks_ops.active() == "compiled megablocks_ops, torch grouped_mm"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_moe.moe.backends import Backend
-from ds_moe.moe.permute import add_up, inverse, order_by_expert, permute, spread
+from ds_moe.moe.permute import inverse, permute, sort_by_expert, sum_per_token, to_experts
 
 T, D, E = 7, 5, 4
 LISTS = {  # tokens of the assignments
@@ -16,18 +16,19 @@ LISTS = {  # tokens of the assignments
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_spread_and_add_up_equal_indexing(name):
+def test_to_experts_and_sum_per_token_equal_indexing(name):
     token_N = LISTS[name]
     expert_N = torch.randint(0, E, token_N.shape)
     top_k = 2 if name == "top-k" else None
-    order = order_by_expert(Backend(), token_N, expert_N, T, E, top_k)
+    permutation = sort_by_expert(Backend(), token_N, expert_N, T, E, top_k)
     sorted_N = torch.argsort(expert_N, stable=True)
-    assert torch.equal(order.token_N, token_N[sorted_N])
+    assert torch.equal(permutation.token_N, token_N[sorted_N])
     x_TD = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
     rows_ND = torch.randn(len(token_N), D, dtype=torch.float64, requires_grad=True)
+    sums_TD = torch.zeros_like(x_TD).index_add(0, token_N[sorted_N], rows_ND)
     pairs = [
-        (spread(Backend(), x_TD, order), x_TD[token_N[sorted_N]], x_TD),
-        (add_up(Backend(), rows_ND, order), torch.zeros_like(x_TD).index_add(0, token_N[sorted_N], rows_ND), rows_ND),
+        (to_experts(Backend(), x_TD, permutation), x_TD[token_N[sorted_N]], x_TD),
+        (sum_per_token(Backend(), rows_ND, permutation), sums_TD, rows_ND),
     ]
     for ours, expected, given in pairs:
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-14)
@@ -38,7 +39,7 @@ def test_spread_and_add_up_equal_indexing(name):
 
 def test_a_general_list_is_what_the_top_k_shortcut_gives():
     token_N, expert_N = LISTS["top-k"], torch.randint(0, E, (2 * T,))
-    short, general = (order_by_expert(Backend(), token_N, expert_N, T, E, top_k) for top_k in (2, None))
+    short, general = (sort_by_expert(Backend(), token_N, expert_N, T, E, top_k) for top_k in (2, None))
     assert all(torch.equal(one, other) for one, other in zip(short[:-1], general[:-1], strict=True))
 
 

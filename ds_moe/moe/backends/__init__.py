@@ -1,9 +1,13 @@
-"""Kernels by kind. A new one is one class in one file and one line in `BACKENDS`.
+"""Kernels that move rows and multiply them by expert, by kind. A new kind is one class and one line in `BACKENDS`.
 
-base.py       what a backend offers               swiglu.py         gated experts and their gradients
-grouped_mm.py torch's grouped GEMM                reference.py      a loop over experts, to compare with
-liger.py      liger-kernel's fused experts        megablocks.py     megablocks' kernels that move rows
-optional.py   why a package cannot be used here   megablocks_ops.py torch in place of its compiled parts
+base.py            what every backend offers, and the gradients of a product
+swiglu.py          SiLU-gated experts as one autograd function
+grouped_mm.py      torch's grouped GEMM: the default
+reference.py       a loop over the experts, for tests
+liger.py           liger-kernel's fused experts
+megablocks.py      megablocks' sort and kernels that move rows, and grouped_gemm's product
+megablocks_ops.py  torch code in place of the parts of megablocks that are not compiled
+optional.py        whether a package of Triton kernels can be used
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ds_moe.moe.backends.base import Backend, Order
+from ds_moe.moe.backends.base import Backend, Permutation
 from ds_moe.moe.backends.grouped_mm import GroupedMM
 from ds_moe.moe.backends.liger import Liger
 from ds_moe.moe.backends.megablocks import Megablocks
@@ -22,7 +26,7 @@ from ds_moe.moe.backends.megablocks_ops import compiled
 from ds_moe.moe.backends.reference import Reference
 from ds_moe.moe.backends.swiglu import Recompute
 
-__all__ = ["BACKENDS", "Backend", "Order", "Recompute", "backend_for", "choose"]
+__all__ = ["BACKENDS", "Backend", "Permutation", "Recompute", "backend_for", "choose_backend"]
 
 BACKENDS: dict[str, type[Backend]] = {
     "grouped_mm": GroupedMM,
@@ -32,8 +36,8 @@ BACKENDS: dict[str, type[Backend]] = {
 }
 
 
-def choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """What `auto` means for rows of a dtype on a kind of device: (kind, why)."""
+def choose_backend(device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The kind that `auto` stands for, given rows of a dtype on a kind of device: (kind, why)."""
     if device != "cuda":
         return "grouped_mm", "torch's grouped GEMM, as fast as a loop over the experts here and in one call"
     major, minor = torch.cuda.get_device_capability()
@@ -53,6 +57,6 @@ def backend_for(kind: str, tensor: Tensor) -> Backend:
 def _backend(kind: str, device: str, dtype: torch.dtype) -> Backend:
     if kind != "auto":
         return BACKENDS[kind]()
-    chosen, why = choose(device, dtype)
+    chosen, why = choose_backend(device, dtype)
     logging.getLogger(__name__).info("experts: backend %s for %s on %s: %s", chosen, dtype, device, why)
     return BACKENDS[chosen]()

@@ -14,7 +14,7 @@ LOOP = Reference()
 
 
 class GroupedMM(Backend):
-    """`F.grouped_mm`. What it refuses (float64, rows that are no multiple of 16 bytes) goes expert by expert."""
+    """`F.grouped_mm`. What it refuses (float64, rows not a multiple of 16 bytes) is multiplied expert by expert."""
 
     def product(self, rows_RI: Tensor, weight_eIO: Tensor, counts_e: Tensor) -> Tensor:
         if not _takes(rows_RI, weight_eIO, weight_eIO.shape[2]):
@@ -28,21 +28,21 @@ class GroupedMM(Backend):
 
 
 def _takes(rows: Tensor, other: Tensor, outputs: int) -> bool:
-    if rows.shape[0] == 0:  # its strides are refused
+    if rows.shape[0] == 0:  # grouped_mm refuses the strides of an empty tensor
         return False
     widths = rows.shape[1], outputs
     aligned = all(width * rows.element_size() % 16 == 0 for width in widths)
     if rows.is_cuda:
         aligned = aligned and rows.data_ptr() % 16 == other.data_ptr() % 16 == 0
     if rows.dtype == torch.float64 or not aligned:
-        say_so(str(rows.dtype), *widths)
+        warn_once(str(rows.dtype), *widths)
         return False
     return True
 
 
 @cache
-def say_so(dtype: str, inner: int, outer: int) -> None:
-    """Once a shape."""
+def warn_once(dtype: str, inner: int, outer: int) -> None:
+    """Warn that the loop is used; the cache makes it one warning for each shape."""
     logging.getLogger(__name__).warning(
         "torch's grouped_mm takes no %s of %d x %d (float64, or rows not aligned to 16 bytes): expert by expert",
         *(dtype, inner, outer),

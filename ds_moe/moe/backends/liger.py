@@ -21,13 +21,13 @@ INSTALL = "pip install --no-deps liger-kernel==0.8.5"
 class Liger(GroupedMM):
     """`LigerFusedMoEFunction` on the rows a rank received, as if each were a token with one expert.
 
-    Its gradient of the combine weights is added up in the rows' dtype, in an order that changes from run to run; its
-    fp32 products are TF32 on CUDA. LoRA's products are torch's.
+    liger-kernel sums the gradient of the combine weights in the rows' dtype, in an order that changes from run to run,
+    and computes fp32 products as TF32 on CUDA. The products of LoRA updates are torch's.
     """
 
     @classmethod
     def obstacle(cls, device: str) -> str | None:
-        return importable(device)
+        return obstacle({"liger_kernel": INSTALL}, device)
 
     @classmethod
     def made_of(cls) -> str:
@@ -42,13 +42,13 @@ class Liger(GroupedMM):
         weight_R: Tensor | None,
         recompute: Recompute,
     ) -> Tensor:
-        """It keeps the products and computes the activation again: `recompute` changes nothing here.
+        """As in `Backend`, except that `recompute` is ignored: liger-kernel always recomputes the activation.
 
         Raises:
             UserError: the package cannot be used here, or not for bfloat16.
         """
         rows = rows_RD.shape[0]
-        if rows == 0 or rows_RD.dtype == torch.float64:  # nothing to launch; fp32 sums
+        if rows == 0 or rows_RD.dtype == torch.float64:  # no rows: nothing to launch; float64: its kernels sum in fp32
             return super().swiglu(rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, recompute)
         if rows_RD.dtype == torch.bfloat16 and not rows_RD.is_cuda:
             # Triton 3.9's interpreter multiplies the bits of bfloat16 as if they were integers, and says nothing.
@@ -57,23 +57,18 @@ class Liger(GroupedMM):
         expert_R = experts_e.repeat_interleave(counts_e, output_size=rows)
         if weight_R is None:
             weight_R = torch.ones(rows, device=rows_RD.device)
-        fused = load(rows_RD.device.type)
+        fused = load_liger(rows_RD.device.type)
         return fused(rows_RD, gate_up_eOD, down_eDF, expert_R.unsqueeze(1), weight_R.unsqueeze(1))
 
 
-def importable(device: str | None = None) -> str | None:
-    """Why the backend cannot be used on a kind of device (None: the one there is), and the fix; None: it can."""
-    return obstacle({"liger_kernel": INSTALL}, device)
-
-
 @cache
-def load(device: str) -> Callable[..., Tensor]:
-    """The function.
+def load_liger(device: str) -> Callable[..., Tensor]:
+    """liger-kernel's fused expert function.
 
     Raises:
-        UserError: it cannot be used on this kind of device.
+        UserError: the package cannot be used on this kind of device.
     """
-    if reason := importable(device):
+    if reason := Liger.obstacle(device):
         raise UserError(f"moe.experts.backend=liger: {reason}")
     fused_moe = importlib.import_module("liger_kernel.ops.fused_moe")
     if interpreted():

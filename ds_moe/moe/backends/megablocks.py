@@ -1,4 +1,4 @@
-"""megablocks: its sort, and its Triton kernels that move rows; with grouped_gemm, its CUDA product of bf16."""
+"""megablocks' sort and its Triton kernels that move rows; with grouped_gemm, also its CUDA product of bf16."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ds_moe.moe.backends.base import Order
+from ds_moe.moe.backends.base import Permutation
 from ds_moe.moe.backends.grouped_mm import GroupedMM
-from ds_moe.moe.backends.megablocks_ops import active, compiled, importable, load
+from ds_moe.moe.backends.megablocks_ops import active, compiled, load_megablocks, megablocks_obstacle
 
-ON_HOST = WeakTensorKeyDictionary()  # counts -> a copy on the host
+_HOST_COPIES = WeakTensorKeyDictionary()  # counts -> their copy on the host
 
 
 class Megablocks(GroupedMM):
-    """What the package's kernels do not take (float64, no rows, 2**31 values or more) goes through torch, as does the
-    sum over lists that give tokens different numbers of experts (padding, capacity, dropout, expert choice)."""
+    """megablocks' kernels, and torch's for what they do not take.
+
+    They do not take float64, empty tensors and 2**31 values or more, nor can they sum over lists that give tokens
+    different numbers of experts (padding, capacity, dropout, expert choice).
+    """
 
     @classmethod
     def obstacle(cls, device: str) -> str | None:
-        return importable(device)
+        return megablocks_obstacle(device)
 
     @classmethod
     def made_of(cls) -> str:
@@ -31,29 +34,30 @@ class Megablocks(GroupedMM):
     def sort(self, expert_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         if expert_N.numel() == 0:
             return super().sort(expert_N, num_experts)
-        ops = load(expert_N.device.type).ops
+        ops = load_megablocks(expert_N.device.type).ops
         keys_N = expert_N.to(torch.int32)
         _, order_N = ops.sort(keys_N, max(1, (num_experts - 1).bit_length()))
         return order_N.to(torch.int64), ops.histogram(keys_N, num_experts).to(torch.int64)
 
-    def spread(self, x_TD: Tensor, order: Order) -> Tensor:
-        """The kernel behind `megablocks.ops.gather`, which itself would want `top_k` rows of every token."""
-        rows_ND = x_TD.new_empty(order.token_N.numel(), x_TD.shape[1])
+    def to_experts(self, x_TD: Tensor, permutation: Permutation) -> Tensor:
+        """Launch the kernel behind `megablocks.ops.gather`; `gather` itself wants `top_k` rows of every token."""
+        rows_ND = x_TD.new_empty(permutation.token_N.numel(), x_TD.shape[1])
         if not _moves(rows_ND):
-            return super().spread(x_TD, order)
+            return super().to_experts(x_TD, permutation)
         one_bin_N = _one_bin(rows_ND)
-        load(x_TD.device.type).backend.kernels._padded_copy[(rows_ND.shape[0],)](
-            *(x_TD.contiguous(), rows_ND, order.token_N, one_bin_N, None, one_bin_N[:1], one_bin_N[:1]),
+        load_megablocks(x_TD.device.type).backend.kernels._padded_copy[(rows_ND.shape[0],)](
+            *(x_TD.contiguous(), rows_ND, permutation.token_N, one_bin_N, None, one_bin_N[:1], one_bin_N[:1]),
             **{"NUM_COLUMNS": x_TD.shape[1], "A_TO_B": True, "TOP_K": 1, "SCALE": False},
         )
         return rows_ND
 
-    def add_up(self, rows_ND: Tensor, order: Order) -> Tensor:
-        """Rows beside each other by token, then torch's sum: in fp32 and rounded once, for bf16 and fp16 too."""
-        if order.top_k is None or not _moves(rows_ND):
-            return super().add_up(rows_ND, order)
-        kernels, one_bin_N = load(rows_ND.device.type).backend.kernels, _one_bin(rows_ND)
-        return kernels.scatter(rows_ND.contiguous(), order.order_N, one_bin_N, None, one_bin_N[:1], top_k=order.top_k)
+    def sum_per_token(self, rows_ND: Tensor, permutation: Permutation) -> Tensor:
+        """megablocks puts the rows of a token beside each other; torch then sums them in fp32 and rounds once."""
+        if permutation.top_k is None or not _moves(rows_ND):
+            return super().sum_per_token(rows_ND, permutation)
+        kernels, one_bin_N = load_megablocks(rows_ND.device.type).backend.kernels, _one_bin(rows_ND)
+        order_N, top_k = permutation.order_N, permutation.top_k
+        return kernels.scatter(rows_ND.contiguous(), order_N, one_bin_N, None, one_bin_N[:1], top_k=top_k)
 
     def product(self, rows_RI: Tensor, weight_eIO: Tensor, counts_e: Tensor) -> Tensor:
         gmm = grouped_gemm(rows_RI)
@@ -67,23 +71,23 @@ class Megablocks(GroupedMM):
         gmm = grouped_gemm(left_RO)
         if gmm is None:
             return super().outer(left_RO, right_RI, counts_e)
-        # Zeros: a product over no rows may leave its place as it is.
+        # Start from zeros, because grouped_gemm may not write the product of an expert without rows.
         out_eOI = left_RO.new_zeros(counts_e.numel(), left_RO.shape[1], right_RI.shape[1])
         return gmm(left_RO.contiguous(), right_RI.contiguous(), _on_host(counts_e), trans_a=True, c=out_eOI)
 
 
 def _moves(rows_ND: Tensor) -> bool:
-    """Whether the kernels take so many values (their offsets in the sorted rows are int32) of this dtype (by fp32)."""
+    """Whether the kernels take these rows: they compute offsets in int32, and values through fp32."""
     return 0 < rows_ND.numel() < 2**31 and rows_ND.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _one_bin(rows_ND: Tensor) -> Tensor:
-    """The bin of every row. Bins matter where they are padded; here the sorted rows are one run, so one bin will do."""
+    """The bin of every row. megablocks pads its bins; the sorted rows are not padded here, so one bin holds all."""
     return torch.zeros(rows_ND.shape[0], dtype=torch.int32, device=rows_ND.device)
 
 
 def grouped_gemm(rows: Tensor) -> Callable[..., Tensor] | None:
-    """The compiled product where it can be used: bf16 on CUDA, and not without rows."""
+    """grouped_gemm's product if it can take these rows (bf16, on CUDA, at least one), else None."""
     if rows.dtype != torch.bfloat16 or not rows.is_cuda or rows.shape[0] == 0:
         return None
     package = compiled("grouped_gemm")
@@ -91,7 +95,7 @@ def grouped_gemm(rows: Tensor) -> Callable[..., Tensor] | None:
 
 
 def _on_host(counts_e: Tensor) -> Tensor:
-    """What grouped_gemm wants: int64 on the host. Copied once, as each copy waits for the device."""
-    if counts_e not in ON_HOST:
-        ON_HOST[counts_e] = counts_e.to("cpu", torch.int64, copy=True)
-    return ON_HOST[counts_e]
+    """grouped_gemm reads int64 counts on the host. Each copy waits for the device, so the counts are copied once."""
+    if counts_e not in _HOST_COPIES:
+        _HOST_COPIES[counts_e] = counts_e.to("cpu", torch.int64, copy=True)
+    return _HOST_COPIES[counts_e]

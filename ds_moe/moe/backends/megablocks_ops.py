@@ -1,8 +1,8 @@
-"""What stands in for the compiled parts of megablocks, so that its own Python and Triton code runs wherever torch does.
+"""Stand-ins for the compiled parts of megablocks, so that its Python and Triton code runs wherever torch does.
 
-Its modules import `megablocks_ops`, a CUDA extension that a wheel built without a CUDA compiler lacks, and
-`grouped_gemm`, another one, for its expert layers. Both are a few functions, written here in torch; the backend needs
-`sort` and `histogram`, megablocks' own layers (which benchmarks and tests compare with) the others.
+megablocks imports two CUDA extensions: `megablocks_ops`, which a wheel built without a CUDA compiler lacks, and
+`grouped_gemm`, for its expert layers. Both are a few functions, which this module writes in torch. The backend uses
+`sort` and `histogram`; the others are for megablocks' own layers, with which benchmarks and tests compare ours.
 """
 
 from __future__ import annotations
@@ -25,41 +25,44 @@ from ds_moe.moe.backends.optional import interpreted, keep_one_config, obstacle
 INSTALL = "pip install --no-deps --no-build-isolation -r requirements/megablocks.txt"
 
 
-def importable(device: str | None = None) -> str | None:
-    """Why the backend cannot be used on a kind of device (None: the one there is), and the fix; None: it can."""
+def megablocks_obstacle(device: str | None = None) -> str | None:
+    """Why megablocks cannot be used on a kind of device, and the fix; None: it can."""
     return obstacle({"megablocks": INSTALL, "stk": INSTALL}, device)
 
 
 def active() -> str:
-    """What runs beside megablocks' Triton kernels: its compiled ops and GEMM, or torch's."""
+    """Name what runs beside megablocks' Triton kernels: its compiled ops and GEMM, or torch's."""
     ops = "compiled megablocks_ops" if compiled("megablocks_ops") else "torch ops in place of megablocks_ops"
     return f"{ops}, {'grouped_gemm' if compiled('grouped_gemm') else 'torch grouped_mm'}"
 
 
 @cache
 def compiled(name: str) -> ModuleType | None:
-    """A compiled part, if it can be used: it takes CUDA tensors only, and the interpreter's are on the CPU."""
+    """A compiled part of megablocks, or None if it is missing, broken or of no use.
+
+    The compiled parts take CUDA tensors only, so they are of no use to Triton's interpreter, which works on the CPU.
+    """
     if interpreted() or isinstance(sys.modules.get(name), StandIn) or find_spec(name) is None:
         return None
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError) as error:  # built for another torch, or another CUDA
+    except (ImportError, OSError) as error:  # the extension was built for another torch or CUDA
         logging.getLogger(__name__).warning("%s is installed but cannot be used, torch stands in: %s", name, error)
         return None
 
 
 @cache
-def load(device: str) -> ModuleType:
-    """megablocks with its `ops`, `backend.kernels` and layers, whatever of it is compiled.
+def load_megablocks(device: str) -> ModuleType:
+    """The package megablocks with its `ops`, `backend.kernels` and layers, with stand-ins for what is not compiled.
 
     Raises:
-        UserError: it cannot be used on this kind of device.
+        UserError: megablocks cannot be used on this kind of device.
     """
-    if reason := importable(device):
+    if reason := megablocks_obstacle(device):
         raise UserError(f"moe.experts.backend=megablocks: {reason}")
-    install()
+    install_stand_ins()
     megablocks = importlib.import_module("megablocks")
-    # Bound by now. Left there, it would be taken for the compiled package.
+    # megablocks holds the stand-in by now. In sys.modules, other code would take it for the compiled package.
     if isinstance(sys.modules["grouped_gemm"], StandIn):
         del sys.modules["grouped_gemm"]
     if interpreted():
@@ -67,27 +70,27 @@ def load(device: str) -> ModuleType:
     return megablocks
 
 
-def install() -> None:
-    """Put a stand-in into `sys.modules` for each part that is not compiled; before megablocks is imported."""
+def install_stand_ins() -> None:
+    """Put a stand-in into `sys.modules` for each part that is not compiled. Must run before megablocks is imported."""
     for name, make in (("megablocks_ops", torch_ops), ("grouped_gemm", torch_grouped_gemm)):
         if compiled(name) is None:
             sys.modules.setdefault(name, make())
 
 
 class StandIn(ModuleType):
-    """Written here."""
+    """A module made by this file in place of a compiled one."""
 
     def __init__(self, name: str, **attributes: object) -> None:
         super().__init__(name, "Made by ds_moe of torch ops.")
-        self.__spec__ = ModuleSpec(name, None)  # without one, find_spec raises
+        self.__spec__ = ModuleSpec(name, None)  # find_spec raises for a module without a spec
         self.__dict__.update(attributes)
 
 
 def torch_ops() -> StandIn:
-    """`megablocks_ops`. Integers are int16, int32 or int64; `out` is filled, as the CUDA functions do."""
+    """Make `megablocks_ops`. Integers are int16, int32 or int64; results go into `out`, as in the CUDA functions."""
 
     def sort(x_N: Tensor, end_bit: int, x_out_N: Tensor, iota_out_N: Tensor) -> None:
-        """Stable, by the lowest `end_bit` bits."""
+        """Sort stably by the lowest `end_bit` bits."""
         narrow = torch.uint8 if end_bit <= 8 else torch.int16 if end_bit <= 15 else x_N.dtype
         order_N = torch.argsort((x_N & ((1 << end_bit) - 1)).to(narrow), stable=True)
         x_out_N.copy_(x_N[order_N])
@@ -109,17 +112,17 @@ def torch_ops() -> StandIn:
         return torch.searchsorted(bins_E, torch.arange(count, dtype=bins_E.dtype, device=bins_E.device), right=True)
 
     def replicate_forward(x_BE: Tensor, bins_E: Tensor, out_BN: Tensor) -> None:
-        """Each bin's value at every position of it; what lies past the last bin is undefined."""
+        """Write each bin's value to every position of the bin; positions past the last bin are undefined."""
         out_BN.copy_(x_BE[:, bin_of(bins_E, out_BN.shape[1]).clamp_max(bins_E.numel() - 1)])
 
     def replicate_backward(grad_BN: Tensor, bins_E: Tensor, out_BE: Tensor) -> None:
-        """The sum over each bin."""
+        """Sum the gradients of each bin's positions."""
         sums = torch.zeros(grad_BN.shape[0], bins_E.numel() + 1, dtype=torch.float32, device=grad_BN.device)
         sums.index_add_(1, bin_of(bins_E, grad_BN.shape[1]), grad_BN.float())
         out_BE.copy_(sums[:, :-1])
 
     def indices(padded_bins_E: Tensor, block_size: int, block_rows: int, block_columns: int, out: Tensor) -> None:
-        """Column of every block of a block-diagonal matrix, rows of blocks one after the other."""
+        """The column of every block of a block-diagonal matrix, one row of blocks after the other."""
         expert_of_row = bin_of(padded_bins_E // block_size, block_rows)
         columns = torch.arange(block_columns, device=out.device)
         out.copy_((expert_of_row.unsqueeze(1) * block_columns + columns).flatten())
@@ -129,7 +132,7 @@ def torch_ops() -> StandIn:
 
 
 def torch_grouped_gemm() -> StandIn:
-    """`grouped_gemm` of torch's grouped product, for megablocks' own layers: any dtype, any device, with gradients."""
+    """Make `grouped_gemm` from torch's grouped product: any dtype and device, with gradients."""
     products = GroupedMM()
 
     def ops_gmm(a_RI: Tensor, b: Tensor, batch_sizes_e: Tensor, trans_b: bool = False) -> Tensor:

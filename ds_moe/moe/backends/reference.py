@@ -1,4 +1,4 @@
-"""The slow backend that the fast ones are compared with: a loop over experts in any dtype, torch's gradients."""
+"""The slow backend that the fast ones are compared with: a loop over experts, any dtype, torch's own gradients."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,8 @@ from ds_moe.moe.backends.swiglu import Recompute
 
 
 class Reference(Backend):
-    """Loops and autograd. The movement of rows is that of all kinds; what judges it is transformers' own layer."""
+    """Multiplies in loops and leaves gradients to autograd. It moves rows as every kind does, so it cannot judge that
+    part: tests compare the whole layer with transformers'."""
 
     def product(self, rows_RI: Tensor, weight_eIO: Tensor, counts_e: Tensor) -> Tensor:
         chunks = rows_RI.split(counts_e.tolist())
@@ -20,7 +21,7 @@ class Reference(Backend):
         return torch.stack([left.T @ right for left, right in chunks])
 
     def multiply(self, rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
-        """An expert without rows gets a zero gradient, not none."""
+        """As in `Backend`; the gradient of an expert without rows is zero rather than None."""
         return self.product(rows_RI, weight_eOI.transpose(-2, -1), counts_e)
 
     def swiglu(
@@ -32,7 +33,7 @@ class Reference(Backend):
         weight_R: Tensor | None,
         recompute: Recompute,
     ) -> Tensor:
-        """Keeps what autograd keeps: `recompute` changes nothing here."""
+        """As in `Backend`, except that `recompute` is ignored: autograd decides what is kept."""
         gate_RF, up_RF = self.multiply(rows_RD, gate_up_eOD, counts_e).chunk(2, dim=-1)
         rows_RD = self.multiply(F.silu(gate_RF) * up_RF, down_eDF, counts_e)
         return rows_RD if weight_R is None else (rows_RD * weight_R.unsqueeze(1)).to(rows_RD.dtype)

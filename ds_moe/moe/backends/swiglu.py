@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 Recompute = Literal["none", "act", "all"]
-# Bytes of a block of rows in fp32. On a CPU: what an elementwise pass leaves in the cache for the next one; on an
-# accelerator: enough to fill it, and few enough for temporary copies.
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # `Backend.product` or `Backend.outer`
+# Bytes of a block of rows in fp32. On a CPU a block is small enough that one elementwise pass finds in the cache what
+# the last one left there; on an accelerator it is large enough to keep the device busy, and small enough to be copied.
 BLOCK_BYTES = {"cpu": 2**21, "accelerator": 2**28}
 
 
-class Products(Protocol):
-    """The two kernels of a `Backend` that this needs."""
-
-    def product(self, rows_RI: Tensor, weight_eIO: Tensor, counts_e: Tensor) -> Tensor: ...
-
-    def outer(self, left_RO: Tensor, right_RI: Tensor, counts_e: Tensor) -> Tensor: ...
-
-
 def swiglu(
-    products: Products,
+    product: Kernel,
+    outer: Kernel,
     rows_RD: Tensor,
     gate_up_eOD: Tensor,
     down_eDF: Tensor,
@@ -35,25 +29,37 @@ def swiglu(
 ) -> Tensor:
     """`(SiLU(x Wg.T) * (x Wu.T) * weight) Wd.T` for rows grouped by expert: (R, D).
 
-    The combine weight multiplies the narrow activation instead of the wide output (the product is linear): a pass
-    over F columns instead of D, and the gradient of the weight needs no saved output.
+    The combine weight multiplies the activation instead of the output, which is the same because the last product is
+    linear. It costs a pass over F columns instead of D, and the gradient of the weight needs no saved output.
 
     Args:
+        product, outer: the kernels of a `Backend`.
         rows_RD: `counts_e[i]` rows of expert i after those of expert i - 1; zeros are allowed.
         gate_up_eOD: Wg above Wu, O = 2F.
         down_eDF: Wd.
-        weight_R: fp32 (or as wide as the rows); None: 1.
-        recompute: what backward computes again instead of keeping it, beside the rows: `none`: it keeps the products
-            (R, 2F) and the activation (R, F); `act`: the products; `all`: nothing, one product of three is repeated.
+        weight_R: combine weights in fp32 (or as wide as the rows); None: 1.
+        recompute: what backward computes again instead of keeping it from forward. It always keeps the rows; beside
+            them `none` keeps the first products (R, 2F) and the activation (R, F), `act` the first products, and `all`
+            nothing, so that one product of three is repeated.
     """
-    return _SwiGLU.apply(products, rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, recompute)
+    return _SwiGLU.apply(product, outer, rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, recompute)
+
+
+class _Context(FunctionCtx):
+    """What `_SwiGLU` keeps for backward."""
+
+    product: Kernel
+    outer: Kernel
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+    needs_input_grad: tuple[bool, ...]
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        products: Products,
+        ctx: _Context,
+        product: Kernel,
+        outer: Kernel,
         rows_RD: Tensor,
         gate_up_eOD: Tensor,
         down_eDF: Tensor,
@@ -61,41 +67,41 @@ class _SwiGLU(torch.autograd.Function):
         weight_R: Tensor | None,
         recompute: Recompute,
     ) -> Tensor:
-        both_RO = products.product(rows_RD, gate_up_eOD.transpose(-2, -1), counts_e)
+        both_RO = product(rows_RD, gate_up_eOD.transpose(-2, -1), counts_e)
         weighted_RF, act_RF = _activate(both_RO, weight_R, keep=recompute == "none")
-        ctx.products = products
+        ctx.product, ctx.outer = product, outer
         ctx.save_for_backward(
             rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, None if recompute == "all" else both_RO, act_RF
         )
-        return products.product(weighted_RF, down_eDF.transpose(-2, -1), counts_e)
+        return product(weighted_RF, down_eDF.transpose(-2, -1), counts_e)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, both_RO, act_RF = ctx.saved_tensors
-        products: Products = ctx.products
-        _, rows_wanted, gate_up_wanted, down_wanted, *_ = ctx.needs_input_grad
-        grad_RD = grads[0].contiguous()  # the gradient of a sum is expanded, stride 0
+        product, outer = ctx.product, ctx.outer
+        _, _, rows_wanted, gate_up_wanted, down_wanted, *_ = ctx.needs_input_grad
+        grad_RD = grads[0].contiguous()  # autograd expands the gradient of a sum with stride 0
         if both_RO is None:
-            both_RO = products.product(rows_RD, gate_up_eOD.transpose(-2, -1), counts_e)
-        grad_RF = products.product(grad_RD, down_eDF, counts_e)
+            both_RO = product(rows_RD, gate_up_eOD.transpose(-2, -1), counts_e)
+        grad_RF = product(grad_RD, down_eDF, counts_e)
         weighted_RF, grad_both_RO, grad_weight_R = _activate_backward(both_RO, act_RF, weight_R, grad_RF)
         del grad_RF
-        grad_down_eDF = products.outer(grad_RD, weighted_RF, counts_e) if down_wanted else None
-        grad_gate_up_eOD = products.outer(grad_both_RO, rows_RD, counts_e) if gate_up_wanted else None
-        grad_rows_RD = products.product(grad_both_RO, gate_up_eOD, counts_e) if rows_wanted else None
-        return None, grad_rows_RD, grad_gate_up_eOD, grad_down_eDF, None, grad_weight_R, None
+        grad_down_eDF = outer(grad_RD, weighted_RF, counts_e) if down_wanted else None
+        grad_gate_up_eOD = outer(grad_both_RO, rows_RD, counts_e) if gate_up_wanted else None
+        grad_rows_RD = product(grad_both_RO, gate_up_eOD, counts_e) if rows_wanted else None
+        return None, None, grad_rows_RD, grad_gate_up_eOD, grad_down_eDF, None, grad_weight_R, None
 
 
 def _blocks(rows_RO: Tensor) -> Iterator[slice]:
-    """Rows to pass over together."""
+    """Split the rows into blocks of at most `BLOCK_BYTES` in fp32."""
     block_bytes = BLOCK_BYTES["cpu" if rows_RO.device.type == "cpu" else "accelerator"]
     step = max(1, block_bytes // (4 * rows_RO.shape[1]))
     return (slice(start, start + step) for start in range(0, rows_RO.shape[0], step))
 
 
 def _activate(both_RO: Tensor, weight_R: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """(the weighted activation, in the dtype of `both_RO` and rounded once; the activation before, if wanted)."""
+    """(weighted activation, rounded once to the dtype of `both_RO`; the activation before its weight, if `keep`)."""
     weighted_RF = both_RO.new_empty(both_RO.shape[0], both_RO.shape[1] // 2)
     act_RF = torch.empty_like(weighted_RF) if keep and weight_R is not None else None
     for block in _blocks(both_RO):
@@ -134,5 +140,5 @@ def _activate_backward(
 
 
 def _wide(values: Tensor) -> Tensor:
-    """fp32 (float64 stays): the elementwise arithmetic between two products is rounded once."""
+    """Convert to fp32 (float64 stays), so that the arithmetic between two products is rounded only once."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

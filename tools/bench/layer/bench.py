@@ -37,7 +37,7 @@ from rich.table import Table
 
 from ds_moe.engine.cpu import cpu_settings
 from ds_moe.errors import UserError
-from ds_moe.moe.backends import choose
+from ds_moe.moe.backends import choose_backend
 from tools.bench.layer.block import Case, Unavailable, draw_weights
 from tools.bench.layer.contenders import DEFAULT, EAGER, RIVAL, contenders, dense, square
 from tools.bench.layer.growth import grow, growth_tables
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         "environment": {
             **{"versions": installed(), "threads": torch.get_num_threads(), "dtype": str(suite.dtype)},
             "device": torch.cuda.get_device_name() if suite.device == "cuda" else "cpu",
-            "default_backend": ": ".join(choose(suite.device, suite.dtype)),
+            "default_backend": ": ".join(choose_backend(suite.device, suite.dtype)),
             "malloc": {name: os.environ.get(name, "glibc's default") for name in MALLOC},
         },
     }

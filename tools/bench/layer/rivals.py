@@ -92,7 +92,7 @@ def megablocks_dmoe(case: Case) -> Block:
 def dmoe(case: Case) -> Block:
     """Its parts that are not compiled are ds_moe's stand-ins, made of torch's ops: the note says so."""
     shape, (router_ED, gate_up_EOD, down_EDF) = case.shape, case.weights
-    megablocks_ops.load(router_ED.device.type)
+    megablocks_ops.load_megablocks(router_ED.device.type)
     from megablocks.layers.arguments import Arguments
     from megablocks.layers.dmoe import dMoE
 
@@ -125,7 +125,7 @@ def liger_experts(case: Case) -> Block:
 
 
 def patched(case: Case) -> Block:
-    liger.load(case.weights.router_ED.device.type)  # raises where it is missing
+    liger.load_liger(case.weights.router_ED.device.type)  # raises where it is missing
     from liger_kernel.transformers.swiglu import LigerExperts
 
     model = hf_model(case, "eager")
