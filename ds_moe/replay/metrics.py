@@ -1,4 +1,4 @@
-"""What an RL step is watched by, as sums that add up over micro-batches and ranks, and their means at the end."""
+"""Figures of an RL step: sums that can be added up over micro-batches and ranks, and their means at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ds_moe.replay.objective import PolicyInputs
 from ds_moe.replay.ratios import kl_estimate, log_ratio
 
-# Each sum and the count that it is divided by.
+# The count that each sum is divided by.
 _COUNTS = {
     "mismatch_k3": "tokens",  # KL(engine || old), Schulman's k3
     "mismatch_large": "tokens",  # share of tokens whose probability differs by more than a factor of two
@@ -82,16 +82,16 @@ def routing_difference(live_ids_TLK: Tensor, replayed_ids_TLK: Tensor, mask_T: T
     }
 
 
-def finish(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Means of summed-up `metrics` and `routing_difference`, by name; what was never counted is left out.
+def means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Divide the sums of `metrics` and `routing_difference` by their counts; a mean whose count is 0 is left out.
 
     `ess` is the effective sample size of the weights p_old / p_engine as a share of the tokens, (sum w)^2 / (n sum w^2)
     (Kish 1965): 1 where engine and trainer agree.
     """
     values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
-    means = {name: values[name] / values[n] for name, n in _COUNTS.items() if name in values and values[n] > 0}
-    if "engine_ratio" in means:
-        means["ess"] = means["engine_ratio"] ** 2 / means.pop("engine_ratio_square")
-    if "gamma" in means:
-        means["gamma_std"] = math.sqrt(max(means.pop("gamma_square") - means["gamma"] ** 2, 0.0))
-    return means
+    found = {name: values[name] / values[n] for name, n in _COUNTS.items() if name in values and values[n] > 0}
+    if "engine_ratio" in found:
+        found["ess"] = found["engine_ratio"] ** 2 / found.pop("engine_ratio_square")
+    if "gamma" in found:
+        found["gamma_std"] = math.sqrt(max(found.pop("gamma_square") - found["gamma"] ** 2, 0.0))
+    return found

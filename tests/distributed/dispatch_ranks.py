@@ -94,7 +94,7 @@ def compare(case, world_size, rank):
     differences = [(ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6) for ours, theirs in pairs]
     plan = sharded.dispatcher.plan(sharded.gate(inputs[rank][0]))
     assert torch.equal(plan.counts_E, whole.dispatcher.plan(whole.gate(inputs[rank][0])).counts_E)
-    send_nP, receive_nP = plan.counts.on_host()
+    send_nP, receive_nP = plan.row_counts.on_host()
     others = [
         sum(rows for rows_P in rows_nP for p, rows in enumerate(rows_P) if p != rank)
         for rows_nP in (send_nP, receive_nP)

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck
 
 from ds_moe.config.tasks import CORRECTION_BOUNDS
-from ds_moe.replay.metrics import finish, metrics, routing_difference
+from ds_moe.replay.metrics import means, metrics, routing_difference
 from ds_moe.replay.objective import OBJECTIVES, Objective, PolicyInputs, group_advantages, policy_loss
 
 KINDS = ("grpo", "dapo", "gspo", "cispo")
@@ -207,7 +207,7 @@ def test_what_is_no_completion_changes_nothing(kind, router, junk):
         assert loss.item() == other_loss.item()
         for grad, other_grad in zip(grads(loss, inputs), grads(other_loss, other), strict=True):
             assert torch.equal(grad, other_grad)
-        assert finish(metrics(inputs, stats)) == finish(metrics(other, other_stats))
+        assert means(metrics(inputs, stats)) == means(metrics(other, other_stats))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -221,7 +221,7 @@ def test_enormous_ratios_stay_finite(kind):
     for correction in ("none", "tis", "mis", "icepop"):
         loss, stats = policy_loss(Objective(kind=kind, correction=correction, kl_weight=0.1), inputs)
         assert bool(loss.isfinite()) and bool(torch.autograd.grad(loss, inputs.logprob_BS)[0].isfinite().all())
-        assert all(map(math.isfinite, finish(metrics(inputs, stats)).values()))
+        assert all(map(math.isfinite, means(metrics(inputs, stats)).values()))
 
 
 @pytest.mark.parametrize("router", ["router_shift", "joint"])
@@ -290,7 +290,7 @@ def test_parts_with_a_normalizer_are_the_whole(kind):
 
     pieces = [metrics(part, piece) for part, (_, piece) in zip(parts, done, strict=True)]
     added = {name: torch.stack([piece[name] for piece in pieces]).sum() for name in pieces[0]}
-    assert finish(added) == pytest.approx(finish(metrics(inputs, stats)))
+    assert means(added) == pytest.approx(means(metrics(inputs, stats)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -299,7 +299,7 @@ def test_a_batch_without_completion_gives_zero_with_a_gradient(kind):
     inputs = inputs._replace(mask_BS=torch.zeros_like(inputs.mask_BS))
     loss, stats = policy_loss(Objective(kind=kind, router="joint"), inputs)
     assert loss.item() == 0 and all(grad.abs().sum() == 0 for grad in grads(loss, inputs))
-    assert finish(metrics(inputs, stats)) == {}
+    assert means(metrics(inputs, stats)) == {}
 
 
 # --- advantages
@@ -327,7 +327,7 @@ def test_metrics_of_a_loop():
     inputs = make_inputs(shift=0.8)
     objective = Objective(router="router_shift", gamma_floor=0.5, correction="icepop", kl_weight=0.1)
     _, stats = policy_loss(objective, inputs)
-    found = finish(metrics(inputs, stats))
+    found = means(metrics(inputs, stats))
     tokens = [(b, t) for b in range(B) for t in range(S) if inputs.mask_BS[b, t]]
     d = [(inputs.old_BS[at] - inputs.engine_BS[at]).item() for at in tokens]
     w = [math.exp(x) for x in d]
@@ -354,7 +354,7 @@ def test_metrics_of_a_loop():
 def test_metrics_where_engine_and_trainer_agree():
     inputs = make_inputs(shift=0.0)
     _, stats = policy_loss(Objective(router="router_shift", correction="mis"), inputs)
-    found = finish(metrics(inputs, stats))
+    found = means(metrics(inputs, stats))
     assert found["mismatch_k3"] == found["mismatch_large"] == found["clip_fraction"] == found["dropped"] == 0
     assert found["ratio"] == found["ess"] == found["gamma"] == 1 and found["gamma_std"] == 0
 
@@ -366,13 +366,13 @@ def test_routing_difference_of_sets(dtype):
     mask_T = torch.rand(200, generator=g) < 0.8
     differs = [[set(live[t, i].tolist()) != set(replayed[t, i].tolist()) for i in range(L)] for t in range(200)]
     kept = [row for row, keep in zip(differs, mask_T.tolist(), strict=True) if keep]
-    found = finish(routing_difference(live, replayed.to(dtype), mask_T))
+    found = means(routing_difference(live, replayed.to(dtype), mask_T))
     expected = {
         "routers_changed": sum(map(sum, kept)) / (L * len(kept)),
         "tokens_changed": sum(map(any, kept)) / len(kept),
     }
     assert found == pytest.approx(expected) and 0 < found["routers_changed"] < found["tokens_changed"] < 1
-    assert finish(routing_difference(live.flip(-1), live.to(dtype), mask_T)) == dict.fromkeys(expected, 0.0)
+    assert means(routing_difference(live.flip(-1), live.to(dtype), mask_T)) == dict.fromkeys(expected, 0.0)
 
 
 def test_a_router_without_replay_is_not_compared():

@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.tasks import RLConfig
 from ds_moe.distributed import to_device
-from ds_moe.replay.metrics import finish, metrics
+from ds_moe.replay.metrics import means, metrics
 from ds_moe.replay.objective import OBJECTIVES, Objective, PolicyInputs, policy_loss
 from ds_moe.replay.ratios import token_logprobs
 from ds_moe.tasks.rl.router_watch import RouterWatch
@@ -98,7 +98,7 @@ class PolicyOptimization(Task):
         sums, self._sums = self._sums, {}
         totals = torch.stack(list(sums.values()))
         dist.all_reduce(totals)
-        found = finish(dict(zip(sums, totals, strict=True)))
+        found = means(dict(zip(sums, totals, strict=True)))
         share = found.get("mismatch_large", 0.0)
         if share > SUSPICIOUS and progress.step == progress.file_from + 1:  # later the policy has moved on
             self.parts.note(
