@@ -1,7 +1,7 @@
 """What a backend offers: kernels that move rows and multiply them by expert.
 
 A backend's kernels have no gradients. Those are written once, in terms of the kernels: for moving rows in
-`moe/permute.py`, for the products here and in `swiglu.py`. A new backend therefore needs no backward; one that has its
+`permute.py`, for the products here and in `swiglu.py`. A new backend therefore needs no backward; one that has its
 own gradients overrides `multiply` and `swiglu`.
 """
 
