@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import (
@@ -16,6 +17,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
@@ -94,21 +97,32 @@ def read(parameter: nn.Parameter, kind: str) -> Tensor:
 def write(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
     """Put a full weight or moment into this rank's partition, and into the working weight where that is not sharded."""
     value = value.to(parameter.device)
+    if hasattr(parameter, "ds_id"):
+        _write_shard(parameter, kind, value)
+        return
     if parameter.requires_grad and kind == WEIGHT:
         safe_set_full_fp32_param(parameter, value)
     elif parameter.requires_grad:
         safe_set_full_optimizer_state(parameter, value, kind)
-    if kind == WEIGHT and hasattr(parameter, "ds_id"):
-        _write_partition(parameter, value)
-    elif kind == WEIGHT:
+    if kind == WEIGHT:
         parameter.copy_(value)
 
 
-def _write_partition(parameter: nn.Parameter, value: Tensor) -> None:
-    """ZeRO-3's working shard: an equal share of the flattened weight a rank, the last one padded."""
-    shard = parameter.ds_tensor
-    rank = torch.distributed.get_rank(parameter.ds_process_group)
-    piece = value.flatten()[rank * shard.numel() : (rank + 1) * shard.numel()]
-    shard.data[: piece.numel()].copy_(piece)
-    if parameter.data.numel() == parameter.ds_numel:  # small parameters stay gathered between steps
-        parameter.data.copy_(value.view_as(parameter))
+def _write_shard(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    """The same under ZeRO-3, where every rank holds an equal piece of the flattened tensor, padded past its end.
+
+    DeepSpeed's setters of full values (`stage3.py`, `set_full_hp_param`, 0.19) cut the piece out of the value without
+    that padding, and so raise on the last rank unless the number of ranks divides the tensor.
+    """
+    size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
+    piece = value.flatten()[rank * size : (rank + 1) * size]
+    if parameter.requires_grad:
+        padded = F.pad(piece, (0, size - piece.numel()))
+        if kind == WEIGHT:
+            safe_set_local_fp32_param(parameter, padded)
+        else:
+            safe_set_local_optimizer_state(parameter, padded, kind)
+    if kind == WEIGHT:
+        parameter.ds_tensor.data[: piece.numel()].copy_(piece)
+        if parameter.data.numel() == parameter.ds_numel:  # small parameters stay gathered between steps
+            parameter.data.copy_(value.view_as(parameter))
