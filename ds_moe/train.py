@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import deepspeed
 import torch
@@ -53,12 +54,23 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stopped:
         dist.destroy_process_group()
         return stopped.exit_status
-    except Exception:  # not left to the interpreter, whose end may wait for ranks that no longer answer
+    except Exception:
         traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)
+        return 1
     dist.destroy_process_group()
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """End this process without the interpreter's finalisation.
+
+    That would wait for whatever an error has left open: data workers, collectives of ranks that no longer answer, a
+    checkpoint that is being written. And torch 2.13 may abort in it: a thread of gloo's that outlives its process group
+    terminates the process when it asks for Python's lock.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def train(config: RunConfig) -> dict[str, object]:
@@ -85,6 +97,7 @@ def train(config: RunConfig) -> dict[str, object]:
         raise
     finally:
         run.monitor.close()
+        run.parts.stream.close()
         run.stop.close()
         run.watch.close(complete)
     run.engine.destroy()
@@ -276,4 +289,4 @@ def finish(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -101,6 +101,7 @@ class TrainStream:
         self._slices_by_rank = [[slice(start, start + size) for start in of_rank] for of_rank in starts]
         self._slices = self._slices_by_rank[rank]
         self._position = 0  # steps yielded since the very first
+        self._loading: Iterator[Step] | None = None
         self.steps_per_epoch = self._plan.steps_per_epoch
         self._log = BadRecordLog(config, records.bad, rank, raise_errors)
         self.skipped = self._log.records
@@ -123,9 +124,20 @@ class TrainStream:
             self._position += 1  # before the yield: a checkpoint taken while the step is in use counts it
             yield step.micro_batches
 
+    def close(self) -> None:
+        """End the loading processes; nothing to do where this process loads by itself.
+
+        They ignore the signals of launchers, and Python's exit would wait for them for ever while a traceback, say,
+        still refers to the loader.
+        """
+        shut_down = getattr(self._loading, "_shutdown_workers", None)  # torch has no public way
+        if shut_down is not None:
+            shut_down()
+
     def _steps(self) -> Iterator[Step]:
+        self._loading = iter(self._loader())
         try:
-            yield from self._loader()
+            yield from self._loading
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker (pid"):
                 raise

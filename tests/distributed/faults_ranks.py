@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,15 +16,15 @@ from ds_moe.checkpoint.files import newest_complete
 from ds_moe.config.run_file import load_run
 from ds_moe.engine.start import start_distributed
 from ds_moe.errors import UserError
-from ds_moe.faults.signals import Stopped
+from ds_moe.faults.signals import Stopped, StopRequest
 from ds_moe.moe.loss_free import LossFreeBalancing
-from ds_moe.tasks.task import Supervised
+from ds_moe.tasks.task import Task
 from ds_moe.train import train
 from tests.launcher import leave, report
 
 RUN = "tests/runs/faults.yaml"
 BAD_RANK = "1"
-plain_loss = Supervised.loss
+plain_loss = Task.loss
 
 
 class NaNBackward(torch.autograd.Function):
@@ -46,14 +47,14 @@ POISONS = {
 
 
 def poisoned(kind, steps):
-    """`Supervised.loss`, with what is wrong on one rank at some steps (from 1)."""
+    """`Task.loss`, with what is wrong on one rank at some steps (from 1)."""
 
-    def loss(task, run, batch, share):
-        good = plain_loss(task, run, batch, share)
-        bad = os.environ["RANK"] == BAD_RANK and run.step + 1 in steps
-        return POISONS[kind](good) if bad else good
+    def loss(task, batch, share):
+        good, engine = plain_loss(task, batch, share), task.parts.engine
+        step = engine.micro_steps // engine.gradient_accumulation_steps() + 1
+        return POISONS[kind](good) if os.environ["RANK"] == BAD_RANK and step in steps else good
 
-    return patch.object(Supervised, "loss", loss)
+    return patch.object(Task, "loss", loss)
 
 
 def slow_writes():
@@ -67,19 +68,25 @@ def slow_writes():
     return patch.object(checkpoint, "_write_rank", later)
 
 
+@contextmanager
 def signal_in_evaluation(steps):
     """Rank 1 gets SIGUSR1 when the evaluation after one of the steps has begun, for the first time."""
-    evaluate, sent = Supervised.evaluate, []
+    evaluate, sent, requests = Task.evaluate, [], []
 
-    def interrupted(task, run, limit, each_batch):
-        if os.environ["RANK"] == BAD_RANK and run.step in steps and run.step not in sent:
-            sent.append(run.step)
+    def stop_request(*args):
+        requests.append(StopRequest(*args))
+        return requests[-1]
+
+    def interrupted(task, progress, limit, each_batch):
+        if os.environ["RANK"] == BAD_RANK and progress.step in steps and progress.step not in sent:
+            sent.append(progress.step)
             os.kill(os.getpid(), signal.SIGUSR1)
-            while run.stop.received is None:
+            while requests[-1].received is None:
                 time.sleep(0.01)
-        return evaluate(task, run, limit, each_batch)
+        return evaluate(task, progress, limit, each_batch)
 
-    return patch.object(Supervised, "evaluate", interrupted)
+    with patch.object(Task, "evaluate", interrupted), patch("ds_moe.training.set_up.StopRequest", stop_request):
+        yield
 
 
 def started_again(config):

@@ -12,7 +12,7 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import save_processor, tiny_processor
-from tests.distributed.test_resume import RUN, bit_equal, checkpoints, differences, position, tensors
+from tests.distributed.test_resume import bit_equal, checkpoints, differences, position, tensors
 from tests.launcher import run_ranks
 
 EXPERTS = 30

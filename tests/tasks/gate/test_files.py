@@ -56,9 +56,7 @@ def save(model, config, step: int = 4) -> Path:
     write_tensors(folder / "rng-00000.safetensors", {"cpu": torch.get_rng_state()})
     base = base_identity(config, adapter_files(config.gate))
     about = {"adam_step": 0, "world_size": 1, "ep_size": 1, "precision": "fp32", "data": {}, "result": {}}
-    write_json(
-        folder / "state.json", {"step": step, "base": base, **about}
-    )
+    write_json(folder / "state.json", {"step": step, "base": base, **about})
     shutil.copy(ZERO, folder / "deepspeed.json")
     (folder / "run.yaml").write_text(dump_yaml(config.model_copy(update={"deepspeed": "deepspeed.json"})))
     pieces = {key: [["rank-00000.safetensors", 0, len(value)]] for key, value in tensors.items()}
