@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig, Qwen3MoeConfig, Qwen3VLMoeConfig
 
-from ds_moe.config.deepspeed import resolve_deepspeed
+from ds_moe.config.deepspeed import resolve_deepspeed, zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
@@ -82,7 +82,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     ds = resolve_deepspeed(config, topology.world_size, on_cpu(), model.get_text_config().hidden_size)
     outline = skeleton(model)
     set_trainable(outline, config)
-    predicted = predict(outline, config, ds, topology.world_size, on_cpu())
+    predicted = predict(outline, config, zero_plan(ds), topology.world_size, on_cpu())
     torch.manual_seed(0)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     trained = MODEL_CLASSES[model.model_type]()._from_config(model, dtype=dtype).train()
