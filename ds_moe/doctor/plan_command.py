@@ -3,10 +3,8 @@
     python -m ds_moe.doctor.plan_command qwen3-vl-30b-a3b --gpus 8 --ep-size 8 --zero 3 --checkpointing
     python -m ds_moe.doctor.plan_command qwen3-vl-30b-a3b --gpus 8,16,64 --sweep --checkpointing
     python -m ds_moe.doctor.plan_command folder/with/config.json/in/it --config run.yaml --gpus 16
-    python -m ds_moe.doctor.plan_command --check                                  # against runs on this CPU, 15 minutes
 
-How it is counted stands in docs/memory.md. A plan fits if it needs no more than 90% of a GPU. `--check` trains models
-of 44 to 60 million parameters in two processes and exits with 1 if a prediction is off by more than 15%.
+A plan fits if it needs no more than 90% of a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from ds_moe.doctor.plans import BUNDLED, Plan, outline_of, predicted, read_model
 from ds_moe.doctor.sweep import NODE, Outcome, as_json, described, recommended, sweep, sweep_table
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import GIB
-from tools.bench.memory.bench import CASES, check_table, failed, measure
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,8 +43,6 @@ def parser() -> argparse.ArgumentParser:
     add("--freeze-vision", action="store_true", help="freeze the vision tower")
     add("--precision", choices=("bf16", "fp32"), default="bf16")
     add("--sweep", action="store_true", help="every EP size, ZeRO stage, offload and LoRA of each number of GPUs")
-    add("--check", action="store_true", help="compare with measured peaks of runs on this CPU")
-    add("--cases", default="", metavar="TEXT", help="of --check: those whose name has it")
     add("--json", type=Path, metavar="FILE", help="also write figures and settings here")
     return parser
 
@@ -76,19 +71,6 @@ def counts(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise UserError(f"--gpus {text}: must be whole numbers above 0, separated by commas")
     return [int(part) for part in text.split(",")]
-
-
-def check(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    cases = [case for case in CASES if options.cases in case.name]
-    if not cases:
-        raise UserError(f"--cases {options.cases}: there is none; choose of: {'; '.join(case.name for case in CASES)}")
-    results = []
-    for case in cases:
-        for kept in (False, True):
-            print(f"{case.name}, freed memory {'kept' if kept else 'returned'}", file=sys.stderr, flush=True)
-            results.append(measure(case, kept))
-    console.print(check_table(results))
-    return {"check": results}
 
 
 def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console: Console) -> Outcome:
@@ -133,8 +115,6 @@ def advice(best: Outcome | None, gpus: int) -> str:
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    if options.check:
-        return check(options, console)
     model, gpus = read_model(options.model), counts(options.gpus)
     if options.sweep:
         return {"model": options.model, **swept(options, model, gpus, console)}
@@ -151,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if failed(report.get("check", [])) else 0
+    return 0
 
 
 if __name__ == "__main__":

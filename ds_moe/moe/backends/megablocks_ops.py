@@ -22,7 +22,7 @@ from ds_moe.errors import UserError
 from ds_moe.moe.backends.grouped_mm import GroupedMM
 from ds_moe.moe.backends.optional import interpreted, keep_one_config, obstacle
 
-INSTALL = "pip install --no-deps --no-build-isolation -r requirements/megablocks.txt"
+INSTALL = "pip install --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1"
 
 
 def megablocks_obstacle(device: str | None = None) -> str | None:
