@@ -1,10 +1,19 @@
-"""Where a process stands in its job, and collective helpers."""
+"""Where a process stands in its job, and the helpers for what its ranks must do alike.
+
+over_ranks      every rank gets the values of all ranks
+raise_together  if one rank has found an error, all ranks raise it
+together        all ranks run an action, get all results, and raise if it failed on any of them
+parallel        whether there are other ranks at all
+to_device       move a batch to this rank's device
+
+The first three are collective: every rank must call them, in the same order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,57 +21,69 @@ from torch import Tensor
 
 from ds_moe.errors import UserError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Topology:
     """Where this process stands. `ep_size` consecutive ranks share one copy of the experts."""
 
-    rank: int
+    rank: int  # of all processes of the job
     world_size: int
-    local_rank: int
+    local_rank: int  # of the processes of this host
     ep_size: int
     device: torch.device
 
     @property
     def ep_rank(self) -> int:
+        """The rank among those that share a copy of the experts."""
         return self.rank % self.ep_size
 
 
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    if device.type == "cuda":  # from pinned memory the copies run beside the computation
-        batch = {key: value.pin_memory() for key, value in batch.items()}
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+def parallel() -> bool:
+    """Whether torch.distributed has started with more than one rank."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def over_ranks(value: T) -> list[T]:
+    """The values of all ranks, by rank, on every rank (collective). They are pickled, so keep them small.
+
+    A process in which torch.distributed has not started gets its own value alone.
+    """
+    if not dist.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return cast(list[T], values)
 
 
 def raise_together(error: str | None) -> None:
-    """Raise `UserError` on every rank if any has an error (collective)."""
+    """Raise `UserError` on every rank, with the messages of all, if any rank has an error (collective)."""
     errors = [found for found in over_ranks(error) if found]
     if errors:
         raise UserError("; ".join(errors))
 
 
-def over_ranks(value: Any) -> list[Any]:
-    """The value of every rank, on every rank (collective where there are several)."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def together(topology: Topology, what: str, action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank and return the results of all, by rank (collective).
 
+    Args:
+        what: completes "rank 0 could not ..." in the message.
 
-def together(topology: Topology, what: str, action: Callable[[], Any]) -> list[Any]:
-    """Run `action` on every rank and share results; if it failed anywhere, every rank raises and none waits in vain."""
+    Raises:
+        UserError: on every rank if `action` raised on any, so that no rank waits for one that has given up.
+    """
+    result, failure = None, None
     try:
-        outcome = (True, action())
-    except Exception as error:  # whatever it is, the others wait for this rank
-        outcome = (False, f"rank {topology.rank} could not {what}: {type(error).__name__}: {error}")
-    outcomes: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(outcomes, outcome)
-    failures = [message for ok, message in outcomes if not ok]
-    if failures:
-        raise UserError("; ".join(failures))
-    return [result for _, result in outcomes]
+        result = action()
+    except Exception as error:  # of any kind, because the other ranks are waiting for this one
+        failure = f"rank {topology.rank} could not {what}: {type(error).__name__}: {error}"
+    raise_together(failure)
+    return over_ranks(cast(T, result))
 
 
-def parallel() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Move the tensors of a batch to a device; on CUDA the copies run while the device computes."""
+    if device.type == "cuda":
+        batch = {key: value.pin_memory() for key, value in batch.items()}  # only pinned memory is copied asynchronously
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
