@@ -23,6 +23,7 @@ doctor/         what would fail or be slow, said beforehand
 train.py        the loop, started once a rank
 launcher.py     the ranks of a run under DeepSpeed's launcher
 cli.py          the `ds-moe` command
+ds_configs/     a DeepSpeed JSON for each ZeRO stage
 """
 
 __version__ = "0.1.0"

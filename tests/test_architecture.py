@@ -47,8 +47,10 @@ OUTSIDE = re.compile(
     r"(?<![\w./-])(?:docs|tools|tests|launch|requirements)/|\bds_configs\b"
     r"|\b(?:README|CONTRIBUTING|CHANGELOG|Makefile)\b|\b[\w-]+\.md\b"
 )
-# (file, text that may stand in one of its strings): names of files that the product itself opens or writes.
+# (file, text that may stand in one of its strings): names of files that the product itself opens, writes or ships.
 OPENED = {
+    ("ds_moe/__init__.py", "ds_configs"),  # the map: a wheel has that folder, see package_data in setup.py
+    ("ds_moe/doctor/plans.py", "ds_configs"),  # the same folder, whose DeepSpeed JSONs a plan is made with
     ("ds_moe/assembly/assemble.py", "README"),  # the model card it writes beside the weights
     ("ds_moe/export/model.py", "README"),  # the same
 }
@@ -305,7 +307,6 @@ NOT_YET = {  # rules that the code does not keep yet
     "model types are known in families.py",
     "safetensors are opened in weights/",
     "every folder opens with its map",
-    "no text names a path outside the package",
     "Any is rare",
 }
 

@@ -282,7 +282,8 @@ def in_git() -> list[str]:
 
 def texts(names: list[str]) -> Iterator[tuple[str, str]]:
     for name in names:
-        with contextlib.suppress(UnicodeDecodeError, FileNotFoundError):  # pictures; what is deleted but not committed
+        # Pictures; what is deleted but not committed; a linked folder.
+        with contextlib.suppress(UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
             yield name, (ROOT / name).read_text(encoding="utf-8")
 
 

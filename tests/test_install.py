@@ -70,6 +70,13 @@ def test_every_module_imports_without_triton_megablocks_or_cuda():
     assert result.returncode == 0, result.stderr
 
 
+def test_a_wheel_has_every_deepspeed_json():
+    named = re.search(r'package_data=\{"ds_moe": \["([^"]+)"\]\}', (ROOT / "setup.py").read_text())
+    assert named is not None
+    packaged = {file.name: file.read_text() for file in (ROOT / "ds_moe").glob(named[1])}
+    assert packaged == {file.name: file.read_text() for file in (ROOT / "ds_configs").glob("*.json")} != {}
+
+
 def test_make_lists_its_targets():
     listing = shell("make").stdout
     assert {"demo", "test", "test-all", "lint", "bench"} <= set(re.findall(r"make ([\w-]+)", listing))

@@ -16,7 +16,7 @@ from ds_moe.memory.predict import Memory, predict
 from ds_moe.models.load import model_config, skeleton
 from ds_moe.tasks.registry import task_kind
 
-ENGINE_FILES = Path(__file__).resolve().parents[2] / "ds_configs"
+ENGINE_FILES = Path(__file__).resolve().parents[1] / "ds_configs"  # a link in a checkout, files in a wheel
 # Figures of the models' config.json on the hub.
 _TEXT = {"num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151_936}
 _LARGE = {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "moe_intermediate_size": 1536}
