@@ -1,12 +1,19 @@
 """The Mixture-of-Experts layer in plain PyTorch: route -> dispatch -> experts -> combine.
 
-layer.py        the layer: these four steps        decision.py     what a router decides; the legend of shapes
-routers/        hidden states -> a decision        context.py      what all layers know of the micro-batch in flight
-tape.py         a recompute repeats its decision   dispatch.py     rows to their experts and back
-permute.py      rows moved on one rank             all_to_all.py   rows moved between ranks
-experts.py      the weights a rank owns            backends/       kernels that multiply rows by expert
-expert_lora.py  low-rank updates of experts        balance.py      losses that keep the load even
-loss_free.py    a bias that keeps it even          expert_load.py  what the monitor sees of the load
+layer.py        the layer, which is these four steps
+decision.py     the legend of shapes, and the routing decision
+context.py      what all layers must know about the micro-batch
+tape.py         lets a recompute repeat its forward's decision
+routers/        turn hidden states into a decision
+dispatch.py     moves rows to their experts and back
+permute.py      moves rows on one rank, with gradients
+all_to_all.py   moves rows between ranks, with gradients
+experts.py      the expert weights that a rank owns
+expert_lora.py  low-rank updates of these weights
+backends/       kernels that multiply rows by expert
+balance.py      losses that keep the experts evenly loaded
+loss_free.py    a bias on the selection that does so without a loss
+expert_load.py  counts the load for the monitor
 standalone.py   routers and losses for use without the trainer
 """
 

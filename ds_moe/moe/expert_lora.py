@@ -1,4 +1,4 @@
-"""Low-rank updates of the experts that a rank owns: sharded with them, multiplied as they are, expert by expert."""
+"""Low-rank updates (LoRA) of the experts that a rank owns, sharded and multiplied by expert as the experts are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]  # a backend's, see `backends/`
+Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]  # `Backend.multiply`
 ALL = slice(None)
 
 
@@ -17,15 +17,15 @@ class ExpertLoRA(nn.Module):
     """`W_e x + scaling * B_e (A_e x)` for both matrices of every expert (Hu et al. 2021, one update an expert).
 
     Parameters, with r the rank: gate_up_A (e, r, D), gate_up_B (e, 2F, r), down_A (e, r, F), down_B (e, D, r). As in
-    PEFT, A is drawn from the uniform distribution of `nn.Linear` and B is 0: at first nothing is changed.
+    PEFT, A is drawn from the uniform distribution of `nn.Linear` and B is 0, so that the update starts at zero.
 
     Args:
-        gate_up_proj: (E, 2F, D) and
-        down_proj: (E, D, F) of the experts that are updated; only their shape, dtype and device are read.
+        gate_up_proj, down_proj: the weights (E, 2F, D) and (E, D, F) to update. Only their shapes, dtype and device are
+            read. Give all E experts, then `keep` those of this rank: an expert's A then is the same for any EP size.
         rank: r.
-        scaling: of the update.
-        dropout: of what A sees, in training.
-        seed: of A: the values of an expert do not depend on how many ranks share the experts.
+        scaling: factor of the update.
+        dropout: probability of dropping an input of A, in training.
+        seed: of the random numbers for A.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The experts a rank owns: weights in the layout transformers keeps in memory, arithmetic in a backend."""
+"""The experts a rank owns: weights in the layout that transformers keeps in memory, multiplied by a backend."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Experts(nn.Module):
         gate_up_proj: (e, 2F, D), gate rows first.
         down_proj: (e, D, F).
         backend: a kind of kernels, see `backends`.
-        lora: updates of the same experts; None: none.
-        recompute: what backward computes again instead of keeping it, see `backends.swiglu`; with `lora`, and in the
-            reference backend, what autograd keeps is kept.
+        lora: low-rank updates of the same experts, if any.
+        recompute: what backward computes again instead of keeping it, see `backends.swiglu`. It has no effect with
+            `lora` and in the reference backend, where autograd decides.
     """
 
     def __init__(
@@ -49,7 +49,10 @@ class Experts(nn.Module):
         return self._run(self.gate_up_proj, self.down_proj, slice(None), rows_RD, counts_e, weight_R)
 
     def split(self, parts: int) -> list[Callable[[Tensor, Tensor, Tensor | None], Tensor]]:
-        """`parts` functions like `forward`, each of as many experts. Splitting copies the weights' gradients once."""
+        """`parts` functions like `forward`, each for an equal number of experts.
+
+        In backward, autograd copies the gradients of the parts into one tensor.
+        """
         if parts == 1:
             return [self]
         size = self.gate_up_proj.shape[0] // parts
@@ -79,6 +82,6 @@ class Experts(nn.Module):
 def _updated(
     backend: Backend, lora: ExpertLoRA, experts: slice, counts_e: Tensor, part: str, rows_RI: Tensor, weight_eOI: Tensor
 ) -> Tensor:
-    """A product and its low-rank update."""
+    """The product of a matrix, plus that of its low-rank update."""
     rows_RO = backend.multiply(rows_RI, weight_eOI, counts_e)
     return rows_RO + lora(part, rows_RI, counts_e, backend.multiply, experts)

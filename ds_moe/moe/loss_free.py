@@ -1,10 +1,13 @@
-"""Auxiliary-loss-free balancing (Wang 2024, arXiv 2408.15664; DeepSeek-V3): a bias that selects and never weighs."""
+"""Auxiliary-loss-free balancing (Wang 2024, arXiv 2408.15664; DeepSeek-V3).
+
+A bias takes part in the selection of experts, and never in their combine weights.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,23 +17,23 @@ Rule = Literal["sign", "proportional"]
 
 
 class LossFreeBalancing(nn.Module):
-    """One bias an expert, added to what the experts are ranked by. A router's `balancing`.
+    """One bias for each expert, added to the scores that a router ranks experts by. It is the router's `balancing`.
 
     `b_i += u * sign(mean(c) - c_i)` (rule `sign`), or `u * (mean(c) - c_i) / mean(c)` (`proportional`), then the mean
-    of b is subtracted, so that it never drifts. c_i are the assignments of expert i by all tokens but padding since
-    the last update, less what a capacity limit refused. u is in units of the score and must be small against the
-    differences between a token's scores (a softmax of large logits leaves tiny ones beside its first). It stays
-    constant and then falls linearly to zero over the last part of a run, because a constant one never stops
-    oscillating by u.
+    of b is subtracted, so that it never drifts. c_i counts the assignments of real tokens to expert i since the last
+    update, without those that a capacity limit refused. u is in units of the score and must be small against the
+    differences between a token's scores (after a softmax of large logits, all but the first score are tiny). u is
+    constant at first and falls linearly to zero over the last part of a run: with a constant u the bias would
+    oscillate by u for ever.
 
-    `bias_E` is fp32 whatever the model is cast to, and persistent. Nothing here has a gradient.
+    `bias_E` stays fp32 whatever the model is cast to, and is saved with it. Nothing here has a gradient.
 
     Args:
         num_experts: E.
         update_rate: u.
-        balance_factor: what the bias is multiplied by where it is added.
-        rule: how far a step goes.
-        decay_from: share of the run after which u falls; 1: never.
+        balance_factor: factor of the bias where it is added to the scores.
+        rule: whether a step depends on the sign of the excess load alone, or is proportional to it.
+        decay_from: share of the run after which u falls; 1: it never falls.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class LossFreeBalancing(nn.Module):
         self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, scores_TE: Tensor) -> Tensor:
-        """Scores or logits to rank experts by; the weights come from the scores themselves."""
+        """(T, E) fp32 scores plus bias, to rank experts by. The combine weights come from the scores alone."""
         return scores_TE.float() + self.balance_factor * self.bias_E
 
     @torch.no_grad()
@@ -59,7 +62,7 @@ class LossFreeBalancing(nn.Module):
         self.counts_E += counts_E
 
     def update(self, progress: float = 0.0) -> None:
-        """Move the bias by what was counted since the last update, on all ranks alike (collective).
+        """Move the bias by the counts of all ranks since the last update (collective).
 
         Args:
             progress: share of the run that is done, 0 ... 1, for the decay of u.
@@ -74,10 +77,10 @@ class LossFreeBalancing(nn.Module):
 
     @torch.no_grad()
     def move(self, counts_E: Tensor, rate: float) -> None:
-        """One step of the bias by counts over all ranks; no counts, no step.
+        """Move the bias one step. `counts_E` are sums over all ranks; if they are all zero, the bias stays.
 
-        Who is above and who below the mean is decided in integers, and the rest in float64, so that neither E nor the
-        number of tokens rounds anything.
+        Integers decide which experts are above the mean, and the rest is float64, so that no rounding depends on E or
+        on the number of tokens.
         """
         total = counts_E.sum()
         excess_E = total - counts_E * counts_E.numel()  # E * (mean - c)
@@ -89,7 +92,7 @@ class LossFreeBalancing(nn.Module):
         self.bias_E.copy_(bias_E - bias_E.mean())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossFreeBalancing:
-        """Follow the model to its device, never to its dtype: in bf16 a step of 1e-3 would be lost on a bias of 0.5."""
+        """Move the bias to the model's device, but keep its dtype: bf16 would lose a step of 1e-3 on a bias of 0.5."""
         exact_E = self.bias_E
         super()._apply(fn, recurse)
         self.bias_E = exact_E.to(self.bias_E.device)
@@ -97,15 +100,15 @@ class LossFreeBalancing(nn.Module):
 
 
 def loss_free(model: nn.Module) -> list[LossFreeBalancing]:
-    """Those in `model`, in its order."""
+    """All loss-free balancings of a model, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, LossFreeBalancing)]
 
 
 @torch.no_grad()
 def update_biases(balancings: Sequence[LossFreeBalancing], progress: float = 0.0) -> None:
-    """Move the biases of all layers by the counts of all ranks: one all-reduce, once an optimizer step (collective).
+    """Move the biases of all layers by the counts of all ranks; call it once an optimizer step (collective).
 
-    Every rank is a data-parallel rank for the router, whatever shares its experts.
+    One all-reduce over all ranks serves all layers. Routers are replicated on every rank, whatever the EP size.
     """
     if not balancings:
         return
@@ -118,7 +121,7 @@ def update_biases(balancings: Sequence[LossFreeBalancing], progress: float = 0.0
 
 
 def check_biases_agree(balancings: Sequence[LossFreeBalancing], step: int) -> None:
-    """Compare a hash of all biases over the ranks (collective).
+    """Compare a hash of all biases between the ranks (collective).
 
     Raises:
         RuntimeError: on every rank, naming the ranks that differ from rank 0.
@@ -128,7 +131,7 @@ def check_biases_agree(balancings: Sequence[LossFreeBalancing], step: int) -> No
     biases_LE = torch.stack([balancing.bias_E for balancing in balancings])
     digest = hashlib.sha256(biases_LE.cpu().numpy().tobytes()).digest()[:8]
     mine = torch.tensor([int.from_bytes(digest, "big", signed=True)], device=biases_LE.device)
-    hashes: list[Any] = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    hashes = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(hashes, mine)
     values = [int(value) for value in hashes]
     differing = [rank for rank, value in enumerate(values) if value != values[0]]

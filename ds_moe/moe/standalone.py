@@ -1,4 +1,7 @@
-"""Routers and losses under the names and signatures that people look for: thin fronts of what the trainer uses."""
+"""Routers and losses for use without the trainer, as modules with familiar signatures.
+
+They wrap the same code that the trainer uses. Nothing else in this package uses them.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +65,8 @@ class ExpertRouter(nn.Module):
             mask_BS: non-zero at real tokens; None: all are real.
 
         Returns:
-            weights (B, S, K) fp32, with grad; indices (B, S, K) int64; the unweighted aux loss (K when balanced). A
-            slot without an expert (padding, expert dropout) comes last and has weight 0 and index -1.
+            weights (B, S, K) fp32, with grad; indices (B, S, K) int64; the unweighted aux loss (K when balanced). Slots
+            without an expert (padding, expert dropout) are a token's last ones and have weight 0 and index -1.
         """
         batch, length, dim = x_BSD.shape
         token_V = _real_tokens(mask_BS)
@@ -88,7 +91,11 @@ class ExpertChoiceRouter(nn.Module):
         self.router = ExpertChoice(_new_weight(num_experts, dim), capacity_factor=capacity_factor)
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """expert_weights (E, C), token_indices (E, C) into B * S, scores (B * S, E); the floats fp32 and with grad."""
+        """Route (B, S, D) hidden states.
+
+        Returns:
+            fp32 weights (E, C), with grad; int64 token indices (E, C) into B * S; fp32 scores (B * S, E), with grad.
+        """
         decision = self.router(x_BSD.reshape(-1, x_BSD.shape[-1]), _real_tokens(mask_BS))
         experts = decision.scores_TE.shape[1]
         return decision.weight_N.view(experts, -1), decision.token_N.view(experts, -1), decision.scores_TE
@@ -125,7 +132,7 @@ class LoadBalancingLoss(nn.Module):
 
         Args:
             logits_BSE: raw router logits (B, S, E); scores are their softmax.
-            indices_BSK: the chosen experts, int64; -1 is no expert.
+            indices_BSK: the chosen experts, int64; -1 stands for no expert.
             mask_BS: non-zero at real tokens; None: all are real.
         """
         logits_TE = logits_BSE.reshape(-1, self.num_experts)
@@ -141,15 +148,16 @@ class LoadBalancingLoss(nn.Module):
 
 
 def _new_weight(num_experts: int, dim: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(num_experts, dim).normal_(std=dim**-0.5))  # logits of unit variance at first
+    return nn.Parameter(torch.empty(num_experts, dim).normal_(std=dim**-0.5))  # logits start with unit variance
 
 
 def _real_tokens(mask_BS: Tensor | None) -> Tensor | None:
+    """The indices of the real tokens among B * S; None: all are real."""
     return None if mask_BS is None else mask_BS.reshape(-1).nonzero().squeeze(1)
 
 
 def _slots(decision: RoutingDecision, top_k: int) -> tuple[Tensor, Tensor]:
-    """The list of assignments as (T, K) weights and indices; a token's assignments stand beside each other."""
+    """Turn the list of assignments, a token's beside each other, into weights (T, K) and indices (T, K)."""
     token_N, tokens = decision.token_N, decision.logits_TE.shape[0]
     counts_T = torch.bincount(token_N, minlength=tokens)
     slot_N = torch.arange(token_N.numel(), device=token_N.device) - (counts_T.cumsum(0) - counts_T)[token_N]

@@ -1,4 +1,4 @@
-"""score -> select -> weigh: what every router shares."""
+"""What all routers share: a forward of three steps, score -> select -> weigh."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ds_moe.moe.decision import Assignments, RoutingDecision
 from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.moe.routers.limits import Drop, capacity, survives_dropout, within_capacity
 
-TINY = 1e-20  # beside a sum of scores that could be zero; too small to change one that is not (DeepSeek-V3 adds it too)
+TINY = 1e-20  # added to sums of scores that may be zero; too small to change any other (DeepSeek-V3 adds it too)
 
 
 class Router(nn.Module):
-    """What every kind shares.
+    """Base of all kinds.
 
-    The selection is made without a gradient and the weights are computed from the live scores of whatever was
-    selected, so that a given selection (`chosen`: a recompute's, or a replay's) runs the same operations and saves the
-    same tensors. All that is random in one forward comes from one seed, which the decision keeps: a recompute draws
-    the same jitter and noise, whatever else has used the random state.
+    The selection has no gradient; the combine weights are computed from the live scores of the selected experts. A
+    forward that is given its selection (a recompute, a replay) therefore runs the same operations and saves the same
+    tensors for backward. All random numbers of a forward come from one seed, which the decision keeps, so that a
+    recompute draws the same jitter and noise even if other code has used the random state in between.
 
     Args:
         weight_ED: the router matrix, kept as this module's `weight` (the key transformers uses).
@@ -27,8 +27,8 @@ class Router(nn.Module):
         expert_dropout: in training, probability of losing an assignment; a token always keeps one.
         jitter_noise: in training, the router sees x * uniform(1 - jitter_noise, 1 + jitter_noise) (Fedus 2021).
         capacity_factor: in training, an expert takes at most ceil(capacity_factor * V * K / E) of the V routed tokens
-            of this rank's micro-batch, the others lose that assignment; None: dropless.
-        drop: which assignments an overfull expert refuses: of the later tokens, or of the lower scores.
+            of this rank's micro-batch, and refuses further assignments; None: dropless.
+        drop: which assignments a full expert refuses: those of later tokens, or those of lower scores.
 
     Raises:
         ValueError: a `top_k` that these experts cannot give.
@@ -70,9 +70,9 @@ class Router(nn.Module):
         Args:
             x_TD: hidden states.
             token_V: indices of the tokens to route; the others get no assignment. None: all.
-            chosen: assignments to use instead of selecting, a token's beside each other.
-            replayed_TK: experts to use instead of the selected ones (another engine's, say), any integer dtype; rows
-                of -1 keep what is selected. Only for routers that give each token K experts.
+            chosen: use these assignments, a token's beside each other, instead of selecting any.
+            replayed_TK: use these experts instead of the selected ones (those of an inference engine, say), any integer
+                dtype; a row of -1 keeps the selected ones. Only for routers that give each token K experts.
         """
         tokens = x_TD.shape[0] if token_V is None else token_V.numel()
         seed, generator = self._randomness(x_TD.device, chosen)
@@ -98,7 +98,7 @@ class Router(nn.Module):
         return F.linear(x_TD, self.weight)
 
     def perturb(self, logits_TE: Tensor, x_TD: Tensor, generator: torch.Generator) -> Tensor:
-        """The logits to score in training."""
+        """The logits that are scored in training if the router is random; here unchanged."""
         return logits_TE
 
     def score(self, logits_TE: Tensor) -> Tensor:
@@ -106,11 +106,16 @@ class Router(nn.Module):
         return torch.softmax(logits_TE, dim=-1, dtype=score_dtype(logits_TE))
 
     def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
-        """The assignments, without a gradient. `ranked_TE`: the scores, shifted by a loss-free bias if any."""
+        """Select assignments, without a gradient.
+
+        Args:
+            ranked_TE: the scores, plus the loss-free bias if there is one.
+            token_V: as in `forward`.
+        """
         raise NotImplementedError
 
     def weigh(self, scores_TE: Tensor, chosen: Assignments, tokens: int) -> Tensor:
-        """(N,) fp32 combine weights from the live scores, with grad. `tokens` is V, how many were routed."""
+        """(N,) fp32 combine weights from the live scores, with grad. `tokens` is V, the number of routed tokens."""
         raise NotImplementedError
 
     @property
@@ -123,7 +128,9 @@ class Router(nn.Module):
     ) -> tuple[int | None, torch.Generator | None]:
         if not (self.training and self.random):
             return None, None
-        seed = int(torch.randint(2**62, ()))  # of the CPU: no sync. A recompute draws it too, to use the state alike
+        # The CPU draws the seed, so nothing waits for the device. A recompute draws one as well and discards it, which
+        # leaves the random state as the forward left it.
+        seed = int(torch.randint(2**62, ()))
         if chosen is not None and chosen.seed is not None:
             seed = chosen.seed
         return seed, torch.Generator(device).manual_seed(seed)
@@ -131,7 +138,7 @@ class Router(nn.Module):
     def _limit(
         self, chosen: Assignments, scores_TE: Tensor, tokens: int, generator: torch.Generator | None
     ) -> tuple[Assignments, int]:
-        """Dropout, then capacity; how many assignments the capacity refused."""
+        """Apply dropout, then capacity. Returns the assignments left, and how many the capacity refused."""
         if generator is not None and self.expert_dropout:
             chosen = chosen.where(survives_dropout(chosen.token_N, scores_TE.shape[0], self.expert_dropout, generator))
         if self.capacity_factor is None or not self.training:
@@ -142,19 +149,24 @@ class Router(nn.Module):
 
 
 def score_dtype(logits_TE: Tensor) -> torch.dtype:
-    """fp32 whatever the model's dtype; float64 stays."""
+    """fp32 for any dtype of the model, except that float64 stays."""
     return torch.promote_types(logits_TE.dtype, torch.float32)
 
 
 def routed(values_TE: Tensor, token_V: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(indices of the routed tokens, their rows)."""
+    """The indices of the routed tokens, and their rows."""
     if token_V is None:
         return torch.arange(values_TE.shape[0], device=values_TE.device), values_TE
     return token_V, values_TE.index_select(0, token_V)
 
 
 def share_of_token(values_N: Tensor, token_N: Tensor, tokens_total: int, uniform_k: int | None) -> Tensor:
-    """Each token's values divided by their sum; `uniform_k`: every token has this many, beside each other."""
+    """Divide each token's values by their sum.
+
+    Args:
+        tokens_total: T.
+        uniform_k: every token has this many values, beside each other; None: any list.
+    """
     if uniform_k is not None:
         values_VK = values_N.view(-1, uniform_k)
         return (values_VK / (values_VK.sum(-1, keepdim=True) + TINY)).flatten()

@@ -15,9 +15,9 @@ class ExpertChoice(Router):
     """Each expert takes its best tokens, the same number for all experts (Zhou 2022, eq. 1-2).
 
     That number is ceil(capacity_factor * V * K / E), at most V, of the V routed tokens of this rank's micro-batch;
-    capacity_factor 1 costs as much as top-K. Scores are a softmax over the experts and are the weights, as they are. A
-    token may get any number of experts, also none. Since a token competes with those behind it, a causal language model
-    trained so leaks the future and cannot generate.
+    capacity_factor 1 costs as much as top-K. The scores are a softmax over the experts, and are themselves the weights.
+    A token may get any number of experts, even none. Since a token competes with later ones, a causal language model
+    trained this way leaks the future and cannot generate.
     """
 
     causal = False

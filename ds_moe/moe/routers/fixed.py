@@ -1,4 +1,4 @@
-"""Routers that learn nothing: what a benchmark compares with. The gate's weight is not used and gets no gradient."""
+"""Routers that learn nothing, for benchmarks to compare with. Their weight is not used and gets no gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ds_moe.moe.routers.base import Router, routed
 
 
 class FixedRouter(Router):
-    """No preference: logits 0, scores 1/E; each of a token's n experts weighs 1/n (n = K, less what was dropped)."""
+    """Prefers no expert: logits 0, scores 1/E. Each of a token's n experts (K without drops) weighs 1/n."""
 
     learns = False
 
@@ -25,9 +25,10 @@ class FixedRouter(Router):
 
 
 class HashRouter(FixedRouter):
-    """K distinct experts from a hash of the token's index in the micro-batch: loads even on average only.
+    """K distinct experts from a hash of the token's index in the micro-batch. Loads are even on average only.
 
-    Hash layers (Roller 2021) hash the token's id, which a router does not see; a token's experts are arbitrary here.
+    Hash layers (Roller 2021) hash the token's id, which a router does not see. Here the same word at another place gets
+    other experts.
     """
 
     def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
@@ -36,14 +37,15 @@ class HashRouter(FixedRouter):
         experts = ranked_VE.shape[1]
         hash_V1 = _mix(token_V).unsqueeze(1)
         strides = [stride for stride in range(1, experts + 1) if math.gcd(stride, experts) == 1]
-        stride_V1 = token_V.new_tensor(strides)[_mix(hash_V1 + 1) % len(strides)]  # prime to E: no expert comes twice
+        # A stride coprime to E meets no expert twice.
+        stride_V1 = token_V.new_tensor(strides)[_mix(hash_V1 + 1) % len(strides)]
         steps_K = torch.arange(self.top_k, device=token_V.device)
         expert_N = ((hash_V1 + stride_V1 * steps_K) % experts).flatten()
         return Assignments(token_V.repeat_interleave(self.top_k), expert_N, top_k=every_k)
 
 
 class BalancedRouter(FixedRouter):
-    """Round robin: assignment n goes to expert n mod E, so that loads differ by one at most."""
+    """Round robin: assignment n goes to expert n mod E, so that loads differ by at most one."""
 
     def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
         every_k = self.top_k if token_V is None else None
@@ -54,7 +56,7 @@ class BalancedRouter(FixedRouter):
 
 
 def _mix(value: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finalizer on non-negative int64: as good as random, and the same everywhere."""
+    """MurmurHash3's 32-bit finalizer on non-negative int64: looks random, and is the same on every device."""
     value = value & 0xFFFFFFFF
     value = (value ^ (value >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
     value = (value ^ (value >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF

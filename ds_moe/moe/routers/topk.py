@@ -22,13 +22,13 @@ class TopKRouter(Router):
     normalised, `route_scale` 2.5, 8 groups of which 4 remain.
 
     Args:
-        normalize: divide a token's weights by their sum, over those it keeps after dropout and capacity.
-        scores: of all experts together (softmax) or of each alone (sigmoid).
-        order: `topk_then_softmax` is the softmax over the chosen logits alone. That is the softmax over all, divided
-            by the sum over the chosen, and computed so; `normalize` is implied.
+        normalize: divide a token's weights by the sum of those that dropout and capacity leave it.
+        scores: `softmax` over all experts, or the `sigmoid` of each expert alone.
+        order: `topk_then_softmax` takes the softmax over the chosen logits alone. It is computed as the softmax over
+            all, divided by the sum over the chosen, which is the same; `normalize` is implied.
         route_scale: factor of all weights.
-        groups: experts are this many groups of neighbours (those of a node, say), and a token chooses from its best
-            `top_groups` of them only. A group's score is the sum of its two best experts', or of its only one.
+        groups: split the experts into this many groups of neighbours (those of a node, say); a token chooses only from
+            its best `top_groups` groups. A group's score is the sum of its two best experts' (or that of its only one).
         temperature: logits are divided by it before they are scored.
 
     Raises:
@@ -88,8 +88,8 @@ class TopKRouter(Router):
 class NoisyTopKRouter(TopKRouter):
     """Top-k with learned noise in training (Shazeer 2017, eq. 3-5): logits + softplus(x W_noise) * eps * noise_std.
 
-    The noisy logits select and weigh; the clean ones are what the decision reports. `noise_weight` starts at zero,
-    where the noise of every expert has the standard deviation noise_std * ln 2. In evaluation it is plain top-k.
+    The noisy logits select and weigh; the decision reports the clean ones. `noise_weight` starts at zero, which gives
+    the noise of every expert the standard deviation noise_std * ln 2. In evaluation there is no noise.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class NoisyTopKRouter(TopKRouter):
 
 
 def _best_groups(ranked_VE: Tensor, groups: int, top_groups: int) -> Tensor:
-    """Minus infinity outside of each token's best groups."""
+    """Set the scores outside of each token's best groups to minus infinity."""
     ranked_VGe = ranked_VE.unflatten(1, (groups, ranked_VE.shape[1] // groups))
     score_VG = ranked_VGe.topk(min(2, ranked_VGe.shape[-1]), dim=-1).values.sum(-1)
     best_VG = torch.zeros_like(score_VG, dtype=torch.bool).scatter_(1, score_VG.topk(top_groups, dim=-1).indices, True)
