@@ -12,13 +12,12 @@ from ds_moe.errors import UserError
 if TYPE_CHECKING:
     from ds_moe.memory.predict import Load
 
-BUSY = 0.9  # share of the memory that a run may plan with; the rest goes to fragmentation
 RANKS_A_HOST = 8  # accelerators that a host of a job may have; the doctor is not told how many
 
 
 def check_skeleton(case: Case) -> Iterator[Finding]:
     """Frozen parts and predicted memory, on the model without storage."""
-    from ds_moe.memory.predict import load, predict
+    from ds_moe.memory.predict import BUSY, load, predict
     from ds_moe.models.families import expert_state
     from ds_moe.models.load import skeleton
     from ds_moe.tasks.registry import task_kind
@@ -60,6 +59,8 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
 def _loading(case: Case, zero: ZeroPlan, load: Load) -> Iterator[Finding]:
     """Memory before the first step, which may exceed that of the training where nothing is sharded yet."""
     import psutil  # DeepSpeed depends on it
+
+    from ds_moe.memory.predict import BUSY
 
     where, on_cpu = case.config.at("model"), case.device.on_cpu
     moved_whole = zero.stage == 3 and not load.streamed  # at 1 and 2 the peak counts it

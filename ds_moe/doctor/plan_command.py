@@ -19,11 +19,10 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from ds_moe.config.run_file import load_run
-from ds_moe.doctor.memory import BUSY
 from ds_moe.doctor.plans import BUNDLED, Plan, outline_of, predicted, read_model, run_of
 from ds_moe.doctor.sweep import NODE, Outcome, as_json, described, recommended, sweep, sweep_table
 from ds_moe.errors import UserError
-from ds_moe.memory.predict import GIB
+from ds_moe.memory.predict import BUSY, GIB
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,9 +8,8 @@ from typing import Any
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ds_moe.doctor.memory import BUSY
 from ds_moe.doctor.plans import Plan, outline_of, predicted, run_of
-from ds_moe.memory.predict import GIB, Memory
+from ds_moe.memory.predict import BUSY, GIB, Memory
 
 NODE = 8  # GPUs between which rows travel fast
 COLUMNS = {  # of a table: purposes of `Memory.device`

@@ -17,6 +17,7 @@ from ds_moe.memory.activations import Activations, activations
 from ds_moe.memory.parameter_counts import Shares, shares
 
 GIB = 2**30
+BUSY = 0.9  # share of the memory that a run may plan with; the rest goes to fragmentation
 ADAM_BYTES = 12  # an element: fp32 master weight and two moments, which ZeRO keeps apart under fp32 too
 RUNTIME_BYTES = {"cpu": GIB // 2, "accelerator": 3 * GIB // 2}  # libraries, context, communication buffers
 READING_BYTES = 2**27  # of files at once, see models/streaming.py: pages that were touched, and a block

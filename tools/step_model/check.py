@@ -109,7 +109,7 @@ def check(results: Iterable[Measured], machine: Machine) -> list[Compared]:
                 *(result.contender, topology.world, topology.tokens, topology.ep_size),
                 *(result.median_s, figures.step_s, figures.step_overlap_s),
                 *(result.sent_bytes, exchanged_bytes(topology, result.decoder)),
-                *(result.peak_bytes, sum(memory(topology, result.decoder, machine.runtime).values())),
+                *(result.peak_bytes, sum(memory(topology, result.decoder, machine).values())),
             )
         )
     return compared

@@ -1,70 +1,61 @@
-"""Estimated peak memory of one rank in bytes, by purpose: states counted exactly, activations by what autograd keeps.
-
-States, attention and norms are counted as in `ds_moe/memory/predict.py`, which the doctor uses; experts as the function
-of `ds_moe/moe/backends/swiglu.py` that keeps rows (D) and gate_up (2F) of each assignment (`recompute: act`).
-"""
+"""Peak memory of one rank in bytes, by purpose: what `ds_moe.memory` predicts, as the doctor does."""
 
 from __future__ import annotations
 
-from tools.step_model.costs import Topology, busiest_rows, gathered_layer, held_parameters, owned_parameters
+import functools
+
+from transformers import PreTrainedModel, Qwen3MoeConfig
+
+from ds_moe.config.deepspeed import resolve_deepspeed, zero_plan
+from ds_moe.doctor.plans import Plan, run_of
+from ds_moe.memory.predict import BUSY, predict
+from ds_moe.models.load import skeleton
+from tools.step_model.costs import Topology
+from tools.step_model.machines import Machine
 from tools.step_model.shapes import Decoder
-from tools.step_model.step_time import SMALLEST_BUCKET, layers_kept
-
-GIB = 2**30
-ADAM_BYTES = 12  # an element: fp32 master weight and two moments
-SUB_GROUP = 1e9  # elements that the optimizer takes at once
-HEADROOM = 0.95  # of a device's memory: the rest is lost to fragments
 
 
-def memory(topology: Topology, decoder: Decoder, runtime: float) -> dict[str, float]:
-    """Bytes by purpose, their sum the peak; `runtime` as in `Machine`."""
-    width, stage = topology.width, topology.zero_stage
-    held, owned = held_parameters(topology, decoder), owned_parameters(topology, decoder)
-    layer = gathered_layer(topology, decoder)
-    unreduced = min(held, owned + layer)  # partitions, and the layer whose gradients are not yet reduced
-    buckets = 2 * max(SMALLEST_BUCKET, decoder.D**2)
-    return {
-        "weights": width * (owned if stage == 3 else held),
-        "gathered weights": width * _gathered(topology, decoder) if stage == 3 else 0.0,
-        "gradients": width * (held if stage == 1 else unreduced),
-        "optimizer": ADAM_BYTES * owned,
-        "fp32 gradient of step": 4 * min(owned, SUB_GROUP),
-        "buckets": width * min(buckets, 2 * held),
-        **_activations(topology, decoder),
-        "runtime": runtime,
+def memory(topology: Topology, decoder: Decoder, machine: Machine) -> dict[str, float]:
+    """Bytes by purpose at the moment of a step that needs most, their sum the peak; rows are routed evenly.
+
+    Args:
+        topology: one that `check_topology` has nothing against.
+    """
+    model, on_cpu = outline(decoder), machine.name == "cpu"
+    settings = {
+        # What a micro-step keeps depends on its tokens, not on how they are cut into sequences.
+        "data.max_length": topology.tokens,
+        "train.gradient_checkpointing": topology.checkpointing,
+        "train.precision": topology.dtype,
     }
+    plan = Plan(topology.world, topology.ep_size, topology.zero_stage)
+    run = run_of(plan, decoder.name, model.config, settings)
+    run.train.global_batch_size *= topology.accumulation
+    ds = resolve_deepspeed(run, topology.world, on_cpu, decoder.D)
+    found = predict(model, run, zero_plan(ds), topology.world, on_cpu, streams_weights=False)
+    return {**found.device, "runtime": machine.runtime}
 
 
 def fits(parts: dict[str, float], device_bytes: float) -> bool:
-    return sum(parts.values()) <= HEADROOM * device_bytes
+    return sum(parts.values()) <= BUSY * device_bytes
 
 
-def _gathered(topology: Topology, decoder: Decoder) -> float:
-    """Elements complete at once: layers kept for their backward pass, and two layers or the output layer."""
-    layer = gathered_layer(topology, decoder)
-    largest = max(2 * layer, decoder.vocabulary * decoder.D)
-    return min(held_parameters(topology, decoder), layers_kept(topology, decoder) * layer + largest)
-
-
-def saved_bytes(topology: Topology, decoder: Decoder) -> float:
-    """What one MoE layer keeps for its backward pass; of an assignment: rows D, gate_up 2F and its fp32 weight."""
-    T, D, C, rows = topology.tokens, decoder.D, decoder.head_dim, busiest_rows(topology, decoder)
-    attention = 3 * C * (decoder.heads + 2 * decoder.kv_heads)  # projected, normalised, rotated
-    norms = 14 * D  # two RMSNorms that compute in fp32, and the residual stream
-    router = 3 * 4 * T * decoder.E  # logits, scores and the gradient's mask in fp32
-    experts = topology.width * rows * (D + 2 * decoder.F) + 4 * rows
-    return topology.width * T * (attention + norms) + experts + router
-
-
-def _activations(topology: Topology, decoder: Decoder) -> dict[str, float]:
-    T, D, width, rows = topology.tokens, decoder.D, topology.width, busiest_rows(topology, decoder)
-    layer = saved_bytes(topology, decoder)
-    boundary = width * T * D
-    exchange = width * D * (T * decoder.K + rows) if topology.ep_size > 1 else 0  # sent and received, one layer's
-    return {
-        "activations": decoder.layers * boundary + layer if topology.checkpointing else decoder.layers * layer,
-        "all-to-all buffers": exchange,
-        # One layer's gradients of gate_up, activation and rows.
-        "experts' workspace": width * rows * (D + 3 * decoder.F),
-        "logits": T * decoder.vocabulary * (width + 8),  # and an fp32 copy with its gradient
-    }
+@functools.cache
+def outline(decoder: Decoder) -> PreTrainedModel:
+    """The decoder in transformers, without storage."""
+    return skeleton(
+        Qwen3MoeConfig(
+            hidden_size=decoder.D,
+            num_hidden_layers=decoder.layers,
+            num_attention_heads=decoder.heads,
+            num_key_value_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            moe_intermediate_size=decoder.F,
+            num_experts=decoder.E,
+            num_experts_per_tok=decoder.K,
+            vocab_size=decoder.vocabulary,
+            mlp_only_layers=list(range(decoder.dense_layers)),
+            intermediate_size=decoder.dense_F,
+            tie_word_embeddings=decoder.tied,
+        )
+    )

@@ -42,8 +42,9 @@ def ep_sizes(decoder: Decoder, world: int) -> list[int]:
 
 
 def point(topology: Topology, decoder: Decoder, machine: Machine) -> Point:
-    parts = memory(topology, decoder, machine.runtime)
-    return Point(topology, estimate(topology, decoder, machine), parts, fits(parts, machine.memory))
+    figures = estimate(topology, decoder, machine)
+    parts = memory(topology, decoder, machine)
+    return Point(topology, figures, parts, fits(parts, machine.memory))
 
 
 def sweep(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from ds_moe.memory.predict import GIB
 from tools.step_model.costs import Topology
 from tools.step_model.machines import Machine
-from tools.step_model.memory import GIB
 from tools.step_model.sweep import Point, best
 
 
