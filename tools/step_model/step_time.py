@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ds_moe.memory.predict import REUSE_DISTANCE
+from ds_moe.config.zero_plan import ZeroPlan
 from tools.step_model.costs import (
     Operation,
     Topology,
@@ -29,6 +29,7 @@ from tools.step_model.machines import Machine
 from tools.step_model.shapes import Decoder, expert_parameters, model_flops, other_parameters
 
 COMPUTE, TRAFFIC, EXCHANGE, ZERO, OPTIMIZER = "FLOPs", "memory traffic", "all-to-all", "ZeRO", "optimizer"
+REUSE_DISTANCE = ZeroPlan.reuse_distance  # DeepSpeed's default
 SMALLEST_BUCKET = 2**24  # elements; ds_moe's "auto" buckets: max(this, D^2)
 COUNT_BYTES, WEIGHT_BYTES = 8, 4  # what travels beside rows: int64 counts of experts, fp32 combine weights
 LAYER_TENSORS = 5  # q, k, v, o and router, gathered one by one; smaller ones stay (stage3_param_persistence_threshold)
