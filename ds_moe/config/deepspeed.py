@@ -98,6 +98,7 @@ def zero_plan(resolved: dict[str, Any]) -> ZeroPlan:
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_param=_offloads(zero, "offload_param"),
         bf16=section(resolved, "bf16").get("enabled", False),
+        fp32_sums=section(resolved, "data_types").get("grad_accum_dtype") in FP32_NAMES,
         **{name: zero[key] for name, key in sizes.items() if zero.get(key) is not None},
     )
 
@@ -116,6 +117,22 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     raise UserError(
         f"{config.at('train.global_batch_size')}: train.global_batch_size {total} is not a multiple of "
         f"micro_batch_size {micro} x {world_size} ranks = {step}; {advice}"
+    )
+
+
+def summed_in_bf16(config: RunConfig, zero: ZeroPlan, world_size: int) -> str | None:
+    """A warning where the gradients of several micro-batches are summed with the 8 bits of a bf16's mantissa."""
+    count = accumulation_steps(config, world_size)
+    if count == 1 or zero.sum_width == 4:
+        return None
+    fix = (
+        "use stage 2 or 3, whose shipped JSONs sum in fp32"
+        if zero.stage == 1
+        else 'set data_types.grad_accum_dtype to "fp32" in it'
+    )
+    return (
+        f"{config.at('deepspeed')}: the gradients of {count} micro-batches are summed in bf16, where what is less than "
+        f"1/256 of the sum is lost: {fix}, or make train.micro_batch_size larger"
     )
 
 

@@ -20,6 +20,7 @@ class ZeroPlan:
         reuse_distance: stage 3 keeps a gathered weight that is used again within this many elements of its trace.
         max_live: gathered weights that stage 3 holds at most.
         bf16: whether weights and gradients are bf16; else they are fp32.
+        fp32_sums: whether gradients of micro-batches are summed in fp32 (stages 2 and 3) although they are bf16.
     """
 
     stage: int
@@ -30,8 +31,14 @@ class ZeroPlan:
     reuse_distance: float = 1e9
     max_live: float = 1e9
     bf16: bool = False
+    fp32_sums: bool = False
 
     @property
     def width(self) -> int:
         """Bytes of a weight or gradient."""
         return 2 if self.bf16 else 4
+
+    @property
+    def sum_width(self) -> int:
+        """Bytes of a gradient that is summed over micro-batches."""
+        return 4 if self.fp32_sums else self.width

@@ -9,7 +9,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from ds_moe.config.check import warmup_problem
-from ds_moe.config.deepspeed import deepspeed_problems, precision, trains_on_cpu, zero_plan
+from ds_moe.config.deepspeed import deepspeed_problems, precision, summed_in_bf16, trains_on_cpu, zero_plan
 from ds_moe.config.rules.rule import written
 from ds_moe.doctor.case import GIB, Case, Device, Finding
 from ds_moe.errors import UserError
@@ -112,6 +112,8 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
         f"{train.global_batch_size} samples a step; EP {ep_size} x EDP {case.world_size // ep_size}, ZeRO "
         f"{case.zero.stage}, {precision(config, case.device.on_cpu)}",
     )
+    if warning := summed_in_bf16(config, case.zero, case.world_size):
+        yield Finding("warning", warning)
 
 
 def check_resume(case: Case) -> Iterator[Finding]:

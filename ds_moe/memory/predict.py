@@ -111,7 +111,7 @@ def _states(share: Shares, zero: ZeroPlan) -> tuple[dict[str, float], dict[str, 
     host: dict[str, float] = {}
     if zero.offload_optimizer:
         host["optimizer"] = device.pop("optimizer")
-        host["gradients"] = zero.width * share.owned_trained
+        host["gradients"] = zero.sum_width * share.owned_trained
         host["fp32 gradient of step"] = 4 * share.owned_trained
     if zero.offload_param:
         host["weights"] = device.pop("weights")
@@ -129,7 +129,7 @@ def _moments(
     """What comes on top of the states at each moment."""
     stage, width = zero.stage, zero.width
     accumulates = config.train.global_batch_size > config.train.micro_batch_size * world_size
-    owned = 0.0 if zero.offload_optimizer else width * share.owned_trained
+    owned = 0.0 if zero.offload_optimizer else zero.sum_width * share.owned_trained
     unreduced = width * max(share.largest.trained, share.table_trained)
     buffer, copy = _buckets(share, zero, on_cpu)
     gathered = width * _gathered(share, zero, config.train.gradient_checkpointing) if stage == 3 else 0.0
@@ -182,9 +182,9 @@ def _kept_free(moments: dict[str, dict[str, float]], parts: dict[str, float]) ->
 
 def _flat_gradient(share: Shares, zero: ZeroPlan) -> float:
     """Bytes of the gradient that Adam gets: of one optimizer group at once (ZeRO-3: of at most `sub_group_size`),
-    flattened in the dtype of the weights, then in fp32."""
+    flattened in the dtype that gradients are summed in, then in fp32."""
     elements = min(share.group, zero.sub_group) if zero.stage == 3 else share.group
-    return elements * (4 + zero.width if zero.bf16 else 4)
+    return elements * (4 + zero.sum_width if zero.sum_width < 4 else 4)
 
 
 def _buckets(share: Shares, zero: ZeroPlan, on_cpu: bool) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import torch
 from ds_moe.checkpoint.files import step_folders
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.check import check_model, warmup_problem
-from ds_moe.config.deepspeed import precision, resolve_deepspeed, zero_plan
+from ds_moe.config.deepspeed import precision, resolve_deepspeed, summed_in_bf16, zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.data.stream import EvalSet, TrainStream
@@ -56,7 +56,8 @@ def set_up(config: RunConfig) -> Run:
     hidden_size = outline.config.get_text_config().hidden_size
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
     kind.set_trainable(outline, config)
-    memory = predict(outline, config, zero_plan(ds_config), topology.world_size, on_cpu(), kind.streams_weights)
+    zero = zero_plan(ds_config)
+    memory = predict(outline, config, zero, topology.world_size, on_cpu(), kind.streams_weights)
     dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
     model = load_model(config.model, dtype, config.train.seed, unread=kind.streams_weights)
     context = prepare_model(
@@ -76,6 +77,8 @@ def set_up(config: RunConfig) -> Run:
     )
     if config.monitor.tensorboard:
         count_load(moe_layers(engine.module), len(stream.kinds))
+    if warning := summed_in_bf16(config, zero, topology.world_size):
+        monitor.note(f"warning: {warning}")
     parts = TrainingParts(config, topology, engine, context, processor, stream, eval_set, monitor.note)
     patience = EarlyStopping(config.train.patience) if config.train.patience else None
     return Run(parts, kind.make(parts), progress, monitor, memory, watch, stop, patience)
