@@ -95,6 +95,13 @@ def tokenize(turns: tuple[Turn, ...], processor: Any, image_tokens: list[int]) -
     return Tokens(ids, label, prompt)
 
 
+def end_token(processor: Any) -> int | None:
+    """The token with which the template ends an answer, which labels teach; None for a template without one."""
+    layout = _layout(processor, (("user", (False,)), ("assistant", (False,))))
+    last = [item for item in layout.items if item.label][-1]
+    return last.token_id if isinstance(last, Control) else None
+
+
 def _runs(layout: Layout, texts: list[str]) -> list[tuple[str | Control, bool, bool]]:
     """Items with neighbouring texts joined, as a tokenizer would see them, except where the labels change.
 

@@ -19,9 +19,31 @@ def check_data(case: Case) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("error", f"{config.at('model')}: {error}")
         processor = None
+    if processor is not None and case.folder is not None:
+        yield from _end_token(case, processor)
     for split in ("train", "eval"):
         if getattr(config.data, split) is not None:
             yield from _check_split(case, split, processor)
+
+
+def _end_token(case: Case, processor: Any) -> Iterator[Finding]:
+    """Whether generation of this folder stops at the token that answers are taught to end with."""
+    from transformers import GenerationConfig
+
+    from ds_moe.data.chat_template import end_token
+    from ds_moe.models.generation import stop_tokens
+
+    taught = end_token(processor)
+    try:
+        stops = stop_tokens(GenerationConfig.from_pretrained(case.folder))
+    except OSError:  # transformers then derives one from the model's config
+        stops = stop_tokens(GenerationConfig.from_model_config(case.model))
+    if taught is not None and taught not in stops:
+        name = processor.tokenizer.convert_ids_to_tokens
+        own = ", ".join(map(str, name(stops))) or "no token"
+        text = f"generation of {case.folder} stops at {own}, while its chat template ends answers with {name(taught)}"
+        where = case.config.at("model.path")
+        yield Finding("warning", f"{where}: {text}: evaluations, checkpoints and exports of this run stop at both")
 
 
 def _processor(case: Case) -> Any:

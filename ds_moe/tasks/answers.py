@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ds_moe.data.stream import EvalSet
 from ds_moe.distributed import over_ranks, parallel, raise_together, to_device
+from ds_moe.models.generation import own_generation_config
 from ds_moe.models.vision import encode_blank, has_vision
 from ds_moe.monitor import EvalReport, ShownSample
 
@@ -82,13 +83,15 @@ def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering
     """Greedy answers to left-padded prompts. Ranks keep step until the last one has finished its longest answer."""
     if parallel() and has_vision(model) and "pixel_values" not in prompt:
         encode_blank(model, prompt["input_ids"].device)  # `generate` encodes the other ranks' images at this point
-    tokens = model.generate(
-        **prompt,
+    own = model.generation_config
+    greedy = GenerationConfig(
         max_new_tokens=answering.max_new_tokens,
         do_sample=False,
-        use_cache=True,
-        synced_gpus=parallel(),
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
     )
+    with own_generation_config(model):
+        tokens = model.generate(**prompt, generation_config=greedy, use_cache=True, synced_gpus=parallel())
     answers = tokens[:, prompt["input_ids"].shape[1] :]
     return [text.strip() for text in answering.processor.batch_decode(answers, skip_special_tokens=True)]
 

@@ -15,6 +15,7 @@ from ds_moe.config.check import check_model, warmup_problem
 from ds_moe.config.deepspeed import precision, resolve_deepspeed, summed_in_bf16, zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BAD_RECORDS
+from ds_moe.data.chat_template import end_token
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.distributed import Topology, raise_together
 from ds_moe.engine.build import build_engine
@@ -25,6 +26,7 @@ from ds_moe.faults.signals import StopRequest
 from ds_moe.faults.watchdog import watch_job
 from ds_moe.memory.predict import predict
 from ds_moe.models.convert import moe_layers
+from ds_moe.models.generation import stop_at
 from ds_moe.models.load import load_model, model_config, skeleton
 from ds_moe.models.processor import Processor, processor_of
 from ds_moe.monitor import make_monitor
@@ -60,6 +62,8 @@ def set_up(config: RunConfig) -> Run:
     memory = predict(outline, config, zero, topology.world_size, on_cpu(), kind.streams_weights)
     dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
     model = load_model(config.model, dtype, config.train.seed, unread=kind.streams_weights)
+    if (end := end_token(processor)) is not None:
+        stop_at(model, end)
     context = prepare_model(
         model, config, topology, set_trainable=kind.prepare, keep_ranks_in_step=not kind.runs_vision_itself
     )

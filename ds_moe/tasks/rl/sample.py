@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import ModelConfig
 from ds_moe.data.chat import Sample
+from ds_moe.data.chat_template import end_token
 from ds_moe.data.encode import Encoded, collate_prompts, encode
 from ds_moe.data.encoder import open_records
 from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.errors import UserError
 from ds_moe.export.model import DTYPES, export_checkpoint
+from ds_moe.models.generation import own_generation_config
 from ds_moe.models.load import load_model
 from ds_moe.models.processor import load_processor
 from ds_moe.replay import RoutingRecorder, RoutingTrace, joined, to_record
@@ -111,7 +113,7 @@ def generate_rollouts(
             raise UserError(f"{sample.where}: {error}") from error
     jobs = [number for number in range(len(samples)) for _ in range(per_prompt)]
     completions: list[dict[str, Any]] = []
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), _own_generation_config(model):
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), own_generation_config(model):
         torch.manual_seed(seed)
         for start in range(0, len(jobs), batch_size):
             prompts = [encoded[number] for number in jobs[start : start + batch_size]]
@@ -125,17 +127,6 @@ def generate_rollouts(
         facts |= {"answer": sample.answer, "images": sample.images}
         records.append(record | facts | ({"kind": sample.kind} if sample.kind else {}))
     return records
-
-
-@contextmanager
-def _own_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Without a folder's generation config: what a call leaves open, such as a repetition penalty or min_p, comes from
-    there, and the samples would not be those of their log-probs."""
-    folders, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = folders
 
 
 class _SampledLogProbs(LogitsProcessor):
@@ -165,9 +156,12 @@ def _complete(
     batch = {key: value.to(model.device) for key, value in collate_prompts(prompts, processor).items()}
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+    ends = list(
+        dict.fromkeys(end for end in (end_token(processor), processor.tokenizer.eos_token_id) if end is not None)
+    )
+    pad = processor.tokenizer.pad_token_id
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, **sampling)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling)
     scored = _SampledLogProbs(temperature or 1.0)
     experts = getattr(model.config.get_text_config(), "num_experts", None)
     width = batch["input_ids"].shape[1]
@@ -176,7 +170,7 @@ def _complete(
     new_BN, logprob_BN = output[:, width:].cpu(), scored.of(output[:, width:]).cpu()
     routing_BSLK = joined(recorder.take(), len(prompts)).cpu().numpy() if recorder else None
     for row, one in enumerate(prompts):
-        length = _completion_length(new_BN[row], eos)
+        length = _completion_length(new_BN[row], ends)
         new = new_BN[row, :length].tolist()
         tokens = one.input_ids[: one.prompt].tolist() + new
         first = width - one.prompt  # behind the padding on the left
@@ -190,10 +184,10 @@ def _complete(
         }
 
 
-def _completion_length(new_N: Tensor, eos: int) -> int:
-    """Tokens up to the end token, it included; all where there is none."""
-    ends = (new_N == eos).nonzero()
-    return int(ends[0]) + 1 if len(ends) else len(new_N)
+def _completion_length(new_N: Tensor, ends: list[int]) -> int:
+    """Tokens up to the first that ends a completion, it included; all where there is none."""
+    found = torch.isin(new_N, torch.tensor(ends)).nonzero()
+    return int(found[0]) + 1 if len(found) else len(new_N)
 
 
 def write_rollouts(records: list[dict[str, Any]], file: Path) -> None:

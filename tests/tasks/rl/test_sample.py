@@ -147,8 +147,8 @@ def test_records_are_whole(model, processor, samples):
 
 
 def test_the_end_token_belongs_to_the_completion():
-    assert tool._completion_length(torch.tensor([4, 9, 9, 0]), eos=9) == 2
-    assert tool._completion_length(torch.tensor([4, 5]), eos=9) == 2
+    assert tool._completion_length(torch.tensor([4, 9, 9, 0]), ends=[9]) == 2
+    assert tool._completion_length(torch.tensor([4, 5]), ends=[9]) == 2
 
 
 def test_a_completion_with_image_tokens_is_left_out(model, processor, samples, monkeypatch):
