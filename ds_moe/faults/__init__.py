@@ -1,5 +1,5 @@
-"""How a run ends before its time.
+"""How a run ends before it is complete.
 
-signals.py    SIGTERM, SIGINT, SIGUSR1: a checkpoint at the end of the step
-watchdog.py   a rank without progress: the job ends, and the rank is named
+signals.py    SIGTERM, SIGINT and SIGUSR1 end it after a checkpoint at the end of the step
+watchdog.py   a rank that dies or makes no progress ends the job, and is named
 """

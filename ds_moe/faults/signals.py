@@ -1,7 +1,8 @@
 """Signals that end a run at the end of a step, with a checkpoint.
 
-A signal may reach one rank only, or all at different steps: ranks compare what they have received in a reduction that
-every step makes anyway, and stop after the same one. The exit status is then 128 + the signal, as in shells.
+A signal may reach one rank only, or reach the ranks in different steps. Every step has an all-reduce anyway; in it the
+ranks tell each other what they have received, and so all stop after the same step. The exit status is 128 + the signal,
+as in shells.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """A signal has ended the run; its checkpoint is written."""
+    """A signal has ended the run, and the checkpoint is written."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(f"stopped by {number.name}")
@@ -27,17 +28,19 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """What signals this rank has received; made in the main thread, whose handlers it replaces until `close`.
+    """Records the signals that this rank receives. Make it in the main thread; it replaces the handlers until `close`.
 
-    A signal ends the process at once until `wait_for_step`. After it a signal is only noted, but for a second SIGINT
-    (somebody who presses Ctrl-C again means it), and the process has `deadline_s` to end by itself.
+    Before `wait_for_step` is called, a signal ends the process at once. Afterwards a signal is only recorded, and the
+    process has `deadline_s` to end by itself; a second SIGINT ends it at once, because somebody pressed Ctrl-C again.
 
-    Python runs a handler only between its own instructions, which may be long after the signal: in a collective, for
-    one. A socket that the C handler writes to wakes a thread at once.
+    Python runs its handlers only between two of its own instructions, which can be long after the signal, for example
+    if the main thread waits in a collective. C code can wake another thread at once: Python's C handler writes the
+    number of the signal to a socket, and a thread of this class reads it.
 
     Args:
-        rank: for messages.
-        where: what the rank is doing, for messages.
+        rank: this rank, for messages.
+        deadline_s: seconds between the first signal and a forced end.
+        where: tells what the rank is doing, for messages.
     """
 
     def __init__(self, rank: int, deadline_s: float, where: Callable[[], str]) -> None:
@@ -51,15 +54,15 @@ class StopRequest:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def wait_for_step(self) -> None:
-        """From now on the end of a step is waited for."""
+        """From now on, let the step end before the process ends."""
         self._at_once = False
 
     def close(self) -> None:
-        """Give the handlers back."""
+        """Restore the handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        self._sender.close()  # `_listen` ends
+        self._sender.close()  # ends `_listen`
 
     def _listen(self) -> None:
         while numbers := self._receiver.recv(1):
@@ -89,20 +92,20 @@ class StopRequest:
         print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True)
 
     def votes(self) -> list[float]:
-        """One number for each of `SIGNALS`, to be added up over the ranks."""
+        """One number for each of `SIGNALS`, 1 for the one that this rank received; to be summed over the ranks."""
         return [float(number == self.received) for number in SIGNALS]
 
 
 def agreed(votes: Sequence[float]) -> signal.Signals | None:
-    """The signal that all ranks obey, from their votes' sums."""
+    """The signal that all ranks obey, given the sums of their votes; None: nobody received one."""
     return next((number for number, count in zip(SIGNALS, votes, strict=True) if count), None)
 
 
 def leave_to_parent(_: int = 0) -> None:
-    """For a data worker: its rank decides when it ends. Launchers signal every process they find."""
+    """Make a data worker ignore signals, so that its rank decides when it ends: launchers signal every process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _noted(number: int, frame: FrameType | None) -> None:
-    """The C handler has written to the pipe: that was all."""
+    """Do nothing: Python's C handler has already written to the socket."""

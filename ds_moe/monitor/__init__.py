@@ -1,11 +1,15 @@
 """Watching a run: TensorBoard curves and pictures, a progress bar or log lines, a closing table.
 
-monitor.py       the object the loop talks to; rank 0 only, silent elsewhere
-reports.py       what the loop reports        meters.py     what is computed from it
-board.py         TensorBoard                  progress.py   terminal and log file
-heatmap.py       layer x expert load          gallery.py    evaluated samples
-coactivation.py  experts that share tokens    flops.py      FLOPs of a token, peak of a device
-plot.py          the curves of a finished run as one picture
+monitor.py       the object that the training loop talks to; on rank 0 only, silent elsewhere
+reports.py       what the loop reports
+meters.py        the numbers that are computed from the reports
+flops.py         FLOPs of a token, and the peak of a device
+progress.py      the terminal and log files
+board.py         TensorBoard
+heatmap.py       picture: load of each layer's experts
+coactivation.py  picture: experts that serve the same tokens
+gallery.py       picture: evaluated samples
+plot.py          picture: the curves of a finished run
 """
 
 from ds_moe.monitor.monitor import Monitor, make_monitor

@@ -6,15 +6,14 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ds_moe.monitor.gallery import INK
-from ds_moe.monitor.heatmap import index_ticks
+from ds_moe.monitor.heatmap import INK, index_ticks
 
 
 def coactivation(pairs_EE: np.ndarray) -> np.ndarray:
     """Share of the tokens of expert i (row) that also use expert j (column), (E, E) float64.
 
-    The diagonal and the row of an expert without tokens are NaN. With independent choices every entry would be the
-    column expert's share of tokens.
+    The diagonal and the rows of experts without tokens are NaN. If tokens chose their experts independently, every
+    entry would be the column expert's share of all tokens.
     """
     own_E1 = np.diag(pairs_EE).astype(np.float64)[:, None]
     own_E1[own_E1 == 0] = np.nan
@@ -24,7 +23,7 @@ def coactivation(pairs_EE: np.ndarray) -> np.ndarray:
 
 
 def draw_coactivation(pairs_EE: np.ndarray, caption: str) -> np.ndarray:
-    """The picture as uint8 (height, width, 3); grey is what has no value."""
+    """The picture as uint8 (height, width, 3). Entries without a value are grey."""
     figure = Figure(figsize=(4.6, 4.4), dpi=100, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.12, 0.08, 0.68, 0.78))

@@ -15,15 +15,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL.Image import Image
 
+from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.reports import ShownSample
 
-INK, FAINT = "#222222", "#6B6B6B"
-RIGHT, WRONG = "#0072B2", "#D55E00"  # blue and vermilion of Okabe & Ito: apart under every common colour blindness
+# Blue and vermilion of Okabe & Ito, which people with any common colour blindness can tell apart.
+RIGHT, WRONG = "#0072B2", "#D55E00"
 _COLUMN, _ROW, _HEAD = 2.5, 3.5, 0.5  # inches
 
 
 def sample_gallery(samples: Sequence[ShownSample], caption: str) -> np.ndarray:
-    """At least one sample as uint8 (height, width, 3); narrow, because TensorBoard's cards are."""
+    """Draw one sample or more as uint8 (height, width, 3). The picture is narrow, as TensorBoard's cards are."""
     columns = min(len(samples), 2 if len(samples) <= 4 else 3)
     rows = -(-len(samples) // columns)
     width, height = max(_COLUMN * columns, 3.4), _HEAD + _ROW * rows
@@ -36,7 +37,7 @@ def sample_gallery(samples: Sequence[ShownSample], caption: str) -> np.ndarray:
         _draw_sample(figure.add_axes((x / width, y / height, side / width, side / height)), sample)
     figure.text(0.18 / width, 1 - 0.25 / height, caption, fontsize=10.5, color=INK, va="center")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn instead
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # matplotlib draws a box for such a letter
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -76,14 +77,14 @@ def _draw_sample(axes: Axes, sample: ShownSample) -> None:
 
 
 def _thumbnail(image: Image) -> Image:
-    """A copy that is cheap to draw: a held-out photograph may have many millions of pixels."""
+    """A small copy: a held-out photograph may have many millions of pixels, which would be slow to draw."""
     small = image.convert("RGB")
     small.thumbnail((320, 320))
     return small
 
 
 def _wrapped(text: str, width: int, most: int) -> list[str]:
-    """`text` on at most `most` lines of `width` narrow (or half as many East Asian) characters."""
+    """Wrap a text into at most `most` lines of `width` characters; East Asian characters are twice as wide."""
     if any(unicodedata.east_asian_width(letter) in "WF" for letter in text):
         width //= 2
     return textwrap.wrap(text, width, max_lines=most, placeholder=" ...") or [""]
@@ -91,7 +92,7 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
 
 @functools.cache
 def _font_families() -> list[str]:
-    """DejaVu Sans, and a CJK face behind it where one is installed: questions come in any language."""
+    """DejaVu Sans, then any installed CJK fonts for the letters it lacks: questions come in any language."""
     installed = set(font_manager.get_font_names())
     cjk = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC")
     return ["DejaVu Sans", *(name for name in cjk if name in installed)]

@@ -1,7 +1,7 @@
-"""The layer x expert load heat map.
+"""The heat map of expert load: layers down, experts across.
 
-Drawn with matplotlib's Agg canvas and without pyplot, whose global state is not safe outside the main thread.
-Blue, white and red stay apart under every common colour blindness; a dead expert is black.
+It is drawn on matplotlib's Agg canvas, without pyplot, whose global state is not safe outside the main thread. People
+with any common colour blindness can tell its blue, white and red apart; a dead expert is black.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from matplotlib.figure import Figure
 from ds_moe.monitor.meters import max_vio, relative_load
 
 INK, FAINT = "#222222", "#6B6B6B"
-_SMALL_CELLS = 64  # panels up to this size have lines between the cells, and numbers where asked for
-_LOG2_RANGE = 2.0  # colours end at 1/4 and 4 times the fair share
+_SMALL_CELLS = 64  # panels of at most so many cells have lines between them, and may have numbers in them
+_LOG2_RANGE = 2.0  # the colours range from 1/4 to 4 times the fair share
 
 
 class LoadPanel:
-    """The load of one kind of token on `axes`: made once, shown again with other counts.
+    """The load of one kind of token, drawn on `axes`. A panel is made once and can `show` other counts later.
 
-    `numbers` writes the load into each cell of a small panel, at 0.7 ms a cell and showing: right for a figure of a
-    document, too slow for one drawn during a run.
+    `numbers` writes the load into each cell of a small panel. That takes 0.7 ms a cell each time, which suits a figure
+    for a document and is too slow during a run.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class LoadPanel:
         dead = int((load_LE == 0).sum())
         self._cells.set_array(_log2_load(load_LE))
         self._balance.set_text(f"MaxVio {max_vio(counts_LE):.2f}" + (f", {dead} dead" if dead else ""))
-        for number, load in zip(self._numbers, load_LE.flat, strict=False):  # there may be no numbers
+        for number, load in zip(self._numbers, load_LE.flat, strict=False):  # the list is empty without `numbers`
             number.set_text("-" if np.isnan(load) else f"{load:.2f}" if load < 9.95 else f"{load:.0f}")
             number.set_color(INK if 0.35 < load < 2.8 or np.isnan(load) else "white")
 
 
 class LoadHeatMap:
-    """One panel a kind of token, one below the other.
+    """A panel for each kind of token, one below the other.
 
-    Frame, ticks and labels are drawn once; later draws repaint only what changes, at a fraction of the cost.
+    Frame, ticks and labels are drawn once. Later draws repaint only what changes, at a fraction of the cost.
     """
 
     def __init__(self, layers: int, experts: int, kinds: tuple[str, ...]) -> None:
@@ -104,7 +104,7 @@ class LoadHeatMap:
         )
         self._changing = [self._caption, *(artist for panel in self._panels.values() for artist in panel.changing)]
         for artist in self._changing:
-            artist.set_animated(True)  # left out of canvas.draw()
+            artist.set_animated(True)  # so that canvas.draw() leaves it out
         self._canvas.draw()
         self._still = self._canvas.copy_from_bbox(self.figure.bbox)
 
@@ -130,18 +130,18 @@ def draw_load_scale(axes: Axes) -> None:
 
 @functools.cache
 def _load_colors() -> tuple[Colormap, Normalize]:
-    """Colours of log2(load / fair share); `under` is a dead expert, `bad` a layer without tokens."""
+    """Colours of log2(load / fair share): matplotlib's `under` for a dead expert, `bad` for a layer without tokens."""
     return colormaps["RdBu_r"].with_extremes(under="black", bad="#DDDDDD"), Normalize(-_LOG2_RANGE, _LOG2_RANGE)
 
 
 def _log2_load(load_LE: np.ndarray) -> np.ndarray:
-    """log2 of the load, held in the scale's range; a dead expert lies below it, NaN stays (masked)."""
+    """log2 of the load, clipped to the scale's range; a dead expert lies below the range, and NaN is masked."""
     clipped_LE = np.clip(load_LE, 2**-_LOG2_RANGE, 2**_LOG2_RANGE)
     return np.ma.masked_invalid(np.where(load_LE == 0, -_LOG2_RANGE - 1, np.log2(clipped_LE)))
 
 
 def index_ticks(count: int) -> tuple[np.ndarray, list[str]]:
-    """Tick positions in the middle of cells, and their indices: every one of a few, every 2^n-th of many."""
+    """Tick positions in the middle of cells, and the cells' indices. Of many cells, only every 2^n-th has a tick."""
     stride = 1
     while count / stride > 16:
         stride *= 2

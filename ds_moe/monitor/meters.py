@@ -1,4 +1,4 @@
-"""Numbers derived from the reports: balance of the experts, averages over a window, memory, time left."""
+"""Numbers that are computed from the reports: balance of the experts, averages over a window, memory, time left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ds_moe.monitor.reports import RoutingReport, StepReport
 
 
 def relative_load(counts_LE: np.ndarray) -> np.ndarray:
-    """Load relative to uniform, (L, E) float64: 1 a fair share, 0 a dead expert, NaN a layer without assignments."""
+    """Load divided by the fair share, (L, E) float64: 0 for a dead expert, NaN in a layer without assignments."""
     total_L1 = counts_LE.sum(axis=1, keepdims=True).astype(np.float64)
     total_L1[total_L1 == 0] = np.nan
     return counts_LE * counts_LE.shape[1] / total_L1
@@ -23,8 +23,8 @@ def relative_load(counts_LE: np.ndarray) -> np.ndarray:
 def max_vio(counts_LE: np.ndarray) -> float:
     """MaxVio = max_e load / mean load - 1 of each layer, averaged over the layers (Wang et al. 2024, arXiv 2408.15664).
 
-    0 is perfect balance, E - 1 every token on one expert. Layers without assignments do not count;
-    NaN when there is no layer left.
+    0 is perfect balance; E - 1 means that every token goes to one expert. Layers without assignments do not count; if
+    there is no other layer, the result is NaN.
     """
     load_LE = relative_load(counts_LE)
     load_LE = load_LE[~np.isnan(load_LE[:, 0])]
@@ -32,7 +32,7 @@ def max_vio(counts_LE: np.ndarray) -> float:
 
 
 def split_by_kind(counts_LE: np.ndarray, image_counts_LE: np.ndarray) -> dict[str, np.ndarray]:
-    """Counts of all tokens, and of text and image tokens apart where there are both."""
+    """The counts of all tokens, and if there are both text and image tokens, also those of each."""
     kinds = {"all": counts_LE}
     text_counts_LE = counts_LE - image_counts_LE
     if image_counts_LE.any() and text_counts_LE.any():
@@ -41,7 +41,7 @@ def split_by_kind(counts_LE: np.ndarray, image_counts_LE: np.ndarray) -> dict[st
 
 
 def mean_by_name(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each figure over the reports that have it."""
+    """The mean of each value over the reports that have it."""
     values: dict[str, list[float]] = {}
     for report in reports:
         for name, value in report.items():
@@ -50,14 +50,15 @@ def mean_by_name(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def tag(kind: str) -> str:
-    """A kind of record as part of a TensorBoard tag."""
+    """Turn the name of a kind of record into a part of a TensorBoard tag."""
     return re.sub(r"[^\w.-]+", "_", kind)
 
 
 def routing_scalars(report: RoutingReport) -> dict[str, float]:
     """The `moe/*` scalars of one routing report."""
     kinds = split_by_kind(report.counts_LE, report.image_counts_LE)
-    scalars = {f"moe/max_vio_{kind}" if kind != "all" else "moe/max_vio": max_vio(n_LE) for kind, n_LE in kinds.items()}
+    scalars = {"moe/max_vio": max_vio(kinds.pop("all"))}
+    scalars |= {f"moe/max_vio_{kind}": max_vio(counts_LE) for kind, counts_LE in kinds.items()}
     scalars |= {
         f"moe/max_vio_kind_{tag(kind)}": max_vio(n_LE) for kind, n_LE in report.kind_counts_LE.items() if n_LE.any()
     }
@@ -77,14 +78,17 @@ def routing_scalars(report: RoutingReport) -> dict[str, float]:
 
 
 class DeadExperts:
-    """Experts that got no token for a number of optimizer steps; each is told once, and again if it dies again."""
+    """Finds experts that got no token for `alarm_steps` optimizer steps.
+
+    Each is reported once, and again only if it has had tokens in between.
+    """
 
     def __init__(self, alarm_steps: int) -> None:
         self.alarm_steps = alarm_steps
         self._idle_LE: np.ndarray | None = None
 
     def newly_dead(self, counts_LE: np.ndarray, steps: int) -> list[tuple[int, int]]:
-        """(layer, expert) of those that reach the limit with the counts of `steps` more steps."""
+        """Add the counts of `steps` more steps; return (layer, expert) of those that now reach the limit."""
         before_LE = np.zeros(counts_LE.shape, np.int64) if self._idle_LE is None else self._idle_LE
         self._idle_LE = np.where(counts_LE == 0, before_LE + steps, 0)
         dead_LE = (before_LE < self.alarm_steps) & (self._idle_LE >= self.alarm_steps)
@@ -93,7 +97,7 @@ class DeadExperts:
 
 @dataclass
 class Throughput:
-    """What turns tokens a second into a share of the hardware's peak: both known, or no MFU."""
+    """What is needed to turn tokens a second into MFU, a share of the hardware's peak. Without both there is no MFU."""
 
     flops_per_token: float | None  # forward and backward, of the activated parameters
     peak_flops: float | None  # FLOP/s of all ranks together
@@ -112,8 +116,10 @@ class Window:
     reports: list[StepReport] = field(default_factory=list)
 
     def close(self, throughput: Throughput) -> dict[str, float]:
-        """The `train/*` and `perf/*` scalars of the window, which starts anew. Rates are over step time only,
-        so that evaluations and checkpoints in between do not lower them."""
+        """Return the `train/*` and `perf/*` scalars of the window, and empty it.
+
+        Rates are over the time of the steps alone, so that evaluations and checkpoints in between do not lower them.
+        """
         steps, self.reports = self.reports, []
         taken = [step for step in steps if step.taken] or steps
         seconds = max(sum(step.step_s for step in steps), 1e-9)
@@ -139,7 +145,7 @@ class Window:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process in GiB: the accelerator's allocator where one is in use, else resident memory."""
+    """Peak memory of this process in GiB: on the accelerator if one is in use, else resident in main memory."""
     import torch
 
     if torch.accelerator.is_available():
@@ -152,9 +158,9 @@ def peak_memory_gib() -> float:
 
 @dataclass
 class Clock:
-    """Time left, from the wall time between steps: evaluations and checkpoints are part of the wait.
+    """Estimates the time left from the wall time between steps, which includes evaluations and checkpoints.
 
-    The first step carries one-off costs (compilation, allocator warm-up), so counting starts behind it.
+    The first step does not count, because it has costs of its own (compilation, warm-up of the allocator).
     """
 
     total_steps: int
@@ -162,7 +168,7 @@ class Clock:
     first_s: float = 0.0
 
     def seconds_left(self, step: int, now_s: float, step_s: float) -> float:
-        """Estimated seconds after `step`; `step_s` stands in while only one step is done."""
+        """Estimated seconds from `step` to the end. After the first step, its time `step_s` is the only estimate."""
         if self.first_step is None:
             self.first_step, self.first_s = step, now_s
         done = step - self.first_step

@@ -1,6 +1,6 @@
-"""The monitor of one run: reports in, curves, pictures, progress and a closing table out.
+"""The monitor of one run turns reports into curves, pictures, progress and a closing table.
 
-Rank 0 has a `RunMonitor`; every other rank has the base class, which does nothing. The loop calls both alike, so that
+Rank 0 has a `RunMonitor`, every other rank a `Monitor`, which does nothing. The training loop calls both alike, so that
 it needs no `if rank == 0`.
 """
 
@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -22,43 +22,56 @@ from ds_moe.monitor.meters import Clock, DeadExperts, Throughput, Window, routin
 from ds_moe.monitor.progress import Display, Lines, make_display, print_table
 from ds_moe.monitor.reports import EvalReport, RoutingReport, StepReport
 
-_NAMED_EXPERTS = 8  # in one alarm
+if TYPE_CHECKING:
+    from ds_moe.monitor.board import Board
+
+_NAMED_EXPERTS = 8  # an alarm names at most so many
 
 
 class Monitor:
-    """What every rank can call. This base class only knows which steps are log steps."""
+    """What every rank can call. This base class does nothing, except that it knows which steps are log steps."""
 
     def __init__(self, config: MonitorConfig, total_steps: int) -> None:
         self.config = config
         self.total_steps = total_steps
 
     def is_log_step(self, step: int) -> bool:
-        """True on all ranks at the steps whose routing counts should be reduced and reported: the first (a long run
-        should show a number soon, and its warm-up in a window of its own), every `log_every`-th and the last."""
+        """Whether routing counts are to be reduced and reported at this step; the same on all ranks.
+
+        Log steps are the first, every `log_every`-th and the last. The first one shows a number soon in a long run, and
+        keeps the costs of its warm-up in a window of its own.
+        """
         return step in (1, self.total_steps) or step % self.config.log_every == 0
 
-    def start(self, first_step: int, summary: str, hparams: Mapping[str, Any]) -> None:
-        """Before the first step. `first_step`: number of the step to come, 1 for a new run, saved step + 1 after a
-        resume; `summary`: the topology and parameter table, shown as it is; `hparams`: the config, nested or flat."""
+    def start(self, first_step: int, summary: str, hparams: Mapping[str, object]) -> None:
+        """Call it before the first step.
+
+        Args:
+            first_step: number of the coming step: 1 in a new run, the saved step + 1 after a resume.
+            summary: the topology and the table of parameters, shown unchanged.
+            hparams: the config, nested or flat.
+        """
 
     def step(self, report: StepReport, routing: RoutingReport | None) -> None:
-        """After every optimizer step; `routing` (counts since the last one) at log steps."""
+        """Call it after every optimizer step; at log steps with the routing since the last log step."""
 
     def evaluated(self, report: EvalReport) -> None:
-        """After an evaluation."""
+        """Call it after an evaluation."""
 
     def note(self, text: str) -> None:
-        """A remark for the person and for the record: a checkpoint written, records skipped."""
+        """Show a remark and write it to TensorBoard: a checkpoint was written, records were skipped."""
 
     def finish(self, rows: Mapping[str, str]) -> None:
-        """At the end of a complete run: write everything out, then print `rows` as one table."""
+        """Call it at the end of a complete run: writes everything out, then prints `rows` as one table."""
 
     def close(self) -> None:
-        """Write everything out and give the terminal back. Safe to call twice; also runs when the process exits."""
+        """Write everything out and release the terminal. Safe to call twice; also runs when the process exits."""
 
     def overhead(self) -> float:
-        """Share of the training steps' time that monitoring took: seconds within `step` and processor seconds of the
-        drawing thread, over the sum of `step_s`."""
+        """The time that monitoring took, as a share of the time of the training steps.
+
+        It counts the seconds spent in `step` and the processor time of the drawing thread.
+        """
         return 0.0
 
 
@@ -72,22 +85,22 @@ class RunMonitor(Monitor):
         self._throughput = throughput
         self._run_dir = run_dir
         self._console = console
-        self._display: Display = Lines(console, total_steps)  # until start
-        self._board: Any = None
+        self._display: Display = Lines(console, total_steps)  # `start` replaces it
+        self._board: Board | None = None
         self._window = Window()
         self._dead = DeadExperts(config.dead_alarm_steps)
         self._load: RoutingReport | None = None  # summed since the last heat map
         self._load_from = self._heat_map_step = self._step = self._routing_step = 0
         self._training_s = self._own_s = 0.0
 
-    def start(self, first_step: int, summary: str, hparams: Mapping[str, Any]) -> None:
+    def start(self, first_step: int, summary: str, hparams: Mapping[str, object]) -> None:
         self._step = self._heat_map_step = self._routing_step = first_step - 1
         self._load_from = first_step
         self._clock = Clock(self.total_steps)
         self._display.say(summary)
         self._display = make_display(self._console, first_step, self.total_steps)
         if self.config.tensorboard:
-            from ds_moe.monitor.board import Board  # matplotlib and tensorboard: half a second, rank 0 only
+            from ds_moe.monitor.board import Board  # imports matplotlib and tensorboard, which takes half a second
 
             self._board = Board(self._run_dir / "tensorboard", first_step)
             self._board.text("run/summary", _preformatted(summary), self._step)
@@ -135,7 +148,7 @@ class RunMonitor(Monitor):
 
     def finish(self, rows: Mapping[str, str]) -> None:
         if self._board is not None:
-            if self._load is not None:  # the steps behind the last heat map
+            if self._load is not None:  # the steps since the last heat map
                 self._draw_load()
             self._board.text("run/result", _markdown_table(rows), self._step)
         self._close(finished=True)
@@ -168,8 +181,10 @@ class RunMonitor(Monitor):
             self._load.pairs_EE += routing.pairs_EE
 
     def _draw_load_when_due(self) -> None:
-        """At the first routing report past every `heatmap_every`-th step; while the last picture is still being drawn
-        the counts just add up until the next report, so that pictures never queue."""
+        """Draw at the first routing report past every `heatmap_every`-th step.
+
+        If the last picture is not finished, the counts add up until the next report, so that pictures never queue.
+        """
         every = self.config.heatmap_every
         if self._step // every > self._heat_map_step // every and not self._board.drawing:
             self._draw_load()
@@ -201,11 +216,13 @@ def make_monitor(
     run_dir: Path,
     console: Console | None = None,
 ) -> Monitor:
-    """Rank 0's monitor, or one that does nothing.
+    """On rank 0 a monitor of the run, on other ranks one that does nothing.
 
-    flops_per_token: forward and backward, activated parameters only; peak_flops: FLOP/s of all ranks together (MFU is
-    reported only when both are known); run_dir: event files go to its `tensorboard` folder; console: where to show
-    progress, standard output unless told otherwise.
+    Args:
+        flops_per_token: forward and backward, activated parameters only.
+        peak_flops: FLOP/s of all ranks together. MFU is reported only if this and `flops_per_token` are known.
+        run_dir: event files go to its folder `tensorboard`.
+        console: where progress is shown; None: standard output.
     """
     if rank != 0:
         return Monitor(config.monitor, total_steps)
@@ -214,7 +231,7 @@ def make_monitor(
 
 
 def _preformatted(text: str) -> str:
-    """Markdown that keeps columns aligned."""
+    """Markdown in which columns stay aligned."""
     return "\n".join("    " + line for line in text.splitlines())
 
 

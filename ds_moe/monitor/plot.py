@@ -27,21 +27,21 @@ from ds_moe.monitor.heatmap import FAINT, INK, LoadPanel, draw_load_scale
 from ds_moe.monitor.meters import split_by_kind
 
 Curve = list[tuple[int, float]]
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe & Ito
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # of Okabe & Ito
 WIDTH_IN, CURVES_IN = 9.6, 2.7
 
 
 def read_events(run: Path) -> EventAccumulator:
-    """Events of the newest run at or below `run`, complete (nothing sampled away)."""
+    """All events of the newest run in the folder `run` or below it. Raises `UserError` if there are none."""
     files = sorted(run.rglob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise UserError(f"{run}: no TensorBoard event files below it; give the output_dir of a run")
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every resume as a warning
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # TensorBoard warns about every resume
     return EventAccumulator(str(files[-1].parent), {"scalars": 0, "tensors": 0, "images": 1}).Reload()
 
 
 def read_curves(events: EventAccumulator) -> dict[str, Curve]:
-    """Every scalar by tag: (step, value) in order."""
+    """Every scalar by tag, as a list of (step, value)."""
     tags = sorted(events.Tags()["scalars"])
     return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
 
@@ -57,7 +57,7 @@ def read_load(events: EventAccumulator) -> tuple[int, np.ndarray, np.ndarray] | 
 
 
 def draw(curves: dict[str, Curve], load: tuple[int, np.ndarray, np.ndarray] | None) -> Figure:
-    """Curves in the upper row; below it the load of all, text and image tokens on the last steps."""
+    """Draw curves in the upper row, and below them the load by all, text and image tokens on the last steps."""
     kinds = split_by_kind(*load[1:]) if load else {}
     layers, experts = load[1].shape if load else (0, 0)
     panel_in = float(np.clip(0.3 * layers, 0.6, 3))
@@ -104,7 +104,7 @@ def draw_loss(axes: Axes, curves: dict[str, Curve]) -> None:
 
 
 def draw_accuracy(axes: Axes, curves: dict[str, Curve]) -> None:
-    """The mean in black, the kinds of question in color."""
+    """Draw the mean accuracy in black, and that of each kind of question in color."""
     prefix = "eval/accuracy_"
     kinds = [tag for tag in curves if tag.startswith(prefix)]
     for tag, color in zip(kinds, COLORS, strict=False):

@@ -1,4 +1,4 @@
-"""What a person sees while the run goes on: a bar on a terminal, plain lines in a log file, and a table at the end."""
+"""What people see of a run: a bar on a terminal, plain lines in a log file, and a table at the end."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class Display(Protocol):
 
 
 def make_display(console: Console, first_step: int, total_steps: int) -> Display:
-    """A bar where it can be redrawn, lines everywhere else (files, pipes, CI, SLURM logs, dumb terminals)."""
+    """A bar if the console can redraw it, else lines (files, pipes, CI, SLURM logs, dumb terminals)."""
     if console.is_terminal and not console.is_dumb_terminal:
         return Bar(console, first_step, total_steps)
     return Lines(console, total_steps)
 
 
 class Lines:
-    """One line a window, in ASCII, never wrapped."""
+    """Prints one line for each window, in ASCII and never wrapped."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
         self._total_steps = total_steps
 
     def step(self, step: int, loss: float, seconds_left: float) -> None:
-        pass  # a line a window is enough
+        pass  # `window` prints a line
 
     def window(self, step: int, scalars: Mapping[str, float], seconds_left: float) -> None:
         width = len(str(self._total_steps))
@@ -52,7 +52,7 @@ class Lines:
         self.say(f"eval at step {step}  {describe(loss, accuracy)}")
 
     def say(self, text: str) -> None:
-        # Not console.print, which would style and wrap it; flushed, since a log file is followed while it is written.
+        # console.print would style and wrap the text. People follow a log file while it is written, so flush.
         print(text, file=self._console.file, flush=True)
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class Lines:
 
 
 class Bar:
-    """A bar in the last line of the terminal, redrawn twice a second by rich's own thread; remarks scroll above it."""
+    """A bar in the last line of the terminal. A thread of rich redraws it twice a second; remarks scroll above it."""
 
     def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
         self._console = console
@@ -107,13 +107,15 @@ def describe(loss: float, accuracy: Mapping[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0:01:40`; `?` where nothing is known."""
+    """`0:01:40`, or `?` for infinity."""
     return str(timedelta(seconds=round(seconds))) if seconds < float("inf") else "?"
 
 
 def print_table(rows: Mapping[str, str], title: str, console: Console | None = None) -> None:
-    """Two columns, name and value, below a title. In a log file the table is as wide as its longest row, because a
-    wrapped path cannot be copied."""
+    """Print two columns, name and value, below a title.
+
+    In a log file the table is as wide as its longest row, because a wrapped path cannot be copied.
+    """
     console = console or Console()
     if not console.is_terminal:
         widest = max((len(name) + len(str(value)) for name, value in rows.items()), default=0)

@@ -1,4 +1,4 @@
-"""What the loop hands to the monitor: plain data, already reduced over all ranks."""
+"""What the training loop gives the monitor: plain data, already reduced over all ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class StepReport:
     """One optimizer step."""
 
-    step: int  # optimizer steps done, this one included: 1 ... total_steps
+    step: int  # optimizer steps done, including this one: 1 ... total_steps
     loss: float  # mean over the step's labelled tokens, without auxiliary terms
     lr: float
     grad_norm: float  # global, before clipping
@@ -24,10 +24,10 @@ class StepReport:
     samples: int  # samples of the step, over all ranks
     step_s: float  # wall seconds of the whole step, waiting for its data included
     data_wait_s: float  # of these, seconds spent waiting for data
-    sent_bytes: float = 0.0  # counts, rows and weights that a rank sent to other ranks, mean over ranks
-    task: dict[str, float] = field(default_factory=dict)  # what the task itself reports, by name
-    task_name: str = ""  # its tags begin with it
-    taken: bool = True  # False: a NaN or infinity, and no weight has moved
+    sent_bytes: float = 0.0  # counts, rows and weights that one rank sent to others by all-to-all, mean over ranks
+    task: dict[str, float] = field(default_factory=dict)  # the task's own metrics, by name
+    task_name: str = ""  # their tags begin with it
+    taken: bool = True  # False: there was a NaN or infinity, so the step was skipped and no weight has moved
 
 
 @dataclass
@@ -38,15 +38,15 @@ class RoutingReport:
     image_counts_LE: np.ndarray  # int64, of these, assignments of image tokens
     entropy_L: float  # routing entropy in nats: mean over tokens and layers
     aux_loss: float | None  # sum of the balancers' loss terms; None when no balancer adds one
-    last_step_LE: np.ndarray | None = None  # int64, of counts_LE, those of the last optimizer step alone
+    last_step_LE: np.ndarray | None = None  # int64, the part of counts_LE that belongs to the last optimizer step
     drop_rate: float = 0.0  # share of the assignments that the experts' capacity refused
     uncovered: float = 0.0  # share of the tokens that no expert took, over all layers
     bias_norm: float | None = None  # L2 norm of the loss-free bias, mean over layers; None without one
-    kind_counts_LE: dict[str, np.ndarray] = field(default_factory=dict)  # int64, of counts_LE, by kind of record
-    pairs_EE: np.ndarray | None = None  # int64, first layer: tokens that use both experts; diagonal: their counts
+    kind_counts_LE: dict[str, np.ndarray] = field(default_factory=dict)  # int64, counts_LE by kind of record
+    pairs_EE: np.ndarray | None = None  # int64, of the first layer: tokens that use both experts; diagonal: counts
 
     def __post_init__(self) -> None:
-        """Raise ValueError when the two counts cannot belong together."""
+        """Raise ValueError if the two counts contradict each other."""
         if self.counts_LE.ndim != 2 or self.counts_LE.shape != self.image_counts_LE.shape:
             raise ValueError(
                 f"counts_LE {self.counts_LE.shape} and image_counts_LE {self.image_counts_LE.shape} "
@@ -58,7 +58,7 @@ class RoutingReport:
 
 @dataclass
 class ShownSample:
-    """One evaluated sample, as the sample figure shows it."""
+    """One evaluated sample, as the gallery shows it."""
 
     image: Image | None  # None: a text-only sample
     question: str
@@ -72,7 +72,7 @@ class EvalReport:
 
     step: int
     loss: float
-    accuracy: dict[str, float]  # share of exact matches of each kind of question, and "mean"; empty if not generated
+    accuracy: dict[str, float]  # share of exact matches by kind of question, and "mean"; empty without generation
     samples: list[ShownSample]
-    scalars: dict[str, float] = field(default_factory=dict)  # what else is measured, by TensorBoard tag
-    pictures: dict[str, Callable[[], np.ndarray]] = field(default_factory=dict)  # drawn where they are shown
+    scalars: dict[str, float] = field(default_factory=dict)  # further measurements, by TensorBoard tag
+    pictures: dict[str, Callable[[], np.ndarray]] = field(default_factory=dict)  # by tag; drawn in the background

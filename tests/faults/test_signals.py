@@ -17,7 +17,7 @@ def process(body: str, deadline_s: float = 30.0) -> subprocess.Popen:
     """A process with a `StopRequest` that has said "ready"; `body` is its main thread's work from there."""
     lines = f"""
     import signal, sys, time
-    from ds_moe.stopping import StopRequest, agreed, leave_to_parent
+    from ds_moe.faults.signals import StopRequest, agreed, leave_to_parent
     stop = StopRequest(3, {deadline_s}, lambda: "step 7, forward")
     """
     code = textwrap.dedent(lines) + textwrap.dedent(body)

@@ -94,7 +94,7 @@ def test_turns_count_up_and_a_pulse_does_not():
 ALONE = """
 import sys, time
 import torch.distributed as dist
-from ds_moe.watchdog import watch_job
+from ds_moe.faults.watchdog import watch_job
 
 dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", 0, 1, True), rank=0, world_size=1)
 watch = watch_job(0, 1, 1.0)
