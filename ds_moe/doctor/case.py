@@ -1,6 +1,6 @@
-"""The doctor's checks: `run` needs the run file alone, `model` the model's config and headers, `data` the records.
+"""The run under examination, and the form of what the doctor says about it.
 
-Every check takes the `Case` and gives `Finding`s; none trains, downloads or reads a weight.
+Every check takes the `Case` and yields `Finding`s; none trains, downloads or reads a weight.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Device:
-    """What a rank computes on: `memory` bytes of one rank, and in words where that number comes from."""
+    """What a rank computes on: `memory` is in bytes and belongs to one rank, `source` says where the number is from."""
 
     on_cpu: bool
     memory: float
@@ -37,21 +37,21 @@ class Device:
 
 @dataclass
 class Case:
-    """A run under examination. What an earlier check could not establish is None."""
+    """A run under examination. Checks fill it in; what none has established yet, or could not, is None."""
 
     config: RunConfig
     world_size: int
     device: Device
-    samples: int  # records of each data file to decode and tokenize
-    folder: str | None = None  # of the checkpoint on this machine
+    samples: int  # records of each data file that are decoded and tokenized
+    folder: str | None = None  # where the model's files are on this machine
     model: PretrainedConfig | None = None
     zero: ZeroPlan | None = None  # of the DeepSpeed JSON
-    tokens_a_sample: float | None = None  # mean over the training records looked at
+    tokens_a_sample: float | None = None  # mean over the training records that were decoded
     records: int | None = None  # good training records
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps of the run, as far as known."""
+        """Optimizer steps of the run; None where they follow from the number of records, which is not known."""
         train = self.config.train
         if train.steps is not None or self.records is None or train.epochs is None:
             return train.steps

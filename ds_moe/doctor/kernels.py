@@ -10,7 +10,7 @@ from ds_moe.engine.cpu import cpu_settings
 
 
 def check_kernels(case: Case) -> Iterator[Finding]:
-    """The backend of the experts: chosen or asked for, and whether this environment can run it."""
+    """The backend that computes the experts, and whether this environment can run it."""
     config = case.config
     if config.moe is None:
         return

@@ -13,13 +13,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformers import PretrainedConfig
 
 from ds_moe.config.run_file import load_run
-from ds_moe.doctor.plans import BUNDLED, Plan, outline_of, predicted, read_model, run_of
+from ds_moe.doctor.plans import BUNDLED, Plan, Setting, outline_of, predicted, read_model, run_of
 from ds_moe.doctor.sweep import NODE, Outcome, as_json, described, recommended, sweep, sweep_table
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import BUSY, GIB
@@ -46,9 +45,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(options: argparse.Namespace, model: PretrainedConfig) -> dict[str, Any]:
-    """Keys of a run file that options stand for."""
-    settings = {
+def settings_of(options: argparse.Namespace, model: PretrainedConfig) -> dict[str, Setting]:
+    """The dotted keys of a run file that the options stand for."""
+    settings: dict[str, Setting] = {
         "data.max_length": options.sequence,
         "train.micro_batch_size": options.micro_batch,
         "train.gradient_checkpointing": options.checkpointing,
@@ -62,10 +61,10 @@ def settings_of(options: argparse.Namespace, model: PretrainedConfig) -> dict[st
 
 
 def counts(text: str) -> list[int]:
-    """Numbers of GPUs.
+    """The numbers of GPUs that `--gpus` lists.
 
     Raises:
-        UserError: something else.
+        UserError: the text is no list of whole numbers above 0.
     """
     if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise UserError(f"--gpus {text}: must be whole numbers above 0, separated by commas")
@@ -73,7 +72,7 @@ def counts(text: str) -> list[int]:
 
 
 def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console: Console) -> Outcome:
-    """The table of a single plan, or of a run file."""
+    """Predict and print a single plan, or a run file."""
     plan = Plan(gpus, options.ep_size, options.zero, options.offload, options.lora)
     if options.config:
         config = load_run(options.config)
@@ -90,30 +89,32 @@ def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console
     return outcome
 
 
-def swept(options: argparse.Namespace, model: PretrainedConfig, gpus: list[int], console: Console) -> dict[str, Any]:
+def swept(options: argparse.Namespace, model: PretrainedConfig, gpus: list[int], console: Console) -> dict[str, object]:
+    """Predict and print every plan for each number of GPUs; the report without the model's name."""
     if options.config:
         raise UserError("--sweep varies what --config would fix: give one of them")
     settings = settings_of(options, model)
     found = sweep(options.model, model, settings, gpus, options.memory * GIB, options.lora or 16)
     shown = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
-    report: dict[str, Any] = {"settings": settings, "memory_gib": options.memory, "gpus": {}}
+    plans: dict[int, list[dict[str, object]]] = {}
     for count, outcomes in found.items():
         console.print(sweep_table(count, outcomes, f"{options.model}, {shown}"))
         best = recommended(outcomes)
         console.print(f"{count} GPUs: {advice(best, count)}\n", highlight=False)
-        report["gpus"][count] = [as_json(outcome) for outcome in outcomes]
-    return report
+        plans[count] = [as_json(outcome) for outcome in outcomes]
+    return {"settings": settings, "memory_gib": options.memory, "gpus": plans}
 
 
 def advice(best: Outcome | None, gpus: int) -> str:
-    """The recommended plan in words, with what its hosts must have besides."""
+    """The recommended plan in words, with the memory that its hosts must have besides."""
     if best is None:
         return "nothing fits"
     host = sum(best.memory.host.values()) * min(gpus, NODE) / GIB
     return described(best.plan) + (f"; a host of {min(gpus, NODE)} GPUs needs {host:,.0f} GiB" if host else "")
 
 
-def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(options: argparse.Namespace, console: Console) -> dict[str, object]:
+    """Do what the options ask; the report for `--json`."""
     model, gpus = read_model(options.model), counts(options.gpus)
     if options.sweep:
         return {"model": options.model, **swept(options, model, gpus, console)}

@@ -1,10 +1,9 @@
-"""What is planned for: a model's config, and runs of it on a number of GPUs."""
+"""Plans to train a model on a number of GPUs, each turned into the run file that stands for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, Qwen3VLMoeConfig
 
@@ -17,18 +16,19 @@ from ds_moe.models.load import model_config, skeleton
 from ds_moe.tasks.registry import task_kind
 
 ENGINE_FILES = Path(__file__).resolve().parents[1] / "ds_configs"  # a link in a checkout, files in a wheel
-# Figures of the models' config.json on the hub.
+# As the config.json of these models on the hub has them.
 _TEXT = {"num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151_936}
 _LARGE = {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "moe_intermediate_size": 1536}
 _SMALL = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "moe_intermediate_size": 768}
 _VISION = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16}
 _VISION |= {"deepstack_visual_indexes": [8, 16, 24]}
+Setting = int | bool | str | list[str]  # value of a key of the run file
 BUNDLED = {"qwen3-vl-30b-a3b": _SMALL, "qwen3-vl-235b-a22b": _LARGE}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to train.
+    """One way to train a model.
 
     Attributes:
         lora: rank of the updates of attention and experts, the model being frozen; 0: all is trained.
@@ -56,36 +56,37 @@ def read_model(name: str) -> PretrainedConfig:
     return Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 
-def run_of(plan: Plan, name: str, model: PretrainedConfig, settings: dict[str, Any]) -> RunConfig:
+def run_of(plan: Plan, name: str, model: PretrainedConfig, settings: dict[str, Setting]) -> RunConfig:
     """The run file that a plan stands for.
 
     Args:
         settings: dotted keys of the run file, in place of its defaults.
 
     Raises:
-        UserError: offload with another stage than 3, for which there is no file.
+        UserError: offload with another stage than 3, which DeepSpeed is given no JSON for here.
     """
     if plan.offload and plan.stage != 3:
         raise UserError(f"--offload with ZeRO-{plan.stage}: optimizer state is offloaded with ZeRO-3 only")
-    tree: dict[str, Any] = {
+    sections: dict[str, dict[str, Setting]] = {
         "model": {"path": name},
         "data": {"train": "data.jsonl"},
-        "train": {"precision": "bf16", "global_batch_size": plan.gpus, "steps": 1},
-        "deepspeed": str(ENGINE_FILES / f"zero{plan.stage}{'_offload' if plan.offload else ''}.json"),
+        "train": {"precision": "bf16", "micro_batch_size": 1, "steps": 1},
     }
     if hasattr(model.get_text_config(), "num_experts"):
-        tree["moe"] = {"ep_size": plan.ep_size}
+        sections["moe"] = {"ep_size": plan.ep_size}
     if plan.lora:
-        tree["lora"] = {"rank": plan.lora, "experts": "moe" in tree}
+        sections["lora"] = {"rank": plan.lora, "experts": "moe" in sections}
     for key, value in settings.items():
         section, _, field = key.partition(".")
-        tree[section][field] = value
-    tree["train"]["global_batch_size"] = plan.gpus * tree["train"].get("micro_batch_size", 1)
-    return RunConfig(**tree)
+        sections[section][field] = value
+    train = sections["train"]
+    train["global_batch_size"] = plan.gpus * train["micro_batch_size"]
+    engine = ENGINE_FILES / f"zero{plan.stage}{'_offload' if plan.offload else ''}.json"
+    return RunConfig(**sections, deepspeed=str(engine))
 
 
 def outline_of(config: RunConfig, model: PretrainedConfig) -> PreTrainedModel:
-    """The model without storage, with what the run trains marked."""
+    """The model without storage, its trainable parameters marked as this run trains them."""
     outline = skeleton(model)
     task_kind(config).set_trainable(outline, config)
     return outline

@@ -13,7 +13,7 @@ from ds_moe.doctor.case import Case, Finding
 from ds_moe.errors import UserError
 
 COLOURS = {"ok": "32", "warning": "33", "error": "31"}  # ANSI green, yellow, red
-CHECKS = [  # from what is cheap and certain to what needs model and data; later ones use what earlier ones found
+CHECKS = [  # the cheap and certain ones first; a later check uses what an earlier one has established
     run.check_device,
     kernels.check_cores,
     kernels.check_kernels,
@@ -36,14 +36,14 @@ def diagnose(
     samples: int = 64,
     device_memory: float | None = None,
 ) -> Iterator[Finding]:
-    """Findings about a run, as they are made. A check whose ground is missing is not made.
+    """Yield findings about a run as the checks make them. A check is skipped where what it builds on is not known.
 
     Args:
         path: the run file.
         overrides: `key=value` on top of it.
         world_size: number of ranks.
         samples: records of each data file to decode and tokenize.
-        device_memory: GiB of one accelerator; None: what this machine has, or its CPUs.
+        device_memory: GiB of one accelerator; None: that of this machine's accelerators, or of its CPUs without one.
     """
     yield from run.versions()
     config, complaints = parse_run(path, overrides)
@@ -63,7 +63,7 @@ def diagnose(
 
 
 def report(findings: Iterator[Finding], out: TextIO) -> int:
-    """Print findings as they come, with a closing count; the exit code, 1 if there was an error."""
+    """Print findings as they come and count them at the end. Returns the exit code: 1 if there was an error, else 0."""
     colour = out.isatty() and "NO_COLOR" not in os.environ
     counts = {"error": 0, "warning": 0, "ok": 0}
     for finding in findings:

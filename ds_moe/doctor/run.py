@@ -47,7 +47,7 @@ def _version(package: str) -> str | None:
 
 
 def find_device(world_size: int, device_memory: float | None) -> Device:
-    """What the ranks would compute on: accelerators of `device_memory` GiB, else this machine's, else its CPUs.
+    """What the ranks would compute on: accelerators of `device_memory` GiB, else those of this machine, else its CPUs.
 
     Raises:
         UserError: this machine's accelerator does not tell its memory, or DS_ACCELERATOR names one that is not there.
@@ -67,8 +67,8 @@ def _accelerator() -> Device:
 
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
-        told = os.environ["DS_ACCELERATOR"]  # else the ranks would train on CPUs
-        text = f"DS_ACCELERATOR is {told!r}, but this machine has no accelerator; give --device-memory GIB"
+        named = os.environ["DS_ACCELERATOR"]  # it is set: without it the ranks of this machine train on CPUs
+        text = f"DS_ACCELERATOR is {named!r}, but this machine has no accelerator; give --device-memory GIB"
         raise UserError(f"{text}, or set DS_ACCELERATOR=cpu for a job on CPUs")
     properties = getattr(torch.get_device_module(found), "get_device_properties", lambda index: None)(0)
     memory = getattr(properties, "total_memory", None)
@@ -94,10 +94,10 @@ def check_device(case: Case) -> Iterator[Finding]:
 
 
 def check_deepspeed(case: Case) -> Iterator[Finding]:
-    """Conflicts between JSON and run file, batch arithmetic and EP; sets `case.zero` where there are none."""
+    """Conflicts between DeepSpeed JSON and run file, batch sizes, EP size; without any sets `case.zero`."""
     config = case.config
     if not Path(config.deepspeed).is_file():
-        return  # already a finding
+        return  # parsing the run file has complained already
     hidden_size = case.model.get_text_config().hidden_size if case.model else None
     resolved, complaints = deepspeed_problems(config, case.world_size, case.device.on_cpu, hidden_size)
     yield from (Finding("error", complaint) for complaint in complaints)
@@ -124,7 +124,7 @@ def check_resume(case: Case) -> Iterator[Finding]:
 
 
 def check_warmup(case: Case) -> Iterator[Finding]:
-    """A warm-up that takes the whole run, where the length of the data decided how long that is."""
+    """A warm-up as long as the run, where the run's length follows from the number of records."""
     if case.config.train.steps is None and case.steps is not None:
         problem = warmup_problem(case.config, case.steps)
         if problem is not None:
@@ -132,7 +132,7 @@ def check_warmup(case: Case) -> Iterator[Finding]:
 
 
 def check_intervals(case: Case) -> Iterator[Finding]:
-    """Written intervals that are longer than the run, so that nothing happens at them."""
+    """Intervals of the run file that are longer than the run, so that nothing ever happens at them."""
     steps = case.steps
     for key in ("train.eval_every", "monitor.log_every", "monitor.heatmap_every", "checkpoint.every"):
         section, _, name = key.partition(".")

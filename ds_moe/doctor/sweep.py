@@ -1,18 +1,17 @@
-"""Memory of every way to train a model on numbers of GPUs, and the one to take."""
+"""The memory of every way to train a model on some numbers of GPUs, and which way to choose."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ds_moe.doctor.plans import Plan, outline_of, predicted, run_of
+from ds_moe.doctor.plans import Plan, Setting, outline_of, predicted, run_of
 from ds_moe.memory.predict import BUSY, GIB, Memory
 
-NODE = 8  # GPUs between which rows travel fast
-COLUMNS = {  # of a table: purposes of `Memory.device`
+NODE = 8  # GPUs of a host, between which rows travel fast
+COLUMNS = {  # column of the table -> purposes of `Memory.device` that it sums up
     "weights": ("weights", "gathered weights"),
     "gradients": ("gradients", "gradient buckets", "fp32 gradient of step"),
     "optimizer": ("optimizer",),
@@ -24,7 +23,7 @@ COLUMNS = {  # of a table: purposes of `Memory.device`
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a plan needs of one GPU, and whether that is there."""
+    """The memory that a plan needs of one GPU, and whether a GPU has it."""
 
     plan: Plan
     memory: Memory
@@ -36,12 +35,12 @@ class Outcome:
 
 
 def sweep(
-    name: str, model: PretrainedConfig, settings: dict[str, Any], gpus: list[int], memory: float, lora: int
+    name: str, model: PretrainedConfig, settings: dict[str, Setting], gpus: list[int], memory: float, lora: int
 ) -> dict[int, list[Outcome]]:
-    """Every EP size of powers of two x ZeRO 1, 2, 3, 3 with offload, and 3 with LoRA, for each number of GPUs.
+    """For each number of GPUs: every EP size that is a power of two, with ZeRO 1, 2, 3, 3 with offload, 3 with LoRA.
 
     Args:
-        memory: bytes of one GPU, of which a run may plan with the share `BUSY`.
+        memory: bytes of one GPU; a plan fits if it needs no more than the share `BUSY` of them.
         lora: rank of the updates.
     """
     outlines: dict[int, PreTrainedModel] = {}
@@ -58,7 +57,7 @@ def sweep(
 
 
 def ep_sizes(model: PretrainedConfig, gpus: int) -> list[int]:
-    """Powers of two that divide ranks and experts; 1 alone for a dense model."""
+    """Powers of two that divide both the number of GPUs and that of experts; only 1 for a dense model."""
     experts = getattr(model.get_text_config(), "num_experts", 1)
     return [2**power for power in range(experts.bit_length()) if experts % 2**power == gpus % 2**power == 0]
 
@@ -72,8 +71,11 @@ def plans(gpus: int, ep_size: int, lora: int) -> list[Plan]:
 
 
 def recommended(outcomes: list[Outcome]) -> Outcome | None:
-    """Of those that fit: all weights trained before LoRA, no offload before offload; then experts spread as far as one
-    node goes (their weights then never travel), and the lowest ZeRO stage. None if nothing fits."""
+    """The best plan that fits; None if none does.
+
+    Training all weights is better than LoRA, no offload better than offload. Then experts are best spread over as many
+    GPUs of one node as there are, which keeps their weights from travelling, and the lowest ZeRO stage is best.
+    """
 
     def order(outcome: Outcome) -> tuple:
         plan = outcome.plan
@@ -88,7 +90,7 @@ def described(plan: Plan) -> str:
 
 
 def cells(outcome: Outcome) -> list[str]:
-    """GiB by column, then other, host and total."""
+    """GiB of each column of the table, then of other purposes, in total, and of host memory."""
     device = outcome.memory.device
     sizes = {column: sum(device.get(name, 0) for name in names) for column, names in COLUMNS.items()}
     values = [*sizes.values(), outcome.total - sum(sizes.values()), outcome.total, sum(outcome.memory.host.values())]
@@ -107,7 +109,8 @@ def sweep_table(count: int, outcomes: list[Outcome], title: str) -> Table:
     return table
 
 
-def as_json(outcome: Outcome) -> dict[str, Any]:
+def as_json(outcome: Outcome) -> dict[str, object]:
+    """What the command writes of a plan to its JSON file; sizes are bytes of one rank, on its GPU and on its host."""
     memory = outcome.memory
     return {
         "plan": vars(outcome.plan),
