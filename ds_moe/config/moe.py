@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -10,11 +10,31 @@ from ds_moe.config.sections import Section
 
 
 class AnyRouter(Section):
-    """What every kind of router has; their formulas stand on the routers of `ds_moe.moe.routers`."""
+    """What every kind of router has; their formulas stand on the routers of `ds_moe.moe.routers`.
+
+    The class variables say what a kind can do: whoever must know asks them, so that no other file lists kinds.
+    """
+
+    learns: ClassVar[bool] = True  # its weight takes part and gets a gradient
+    causal: ClassVar[bool] = True  # a token's experts do not depend on later tokens, while nothing is dropped
+    exact_k: ClassVar[bool] = True  # a token gets top_k experts, before dropout and capacity take some away
+    noisy: ClassVar[bool] = False  # it draws random numbers in training, whatever its keys
+    replays: ClassVar[bool] = False  # the experts of a rollout can take the place of those it selects
+    plain: ClassVar[bool] = False  # with its defaults, transformers' own router does the same in evaluation
+    useless_balances: ClassVar[tuple[str, ...]] = ()  # kinds of moe.balance that cannot change what it does
 
     kind: str
     top_k: int | None = Field(default=None, gt=0)  # default: the model's own
     expert_dropout: float = Field(default=0.0, ge=0, lt=1)  # of assignments, in training; a token keeps at least one
+
+    def settings(self, top_k: int, normalizes: bool) -> dict[str, object]:
+        """Keyword arguments of this kind's router class: every key, where it is not set with its default.
+
+        Args:
+            top_k: experts a token in the model's own router.
+            normalizes: whether a token's weights sum to 1 there.
+        """
+        return {**self.model_dump(exclude={"kind", "allow_noncausal"}), "top_k": self.top_k or top_k}
 
 
 class Jittered(Section):
@@ -26,6 +46,9 @@ class Limited(Section):
 
 
 class TopKRouting(Limited, Jittered, AnyRouter):
+    replays: ClassVar[bool] = True
+    plain: ClassVar[bool] = True
+
     kind: Literal["topk"] = "topk"
     scores: Literal["softmax", "sigmoid"] = "softmax"
     order: Literal["softmax_then_topk", "topk_then_softmax"] | None = None  # default softmax_then_topk
@@ -36,29 +59,54 @@ class TopKRouting(Limited, Jittered, AnyRouter):
     temperature: float = Field(default=1.0, gt=0)  # logits are divided by it
     drop: Literal["position", "score"] | None = None  # whom a full expert refuses; default position
 
+    def settings(self, top_k: int, normalizes: bool) -> dict[str, object]:
+        return {
+            **super().settings(top_k, normalizes),
+            "order": self.order or "softmax_then_topk",
+            "normalize": normalizes if self.normalize is None else self.normalize,
+            "drop": self.drop or "position",
+        }
+
 
 class NoisyTopKRouting(TopKRouting):
+    noisy: ClassVar[bool] = True
+    replays: ClassVar[bool] = False
+
     kind: Literal["noisy_topk"] = "noisy_topk"
     noise_std: float = Field(default=1.0, gt=0)  # factor of the learned noise
 
 
 class ExpertChoiceRouting(Jittered, AnyRouter):
+    causal: ClassVar[bool] = False
+    exact_k: ClassVar[bool] = False
+    useless_balances: ClassVar[tuple[str, ...]] = ("aux", "loss_free")
+
     kind: Literal["expert_choice"] = "expert_choice"
     capacity_factor: float = Field(default=1.0, gt=0)  # rows an expert takes / its fair share
     allow_noncausal: bool = False  # train a causal model although its tokens then depend on later ones
 
 
-class HashRouting(Limited, AnyRouter):
+class FixedRouting(Limited, AnyRouter):
+    """Routes without a look at the hidden states."""
+
+    learns: ClassVar[bool] = False
+    useless_balances: ClassVar[tuple[str, ...]] = ("aux", "z_loss", "loss_free")
+
+
+class HashRouting(FixedRouting):
     kind: Literal["hash"] = "hash"
 
 
-class BalancedRouting(Limited, AnyRouter):
+class BalancedRouting(FixedRouting):
     kind: Literal["balanced"] = "balanced"
 
 
 RouterConfig = Annotated[
     TopKRouting | NoisyTopKRouting | ExpertChoiceRouting | HashRouting | BalancedRouting, Field(discriminator="kind")
 ]
+ROUTINGS: dict[str, type[AnyRouter]] = {
+    kind.model_fields["kind"].default: kind for kind in get_args(get_args(RouterConfig)[0])
+}
 
 
 class NoBalance(Section):

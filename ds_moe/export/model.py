@@ -20,6 +20,7 @@ from ds_moe import __version__
 from ds_moe.checkpoint.base import base_identity
 from ds_moe.checkpoint.files import STATE, Reader, find_checkpoint, read_manifest
 from ds_moe.config.complaints import descend
+from ds_moe.config.moe import ROUTINGS, TopKRouting
 from ds_moe.config.run_file import load_run
 from ds_moe.config.yaml_lines import compose_lines
 from ds_moe.errors import UserError, one_line, shown
@@ -29,6 +30,7 @@ from ds_moe.models.families import BIAS_SUFFIX, expert_state
 from ds_moe.weights.files import SHARD_BYTES, check_empty, dtype_name, make_folder, shards, write_tensors, write_weights
 from ds_moe.weights.layouts import LAYOUTS, Layout, choose_layout, in_layout
 
+ROUTES_OTHERWISE = ("scores", "groups", "top_groups", "route_scale", "temperature", "normalize")  # than transformers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRAINING_ONLY = ".mlp.gate.noise_weight"  # ends the names of weights that evaluation does not use and exports leave out
 # model_type -> how transformers calls the bias that selects experts, in place of BIAS_SUFFIX. A family that is not here
@@ -179,11 +181,11 @@ def _routing_that_differs(checkpoint: Path) -> str | None:
     """The router settings of a run that plain transformers cannot repeat, as YAML says them."""
     run, _ = compose_lines((checkpoint / "run.yaml").read_text(), str(checkpoint / "run.yaml"))
     router = descend(run, "moe.router") or {}
-    plain = {"scores": "softmax", "route_scale": 1.0, "temperature": 1.0}
-    asked = ("scores", "groups", "top_groups", "route_scale", "temperature", "normalize")
-    differing = {key: router[key] for key in asked if key in router and router[key] not in (None, plain.get(key))}
-    if router.get("kind", "topk") not in ("topk", "noisy_topk"):
-        differing = {"kind": router["kind"], **differing}
+    plain = {key: TopKRouting.model_fields[key].default for key in ROUTES_OTHERWISE}
+    differing = {key: router[key] for key in plain if key in router and router[key] not in (None, plain[key])}
+    kind = router.get("kind", "topk")
+    if kind not in ROUTINGS or not ROUTINGS[kind].plain:
+        differing = {"kind": kind, **differing}
     return ", ".join(f"{key}: {value}" for key, value in differing.items()) or None
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
-from ds_moe.config.moe import ExpertChoiceRouting, ExpertsConfig, LossFreeBalance, MoEConfig, RouterConfig, TopKRouting
-from ds_moe.config.rules.moe import NONCAUSAL
+from ds_moe.config.moe import ExpertsConfig, LossFreeBalance, MoEConfig
+from ds_moe.config.rules.moe import noncausal
 from ds_moe.errors import UserError
 from ds_moe.models.families import BIAS_SUFFIX, FAMILIES
 from ds_moe.models.hf_experts import is_silu
@@ -55,7 +55,8 @@ def convert(
         (B, S, L, K) experts to use in place of those the routers select, any integer dtype, -1 where they decide.
 
     Raises:
-        UserError: unknown family, no MoE block, or an `ep_size` that does not divide the experts.
+        UserError: unknown family, no MoE block, an `ep_size` that does not divide the experts, or a router that is not
+            causal, unless the run allows it.
     """
     ep = ep or ExpertParallel()
     family = FAMILIES.get(model.config.model_type)
@@ -79,10 +80,12 @@ def convert(
         for balance in config.balance
         if balance.kind in BALANCERS
     ]
+    if leak := noncausal(config.router):
+        raise UserError(leak)
     router = ROUTERS[config.router.kind]
-    settings = router_settings(config.router, text_config.num_experts_per_tok, family.normalizes(text_config))
+    settings = config.router.settings(text_config.num_experts_per_tok, family.normalizes(text_config))
     for index, (name, block) in enumerate(blocks):
-        block.gate.weight.requires_grad_(router.learns and block.gate.weight.requires_grad)
+        block.gate.weight.requires_grad_(config.router.learns and block.gate.weight.requires_grad)
         layer = layer_class(
             gate=_recordable(router, type(block.gate))(block.gate.weight, **settings),
             experts=_owned_experts(block.experts, ep, config.experts),
@@ -101,25 +104,10 @@ def convert(
     model.register_forward_pre_hook(_take_routing(context, len(blocks), settings["top_k"]), with_kwargs=True)
     decoder = model.get_submodule(family.decoder)
     decoder.register_forward_pre_hook(_begin_forward(context), with_kwargs=True)
-    if not router.causal:
+    if not config.router.causal:
         decoder.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
         model.prepare_inputs_for_generation = _refuse_generation
     return context
-
-
-def router_settings(config: RouterConfig, top_k: int, normalizes: bool) -> dict[str, Any]:
-    """Arguments of the router's class: what the run sets, else what the model has or the class presets.
-
-    Raises:
-        UserError: a router that is not causal, in these causal models, unless the run allows it.
-    """
-    if isinstance(config, ExpertChoiceRouting) and not config.allow_noncausal:
-        raise UserError(NONCAUSAL)
-    settings = config.model_dump(exclude={"kind", "allow_noncausal"}, exclude_none=True)
-    settings.setdefault("top_k", top_k)
-    if isinstance(config, TopKRouting):
-        settings.setdefault("normalize", normalizes)
-    return settings
 
 
 def _refuse_generation(*args: Any, **kwargs: Any) -> NoReturn:

@@ -25,8 +25,9 @@ from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing
-from ds_moe.moe.routers import ROUTERS, Router, TopKRouter
-from ds_moe.moe.standalone import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss
+from ds_moe.moe.routers import ROUTERS, Router
+from ds_moe.moe.routers.topk import TopKRouter
+from ds_moe.moe.standalone import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss, make_router
 from ds_moe.moe.tape import checkpoint_contexts
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "TopKRouter",
     "ZLoss",
     "checkpoint_contexts",
+    "make_router",
 ]

@@ -10,9 +10,24 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ds_moe.config.moe import ROUTINGS
 from ds_moe.moe.balance import AuxLoss, TokenStats, ZLoss
 from ds_moe.moe.decision import RoutingDecision, count_experts
-from ds_moe.moe.routers import ExpertChoice, NoisyTopKRouter, TopKRouter
+from ds_moe.moe.routers import ROUTERS, Router
+
+
+def make_router(kind: str, weight_ED: nn.Parameter, top_k: int, **settings: object) -> Router:
+    """The router that `moe.router` of a run file with this kind and these settings would make.
+
+    Args:
+        kind: a key of `ROUTERS`.
+        weight_ED: the router matrix, which becomes this module's `weight`.
+        top_k: experts a token, K.
+        settings: arguments of the kind's class; those left out have the defaults of run files, and the weights of a
+            token sum to 1.
+    """
+    defaults = ROUTINGS[kind]().settings(top_k, normalizes=True)
+    return ROUTERS[kind](weight_ED, **(defaults | settings))
 
 
 class ExpertRouter(nn.Module):
@@ -50,12 +65,12 @@ class ExpertRouter(nn.Module):
         if gating_type not in ("softmax", "sigmoid", "noisy_top_k"):
             raise ValueError(f"gating_type={gating_type!r} must be softmax, sigmoid or noisy_top_k")
         if gating_type == "noisy_top_k":
-            noise_std = 1.0 if noise_std is None else noise_std
-            self.router = NoisyTopKRouter(weight_ED, top_k, noise_std=noise_std, **settings)
+            noise = {} if noise_std is None else {"noise_std": noise_std}
+            self.router = make_router("noisy_topk", weight_ED, top_k, **noise, **settings)
         elif noise_std is not None:
             raise ValueError(f"noise_std={noise_std} needs gating_type noisy_top_k, this is {gating_type}")
         else:
-            self.router = TopKRouter(weight_ED, top_k, scores=gating_type, **settings)
+            self.router = make_router("topk", weight_ED, top_k, scores=gating_type, **settings)
         self.aux = AuxLoss(weight=1.0)
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +103,8 @@ class ExpertChoiceRouter(nn.Module):
 
     def __init__(self, dim: int, num_experts: int, capacity_factor: float = 1.0) -> None:
         super().__init__()
-        self.router = ExpertChoice(_new_weight(num_experts, dim), capacity_factor=capacity_factor)
+        weight_ED = _new_weight(num_experts, dim)
+        self.router = make_router("expert_choice", weight_ED, top_k=1, capacity_factor=capacity_factor)
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Route (B, S, D) hidden states.

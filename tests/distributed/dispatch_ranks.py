@@ -15,7 +15,7 @@ from ds_moe.moe import (
     ForwardContext,
     LocalDispatcher,
     MoELayer,
-    TopKRouter,
+    make_router,
 )
 from tests.launcher import leave, report
 
@@ -59,7 +59,8 @@ def build(case, dispatcher, owned):
     if case.shared:
         torch.manual_seed(4)
         shared = torch.nn.Linear(D, D)
-    return MoELayer(TopKRouter(weights[0], case.top_k), experts, dispatcher, ForwardContext(), index=0, shared=shared)
+    router = make_router("topk", weights[0], case.top_k)
+    return MoELayer(router, experts, dispatcher, ForwardContext(), index=0, shared=shared)
 
 
 def run(layer, x_TD, direction_TD, real_T):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ds_moe.moe import Experts, ForwardContext, LocalDispatcher, MoELayer, TopKRouter
+from ds_moe.moe import Experts, ForwardContext, LocalDispatcher, MoELayer, make_router
 from ds_moe.moe.backends.liger import Liger
 from ds_moe.moe.backends.reference import Reference
 from tests.launcher import report
@@ -92,7 +92,7 @@ def layer():
         weights = [torch.nn.Parameter(torch.randn(*shape) * 0.3) for shape in shapes]
         experts, dispatcher = Experts(*weights[1:], backend), LocalDispatcher(backend)
         x = torch.randn(1, 7, D, requires_grad=True)
-        y = MoELayer(TopKRouter(weights[0], 2), experts, dispatcher, ForwardContext(), index=0)(x)
+        y = MoELayer(make_router("topk", weights[0], 2), experts, dispatcher, ForwardContext(), index=0)(x)
         outputs.append((y.detach(), *torch.autograd.grad(y, [x, *weights], torch.randn_like(y))))
     return difference(*outputs)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ds_moe.config.moe import ExpertsConfig, MoEConfig
 from ds_moe.models.convert import convert
 from ds_moe.models.presets import build_preset
-from ds_moe.moe import Experts, ForwardContext, LocalDispatcher, MoELayer, RoutingDecision, TopKRouter
+from ds_moe.moe import Experts, ForwardContext, LocalDispatcher, MoELayer, RoutingDecision, make_router
 from ds_moe.moe.backends.base import Backend
 from ds_moe.moe.backends.megablocks import Megablocks
 from ds_moe.moe.backends.megablocks_ops import active, load_megablocks
@@ -189,7 +189,7 @@ def dmoe(tokens, top_k, D=24, FFN=40, wrong=False):
     parameters = [torch.nn.Parameter(weight.detach().clone()) for weight in stacked(glu.w1, glu.v1, glu.w2)]
     if wrong:
         parameters[1].data[[0, 2]] = parameters[1].data[[2, 0]]
-    gate = TopKRouter(torch.nn.Parameter(router.detach().clone()), top_k, normalize=True)
+    gate = make_router("topk", torch.nn.Parameter(router.detach().clone()), top_k, normalize=True)
     ours = MoELayer(gate, Experts(*parameters, "megablocks"), LocalDispatcher("megablocks"), ForwardContext(), 0)
     x_TD, direction_TD = torch.randn(tokens, D), torch.randn(tokens, D)
     outputs = []

@@ -11,7 +11,7 @@ from ds_moe.moe import (
     ForwardContext,
     LocalDispatcher,
     MoELayer,
-    TopKRouter,
+    make_router,
 )
 from ds_moe.moe.all_to_all import RowCounts
 from ds_moe.moe.dispatch import regrouped
@@ -66,7 +66,7 @@ def build(dispatcher, shared=None, frozen_router=False, updated=False):
         if name.endswith("B"):
             torch.nn.init.normal_(parameter)
     experts = Experts(gate_up, down, lora=lora)
-    return MoELayer(TopKRouter(gate, 2), experts, dispatcher, ForwardContext(), index=0, shared=shared)
+    return MoELayer(make_router("topk", gate, 2), experts, dispatcher, ForwardContext(), index=0, shared=shared)
 
 
 def logged(chunks):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ds_moe.moe import AuxLoss, Experts, ForwardContext, LocalDispatcher, MoELayer, TopKRouter, checkpoint_contexts
+from ds_moe.moe import AuxLoss, Experts, ForwardContext, LocalDispatcher, MoELayer, checkpoint_contexts, make_router
 
 D, F, E = 24, 20, 6  # never square: D != F, D != 2F
 
@@ -18,7 +18,7 @@ def make_layer(top_k=2, backend="grouped_mm", balancers=(), seed=0, normalize=Tr
         return torch.nn.Parameter(torch.randn(*shape, generator=generator) * 0.3)
 
     return MoELayer(
-        gate=TopKRouter(parameter(E, D), top_k, normalize),
+        gate=make_router("topk", parameter(E, D), top_k, normalize=normalize),
         experts=Experts(parameter(E, 2 * F, D), parameter(E, D, F), backend),
         dispatcher=LocalDispatcher(),
         context=ForwardContext(),

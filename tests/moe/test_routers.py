@@ -15,7 +15,6 @@ from ds_moe.errors import UserError
 from ds_moe.models.convert import convert
 from ds_moe.models.presets import build_preset
 from ds_moe.moe import (
-    ROUTERS,
     AuxLoss,
     ExpertChoiceRouter,
     ExpertRouter,
@@ -25,6 +24,7 @@ from ds_moe.moe import (
     LocalDispatcher,
     MoELayer,
     checkpoint_contexts,
+    make_router,
 )
 from ds_moe.moe.decision import Assignments
 from ds_moe.moe.routers.limits import survives_dropout
@@ -35,7 +35,7 @@ quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 def router(kind, experts, top_k, seed=0, **keys):
     weight = 0.4 * torch.randn(experts, D, generator=torch.Generator().manual_seed(seed))
-    made = ROUTERS[kind](torch.nn.Parameter(weight), top_k, **keys)
+    made = make_router(kind, torch.nn.Parameter(weight), top_k, **keys)
     if kind == "noisy_topk":
         torch.nn.init.normal_(made.noise_weight, generator=torch.Generator().manual_seed(seed + 1))
     return made

@@ -42,7 +42,7 @@ def _stage(config: RunConfig) -> Complaint:
 
 
 def _fixed_router(config: RunConfig) -> Complaint:
-    wrong = config.lora and config.lora.train_router and config.moe and config.moe.router.kind in ("hash", "balanced")
+    wrong = config.lora and config.lora.train_router and config.moe and not config.moe.router.learns
     kind = config.moe.router.kind if config.moe else ""
     return "lora.train_router", f"moe.router.kind {kind} learns nothing: set lora.train_router false" if wrong else None
 

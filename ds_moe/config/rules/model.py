@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ds_moe.config.moe import ExpertChoiceRouting, RouterConfig, TopKRouting
+from ds_moe.config.moe import RouterConfig, TopKRouting
 from ds_moe.config.rules.rule import written
 from ds_moe.config.run import RunConfig
 
@@ -54,7 +54,7 @@ def _router(router: RouterConfig, experts: int, models_top_k: int) -> Complaints
         elif held < top_k:
             text = f"moe.router.top_groups {router.top_groups} leaves {held} experts, fewer than the top_k of {top_k}"
             found.append(("moe.router.top_groups", text))
-    if router.expert_dropout and top_k == 1 and not isinstance(router, ExpertChoiceRouting):
+    if router.expert_dropout and top_k == 1 and router.exact_k:
         text = "moe.router.expert_dropout would not be used: a token has one expert only, which it keeps; remove it"
         found.append(("moe.router.expert_dropout", text))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ds_moe.config.moe import ExpertChoiceRouting, TopKRouting
+from ds_moe.config.moe import RouterConfig, TopKRouting
 from ds_moe.config.rules.rule import Complaint
 from ds_moe.config.run import RunConfig
 
@@ -60,20 +60,25 @@ def _balance(config: RunConfig) -> Complaint:
     return "moe.balance", None
 
 
-NONCAUSAL = (
-    "moe.router.kind expert_choice makes a token's experts depend on later tokens: a causal language model trained so "
-    "leaks the future and cannot generate; choose topk, or set moe.router.allow_noncausal to true to study it"
-)
+def noncausal(router: RouterConfig) -> str | None:
+    """Why a causal language model must not have this router, unless the run file allows it."""
+    if router.causal or getattr(router, "allow_noncausal", False):
+        return None
+    return (
+        f"moe.router.kind {router.kind} makes a token's experts depend on later tokens: a causal language model "
+        "trained so leaks the future and cannot generate; choose topk, or set moe.router.allow_noncausal to true to "
+        "study it"
+    )
 
 
 def _causal(config: RunConfig) -> Complaint:
     router = config.moe.router if config.moe else None
-    if not isinstance(router, ExpertChoiceRouting):
+    if router is None or router.causal:
         return "moe.router.kind", None
-    if not router.allow_noncausal:
-        return "moe.router.kind", NONCAUSAL
+    if leak := noncausal(router):
+        return "moe.router.kind", leak
     generates = config.data.eval is not None and config.train.eval_generate
-    text = "moe.router.kind expert_choice cannot generate answers; set train.eval_generate to false"
+    text = f"moe.router.kind {router.kind} cannot generate answers; set train.eval_generate to false"
     return "train.eval_generate", text if generates else None
 
 
@@ -86,18 +91,12 @@ def _router_groups(config: RunConfig) -> Complaint:
     return f"moe.router.{there}", text
 
 
-WITHOUT_EFFECT = {
-    "hash": ("aux", "z_loss", "loss_free"),
-    "balanced": ("aux", "z_loss", "loss_free"),
-    "expert_choice": ("aux", "loss_free"),
-}
-
-
 def _balance_effect(config: RunConfig) -> Complaint:
     """Balancers that cannot change what this router does."""
-    kind = config.moe.router.kind if config.moe else "topk"
-    balances = [balance.kind for balance in config.moe.balance] if config.moe else []
-    useless = next((balance for balance in balances if balance in WITHOUT_EFFECT.get(kind, ())), None)
-    reason = "gives all experts the same load" if kind == "expert_choice" else "learns nothing"
-    text = f"moe.balance {useless} would not be used: moe.router.kind {kind} {reason}; remove it"
+    if config.moe is None:
+        return "moe.balance", None
+    router = config.moe.router
+    useless = next((balance.kind for balance in config.moe.balance if balance.kind in router.useless_balances), None)
+    reason = "gives all experts the same load" if router.learns else "learns nothing"
+    text = f"moe.balance {useless} would not be used: moe.router.kind {router.kind} {reason}; remove it"
     return "moe.balance", text if useless else None

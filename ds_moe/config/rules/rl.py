@@ -61,9 +61,9 @@ def _replay(config: RunConfig) -> Complaint:
     if not task_is(config, "rl"):
         return "moe.replay.enabled", "moe.replay.enabled needs task rl, whose rollouts bring a routing; remove it"
     router, key = config.moe.router, "moe.router.kind"
-    if type(router) is not TopKRouting:
+    if not router.replays:
         return key, f"moe.replay.enabled needs moe.router.kind topk, which is {router.kind}"
-    if router.scores == "sigmoid" and config.rl.router != "none":
+    if isinstance(router, TopKRouting) and router.scores == "sigmoid" and config.rl.router != "none":
         return "rl.router", f"rl.router {config.rl.router} needs moe.router.scores softmax"
     return key, None
 
@@ -73,8 +73,9 @@ def _same_function(config: RunConfig) -> Complaint:
     if not task_is(config, "rl") or config.moe is None:
         return "moe.router", None
     router = config.moe.router
-    if router.kind == "noisy_topk":
-        return "moe.router.kind", "moe.router.kind noisy_topk routes otherwise than the rollouts were; choose topk"
+    if router.noisy:
+        text = f"moe.router.kind {router.kind} routes otherwise than the rollouts were; choose topk"
+        return "moe.router.kind", text
     for name in ("expert_dropout", "jitter_noise", "capacity_factor"):
         if getattr(router, name, None):
             return f"moe.router.{name}", f"moe.router.{name} routes otherwise than the rollouts were; remove it"

@@ -62,7 +62,7 @@ def _stage(config: RunConfig) -> Complaint:
         return "train.stage", "train.stage router_only needs routers, and there is no moe section"
     kind = config.moe.router.kind
     text = f"train.stage router_only would train nothing: moe.router.kind {kind} learns nothing"
-    return "train.stage", text if kind in ("hash", "balanced") else None
+    return "train.stage", None if config.moe.router.learns else text
 
 
 def _warmup(config: RunConfig, steps: int | None) -> Complaint:

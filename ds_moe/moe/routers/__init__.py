@@ -1,21 +1,18 @@
-"""Routers: hidden states in, a `RoutingDecision` out. A new kind is one class and one line in `ROUTERS`.
+"""Routers: hidden states in, a `RoutingDecision` out.
+
+A new kind is a file here, whose class says its `kind`, and a class with its keys in `ds_moe.config.moe`.
 
 base.py           score -> select -> weigh          topk.py    each token chooses its experts
 expert_choice.py  each expert chooses its tokens    fixed.py   nothing is learned: hash, balanced
 limits.py         expert dropout and capacity
 """
 
-from ds_moe.moe.routers.base import Router
-from ds_moe.moe.routers.expert_choice import ExpertChoice
-from ds_moe.moe.routers.fixed import BalancedRouter, HashRouter
-from ds_moe.moe.routers.topk import NoisyTopKRouter, TopKRouter
+from importlib import import_module
+from pkgutil import iter_modules
 
-ROUTERS: dict[str, type[Router]] = {
-    "topk": TopKRouter,
-    "noisy_topk": NoisyTopKRouter,
-    "expert_choice": ExpertChoice,
-    "hash": HashRouter,
-    "balanced": BalancedRouter,
-}
+from ds_moe.moe.routers.base import ROUTERS, Router
 
-__all__ = ["ROUTERS", "BalancedRouter", "ExpertChoice", "HashRouter", "NoisyTopKRouter", "Router", "TopKRouter"]
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")  # a class with a `kind` enters itself into ROUTERS
+
+__all__ = ["ROUTERS", "Router"]

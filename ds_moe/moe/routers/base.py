@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,11 +12,23 @@ from ds_moe.moe.decision import Assignments, RoutingDecision
 from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.moe.routers.limits import Drop, capacity, survives_dropout, within_capacity
 
+ROUTERS: dict[str, type[Router]] = {}  # moe.router.kind of a run file -> the class that declares this kind
 TINY = 1e-20  # added to sums of scores that may be zero; too small to change any other (DeepSeek-V3 adds it too)
 
 
+class Limits(TypedDict):
+    """Arguments of `Router` that subclasses hand on to it."""
+
+    expert_dropout: float
+    jitter_noise: float
+    capacity_factor: float | None
+    drop: Drop
+
+
 class Router(nn.Module):
-    """Base of all kinds.
+    """Base of all kinds: `class NewRouter(Router, kind="new")` is what `moe.router.kind: new` of a run file makes.
+
+    Routers have no defaults of their own: those of a run file stand in `ds_moe.config.moe`.
 
     The selection has no gradient; the combine weights are computed from the live scores of the selected experts. A
     forward that is given its selection (a recompute, a replay) therefore runs the same operations and saves the same
@@ -34,18 +48,20 @@ class Router(nn.Module):
         ValueError: a `top_k` that these experts cannot give.
     """
 
-    causal = True  # whether a token's experts are independent of the tokens behind it (dropless)
-    learns = True  # whether the weight takes part
+    def __init_subclass__(cls, kind: str | None = None) -> None:
+        super().__init_subclass__()
+        if kind is not None:
+            ROUTERS[kind] = cls
 
     def __init__(
         self,
         weight_ED: nn.Parameter,
         top_k: int,
         *,
-        expert_dropout: float = 0.0,
-        jitter_noise: float = 0.0,
-        capacity_factor: float | None = None,
-        drop: Drop = "position",
+        expert_dropout: float,
+        jitter_noise: float,
+        capacity_factor: float | None,
+        drop: Drop,
     ) -> None:
         nn.Module.__init__(self)  # not super(): a family's router class may follow in the MRO
         if not 1 <= top_k <= weight_ED.shape[0]:

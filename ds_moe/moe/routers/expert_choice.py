@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from ds_moe.moe.decision import Assignments
@@ -11,7 +9,7 @@ from ds_moe.moe.routers.base import Router, routed
 from ds_moe.moe.routers.limits import capacity
 
 
-class ExpertChoice(Router):
+class ExpertChoice(Router, kind="expert_choice"):
     """Each expert takes its best tokens, the same number for all experts (Zhou 2022, eq. 1-2).
 
     That number is ceil(capacity_factor * V * K / E), at most V, of the V routed tokens of this rank's micro-batch;
@@ -20,10 +18,17 @@ class ExpertChoice(Router):
     trained this way leaks the future and cannot generate.
     """
 
-    causal = False
-
-    def __init__(self, weight_ED: nn.Parameter, top_k: int = 1, *, capacity_factor: float = 1.0, **noise: Any) -> None:
-        Router.__init__(self, weight_ED, top_k, **noise)
+    def __init__(
+        self,
+        weight_ED: nn.Parameter,
+        top_k: int,
+        *,
+        capacity_factor: float,
+        expert_dropout: float,
+        jitter_noise: float,
+    ) -> None:
+        noise = {"expert_dropout": expert_dropout, "jitter_noise": jitter_noise}
+        Router.__init__(self, weight_ED, top_k, **noise, capacity_factor=None, drop="position")
         self.share = capacity_factor
 
     def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:

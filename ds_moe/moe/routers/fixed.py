@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_moe.moe.decision import Assignments
 from ds_moe.moe.routers.base import Router, routed
@@ -14,7 +14,11 @@ from ds_moe.moe.routers.base import Router, routed
 class FixedRouter(Router):
     """Prefers no expert: logits 0, scores 1/E. Each of a token's n experts (K without drops) weighs 1/n."""
 
-    learns = False
+    def __init__(
+        self, weight_ED: nn.Parameter, top_k: int, *, expert_dropout: float, capacity_factor: float | None
+    ) -> None:
+        limits = {"expert_dropout": expert_dropout, "capacity_factor": capacity_factor}
+        Router.__init__(self, weight_ED, top_k, **limits, jitter_noise=0.0, drop="position")
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return x_TD.new_zeros(x_TD.shape[0], self.weight.shape[0])
@@ -24,7 +28,7 @@ class FixedRouter(Router):
         return per_token_T[chosen.token_N].to(scores_TE.dtype).reciprocal()
 
 
-class HashRouter(FixedRouter):
+class HashRouter(FixedRouter, kind="hash"):
     """K distinct experts from a hash of the token's index in the micro-batch. Loads are even on average only.
 
     Hash layers (Roller 2021) hash the token's id, which a router does not see. Here the same word at another place gets
@@ -44,7 +48,7 @@ class HashRouter(FixedRouter):
         return Assignments(token_V.repeat_interleave(self.top_k), expert_N, top_k=every_k)
 
 
-class BalancedRouter(FixedRouter):
+class BalancedRouter(FixedRouter, kind="balanced"):
     """Round robin: assignment n goes to expert n mod E, so that loads differ by at most one."""
 
     def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:

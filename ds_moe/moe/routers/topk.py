@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_moe.moe.decision import Assignments
-from ds_moe.moe.routers.base import Router, routed, score_dtype, share_of_token
+from ds_moe.moe.routers.base import Limits, Router, routed, score_dtype, share_of_token
 
 Scores = Literal["softmax", "sigmoid"]
 Order = Literal["softmax_then_topk", "topk_then_softmax"]
 
 
-class TopKRouter(Router):
+class TopKSettings(Limits):
+    """Arguments of `TopKRouter` that a subclass hands on to it."""
+
+    normalize: bool
+    scores: Scores
+    order: Order
+    route_scale: float
+    groups: int | None
+    top_groups: int | None
+    temperature: float
+
+
+class TopKRouter(Router, kind="topk"):
     """The K experts with the largest scores.
 
     Qwen3-MoE: softmax, normalised. Mixtral and GPT-OSS: `topk_then_softmax`. DeepSeek-V3 (2024, eq. 12-16): sigmoid,
@@ -39,15 +51,15 @@ class TopKRouter(Router):
         self,
         weight_ED: nn.Parameter,
         top_k: int,
-        normalize: bool = True,
         *,
-        scores: Scores = "softmax",
-        order: Order = "softmax_then_topk",
-        route_scale: float = 1.0,
-        groups: int | None = None,
-        top_groups: int | None = None,
-        temperature: float = 1.0,
-        **limits: Any,
+        normalize: bool,
+        scores: Scores,
+        order: Order,
+        route_scale: float,
+        groups: int | None,
+        top_groups: int | None,
+        temperature: float,
+        **limits: Unpack[Limits],
     ) -> None:
         Router.__init__(self, weight_ED, top_k, **limits)
         experts = weight_ED.shape[0]
@@ -85,7 +97,7 @@ class TopKRouter(Router):
         return weight_N if self.route_scale == 1 else weight_N * self.route_scale
 
 
-class NoisyTopKRouter(TopKRouter):
+class NoisyTopKRouter(TopKRouter, kind="noisy_topk"):
     """Top-k with learned noise in training (Shazeer 2017, eq. 3-5): logits + softplus(x W_noise) * eps * noise_std.
 
     The noisy logits select and weigh; the decision reports the clean ones. `noise_weight` starts at zero, which gives
@@ -93,9 +105,9 @@ class NoisyTopKRouter(TopKRouter):
     """
 
     def __init__(
-        self, weight_ED: nn.Parameter, top_k: int, normalize: bool = True, *, noise_std: float = 1.0, **settings: Any
+        self, weight_ED: nn.Parameter, top_k: int, *, noise_std: float, **settings: Unpack[TopKSettings]
     ) -> None:
-        TopKRouter.__init__(self, weight_ED, top_k, normalize, **settings)
+        TopKRouter.__init__(self, weight_ED, top_k, **settings)
         self.noise_std = noise_std
         self.noise_weight = nn.Parameter(torch.zeros_like(weight_ED), requires_grad=weight_ED.requires_grad)
 

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
-from ds_moe.moe import ROUTERS, Router, RoutingDecision
+from ds_moe.moe import Router, RoutingDecision, make_router
 from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.meters import max_vio, relative_load
@@ -51,7 +51,7 @@ def route(name: str) -> RoutingDecision:
     weight_ED = nn.Parameter(torch.randn(E, D, generator=generator) * D**-0.5)
     kind, settings = ROUTES[name]
     torch.manual_seed(0)
-    router = ROUTERS[kind](weight_ED, K, **settings).train()
+    router = make_router(kind, weight_ED, K, **settings).train()
     with torch.no_grad():
         if "loss-free" in name:
             balance(router, x_TD)
