@@ -1,6 +1,6 @@
 """Start real multi-process runs in tests, through the real launchers, and collect what the ranks report.
 
-    run = run_ranks("tests/distributed/parity.py", 2, ["--ep", "2"], timeout=240)
+    run = run_ranks("tests/distributed/parity.py", 2, ["--ep", "2"])
     assert run.json["loss_diff"] < 1e-6
 
 In the script: `from tests.launcher import report`, then `report(loss_diff=...)`, on one rank or on all, as often as it
@@ -31,6 +31,7 @@ import psutil
 from ds_moe.engine.cpu import remove_stale_lock
 
 ROOT = Path(__file__).resolve().parents[1]
+HANGS_S = 1200.0  # seconds after which a process is taken to hang; what takes 5 minutes may take 20 on a busy machine
 TAIL_LINES = 40  # of each log, in the error message of a failed run
 MARK = "DS_MOE_TEST_RUN"  # environment variable whose value marks the processes of one run
 REPORTS = "DS_MOE_TEST_REPORTS"  # environment variable: folder the ranks write their reports to
@@ -134,7 +135,7 @@ class Ranks:
             except psutil.NoSuchProcess:
                 continue
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = HANGS_S) -> int:
         """Wait for the end and return the launcher's status. Past `timeout` seconds: kill all, raise RanksFailed."""
         try:
             code = self.process.wait(timeout)
@@ -146,7 +147,7 @@ class Ranks:
             self.process.wait()
         return code
 
-    def wait_for(self, text: str, timeout: float, rank: int = 0) -> None:
+    def wait_for(self, text: str, timeout: float = HANGS_S, rank: int = 0) -> None:
         """Wait until `text` is in the log of `rank`; RanksFailed if the run ends before, or `timeout` seconds pass."""
         deadline = time.monotonic() + timeout
         while text not in self.log(rank):
@@ -223,7 +224,7 @@ def run_ranks(
     nproc: int,
     args: Sequence[str | Path] = (),
     env: Mapping[str, str | None] | None = None,
-    timeout: float = 240,
+    timeout: float = HANGS_S,
     launcher: Literal["deepspeed", "torchrun"] = "torchrun",
     check: bool = True,
 ) -> Ranks:

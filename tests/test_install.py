@@ -19,6 +19,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from deepspeed.launcher.runner import fetch_hostfile
 
 import ds_moe
+from tests.launcher import HANGS_S
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["launch/local.sh", "launch/multinode.sh", "launch/slurm.sbatch"]
@@ -29,7 +30,7 @@ HOSTILE = "train.output_dir=runs/$(touch pwned);`id` 'x'"
 
 def shell(*words, env=None, cwd=ROOT):
     environment = {**os.environ, **(env or {})}
-    return subprocess.run([*map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([*map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANGS_S)
 
 
 def python(code, env=None):
@@ -225,7 +226,7 @@ print("trained on", rank, flush=True)
 if os.environ["THEN"] == "die" and rank == "1":
     os.kill(os.getpid(), 9)
 if os.environ["THEN"] != "end":
-    time.sleep(300)
+    time.sleep(3000)
 """
 
 
@@ -276,7 +277,7 @@ def test_slurm_script_starts_one_torchrun_a_node(tmp_path, fake_train):
 STOPPABLE_SRUN = """#!/bin/bash
 trap 'exit 1' USR1
 touch "$SEEN/started"
-for _ in {1..600}; do sleep 0.1; done
+for _ in {1..6000}; do sleep 0.1; done
 """
 NOTING_SCONTROL = """#!/bin/bash
 if [[ $1 == requeue ]]; then echo "$2" >"$SEEN/requeued"; else echo localhost; fi
@@ -300,11 +301,11 @@ def test_slurm_script_hands_usr1_on_and_requeues_what_has_stopped(tmp_path, fake
     with open(tmp_path / "log", "w") as log:
         command = ["bash", str(ROOT / "launch/slurm.sbatch"), RUN]
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANGS_S
     while not (tmp_path / "seen/started").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.Signals[f"SIG{number}"])
-    assert process.wait(30) == status, (tmp_path / "log").read_text()
+    assert process.wait(HANGS_S) == status, (tmp_path / "log").read_text()
     assert (tmp_path / "seen/requeued").exists() == requeued
 
 
@@ -321,11 +322,11 @@ def test_stopping_local_stops_every_rank(tmp_path, fake_train):
     with open(tmp_path / "log", "w") as log:
         command = ["bash", str(ROOT / "launch/local.sh"), RUN, "2"]
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS_S
     while len(seen(tmp_path)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     process.terminate()
-    assert process.wait(60) == 143, (tmp_path / "log").read_text()
+    assert process.wait(HANGS_S) == 143, (tmp_path / "log").read_text()
     marked = f"SEEN={fake_train['SEEN']}".encode()
     left = []
     for environ in Path("/proc").glob("[0-9]*/environ"):

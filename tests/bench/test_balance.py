@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.launcher import HANGS_S
 from tools.bench.balance import bench as bench_balance
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +18,7 @@ EXPERTS, LAYERS = 16, 3
 
 def bench(*arguments: object) -> str:
     command = [sys.executable, "-m", "tools.bench.balance.bench", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_S, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

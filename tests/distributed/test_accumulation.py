@@ -4,7 +4,7 @@ from tests.launcher import run_ranks
 
 
 def test_ten_bf16_micro_batches_sum_as_in_fp32(tmp_path, show):
-    found = run_ranks("tests/distributed/accumulation_ranks.py", 1, [str(tmp_path)], timeout=600).json
+    found = run_ranks("tests/distributed/accumulation_ranks.py", 1, [str(tmp_path)]).json
     show("\n".join(f"  {name:<18} {difference:.1e} of the largest gradient" for name, difference in found.items()))
     for stage in (2, 3):
         assert found[f"ZeRO-{stage}, shipped"] < 1e-6

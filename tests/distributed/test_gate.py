@@ -59,7 +59,7 @@ def overrides(made: Path, output: str | Path, *more: str) -> list[str]:
 
 
 def launch(world_size: int, cases: list) -> Ranks:
-    return run_ranks("tests/distributed/gate_ranks.py", world_size, [json.dumps(cases)], timeout=280)
+    return run_ranks("tests/distributed/gate_ranks.py", world_size, [json.dumps(cases)])
 
 
 def start(made: Path, run: str) -> str:
@@ -184,9 +184,9 @@ def resumed(trained) -> tuple[Path, Ranks]:
     made, _ = trained
     joint = [start(made, "end_to_end"), *JOINT, "data.eval=null"]  # an evaluation must change nothing
     run = start_ranks("ds_moe.train", 2, [RUN, *overrides(made, "killed", *joint)], launcher="deepspeed")
-    run.wait_for("checkpoint ", timeout=120)
+    run.wait_for("checkpoint ")
     run.kill()
-    run.wait(timeout=30)
+    run.wait()
     first = newest_complete(checkpoints(made / "killed"))
     assert first is not None and first.name != LAST, "the run had ended before it was killed"
     cases = [["killed", overrides(made, "killed", *joint), "train"]]

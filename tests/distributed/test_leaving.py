@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.launcher import ROOT
+from tests.launcher import HANGS_S, ROOT
 
 STATUS = {"complete": 0, "crash": 1, "full disk": 2, "bad record": 2, "signal": 128 + signal.SIGTERM}
 SAID = {
@@ -21,7 +21,6 @@ SAID = {
     "bad record": "train.jsonl:",
     "signal": "received SIGTERM",
 }
-LEAVES_WITHIN_S = 60.0  # after its last word; a busy machine too
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def check(way, workers, folder, bad_data):
     output = folder / f"{way.replace(' ', '-')}-{workers}"
     process, log = start(way, workers, output, bad_data)
     try:
-        status = process.wait(timeout=400)
+        status = process.wait(timeout=HANGS_S)
     finally:
         for one in of_mark(str(output)) if process.poll() is None else []:
             one.kill()
@@ -75,7 +74,7 @@ def check(way, workers, folder, bad_data):
     text = log.read()
     assert status == STATUS[way], text[-3000:]
     assert SAID.get(way, "") in text
-    until = time.monotonic() + LEAVES_WITHIN_S
+    until = time.monotonic() + HANGS_S
     while of_mark(str(output)) and time.monotonic() < until:
         time.sleep(0.2)
     assert not of_mark(str(output)), "a process of the run is still there"

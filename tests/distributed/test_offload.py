@@ -22,7 +22,7 @@ from tests.distributed.test_resume import (
 OFFLOAD = "deepspeed=ds_configs/zero3_offload.json"
 BUILD = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first time, DeepSpeed compiles its CPU Adam
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

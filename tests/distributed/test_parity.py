@@ -12,7 +12,7 @@ LOSS, GRADIENT = 1e-6, 5e-6  # the invariant: fp32 sums in another order
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_parity_matrix(world_size, show):
-    run = run_ranks("tests/distributed/parity_ranks.py", world_size, timeout=300)
+    run = run_ranks("tests/distributed/parity_ranks.py", world_size)
     title = f"parity with unconverted transformers, {world_size} ranks, real images (one rank without), fp32"
     check_parity(run, title, world_size, show)  # negative control: one layer's experts changed
     for name, (loss, gradient) in run.json["experts"].items():

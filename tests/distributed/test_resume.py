@@ -52,7 +52,7 @@ def start_from(folder: Path, source: Path, name: str) -> Path:
 
 
 def launch(world_size: int, cases: list) -> None:
-    run_ranks("tests/distributed/resume_ranks.py", world_size, [json.dumps(cases)], timeout=300)
+    run_ranks("tests/distributed/resume_ranks.py", world_size, [json.dumps(cases)])
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,9 @@ def test_killed_and_restarted_equals_never_stopped_bit_for_bit(never_stopped, tm
     """SIGKILL of every process in the middle, through the deepspeed launcher; other data workers after the restart."""
     arguments = [RUN, f"train.output_dir={tmp_path}"]
     run = start_ranks("ds_moe.train", 2, arguments, launcher="deepspeed")
-    run.wait_for("checkpoint ", timeout=120)
+    run.wait_for("checkpoint ")
     run.kill()
-    run.wait(timeout=30)
+    run.wait()
     first = newest_complete(checkpoints(tmp_path))
     assert first is not None and first.name != LAST, "the run had ended before it was killed"
     run = run_ranks("ds_moe.train", 2, [*arguments, "data.num_workers=1"], launcher="deepspeed")

@@ -39,7 +39,7 @@ def train(folder, number, output, *overrides):
         "train.epochs=1",
         *overrides,
     ]
-    run = run_ranks("ds_moe.train", 2, words, timeout=200)
+    run = run_ranks("ds_moe.train", 2, words)
     return run, json.loads((output / "result.json").read_text())
 
 

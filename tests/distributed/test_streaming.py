@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_streamed_equals_loaded_complete_and_sharded(folder, world_size, show):
-    run = run_ranks("tests/distributed/streaming_ranks.py", world_size, [folder], timeout=100 * world_size)
+    run = run_ranks("tests/distributed/streaming_ranks.py", world_size, [folder])
     lines = [f"streamed against loaded complete, {world_size} ranks: all weights, masters, buffers and the loss equal"]
     for rank, result in enumerate(run.json_by_rank):
         for form, ep_size, stage, dtype, sections, differing, same_loss, size in result["found"]:

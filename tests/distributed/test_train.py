@@ -70,7 +70,7 @@ def runs(files, tmp_path_factory):
         data = [override.replace("MIXED", files["mixed"]).replace("TEXT", files["text"]) for override in data]
         generate = GENERATE if name in GENERATING else ["train.eval_generate=false"]
         cases.append([name, [*SHORT, *generate, *data], "train"])
-    run_ranks("tests/distributed/resume_ranks.py", 2, [json.dumps(cases)], timeout=400)
+    run_ranks("tests/distributed/resume_ranks.py", 2, [json.dumps(cases)])
     return {name: (folder / name, json.loads((folder / name / "result.json").read_text())) for name in RUNS}
 
 

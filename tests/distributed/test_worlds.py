@@ -49,7 +49,7 @@ def overrides(model: Path, output: Path, world: int, stage: int, ep_size: int, *
 
 
 def launch(world: int, cases: list) -> None:
-    run_ranks("tests/distributed/resume_ranks.py", world, [json.dumps(cases)], timeout=1200)
+    run_ranks("tests/distributed/resume_ranks.py", world, [json.dumps(cases)])
 
 
 @pytest.fixture(scope="module")

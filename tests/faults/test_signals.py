@@ -9,11 +9,12 @@ import time
 import pytest
 
 from ds_moe.faults.signals import SIGNALS, agreed
+from tests.launcher import HANGS_S
 
 TERM, INT, USR1 = SIGNALS
 
 
-def process(body: str, deadline_s: float = 30.0) -> subprocess.Popen:
+def process(body: str, deadline_s: float = HANGS_S) -> subprocess.Popen:
     """A process with a `StopRequest` that has said "ready"; `body` is its main thread's work from there."""
     lines = f"""
     import signal, sys, time
@@ -47,16 +48,16 @@ lock.acquire()  # as in a collective: no handler of Python's runs
 def test_a_signal_is_noted_and_left_to_the_step(number):
     running = process(STEP)
     running.send_signal(number)
-    out, error = running.communicate(timeout=10)
+    out, error = running.communicate(timeout=HANGS_S)
     votes = [float(one == number) for one in SIGNALS]
     assert (running.returncode, out) == (0, f"{number.name} {votes}\n")
     assert error == f"rank 3: received {number.name} in step 7, forward: a checkpoint follows at the step's end\n"
 
 
 def test_before_the_first_step_a_signal_ends_at_once():
-    running = process('print("ready", flush=True); time.sleep(60)')
+    running = process('print("ready", flush=True); time.sleep(600)')
     running.send_signal(TERM)
-    _, error = running.communicate(timeout=10)
+    _, error = running.communicate(timeout=HANGS_S)
     assert running.returncode == 128 + TERM
     assert error == "rank 3: received SIGTERM before the first step: ending\n"
 
@@ -65,7 +66,7 @@ def test_a_step_that_takes_longer_than_the_deadline_ends_without_a_checkpoint():
     running = process(HANGS, deadline_s=0.5)
     began = time.monotonic()
     running.send_signal(USR1)
-    _, error = running.communicate(timeout=10)
+    _, error = running.communicate(timeout=HANGS_S)
     assert running.returncode == 128 + USR1 and time.monotonic() - began > 0.5
     assert "still in step 7, forward 0.5 s (train.stop_within_s) after SIGUSR1" in error
 
@@ -77,22 +78,22 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
         time.sleep(0.2)
     assert running.poll() is None
     running.send_signal(INT)
-    _, error = running.communicate(timeout=10)
+    _, error = running.communicate(timeout=HANGS_S)
     assert running.returncode == 128 + INT
     assert error.endswith("rank 3: received SIGINT again: ending without a checkpoint\n")
 
 
 def test_close_gives_the_handlers_back():
-    running = process('stop.wait_for_step(); stop.close(); print("ready", flush=True); time.sleep(60)')
+    running = process('stop.wait_for_step(); stop.close(); print("ready", flush=True); time.sleep(600)')
     running.send_signal(TERM)
-    assert running.wait(timeout=10) == -TERM
+    assert running.wait(timeout=HANGS_S) == -TERM
 
 
 def test_a_data_worker_leaves_signals_to_its_rank():
     running = process('stop.close(); leave_to_parent(); print("ready", flush=True); time.sleep(1)')
     for number in SIGNALS:
         running.send_signal(number)
-    assert running.wait(timeout=10) == 0
+    assert running.wait(timeout=HANGS_S) == 0
 
 
 @pytest.mark.parametrize(

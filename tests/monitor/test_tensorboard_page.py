@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 
 from ds_moe.config.run import RunConfig
 from ds_moe.monitor import EvalReport, RoutingReport, ShownSample, StepReport, make_monitor
+from tests.launcher import HANGS_S
 
 CONFIG = {
     "model": {"preset": "tiny-vl-moe"},
@@ -88,14 +89,14 @@ def page(run_dir: Path) -> Iterator[str]:
         server = subprocess.Popen([*command, "--port", str(port)], stdout=stream, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + HANGS_S
         while not serves_the_run(address):
             assert server.poll() is None and time.monotonic() < deadline_s, log.read_text()
             time.sleep(0.1)
         yield address
     finally:
         server.terminate()
-        server.wait(timeout=10)
+        server.wait(timeout=HANGS_S)
 
 
 def serves_the_run(address: str) -> bool:
@@ -108,7 +109,7 @@ def serves_the_run(address: str) -> bool:
 def ask(address: str, path: str, body: dict | None = None) -> dict:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=HANGS_S) as answer:
         return json.load(answer)
 
 
@@ -145,7 +146,7 @@ def test_images_are_listed(page):
         steps = [image["step"] for image in shown]  # maybe not all: these steps are faster than a picture is drawn
         assert steps == sorted(set(steps)) and steps[0] == 20 and steps[-1] == 100
         with urllib.request.urlopen(
-            f"{page}/data/plugin/images/individualImage?{shown[-1]['query']}", timeout=20
+            f"{page}/data/plugin/images/individualImage?{shown[-1]['query']}", timeout=HANGS_S
         ) as answer:
             picture = np.asarray(Image.open(answer))
         assert min(picture.shape[:2]) > 300 and picture.std() > 10
@@ -196,7 +197,7 @@ def test_a_browser_draws_it(page, view, color, tmp_path):
         [chromium, *flags, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={screenshot}", f"{page}/#{view}"],
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=HANGS_S,
     )
     pixels = np.asarray(Image.open(screenshot).convert("RGB")).astype(int)
     assert pixels.shape == (1000, 1400, 3)

@@ -291,6 +291,6 @@ def test_a_long_trace_takes_moments():
     """4096 tokens x 48 layers x top-8: a loop over tokens in Python would take far longer."""
     shape = RoutingShape(48, tuple(range(48)), 128, 8)
     ids = (np.arange(8) * 16 + np.random.default_rng(0).integers(16, size=(4095, 48, 8))).astype(np.uint8)
-    began = time.perf_counter()
+    began = time.process_time()
     align(from_vllm(ids), shape, 4096)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 1  # 0.02

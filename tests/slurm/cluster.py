@@ -104,7 +104,7 @@ class Slurm:
 
         No setting shortens them; and what is started again within some seconds, nodes refuse ("credential revoked").
         """
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 600
         while self.state(job) == "PENDING":
             facts = self.job(job)
             assert time.monotonic() < deadline, facts
@@ -130,7 +130,7 @@ def slurm(folder: Path) -> Iterator[Slurm]:
         files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         socket = folder / "munge.socket"
         net.switch.start("munged", "-F", "--force", *files, f"--socket={socket}", log=folder / "munged.out")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 600
         while not socket.exists():
             assert time.monotonic() < deadline, (folder / "munged.out").read_text()
             time.sleep(0.1)
