@@ -15,17 +15,17 @@ OVERRIDES = "dotted overrides of the run file, e.g. train.lr=1e-4 moe.ep_size=4"
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is a --help away."""
+    """Reports a wrong argument in one line, without the usage that argparse would print."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} ({self.prog} --help shows the usage)\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code. A `UserError` is one line on stderr and code 2."""
+    """Run one command and return its exit code. A `UserError` becomes one line on stderr and code 2."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest:  # overrides that stand behind an option: argparse has closed their list by then
+    if rest:  # overrides behind an option: argparse ends the list of positional arguments at the first option
         strays = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]
         if strays:
             parser.error(f"unrecognized arguments: {' '.join(strays)}")

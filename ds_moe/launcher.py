@@ -22,16 +22,16 @@ from ds_moe.engine import cpu as ops
 from ds_moe.engine.cpu import cpu_settings
 from ds_moe.errors import UserError
 
-GRACE_S = 30  # seconds that a launcher has to end after its ranks
-LEFT_S = 5  # seconds that ranks have to end after their launcher
+GRACE_S = 30  # seconds that the launcher may take to end once its ranks have ended
+LEFT_S = 5  # seconds that ranks may take to end once their launcher has ended
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Codes after which a run is not started again: complete, wrong in the same way next time, or stopped by a signal.
+# Exit codes after which no run is started again: it is complete, would fail the same way, or a signal stopped it.
 FINAL = {0, 2, *(128 + number for number in (*STOPPING, signal.SIGUSR1))}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launcher's argument list and the environment variables it gets beside the caller's own."""
+    """The argument list of DeepSpeed's launcher, and the environment variables it gets beside the caller's own."""
 
     command: list[str]
     settings: dict[str, str]
@@ -49,7 +49,7 @@ def plan(
 
     Args:
         nproc: ranks a machine. None: every accelerator (of the hostfile: every slot), or one CPU rank.
-        port: of rank 0. None: MASTER_PORT, else a free one, or DeepSpeed's default (29500) with a hostfile.
+        port: where rank 0 listens. None: MASTER_PORT, else a free port, or DeepSpeed's default (29500) with a hostfile.
 
     Raises:
         UserError: DeepSpeed or the hostfile is missing, or there are fewer accelerators than ranks.
@@ -79,16 +79,22 @@ def plan(
 
 
 def for_remote_shell(word: str) -> str:
-    """A word as DeepSpeed's pdsh launcher must get it so that the shells of the other machines see it unchanged: it
-    puts words that hold a space between double quotes, which it escapes in them, and no others."""
+    """Quote a word so that it reaches the shells of the other machines unchanged.
+
+    DeepSpeed's pdsh launcher puts words with a space between double quotes, and escapes double quotes inside them; it
+    leaves every other word as it is.
+    """
     return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
 
 
 def choose_devices(nproc: int | None, devices: int, visible: str) -> tuple[dict[str, str], list[str]]:
-    """(settings, launcher options) for `nproc` ranks on a machine that shows `devices` accelerators.
+    """(environment, launcher options) for `nproc` ranks on a machine that shows `devices` accelerators.
 
-    Of a CUDA_VISIBLE_DEVICES (`visible`) the first `nproc` are taken. DeepSpeed ignores that variable where it gets
-    a number of ranks, and without one starts a rank on every device of it.
+    The ranks get the first `nproc` devices of CUDA_VISIBLE_DEVICES (`visible`), or all of them. DeepSpeed's launcher
+    starts a rank on each device that the variable lists, but ignores the variable when it is told a number of ranks.
+
+    Raises:
+        UserError: there are fewer devices than ranks, or the variable holds something else than device numbers.
     """
     if (nproc or 1) > devices:
         raise UserError(
@@ -123,10 +129,11 @@ def _free_port() -> int:
 
 
 def start(launch: Launch, stop_within_s: float) -> int:
-    """Build what the ranks would otherwise wait for without a word, then run them; the launcher's exit code.
+    """Run a launch, and return its exit code. CPU ranks need an op that DeepSpeed compiles: where it is missing it is
+    built first, because the ranks would wait for it without a word.
 
     Args:
-        stop_within_s: `train.stop_within_s` of the run.
+        stop_within_s: `train.stop_within_s` of the run, in seconds.
     """
     environment = {**os.environ, **launch.settings}
     if "TORCH_EXTENSIONS_DIR" in launch.settings and not ops.ready(Path(launch.settings["TORCH_EXTENSIONS_DIR"])):
@@ -137,11 +144,12 @@ def start(launch: Launch, stop_within_s: float) -> int:
 
 
 def run_group(command: list[str], environment: dict[str, str], stop_within_s: float = 0.0) -> int:
-    """Run a command as a process group of its own, of which nothing survives this call; the exit code.
+    """Run a command as a process group of its own, of which nothing survives this call, and return the exit code.
 
-    SIGINT, SIGTERM and SIGHUP go to the ranks, as a SIGTERM, and to them alone: DeepSpeed's launcher would end them
-    half a minute after its own. They have `stop_within_s` for a checkpoint; then, or at a second signal, all of the
-    group gets a SIGTERM, and what is left a SIGKILL. The code is then 128 + the signal, as in shells.
+    A SIGINT, SIGTERM or SIGHUP that this process receives is sent to the ranks as a SIGTERM, and not to DeepSpeed's
+    launcher, which would end the ranks half a minute after its own. The ranks have `stop_within_s` seconds to save a
+    checkpoint; then, or at a second signal, the whole group gets a SIGTERM and what is left of it a SIGKILL. The exit
+    code is then 128 + the signal, as in shells.
     """
     received: list[int] = []
     heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup stays nohup
@@ -165,7 +173,7 @@ def run_group(command: list[str], environment: dict[str, str], stop_within_s: fl
 
 
 def ask_ranks(launcher: int) -> int:
-    """Send SIGTERM to the ranks on this host that a launcher has started; how many there are."""
+    """Send SIGTERM to the ranks that a launcher has started on this host, and return their number."""
     asked = 0
     for process in psutil.Process(launcher).children(recursive=True):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -177,7 +185,7 @@ def ask_ranks(launcher: int) -> int:
 
 def _end_group(group: int, grace_s: float) -> None:
     deadline = time.monotonic() + grace_s
-    with suppress(ProcessLookupError):  # it is empty, as after every run that went well
+    with suppress(ProcessLookupError):  # the group is empty, as after every run that went well
         os.killpg(group, signal.SIGTERM)
         while _alive(group) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -185,7 +193,7 @@ def _end_group(group: int, grace_s: float) -> None:
 
 
 def _alive(group: int) -> bool:
-    """Whether a process of the group runs. A zombie does not: in a container nobody may ever collect it."""
+    """Whether a process of the group runs. A zombie does not count: in a container nobody may ever collect it."""
     for process in psutil.process_iter():
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
