@@ -17,6 +17,7 @@ from ds_moe.config.moe import ExpertsConfig, LossFreeBalance, MoEConfig
 from ds_moe.config.rules.moe import noncausal
 from ds_moe.errors import UserError
 from ds_moe.models.families import BIAS_SUFFIX, FAMILIES
+from ds_moe.models.generation import cache_of
 from ds_moe.models.hf_experts import is_silu
 from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.moe.balance import BALANCERS
@@ -118,7 +119,7 @@ def _refuse_generation(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _refuse_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("past_key_values") is not None:
+    if cache_of(kwargs) is not None:
         _refuse_generation()
 
 

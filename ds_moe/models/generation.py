@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
+
+
+def cache_of(arguments: Mapping[str, object]) -> Cache | None:
+    """The cache of earlier tokens among a forward's keyword arguments.
+
+    transformers 5.24 calls it `cache`; 5.23 called it `past_key_values` and already takes both.
+    """
+    for name in ("cache", "past_key_values"):
+        if arguments.get(name) is not None:
+            return arguments[name]
+    return None
 
 
 def stop_tokens(config: GenerationConfig) -> list[int]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_moe.distributed import parallel
+from ds_moe.models.generation import cache_of
 
 
 def has_vision(model: nn.Module) -> bool:
@@ -27,7 +28,7 @@ def keep_vision_in_step(model: PreTrainedModel) -> None:
     """
 
     def hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
-        generating = kwargs.get("past_key_values") is not None
+        generating = cache_of(kwargs) is not None
         if generating or kwargs.get("visual_pos_masks") is not None or not parallel():
             return args, kwargs
         embeds_BSD: Tensor = kwargs["inputs_embeds"]

@@ -8,11 +8,11 @@ from unittest.mock import patch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ds_moe.checkpoint import files as checkpoint_files
 from ds_moe.config.run_file import load_run
 from ds_moe.data.stream import TrainStream
 from ds_moe.train import resume, save_checkpoint, train
 from ds_moe.training.set_up import set_up
+from ds_moe.weights import files
 from tests.launcher import leave, report
 
 RUN = "tests/runs/resume.yaml"
@@ -31,7 +31,7 @@ def main():
             with patch.object(TrainStream, "load_state_dict", lambda self, state: None):
                 report(**{name: train(config)["loss"]})
         elif mode == "rank 1 cannot write":
-            with patch.object(checkpoint_files, "save_file", _full_disk if os.environ["RANK"] == "1" else save_file):
+            with patch.object(files, "save_file", _full_disk if os.environ["RANK"] == "1" else save_file):
                 train(config)
         elif mode == "load and save":
             run = set_up(config)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ds_moe.config.tasks import GateConfig
 from ds_moe.distributed import parallel
 from ds_moe.errors import UserError
+from ds_moe.models.generation import cache_of
 from ds_moe.models.vision import encode_blank, has_vision
 from ds_moe.tasks.gate import bank
 from ds_moe.tasks.gate.adapters import find_adapters, read_adapter
@@ -98,7 +99,7 @@ def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     @wraps(base.forward)  # `generate` reads the signature
     def forward(self: Any, *args: Any, gate_only: bool = False, adapter: Tensor | None = None, **kwargs: Any) -> Any:
         """`adapter`, the label that a batch may bring, is for the loss; the gate must not see it."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if cache is None or cache.get_seq_length() == 0:
             self.features, kwargs = read(self, kwargs)
             self.decision = self.adapter_gate(self.features)
@@ -143,7 +144,7 @@ def read(model: Any, inputs: dict[str, Any]) -> tuple[Features, dict[str, Any]]:
             encoded = model.get_image_features(*(inputs[name] for name in IMAGES), return_dict=True)
             inputs = {key: value for key, value in inputs.items() if key != "pixel_values"}
             inputs["mm_encoder_outputs"] = {"image": encoded}
-        elif inputs.get("past_key_values") is None and parallel():
+        elif cache_of(inputs) is None and parallel():
             encode_blank(model, input_ids.device)
         ids = model.config
         not_text = (ids.image_token_id, ids.video_token_id, ids.vision_start_token_id, ids.vision_end_token_id)

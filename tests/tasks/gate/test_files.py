@@ -20,7 +20,7 @@ from ds_moe.weights.files import write_tensors
 from tests.tasks.gate.gated import batch, fixed, gated
 from tests.tasks.gate.lora_folders import ADAPTERS, base, difference, write
 
-ZERO = Path(__file__).parents[2] / "ds_configs/zero1.json"
+ZERO = Path(__file__).parents[3] / "ds_configs/zero1.json"
 WEIGHTS = {"mail": 0.75, "notes": -0.5, "photos": 0.125}
 SETTINGS = [{"stage": "end_to_end"}, {"stage": "joint", "per": "layer", "text": "layer", "text_layer": 1}]
 
