@@ -27,7 +27,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",
-        "transformers>=5.23,<6",
+        "transformers>=5.23,<5.25",
         "peft>=0.21.2,<0.22",
         "datasets>=5.2,<6",
         "safetensors>=0.8",

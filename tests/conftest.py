@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
 
+from importlib.metadata import version
+
 import pytest
 import torch
 
@@ -16,6 +18,10 @@ if not CUDA:
     os.environ["DS_ACCELERATOR"] = "cpu"
 torch.set_num_threads(1)
 ops.use_environment()  # without the op that `make` compiled, the first launch of a test would compile for 100 s
+
+
+def pytest_report_header():
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "peft"))
 
 
 def pytest_collection_modifyitems(items):
