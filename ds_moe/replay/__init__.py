@@ -1,8 +1,11 @@
-"""Routing replay: the experts that an inference engine used, decoded, aligned, forced and weighed in an objective.
+"""Routing replay: training with the experts that an inference engine used.
 
-traces.py     forms of engines and files, decoded   align.py      experts of each input token
-record.py     experts that our own forwards used    objective.py  policy-gradient losses
-ratios.py     log-probs, ratios, corrections, KL    metrics.py    what an RL step is watched by
+traces.py     decodes the routing that engines and rollout files give
+align.py      finds the experts that each input token replays
+record.py     records the experts that a model's own forwards use
+ratios.py     log-probabilities, and ratios, corrections and KL made of them
+objective.py  policy-gradient losses
+metrics.py    figures of a reinforcement-learning step
 """
 
 from ds_moe.replay.align import RoutingShape, align, join, pack, pad

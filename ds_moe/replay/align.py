@@ -1,8 +1,8 @@
-"""From an engine's trace to the experts that each input token replays: (T, L, K), -1 where the router decides.
+"""Turns an engine's trace into the experts that each input token replays: (T, L, K), -1 where the router decides.
 
-Row i of a trace routes input token `start + i`, whose output predicts token `start + i + 1`: the last token of a
-sequence has no row. An aligned tensor has one entry an input token, so truncating a sequence is slicing it alike
-(`aligned[:512]`, `aligned[-512:]`), and a token keeps its experts.
+Row i of a trace routes input token `start + i`, whose output predicts token `start + i + 1`. The last token of a
+sequence predicts nothing and has no row. An aligned tensor has one entry for each input token: whoever truncates a
+sequence slices its aligned tensor in the same way (`aligned[:512]`, `aligned[-512:]`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch.nn import functional as F
 from ds_moe.errors import UserError
 from ds_moe.replay.traces import RoutingTrace
 
-LIVE = -1  # in place of expert ids: the router decides
-PLAUSIBLE_ROWS = 8  # so many tokens in a row do not all choose expert 0 alone: with top-1, zeros may be true
+LIVE = -1  # stands for an expert id where the router decides
+PLAUSIBLE_ROWS = 8  # with top-1, so many rows of nothing but expert 0 are taken for an engine that recorded nothing
 
 
 @dataclass(frozen=True)
 class RoutingShape:
-    """What of a model a trace has to fit."""
+    """What a trace must have in common with a model."""
 
     layers: int  # all decoder layers
-    moe_layers: tuple[int, ...]  # decoder indices of those with experts
+    moe_layers: tuple[int, ...]  # decoder indices of the layers with experts
     experts: int
     top_k: int
 
@@ -54,15 +54,15 @@ def align(
     extra_row: Literal["refuse", "drop"] = "refuse",
     short: Literal["refuse", "live"] = "refuse",
 ) -> Tensor:
-    """The experts that one sequence of `tokens` input tokens replays, int16 (tokens, L MoE layers, K), -1 where live.
+    """The experts that one sequence of `tokens` input tokens replays: int16 (tokens, L MoE layers, K).
 
-    Live are the last token, tokens before `trace.start` and rows of -1. The trace may have all decoder layers, the
-    dense ones all zero, or only those with experts.
+    The router decides, marked by -1, for the last token, for tokens before `trace.start` and where the trace has a row
+    of -1. The trace may have all decoder layers, with zeros in the dense ones, or only the layers with experts.
 
     Args:
-        where: the record in error messages, such as file:line.
+        where: names the record in error messages, such as file:line.
         extra_row: "drop" ignores a row for the last token.
-        short: "live" leaves tokens at the end that have no row to the live router.
+        short: "live" lets the router decide for tokens at the end that have no row.
 
     Raises:
         UserError: a trace that cannot be of this sequence and model; the line names row, layer, value and fix.
@@ -91,7 +91,7 @@ def _layers(trace: RoutingTrace, shape: RoutingShape, name: str) -> Sequence[int
 
 
 def _rows(trace: RoutingTrace, tokens: int, name: str, extra_row: str, short: str) -> int:
-    """How many rows of the trace the sequence takes."""
+    """How many rows of the trace to use."""
     found, expected = len(trace.ids), tokens - 1 - trace.start
     if expected < 0:
         fix = "start counts input tokens from the first of the sequence"
@@ -111,7 +111,7 @@ def _rows(trace: RoutingTrace, tokens: int, name: str, extra_row: str, short: st
 
 
 def _check_dense(ids: np.ndarray, layers: Sequence[int], shape: RoutingShape, name: str) -> None:
-    """Layers without experts hold zeros, or -1 in rows of padding."""
+    """Refuse a trace whose layers without experts hold anything but zeros, or -1 in rows of padding."""
     dense = [column for column, layer in enumerate(layers) if layer not in shape.moe_layers]
     wrong = (ids[:, dense] != 0) & (ids[:, dense] != LIVE)
     if wrong.any():
@@ -122,6 +122,8 @@ def _check_dense(ids: np.ndarray, layers: Sequence[int], shape: RoutingShape, na
 
 
 def _check_experts(ids_TLK: np.ndarray, shape: RoutingShape, name: str) -> None:
+    """Refuse ids that this model's routers cannot have chosen, and layers that the engine did not record."""
+
     def refuse(wrong: np.ndarray, problem: str) -> None:
         """Raise for the first (row, layer, ...) at which the mask is true."""
         if wrong.any():
@@ -135,7 +137,7 @@ def _check_experts(ids_TLK: np.ndarray, shape: RoutingShape, name: str) -> None:
     refuse(live_TLK.any(-1) & ~live_TLK.all(-1), "-1 beside experts (give all of a token's experts, or only -1)")
     recorded_L = (~live_TLK[..., 0]).sum(0)
     empty_L = ((ids_TLK == 0) | live_TLK).all((0, 2)) & (recorded_L >= (PLAUSIBLE_ROWS if shape.top_k == 1 else 1))
-    if empty_L.any():  # before duplicates: zeros are that as well, and this says why
+    if empty_L.any():  # before the check for duplicates, which zeros are too: this message says the cause
         layer, count = shape.moe_layers[empty_L.argmax()], recorded_L[empty_L.argmax()]
         fix = "the engine recorded nothing in a layer that has experts: update it, or leave the routing out"
         raise UserError(f"{name}: layer {layer} is all zero in {count} rows ({fix})")
@@ -145,11 +147,13 @@ def _check_experts(ids_TLK: np.ndarray, shape: RoutingShape, name: str) -> None:
 
 
 def join(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-    """The turns of one conversation as one trace, each turn's `start` counted from the conversation's first token.
+    """Join the turns of one conversation; each turn's `start` counts from the conversation's first token.
 
-    Tokens that no turn routed, such as a tool's output, become rows of -1. A token of two turns must have the same
-    experts in both, and takes its weights from the later one. Raises `UserError` where they differ, or if turns
-    are of different shapes or only some have weights.
+    Tokens that no turn has routed, such as the output of a tool, become rows of -1. If two turns route a token, both
+    must give it the same experts, and its weights are those of the later turn.
+
+    Raises:
+        UserError: turns that give a token different experts, differ in shape, or of which only some have weights.
     """
     name = traces[0].name
     kinds = {(trace.ids.shape[1:], trace.weights is None) for trace in traces}
@@ -177,12 +181,12 @@ def join(traces: Sequence[RoutingTrace]) -> RoutingTrace:
 
 
 def pad(aligned: Sequence[Tensor], length: int, side: Literal["right", "left"] = "right") -> Tensor:
-    """Aligned sequences (T, L, K) as one batch (B, S=length, L, K); padding is -1, as it goes to no expert at all."""
+    """Aligned sequences (T, L, K) as one batch (B, S=length, L, K); padding, which no expert gets, is -1."""
     return torch.stack([_fill(one_TLK, length, side) for one_TLK in aligned])
 
 
 def pack(aligned: Sequence[Tensor], length: int | None = None) -> Tensor:
-    """Aligned sequences (T, L, K) behind one another, (1, S, L, K), filled up to `length` (None: no more) with -1."""
+    """Aligned sequences (T, L, K) one after the other: (1, S, L, K), filled up to `length` with -1 if it is given."""
     packed_SLK = torch.cat(list(aligned))
     return _fill(packed_SLK, len(packed_SLK) if length is None else length, "right").unsqueeze(0)
 

@@ -32,10 +32,10 @@ _COUNTS = {
 
 @torch.no_grad()
 def metrics(inputs: PolicyInputs, stats: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over the completion tokens of a micro-batch, fp64 scalars; `stats` are those of `policy_loss`.
+    """Sums over the completion tokens of a micro-batch, as fp64 scalars; `stats` are those of `policy_loss`.
 
-    The keys depend on the objective alone, so that ranks may all-reduce them stacked. fp64 because a standard deviation
-    of 1e-3 about 1 is a difference of sums that fp32 cannot hold.
+    The keys depend on the objective alone, so that ranks may stack the sums and all-reduce them. They are fp64 because
+    fp32 cannot hold the difference of sums that a standard deviation of 1e-3 around 1 is computed from.
     """
     mask_BS = inputs.mask_BS
 
@@ -67,9 +67,10 @@ def metrics(inputs: PolicyInputs, stats: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def routing_difference(live_ids_TLK: Tensor, replayed_ids_TLK: Tensor, mask_T: Tensor) -> dict[str, Tensor]:
-    """How many routers (token and layer) and tokens of the mask would select other experts than the replayed ones.
+    """Count the tokens, and the pairs of token and layer ("routers"), where live routers differ from the replay.
 
-    Sums like those of `metrics`. The order of the K experts does not matter; a router without replay (-1) is left out.
+    Both selections are compared as sets of K experts, within the mask and where experts are replayed (not -1). The
+    results are sums like those of `metrics`.
     """
     live_TLK, replayed_TLK = (ids.to(torch.int64).sort(-1).values for ids in (live_ids_TLK, replayed_ids_TLK))
     compared_TL = (replayed_TLK >= 0).all(-1) & mask_T.unsqueeze(1)

@@ -1,6 +1,6 @@
 """Policy-gradient losses for reinforcement learning with replayed routing: pure functions of tensors and masks.
 
-A new objective is one function that gives a `Surrogate`, and a line in `OBJECTIVES`.
+A new objective is one function that returns a `Surrogate`, and one line in `OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class PolicyInputs(NamedTuple):
     """One micro-batch of B sequences of S tokens. Entry t belongs to token t (see `ratios.py`)."""
 
     logprob_BS: Tensor  # under the live policy, with grad
-    old_BS: Tensor  # under the trainer's old policy, recomputed with replay
-    engine_BS: Tensor  # as the inference engine reported
+    old_BS: Tensor  # under the trainer's old policy, computed with replay
+    engine_BS: Tensor  # as the inference engine reported them
     mask_BS: Tensor  # bool, completion tokens
     advantage: Tensor  # (B,) or (B, S)
     expert_BSLK: Tensor | None = None  # fp32 log-probabilities of the replayed experts in row t-1, live, with grad
@@ -43,16 +43,16 @@ class PolicyInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What `policy_loss` minimises. None stands for the default of the kind (`OBJECTIVES`, `CORRECTION_BOUNDS`)."""
+    """What `policy_loss` minimises. None means the default of the kind, in `OBJECTIVES` or `CORRECTION_BOUNDS`."""
 
     kind: Literal["grpo", "dapo", "gspo", "cispo"] = "grpo"
-    clip_low: float | None = None  # ratios are held in [1 - clip_low, 1 + clip_high]
+    clip_low: float | None = None  # ratios are clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float | None = None
     aggregate: Aggregate | None = None
     router: Literal["none", "router_shift", "joint"] = "none"
     gamma_floor: float = 0.8  # of router_shift
     gamma_place: Literal["before", "after"] = "before"  # gamma scales the ratio before it is clipped (RSPO), or after
-    joint_lambda: float = 0.1  # of the mean expert log-ratio in router joint
+    joint_lambda: float = 0.1  # weight of the mean expert log-ratio, with router joint
     correction: Correction = "none"
     correction_low: float | None = None
     correction_high: float | None = None
@@ -62,15 +62,15 @@ class Objective:
 
 
 class Surrogate(NamedTuple):
-    """What is maximised at each token, with grad; 0 outside the mask."""
+    """What the objective maximises."""
 
-    value_BS: Tensor
+    value_BS: Tensor  # at each token, with grad; 0 outside the mask
     ratio_BS: Tensor  # before clipping
     clipped_BS: Tensor  # bool, where the clip changed the value
 
 
-class Policy(NamedTuple):
-    """What a surrogate is made of; every tensor is finite, and 0 outside the mask."""
+class SurrogateInputs(NamedTuple):
+    """What a surrogate is computed from. Every tensor is finite, and 0 outside the mask."""
 
     log_ratio_BS: Tensor  # live to old, with grad
     logprob_BS: Tensor  # live, with grad
@@ -81,13 +81,14 @@ class Policy(NamedTuple):
 def policy_loss(
     objective: Objective, inputs: PolicyInputs, normalizer: float | Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one micro-batch, a scalar with grad, and what `metrics.metrics` wants to know, detached (B, S).
+    """The loss of one micro-batch, a scalar with grad, and detached tensors (B, S) for `metrics.metrics`.
 
     Args:
-        normalizer: what the sum over tokens (`token_mean`) or over sequence means (`sequence_mean`) is divided by.
-            Pass the count of completion tokens, or of sequences, of the whole optimizer step on all ranks, divided by
-            (world size * accumulation steps): DeepSpeed averages over both, which then gives the mean of the whole
-            step however it was split. Default: the count in this micro-batch (sequences without completion left out).
+        normalizer: divisor of the sum over tokens (`token_mean`) or over sequence means (`sequence_mean`). Pass the
+            count of completion tokens, or of sequences, of the whole optimizer step on all ranks, divided by (world
+            size * accumulation steps). DeepSpeed averages over ranks and accumulation, so the result is the mean over
+            the whole step, however it was split. Default: the count in this micro-batch, without sequences that have no
+            completion token.
 
     Raises:
         ValueError: `inputs` lacks what the objective's router or KL term needs.
@@ -98,10 +99,10 @@ def policy_loss(
     if gamma_BS is not None and objective.gamma_place == "before":
         ratio_BS = ratio_BS + gamma_BS.log()
     advantage_BS = inputs.advantage if inputs.advantage.dim() == 2 else inputs.advantage.unsqueeze(1)
-    policy = Policy(ratio_BS, torch.where(mask_BS, live_BS, 0), torch.where(mask_BS, advantage_BS, 0), mask_BS)
+    given = SurrogateInputs(ratio_BS, torch.where(mask_BS, live_BS, 0), torch.where(mask_BS, advantage_BS, 0), mask_BS)
     low = kind.clip_low if objective.clip_low is None else objective.clip_low
     high = kind.clip_high if objective.clip_high is None else objective.clip_high
-    surrogate = kind.surrogate(policy, low, high)
+    surrogate = kind.surrogate(given, low, high)
 
     bounds = objective.correction_low, objective.correction_high
     weight_BS = engine_weight(
@@ -121,15 +122,15 @@ def policy_loss(
 
 
 def group_advantages(reward_B: Tensor, group_B: Tensor, normalize_std: bool = True) -> Tensor:
-    """Advantage (B,) of each completion within its group, the completions of one prompt (all of them must be here).
+    """The advantage (B,) of each completion within its group: all completions of one prompt, which must all be here.
 
-    `(r - mean) / std` (GRPO, Shao 2024, arXiv 2402.03300; sample standard deviation), or `r - mean` (Dr. GRPO, Liu
-    2025, arXiv 2503.20783). A group of one, or of equal rewards, gets 0.
+    It is `(r - mean) / std` (GRPO, Shao 2024, arXiv 2402.03300; sample standard deviation), or `r - mean` (Dr. GRPO,
+    Liu 2025, arXiv 2503.20783). In a group of one completion or of equal rewards it is 0.
     """
     _, group_B = group_B.unique(return_inverse=True)
     count_G = torch.bincount(group_B)
     least_G = reward_B.new_full(count_G.shape, float("inf")).scatter_reduce(0, group_B, reward_B, "amin")
-    # Above the group's least reward: equal rewards become exact zeros, which the division below cannot blow up.
+    # Subtract the group's least reward first. Equal rewards then are exact zeros, which no division can enlarge.
     reward_B = reward_B - least_G[group_B]
     mean_G = torch.zeros_like(least_G).index_add(0, group_B, reward_B) / count_G
     advantage_B = reward_B - mean_G[group_B]
@@ -140,22 +141,22 @@ def group_advantages(reward_B: Tensor, group_B: Tensor, normalize_std: bool = Tr
     return advantage_B / (std_G[group_B] + 1e-6)
 
 
-def _token_clip(policy: Policy, low: float, high: float) -> Surrogate:
+def _token_clip(given: SurrogateInputs, low: float, high: float) -> Surrogate:
     """PPO's clipped surrogate of each token's ratio, `min(r A, clip(r) A)`."""
-    return _clip(policy.log_ratio_BS.exp(), policy.advantage_BS, low, high)
+    return _clip(given.log_ratio_BS.exp(), given.advantage_BS, low, high)
 
 
-def _sequence_clip(policy: Policy, low: float, high: float) -> Surrogate:
-    """The same with one ratio a sequence, the geometric mean over its tokens."""
-    mean_B1 = sequence_mean(policy.log_ratio_BS, policy.mask_BS).unsqueeze(1)
-    return _clip(mean_B1.exp().expand_as(policy.log_ratio_BS), policy.advantage_BS, low, high)
+def _sequence_clip(given: SurrogateInputs, low: float, high: float) -> Surrogate:
+    """The same, where all tokens of a sequence have one ratio: the geometric mean over its tokens."""
+    mean_B1 = sequence_mean(given.log_ratio_BS, given.mask_BS).unsqueeze(1)
+    return _clip(mean_B1.exp().expand_as(given.log_ratio_BS), given.advantage_BS, low, high)
 
 
-def _clipped_weight(policy: Policy, low: float, high: float) -> Surrogate:
-    """`sg(clip(r)) A log p`: the clip bounds a token's weight and never takes its gradient."""
-    ratio_BS = policy.log_ratio_BS.exp()
+def _clipped_weight(given: SurrogateInputs, low: float, high: float) -> Surrogate:
+    """`stop_gradient(clip(r)) A log p`: the clip bounds the weight of a token, and never removes its gradient."""
+    ratio_BS = given.log_ratio_BS.exp()
     bounded_BS = ratio_BS.clamp(1 - low, 1 + high).detach()
-    return Surrogate(bounded_BS * policy.advantage_BS * policy.logprob_BS, ratio_BS, bounded_BS != ratio_BS)
+    return Surrogate(bounded_BS * given.advantage_BS * given.logprob_BS, ratio_BS, bounded_BS != ratio_BS)
 
 
 def _clip(ratio_BS: Tensor, advantage_BS: Tensor, low: float, high: float) -> Surrogate:
@@ -164,7 +165,7 @@ def _clip(ratio_BS: Tensor, advantage_BS: Tensor, low: float, high: float) -> Su
 
 
 class Kind(NamedTuple):
-    surrogate: Callable[[Policy, float, float], Surrogate]
+    surrogate: Callable[[SurrogateInputs, float, float], Surrogate]
     clip_low: float
     clip_high: float
     aggregate: Aggregate
@@ -179,7 +180,7 @@ OBJECTIVES = {
 
 
 def _with_router(objective: Objective, inputs: PolicyInputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Live and old log-probabilities (B, S) as the router mode sees them, and gamma (B, S) if it has one."""
+    """The live and old log-probabilities (B, S) in this router mode, and gamma (B, S) with router_shift, else None."""
     if objective.router == "none":
         return inputs.logprob_BS, inputs.old_BS, None
     live_BSLK, old_BSLK, routed_BS = inputs.expert_BSLK, inputs.old_expert_BSLK, inputs.routed_BS

@@ -1,10 +1,10 @@
-"""Log-probabilities of tokens and experts, and what is made of their differences: ratios, corrections, KL.
+"""Log-probabilities of tokens and experts, and ratios, corrections and KL estimates made of their differences.
 
-Three policies meet here: the *live* one that is trained, the *old* one (the trainer's, before this batch's first step,
-recomputed with replay) and the *engine's*, which sampled the tokens. Entry t of a (B, S) tensor belongs to token t,
-which row t-1 of logits and routing predicts; entry 0 is not used. Where a mask is false anything may stand, NaN too: it
-is replaced before any arithmetic, so that it reaches neither a value nor a gradient. A NaN at a completion token is a
-fault, and stays.
+There are three policies: the *live* one, which is trained; the *old* one, which is the trainer's before the first
+optimizer step on this batch, computed with replay; and the *engine's*, which sampled the tokens. Entry t of a (B, S)
+tensor belongs to token t, which row t-1 of logits and routing predicts; entry 0 is not used. Where a mask is false, a
+tensor may hold anything, even NaN: it is replaced before any arithmetic, so that it reaches neither a value nor a
+gradient. A NaN at a completion token is an error and is not replaced.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Correction = Literal["none", "tis", "mis", "icepop"]
 Level = Literal["token", "sequence"]
 KL = Literal["k1", "k2", "k3"]
 
-LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8: far beyond any clip, and far from overflow
+LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8, far beyond any clip and far from overflow
 
 
 def token_logprobs(logits_BSV: Tensor, input_ids_BS: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probability of each token given those before it, fp32 (B, S); entry 0 is 0.
 
-    Logit of the token minus logsumexp, one sequence at a time and again in backward, so that only one sequence's
-    logits exist in fp32 at once: 4.6 GiB for 8192 tokens of Qwen3-VL's 151,936.
+    It is the token's logit minus logsumexp, computed for one sequence at a time, and again in backward. So only one
+    sequence's logits exist in fp32 at once: 4.6 GiB for 8192 tokens of Qwen3-VL's vocabulary of 151,936.
     """
     rows = [
         checkpoint(_next_logprobs, logits_SV, ids_S, temperature, use_reentrant=False, preserve_rng_state=False)
@@ -39,8 +39,10 @@ def token_logprobs(logits_BSV: Tensor, input_ids_BS: Tensor, temperature: float 
 
 
 def expert_logprobs(router_logits_TE: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Log of the router's softmax at the replayed experts, fp32 (T, K), and a bool mask (T, K) of the ids that are not
-    -1; at those that are, the log-probability is 0."""
+    """The log of the router's softmax at the replayed experts, fp32 (T, K), and which of these there are, bool (T, K).
+
+    Where an id is -1, the log-probability is 0 and the mask is false.
+    """
     ids_TK = ids_TK.to(torch.int64)
     replayed_TK = ids_TK >= 0
     logits_TE = _masked(router_logits_TE.float(), replayed_TK.any(-1, keepdim=True))
@@ -49,31 +51,32 @@ def expert_logprobs(router_logits_TE: Tensor, ids_TK: Tensor) -> tuple[Tensor, T
 
 
 def log_ratio(new_BS: Tensor, old_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """log(new / old) where the mask is true, else 0; beyond +-20 it is cut and has no gradient. Any equal shapes."""
+    """log(new / old) where the mask is true, else 0. It is clamped to +-20, beyond which it has no gradient."""
     return (_masked(new_BS, mask_BS) - _masked(old_BS, mask_BS)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def sequence_mean(values_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Mean over the true entries of each row, (B,); 0 for a row without any."""
+    """Mean of each row over the true entries of the mask, (B,); 0 for a row without any."""
     return _masked(values_BS, mask_BS).sum(1) / mask_BS.sum(1).clamp_min(1)
 
 
 def joint_logprob(logprob_BS: Tensor, expert_BSLK: Tensor, routed_BS: Tensor, weight: float) -> Tensor:
-    """`log p(token) + weight * mean_{l,k} log p(expert)`, with grad to both; a token without routing keeps its own.
+    """`log p(token) + weight * mean_{l,k} log p(expert)`, with grad to both; `log p(token)` if there is no routing.
 
-    The difference of two of them is the joint log-ratio. It is a heuristic, no importance ratio: top-k does not sample
-    experts from the router's softmax. A mean because a sum over layers and top-k drowns the token: at 48 x 8 a jitter
-    of 0.02 in the logits gives the summed log-ratio a standard deviation of 0.29, the averaged one of 0.0008.
+    The difference of two of these is the joint log-ratio. It is a heuristic rather than an importance ratio, because
+    top-k does not sample experts from the router's softmax. A sum in place of the mean would drown the token's own
+    term: with 48 layers and top-8, a jitter of 0.02 in the logits gives the summed log-ratio a standard deviation of
+    0.29, and the averaged one 0.0008.
     """
     return logprob_BS + weight * _masked(expert_BSLK, routed_BS[..., None, None]).mean((-2, -1))
 
 
 @torch.no_grad()
 def router_shift(expert_BSLK: Tensor, old_expert_BSLK: Tensor, routed_BS: Tensor, floor: float) -> Tensor:
-    """Router-shift ratio of RSPO (Zhang 2025, arXiv 2510.23027), detached (B, S); 1 where there is no routing.
+    """The router-shift ratio of RSPO (Zhang 2025, arXiv 2510.23027), detached (B, S); 1 where there is no routing.
 
-    `gamma = max(exp(-mean_{l,k} |log p(expert) - log p_old(expert)|), floor)` over the replayed experts: the more the
-    router has moved since the rollout, the less a token's ratio is trusted.
+    `gamma = max(exp(-mean_{l,k} |log p(expert) - log p_old(expert)|), floor)` over the replayed experts. It lowers a
+    token's ratio the more the router has moved since the rollout.
     """
     shift_BSLK = log_ratio(expert_BSLK, old_expert_BSLK, routed_BS[..., None, None]).abs()
     return shift_BSLK.mean((-2, -1)).neg().exp().clamp_min(floor)
@@ -89,17 +92,18 @@ def engine_weight(
     high: float | None = None,
     level: Level = "token",
 ) -> Tensor:
-    """Weight (B, S), detached, that corrects for tokens sampled by the engine and not by the old policy.
+    """The weight (B, S), detached, that corrects for the engine rather than the old policy having sampled the tokens.
 
-    Of w = p_old / p_engine of a token, or with level `sequence` of a whole completion (the product over its tokens,
-    which each of them gets):
+    It is made of w = p_old / p_engine of a token. With level `sequence`, w is the product over a completion's tokens,
+    and all of them get the same weight. By kind:
 
     - `none`: 1.
-    - `tis`: w held between the bounds; truncated importance sampling (Yao 2025, "Your efficient RL framework secretly
-      brings you off-policy RL training"). Bounds 0, 2.
-    - `mis`: w between the bounds, else 0; masked importance sampling (Liu 2025, "When speed kills stability").
-      Bounds 0, 2.
-    - `icepop`: the same with two sides; IcePop (Ling team 2025, Ring-1T, arXiv 2510.18855). Bounds 0.5, 5.
+    - `tis`: w clamped to the bounds; truncated importance sampling (Yao 2025, "Your efficient RL framework secretly
+      brings you off-policy RL training"). Default bounds 0, 2.
+    - `mis`: w between the bounds, else 0; masked importance sampling (Liu 2025, "When speed kills stability"). Default
+      bounds 0, 2.
+    - `icepop`: as `mis`, with a lower bound too; IcePop (Ling team 2025, Ring-1T, arXiv 2510.18855). Default bounds
+      0.5, 5.
     """
     if kind == "none":
         return torch.ones_like(old_BS)
@@ -117,11 +121,11 @@ def engine_weight(
 
 
 def kl_estimate(policy_BS: Tensor, reference_BS: Tensor, mask_BS: Tensor, kind: KL = "k3") -> Tensor:
-    """Estimate of KL(policy || reference) at each token that the policy sampled, (B, S) (Schulman 2020,
-    "Approximating KL divergence"); 0 outside the mask.
+    """Estimate KL(policy || reference) at each token that the policy sampled, (B, S); 0 outside the mask.
 
-    With d = log(reference / policy): k1 = -d, unbiased, of either sign, and as a loss without effect in expectation
-    (its gradient is the score); k2 = d^2 / 2, biased, with the gradient of the KL; k3 = exp(d) - 1 - d, unbiased, >= 0.
+    The estimators are Schulman's (2020, "Approximating KL divergence"), with d = log(reference / policy). k1 = -d is
+    unbiased and of either sign; as a loss it has no effect in expectation, because its gradient is the score. k2 =
+    d^2 / 2 is biased and has the gradient of the KL. k3 = exp(d) - 1 - d is unbiased and never negative.
     """
     d_BS = log_ratio(reference_BS, policy_BS, mask_BS)
     if kind == "k1":
@@ -130,11 +134,11 @@ def kl_estimate(policy_BS: Tensor, reference_BS: Tensor, mask_BS: Tensor, kind: 
 
 
 def _next_logprobs(logits_SV: Tensor, ids_S: Tensor, temperature: float) -> Tensor:
-    """Entry t: log-probability of token t+1; the last entry, whose token wraps around, means nothing."""
+    """Entry t is the log-probability of token t+1. The last entry is meaningless, because its token wraps around."""
     logits_SV = logits_SV.float() if temperature == 1.0 else logits_SV.float() / temperature
     return logits_SV.gather(1, ids_S.roll(-1).unsqueeze(1)).squeeze(1) - logits_SV.logsumexp(1)
 
 
 def _masked(values: Tensor, mask: Tensor) -> Tensor:
-    # Not a product: 0 * NaN is NaN, in the value and in the gradient.
+    # A product would not do: 0 * NaN is NaN, in the value and in the gradient.
     return torch.where(mask, values, 0)

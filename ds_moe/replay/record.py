@@ -1,32 +1,37 @@
-"""Record which experts a model's own forwards used: of a converted model, or of a plain one of transformers.
+"""Records which experts a model's own forwards use; the model may be converted, or a plain one of transformers.
 
-What an inference engine reports, for old-policy log-probs, for debugging, and for comparing two backends or precisions
-under one routing.
+The result is what an inference engine would report. It serves for old-policy log-probabilities, for debugging, and to
+compare two backends or precisions under one routing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.families import FAMILIES
 from ds_moe.moe.decision import RoutingDecision, count_experts
 from ds_moe.moe.tape import current_tape
 
+# What a router returns: our decision, or transformers' (logits, weights, ids).
+RouterOutput = RoutingDecision | tuple[Tensor, Tensor, Tensor]
+
 
 class RoutingRecorder:
-    """Keeps the experts of every forward inside its `with` block; recomputes of gradient checkpointing do not count.
+    """Records the experts of every forward inside its `with` block, but not of recomputes by gradient checkpointing.
 
         with RoutingRecorder(model) as recorder:
             model(**batch)
         [ids_TLK] = recorder.take()
 
     Args:
-        model: converted, or plain with MoE blocks of a known family (whose recomputes would be recorded too).
+        model: converted, or plain with MoE blocks of a known family. Recomputes of a plain model are recorded too.
 
     Raises:
         ValueError: a model without MoE layers, or a router that does not give each token K experts.
@@ -37,10 +42,12 @@ class RoutingRecorder:
         if not self._gates:
             raise ValueError(f"{type(model).__name__} has no MoE layer to record")
         self._ids: list[list[Tensor]] = [[] for _ in self._gates]  # by layer, then by forward
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> RoutingRecorder:
-        self._hooks = [gate.register_forward_hook(self._keep(layer)) for layer, gate in enumerate(self._gates)]
+        self._hooks = [
+            gate.register_forward_hook(self._recording_hook(layer)) for layer, gate in enumerate(self._gates)
+        ]
         return self
 
     def __exit__(
@@ -50,13 +57,13 @@ class RoutingRecorder:
             hook.remove()
 
     def take(self) -> list[Tensor]:
-        """One (T, L, K) int16 tensor a forward, -1 for tokens that were not routed; start anew."""
+        """Return and forget one int16 tensor (T, L, K) for each forward, with -1 for tokens that were not routed."""
         forwards = [torch.stack(layers, dim=1) for layers in zip(*self._ids, strict=True)]
         self._ids = [[] for _ in self._gates]
         return forwards
 
-    def _keep(self, layer: int) -> Any:
-        def hook(gate: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _recording_hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], RouterOutput], None]:
+        def hook(gate: nn.Module, args: tuple[Tensor, ...], output: RouterOutput) -> None:
             tape = current_tape()
             if tape is None or not tape.replaying:
                 self._ids[layer].append(chosen_experts(output))
@@ -64,8 +71,8 @@ class RoutingRecorder:
         return hook
 
 
-def chosen_experts(output: RoutingDecision | tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """(T, K) int16 experts in what a router returned: our decision, or transformers' (logits, weights, ids)."""
+def chosen_experts(output: RouterOutput) -> Tensor:
+    """The experts, int16 (T, K), in what a router returned."""
     if not isinstance(output, RoutingDecision):
         return output[2].to(torch.int16)
     counts_T = count_experts(output.token_N, output.logits_TE.shape[0])
@@ -76,7 +83,7 @@ def chosen_experts(output: RoutingDecision | tuple[Tensor, Tensor, Tensor]) -> T
 
 
 def ids_by_token(decision: RoutingDecision, top_k: int) -> Tensor:
-    """(T, K) int16 experts of a decision that gives each routed token K; -1 for the others."""
+    """The experts, int16 (T, K), of a decision that gives each routed token K; -1 for the other tokens."""
     tokens = decision.logits_TE.shape[0]
     ids_TK = torch.full((tokens, top_k), -1, dtype=torch.int16, device=decision.token_N.device)
     ids_TK[decision.token_N[::top_k]] = decision.expert_N.view(-1, top_k).to(torch.int16)
@@ -84,7 +91,7 @@ def ids_by_token(decision: RoutingDecision, top_k: int) -> Tensor:
 
 
 def joined(forwards: list[Tensor], batch: int) -> Tensor:
-    """The forwards of one generation with a cache, (T, L, K) each, one behind the other: (B, S, L, K)."""
+    """Join the forwards of one generation with a KV cache, (T, L, K) each, along the sequence: (B, S, L, K)."""
     return torch.cat([ids_TLK.unflatten(0, (batch, -1)) for ids_TLK in forwards], dim=1)
 
 

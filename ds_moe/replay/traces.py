@@ -1,6 +1,7 @@
-"""Which experts an inference engine used for each token, read from the forms that engines and rollout files give.
+"""Reads which experts an inference engine used for each token, from the formats of engines and rollout files.
 
-Engines return expert ids only; weights are recomputed from live logits and travel along where a recording has them.
+Engines return expert ids only, and the trainer computes the combine weights from its live logits. A recording may hold
+weights as well; they are checked and kept.
 """
 
 from __future__ import annotations
@@ -12,25 +13,28 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ds_moe.errors import UserError, shown
 
-MAX_ID = int(np.iinfo(np.int16).max)  # 8 bits hold 256 experts only, and a trace of 4k tokens x 48 x 8 is 3 MiB
+MAX_ID = int(np.iinfo(np.int16).max)  # 8 bits would hold 256 experts; in 16, 4k tokens x 48 layers x 8 are 3 MiB
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")  # raw ids, little endian
-TOLERANCE = 1e-3  # of a token's weights to sum to 1: they may have been bf16
+TOLERANCE = 1e-3  # of the sum of a token's weights, which may have been bf16
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingTrace:
     """Experts of consecutive input tokens of one sequence: row i routes input token `start + i`.
 
-    The layers are all decoder layers or only those with experts; `align` finds out which. Two traces are equal
-    if they route the same: `source` does not count. Raises `UserError` for anything but integers that int16 holds.
+    The layers are either all decoder layers or only those with experts; `align` finds out which. Two traces are equal
+    if they route alike, whatever their `source`.
+
+    Raises:
+        UserError: anything but integers that fit int16.
     """
 
     ids: np.ndarray  # (rows, layers, K) of any integer type, kept as int16; -1 where the engine recorded nothing
@@ -58,7 +62,7 @@ class RoutingTrace:
         return same and self.start == other.start
 
 
-def _as_array(value: Any, what: str, dtype: Any = None) -> np.ndarray:
+def _as_array(value: object, what: str, dtype: DTypeLike | None = None) -> np.ndarray:
     try:
         array = np.asarray(value, dtype)
     except (TypeError, ValueError, OverflowError) as error:
@@ -68,7 +72,7 @@ def _as_array(value: Any, what: str, dtype: Any = None) -> np.ndarray:
     return array
 
 
-def _as_ids(value: Any, name: str) -> np.ndarray:
+def _as_ids(value: object, name: str) -> np.ndarray:
     ids = _as_array(value, f"{name}: expert ids")
     if ids.dtype.kind not in "iu":
         raise UserError(f"{name}: expert ids have the type {ids.dtype} (give integers)")
@@ -78,7 +82,7 @@ def _as_ids(value: Any, name: str) -> np.ndarray:
     return ids.astype(np.int16, copy=False)
 
 
-def _as_start(value: Any, name: str) -> int:
+def _as_start(value: object, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         raise UserError(
             f"{name}: start is {shown(value)} (give the index of the input token that row 0 routes, from 0)"
@@ -86,7 +90,7 @@ def _as_start(value: Any, name: str) -> int:
     return int(value)
 
 
-def from_vllm(array: Any, start: int = 0) -> RoutingTrace:
+def from_vllm(array: object, start: int = 0) -> RoutingTrace:
     """`CompletionOutput.routed_experts` of offline vLLM: (rows, decoder layers, K), dense layers all zero."""
     return RoutingTrace(array, start, source="vllm")
 
@@ -95,7 +99,7 @@ def from_vllm_http(text: str | bytes, start: int = 0) -> RoutingTrace:
     """`choices[i].routed_experts` of vLLM's server: base64 of an .npy file. `start`: `routed_experts_prompt_start`."""
     file = io.BytesIO(_decode_base64(text, "vllm_http"))
     try:
-        array = np.lib.format.read_array(file, allow_pickle=False)  # np.load for .npy alone: a pickle could run code
+        array = np.lib.format.read_array(file, allow_pickle=False)  # np.load also reads pickles, which can run code
     except (ValueError, MemoryError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"vllm_http: no .npy array: {reason} (give the engine's string unchanged)") from error
@@ -103,7 +107,7 @@ def from_vllm_http(text: str | bytes, start: int = 0) -> RoutingTrace:
 
 
 def from_sglang(text: str | bytes, layers: int | None, top_k: int | None, start: int = 0) -> RoutingTrace:
-    """`meta_info["routed_experts"]` of sglang: base64 of int32 without a header. Rows of -1 are padding and stay."""
+    """`meta_info["routed_experts"]` of sglang: base64 of int32 without a header. Rows of -1, for padding, are kept."""
     if not layers or not top_k:
         raise UserError(f"sglang: layers is {layers}, top_k is {top_k} (give both: its bytes do not tell their shape)")
     raw = _decode_base64(text, "sglang")
@@ -114,31 +118,31 @@ def from_sglang(text: str | bytes, layers: int | None, top_k: int | None, start:
     return RoutingTrace(np.frombuffer(raw, "<i4").reshape(rows, layers, top_k), start, source="sglang")
 
 
-def from_prime_rl(fields: Mapping[str, Any]) -> RoutingTrace:
+def from_prime_rl(fields: object) -> RoutingTrace:
     """What prime-rl's `/inference/v1/generate` returns: {"data": base64 of raw ids, "shape", "start", "dtype"}."""
     return _from_fields(fields, "prime_rl")
 
 
-def from_megatron(array: Any, start: int = 0) -> RoutingTrace:
-    """Megatron's inference: (rows, MoE layers, K); there is nothing of dense layers in it."""
+def from_megatron(array: object, start: int = 0) -> RoutingTrace:
+    """Megatron's inference: (rows, MoE layers, K), without dense layers."""
     return RoutingTrace(array, start, source="megatron")
 
 
-def from_record(value: Any, start: int = 0) -> RoutingTrace:
-    """Our own forms, out of JSON or Arrow: what `to_record` gives, or nested lists (rows, layers, K)."""
+def from_record(value: object, start: int = 0) -> RoutingTrace:
+    """Our own formats, read from JSON or Arrow: what `to_record` returns, or nested lists (rows, layers, K)."""
     return _from_fields(value, "record") if isinstance(value, Mapping) else RoutingTrace(value, start, source="record")
 
 
-def to_record(trace: RoutingTrace) -> dict[str, Any]:
-    """The trace as JSON and Arrow hold it: prime-rl's form, and "weights" (base64 of float32) if there are any."""
+def to_record(trace: RoutingTrace) -> dict[str, object]:
+    """Convert a trace for JSON or Arrow: prime-rl's format, plus "weights" (base64 of float32) if there are any."""
     data = base64.b64encode(trace.ids.astype("<i2").tobytes()).decode()
-    record = {"data": data, "shape": list(trace.ids.shape), "start": trace.start, "dtype": "int16"}
+    record: dict[str, object] = {"data": data, "shape": list(trace.ids.shape), "start": trace.start, "dtype": "int16"}
     if trace.weights is not None:
         record["weights"] = base64.b64encode(trace.weights.astype("<f4").tobytes()).decode()
     return record
 
 
-def _from_fields(fields: Any, name: str) -> RoutingTrace:
+def _from_fields(fields: object, name: str) -> RoutingTrace:
     if not isinstance(fields, Mapping) or not {"data", "shape", "start", "dtype"} <= fields.keys():
         found = ", ".join(fields) if isinstance(fields, Mapping) else type(fields).__name__
         raise UserError(f"{name}: {found} (give an object with data, shape, start and dtype)")
@@ -149,12 +153,12 @@ def _from_fields(fields: Any, name: str) -> RoutingTrace:
     if sizes != [True] * 3 or max(shape) >= 2**31:
         raise UserError(f"{name}: shape is {shown(shape)} (give [rows, layers, top_k])")
     trace = RoutingTrace(_decode_array(fields["data"], dtype, shape, name), fields["start"], source=name)
-    if fields.get("weights") is None:  # Arrow fills a column that other records have with None
+    if fields.get("weights") is None:  # Arrow writes None if only other records have weights
         return trace
     return with_weights(trace, _decode_array(fields["weights"], "float32", shape, f"{name}: weights"))
 
 
-def _decode_array(text: Any, dtype: str, shape: Sequence[int], name: str) -> np.ndarray:
+def _decode_array(text: object, dtype: str, shape: Sequence[int], name: str) -> np.ndarray:
     raw, kind = _decode_base64(text, name), np.dtype(dtype).newbyteorder("<")
     expected = math.prod(map(int, shape)) * kind.itemsize
     if len(raw) != expected:
@@ -163,7 +167,7 @@ def _decode_array(text: Any, dtype: str, shape: Sequence[int], name: str) -> np.
     return np.frombuffer(raw, kind).reshape(shape)
 
 
-def _decode_base64(text: Any, name: str) -> bytes:
+def _decode_base64(text: object, name: str) -> bytes:
     if not isinstance(text, str | bytes | bytearray | memoryview):
         raise UserError(f"{name}: {type(text).__name__} where base64 text is expected (name the kind that it has)")
     try:
@@ -173,24 +177,31 @@ def _decode_base64(text: Any, name: str) -> bytes:
 
 
 # kind -> decoder of (value, layers, top_k, start)
-FORMATS: dict[str, Callable[[Any, int | None, int | None, int], RoutingTrace]] = {
+FORMATS: dict[str, Callable[[object, int | None, int | None, int], RoutingTrace]] = {
     "record": lambda value, layers, top_k, start: from_record(value, start),
     "vllm": lambda value, layers, top_k, start: from_vllm(value, start),
     "vllm_http": lambda value, layers, top_k, start: from_vllm_http(value, start),
-    "sglang": from_sglang,
+    "sglang": lambda value, layers, top_k, start: from_sglang(value, layers, top_k, start),
     "prime_rl": lambda value, layers, top_k, start: from_prime_rl(value),
     "megatron": lambda value, layers, top_k, start: from_megatron(value, start),
 }
 
 
 def decode(
-    value: Any, *, kind: str, layers: int | None = None, top_k: int | None = None, start: int = 0
+    value: object, *, kind: str, layers: int | None = None, top_k: int | None = None, start: int = 0
 ) -> RoutingTrace:
-    """The trace that a rollout record holds in the form `kind`, a key of `FORMATS`.
+    """Decode the routing of a rollout record.
 
-    `layers` and `top_k` are for sglang, whose bytes do not tell their shape; `start` is for forms that do not say it.
+    Args:
+        value: the routing in the format `kind`.
+        kind: a key of `FORMATS`.
+        layers, top_k: for sglang, whose bytes do not tell their shape.
+        start: for formats that do not contain it.
+
+    Raises:
+        UserError: a value that is not of this format.
     """
-    if kind not in list(FORMATS):  # a record may name anything, even what has no hash
+    if kind not in list(FORMATS):  # a list, because `kind` may be unhashable: it comes from a record
         raise UserError(f"routing: kind is {shown(kind)} (one of {', '.join(FORMATS)})")
     trace = FORMATS[kind](value, layers, top_k, start)
     if start and trace.start != start:
@@ -198,20 +209,25 @@ def decode(
     return trace
 
 
-def with_weights(trace: RoutingTrace, weights: Any, renormalize: bool = False) -> RoutingTrace:
-    """The trace with checked combine weights (rows, layers, K); those of padding and dense layers may be all zero."""
+def with_weights(trace: RoutingTrace, weights: object, renormalize: bool = False) -> RoutingTrace:
+    """Add combine weights (rows, layers, K) and check them. Those of padding and dense layers may be all zero."""
     given = replace(trace, weights=weights).weights
     idle = (trace.ids <= 0).all(-1) & (given == 0).all(-1)
     return replace(trace, weights=check_weights(given, renormalize, ~idle, trace.name))
 
 
 def check_weights(
-    weights: Any, renormalize: bool = False, routed: np.ndarray | None = None, source: str = "routing"
+    weights: object, renormalize: bool = False, routed: np.ndarray | None = None, source: str = "routing"
 ) -> np.ndarray:
-    """Weights (rows, layers, K) as float32, the K of a token summing to 1; `renormalize` divides them by their sum.
+    """Check weights (rows, layers, K), of which the K of a token must sum to 1, and return them as float32.
 
-    `routed` (rows, layers) is false where nothing has to sum to 1. Raises `UserError` for NaN, infinite or negative
-    weights, for a sum that is off by more than 1e-3, and for a sum of zero under `renormalize`.
+    Args:
+        renormalize: divide the weights by their sum instead of checking it.
+        routed: bool (rows, layers), false where the weights need not sum to 1.
+
+    Raises:
+        UserError: NaN, infinite or negative weights; a sum that is off by more than 1e-3, or that is zero and cannot be
+            renormalized.
     """
     weights = _as_array(weights, f"{source}: weights", np.float32)
     wrong = ~(np.isfinite(weights) & (weights >= 0))
@@ -230,7 +246,7 @@ def check_weights(
 
 
 def save_traces(path: str | Path, traces: Mapping[str, RoutingTrace]) -> None:
-    """Write traces by name into one safetensors file: int16 ids, float32 weights, start and source as metadata."""
+    """Write traces, by name, into one safetensors file: int16 ids, float32 weights; start and source as metadata."""
     arrays = {f"ids/{name}": trace.ids for name, trace in traces.items()}
     arrays |= {f"weights/{name}": trace.weights for name, trace in traces.items() if trace.weights is not None}
     about = {name: {"start": trace.start, "source": trace.source} for name, trace in traces.items()}
@@ -239,8 +255,8 @@ def save_traces(path: str | Path, traces: Mapping[str, RoutingTrace]) -> None:
 
 
 def load_traces(path: str | Path) -> dict[str, RoutingTrace]:
-    """The traces that `save_traces` wrote, by name. Raises `UserError` if the file is not one of its files."""
-    if not Path(path).is_file():  # a pipe would be waited for
+    """Read the traces that `save_traces` wrote, by name. Raises `UserError` for any other file."""
+    if not Path(path).is_file():  # opening a pipe would wait for its writer
         raise UserError(f"{path}: no file of routing traces (write it with save_traces)")
     try:
         with safe_open(path, framework="numpy") as file:

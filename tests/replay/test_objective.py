@@ -247,7 +247,7 @@ def test_a_sample_without_routing_counts_as_it_does_alone(kind, router):
 
 
 def test_a_surrogate_sees_nothing_outside_the_mask(monkeypatch):
-    """What `Policy` promises to a new kind of objective."""
+    """What `SurrogateInputs` promises to a new kind of objective."""
     seen = []
 
     def surrogate(policy, low, high):
