@@ -1,6 +1,9 @@
 """Everything that relies on DeepSpeed's internals.
 
-start.py     join the job                   prepare.py       a model that DeepSpeed can wrap
-build.py     the engine, its invariants     moe_binding.py   DeepSpeed's view of an expert layer
-masters.py   fp32 weights and moments       cpu.py           the compiled op and the settings of CPU ranks
+start.py        joins the job that the launcher started
+prepare.py      turns a loaded model into one that DeepSpeed can wrap
+build.py        builds the engine and checks its invariants
+moe_binding.py  shows DeepSpeed our expert layers
+masters.py      reads and writes fp32 weights and Adam's moments, by parameter
+cpu.py          compiles DeepSpeed's CPU op, and sets the environment of CPU ranks
 """

@@ -1,4 +1,4 @@
-"""From a model and a run's settings to a DeepSpeed engine: groups, parameter groups, and invariants before step 1."""
+"""Builds a DeepSpeed engine from a model and a run's settings, and checks what must hold before the first step."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from ds_moe.models.convert import moe_layers
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | None = None) -> list[dict[str, Any]]:
-    """Optimizer groups in the form DeepSpeed wants: matrices decay, vectors do not, experts stand apart; with an
-    `adapter_lr` also the adapters of a gated model."""
+    """The optimizer's groups, as DeepSpeed wants them.
+
+    Matrices have weight decay, vectors have none, and experts have groups of their own. With an `adapter_lr`, so do the
+    adapters of a gated model.
+    """
     adapters = {id(one) for one in model.adapter_bank.parameters()} if adapter_lr is not None else set()
     matrices, vectors, banked = [], [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # a sharded one is flat
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 flattens what it shards
             (banked if id(parameter) in adapters else matrices if dimensions > 1 else vectors).append(parameter)
     groups = [
         {"name": "matrices", "params": matrices, "weight_decay": weight_decay},
@@ -39,7 +42,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | 
 
 
 def scheduler_factory(config: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
-    """Warm-up, then cosine (to `min_lr_ratio`), linear or constant, over `total_steps` optimizer steps."""
+    """The schedule: warm-up, then cosine (down to `min_lr_ratio`), linear or constant, over `total_steps` steps."""
     kind, specific = config.schedule, {}
     if kind == "cosine" and config.min_lr_ratio > 0:
         kind, specific = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
@@ -61,14 +64,14 @@ def build_engine(
     total_steps: int,
     adapter_lr: float | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """`deepspeed.initialize` around a prepared model, with our invariants checked afterwards.
+    """Call `deepspeed.initialize` on a prepared model and check our invariants afterwards.
 
     Args:
-        adapter_lr: learning rate of the adapters of a gated model, where they have one of their own.
+        adapter_lr: learning rate of the adapters of a gated model; None: they have none of their own.
 
     Raises:
-        UserError: a combination DeepSpeed cannot train.
-        RuntimeError: an invariant does not hold (a bug of ours, or a DeepSpeed we do not know).
+        UserError: a combination that DeepSpeed cannot train.
+        RuntimeError: an invariant does not hold, because of a bug here or a DeepSpeed version that works differently.
     """
     stage = zero_plan(ds_config).stage
     layers = moe_layers(model)

@@ -1,8 +1,8 @@
-"""The op that DeepSpeed compiles for CPU runs, `deepspeed_shm_comm`: where it lies, and building it before a run.
+"""Builds `deepspeed_shm_comm`, the op that DeepSpeed compiles for CPU runs, and sets the environment of CPU ranks.
 
-DeepSpeed compiles it when the first CPU process group starts: about 100 s in which a run looks hung, and a build that
-was killed leaves a lock that every later run would wait for without a word. `python -m ds_moe.engine.cpu` builds it up
-front, says so, and clears such a lock; it does next to nothing when the op is up to date.
+DeepSpeed compiles the op when the first CPU process group starts. For about 100 s the run then looks hung; and if such
+a build is killed, it leaves a lock that every later run waits for, without a message. `python -m ds_moe.engine.cpu`
+builds the op beforehand, says what it does, and removes such a lock. If the op is up to date it does almost nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ OP = "deepspeed_shm_comm"
 
 
 def use_environment() -> None:
-    """Let this process and its children find what `make setup` compiled into this Python environment.
+    """Let this process and its children find the ops that were compiled into this Python environment.
 
-    Its ninja comes first on PATH with it: another version of ninja discards the build log and compiles all again.
+    The environment's own ninja must come first on PATH: another version would discard the build log and compile
+    everything again.
     """
     compiled = Path(sys.prefix, "torch_extensions")
     if compiled.is_dir():
@@ -41,7 +42,7 @@ def _put_first_on_path(folder: Path) -> None:
 
 
 def extensions_dir() -> Path:
-    """Where compiled ops belong: TORCH_EXTENSIONS_DIR, else this virtual environment, else torch's own default."""
+    """The folder of compiled ops: TORCH_EXTENSIONS_DIR, else one in this virtual environment, else torch's default."""
     if named := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(named)
     if sys.prefix != sys.base_prefix:
@@ -52,29 +53,29 @@ def extensions_dir() -> Path:
 
 
 def ready(extensions: Path) -> bool:
-    """Whether the op has been built under `extensions` and nobody holds, or left, its lock."""
+    """Whether the op has been built in `extensions`, and there is no lock, held or left behind."""
     return (extensions / OP / f"{OP}.so").exists() and not (extensions / OP / "lock").exists()
 
 
 def lock_holder(lock: Path) -> int | None:
-    """Process id of the build that holds `lock`, or None. torch keeps the file open for as long as it builds.
+    """The process that holds `lock`, or None. torch keeps the file open as long as it builds.
 
-    Only processes of this machine are seen: on a home folder shared by several machines, give each its own
+    This finds processes of this machine only. If several machines share a home folder, give each its own
     TORCH_EXTENSIONS_DIR.
     """
     return next((pid for pid in psutil.pids() if str(lock) in _open_paths(pid)), None)
 
 
 def _open_paths(pid: int) -> Iterator[str]:
-    """What process `pid` has open; nothing for one that has ended or belongs to another user."""
+    """The files that a process has open; none if it has ended or belongs to another user."""
     with suppress(OSError):
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(OSError):  # closed between the listing and the look
+            with suppress(OSError):  # the process has closed this file in the meantime
                 yield os.readlink(descriptor)
 
 
 def remove_stale_lock(extensions: Path) -> bool:
-    """Remove the build lock under `extensions` when no process holds it. True if there was a stale one."""
+    """Remove the build lock in `extensions` if no process holds it. Returns whether there was such a lock."""
     lock = extensions.resolve() / OP / "lock"
     if not lock.exists() or lock_holder(lock) is not None:
         return False
@@ -83,15 +84,15 @@ def remove_stale_lock(extensions: Path) -> bool:
 
 
 def build() -> None:
-    """Build the op if need be, after saying what the wait is for.
+    """Build the op unless it is up to date, and say first how long that takes.
 
     Raises:
-        UserError: there is no compiler, or the headers of this Python are missing.
+        UserError: the compiler or the headers of this Python are missing.
     """
     _check_tools()
     extensions = extensions_dir()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
-    os.environ["DS_ACCELERATOR"] = "cpu"  # whose op it is; a machine with GPUs needs it for CPU runs
+    os.environ["DS_ACCELERATOR"] = "cpu"  # the op is the CPU accelerator's; a machine with GPUs needs it for CPU runs
     _put_first_on_path(Path(sys.executable).parent)
     if remove_stale_lock(extensions):
         print(f"removed the lock that a killed build left in {extensions / OP}", flush=True)
@@ -125,10 +126,10 @@ def _check_tools() -> None:
 
 
 def cpu_settings(ranks: int) -> dict[str, str]:
-    """Environment of CPU ranks that share this machine's cores; a value that the user has set stays.
+    """The environment of CPU ranks that share this machine's cores. Variables that the user has set are kept.
 
-    The MALLOC_ lines keep glibc from handing the experts' buffers back to the system after every step, which costs
-    page faults.
+    The MALLOC_ variables keep glibc from returning the experts' buffers to the system after every step, which would
+    cost page faults.
     """
     settings = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),

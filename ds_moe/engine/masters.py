@@ -1,8 +1,8 @@
-"""fp32 master weights and Adam moments of a ZeRO engine, by parameter, whatever the stage and the world size.
+"""Reads and writes the fp32 master weights and Adam moments of a ZeRO engine, by parameter.
 
-DeepSpeed keeps them in flat partitions, one a group and rank. Reading and writing them parameter by parameter is what
-makes our checkpoints independent of the topology. Expert parameters are read and written over the ranks that hold the
-same experts, so a value here is always that of one EP rank.
+DeepSpeed keeps them in flat partitions, one for each group and rank. Reading and writing them by parameter makes our
+checkpoints independent of ZeRO stage and world size. DeepSpeed gathers an expert parameter over the ranks that hold the
+same experts, so a value here always has the experts of one EP rank.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def _flat_masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
 
 
 def adam_step(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Steps Adam has taken; 0 before the first."""
+    """The number of steps that Adam has taken."""
     states = [engine.optimizer.optimizer.state.get(flat, {}) for flat in _flat_masters(engine)]
     return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
 def start_adam(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
-    """Give every flat partition zero moments and its own step count, as if Adam had taken `step` steps.
+    """Give every flat partition zero moments and a step count, as if Adam had taken `step` steps.
 
-    Each partition gets its own `step` tensor: a shared one would be advanced once a partition.
+    Each partition gets a `step` tensor of its own, because Adam would advance a shared one once for each partition.
     """
     if step == 0:
         return
@@ -62,10 +62,10 @@ def start_adam(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
 
 
 def _count_up(optimizer: DeepSpeedCPUAdam, step: int) -> None:
-    """Let DeepSpeed's C++ Adam count to `step` on one-element tensors.
+    """Let DeepSpeed's C++ Adam count to `step` by updating one-element tensors.
 
-    It multiplies beta^t up in fp32, one step at a time; told to jump it takes a power, which rounds otherwise, and a
-    resumed run would not be bit-equal.
+    It computes beta^t in fp32, with one multiplication for each step. If it had to jump to a step it would compute a
+    power, which rounds differently, and a resumed run would not be bit-equal.
     """
     group, scratch = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
     settings = (0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"])
@@ -76,7 +76,8 @@ def _count_up(optimizer: DeepSpeedCPUAdam, step: int) -> None:
 def link_moments(engine: deepspeed.DeepSpeedEngine) -> None:
     """Make every parameter's moments readable at ZeRO 1 and 2.
 
-    DeepSpeed 0.19 links them once, after the first group's first step, when the other groups have none yet.
+    DeepSpeed 0.19 links moments to parameters only once, after the first step of the first group, when the other groups
+    have no moments yet.
     """
     if not is_stage3(engine):
         engine.optimizer._hp_optimizer_states_linked = False
@@ -85,7 +86,7 @@ def link_moments(engine: deepspeed.DeepSpeedEngine) -> None:
 
 @torch.no_grad()
 def read(parameter: nn.Parameter, kind: str) -> Tensor:
-    """The full fp32 weight or moment (collective over the parameter's ranks); a frozen weight in its own dtype."""
+    """The full fp32 weight or moment of a parameter (collective over its ranks); a frozen weight keeps its dtype."""
     if not parameter.requires_grad:
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             return parameter.detach().clone()
@@ -95,7 +96,7 @@ def read(parameter: nn.Parameter, kind: str) -> Tensor:
 
 @torch.no_grad()
 def write(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    """Put a full weight or moment into this rank's partition, and into the working weight where that is not sharded."""
+    """Put a full weight or moment into this rank's partition; a weight also into the model's own parameter."""
     value = value.to(parameter.device)
     if hasattr(parameter, "ds_id"):
         _write_shard(parameter, kind, value)
@@ -109,10 +110,10 @@ def write(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
 
 
 def _write_shard(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    """The same under ZeRO-3, where every rank holds an equal piece of the flattened tensor, padded past its end.
+    """`write` under ZeRO-3, where every rank holds an equal piece of the flattened tensor, padded past its end.
 
-    DeepSpeed's setters of full values (`stage3.py`, `set_full_hp_param`, 0.19) cut the piece out of the value without
-    that padding, and so raise on the last rank unless the number of ranks divides the tensor.
+    DeepSpeed's setters of full values (0.19, `stage3.py`, `set_full_hp_param`) cut the piece out of the value without
+    that padding. They raise on the last rank unless the number of ranks divides the tensor.
     """
     size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
     piece = value.flatten()[rank * size : (rank + 1) * size]
@@ -124,5 +125,5 @@ def _write_shard(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
             safe_set_local_optimizer_state(parameter, padded, kind)
     if kind == WEIGHT:
         parameter.ds_tensor.data[: piece.numel()].copy_(piece)
-        if parameter.data.numel() == parameter.ds_numel:  # small parameters stay gathered between steps
+        if parameter.data.numel() == parameter.ds_numel:  # DeepSpeed keeps small parameters gathered between steps
             parameter.data.copy_(value.view_as(parameter))

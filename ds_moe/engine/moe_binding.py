@@ -1,8 +1,8 @@
-"""All we know about DeepSpeed's view of an expert-parallel layer, in one room (DeepSpeed 0.19).
+"""All that this package knows about how DeepSpeed (0.19) sees an expert-parallel layer.
 
-DeepSpeed's engine recognises expert layers by inheritance from `AutoEPMoELayer` and reads only these from it:
-`num_experts`, `ep_size`, `ep_group_name` and `set_deepspeed_parallelism`. Parameters carry their placement as
-attributes. Its own construction, router, experts and checkpoint code are not used.
+DeepSpeed's engine recognises expert layers by inheritance from `AutoEPMoELayer`, of which it uses `num_experts`,
+`ep_size`, `ep_group_name` and `set_deepspeed_parallelism`. Attributes of the parameters tell it where they are placed.
+The construction, router, experts and checkpoint code of `AutoEPMoELayer` are not used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ds_moe.moe.layer import MoELayer
 
 
 class BoundMoELayer(MoELayer, AutoEPMoELayer):
-    """`MoELayer` as DeepSpeed expects to find it. ZeRO-3 treats it as a leaf: its parameters are gathered together."""
+    """A `MoELayer` that DeepSpeed recognises. ZeRO-3 treats it as a leaf, which gathers its parameters together."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -36,7 +36,7 @@ class BoundMoELayer(MoELayer, AutoEPMoELayer):
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
     ) -> None:
-        """Called by the engine during `initialize`: create the groups once and hand ours to the dispatcher."""
+        """Create the groups unless they exist, and give the dispatcher its own. `deepspeed.initialize` calls this."""
         create_groups(self.ep_size)
         if self.ep_size > 1:
             self.dispatcher.ep.group = groups._get_expert_parallel_group(self.ep_group_name)
@@ -50,21 +50,22 @@ def _place_on_expert_ranks(parameter: nn.Parameter, group_name: str) -> None:
 
 
 def create_groups(ep_size: int) -> None:
-    """EP groups of consecutive ranks and the expert-data-parallel groups across them (idempotent)."""
+    """Create EP groups of consecutive ranks, and the expert-data-parallel groups across them, unless they exist."""
     if f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
 
 
 def zero3_home(model: nn.Module, ds_config: dict[str, Any]) -> Callable[[nn.Parameter], tuple[Tensor, int]]:
-    """A function that shards one parameter after the other as ZeRO-3 will want to find it, without values.
+    """Make a function that shards a parameter as ZeRO-3 expects it, without values.
 
-    It returns this rank's shard of the flattened parameter, which the caller fills and which DeepSpeed may have padded
-    at the end, and where in the parameter it begins. Experts are sharded over the ranks that hold the same ones.
-    `initialize` takes a model for one of `zero.Init` when it finds such parameters: it leaves them, and all buffers,
-    where they are, and shards the others itself.
+    The function returns this rank's shard of the flattened parameter, which DeepSpeed may have padded at the end and
+    which the caller fills, and the position in the parameter at which the shard begins. Experts are sharded over the
+    ranks that hold the same ones. When `initialize` finds such parameters, it assumes that `zero.Init` made the model:
+    it leaves them and all buffers where they are, and shards the other parameters itself.
     """
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config)
-    # DeepSpeed copies its shard from a complete parameter. One that is never written takes no memory on a CPU.
+    # DeepSpeed copies the shard from a complete parameter, for which this is the memory. Nobody writes to it, and a CPU
+    # gives no memory to pages that are never written.
     blank = torch.empty(max(one.nbytes for one in model.parameters()), dtype=torch.uint8, device=init.local_device)
 
     def home(parameter: nn.Parameter) -> tuple[Tensor, int]:

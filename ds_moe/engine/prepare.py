@@ -1,4 +1,4 @@
-"""From a loaded model to one that DeepSpeed can wrap: trainable parts, expert layers, weights in their places."""
+"""Turns a loaded model into one that DeepSpeed can wrap: sets trainable parts, converts MoE blocks, reads weights."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def prepare_model(
     """Freeze what is not trained, convert MoE blocks, and switch on gradient checkpointing.
 
     Args:
-        set_trainable: freezes a loaded model and adds what a run trains instead, as its task wants it.
-        keep_ranks_in_step: give ranks without images a blank one; False where the task runs the vision tower itself.
+        set_trainable: freezes parts of a loaded model, and adds what the run's task trains instead (LoRA, a gate).
+        keep_ranks_in_step: give ranks without images a blank one; False if the task runs the vision tower itself.
 
     Returns:
-        The context of the model's expert layers, None for a dense model.
+        The context that the model's expert layers share; None for a dense model.
     """
     context = None
     set_trainable(model, config)
@@ -59,8 +59,9 @@ def prepare_model(
 
 
 def read_weights(model: PreTrainedModel, config: RunConfig, topology: Topology, ds_config: dict[str, Any]) -> int:
-    """Read what `load_model` left in its files into the memory where this rank keeps it: of the experts its own, and
-    under ZeRO-3 its shards alone. Nothing happens to a model that is complete.
+    """Read the weights that `load_model` left in their files into this rank's memory.
+
+    A rank reads its own experts only, and under ZeRO-3 only its shards. A complete model is left as it is.
 
     Returns:
         Bytes read by this rank.
@@ -72,12 +73,12 @@ def read_weights(model: PreTrainedModel, config: RunConfig, topology: Topology, 
     sharded = zero_plan(ds_config).stage == 3
     home = zero3_home(model, ds_config) if sharded else partial(_whole, topology.device)
     size = read_unread(model, files, ExpertParallel(topology.ep_size, topology.ep_rank), home)
-    for buffer in model.buffers():  # DeepSpeed does not move those of a model that is sharded already
+    for buffer in model.buffers():  # DeepSpeed moves no buffers of a model that is sharded already
         buffer.data = buffer.data.to(topology.device)
     return size
 
 
 def _whole(device: torch.device, parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """Memory for a parameter that is not sharded, see `streaming.Home`."""
+    """Allocate memory for a parameter that is not sharded; a `streaming.Home`."""
     parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
     return parameter.data.view(-1), 0

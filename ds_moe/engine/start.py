@@ -1,4 +1,4 @@
-"""Join the job that the launcher started, and bind this process to its device."""
+"""Joins the job that the launcher started, and binds this process to its device."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from ds_moe.errors import UserError
 
 
 def on_cpu() -> bool:
+    """Whether DeepSpeed has chosen the CPU as its accelerator."""
     return get_accelerator().device_name() == "cpu"
 
 
 def start_distributed(ep_size: int) -> Topology:
-    """Join the job the launcher started (or make one of a single process) and bind this process to its device.
+    """Join the job that the launcher started, or make one of a single process, and bind this process to its device.
 
     Raises:
         UserError: `ep_size` does not divide the number of processes.
@@ -37,7 +38,7 @@ def start_distributed(ep_size: int) -> Topology:
             f"moe.ep_size={ep_size} does not divide the {world_size} processes of this job; "
             f"start a multiple of {ep_size} or choose another moe.ep_size"
         )
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 warns about at every call.
+    # DeepSpeed 0.19 uses old names of collectives, about which torch 2.13 warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not on_cpu():
         get_accelerator().set_device(local_rank)
@@ -49,10 +50,10 @@ def start_distributed(ep_size: int) -> Topology:
 
 
 def _unlink_shared_memory() -> None:
-    """Let the memory that DeepSpeed's ranks on CPUs share (66 MiB each, shm.cpp) end with them.
+    """Let the shared memory of DeepSpeed's CPU ranks (66 MiB each, shm.cpp) end with their processes.
 
-    DeepSpeed 0.19 never removes these files from /dev/shm: every process that ever ran would keep its part of memory.
+    DeepSpeed 0.19 never removes its files from /dev/shm, so the memory of every finished process would stay in use.
     """
-    dist.barrier()  # by now every rank has opened those of all others
+    dist.barrier()  # after it, every rank has opened the files of all others, and may remove its own
     place = (str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(dist.get_rank()))
     Path("/dev/shm", "_".join(("deepspeed_allreduce_buffer", *place))).unlink(missing_ok=True)
