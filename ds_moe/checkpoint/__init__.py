@@ -1,6 +1,8 @@
 """Checkpoints that any number of ranks can resume.
 
-save.py      write one                files.py   its folder, manifest and checksums
-restore.py   read one                 base.py    the frozen base that checkpoints leave out
-progress.py  what one holds beside tensors: step, losses, what is due
+files.py      the folder of a checkpoint, its manifest and checksums, and how to read tensors from it
+save.py       writes one
+restore.py    chooses one, and loads it into an engine
+progress.py   what one holds beside tensors: step, losses, what is due
+base.py       identifies the frozen model that checkpoints leave out
 """

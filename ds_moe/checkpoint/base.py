@@ -1,4 +1,4 @@
-"""The frozen model that a run builds on, which its checkpoints leave out: they go with no other."""
+"""Identifies the frozen model that a run builds on: its checkpoints leave it out, and fit no other model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from huggingface_hub import snapshot_download
 
 from ds_moe.config.run import RunConfig
 
-SAMPLE = 2**16  # bytes read at the start, in the middle and at the end of a weight file
+SAMPLE = 2**16  # bytes to read at the start, in the middle and at the end of a weight file
 
 
 def base_identity(config: RunConfig, adapters: Mapping[str, Sequence[Path]] | None = None) -> dict[str, object]:
-    """JSON-able, equal for equal weights: of model and adapters, each weight file's size and a hash of samples of it.
+    """Identify the weights of model and adapters: a JSON-able value that is equal for equal weights.
+
+    It holds a hash of the size and of samples of each weight file, because hashing every byte of a large model would
+    take minutes at every save. Another checkpoint, dtype or layout of the same model has other samples.
 
     Args:
-        adapters: files of each adapter that the run takes as they are, by name, in the order of the gate's outputs.
-
-    Hashing every byte of a large model would take minutes at every save; another checkpoint, dtype or layout of the
-    same model differs in its samples.
+        adapters: files of each adapter that the run uses unchanged, by name, in the order of the gate's outputs.
     """
     if config.model.preset is not None:
         found: dict[str, object] = {"preset": config.model.preset, "seed": config.train.seed}

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: what a whole one looks like, and how to read tensors from it. Needs no DeepSpeed.
+"""The files of a checkpoint: what a complete one looks like, and how to read tensors from it. Needs no DeepSpeed.
 
     <output_dir>/checkpoints/step_00000120/
         rank-00000.safetensors ...  fp32 weights and Adam moments by parameter name; experts as blocks of rows
@@ -6,9 +6,9 @@
         state.json                  step, data position, topology, Adam's step, versions
         run.yaml, deepspeed.json    the resolved run
         model/                      config, generation config and processor of the model
-        manifest.json               every file with size and SHA-256, every tensor with its place; written last
+        manifest.json               every file with size and SHA-256, every tensor with its files; written last
 
-Nothing in it is a pickle.
+No file is a pickle, which could run code.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
 def newest_complete(folder: Path, note: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint below `folder` that is whole; those passed over are noted with the reason."""
+    """The newest complete checkpoint in `folder`. `note` is told of newer ones that are not, with the reason."""
     for path in step_folders(folder):
         problem = incomplete(path)
         if problem is None:
@@ -46,7 +46,7 @@ def newest_complete(folder: Path, note: Callable[[str], None] = print) -> Path |
 
 
 def incomplete(path: Path) -> str | None:
-    """Why a checkpoint folder cannot be used, naming the file, or None if every file has its size."""
+    """Why a checkpoint folder cannot be used, naming the file; None if every file is there and has its size."""
     try:
         manifest = _read_object(path / MANIFEST)
         if manifest["format"] != FORMAT:
@@ -61,7 +61,11 @@ def incomplete(path: Path) -> str | None:
 
 
 def _problem_of_files(path: Path, files: dict[str, Any]) -> str | None:
-    """A checkpoint may come from somebody else: nothing outside of its folder is opened, or copied by an export."""
+    """Check presence and size of the files.
+
+    A checkpoint may come from somebody else. A manifest that names a file outside of the folder is refused, because this
+    program would open the file, and an export would copy it.
+    """
     for name, entry in files.items():
         size, sha256 = entry["size"], entry["sha256"]
         if not (path / name).resolve().is_relative_to(path.resolve()):
@@ -96,7 +100,7 @@ def _problem_of_state(state: dict[str, Any], files: dict[str, Any]) -> str | Non
 
 
 def damaged(path: Path, share: int = 0, shares: int = 1) -> str | None:
-    """The first file whose content is not the manifest's, or None; looks at every `shares`-th file from `share` on."""
+    """Say which file's content differs from the manifest, or None. Checks every `shares`-th file from `share` on."""
     for name, entry in sorted(read_manifest(path)["files"].items())[share::shares]:
         if sha256_of(path / name) != entry["sha256"]:
             return f"{name} is damaged: its SHA-256 is not the manifest's"
@@ -104,10 +108,10 @@ def damaged(path: Path, share: int = 0, shares: int = 1) -> str | None:
 
 
 def find_checkpoint(source: Path) -> Path:
-    """A checkpoint folder, or the newest whole one of a run's output folder.
+    """`source` itself if it is a checkpoint, or the newest complete checkpoint of a run's output folder.
 
     Raises:
-        UserError: neither, or a damaged one.
+        UserError: `source` is neither, or the checkpoint is damaged.
     """
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
     found = newest_complete(folder) or next(iter(step_folders(folder)), source)
@@ -118,7 +122,7 @@ def find_checkpoint(source: Path) -> Path:
 
 
 class Reader:
-    """Reads whole tensors, or some of their first rows, from a checkpoint's pieces; nothing else is loaded."""
+    """Reads whole tensors or ranges of their rows from the pieces of a checkpoint, and loads nothing else."""
 
     def __init__(self, path: Path, manifest: dict[str, Any] | None = None) -> None:
         self.path = path
@@ -127,7 +131,7 @@ class Reader:
         self._mapped = 0
 
     def _piece(self, key: str, name: str, start: int, stop: int) -> Any:
-        """The slice `key` of a file, which must hold what the manifest says."""
+        """The tensor `key` of a file, not loaded yet. Raises `UserError` if it is not what the manifest says."""
         try:
             if name not in self._files:
                 self._files[name] = safe_open(self.path / name, framework="pt")
@@ -140,16 +144,16 @@ class Reader:
         return found
 
     def shape(self, key: str) -> list[int]:
-        """The whole tensor's shape."""
+        """The shape of the whole tensor."""
         pieces = self.tensors[key]
         shape = self._piece(key, *pieces[0]).get_shape()
         return [max(piece[2] for piece in pieces), *shape[1:]] if shape else shape
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """The tensor `kind/name`, or its rows [start, stop) of the first dimension.
+        """Read the tensor `kind/name`, or its rows [start, stop) of the first dimension.
 
         Raises:
-            UserError: the checkpoint holds no such tensor or not all of these rows.
+            UserError: the checkpoint lacks the tensor or some of the rows.
         """
         pieces = sorted(self.tensors.get(key, []), key=lambda piece: piece[1])
         if not pieces:
@@ -173,7 +177,7 @@ class Reader:
 
 
 def file_table(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files below a folder, by relative name."""
+    """Size and SHA-256 of files in a folder, by name relative to it."""
     return {
         str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(files)
@@ -181,7 +185,7 @@ def file_table(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError`, which names the file, for anything else."""
+    """Read a JSON object. Raises `ValueError`, which names the file, for anything else."""
     try:
         value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Where a run is: what a checkpoint saves beside tensors, apart from the position in the data."""
+"""How far a run has come: what a checkpoint saves beside tensors, apart from the position in the data."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TypedDict
 
 @dataclass
 class Figures:
-    """What `result.json` and the closing table say of a run so far; None for what is not known yet.
+    """What `result.json` and the closing table report of a run so far; None for what is not known yet.
 
-    In JSON the task's own figures stand under the task's name and unknown ones are left out.
+    In JSON, the task's own figures have the task's name as key, and unknown figures are left out.
     """
 
     step: int | None = None
     loss: float | None = None  # training loss of the last step
     tokens_per_s: float | None = None
     aux_loss: float | None = None
-    ep_sent_bytes: float | None = None  # of the last step, to other ranks' experts, mean over ranks
+    ep_sent_bytes: float | None = None  # that a rank sent to other ranks' experts in the last step, mean over ranks
     max_vio: float | None = None  # load of the busiest expert over the mean load, less 1
     eval_loss: float | None = None
     accuracy: dict[str, float] | None = None  # by kind of record, and "mean"
@@ -39,7 +39,7 @@ class Figures:
 
 
 class SavedProgress(TypedDict):
-    """A `Progress` as a checkpoint's `state.json` holds it, among other keys."""
+    """The keys of a checkpoint's `state.json` that hold a `Progress`; there are others."""
 
     step: int
     file_from: int
@@ -50,13 +50,13 @@ class SavedProgress(TypedDict):
 
 @dataclass
 class Progress:
-    """The step that a run has reached, and what must not be lost with it."""
+    """The step that a run has reached, and what a resumed run needs to know with it."""
 
     total_steps: int  # not saved: it follows from the run file and the data
     step: int = 0  # optimizer steps done
-    file_from: int = 0  # the step at which the data file was begun: rollout files follow one another
-    evaluation_due: bool = False  # after the last step
-    best_loss: float | None = None  # held out, with `train.patience`
+    file_from: int = 0  # the step at which the run began its data file; a run with rollouts reads one after the other
+    evaluation_due: bool = False  # whether an evaluation must follow the step, and has not run yet
+    best_loss: float | None = None  # the lowest held-out loss so far, with `train.patience`
     figures: Figures = field(default_factory=Figures)
 
     @property
@@ -74,7 +74,7 @@ class Progress:
         }
 
     def resume(self, saved: Mapping[str, object], task: str) -> None:
-        """Take over what a checkpoint's state holds; older versions saved fewer keys."""
+        """Take over what a checkpoint's state holds. Older versions saved fewer keys."""
         self.step = saved["step"]
         self.file_from = saved.get("file_from", 0)
         self.figures = Figures.from_json(saved["result"], task)

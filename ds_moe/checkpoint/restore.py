@@ -1,4 +1,4 @@
-"""Resume from checkpoints: choose a sound one, fill an engine of any topology from it."""
+"""Resumes from checkpoints: chooses one that is complete and undamaged, and loads it into an engine of any topology."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ds_moe.models.families import expert_state, full_shape
 
 
 def choose(resume: str, folder: Path, topology: Topology, note: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint that `train.resume` (auto, never, or a folder) means; None to start anew (collective).
+    """The checkpoint that `train.resume` (auto, never, or a folder) names; None for a new start (collective).
 
-    Checksums are verified here, each rank its share. `auto` passes over what is damaged, but never starts anew where
-    there are checkpoints, and nothing is ever written among the later ones of another run.
+    The ranks verify checksums together, each a share of the files. `auto` skips damaged checkpoints, but never makes a
+    new start in a folder that holds checkpoints; and no run ever continues before later checkpoints of another run.
 
     Raises:
-        UserError: no usable checkpoint among those there are, or checkpoints in the way.
+        UserError: none of the checkpoints is usable, or there are checkpoints that the run would write between.
     """
     [existing, *_] = together(topology, "list checkpoints", lambda: step_folders(folder))
     if resume == "never" and existing:
@@ -57,16 +57,16 @@ def _problem(path: Path, topology: Topology) -> str | None:
 def load(
     engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path, base: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Fill weights, Adam, schedule and random states from a chosen checkpoint of any topology (collective).
+    """Load weights, Adam, schedule and random states from a checkpoint of any topology (collective).
 
     Args:
-        base: as for `checkpoint.Saving`, of this run.
+        base: the base of this run, as in `save.Saving`.
 
     Returns:
-        The `state` it was saved with.
+        The `state` that was saved.
 
     Raises:
-        UserError: tensors that do not fit this model, or what was trained upon another base.
+        UserError: the checkpoint's tensors do not fit this model, or it was trained on another base.
     """
     manifest = read_manifest(path)
     state = json.loads((path / "state.json").read_text())
@@ -117,13 +117,13 @@ def _restore_progress(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any]) 
     engine.global_samples = step * engine.train_batch_size()
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     engine.lr_scheduler.last_epoch = step - 1
-    with warnings.catch_warnings():  # torch takes this for a step of the schedule before one of the optimizer
+    with warnings.catch_warnings():  # torch warns of a schedule that steps before the optimizer
         warnings.simplefilter("ignore", UserWarning)
-        engine.lr_scheduler.step()  # the schedule is a function of the step: no state to convert between topologies
+        engine.lr_scheduler.step()  # computes the learning rate of the step, so a schedule needs no saved state
 
 
 def _restore_rng(path: Path, state: dict[str, Any], topology: Topology) -> None:
-    """The saved random states on the same world size; a fresh, reproducible one otherwise."""
+    """Restore the random states if the world size is the same; otherwise set a new, reproducible one."""
     if state["world_size"] != topology.world_size:
         torch.manual_seed(state["step"] * topology.world_size + topology.rank)
         return

@@ -1,7 +1,7 @@
-"""Write checkpoints: one topology-free form for save, resume, reshard and export (the files: `files.py`).
+"""Writes checkpoints, in one format for resuming, resharding and export (see `files.py`).
 
-A folder is written under a temporary name and renamed when it is whole; `latest` is moved after that. Values are stored
-by parameter, not by ZeRO partition, so any world size, EP size or ZeRO stage can resume (`restore.py`).
+A folder is written under a temporary name and renamed when it is complete; then the file `latest` is replaced. Values
+are stored by parameter rather than by ZeRO partition, so that any world size, EP size or ZeRO stage can resume.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from ds_moe.errors import UserError
 from ds_moe.models.families import expert_state
 from ds_moe.weights.files import write_tensors
 
-POLL_S = 1.0  # of a file that is being written
-PARTIAL = ".partial_"  # begins the name of a folder that is being written
+POLL_S = 1.0  # seconds between looks at the size of the files that are being written
+PARTIAL = ".partial_"  # a folder that is being written has a name that begins with this
 
 
 class Saving:
-    """A checkpoint on its way: what it holds is settled when this is made (collective), the files follow.
+    """A checkpoint that is being written.
 
-    A thread writes this rank's files while training goes on; it takes part in no collective. `finish` waits for it and
-    makes a checkpoint of the files of all ranks.
+    Making this object collects all values (collective). Then a thread writes this rank's files while training goes on;
+    the thread takes part in no collective. `finish` waits for it, and makes a checkpoint of the files of all ranks.
 
     Args:
         folder: `<output_dir>/checkpoints`.
-        state: JSON-able; must hold `step`. Adam's step and the topology are added.
-        write_extras: called on rank 0 with the folder to fill in what is no tensor (run.yaml, model/).
-        keep: whole checkpoints to leave there, this one included.
-        base: tells which model the frozen parameters are of, which are then left out; None: they are saved too.
-        progress: called with every parameter that is collected.
+        state: JSON-able, and must hold `step`. Adam's step and the topology are added.
+        write_extras: called on rank 0 with the folder, to write everything that is no tensor (run.yaml, model/).
+        keep: how many complete checkpoints to leave in the folder, including this one.
+        base: identifies the frozen model, whose parameters are then left out; None: they are saved too.
+        progress: called for every parameter that is collected.
 
     Raises:
-        UserError: on every rank, when rank 0 cannot write to the folder.
+        UserError: on every rank, if rank 0 cannot write to the folder.
     """
 
     def __init__(
@@ -78,19 +78,20 @@ class Saving:
 
     @property
     def written(self) -> bool:
-        """Whether this rank's files are there, or never will be."""
+        """Whether the thread has ended: it has written this rank's files, or has failed."""
         return not self._thread.is_alive()
 
     def finish(self, progress: Callable[[], None] = lambda: None) -> Path:
-        """Wait for the files of all ranks, make them a checkpoint, and delete whole ones before it but `keep` - 1
-        (collective).
+        """Wait for the files of all ranks and make them a checkpoint (collective).
+
+        Earlier complete checkpoints are deleted, except for the newest `keep` - 1.
 
         Args:
             progress: called whenever this rank's files have grown.
 
         Raises:
-            UserError: on every rank, when any rank could not write; no earlier checkpoint is touched, and what was
-                written of this one is removed.
+            UserError: on every rank, if any rank could not write. Earlier checkpoints are not touched, and the files of
+                this one are removed.
         """
         size = 0
         while self._thread.is_alive():
@@ -112,14 +113,14 @@ class Saving:
         return sum(file.stat().st_size for file in self.partial.glob(f"*-{self.topology.rank:05d}.safetensors"))
 
     def _prepare(self) -> None:
-        for left in self.folder.glob(f"{PARTIAL}*"):  # of a run that was killed
+        for left in self.folder.glob(f"{PARTIAL}*"):  # a run that was killed has left these
             shutil.rmtree(left)
         self.partial.mkdir(parents=True)
 
     def _write(self) -> None:
         try:
             self._share = _write_rank(self.partial, self.topology.rank, self._tensors, self._rng)
-        except Exception as error:  # whatever it is, `finish` tells it to all ranks
+        except Exception as error:  # of any kind; `finish` reports it to all ranks
             self._failure = error
         self._tensors = {}
 
@@ -152,7 +153,7 @@ class Saving:
 def _collect(
     engine: deepspeed.DeepSpeedEngine, topology: Topology, with_frozen: bool, progress: Callable[[], None]
 ) -> dict[str, tuple[Tensor, list[int]]]:
-    """This rank's share of all tensors: {kind/name: (value, rows [start, stop))}, none of them in use (collective)."""
+    """This rank's share of all tensors, in memory of their own (collective): {kind/name: (value, rows [start, stop))}."""
     mine: dict[str, tuple[Tensor, list[int]]] = {}
     zero_state.link_moments(engine)
     kinds = (zero_state.WEIGHT, *(zero_state.MOMENTS if zero_state.adam_step(engine) else ()))
@@ -176,11 +177,12 @@ def _collect(
 
 
 def saved_parameters(model: torch.nn.Module, with_frozen: bool) -> dict[str, torch.nn.Parameter]:
+    """The parameters that a checkpoint holds, by name."""
     return {name: one for name, one in model.named_parameters() if with_frozen or one.requires_grad}
 
 
 def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that belong to a model's state (module.state_dict() would gather nothing useful under ZeRO-3)."""
+    """The buffers that belong to a model's state. Under ZeRO-3, module.state_dict() would return empty parameters."""
     return [
         (f"{prefix}.{name}" if prefix else name, buffer)
         for prefix, module in model.named_modules()
@@ -191,7 +193,7 @@ def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
 
 @dataclass
 class _Share:
-    """What one rank wrote: its files with size and checksum, and where each of its tensors' rows are."""
+    """What one rank has written: its files with size and checksum, and which rows of each tensor they hold."""
 
     files: dict[str, dict[str, Any]]
     pieces: dict[str, list[Any]]  # kind/name -> [file, first row, end of rows]
