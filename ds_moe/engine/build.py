@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
 
 from ds_moe.config.deepspeed import zero_plan
@@ -21,27 +22,39 @@ from ds_moe.errors import UserError
 from ds_moe.models.convert import moe_layers
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | None = None) -> list[dict[str, Any]]:
+class ParameterGroup(TypedDict):
+    """An optimizer group as DeepSpeed wants it, name included."""
+
+    name: str
+    params: list[nn.Parameter]
+    weight_decay: float
+    lr: NotRequired[float | None]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | None = None) -> list[ParameterGroup]:
     """The optimizer's groups, as DeepSpeed wants them.
 
     Matrices have weight decay, vectors have none, and experts have groups of their own. With an `adapter_lr`, so do the
     adapters of a gated model.
     """
-    adapters = {id(one) for one in model.adapter_bank.parameters()} if adapter_lr is not None else set()
-    matrices, vectors, banked = [], [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 flattens what it shards
-            (banked if id(parameter) in adapters else matrices if dimensions > 1 else vectors).append(parameter)
-    groups = [
-        {"name": "matrices", "params": matrices, "weight_decay": weight_decay},
-        {"name": "vectors", "params": vectors, "weight_decay": 0.0},
-        {"name": "adapters", "params": banked, "weight_decay": weight_decay, "lr": adapter_lr},
+    banked = {id(one) for one in model.adapter_bank.parameters()} if adapter_lr is not None else set()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    others = [parameter for parameter in trained if id(parameter) not in banked]
+    adapters = [parameter for parameter in trained if id(parameter) in banked]
+    groups: list[ParameterGroup] = [
+        {"name": "matrices", "params": [one for one in others if _dimensions(one) > 1], "weight_decay": weight_decay},
+        {"name": "vectors", "params": [one for one in others if _dimensions(one) <= 1], "weight_decay": 0.0},
+        {"name": "adapters", "params": adapters, "weight_decay": weight_decay, "lr": adapter_lr},
     ]
-    return [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
+    split = cast(list[ParameterGroup], split_params_into_different_moe_groups_for_optimizer(groups))
+    return [group for group in split if group["params"]]
 
 
-def scheduler_factory(config: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], Any]:
+def _dimensions(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3's shard of a parameter is flat
+
+
+def scheduler_factory(config: TrainConfig, total_steps: int) -> Callable[[Optimizer], LRScheduler]:
     """The schedule: warm-up, then cosine (down to `min_lr_ratio`), linear or constant, over `total_steps` steps."""
     kind, specific = config.schedule, {}
     if kind == "cosine" and config.min_lr_ratio > 0:
@@ -60,7 +73,7 @@ def scheduler_factory(config: TrainConfig, total_steps: int) -> Callable[[torch.
 def build_engine(
     model: PreTrainedModel,
     config: RunConfig,
-    ds_config: dict[str, Any],
+    ds_config: dict[str, object],
     total_steps: int,
     adapter_lr: float | None = None,
 ) -> deepspeed.DeepSpeedEngine:

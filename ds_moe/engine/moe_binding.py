@@ -8,7 +8,6 @@ The construction, router, experts and checkpoint code of `AutoEPMoELayer` are no
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import deepspeed
 import torch
@@ -22,7 +21,7 @@ from ds_moe.moe.layer import MoELayer
 class BoundMoELayer(MoELayer, AutoEPMoELayer):
     """A `MoELayer` that DeepSpeed recognises. ZeRO-3 treats it as a leaf, which gathers its parameters together."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self.ep_size = self.dispatcher.ep.size
         self.ep_group_name = f"ep_size_{self.ep_size}"
@@ -34,7 +33,7 @@ class BoundMoELayer(MoELayer, AutoEPMoELayer):
                 parameter.ds_zero_placement_family = "replicated"
 
     def set_deepspeed_parallelism(
-        self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
+        self, use_data_before_expert_parallel_: bool = False, folding_group_handles: object = None
     ) -> None:
         """Create the groups unless they exist, and give the dispatcher its own. `deepspeed.initialize` calls this."""
         create_groups(self.ep_size)
@@ -55,7 +54,7 @@ def create_groups(ep_size: int) -> None:
         groups._create_expert_and_data_parallel(ep_size)
 
 
-def zero3_home(model: nn.Module, ds_config: dict[str, Any]) -> Callable[[nn.Parameter], tuple[Tensor, int]]:
+def zero3_home(model: nn.Module, ds_config: dict[str, object]) -> Callable[[nn.Parameter], tuple[Tensor, int]]:
     """Make a function that shards a parameter as ZeRO-3 expects it, without values.
 
     The function returns this rank's shard of the flattened parameter, which DeepSpeed may have padded at the end and

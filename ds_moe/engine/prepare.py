@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ def prepare_model(
     return context
 
 
-def read_weights(model: PreTrainedModel, config: RunConfig, topology: Topology, ds_config: dict[str, Any]) -> int:
+def read_weights(model: PreTrainedModel, config: RunConfig, topology: Topology, ds_config: dict[str, object]) -> int:
     """Read the weights that `load_model` left in their files into this rank's memory.
 
     A rank reads its own experts only, and under ZeRO-3 only its shards. A complete model is left as it is.
