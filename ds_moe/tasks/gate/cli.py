@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 Command = Callable[[argparse.Namespace], int]
 
 
-def add_gate(commands: Any, add_training_options: Callable[[argparse.ArgumentParser], None], train: Command) -> None:
+def add_gate(
+    commands: argparse._SubParsersAction,
+    add_training_options: Callable[[argparse.ArgumentParser], None],
+    train: Command,
+) -> None:
     """Add the group of commands to those of `ds-moe`; `train` and its options are those of `ds-moe train`."""
     group = commands.add_parser("gate", help="a learned gate over LoRA adapters: train, eval, predict, export, freeze")
     parts = group.add_subparsers(required=True, metavar="WHAT")

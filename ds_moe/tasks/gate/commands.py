@@ -22,7 +22,7 @@ from ds_moe.models.load import load_model
 from ds_moe.models.processor import processor_of
 from ds_moe.tasks.gate.evaluate import Survey, survey
 from ds_moe.tasks.gate.files import SavedGate, check_base, export_gate, freeze_gate, load_gate, read_gate
-from ds_moe.tasks.gate.model import install_gate
+from ds_moe.tasks.gate.model import GatedModel, install_gate
 from ds_moe.tasks.gate.records import gate_form, request_form
 from ds_moe.tasks.gate.scores import RoutingScores, as_json, check_not_constant, probe_accuracy, table
 from ds_moe.tasks.gate.serving import Route, write_manifest
@@ -36,7 +36,7 @@ class Gated:
     """A run's gated model with its trained gate, on one device."""
 
     config: RunConfig
-    model: Any
+    model: GatedModel
     processor: Any
     saved: SavedGate
 
@@ -64,8 +64,7 @@ def load_gated(path: str, overrides: list[str], source: str | None) -> Gated:
     disable_progress_bar()  # of loading: the answer is on standard output
     on_cpu = trains_on_cpu()
     dtype = torch.bfloat16 if precision(config, on_cpu) == "bf16" else torch.float32
-    model = load_model(config.model, dtype, config.train.seed)
-    install_gate(model, config.gate)
+    model = install_gate(load_model(config.model, dtype, config.train.seed), config.gate)
     load_gate(model, saved)
     device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
     return Gated(config, model.to(device).eval(), processor_of(config.model), saved)

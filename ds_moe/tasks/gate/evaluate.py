@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_moe.data.encode import NO_LOSS
 from ds_moe.data.stream import EvalSet
@@ -48,7 +47,7 @@ class Survey:
 
 @dataclass
 class _Rows:
-    """Of one rank, in the order of its records."""
+    """What a survey found on one rank, in the order of its records."""
 
     probabilities: list[np.ndarray] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -58,10 +57,19 @@ class _Rows:
     kinds: list[str | None] = field(default_factory=list)
     loss: float = 0.0
 
+    def extend(self, other: _Rows) -> None:
+        self.probabilities += other.probabilities
+        self.labels += other.labels
+        self.text += other.text
+        self.vision += other.vision
+        self.where += other.where
+        self.kinds += other.kinds
+        self.loss += other.loss
+
 
 @torch.no_grad()
 def survey(
-    model: Any,
+    model: nn.Module,
     eval_set: EvalSet,
     names: list[str],
     limit: int | None = None,
@@ -107,16 +115,16 @@ def survey(
 
 
 def _gathered(ranks: list[_Rows], names: list[str], samples: list[ShownSample]) -> Survey:
-    def column(name: str) -> list[Any]:
-        return [value for rows in ranks for value in getattr(rows, name)]
-
-    labels_N, probabilities = np.array(column("labels"), dtype=np.int64), column("probabilities")
-    stacked = [np.stack(values) for values in (probabilities, column("text"), column("vision"))]
-    found = Survey(names, stacked[0], labels_N, *stacked[1:], column("where"), samples=samples)
+    rows = _Rows()
+    for one in ranks:
+        rows.extend(one)
+    labels_N = np.array(rows.labels, dtype=np.int64)
+    probabilities_NK, text_ND, vision_ND = map(np.stack, (rows.probabilities, rows.text, rows.vision))
+    found = Survey(names, probabilities_NK, labels_N, text_ND, vision_ND, rows.where, samples=samples)
     labelled = int(found.labelled.sum())
     if labelled:
-        found.loss = sum(rows.loss for rows in ranks) / labelled
-        found.accuracy = _accuracy(found, column("kinds"))
+        found.loss = rows.loss / labelled
+        found.accuracy = _accuracy(found, rows.kinds)
     return found
 
 

@@ -20,7 +20,7 @@ from ds_moe.data.encode import NO_LOSS
 
 @dataclass
 class Features:
-    """Features of B samples, the input of a `GateRouter`."""
+    """Features of B samples, the input of a `GateNetwork`."""
 
     text_BD: Tensor  # fp32, of the request; zeros for a sample without any
     vision_BD: Tensor  # fp32, (B, D) or (B, 2 D), of the screen; zeros for a sample without an image

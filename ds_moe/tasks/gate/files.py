@@ -27,13 +27,14 @@ from ds_moe.errors import UserError, shown
 from ds_moe.models.load import model_config, skeleton
 from ds_moe.tasks.gate.adapters import adapter_files
 from ds_moe.tasks.gate.bank import Bank
-from ds_moe.tasks.gate.model import ROUTER, hold_reference, install_gate
+from ds_moe.tasks.gate.model import ROUTER, GatedModel, hold_reference, install_gate
 from ds_moe.weights.files import write_tensors
 
 FORMAT = 1
 READS = ("text", "text_layer", "vision", "modalities", "per", "select", "top_k", "temperature")
 MUST_AGREE = READS[:5]  # the others may change from stage to stage
 GATE, ROUTER_FILE = "gate.json", "router.safetensors"
+Reads = dict[str, str | int | None]  # key of the `gate` section -> its value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class SavedGate:
     path: Path
     adapters: list[str]  # names, in the order of the router's outputs
     router: dict[str, Tensor]
-    reads: dict[str, Any]  # what it looks at and how, by the keys READS of the run's `gate` section
+    reads: Reads  # what it looks at and how, by the keys READS of the run's `gate` section
     reader: Reader | None = None  # of a checkpoint, which may hold trained adapters
 
     def trained(self, name: str) -> Tensor | None:
@@ -83,7 +84,7 @@ def _base_of(path: Path) -> dict[str, Any]:
     return base
 
 
-def _reads(config: GateConfig) -> dict[str, Any]:
+def _reads(config: GateConfig) -> Reads:
     return {key: getattr(config, key) for key in READS}
 
 
@@ -97,7 +98,7 @@ def _read_exported(folder: Path) -> SavedGate:
         raise UserError(f"{folder} is no exported gate that can be read ({error}); export it again") from error
 
 
-def load_gate(model: Any, saved: SavedGate) -> None:
+def load_gate(model: GatedModel, saved: SavedGate) -> None:
     """Fill the router of a gated model, and its adapters where they were trained.
 
     Raises:
@@ -123,7 +124,7 @@ def load_gate(model: Any, saved: SavedGate) -> None:
                 parameter.copy_(value)
 
 
-def start_gate(model: Any, config: GateConfig) -> None:
+def start_gate(model: GatedModel, config: GateConfig) -> None:
     """Begin a stage where `gate.start` ended, and keep its gate as the reference where the stage is held near it.
 
     Raises:
@@ -151,11 +152,10 @@ def _bank_parameters(bank: Bank) -> dict[str, nn.Parameter]:
     }
 
 
-def _bank_of(saved: SavedGate, config: RunConfig) -> tuple[Any, Callable[[nn.Parameter], Tensor]]:
+def _bank_of(saved: SavedGate, config: RunConfig) -> tuple[GatedModel, Callable[[nn.Parameter], Tensor]]:
     """The gated model without storage, and the values of its bank."""
-    outline: Any = skeleton(model_config(config.model))
-    install_gate(outline, config.gate)
-    bank: Bank = outline.adapter_bank
+    outline = install_gate(skeleton(model_config(config.model)), config.gate)
+    bank = outline.adapter_bank
     values: dict[int, Tensor] = {}
     for name, parameter in _bank_parameters(bank).items():
         module, _, side = name.rpartition(".lora_")

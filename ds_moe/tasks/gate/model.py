@@ -11,11 +11,12 @@ from __future__ import annotations
 import copy
 import warnings
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ds_moe.config.tasks import GateConfig
 from ds_moe.distributed import parallel
@@ -34,11 +35,24 @@ from ds_moe.tasks.gate.features import (
     prompt_mask,
     vision_statistics,
 )
-from ds_moe.tasks.gate.network import GateRouter, GateSettings
+from ds_moe.tasks.gate.network import GateDecision, GateNetwork, GateSettings
 
 ROUTER = "adapter_gate"  # the router's name in the model
 POOLS = {"embeddings": mean_text, "layer": mean_text, "last": last_text, "first": first_text}
 IMAGES = ("pixel_values", "image_grid_thw")
+Inputs = dict[str, Any]  # keyword arguments of a transformers forward: tensors, a cache, flags
+
+
+class GatedModel(PreTrainedModel):
+    """A model after `install_gate`, as type checkers see it: its own class gains these attributes."""
+
+    adapter_bank: bank.Bank
+    adapter_gate: GateNetwork
+    gate_reference: GateNetwork | None  # a frozen copy of the gate, see `hold_reference`
+    reads: GateConfig
+    decision: GateDecision  # of the last forward, as the next two
+    features: Features
+    reference_logits: Tensor | None
 
 
 def gate_settings(config: GateConfig, model: PreTrainedModel, adapters: int) -> GateSettings:
@@ -57,10 +71,10 @@ def gate_settings(config: GateConfig, model: PreTrainedModel, adapters: int) -> 
     )
 
 
-def install_gate(model: PreTrainedModel, config: GateConfig) -> None:
-    """Freeze `model` in place and give it the adapters of `config` and a gate over them, which alone is trained.
+def install_gate(model: PreTrainedModel, config: GateConfig) -> GatedModel:
+    """Freeze `model` in place, give it the adapters of `config` and a gate, which alone is trained, and return it.
 
-    Afterwards the model has `adapter_bank` (a `Bank`), `adapter_gate` (a `GateRouter`) and, after every forward,
+    Afterwards the model has `adapter_bank` (a `Bank`), `adapter_gate` (a `GateNetwork`) and, after every forward,
     `decision` and `features`. Its forward takes one more argument, `gate_only`: True returns the `GateDecision` without
     running the language model.
 
@@ -81,14 +95,15 @@ def install_gate(model: PreTrainedModel, config: GateConfig) -> None:
     model.adapter_bank = bank.install(model, [read_adapter(name, path) for name, path in found.items()])
     model.adapter_bank.gates.per = config.per
     model.adapter_bank.train_adapters(config.stage == "joint")
-    model.adapter_gate = GateRouter(gate_settings(config, model, len(found))).to(model.device)
+    model.adapter_gate = GateNetwork(gate_settings(config, model, len(found))).to(model.device)
     model.gate_reference = None
     model.reads = config
     model.decision, model.features, model.reference_logits = None, None, None
     model.__class__ = _gated(type(model))
+    return cast(GatedModel, model)
 
 
-def hold_reference(model: PreTrainedModel) -> None:
+def hold_reference(model: GatedModel) -> None:
     """Keep a frozen copy of the gate as it is now; forwards then leave its logits in `reference_logits`."""
     model.gate_reference = copy.deepcopy(model.adapter_gate).requires_grad_(False)
     for module in model.gate_reference.modules():  # a checkpoint leaves it out: `gate.start` has it
@@ -97,7 +112,9 @@ def hold_reference(model: PreTrainedModel) -> None:
 
 def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     @wraps(base.forward)  # `generate` reads the signature
-    def forward(self: Any, *args: Any, gate_only: bool = False, adapter: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: GatedModel, *args: object, gate_only: bool = False, adapter: Tensor | None = None, **kwargs: Any
+    ) -> GateDecision | ModelOutput:
         """`adapter`, the label that a batch may bring, is for the loss; the gate must not see it."""
         cache = cache_of(kwargs)
         if cache is None or cache.get_seq_length() == 0:
@@ -115,7 +132,9 @@ def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         return base.forward(self, *args, **kwargs)
 
     @wraps(base.activation_checkpointing_enable)
-    def activation_checkpointing_enable(self: Any, options: Any = None, *args: Any, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(
+        self: PreTrainedModel, options: dict[str, object] | None = None, *args: object, **kwargs: Any
+    ) -> None:
         options = kwargs.pop("activation_checkpointing_kwargs", options)
         if options is not None and options.get("use_reentrant") is not False:
             raise ValueError(
@@ -129,7 +148,7 @@ def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(base.__name__, (base,), methods | names)
 
 
-def read(model: Any, inputs: dict[str, Any]) -> tuple[Features, dict[str, Any]]:
+def read(model: GatedModel, inputs: Inputs) -> tuple[Features, Inputs]:
     """Features of a batch, and the forward's arguments with its images encoded: one vision pass serves both.
 
     The vision tower is nobody's to train here. A rank without an image runs it on a blank one where others run it, so
@@ -168,12 +187,12 @@ def read(model: Any, inputs: dict[str, Any]) -> tuple[Features, dict[str, Any]]:
     return features, inputs
 
 
-def _embed(model: Any, input_ids_BS: Tensor) -> Tensor:
+def _embed(model: PreTrainedModel, input_ids_BS: Tensor) -> Tensor:
     with torch.no_grad():
         return model.get_input_embeddings()(input_ids_BS)
 
 
-def _contextual(model: Any, inputs: dict[str, Any], layer: int | None) -> Tensor:
+def _contextual(model: GatedModel, inputs: Inputs, layer: int | None) -> Tensor:
     """(B, S, D) output of a decoder layer, or of the last one after its norm, of the base without adapters."""
     model.adapter_bank.gates.weights = None
     # `generate` brings the position_ids in place of the image_grid_thw from which a forward would make them.

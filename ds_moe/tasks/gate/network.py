@@ -108,7 +108,7 @@ class Standardize(nn.Module):
         self.std.copy_(variance_D.sqrt().clamp(min=least.clamp(min=1e-6)))
 
 
-class GateRouter(nn.Module):
+class GateNetwork(nn.Module):
     """Standardize -> LayerNorm of each modality -> concatenation -> Linear -> GELU -> Linear.
 
     The first linear layer is kept as two, of the text and of vision with the presence flag, whose outputs add up: the

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -127,7 +126,7 @@ def table(scores: RoutingScores, baselines: dict[str, float]) -> str:
     return "\n\n".join([first, *map(_aligned, (compared, rows, matrix)), f"{last} of {np.log(len(scores.names)):.3f}"])
 
 
-def as_json(scores: RoutingScores, baselines: dict[str, float]) -> dict[str, Any]:
+def as_json(scores: RoutingScores, baselines: dict[str, float]) -> dict[str, object]:
     """Everything, in what the json module writes; arrays are lists in the order of `names`, without their suffix."""
     plain = {key.split("_K")[0]: x.tolist() if isinstance(x, np.ndarray) else x for key, x in vars(scores).items()}
     plain |= {"names": list(scores.names), "confusion_pairs": scores.confusion_pairs(), "ece_bins": ECE_BINS}

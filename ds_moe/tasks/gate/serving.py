@@ -80,7 +80,7 @@ def read_manifest(path: Path) -> Manifest:
     return _validated(values, str(path))
 
 
-def _validated(values: Any, file: str) -> Manifest:
+def _validated(values: object, file: str) -> Manifest:
     """The manifest of these JSON values, or UserError."""
     if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:  # first: another format has other keys
         raise UserError(
@@ -112,7 +112,7 @@ def _validated(values: Any, file: str) -> Manifest:
     return Manifest(routes, adapters)
 
 
-def _route(value: Any, ids: dict[str, int], file: str, key: str) -> Route:
+def _route(value: object, ids: dict[str, int], file: str, key: str) -> Route:
     entry = _entry(value, _REQUEST, file, key)
     name, number, probability = entry["lora_name"], entry["lora_int_id"], entry["probability"]
     if name not in ids:
@@ -124,7 +124,7 @@ def _route(value: Any, ids: dict[str, int], file: str, key: str) -> Route:
     return Route(entry["request"], name, float(probability))
 
 
-def _entry(value: Any, kinds: dict[str, type], file: str, key: str) -> dict[str, Any]:
+def _entry(value: object, kinds: dict[str, type], file: str, key: str) -> dict[str, Any]:
     """`value`, an object with exactly these keys and kinds of values."""
     at, dot = f"{file}: {key}" if key else f"{file}: the manifest", f"{key}." if key else ""
     if not isinstance(value, dict):

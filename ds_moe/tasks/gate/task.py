@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -132,8 +132,8 @@ def _with_routing(report: EvalReport, found: Survey) -> EvalReport:
     return report
 
 
-def pictures(scores: RoutingScores, found: Survey) -> dict[str, Any]:
-    """By TensorBoard tag, each drawn when it is called."""
+def pictures(scores: RoutingScores, found: Survey) -> dict[str, Callable[[], np.ndarray]]:
+    """Tag of TensorBoard -> the function that draws its picture."""
     from ds_moe.tasks.gate.figures import confusion_figure, gate_histogram
 
     return {

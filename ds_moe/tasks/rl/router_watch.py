@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_moe.moe import MoELayer
+from ds_moe.moe import MoELayer, Router
 from ds_moe.moe.decision import RoutingDecision
 from ds_moe.moe.tape import current_tape
 from ds_moe.replay.metrics import routing_difference
@@ -50,7 +50,7 @@ class RouterWatch:
         predicts_BS = F.pad(mask_BS[:, 1:], (0, 1))
         return routing_difference(live_TLK, self._replayed_BSLK.flatten(0, 1), predicts_BS.flatten())
 
-    def _look(self, gate: Any, args: tuple[Any, ...], decision: RoutingDecision) -> None:
+    def _look(self, gate: Router, args: tuple[object, ...], decision: RoutingDecision) -> None:
         tape = current_tape()
         again = tape is not None and tape.replaying
         if not (self.with_grad if again else self._watching):  # a recompute must save what the forward saved

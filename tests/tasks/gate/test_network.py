@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ds_moe.tasks.gate.features import Features
-from ds_moe.tasks.gate.network import GateDecision, GateRouter, GateSettings, divergence, entropy, gate_loss, select
+from ds_moe.tasks.gate.network import GateDecision, GateNetwork, GateSettings, divergence, entropy, gate_loss, select
 
 B, S, L, K, D = 5, 6, 3, 4, 11
 NAN = float("nan")
@@ -35,7 +35,7 @@ def features(**keys):
 
 def trained(**keys):
     """A gate as after training: no parameter is at a special value."""
-    gate = GateRouter(settings(**keys))
+    gate = GateNetwork(settings(**keys))
     for parameter in gate.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return gate
@@ -71,7 +71,7 @@ def test_logits_against_a_loop(per):
 @pytest.mark.parametrize("select_keys", EVERY_SELECT)
 def test_a_new_gate_is_near_uniform_and_every_parameter_learns(per, select_keys):
     for temperature in (0.05, 1.0):
-        gate = GateRouter(settings(width=64, temperature=temperature, **per, **select_keys))
+        gate = GateNetwork(settings(width=64, temperature=temperature, **per, **select_keys))
         decision = gate(features())
         assert ((decision.logits / temperature).softmax(-1) - 1 / K).abs().max() < 0.15
         (decision.weights * torch.randn(K)).sum().backward()
