@@ -6,6 +6,7 @@ check.py        all rules, and the keys a run uses
 run_file.py     YAML and overrides into the tree       yaml_lines.py   YAML that knows its lines
 complaints.py   pydantic's errors as one line each
 deepspeed.py    the DeepSpeed JSON, filled in          deepspeed_json.py, deepspeed_keys.py   reading it
+divisors.py     EP size against ranks and experts, micro-batches against the global batch
 zero_plan.py    what it says about stages, offload and buckets, as typed values
 """
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ds_moe.config.deepspeed_json import AUTO, Json, check_keys, read_json, section
 from ds_moe.config.deepspeed_keys import FP32_NAMES
+from ds_moe.config.divisors import accumulation_steps, ep_size_problem
 from ds_moe.config.rules.rule import written
 from ds_moe.config.run import RunConfig
 from ds_moe.config.zero_plan import ZeroPlan
@@ -53,10 +54,8 @@ def deepspeed_problems(
     except UserError as error:
         complaints.append(str(error))
         accumulation = 1
-    if config.moe and world_size % config.moe.ep_size:
-        fits = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
-        text = f"moe.ep_size {config.moe.ep_size} does not divide the {world_size} ranks ({fits} do)"
-        complaints.append(f"{config.at('moe.ep_size')}: {text}")
+    if config.moe and (problem := ep_size_problem(config.moe.ep_size, world_size, f"the {world_size} ranks")):
+        complaints.append(f"{config.at('moe.ep_size')}: {problem}")
     filled = {
         "train_batch_size": ("train.global_batch_size", config.train.global_batch_size),
         "train_micro_batch_size_per_gpu": ("train.micro_batch_size", config.train.micro_batch_size),
@@ -100,23 +99,6 @@ def zero_plan(resolved: dict[str, Any]) -> ZeroPlan:
         bf16=section(resolved, "bf16").get("enabled", False),
         fp32_sums=section(resolved, "data_types").get("grad_accum_dtype") in FP32_NAMES,
         **{name: zero[key] for name, key in sizes.items() if zero.get(key) is not None},
-    )
-
-
-def accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """Micro-batches that one optimizer step accumulates on each rank: global / (micro x ranks), exactly."""
-    micro, total = config.train.micro_batch_size, config.train.global_batch_size
-    step = micro * world_size
-    if total % step == 0:
-        return total // step
-    fits = [size for size in (total // step * step, (total // step + 1) * step) if size]
-    micros = [size for size in range(1, total // world_size + 1) if total % (size * world_size) == 0]
-    advice = f"global_batch_size {' or '.join(map(str, fits))} would work"
-    if micros:
-        advice += f", or micro_batch_size {min(micros, key=lambda size: abs(size - micro))}"
-    raise UserError(
-        f"{config.at('train.global_batch_size')}: train.global_batch_size {total} is not a multiple of "
-        f"micro_batch_size {micro} x {world_size} ranks = {step}; {advice}"
     )
 
 

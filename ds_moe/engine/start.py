@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from ds_moe.config.divisors import ep_size_problem
 from ds_moe.distributed import Topology
 from ds_moe.engine import cpu as ops
 from ds_moe.errors import UserError
@@ -33,11 +34,8 @@ def start_distributed(ep_size: int) -> Topology:
         os.environ.setdefault(name, value)
     local_rank = int(os.environ["LOCAL_RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
-    if world_size % ep_size:
-        raise UserError(
-            f"moe.ep_size={ep_size} does not divide the {world_size} processes of this job; "
-            f"start a multiple of {ep_size} or choose another moe.ep_size"
-        )
+    if problem := ep_size_problem(ep_size, world_size, f"the {world_size} ranks of this job"):
+        raise UserError(problem)
     # DeepSpeed 0.19 uses old names of collectives, about which torch 2.13 warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not on_cpu():

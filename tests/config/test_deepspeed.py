@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe.config.deepspeed import accumulation_steps, deepspeed_problems, resolve_deepspeed, zero_plan
+from ds_moe.config.deepspeed import deepspeed_problems, resolve_deepspeed, zero_plan
 from ds_moe.config.deepspeed_keys import ADAM_KEYS, FILLED, PASSED_ON, REFUSED, ZERO_KEYS, ZERO_REFUSED
+from ds_moe.config.divisors import accumulation_steps
 from ds_moe.config.run_file import load_run
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.errors import UserError

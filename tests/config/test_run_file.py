@@ -305,6 +305,7 @@ RULES = {
         "checkpoint.every beside train.patience",
     ),
     "rl": (["rl.objective=dapo"], "rl would not be used: task is sft"),
+    "rl in a gate's run": ([*GATE, "rl.objective=dapo"], "rl would not be used: task is gate"),
     "moe.replay.moves_bias": ([*RL, "moe.replay={enabled: true, moves_bias: true}"], "lists no loss_free"),
     "moves_bias without replay": (
         ["moe.replay.moves_bias=true", "moe.balance=[{kind: loss_free}]"],

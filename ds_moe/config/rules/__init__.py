@@ -1,7 +1,9 @@
 """What the types of the keys cannot say, a file for each section of a run file.
 
-rule.py    what all of them use
+Each has UNUSED, keys without effect, and CONTRADICTIONS; `check.py` puts them together.
+
+rule.py    what a rule is
 train.py   train, data, monitor, checkpoint    moe.py    moe
-lora.py    lora                                rl.py     rl
+lora.py    lora                                rl.py     rl and moe.replay
 gate.py    gate                                model.py  rules that need the model's config
 """

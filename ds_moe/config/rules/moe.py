@@ -1,12 +1,14 @@
-"""Rules of a run file about `moe`."""
+"""Rules about `moe`, but for replay, and about `train.stage: router_only`, which needs routers that learn."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from ds_moe.config.moe import RouterConfig, TopKRouting
-from ds_moe.config.rules.rule import Complaint
+from ds_moe.config.rules.rule import Complaint, Contradiction, Unused
 from ds_moe.config.run import RunConfig
+
+# --- keys without effect
 
 
 def _no_order(config: RunConfig) -> str | None:
@@ -21,6 +23,12 @@ def _no_normalize(config: RunConfig) -> str | None:
     return "moe.router.order is topk_then_softmax, whose weights sum to 1 anyway" if sums_to_1 else None
 
 
+def _no_drop(config: RunConfig) -> str | None:
+    router = config.moe.router if config.moe else None
+    dropless = isinstance(router, TopKRouting) and router.capacity_factor is None
+    return "moe.router.capacity_factor is not set, so nothing is dropped" if dropless else None
+
+
 def _no_chunks(config: RunConfig) -> str | None:
     alone = config.moe is not None and config.moe.ep_size == 1
     return "moe.ep_size is 1, so no rows travel" if alone else None
@@ -33,23 +41,30 @@ def _no_recompute(config: RunConfig) -> str | None:
     return "the experts have LoRA updates, and autograd keeps what it needs" if updated else None
 
 
-def _no_drop(config: RunConfig) -> str | None:
-    router = config.moe.router if config.moe else None
-    dropless = isinstance(router, TopKRouting) and router.capacity_factor is None
-    return "moe.router.capacity_factor is not set, so nothing is dropped" if dropless else None
+UNUSED: dict[str, Unused] = {
+    "moe.router.order": _no_order,
+    "moe.router.normalize": _no_normalize,
+    "moe.router.drop": _no_drop,
+    "moe.dispatch.chunks": _no_chunks,
+    "moe.experts.recompute": _no_recompute,
+}
 
 
-def _dispatch(config: RunConfig) -> Complaint:
-    key = "moe.dispatch.kind"
-    if not config.moe or config.moe.dispatch.kind == "auto":
-        return key, None
+# --- contradictions
+
+
+def _dispatch(config: RunConfig) -> Complaint | None:
+    if config.moe is None or config.moe.dispatch.kind == "auto":
+        return None
     ep_size, kind = config.moe.ep_size, config.moe.dispatch.kind
-    fits = (kind == "local") == (ep_size == 1)
+    if (kind == "local") == (ep_size == 1):
+        return None
     need = "1" if kind == "local" else "more than 1"
-    return key, None if fits else f"{key} {kind} needs moe.ep_size {need}, which is {ep_size}; write auto"
+    key = "moe.dispatch.kind"
+    return key, f"{key} {kind} needs moe.ep_size {need}, which is {ep_size}; write auto"
 
 
-def _balance(config: RunConfig) -> Complaint:
+def _balance(config: RunConfig) -> Complaint | None:
     kinds = Counter(balance.kind for balance in config.moe.balance) if config.moe else Counter()
     twice = [kind for kind, count in kinds.items() if count > 1]
     if twice:
@@ -57,7 +72,19 @@ def _balance(config: RunConfig) -> Complaint:
     if "none" in kinds and len(kinds) > 1:
         others = ", ".join(kind for kind in kinds if kind != "none")
         return "moe.balance", f"moe.balance lists none beside {others}; remove none"
-    return "moe.balance", None
+    return None
+
+
+def _useless_balance(config: RunConfig) -> Complaint | None:
+    if config.moe is None:
+        return None
+    router = config.moe.router
+    useless = [balance.kind for balance in config.moe.balance if balance.kind in router.useless_balances]
+    if not useless:
+        return None
+    reason = "gives all experts the same load" if router.learns else "learns nothing"
+    text = f"moe.balance {useless[0]} would not be used: moe.router.kind {router.kind} {reason}; remove it"
+    return "moe.balance", text
 
 
 def noncausal(router: RouterConfig) -> str | None:
@@ -71,32 +98,43 @@ def noncausal(router: RouterConfig) -> str | None:
     )
 
 
-def _causal(config: RunConfig) -> Complaint:
+def _causal(config: RunConfig) -> Complaint | None:
     router = config.moe.router if config.moe else None
     if router is None or router.causal:
-        return "moe.router.kind", None
+        return None
     if leak := noncausal(router):
         return "moe.router.kind", leak
-    generates = config.data.eval is not None and config.train.eval_generate
+    if config.data.eval is None or not config.train.eval_generate:
+        return None
     text = f"moe.router.kind {router.kind} cannot generate answers; set train.eval_generate to false"
-    return "train.eval_generate", text if generates else None
+    return "train.eval_generate", text
 
 
-def _router_groups(config: RunConfig) -> Complaint:
+def _groups(config: RunConfig) -> Complaint | None:
     router = config.moe.router if config.moe else None
     if not isinstance(router, TopKRouting) or (router.groups is None) == (router.top_groups is None):
-        return "moe.router", None
+        return None
     there, lacking = ("groups", "top_groups") if router.top_groups is None else ("top_groups", "groups")
     text = f"moe.router.{there} is {getattr(router, there)} and moe.router.{lacking} is not set; set both or none"
     return f"moe.router.{there}", text
 
 
-def _balance_effect(config: RunConfig) -> Complaint:
-    """Balancers that cannot change what this router does."""
+def _router_only(config: RunConfig) -> Complaint | None:
+    if config.train.stage == "all":
+        return None
     if config.moe is None:
-        return "moe.balance", None
-    router = config.moe.router
-    useless = next((balance.kind for balance in config.moe.balance if balance.kind in router.useless_balances), None)
-    reason = "gives all experts the same load" if router.learns else "learns nothing"
-    text = f"moe.balance {useless} would not be used: moe.router.kind {router.kind} {reason}; remove it"
-    return "moe.balance", text if useless else None
+        return "train.stage", "train.stage router_only needs routers, and there is no moe section"
+    if config.moe.router.learns:
+        return None
+    kind = config.moe.router.kind
+    return "train.stage", f"train.stage router_only would train nothing: moe.router.kind {kind} learns nothing"
+
+
+CONTRADICTIONS: list[Contradiction] = [
+    _dispatch,
+    _balance,
+    _useless_balance,
+    _causal,
+    _groups,
+    _router_only,
+]

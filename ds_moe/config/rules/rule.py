@@ -1,8 +1,18 @@
-"""What every rule of a run file uses."""
+"""What a rule of a run file is, and what all of them use."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from pydantic import BaseModel
+
+from ds_moe.config.run import RunConfig, task_is
+
+Complaint = tuple[str, str]  # the dotted key at fault, and what is wrong with it
+Contradiction = Callable[[RunConfig], Complaint | None]  # what is wrong with a run; None: nothing, for this rule
+Unused = Callable[[RunConfig], str | None]  # why a run would not use a key; None: it uses it
+Found = TypeVar("Found")
 
 
 def written(config: BaseModel, key: str) -> bool:
@@ -14,4 +24,24 @@ def written(config: BaseModel, key: str) -> bool:
     return written(value, rest) if rest else True
 
 
-Complaint = tuple[str, str | None]  # key, what is wrong; None where all is well
+def value_of(config: RunConfig, key: str) -> object:
+    """The value of a dotted key of sections that every run has."""
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def needs(key: str, *values: object) -> Unused:
+    """The rule of a key that is used only where another one, `key`, has one of `values`."""
+
+    def rule(config: RunConfig) -> str | None:
+        value = value_of(config, key)
+        return None if value in values else f"{key} is {value}"
+
+    return rule
+
+
+def in_task(name: str, rule: Callable[[RunConfig], Found | None]) -> Callable[[RunConfig], Found | None]:
+    """`rule` for the runs of one task, which finds nothing wrong with those of another."""
+    return lambda config: rule(config) if task_is(config, name) else None
