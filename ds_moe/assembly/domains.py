@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ds_moe.assembly.dense import DenseModel
 from ds_moe.config.sections import DataConfig, ModelConfig
-from ds_moe.data.digits import DigitsRecords
 from ds_moe.data.images import RecordError
-from ds_moe.data.records import Records, read_records
+from ds_moe.data.processor import Processor
+from ds_moe.data.record_kind import Records
+from ds_moe.data.records import open_records
 from ds_moe.errors import UserError
 from ds_moe.models.load import load_model
 from ds_moe.models.processor import load_processor
@@ -20,7 +21,7 @@ from ds_moe.models.processor import load_processor
 
 def open_domain(path: str) -> Records:
     """A data file (its first bad record is an error), or "digits": the training split of the bundled scans."""
-    return DigitsRecords("train") if path == "digits" else read_records(path, DataConfig(train=path))
+    return open_records(path, "train", DataConfig(train=path))
 
 
 @torch.no_grad()
@@ -84,12 +85,12 @@ class _Sums:
         return (torch.stack(self._sums) / self._tokens).float()
 
 
-def _inputs(records: Records, index: int, processor: Any) -> dict[str, Tensor]:
+def _inputs(records: Records, index: int, processor: Processor) -> dict[str, Tensor]:
     """One record as the model's forward takes it, without labels."""
     limits = DataConfig(train="")
     try:
-        encoded = records.form.encode(records.sample(index), processor, limits.max_length, limits.max_pixels)
+        encoded = records.record_kind.encode(records.sample(index), processor, limits.max_length, limits.max_pixels)
     except RecordError as error:
         raise UserError(f"{records.where(index)}: {error}") from error
-    batch = records.form.collate([encoded], processor)
+    batch = records.record_kind.collate([encoded], processor)
     return {key: value for key, value in batch.items() if key != "labels"}

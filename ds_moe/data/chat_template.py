@@ -15,6 +15,7 @@ from typing import Any
 
 from ds_moe.data.chat import Turn
 from ds_moe.data.images import ImageSource, RecordError
+from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError
 
 Shape = tuple[tuple[str, tuple[bool, ...]], ...]  # per turn: role, and for each part whether it is an image
@@ -46,7 +47,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TurnLayout:
     """What the template makes of a shape; `answer` is the item with which the last assistant turn's labels begin."""
 
     items: tuple[Control | Fixed | Slot, ...]
@@ -62,7 +63,7 @@ class Tokens:
     prompt: int
 
 
-def tokenize(turns: tuple[Turn, ...], processor: Any, image_tokens: list[int]) -> Tokens:
+def tokenize(turns: tuple[Turn, ...], processor: Processor, image_tokens: list[int]) -> Tokens:
     """Ids of `turns`, image i taking `image_tokens[i]` ids, labels on every assistant turn and its end token.
 
     Raises `RecordError` where the template changes a text or gives an image no place, `UserError` where it cannot
@@ -73,7 +74,7 @@ def tokenize(turns: tuple[Turn, ...], processor: Any, image_tokens: list[int]) -
     written = "".join(_text(item, texts) for item in layout.items)
     if written != _render(processor, _messages(turns)):
         raise RecordError("the model's chat template rewrites this record's text (strip spaces and <think> markup)")
-    places = sum(isinstance(item, Control) and item.token_id == _image_id(processor) for item in layout.items)
+    places = sum(isinstance(item, Control) and item.token_id == processor.image_token_id for item in layout.items)
     if places != len(image_tokens):
         raise RecordError(f"the model's chat template shows {places} of the record's {len(image_tokens)} images")
     runs = _runs(layout, texts)
@@ -89,20 +90,20 @@ def tokenize(turns: tuple[Turn, ...], processor: Any, image_tokens: list[int]) -
         if isinstance(run, str):
             new = next(encoded)
         else:
-            new = [run.token_id] * (next(counts) if run.token_id == _image_id(processor) else 1)
+            new = [run.token_id] * (next(counts) if run.token_id == processor.image_token_id else 1)
         ids += new
         label += [labelled] * len(new)
     return Tokens(ids, label, prompt)
 
 
-def end_token(processor: Any) -> int | None:
+def end_token(processor: Processor) -> int | None:
     """The token with which the template ends an answer, which labels teach; None for a template without one."""
     layout = _layout(processor, (("user", (False,)), ("assistant", (False,))))
     last = [item for item in layout.items if item.label][-1]
     return last.token_id if isinstance(last, Control) else None
 
 
-def _runs(layout: Layout, texts: list[str]) -> list[tuple[str | Control, bool, bool]]:
+def _runs(layout: TurnLayout, texts: list[str]) -> list[tuple[str | Control, bool, bool]]:
     """Items with neighbouring texts joined, as a tokenizer would see them, except where the labels change.
 
     An answer is cut from its prompt there because generation also starts from the prompt's own ids.
@@ -133,11 +134,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
 
-def _image_id(processor: Any) -> int | None:
-    return None if processor.image_processor is None else processor.image_token_id
-
-
-def _render(processor: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
+def _render(processor: Processor, messages: list[dict], add_generation_prompt: bool = False) -> str:
     try:
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program: beside its own refusals it may fail in any way
@@ -173,7 +170,7 @@ def _shape(turns: tuple[Turn, ...]) -> Shape:
 
 
 @lru_cache(maxsize=4096)
-def _layout(processor: Any, shape: Shape) -> Layout:
+def _layout(processor: Processor, shape: Shape) -> TurnLayout:
     """Render the template with a marker for every text, and cut the result into items."""
     markers = count()
     messages = [
@@ -200,11 +197,11 @@ def _layout(processor: Any, shape: Shape) -> Layout:
     if [item.index for item in items if isinstance(item, Slot)] != list(range(next(markers))):
         roles = ", ".join(role for role, _ in shape)
         raise UserError(f"model: its chat template drops or moves turns of a conversation of {roles} (use another one)")
-    return Layout(tuple(items), answer)
+    return TurnLayout(tuple(items), answer)
 
 
 def _answer_spans(
-    processor: Any, shape: Shape, messages: list[dict], whole: str, pattern: re.Pattern[str]
+    processor: Processor, shape: Shape, messages: list[dict], whole: str, pattern: re.Pattern[str]
 ) -> list[tuple[int, int]]:
     """[start, end) in `whole` of every assistant turn: from where generation starts to the end of its end token.
 

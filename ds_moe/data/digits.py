@@ -21,7 +21,7 @@ from PIL import Image
 
 from ds_moe.data.chat import BadRecord, Sample, Turn
 from ds_moe.data.images import ImageSource
-from ds_moe.data.record_kind import CHAT
+from ds_moe.data.record_kind import CHAT, RecordKind
 
 Split = Literal["train", "held-out"]
 
@@ -64,8 +64,9 @@ class DigitsRecords:
     def __init__(self, split: Split):
         self._samples = digits_samples(split)
         self.bad: list[BadRecord] = []
-        self.kept: list[None] = [None] * len(self._samples)
-        self.kinds, self.form = tuple(sorted(QUESTIONS)), CHAT
+        self.remembered: list[None] = [None] * len(self._samples)
+        self.kinds: tuple[str, ...] = tuple(sorted(QUESTIONS))
+        self.record_kind: RecordKind[Sample] = CHAT
         self.lengths = np.array([len(sample.last_question()) + len(sample.answer) for sample in self._samples])
         text = json.dumps([(sample.last_question(), sample.answer) for sample in self._samples])
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()

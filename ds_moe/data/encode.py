@@ -6,7 +6,7 @@ Shapes: B samples, S tokens (padded to the longest of the micro-batch), P patche
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ds_moe.data.chat import Sample
 from ds_moe.data.chat_template import tokenize
 from ds_moe.data.images import ImageSource, RecordError, load_image
+from ds_moe.data.processor import Processor
 from ds_moe.errors import one_line
 
 Batch = dict[str, Tensor]  # exactly the keyword arguments of a model's forward
@@ -38,7 +39,7 @@ class Encoded:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def encode(sample: Sample, processor: Any, max_length: int, max_pixels: int) -> Encoded:
+def encode(sample: Sample, processor: Processor, max_length: int, max_pixels: int) -> Encoded:
     """Decode the images of `sample`, tokenize it and mark every assistant turn, its <|im_end|> included, as label.
 
     Raises `RecordError` for an image that does not decode or exceeds `max_pixels`, for more than `max_length`
@@ -54,7 +55,7 @@ def encode(sample: Sample, processor: Any, max_length: int, max_pixels: int) -> 
 
 
 def encode_images(
-    sources: list[ImageSource], processor: Any, max_pixels: int
+    sources: list[ImageSource], processor: Processor, max_pixels: int
 ) -> tuple[Tensor | None, Tensor | None, list[int]]:
     """(pixel_values, image_grid_thw, tokens of each image); None, None, [] without images. Raises `RecordError`."""
     if not sources:
@@ -77,12 +78,12 @@ def check_length(tokens: int, of_images: int, max_length: int) -> None:
         raise RecordError(f"{reason} {max_length} (shorten the record, or raise the limit)")
 
 
-def filler(processor: Any) -> Encoded:
+def filler(processor: Processor) -> Encoded:
     """A sample of one token that adds nothing to the loss: it fills up a last batch or stands for a bad record."""
     return Encoded(torch.tensor([processor.tokenizer.eos_token_id]), torch.tensor([NO_LOSS]), prompt=1, real=False)
 
 
-def collate(encoded: list[Encoded], processor: Any, side: Literal["right", "left"] = "right") -> Batch:
+def collate(encoded: list[Encoded], processor: Processor, side: Literal["right", "left"] = "right") -> Batch:
     """A padded micro-batch: input_ids, attention_mask, labels (B, S) int64; for a VL model also mm_token_type_ids
     (B, S), 1 on image tokens, and, only if there is an image, pixel_values and image_grid_thw (I, 3)."""
     length = max(len(one.input_ids) for one in encoded)
@@ -102,7 +103,7 @@ def collate(encoded: list[Encoded], processor: Any, side: Literal["right", "left
     return batch
 
 
-def collate_prompts(encoded: list[Encoded], processor: Any) -> Batch:
+def collate_prompts(encoded: list[Encoded], processor: Processor) -> Batch:
     """Left-padded prompts of the last answers, ready for `generate`: no labels."""
     prompts = [replace(one, input_ids=one.input_ids[: one.prompt], labels=one.labels[: one.prompt]) for one in encoded]
     batch = collate(prompts, processor, side="left")

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from ds_moe.config.run import RunConfig
 from ds_moe.data.chat import BadRecord, Sample, Turn
-from ds_moe.data.digits import DigitsRecords, Split
 from ds_moe.data.encode import Encoded, filler
 from ds_moe.data.images import RecordError
 from ds_moe.data.order import FILLER
-from ds_moe.data.record_kind import CHAT, Form
-from ds_moe.data.records import Records, read_records
+from ds_moe.data.processor import Processor
+from ds_moe.data.record_kind import Records
 
 CACHE_BYTES = 128 * 2**20  # of encoded samples kept a process: small data are encoded once
 FILLER_SAMPLE = Sample((Turn("user", ("",)), Turn("assistant", ("",))), where="filler")
 
 
-def open_records(config: RunConfig, path: str, split: Split, form: Form = CHAT) -> Records:
-    """The records of data.train ("train") or data.eval ("held-out"): a file, or that split of the bundled digits."""
-    if path == "digits":
-        return DigitsRecords(split)
-    return read_records(path, config.data, cache_dir=Path(config.train.output_dir) / "data_cache", form=form)
-
-
 class Encoder:
     """Records of one file to encoded samples; the first CACHE_BYTES of them are kept."""
 
-    def __init__(self, config: RunConfig, records: Records, processor: Any):
+    def __init__(self, config: RunConfig, records: Records, processor: Processor):
         self._data, self._records, self._processor = config.data, records, processor
         self._cache: dict[int, Encoded] = {FILLER: filler(processor)}
         self._cached_bytes = 0
@@ -51,9 +40,10 @@ class Encoder:
     def _one(self, index: int) -> Encoded | BadRecord:
         if index in self._cache:
             return self._cache[index]
+        kind = self._records.record_kind
         try:
             sample = self._records.sample(index)
-            encoded = self._records.form.encode(sample, self._processor, self._data.max_length, self._data.max_pixels)
+            encoded = kind.encode(sample, self._processor, self._data.max_length, self._data.max_pixels)
         except RecordError as error:
             return BadRecord(self._records.where(index), str(error))
         if self._cached_bytes + encoded.nbytes <= CACHE_BYTES:
@@ -62,7 +52,9 @@ class Encoder:
         return encoded
 
 
-def check_samples(config: RunConfig, records: Records, processor: Any, count: int) -> tuple[list[BadRecord], list[int]]:
+def check_samples(
+    config: RunConfig, records: Records, processor: Processor, count: int
+) -> tuple[list[BadRecord], list[int]]:
     """Decode and tokenize the first `count` samples: those that this shows to be bad, and the tokens of the others."""
     encoder = Encoder(config, records, processor)
     found, lengths = [], []

@@ -22,7 +22,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochOrder:
     """Which records make up which optimizer step; it knows nothing of ranks."""
 
     lengths: np.ndarray  # (records,) estimated tokens

@@ -11,37 +11,37 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from ds_moe.config.sections import DataConfig
 from ds_moe.data.chat import BadRecord
+from ds_moe.data.digits import DigitsRecords, Split
 from ds_moe.data.images import RecordError
-from ds_moe.data.record_kind import CHAT, Form
+from ds_moe.data.record_kind import CHAT, Parsed, RecordKind, Records
 from ds_moe.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MAX_LINE = 2**27  # bytes; a rollout of 64k tokens with the routing of 48 layers takes half of it
 
 
-class Records(Protocol):
-    """What a stream reads: only records whose structure is good are counted by `len` and given by `sample`."""
-
-    sha256: str  # of the content: a resume refuses to go on with other data
-    lengths: np.ndarray  # (len(self),) int64, estimated tokens
-    bad: list[BadRecord]
-    kinds: tuple[str, ...]  # of its samples, sorted: the same on every rank
-    form: Form
-    kept: list[Any]  # what the form keeps of each record
-
-    def __len__(self) -> int: ...
-
-    def sample(self, index: int) -> Any: ...
-
-    def where(self, index: int) -> str: ...
+Raw = TypeVar("Raw")  # a record as its file holds it
 
 
-def read_records(path: str, config: DataConfig, cache_dir: str | Path | None = None, form: Form = CHAT) -> Records:
+def open_records(
+    path: str, split: Split, config: DataConfig, cache_dir: Path | None = None, record_kind: RecordKind = CHAT
+) -> Records:
+    """The records of data.train ("train") or data.eval ("held-out"): that split of the bundled scans where `path` is
+    "digits", else those of a file, as `read_records` gives them."""
+    return DigitsRecords(split) if path == "digits" else read_records(path, config, cache_dir, record_kind)
+
+
+def read_records(
+    path: str, config: DataConfig, cache_dir: Path | None = None, record_kind: RecordKind[Parsed] = CHAT
+) -> Records[Parsed]:
     """The records of a JSONL or Parquet file, their structure checked.
 
     Under `on_bad_record: stop` the first bad record raises `UserError`; under `skip` they are in `.bad`. `cache_dir`
@@ -55,9 +55,9 @@ def read_records(path: str, config: DataConfig, cache_dir: str | Path | None = N
     if not root.is_dir():
         raise UserError(f"data.root: {config.root} is not a folder (give the folder that the image paths start from)")
     if file.suffix in (".jsonl", ".ndjson", ".json"):
-        records: _FileRecords = JsonlRecords(file, root, config.max_pixels, form)
+        records = JsonlRecords(file, root, config.max_pixels, record_kind)
     elif file.suffix == ".parquet":
-        records = ParquetRecords(file, root, config.max_pixels, form, cache_dir)
+        records = ParquetRecords(file, root, config.max_pixels, record_kind, cache_dir)
     else:
         raise UserError(f"data: {path} is neither .jsonl nor .parquet (convert it, or rename it)")
     if records.bad and config.on_bad_record == "stop":
@@ -65,7 +65,7 @@ def read_records(path: str, config: DataConfig, cache_dir: str | Path | None = N
     if not len(records):
         first = f"; the first: {records.bad[0]}" if records.bad else ""
         raise UserError(f"data: {path} has no record to use ({len(records.bad)} bad{first})")
-    return form.finish(records)
+    return record_kind.complete(records)
 
 
 def stop_message(bad: list[BadRecord]) -> str:
@@ -74,51 +74,56 @@ def stop_message(bad: list[BadRecord]) -> str:
     return f"{bad[0]}{others}; data.on_bad_record: skip goes on without"
 
 
-class _FileRecords:
-    """Shared by both file forms; a subclass walks over its raw records and reads one of them by key."""
+class _FileRecords(Generic[Raw, Parsed]):
+    """What both file types share; a subclass walks over its raw records and reads one of them by key."""
 
-    def __init__(self, file: Path, root: Path, max_pixels: int, form: Form):
-        self.form, self.kept = form, []
+    def __init__(self, file: Path, root: Path, max_pixels: int, record_kind: RecordKind[Parsed]):
+        self.record_kind = record_kind
         self.sha256 = ""
         self.bad: list[BadRecord] = []
+        self.remembered: list[object] = []
         self._file, self._root = file, root
         keys, numbers, lengths, kinds = [], [], [], set()
         for key, number, raw in self._walk():
             try:
-                sample = self._parse(raw, number)
-                lengths.append(form.estimate(sample, max_pixels))
-                kinds.add(sample.kind)
-                self.kept.append(form.keep(sample))
-                keys.append(key)
-                numbers.append(number)
+                parsed = self._parse(raw, number)
+                lengths.append(record_kind.estimate(parsed, max_pixels))
             except RecordError as error:
                 self.bad.append(BadRecord(f"{file}:{number}", str(error)))
-        self.kinds = tuple(sorted(kinds - {None}))
+                continue
+            if parsed.kind is not None:
+                kinds.add(parsed.kind)
+            self.remembered.append(record_kind.remember(parsed))
+            keys.append(key)
+            numbers.append(number)
+        self.kinds: tuple[str, ...] = tuple(sorted(kinds))
         self._keys, self._numbers, self.lengths = (np.array(one, dtype=np.int64) for one in (keys, numbers, lengths))
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def sample(self, index: int) -> Any:
-        """Record `index` of the good ones. Raises `RecordError` if its image has gone since the index was made."""
+    def sample(self, index: int) -> Parsed:
         return self._parse(self._read(int(self._keys[index])), int(self._numbers[index]))
 
     def where(self, index: int) -> str:
-        """file:line of record `index` of the good ones."""
         return f"{self._file}:{self._numbers[index]}"
 
-    def _parse(self, raw: Any, number: int) -> Any:
-        return self.form.parse(raw, f"{self._file}:{number}", self._root)
+    def _parse(self, raw: Raw, number: int) -> Parsed:
+        return self.record_kind.parse(self._decode(raw), f"{self._file}:{number}", self._root)
 
-    def _walk(self) -> Iterator[tuple[int, int, Any]]:
+    def _walk(self) -> Iterator[tuple[int, int, Raw]]:
         """(key, line or row number from 1, raw record) of every record."""
         raise NotImplementedError
 
-    def _read(self, key: int) -> Any:
+    def _read(self, key: int) -> Raw:
         raise NotImplementedError
 
+    def _decode(self, raw: Raw) -> object:
+        """The value that the file holds. Raises `RecordError` where it holds none."""
+        return raw
 
-class JsonlRecords(_FileRecords):
+
+class JsonlRecords(_FileRecords[bytes, Parsed]):
     """One JSON object a line, its key the line's byte offset; blank lines are passed over."""
 
     def _walk(self) -> Iterator[tuple[int, int, bytes]]:
@@ -143,17 +148,16 @@ class JsonlRecords(_FileRecords):
             lines.seek(key)
             return lines.readline()
 
-    def _parse(self, raw: bytes, number: int) -> Any:
+    def _decode(self, raw: bytes) -> object:
         try:
-            record = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
+            return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
         except UnicodeDecodeError as error:
             raise RecordError(f"broken JSON: not UTF-8: {error} (save the file as UTF-8)") from error
         except (ValueError, RecursionError) as error:
             raise RecordError(f"broken JSON: {error} (write one complete object a line)") from error
-        return super()._parse(record, number)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object whose keys differ: of equal ones json.loads would take the last, without a word."""
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -163,10 +167,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-class ParquetRecords(_FileRecords):
+class ParquetRecords(_FileRecords[dict[str, Any], Parsed]):
     """One record a row, its key the row's index."""
 
-    def __init__(self, file: Path, root: Path, max_pixels: int, form: Form, cache_dir: str | Path | None):
+    def __init__(
+        self, file: Path, root: Path, max_pixels: int, record_kind: RecordKind[Parsed], cache_dir: Path | None
+    ):
         import datasets  # a second of import that JSONL does not need
         from datasets.exceptions import DatasetGenerationError
 
@@ -177,12 +183,12 @@ class ParquetRecords(_FileRecords):
         except (OSError, ValueError, NotImplementedError, DatasetGenerationError) as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"data: {file} is not a Parquet file that can be read ({reason})") from error
-        self._table: Any = rows.with_format("arrow")  # raw values: an Image column is not decoded
-        super().__init__(file, root, max_pixels, form)
+        self._table: Dataset = rows.with_format("arrow")  # raw values: an Image column is not decoded
+        super().__init__(file, root, max_pixels, record_kind)
         with file.open("rb") as stream:
             self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
 
-    def _walk(self) -> Iterator[tuple[int, int, dict]]:
+    def _walk(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
         return ((row, row + 1, self._read(row)) for row in range(len(self._table)))
 
     def _read(self, key: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.chat import BadRecord, Sample
 from ds_moe.data.encode import Batch, collate_prompts
-from ds_moe.data.encoder import Encoder, open_records
-from ds_moe.data.order import FILLER, Plan
-from ds_moe.data.record_kind import CHAT, Form
-from ds_moe.data.records import Records
+from ds_moe.data.encoder import Encoder
+from ds_moe.data.order import FILLER, EpochOrder
+from ds_moe.data.processor import Processor
+from ds_moe.data.record_kind import CHAT, RecordKind, Records
+from ds_moe.data.records import open_records
 from ds_moe.errors import UserError
 from ds_moe.faults.signals import leave_to_parent
 
@@ -37,13 +39,15 @@ class Step:
 class _StepDataset(Dataset):
     """Position of a step -> `Step`: runs in the workers."""
 
-    def __init__(self, plan: Plan, encoder: Encoder, processor: Any, slices: list[slice], records: Records):
-        self.plan, self.encoder, self.processor, self.slices = plan, encoder, processor, slices
-        self.collate = records.form.collate
+    def __init__(
+        self, order: EpochOrder, encoder: Encoder, processor: Processor, slices: list[slice], records: Records
+    ):
+        self.order, self.encoder, self.processor, self.slices = order, encoder, processor, slices
+        self.record_kind = records.record_kind
         self.kind_ids = {kind: number for number, kind in enumerate(records.kinds)}
 
     def __getitem__(self, position: int) -> Step:
-        indices = self.plan.global_batch(position)
+        indices = self.order.global_batch(position)
         step = Step([])
         try:
             self._fill(step, indices)
@@ -56,7 +60,7 @@ class _StepDataset(Dataset):
             encoded, _, bad = self.encoder.encode(indices[one])
             real = torch.tensor([sample.real for sample in encoded])
             kind = torch.tensor([self.kind_ids.get(sample.kind, -1) for sample in encoded])
-            step.micro_batches.append(self.collate(encoded, self.processor) | {"real": real, "kind": kind})
+            step.micro_batches.append(self.record_kind.collate(encoded, self.processor) | {"real": real, "kind": kind})
             step.bad += bad
 
 
@@ -75,12 +79,12 @@ class TrainStream:
     def __init__(
         self,
         config: RunConfig,
-        processor: Any,
+        processor: Processor,
         *,
         rank: int,
         world_size: int,
         raise_errors: bool = True,
-        form: Form = CHAT,
+        record_kind: RecordKind = CHAT,
     ):
         train, data = config.train, config.data
         per_micro_step = train.micro_batch_size * world_size
@@ -90,9 +94,11 @@ class TrainStream:
                 f"{train.micro_batch_size} x {world_size} ranks (make it a multiple of {per_micro_step})"
             )
         self.accumulation = train.global_batch_size // per_micro_step
-        records = open_records(config, data.train, "train", form)
+        records = open_records(data.train, "train", data, _cache_dir(config), record_kind)
         self._records, self.kinds = records, records.kinds
-        self._plan = Plan(records.lengths, train.global_batch_size, train.seed, data.shuffle, data.length_grouping)
+        self._order = EpochOrder(
+            records.lengths, train.global_batch_size, train.seed, data.shuffle, data.length_grouping
+        )
         self._config, self._processor, self._encoder = config, processor, Encoder(config, records, processor)
         size = train.micro_batch_size
         starts = [
@@ -102,14 +108,14 @@ class TrainStream:
         self._slices = self._slices_by_rank[rank]
         self._position = 0  # steps yielded since the very first
         self._loading: Iterator[Step] | None = None
-        self.steps_per_epoch = self._plan.steps_per_epoch
+        self.steps_per_epoch = self._order.steps_per_epoch
         self._log = BadRecordLog(config, records.bad, rank, raise_errors)
         self.skipped = self._log.records
 
     @property
-    def kept(self) -> list[Any]:
-        """What the form keeps of every record of the file."""
-        return self._records.kept
+    def remembered(self) -> list[Any]:
+        """What the kind of record remembers of every record of the file (`RecordKind.remember`)."""
+        return self._records.remembered
 
     @property
     def error(self) -> str | None:
@@ -147,7 +153,7 @@ class TrainStream:
             ) from error
 
     def _loader(self) -> DataLoader:
-        dataset = _StepDataset(self._plan, self._encoder, self._processor, self._slices, self._records)
+        dataset = _StepDataset(self._order, self._encoder, self._processor, self._slices, self._records)
         data = self._config.data
         return DataLoader(
             dataset,
@@ -161,7 +167,7 @@ class TrainStream:
 
     def samples_of(self, position: int) -> list[list[str]]:
         """file:line of the samples of the step at `position` (steps since the very first), by rank."""
-        indices = self._plan.global_batch(position)
+        indices = self._order.global_batch(position)
         return [
             [self._records.where(index) for one in slices for index in indices[one] if index != FILLER]
             for slices in self._slices_by_rank
@@ -196,15 +202,20 @@ class TrainStream:
 
     def _identity(self) -> dict[str, Any]:
         """All that the order of the data depends on, under the names that the run file gives it."""
-        plan = self._plan
+        order = self._order
         return {
             "data.train sha256": self._records.sha256,
-            "data.train records": len(plan.lengths),
-            "train.seed": plan.seed,
-            "train.global_batch_size": plan.global_batch_size,
-            "data.shuffle": plan.shuffle,
-            "data.length_grouping": plan.length_grouping,
+            "data.train records": len(order.lengths),
+            "train.seed": order.seed,
+            "train.global_batch_size": order.global_batch_size,
+            "data.shuffle": order.shuffle,
+            "data.length_grouping": order.length_grouping,
         }
+
+
+def _cache_dir(config: RunConfig) -> Path:
+    """Where Parquet files are mapped into memory."""
+    return Path(config.train.output_dir) / "data_cache"
 
 
 @dataclass(frozen=True)
@@ -224,17 +235,17 @@ class EvalSet:
     def __init__(
         self,
         config: RunConfig,
-        processor: Any,
+        processor: Processor,
         *,
         rank: int,
         world_size: int,
         raise_errors: bool = True,
-        form: Form = CHAT,
+        record_kind: RecordKind = CHAT,
     ):
         if config.data.eval is None:
             raise UserError('data.eval: is not set (give a JSONL or Parquet file, or "digits")')
-        records = open_records(config, config.data.eval, "held-out", form)
-        self._form = form
+        records = open_records(config.data.eval, "held-out", config.data, _cache_dir(config), record_kind)
+        self._record_kind = record_kind
         self._size = config.train.eval_batch_size or config.train.micro_batch_size
         self._rank, self._world_size, self._count = rank, world_size, len(records)
         self._processor, self._encoder = processor, Encoder(config, records, processor)
@@ -264,7 +275,7 @@ class EvalSet:
         self._log.note(bad)
         samples = [self._encoder.sample(index) for index in used]
         return EvalBatch(
-            batch=self._form.collate(encoded, self._processor),
+            batch=self._record_kind.collate(encoded, self._processor),
             prompt=collate_prompts(encoded, self._processor),
             answers=[sample.answer.strip() for sample in samples],
             weights=[int(index != FILLER) for index in used],

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ds_moe.doctor.case import Case, Finding
 from ds_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from ds_moe.data.processor import Processor
+    from ds_moe.data.record_kind import Records
 
 SHOWN = 5  # bad records of a file given a line of their own
 
@@ -26,7 +30,7 @@ def check_data(case: Case) -> Iterator[Finding]:
             yield from _check_split(case, split, processor)
 
 
-def _end_token(case: Case, processor: Any) -> Iterator[Finding]:
+def _end_token(case: Case, processor: Processor) -> Iterator[Finding]:
     """Whether generation of this folder stops at the token that answers are taught to end with."""
     from transformers import GenerationConfig
 
@@ -46,7 +50,7 @@ def _end_token(case: Case, processor: Any) -> Iterator[Finding]:
         yield Finding("warning", f"{where}: {text}: evaluations, checkpoints and exports of this run stop at both")
 
 
-def _processor(case: Case) -> Any:
+def _processor(case: Case) -> Processor | None:
     from ds_moe.models.processor import load_processor, tiny_processor
 
     if case.model is None:
@@ -56,7 +60,7 @@ def _processor(case: Case) -> Any:
     return tiny_processor("vl" if hasattr(case.model, "vision_config") else "text")
 
 
-def _check_split(case: Case, split: str, processor: Any) -> Iterator[Finding]:
+def _check_split(case: Case, split: str, processor: Processor | None) -> Iterator[Finding]:
     from ds_moe.data.encoder import check_samples
     from ds_moe.tasks.registry import task_kind
 
@@ -88,14 +92,12 @@ def _check_split(case: Case, split: str, processor: Any) -> Iterator[Finding]:
         yield Finding("ok", f"data.{split}: {len(records)} records{size}")
 
 
-def _records(case: Case, split: str) -> Any:
-    from ds_moe.data.digits import DigitsRecords
-    from ds_moe.data.records import read_records
+def _records(case: Case, split: str) -> Records:
+    from ds_moe.data.records import open_records
     from ds_moe.tasks.registry import task_kind
 
-    path = getattr(case.config.data, split)
-    if path == "digits":
-        return DigitsRecords("train" if split == "train" else "held-out")
-    kind = task_kind(case.config)
-    form = kind.train_records(case.config, case.model) if split == "train" else kind.eval_records(case.config)
-    return read_records(path, case.config.data.model_copy(update={"on_bad_record": "skip"}), form=form)
+    kind, data = task_kind(case.config), case.config.data.model_copy(update={"on_bad_record": "skip"})
+    if split == "train":
+        return open_records(data.train, "train", data, record_kind=kind.train_records(case.config, case.model))
+    assert data.eval is not None  # the caller has looked
+    return open_records(data.eval, "held-out", data, record_kind=kind.eval_records(case.config))

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from tokenizers import AddedToken, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 
 from ds_moe.config.sections import ModelConfig
 from ds_moe.data.digits import ANSWERS, QUESTIONS
+from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError
 
 PAD, EOS, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
@@ -75,27 +76,25 @@ class Qwen3VLProcessor(HFQwen3VLProcessor):
 class TextProcessor:
     """A tokenizer with the attributes of a VL processor; `image_processor` None says that it takes no images."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     image_processor: None = None
+    image_token_id: None = None
 
     @property
-    def chat_template(self) -> str | None:
+    def chat_template(self) -> str | dict[str, str] | None:
         return self.tokenizer.chat_template
 
-    def apply_chat_template(self, conversation: list[dict], **kwargs) -> Any:
-        return self.tokenizer.apply_chat_template(conversation, **kwargs)
+    def apply_chat_template(self, conversation: list[dict], **kwargs) -> str:
+        return cast(str, self.tokenizer.apply_chat_template(conversation, **kwargs))  # its callers do not tokenize
 
     def batch_decode(self, *args, **kwargs) -> list[str]:
         return self.tokenizer.batch_decode(*args, **kwargs)
 
-    def decode(self, *args, **kwargs) -> str:
+    def decode(self, *args, **kwargs) -> str | list[str]:
         return self.tokenizer.decode(*args, **kwargs)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        self.tokenizer.save_pretrained(folder)
-
-
-Processor = HFQwen3VLProcessor | TextProcessor
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        self.tokenizer.save_pretrained(save_directory)
 
 
 def _digits_texts() -> tuple[str, ...]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from ds_moe.data.processor import Processor
 from ds_moe.data.stream import EvalSet
 from ds_moe.distributed import over_ranks, parallel, raise_together, to_device
 from ds_moe.models.generation import own_generation_config
@@ -27,7 +28,7 @@ Batch = dict[str, Tensor]
 class Answering:
     """How answers are generated: greedily, `max_new_tokens` at most; None in its place: only the loss."""
 
-    processor: Any
+    processor: Processor
     max_new_tokens: int
 
 

@@ -14,10 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.checkpoint.base import base_identity
 from ds_moe.config.run import RunConfig
-from ds_moe.data.record_kind import CHAT, Form
+from ds_moe.data.record_kind import CHAT, RecordKind
 from ds_moe.models.trainable import set_trainable
 from ds_moe.replay.align import RoutingShape
-from ds_moe.tasks.rl.rollouts import rollout_form
+from ds_moe.tasks.rl.rollouts import Rollouts
 from ds_moe.tasks.task import Task, TrainingParts
 
 
@@ -42,8 +42,8 @@ class TaskKind:
 
     name: str
     make: Callable[[TrainingParts], Task] = Task
-    train_records: Callable[[RunConfig, PretrainedConfig], Form] = lambda config, model_config: CHAT
-    eval_records: Callable[[RunConfig], Form] = lambda config: CHAT
+    train_records: Callable[[RunConfig, PretrainedConfig], RecordKind] = lambda config, model_config: CHAT
+    eval_records: Callable[[RunConfig], RecordKind] = lambda config: CHAT
     set_trainable: Callable[[PreTrainedModel, RunConfig], None] = set_trainable
     begin: Callable[[PreTrainedModel, RunConfig], None] = lambda model, config: None
     fixed_adapters: Callable[[RunConfig], Mapping[str, list[Path]] | None] = lambda config: None
@@ -73,12 +73,12 @@ def task_kind(config: RunConfig) -> TaskKind:
 # --- task: rl
 
 
-def _rollouts(config: RunConfig, model_config: PretrainedConfig) -> Form:
+def _rollouts(config: RunConfig, model_config: PretrainedConfig) -> RecordKind:
     shape = None
     if config.moe is not None and config.moe.replay.enabled:
         shape = RoutingShape.of(model_config)
         shape = replace(shape, top_k=config.moe.router.top_k or shape.top_k)
-    return rollout_form(shape, config.rl.normalize_std, need_reference=config.rl.kl_weight > 0)
+    return Rollouts(shape, config.rl.normalize_std, need_reference=config.rl.kl_weight > 0)
 
 
 def _policy_optimization(parts: TrainingParts) -> Task:
@@ -96,12 +96,12 @@ def _gate_task(parts: TrainingParts) -> Task:
     return GateTask(parts)
 
 
-def _labelled_chats(config: RunConfig) -> Form:
+def _labelled_chats(config: RunConfig) -> RecordKind:
     from ds_moe.tasks.gate.adapters import find_adapters
-    from ds_moe.tasks.gate.records import gate_form
+    from ds_moe.tasks.gate.records import Routed
 
     names = list(find_adapters(config.gate.adapters, config.gate.adapters_in))
-    return gate_form(names, labelled=config.gate.stage == "supervised")
+    return Routed(names, labelled=config.gate.stage == "supervised")
 
 
 def _install_gate(model: PreTrainedModel, config: RunConfig) -> None:

@@ -16,6 +16,7 @@ from ds_moe.config.deepspeed import precision, resolve_deepspeed, summed_in_bf16
 from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.data.chat_template import end_token
+from ds_moe.data.processor import Processor
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.distributed import Topology, raise_together
 from ds_moe.engine.build import build_engine
@@ -28,7 +29,7 @@ from ds_moe.memory.predict import predict
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.generation import stop_at
 from ds_moe.models.load import load_model, model_config, skeleton
-from ds_moe.models.processor import Processor, processor_of
+from ds_moe.models.processor import processor_of
 from ds_moe.monitor import make_monitor
 from ds_moe.monitor.flops import active_flops_per_token, peak_flops
 from ds_moe.tasks.registry import TaskKind, task_kind
@@ -94,10 +95,10 @@ def _data(
     """What is trained on and what is held out. Bad records are kept for the first step, where ranks compare them."""
     ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
     records = kind.train_records(config, model_config(config.model))
-    stream = TrainStream(config, processor, **ranks, form=records)
+    stream = TrainStream(config, processor, **ranks, record_kind=records)
     if config.data.eval is None:
         return stream, None
-    return stream, EvalSet(config, processor, **ranks, form=kind.eval_records(config))
+    return stream, EvalSet(config, processor, **ranks, record_kind=kind.eval_records(config))
 
 
 def _unwritable(folder: Path) -> str | None:

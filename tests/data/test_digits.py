@@ -6,7 +6,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from ds_moe.data.digits import ANSWERS, QUESTIONS, DigitsRecords, digits_samples, write_digits
-from ds_moe.data.encoder import open_records
+from ds_moe.data.records import open_records
 
 TRAIN, HELD_OUT = digits_samples("train"), digits_samples("held-out")
 
@@ -49,7 +49,7 @@ def test_records_are_the_same_in_every_process():
 @pytest.mark.parametrize(("split", "which"), [("train", 0), ("held-out", 1)])
 def test_written_files_read_back_as_the_same_samples(tmp_path, run_config, split, which):
     files = write_digits(tmp_path)
-    records = open_records(run_config(files[which]), str(files[which]), split)
+    records = open_records(str(files[which]), split, run_config(files[which]).data)
     assert len(records) == len(digits_samples(split)) and not records.bad
     for index in (0, 1, 100, len(records) - 1):
         read, made = records.sample(index), digits_samples(split)[index]

@@ -13,7 +13,8 @@ from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import NO_LOSS
-from ds_moe.data.encoder import check_samples, open_records
+from ds_moe.data.encoder import check_samples
+from ds_moe.data.records import open_records
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.errors import UserError
 from tests.records import chat
@@ -298,7 +299,7 @@ def test_stop_raises_one_line_also_out_of_a_worker(with_bad, run_config, process
 
 def test_check_samples_finds_what_only_loading_shows(with_bad, run_config, processor):
     config = run_config(with_bad, LIMITS)
-    records = open_records(config, str(with_bad), "train")
+    records = open_records(str(with_bad), "train", config.data)
     found, lengths = check_samples(config, records, processor, 100)
     assert [bad.where for bad in found] == [f"{with_bad}:4", f"{with_bad}:8"]
     assert len(lengths) == RECORDS - 3 and 1 < min(lengths) < max(lengths) <= 128

@@ -26,7 +26,7 @@ from ds_moe.models.load import load_model
 from ds_moe.models.processor import load_processor
 from ds_moe.tasks.gate.files import start_gate
 from ds_moe.tasks.gate.model import install_gate
-from ds_moe.tasks.gate.records import gate_form
+from ds_moe.tasks.gate.records import Routed
 from ds_moe.tasks.gate.task import GateTask
 from ds_moe.tasks.registry import task_kind
 from ds_moe.tasks.task import TrainingParts
@@ -56,14 +56,14 @@ PARITY = [  # ZeRO stage, overrides
 
 def batches(file, processor):
     """Micro-batches of ranks 0 and 1, and both joined. Rank 1 has no image; one of its records names no adapter."""
-    form = gate_form(NAMES, labelled=False)
+    record_kind = Routed(NAMES, labelled=False)
     records = [json.loads(line) for line in file.read_text().splitlines()]
     nameless = {"messages": [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a tree"}]}
-    samples = [form.parse(record, "here", file.parent) for record in [nameless, *records]]
-    encoded = [form.encode(sample, processor, 512, 2**20) for sample in samples]
+    samples = [record_kind.parse(record, "here", file.parent) for record in [nameless, *records]]
+    encoded = [record_kind.encode(sample, processor, 512, 2**20) for sample in samples]
     pictures = [one for one in encoded if one.pixel_values is not None][:SAMPLES]
     texts = [one for one in encoded if one.pixel_values is None][:SAMPLES]
-    return [form.collate(part, processor) for part in (pictures, texts, pictures + texts)]
+    return [record_kind.collate(part, processor) for part in (pictures, texts, pictures + texts)]
 
 
 def move(gate):

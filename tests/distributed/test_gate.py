@@ -24,7 +24,7 @@ from ds_moe.models.processor import load_processor
 from ds_moe.tasks.gate.commands import load_gated
 from ds_moe.tasks.gate.files import start_gate
 from ds_moe.tasks.gate.model import install_gate
-from ds_moe.tasks.gate.records import gate_form
+from ds_moe.tasks.gate.records import Routed
 from ds_moe.tasks.gate.serving import read_manifest
 from tests.distributed.gate_data import HELD_OUT, PROJECTIONS, make, screens, write_adapter
 from tests.distributed.gate_ranks import KL, NAMES, PARITY, RUN
@@ -99,8 +99,10 @@ def patience(made: Path) -> list[str]:
 
 def test_one_rank_has_images_where_the_other_has_none(made):
     config = load_run(RUN, overrides(made, "none"))
-    form, processor = gate_form(NAMES, labelled=True), load_processor(made / "base")
-    ranks = [iter(TrainStream(config, processor, rank=rank, world_size=2, form=form)) for rank in range(2)]
+    record_kind, processor = Routed(NAMES, labelled=True), load_processor(made / "base")
+    ranks = [
+        iter(TrainStream(config, processor, rank=rank, world_size=2, record_kind=record_kind)) for rank in range(2)
+    ]
     for _ in range(4):
         for one, other in zip(*map(next, ranks), strict=True):
             assert ("pixel_values" in one) != ("pixel_values" in other)
@@ -174,7 +176,7 @@ def test_patience_keeps_the_best_evaluation(trained):
     ended = result["step"] + 2 * 2
     assert f"step {ended}: 2 evaluations without a better one" in run.output and ended < 24
     gated = load_gated(RUN, overrides(made, "patience", *patience(made)), None)
-    again = gated.survey(str(gated.config.data.eval), gate_form(NAMES, labelled=True))
+    again = gated.survey(str(gated.config.data.eval), Routed(NAMES, labelled=True))
     assert abs(again.loss - result["eval_loss"]) < LOSS
 
 
@@ -288,7 +290,7 @@ def test_eval_prints_a_table_and_writes_json_and_figures(trained, tmp_path, caps
     # The run's own last evaluation, on two ranks, found the same.
     of_run = json.loads((made / "supervised/result.json").read_text())["accuracy"]
     gated = load_gated(RUN, run, None)
-    assert gated.survey(str(gated.config.data.eval), gate_form(NAMES, labelled=True)).accuracy == of_run
+    assert gated.survey(str(gated.config.data.eval), Routed(NAMES, labelled=True)).accuracy == of_run
 
 
 def test_eval_of_a_collapsed_gate_fails_after_the_table(trained, capsys):

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ds_moe.config.run import RunConfig
+from ds_moe.data.record_kind import CHAT
 from ds_moe.data.stream import TrainStream
 from ds_moe.models.processor import tiny_processor
 
@@ -47,15 +48,14 @@ def folder(tmp_path):
 def stream(tmp_path, processor):
     """stream(file, ...) -> the training stream of a data file, as a run has it."""
 
-    def make(path, form=None, batch=1, **data):
+    def make(path, record_kind=CHAT, batch=1, **data):
         config = RunConfig(
             model={"preset": "tiny-vl-moe"},
             data={"train": str(path), "shuffle": False, "length_grouping": False, "max_pixels": 10**6, **data},
             train={"output_dir": str(tmp_path / "run"), "micro_batch_size": batch, "global_batch_size": batch},
             deepspeed="ds_configs/zero3.json",
         )
-        forms = {} if form is None else {"form": form}
-        return TrainStream(config, processor, rank=0, world_size=1, **forms)
+        return TrainStream(config, processor, rank=0, world_size=1, record_kind=record_kind)
 
     return make
 

@@ -15,7 +15,7 @@ import pytest
 
 from ds_moe.config.sections import DataConfig
 from ds_moe.data.images import RecordError
-from ds_moe.data.record_kind import CHAT
+from ds_moe.data.record_kind import Chat
 from ds_moe.data.records import MAX_LINE, read_records
 from ds_moe.errors import UserError
 
@@ -161,13 +161,14 @@ def test_the_payload_runs_where_pickles_are_loaded(tmp_path):
 # --- in a loading process: whatever goes wrong there is one line here, too
 
 
-def failing(how):
-    """A form of records whose encoding fails in this way."""
+class Failing(Chat):
+    """Conversations whose encoding fails in this way."""
 
-    def encode(*arguments):
-        how()
+    def __init__(self, how):
+        self.how = how
 
-    return CHAT._replace(encode=encode)
+    def encode(self, *arguments):
+        self.how()
 
 
 def refuse():
@@ -188,7 +189,7 @@ def die():
 )
 def test_a_loading_process_never_fails_in_silence(stream, folder, how, says):
     (folder / "train.jsonl").write_bytes(line())
-    loading = iter(stream(folder / "train.jsonl", failing(how), num_workers=1))
+    loading = iter(stream(folder / "train.jsonl", Failing(how), num_workers=1))
     refusal(lambda: next(loading), says)
 
 
@@ -205,10 +206,11 @@ def test_a_record_that_breaks_after_the_check_is_skipped_in_a_loading_process(st
 def test_record_errors_are_values_of_the_data_and_never_end_the_reading(folder):
     """Negative control: what is no `RecordError` is not passed over, whatever `on_bad_record` says."""
 
-    def estimate(sample, max_pixels):
-        raise RecordError("bad") if sample.last_question() == "bad" else KeyError("ours")
+    class Estimated(Chat):
+        def estimate(self, sample, max_pixels):
+            raise RecordError("bad") if sample.last_question() == "bad" else KeyError("ours")
 
     (folder / "train.jsonl").write_bytes(line(text="bad") + b"\n" + line(text="ours"))
     options = DataConfig(train="x", on_bad_record="skip")
     with pytest.raises(KeyError):
-        read_records(str(folder / "train.jsonl"), options, form=CHAT._replace(estimate=estimate))
+        read_records(str(folder / "train.jsonl"), options, record_kind=Estimated())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ds_moe.replay import RoutingShape, RoutingTrace, align, decode, load_traces, save_traces, to_record
-from ds_moe.tasks.rl.rollouts import rollout_form
+from ds_moe.tasks.rl.rollouts import Rollouts
 
 from .limits import Payload, refusal
 from .safetensors_lies import LIES, tensor, written
@@ -180,14 +180,14 @@ def test_a_hostile_rollout_is_named(stream, folder, name):
     value, says = ROLLOUTS[name]
     path = folder / "rollouts.jsonl"
     path.write_text(f"{json.dumps(rollout(advantage=1.0))}\n{json.dumps(value)}\n")
-    refusal(lambda: next(iter(stream(path, rollout_form(SHAPE), batch=2))), f"{path}:2: ", says)
+    refusal(lambda: next(iter(stream(path, Rollouts(SHAPE), batch=2))), f"{path}:2: ", says)
 
 
 def test_they_are_skipped_and_listed_by_a_loading_process(stream, folder):
     path = folder / "rollouts.jsonl"
     values = [rollout(advantage=1.0), *(value for value, _ in ROLLOUTS.values())]
     path.write_text("".join(f"{json.dumps(value)}\n" for value in values))
-    made = stream(path, rollout_form(SHAPE), batch=len(values), num_workers=1, on_bad_record="skip")
+    made = stream(path, Rollouts(SHAPE), batch=len(values), num_workers=1, on_bad_record="skip")
     [batch] = next(iter(made))
     assert int(batch["real"].sum()) == 1 and len(made.skipped) == len(ROLLOUTS)
 
@@ -226,5 +226,5 @@ def test_good_traces_pass(tmp_path, stream, folder):
     for kind, value in {"record": record(), "vllm_http": text(npy(IDS)), "vllm": IDS.tolist()}.items():
         assert align(decode(value, kind=kind), SHAPE, 5)[:4].tolist() == IDS.tolist()
     (folder / "rollouts.jsonl").write_text(json.dumps(rollout(advantage=1.0)))
-    [batch] = next(iter(stream(folder / "rollouts.jsonl", rollout_form(SHAPE))))
+    [batch] = next(iter(stream(folder / "rollouts.jsonl", Rollouts(SHAPE))))
     assert batch["routing"].shape == (1, 5, 2, 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 from ds_moe.config.deepspeed import precision, trains_on_cpu
 from ds_moe.config.run import RunConfig, other_task
 from ds_moe.config.run_file import load_run
-from ds_moe.data.record_kind import Form
+from ds_moe.data.processor import Processor
+from ds_moe.data.record_kind import RecordKind
 from ds_moe.data.stream import EvalSet
 from ds_moe.errors import UserError
 from ds_moe.models.load import load_model
@@ -23,7 +23,7 @@ from ds_moe.models.processor import processor_of
 from ds_moe.tasks.gate.evaluate import Survey, survey
 from ds_moe.tasks.gate.files import SavedGate, check_base, export_gate, freeze_gate, load_gate, read_gate
 from ds_moe.tasks.gate.model import GatedModel, install_gate
-from ds_moe.tasks.gate.records import gate_form, request_form
+from ds_moe.tasks.gate.records import Requests, Routed
 from ds_moe.tasks.gate.scores import RoutingScores, as_json, check_not_constant, probe_accuracy, table
 from ds_moe.tasks.gate.serving import Route, write_manifest
 from ds_moe.tasks.gate.task import pictures
@@ -37,18 +37,18 @@ class Gated:
 
     config: RunConfig
     model: GatedModel
-    processor: Any
+    processor: Processor
     saved: SavedGate
 
     @property
     def names(self) -> list[str]:
         return self.model.adapter_bank.names
 
-    def survey(self, path: str, form: Form, limit: int | None = None) -> Survey:
+    def survey(self, path: str, record_kind: RecordKind, limit: int | None = None) -> Survey:
         """What the gate decides for the records of a data file."""
         data = self.config.data.model_copy(update={"eval": path, "on_bad_record": "stop"})
         records = EvalSet(
-            self.config.model_copy(update={"data": data}), self.processor, rank=0, world_size=1, form=form
+            self.config.model_copy(update={"data": data}), self.processor, rank=0, world_size=1, record_kind=record_kind
         )
         return survey(self.model, records, self.names, limit)
 
@@ -80,8 +80,8 @@ def evaluate_gate(path: str, overrides: list[str], source: str | None, json_file
     gated = load_gated(path, overrides, source)
     if gated.config.data.eval is None:
         raise UserError("data.eval is not set: there is nothing to evaluate on (data.eval=FILE)")
-    found = gated.survey(gated.config.data.eval, gate_form(gated.names, labelled=True))
-    seen = gated.survey(gated.config.data.train, gate_form(gated.names, labelled=False), BASELINE_RECORDS)
+    found = gated.survey(gated.config.data.eval, Routed(gated.names, labelled=True))
+    seen = gated.survey(gated.config.data.train, Routed(gated.names, labelled=False), BASELINE_RECORDS)
     labels_N = seen.labels_N[seen.labelled]
     scores = found.scores(labels_N if len(labels_N) else None)
     assert scores is not None  # every record of data.eval is labelled
@@ -103,7 +103,7 @@ def evaluate_gate(path: str, overrides: list[str], source: str | None, json_file
 
 
 def _routes(gated: Gated, requests: str) -> list[Route]:
-    found = gated.survey(requests, request_form(gated.names))
+    found = gated.survey(requests, Requests(gated.names))
     best_N = found.probabilities_NK.argmax(1)
     return [
         Route(where, gated.names[best], float(np.clip(row[best], 0, 1)))

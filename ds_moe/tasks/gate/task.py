@@ -34,7 +34,7 @@ class GateTask(Task):
         self.names: list[str] = parts.engine.module.adapter_bank.names
         self.class_weights: Tensor | None = None
         if self.config.class_weights == "balanced":
-            self.class_weights = balanced(self.names, parts.stream.kept)
+            self.class_weights = balanced(self.names, parts.stream.remembered)
         self._sums: dict[str, Tensor] = {}
 
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:

@@ -1,5 +1,6 @@
 """`task: rl`: reinforce completions under the experts that an inference engine used.
 
-task.py      the loss and its sums        router_watch.py   log-probs of the routers
-rollouts.py  the records                  sample.py         makes them with plain transformers
+task.py             the loss and its sums      router_watch.py   log-probs of the routers
+rollout_record.py   one record, checked        rollouts.py       its tensors, and advantages
+sample.py           makes records with plain transformers
 """

@@ -1,53 +1,31 @@
-"""Rollouts: completions that an inference engine sampled, with its log-probs, its routing and what they earned.
-
-One record a line (or row), written by `python -m ds_moe.tasks.rl.sample` or by an orchestrator. Its keys:
-`tokens` and `completion_mask`, or `messages` whose last answer is the completion; `logprobs` of its tokens;
-`advantage`, or `reward` and `group`; optionally `routing`, `images`, `reference_logprobs`, `kind`.
-"""
+"""Rollouts as a kind of record: their tensors, and the advantages that the rewards of a file's groups give."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ds_moe.data.chat import Sample, image_pool, parse_record, type_of
-from ds_moe.data.encode import Batch, Encoded, check_length, collate, encode, encode_images, padded
-from ds_moe.data.images import ImageSource, RecordError
-from ds_moe.data.record_kind import CHAT, Form, image_tokens
-from ds_moe.errors import UserError, shown
-from ds_moe.replay.align import RoutingShape, align
+from ds_moe.data.encode import NO_LOSS, Batch, Encoded, check_length, collate, encode, encode_images, padded
+from ds_moe.data.images import RecordError
+from ds_moe.data.processor import Processor
+from ds_moe.data.record_kind import CHAT, RecordKind, Records, image_tokens
+from ds_moe.errors import UserError
+from ds_moe.replay.align import LIVE, RoutingShape, align
 from ds_moe.replay.objective import group_advantages
-from ds_moe.replay.traces import decode
-
-KEYS = {"tokens", "completion_mask", "messages", "images", "logprobs", "reference_logprobs", "advantage", "reward"}
-KEYS |= {"group", "routing", "routing_format", "routing_start", "kind"}
-KEYS |= {"completion", "answer"}  # texts for people
-UNKNOWN = float("nan")
-LARGEST = 1e9  # of a number, either way: what is computed from it must be finite in fp32
+from ds_moe.tasks.rl.rollout_record import UNKNOWN, Rollout, parse_rollout
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """One record, checked as far as it can be without a model."""
+class Outcome(NamedTuple):
+    """What of a rollout stays in memory until the advantages of its group are known."""
 
-    where: str
-    kind: str | None
-    prompt: Sample | None  # the form with messages; or
-    tokens: list[int]  # all input ids, image tokens expanded
-    mask: list[bool]  # of the completion's tokens
-    images: list[ImageSource]
-    logprobs: list[float]  # of the completion's tokens, by the engine
-    reference: list[float] | None  # the same, by a reference policy
     reward: float  # NaN: not told
     group: str
-    advantage: float  # NaN until rewards of the group are known
-    routing: dict[str, Any] | None  # arguments of `traces.decode`
+    advantage: float  # NaN: to be computed from the rewards of the group
+    routed: bool  # whether the record brings a routing
 
 
 @dataclass(frozen=True)
@@ -67,27 +45,106 @@ class EncodedRollout(Encoded):
         return super().nbytes + sum(tensor.nbytes for tensor in extra if tensor is not None)
 
 
-class RolloutRecords:
-    """The rollouts of a file (`ds_moe.data.records.Records`), their advantages filled in from the rewards."""
+@dataclass(frozen=True)
+class Rollouts(RecordKind[Rollout]):
+    """Rollouts for one model."""
 
-    def __init__(self, records: Any, normalize_std: bool, need_routing: bool = False) -> None:
+    shape: RoutingShape | None  # of the model whose routing is replayed; None: no routing is read
+    normalize_std: bool = True  # whether advantages are divided by the standard deviation of their group's rewards
+    need_reference: bool = False  # whether every record must bring the log-probs of a reference policy
+
+    def parse(self, record: object, where: str, root: Path) -> Rollout:
+        return parse_rollout(record, where, root, self.need_reference)
+
+    def estimate(self, parsed: Rollout, max_pixels: int) -> int:
+        if parsed.prompt is not None:
+            return CHAT.estimate(parsed.prompt, max_pixels)
+        image_tokens(parsed.images, max_pixels)  # their headers must be readable; `tokens` counts them already
+        return len(parsed.tokens)
+
+    def encode(self, parsed: Rollout, processor: Processor, max_length: int, max_pixels: int) -> EncodedRollout:
+        """Tokens, images and an aligned routing. Raises `RecordError` for what does not fit together or the model."""
+        if parsed.prompt is not None:
+            encoded = encode(parsed.prompt, processor, max_length, max_pixels)
+            completion = (encoded.labels != NO_LOSS) & (torch.arange(len(encoded.labels)) >= encoded.prompt)
+        else:
+            encoded = _encode_tokens(parsed, processor, max_length, max_pixels)
+            completion = torch.tensor(parsed.mask)
+        if int(completion.sum()) != len(parsed.logprobs):
+            reason = f"{len(parsed.logprobs)} 'logprobs' for {int(completion.sum())} completion tokens"
+            raise RecordError(f"{reason} (write one for each, the end token included)")
+        plain = {field.name: getattr(encoded, field.name) for field in fields(Encoded)}
+        return EncodedRollout(
+            **{**plain, "kind": parsed.kind},
+            completion=completion,
+            engine=_at_completion(parsed.logprobs, completion),
+            reference=None if parsed.reference is None else _at_completion(parsed.reference, completion),
+            routing=self._aligned(parsed, completion),
+            advantage=parsed.advantage,
+            reward=parsed.reward,
+        )
+
+    def _aligned(self, rollout: Rollout, completion: Tensor) -> Tensor | None:
+        """(tokens up to the end of the completion, L, K): the experts that each of them replays."""
+        if rollout.routing is None or self.shape is None:
+            return None
+        # Templates write on behind the last answer, which no engine sees: those tokens are live, like padding.
+        seen = int(completion.nonzero()[-1]) + 1
+        try:
+            return align(rollout.routing.decode(self.shape), self.shape, seen)
+        except UserError as error:
+            raise RecordError(str(error)) from error
+
+    def collate(self, encoded: list[Encoded], processor: Processor) -> Batch:
+        """A padded micro-batch without labels; beside what the model takes: completion_mask (B, S) bool,
+        engine_logprobs (B, S), advantage and reward (B,), if needed reference_logprobs (B, S), and for a model with
+        experts routing (B, S, L, K). A filler completes nothing."""
+        batch = collate(encoded, processor)
+        length = batch["input_ids"].shape[1]
+        del batch["labels"]
+
+        def stacked(name: str, default: bool | float) -> Tensor:
+            values = (getattr(one, name, None) for one in encoded)
+            rows = [torch.tensor([default]) if value is None else value for value in values]
+            return torch.stack([padded(row, length, default, "right") for row in rows])
+
+        batch["completion_mask"] = stacked("completion", False)
+        batch["engine_logprobs"] = stacked("engine", 0.0)
+        for name, missing in (("advantage", 0.0), ("reward", UNKNOWN)):
+            batch[name] = torch.tensor([getattr(one, name, missing) for one in encoded], dtype=torch.float32)
+        if self.need_reference:
+            batch["reference_logprobs"] = stacked("reference", 0.0)
+        if self.shape is not None:
+            size = (len(encoded), length, len(self.shape.moe_layers), self.shape.top_k)
+            routing = torch.full(size, LIVE, dtype=torch.int16)
+            for row, one in zip(routing, encoded, strict=True):
+                if isinstance(one, EncodedRollout) and one.routing is not None:
+                    row[: len(one.routing)] = one.routing
+            batch["routing"] = routing
+        return batch
+
+    def remember(self, parsed: Rollout) -> Outcome:
+        return Outcome(parsed.reward, parsed.group, parsed.advantage, parsed.routing is not None)
+
+    def complete(self, records: Records[Rollout]) -> RolloutRecords:
+        return RolloutRecords(records, self.normalize_std, need_routing=self.shape is not None)
+
+
+class RolloutRecords:
+    """The rollouts of a file (`ds_moe.data.record_kind.Records`), their advantages filled in from the rewards."""
+
+    def __init__(self, records: Records[Rollout], normalize_std: bool, need_routing: bool = False) -> None:
         """Raises `UserError` if not one record brings the routing that is to be replayed."""
         self._records = records
         self.sha256, self.lengths, self.bad = records.sha256, records.lengths, records.bad
-        self.kinds, self.form = records.kinds, records.form
-        rewards, groups, given, routed = zip(*records.kept, strict=True)
-        if need_routing and not any(routed):
+        self.kinds, self.record_kind = records.kinds, records.record_kind
+        self.remembered: list[Outcome] = records.remembered
+        if need_routing and not any(outcome.routed for outcome in self.remembered):
             raise UserError(
                 "data.train: not one rollout has a 'routing' to replay (start the engine so that it returns routed "
                 "experts, or set moe.replay.enabled to false)"
             )
-        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-        group_B = torch.tensor([numbers[group] for group in groups])
-        reward_B, self._advantage_B = (torch.tensor(values, dtype=torch.float64) for values in (rewards, given))
-        known_B, missing_B = ~reward_B.isnan(), self._advantage_B.isnan()
-        earned_B = torch.zeros_like(reward_B)
-        earned_B[known_B] = group_advantages(reward_B[known_B], group_B[known_B], normalize_std)
-        self._advantage_B[missing_B] = earned_B[missing_B]
+        self._advantage_B = _advantages(self.remembered, normalize_std)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -99,190 +156,20 @@ class RolloutRecords:
         return self._records.where(index)
 
 
-def rollout_form(shape: RoutingShape | None, normalize_std: bool = True, need_reference: bool = False) -> Form:
-    """The form of rollout records for a model with this routing; None: a dense one, whose rollouts bring no routing."""
-    return Form(
-        parse=partial(parse_rollout, shape=shape, need_reference=need_reference),
-        estimate=_estimate,
-        encode=partial(encode_rollout, shape=shape),
-        collate=partial(collate_rollouts, shape=shape, need_reference=need_reference),
-        keep=_of_the_group,
-        finish=partial(RolloutRecords, normalize_std=normalize_std, need_routing=shape is not None),
-    )
+def _advantages(outcomes: list[Outcome], normalize_std: bool) -> Tensor:
+    """(B,) float64: the record's own where it has one, else how its reward stands out in its group."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(one.group for one in outcomes))}
+    group_B = torch.tensor([numbers[one.group] for one in outcomes])
+    reward_B = torch.tensor([one.reward for one in outcomes], dtype=torch.float64)
+    advantage_B = torch.tensor([one.advantage for one in outcomes], dtype=torch.float64)
+    known_B, missing_B = ~reward_B.isnan(), advantage_B.isnan()
+    earned_B = torch.zeros_like(reward_B)
+    earned_B[known_B] = group_advantages(reward_B[known_B], group_B[known_B], normalize_std)
+    advantage_B[missing_B] = earned_B[missing_B]
+    return advantage_B
 
 
-def parse_rollout(
-    record: Any, where: str, root: Path, shape: RoutingShape | None = None, need_reference: bool = False
-) -> Rollout:
-    """Raises `RecordError` with the reason and the fix."""
-    if not isinstance(record, dict):
-        raise RecordError(f"a record is {type_of(record)}, not an object (write one {{...}} a line)")
-    record = {key: value for key, value in record.items() if value is not None}
-    unknown = sorted(set(record) - KEYS)
-    if unknown:
-        raise RecordError(f"{shown(unknown[0])} is not read in a rollout (remove it; known: {', '.join(sorted(KEYS))})")
-    kind = record.get("kind")
-    if kind is not None and not isinstance(kind, str):
-        raise RecordError(f"'kind' is {type_of(kind)}, not a string (quote it)")
-    if ("tokens" in record) == ("messages" in record):
-        found = "both 'tokens' and" if "tokens" in record else "neither 'tokens' nor"
-        raise RecordError(f"the record has {found} 'messages' (write one of them)")
-    prompt, tokens, mask, images = None, [], [], []
-    if "messages" in record:
-        if "completion_mask" in record:
-            raise RecordError("'completion_mask' beside 'messages', whose last answer is the completion (remove it)")
-        chat = {key: record[key] for key in ("messages", "images", "kind") if key in record}
-        prompt = parse_record(chat, where, root)
-        images = prompt.images
-    else:
-        tokens, mask = _tokens(record)
-        images = image_pool(record, root)
-    reward = _number(record, "reward")
-    advantage = _number(record, "advantage")
-    if math.isnan(advantage) and (math.isnan(reward) or "group" not in record):
-        raise RecordError("the record has no 'advantage', nor 'reward' and 'group' (add them)")
-    logprobs = _numbers(record, "logprobs", sum(mask) or None)
-    if logprobs is None:
-        raise RecordError("the record has no 'logprobs' (add the engine's log-prob of each completion token)")
-    reference = _numbers(record, "reference_logprobs", len(logprobs))
-    if reference is None and need_reference:
-        raise RecordError("the record has no 'reference_logprobs', which rl.kl_weight needs (add them, or set it to 0)")
-    if not need_reference:
-        reference = None
-    group = str(record.get("group", where))
-    routing = _routing(record, shape)
-    return Rollout(where, kind, prompt, tokens, mask, images, logprobs, reference, reward, group, advantage, routing)
-
-
-def encode_rollout(
-    rollout: Rollout, processor: Any, max_length: int, max_pixels: int, shape: RoutingShape | None = None
-) -> EncodedRollout:
-    """Tokens, images and an aligned routing. Raises `RecordError` for what does not fit together or the model."""
-    if rollout.prompt is not None:
-        encoded = encode(rollout.prompt, processor, max_length, max_pixels)
-        completion = (encoded.labels != -100) & (torch.arange(len(encoded.labels)) >= encoded.prompt)
-    else:
-        encoded = _encode_tokens(rollout, processor, max_length, max_pixels)
-        completion = torch.tensor(rollout.mask)
-    if int(completion.sum()) != len(rollout.logprobs):
-        reason = f"{len(rollout.logprobs)} 'logprobs' for {int(completion.sum())} completion tokens"
-        raise RecordError(f"{reason} (write one for each, the end token included)")
-    routing = None
-    if rollout.routing is not None and shape is not None:
-        try:
-            trace = decode(rollout.routing["value"], **rollout.routing["arguments"])
-            # Templates write on behind the last answer, which no engine sees: those tokens are live, like padding.
-            seen = int(completion.nonzero()[-1]) + 1
-            routing = align(trace, shape, seen)
-        except UserError as error:
-            raise RecordError(str(error)) from error
-    plain = {field.name: getattr(encoded, field.name) for field in fields(Encoded)}
-    return EncodedRollout(
-        **{**plain, "kind": rollout.kind},
-        completion=completion,
-        engine=_spread(rollout.logprobs, completion),
-        reference=None if rollout.reference is None else _spread(rollout.reference, completion),
-        routing=routing,
-        advantage=rollout.advantage,
-        reward=rollout.reward,
-    )
-
-
-def collate_rollouts(
-    encoded: list[Encoded], processor: Any, shape: RoutingShape | None = None, need_reference: bool = False
-) -> Batch:
-    """A padded micro-batch without labels; beside what the model takes: completion_mask (B, S) bool, engine_logprobs
-    (B, S), advantage and reward (B,), if needed reference_logprobs (B, S), and for a model with experts
-    routing (B, S, L, K). A filler completes nothing."""
-    batch = collate(encoded, processor)
-    length = batch["input_ids"].shape[1]
-    del batch["labels"]
-
-    def stacked(name: str, default: Any) -> Tensor:
-        values = (getattr(one, name, None) for one in encoded)
-        rows = [torch.tensor([default]) if value is None else value for value in values]
-        return torch.stack([padded(row, length, default, "right") for row in rows])
-
-    batch["completion_mask"] = stacked("completion", False)
-    batch["engine_logprobs"] = stacked("engine", 0.0)
-    for name, missing in (("advantage", 0.0), ("reward", UNKNOWN)):
-        batch[name] = torch.tensor([getattr(one, name, missing) for one in encoded], dtype=torch.float32)
-    if need_reference:
-        batch["reference_logprobs"] = stacked("reference", 0.0)
-    if shape is not None:
-        routing = torch.full((len(encoded), length, len(shape.moe_layers), shape.top_k), -1, dtype=torch.int16)
-        for row, one in zip(routing, encoded, strict=True):
-            if isinstance(one, EncodedRollout) and one.routing is not None:
-                row[: len(one.routing)] = one.routing
-        batch["routing"] = routing
-    return batch
-
-
-def _of_the_group(rollout: Rollout) -> tuple[float, str, float, bool]:
-    return rollout.reward, rollout.group, rollout.advantage, rollout.routing is not None
-
-
-def _estimate(rollout: Rollout, max_pixels: int) -> int:
-    if rollout.prompt is not None:
-        return CHAT.estimate(rollout.prompt, max_pixels)
-    image_tokens(rollout.images, max_pixels)  # their headers must be readable; `tokens` counts them already
-    return len(rollout.tokens)
-
-
-def _tokens(record: dict[str, Any]) -> tuple[list[int], list[bool]]:
-    tokens, mask = record["tokens"], record.get("completion_mask")
-    if not _all(tokens, int) or not tokens or max(map(abs, tokens)) >= 2**31:
-        raise RecordError("'tokens' is no list of token ids (write all input ids, image tokens expanded)")
-    if not isinstance(mask, list) or any(value not in (0, 1) for value in mask):
-        raise RecordError("'completion_mask' is no list of 0 and 1 (write 1 for each token of the completion)")
-    if len(mask) != len(tokens):
-        raise RecordError(f"'completion_mask' has {len(mask)} entries for {len(tokens)} tokens (write one for each)")
-    if not any(mask) or mask[0]:
-        text = "starts with the first token" if any(mask) else "is 0 everywhere"
-        raise RecordError(f"'completion_mask' {text} (a completion follows a prompt)")
-    return tokens, [bool(value) for value in mask]
-
-
-def _all(values: Any, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
-
-
-def _number(record: dict[str, Any], key: str) -> float:
-    value = record.get(key, UNKNOWN)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecordError(f"{key!r} is {type_of(value)} (write a number)")
-    if key in record and not -LARGEST <= value <= LARGEST:
-        raise RecordError(f"{key!r} is {shown(value)} (write a finite number)")
-    return float(value)
-
-
-def _numbers(record: dict[str, Any], key: str, count: int | None) -> list[float] | None:
-    if key not in record:
-        return None
-    values = record[key]
-    if not _all(values, (int, float)) or not all(-LARGEST <= value <= 1e-3 for value in values):
-        raise RecordError(f"{key!r} is no list of log-probs (write finite numbers of at most 0)")
-    if count is not None and len(values) != count:
-        raise RecordError(f"{key!r} has {len(values)} entries for {count} completion tokens (write one for each)")
-    return [float(value) for value in values]
-
-
-def _routing(record: dict[str, Any], shape: RoutingShape | None) -> dict[str, Any] | None:
-    """What `traces.decode` needs, kept undecoded: it is read when the record is used."""
-    if "routing" not in record:
-        lone = [key for key in ("routing_format", "routing_start") if key in record]
-        if lone:
-            raise RecordError(f"{lone[0]!r} without 'routing' (add it, or remove the key)")
-        return None
-    arguments: dict[str, Any] = {"kind": record.get("routing_format", "record")}
-    if "routing_start" in record:
-        arguments["start"] = record["routing_start"]
-    if shape is not None:
-        arguments |= {"layers": shape.layers, "top_k": shape.top_k}
-    return {"value": record["routing"], "arguments": arguments}
-
-
-def _encode_tokens(rollout: Rollout, processor: Any, max_length: int, max_pixels: int) -> Encoded:
+def _encode_tokens(rollout: Rollout, processor: Processor, max_length: int, max_pixels: int) -> Encoded:
     pixels, grid, of_images = encode_images(rollout.images, processor, max_pixels)
     check_length(len(rollout.tokens), sum(of_images), max_length)
     input_ids = torch.tensor(rollout.tokens)
@@ -293,8 +180,9 @@ def _encode_tokens(rollout: Rollout, processor: Any, max_length: int, max_pixels
     if places != sum(of_images):
         reason = f"'tokens' holds {places} image tokens, its {len(of_images)} images make {sum(of_images)}"
         raise RecordError(f"{reason} (write the ids the engine saw, and all of their images in order)")
-    return Encoded(input_ids, torch.full_like(input_ids, -100), rollout.mask.index(True), pixels, grid)
+    return Encoded(input_ids, torch.full_like(input_ids, NO_LOSS), rollout.mask.index(True), pixels, grid)
 
 
-def _spread(values: list[float], mask_S: Tensor) -> Tensor:
+def _at_completion(values: list[float], mask_S: Tensor) -> Tensor:
+    """(S,) fp32: the values at the tokens of the mask, zeros elsewhere."""
     return torch.zeros(len(mask_S)).masked_scatter(mask_S, torch.tensor(values))

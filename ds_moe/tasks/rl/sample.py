@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from ds_moe.config.run import RunConfig
-from ds_moe.config.sections import ModelConfig
+from ds_moe.config.sections import DataConfig, ModelConfig
 from ds_moe.data.chat import Sample
 from ds_moe.data.chat_template import end_token
 from ds_moe.data.encode import Encoded, collate_prompts, encode
-from ds_moe.data.encoder import open_records
 from ds_moe.data.images import ImageSource, RecordError, load_image
+from ds_moe.data.processor import Processor
+from ds_moe.data.records import open_records
 from ds_moe.errors import UserError
 from ds_moe.export.model import DTYPES, export_checkpoint
 from ds_moe.models.generation import own_generation_config
@@ -54,7 +54,7 @@ REWARDS: dict[str, Callable[[str, str], float]] = {  # of (completion, right ans
 }
 
 
-def load_policy(folder: Path, dtype: torch.dtype, experts: str | None = None) -> tuple[PreTrainedModel, Any]:
+def load_policy(folder: Path, dtype: torch.dtype, experts: str | None = None) -> tuple[PreTrainedModel, Processor]:
     """(model, processor) of an exported folder, a checkpoint, or the newest checkpoint of a run's output folder.
 
     Raises `UserError` for anything else, and for weights that are missing or left over.
@@ -73,8 +73,7 @@ def load_policy(folder: Path, dtype: torch.dtype, experts: str | None = None) ->
 
 def open_prompts(data: str, count: int | None, seed: int) -> list[Sample]:
     """`count` conversations of a data file (or of "digits", the training split), a choice that `seed` makes."""
-    config = RunConfig(model={"preset": "tiny-moe"}, data={"train": data}, train={"steps": 1}, deepspeed="none")
-    records = open_records(config, data, "train")
+    records = open_records(data, "train", DataConfig(train=data))
     count = len(records) if count is None else min(count, len(records))
     return [records.sample(index) for index in sorted(random.Random(seed).sample(range(len(records)), count))]
 
@@ -82,7 +81,7 @@ def open_prompts(data: str, count: int | None, seed: int) -> list[Sample]:
 @torch.inference_mode()
 def generate_rollouts(
     model: PreTrainedModel,
-    processor: Any,
+    processor: Processor,
     samples: list[Sample],
     *,
     per_prompt: int = 8,
@@ -104,7 +103,7 @@ def generate_rollouts(
     Raises:
         UserError: a sample that cannot be encoded.
     """
-    image_token = processor.image_token_id if processor.image_processor else None
+    image_token = processor.image_token_id
     encoded = []
     for sample in samples:
         try:
@@ -150,7 +149,7 @@ class _SampledLogProbs(LogitsProcessor):
 
 
 def _complete(
-    model: PreTrainedModel, processor: Any, prompts: list[Encoded], temperature: float, max_new_tokens: int
+    model: PreTrainedModel, processor: Processor, prompts: list[Encoded], temperature: float, max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
     """One completion of each prompt: tokens, completion_mask, logprobs, its text, and if it has any its routing."""
     batch = {key: value.to(model.device) for key, value in collate_prompts(prompts, processor).items()}

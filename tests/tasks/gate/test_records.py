@@ -13,7 +13,7 @@ from ds_moe.data.record_kind import CHAT
 from ds_moe.data.records import read_records
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.errors import UserError
-from ds_moe.tasks.gate.records import gate_form, request_form
+from ds_moe.tasks.gate.records import Requests, Routed
 from tests.records import chat
 
 NAMES = ["mail", "maps", "notes"]
@@ -25,56 +25,56 @@ def routed(adapter, question="Hi", **more):
     return {**chat(question), "adapter": adapter, **more}
 
 
-def parse(form, record):
-    return form.parse(record, "file:7", Path("/"))
+def parse(record_kind, record):
+    return record_kind.parse(record, "file:7", Path("/"))
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_record_names_its_adapter_which_is_its_kind_unless_it_has_one(labelled):
-    form = gate_form(NAMES, labelled)
-    sample = parse(form, routed("maps"))
+    record_kind = Routed(NAMES, labelled)
+    sample = parse(record_kind, routed("maps"))
     plain = CHAT.parse(chat("Hi"), "file:7", Path("/"))
     assert (sample.adapter, sample.kind, sample.where, sample.turns) == ("maps", "maps", "file:7", plain.turns)
-    assert parse(form, routed("maps", kind="hard ones")).kind == "hard ones"
-    assert form.keep(sample) == "maps" and form.estimate(sample, 100) == CHAT.estimate(plain, 100)
+    assert parse(record_kind, routed("maps", kind="hard ones")).kind == "hard ones"
+    assert record_kind.remember(sample) == "maps" and record_kind.estimate(sample, 100) == CHAT.estimate(plain, 100)
 
 
 @pytest.mark.parametrize("record", [chat("Hi"), routed(None)])
 def test_an_adapter_may_be_missing_only_where_no_label_is_learned(record):
     with pytest.raises(RecordError, match=r"no 'adapter' \(name the one that should answer: mail, maps, notes\)"):
-        parse(gate_form(NAMES, labelled=True), record)
-    sample = parse(gate_form(NAMES, labelled=False), record)
+        parse(Routed(NAMES, labelled=True), record)
+    sample = parse(Routed(NAMES, labelled=False), record)
     assert sample.adapter is None and sample.kind is None
 
 
 @pytest.mark.parametrize("adapter", ["Mail", "", 0, ["mail"], {"name": "mail"}])
-@pytest.mark.parametrize("form", [gate_form(NAMES, True), gate_form(NAMES, False), request_form(NAMES)])
-def test_an_unknown_adapter_is_refused(form, adapter):
+@pytest.mark.parametrize("record_kind", [Routed(NAMES, True), Routed(NAMES, False), Requests(NAMES)])
+def test_an_unknown_adapter_is_refused(record_kind, adapter):
     with pytest.raises(RecordError, match=r"'adapter' is .*none of the gate's \(use mail, maps, notes\)"):
-        parse(form, routed(adapter))
+        parse(record_kind, routed(adapter))
 
 
 def test_the_file_and_its_line_are_named(write_jsonl, run_config):
     file = write_jsonl([routed("mail"), chat("Hi"), routed("male")])
     data = run_config(file).data
     with pytest.raises(UserError, match=rf"{file.name}:2: no 'adapter' .*and 1 more"):
-        read_records(str(file), data, form=gate_form(NAMES, True))
+        read_records(str(file), data, record_kind=Routed(NAMES, True))
     skipping = data.model_copy(update={"on_bad_record": "skip"})
-    records = read_records(str(file), skipping, form=gate_form(NAMES, True))
+    records = read_records(str(file), skipping, record_kind=Routed(NAMES, True))
     assert [str(bad).partition(" (")[0] for bad in records.bad] == [
         f"{file}:2: no 'adapter'",
         f"{file}:3: 'adapter' is 'male', which is none of the gate's",
     ]
-    assert records.kept == ["mail"] and records.kinds == ("mail",)
-    assert read_records(str(file), skipping, form=gate_form(NAMES, False)).kept == ["mail", None]
+    assert records.remembered == ["mail"] and records.kinds == ("mail",)
+    assert read_records(str(file), skipping, record_kind=Routed(NAMES, False)).remembered == ["mail", None]
 
 
 def test_a_micro_batch_has_the_index_of_each_adapter(processor, folder):
-    form = gate_form(NAMES, labelled=False)
+    record_kind = Routed(NAMES, labelled=False)
     records = [routed("notes", "<image>Which?", images=["a.png"]), chat("Hi"), routed("mail")]
-    samples = [form.parse(record, "file:1", folder) for record in records]
-    encoded = [*(form.encode(sample, processor, 512, 10**6) for sample in samples), filler(processor)]
-    batch = form.collate(encoded, processor)
+    samples = [record_kind.parse(record, "file:1", folder) for record in records]
+    encoded = [*(record_kind.encode(sample, processor, 512, 10**6) for sample in samples), filler(processor)]
+    batch = record_kind.collate(encoded, processor)
     labels_B = batch.pop("adapter")
     assert labels_B.dtype == torch.int64 and labels_B.tolist() == [2, NO_LOSS, 0, NO_LOSS]
     plain = [*(encode(sample, processor, 512, 10**6) for sample in samples), filler(processor)]
@@ -82,7 +82,7 @@ def test_a_micro_batch_has_the_index_of_each_adapter(processor, folder):
     assert batch.keys() == expected.keys() and all(batch[key].equal(value) for key, value in expected.items())
     assert encoded[0].kind == "notes" and "adapter" not in collate_prompts(encoded, processor)
     with pytest.raises(RecordError, match="over-long"):
-        form.encode(samples[0], processor, 5, 10**6)
+        record_kind.encode(samples[0], processor, 5, 10**6)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -90,28 +90,28 @@ def test_streams_and_evaluations_bring_the_labels(write_jsonl, run_config, proce
     file = write_jsonl([routed("maps"), routed("notes"), routed("mail")])
     config = run_config(file, {**PLAIN, "eval": str(file), "num_workers": workers}, micro_batch_size=2)
     config.train.global_batch_size = 2
-    form = gate_form(NAMES, labelled=True)
-    stream = TrainStream(config, processor, rank=0, world_size=1, form=form)
+    record_kind = Routed(NAMES, labelled=True)
+    stream = TrainStream(config, processor, rank=0, world_size=1, record_kind=record_kind)
     steps = [[batch["adapter"].tolist() for batch in step] for step in islice(stream, 1)]
-    assert steps == [[[1, 2]]] and stream.kept == ["maps", "notes", "mail"]
-    held_out = list(EvalSet(config, processor, rank=0, world_size=1, form=form).batches())
+    assert steps == [[[1, 2]]] and stream.remembered == ["maps", "notes", "mail"]
+    held_out = list(EvalSet(config, processor, rank=0, world_size=1, record_kind=record_kind).batches())
     assert [batch.batch["adapter"].tolist() for batch in held_out] == [[1, 2], [0, NO_LOSS]]
     assert [batch.weights for batch in held_out] == [[1, 1], [1, 0]]
 
 
 def test_a_request_needs_no_answer_and_an_answer_does_not_matter(processor):
-    form = request_form(NAMES)
+    record_kind = Requests(NAMES)
     turns = [*QUESTION["messages"], {"role": "assistant", "content": "At home."}]
     sharegpt = [{"from": "human", "value": "Where am I?"}]
     records = [QUESTION, {"messages": turns}, {"conversations": sharegpt}, routed("maps", "Where am I?")]
-    samples = [parse(form, record) for record in records]
+    samples = [parse(record_kind, record) for record in records]
     assert [sample.adapter for sample in samples] == [None, None, None, "maps"]
-    encoded = [form.encode(sample, processor, 512, 10**6) for sample in samples]
+    encoded = [record_kind.encode(sample, processor, 512, 10**6) for sample in samples]
     prompts = [one.input_ids[: one.prompt].tolist() for one in encoded]
     assert prompts == [prompts[0]] * 4
     assert processor.decode(prompts[0]).endswith("Where am I?<|im_end|>\n<|im_start|>assistant\n")
     assert QUESTION["messages"][-1]["role"] == "user"  # the record is as it was
-    later = parse(form, {"messages": [*turns, {"role": "user", "content": "And you?"}]})
+    later = parse(record_kind, {"messages": [*turns, {"role": "user", "content": "And you?"}]})
     assert later.last_question() == "And you?" and len(later.turns) == 4
 
 
@@ -128,18 +128,18 @@ def test_a_request_needs_no_answer_and_an_answer_does_not_matter(processor):
 )
 def test_what_is_no_request_is_refused_as_any_record(record, why):
     with pytest.raises(RecordError, match=why):
-        parse(request_form(NAMES), record)
+        parse(Requests(NAMES), record)
 
 
 def test_answers_are_needed_where_none_is_made_up():
     with pytest.raises(RecordError, match="no assistant turn"):
-        parse(gate_form(NAMES, labelled=False), QUESTION)
+        parse(Routed(NAMES, labelled=False), QUESTION)
 
 
-@pytest.mark.parametrize("form", [gate_form(NAMES, True), request_form(NAMES)])
-def test_data_workers_can_pickle_all_of_it(form, processor):
-    again = pickle.loads(pickle.dumps(form))
+@pytest.mark.parametrize("record_kind", [Routed(NAMES, True), Requests(NAMES)])
+def test_data_workers_can_pickle_all_of_it(record_kind, processor):
+    again = pickle.loads(pickle.dumps(record_kind))
     sample = parse(again, routed("notes"))
-    assert pickle.loads(pickle.dumps(sample)) == sample == parse(form, routed("notes"))
+    assert pickle.loads(pickle.dumps(sample)) == sample == parse(record_kind, routed("notes"))
     encoded = pickle.loads(pickle.dumps(again.encode(sample, processor, 512, 10**6)))
-    assert again.collate([encoded], processor)["adapter"].tolist() == [2] and again.keep(sample) == "notes"
+    assert again.collate([encoded], processor)["adapter"].tolist() == [2] and again.remember(sample) == "notes"

@@ -16,7 +16,8 @@ from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.replay.align import RoutingShape
 from ds_moe.replay.traces import RoutingTrace, to_record
-from ds_moe.tasks.rl.rollouts import parse_rollout, rollout_form
+from ds_moe.tasks.rl.rollout_record import parse_rollout
+from ds_moe.tasks.rl.rollouts import Rollouts
 
 SHAPE = RoutingShape(layers=2, moe_layers=(0, 1), experts=8, top_k=2)
 PROMPT, COMPLETION = [5, 6, 7], [8, 9]
@@ -45,7 +46,7 @@ def first_step(write_jsonl, run_config, processor):
         size = len(records)
         config = run_config(path, {"shuffle": False, "length_grouping": False}, micro_batch_size=size)
         config.train.global_batch_size = size
-        stream = TrainStream(config, processor, rank=0, world_size=1, form=rollout_form(shape, **options))
+        stream = TrainStream(config, processor, rank=0, world_size=1, record_kind=Rollouts(shape, **options))
         [[batch]] = islice(stream, 1)
         return batch
 
@@ -110,9 +111,9 @@ def test_a_reward_that_is_not_known_is_no_zero(first_step):
     assert first_step(records)["advantage"].tolist() == [0, 0, 0.5]
 
 
-def test_forms_travel_to_data_workers(write_jsonl, run_config, processor):
-    for form in (rollout_form(SHAPE, need_reference=True), CHAT):
-        assert pickle.loads(pickle.dumps(form)).keep(None if form is CHAT else parsed()) is not False
+def test_kinds_of_records_travel_to_data_workers(write_jsonl, run_config, processor):
+    for record_kind in (Rollouts(SHAPE, need_reference=True), CHAT):
+        assert pickle.loads(pickle.dumps(record_kind)).remember(None if record_kind is CHAT else parsed()) is not False
 
 
 def parsed():
@@ -121,7 +122,7 @@ def parsed():
 
 def test_a_dense_model_reads_no_routing_and_a_filler_completes_nothing(write_jsonl, run_config, processor):
     config = run_config(write_jsonl([rollout()]), micro_batch_size=2, global_batch_size=2)
-    stream = TrainStream(config, processor, rank=0, world_size=1, form=rollout_form(None))
+    stream = TrainStream(config, processor, rank=0, world_size=1, record_kind=Rollouts(None))
     [[batch]] = islice(stream, 1)
     assert "routing" not in batch and batch["real"].tolist() == [True, False]
     assert batch["completion_mask"].any(1).tolist() == [True, False] and batch["advantage"][1] == 0
@@ -132,8 +133,8 @@ def test_reference_logprobs_are_read_where_they_are_used(first_step, processor):
     assert "reference_logprobs" not in first_step([record])
     batch = first_step([record], need_reference=True)
     assert batch["reference_logprobs"].tolist() == [[0, 0, 0, -3, -4]]
-    form = rollout_form(SHAPE, need_reference=True)
-    fillers = form.collate([filler(processor)], processor)  # on every rank the same keys, whatever its share
+    record_kind = Rollouts(SHAPE, need_reference=True)
+    fillers = record_kind.collate([filler(processor)], processor)  # on every rank the same keys, whatever its share
     assert fillers.keys() == batch.keys() - {"real", "kind"}
 
 
@@ -144,7 +145,7 @@ def test_parquet_brings_the_same_micro_batch(first_step, folder, run_config, pro
     Dataset.from_list(records).to_parquet(str(folder / "rollouts.parquet"))
     config = run_config(folder / "rollouts.parquet", {"shuffle": False, "length_grouping": False})
     config.train.global_batch_size = 2
-    stream = TrainStream(config, processor, rank=0, world_size=1, form=rollout_form(SHAPE))
+    stream = TrainStream(config, processor, rank=0, world_size=1, record_kind=Rollouts(SHAPE))
     [[batch]] = islice(stream, 1)
     expected = first_step(records)
     assert batch.keys() == expected.keys() and all(torch.equal(batch[key], expected[key]) for key in expected)
@@ -179,7 +180,7 @@ BAD = {
     "a missing image": ({"images": ["none.png"]}, "missing image 'none.png'"),
     "an image without its tokens": ({"images": ["a.png"]}, "'tokens' holds 0 image tokens"),
     "a routing of one row too many": ({"routing": ONE_TOO_MANY}, "rows"),
-    "a routing in an unknown form": ({"routing_format": "magic"}, "kind is 'magic'"),
+    "a routing in an unknown record_kind": ({"routing_format": "magic"}, "kind is 'magic'"),
     "a format alone": ({"routing": None, "routing_format": "vllm"}, "'routing_format' without 'routing'"),
 }
 
@@ -195,4 +196,4 @@ def test_a_bad_rollout_is_named_by_file_and_line(first_step, change, message):
 def test_a_non_finite_reward_is_refused(write_jsonl, run_config, processor):
     line = json.dumps(rollout()).replace('"reward": 1.0', '"reward": NaN')
     with pytest.raises(UserError, match="'reward' is nan"):
-        TrainStream(run_config(write_jsonl([line])), processor, rank=0, world_size=1, form=rollout_form(SHAPE))
+        TrainStream(run_config(write_jsonl([line])), processor, rank=0, world_size=1, record_kind=Rollouts(SHAPE))

@@ -17,7 +17,7 @@ from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import save_processor, tiny_processor
 from ds_moe.replay import RoutingRecorder, RoutingShape, align, decode, joined
 from ds_moe.tasks.rl import sample as tool
-from ds_moe.tasks.rl.rollouts import rollout_form
+from ds_moe.tasks.rl.rollouts import Rollouts
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def read_back(records, folder, processor, shape):
         deepspeed="none",
     )
     config.train.output_dir = str(folder / "run")
-    [[batch]] = islice(TrainStream(config, processor, rank=0, world_size=1, form=rollout_form(shape)), 1)
+    [[batch]] = islice(TrainStream(config, processor, rank=0, world_size=1, record_kind=Rollouts(shape)), 1)
     return batch
 
 

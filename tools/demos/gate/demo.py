@@ -38,7 +38,7 @@ from ds_moe.tasks.answers import Answering, generate_answers
 from ds_moe.tasks.gate.commands import load_gated
 from ds_moe.tasks.gate.features import Features
 from ds_moe.tasks.gate.network import GateDecision, GateSettings
-from ds_moe.tasks.gate.records import gate_form
+from ds_moe.tasks.gate.records import Routed
 from tools.demos.gate.plot import write_figure
 from tools.demos.gate.screens import ADAPTERS, words, write_screens
 
@@ -178,8 +178,8 @@ def answer_accuracy(stage: str) -> dict[str, float]:
     gated = load_gated(str(GATE), [f"train.output_dir={FOLDER / stage}"], None)
     model, names = gated.model, gated.names
     router, fixed = model.adapter_gate, Fixed(model.adapter_gate.settings)
-    form = gate_form(names, labelled=True)
-    batches = list(EvalSet(gated.config, gated.processor, rank=0, world_size=1, form=form).batches())
+    record_kind = Routed(names, labelled=True)
+    batches = list(EvalSet(gated.config, gated.processor, rank=0, world_size=1, record_kind=record_kind).batches())
     every = torch.eye(len(names))
 
     def accuracy(gate: nn.Module, choose: Any) -> float:

@@ -1,0 +1,42 @@
+"""What the data need of a processor, whichever model it belongs to; `ds_moe.models.processor` makes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature, PreTrainedTokenizerBase
+
+
+class ImageProcessor(Protocol):
+    """Turns images into patches: "pixel_values" (P, D) and "image_grid_thw" (I, 3)."""
+
+    merge_size: int  # patches a side that become one image token
+
+    def __call__(self, *, images: list[Image.Image], return_tensors: str) -> BatchFeature: ...
+
+
+class Processor(Protocol):
+    """A tokenizer with a chat template, and for a vision-language model an image processor beside it."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @property
+    def image_processor(self) -> ImageProcessor | None:
+        """None: the model reads text only."""
+        ...
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Stands in `input_ids` once for each token of an image; None: the model reads text only."""
+        ...
+
+    def apply_chat_template(self, conversation: list[dict], *, tokenize: bool, add_generation_prompt: bool) -> str: ...
+
+    def batch_decode(self, sequences: Tensor, *, skip_special_tokens: bool) -> list[str]: ...
+
+    def save_pretrained(self, save_directory: str) -> object: ...

@@ -1,0 +1,162 @@
+"""One rollout record: a completion that an inference engine sampled, with its log-probs, its routing and its reward.
+
+`python -m ds_moe.tasks.rl.sample` or an orchestrator writes them, one a line (or row). Keys: `tokens` and
+`completion_mask`, or `messages` whose last answer is the completion; `logprobs` of its tokens; `advantage`, or `reward`
+and `group`; optionally `routing`, `images`, `reference_logprobs`, `kind`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_moe.data.chat import Sample, image_pool, parse_record, type_of
+from ds_moe.data.images import ImageSource, RecordError
+from ds_moe.errors import shown
+from ds_moe.replay.align import RoutingShape
+from ds_moe.replay.traces import RoutingTrace, decode
+
+KEYS = {"tokens", "completion_mask", "messages", "images", "logprobs", "reference_logprobs", "advantage", "reward"}
+KEYS |= {"group", "routing", "routing_format", "routing_start", "kind"}
+KEYS |= {"completion", "answer"}  # texts for people
+UNKNOWN = float("nan")
+LARGEST = 1e9  # of a number, either way: what is computed from it must be finite in fp32
+
+
+@dataclass(frozen=True)
+class EngineRouting:
+    """What an engine returned about the experts it used: not decoded before the record is used."""
+
+    value: Any  # of the form `format`
+    format: str  # a key of `ds_moe.replay.traces.FORMATS`
+    start: int  # index of the input token that the first row routes
+
+    def decode(self, shape: RoutingShape) -> RoutingTrace:
+        """Raises `UserError` for what is not of this form; a record may have written anything."""
+        return decode(self.value, kind=self.format, layers=shape.layers, top_k=shape.top_k, start=self.start)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One record, checked as far as it can be without a model."""
+
+    where: str
+    kind: str | None
+    prompt: Sample | None  # the form with messages; or
+    tokens: list[int]  # all input ids, image tokens expanded
+    mask: list[bool]  # of the completion's tokens
+    images: list[ImageSource]
+    logprobs: list[float]  # of the completion's tokens, by the engine
+    reference: list[float] | None  # the same, by a reference policy
+    reward: float  # NaN: not told
+    group: str
+    advantage: float  # NaN until rewards of the group are known
+    routing: EngineRouting | None
+
+
+def parse_rollout(record: object, where: str, root: Path, need_reference: bool = False) -> Rollout:
+    """A record as JSON or Arrow gives it.
+
+    Args:
+        need_reference: whether the record must have `reference_logprobs`; if not, they are not read.
+
+    Raises:
+        RecordError: the reason and the fix.
+    """
+    if not isinstance(record, dict):
+        raise RecordError(f"a record is {type_of(record)}, not an object (write one {{...}} a line)")
+    record = {key: value for key, value in record.items() if value is not None}
+    unknown = sorted(set(record) - KEYS)
+    if unknown:
+        raise RecordError(f"{shown(unknown[0])} is not read in a rollout (remove it; known: {', '.join(sorted(KEYS))})")
+    kind = record.get("kind")
+    if kind is not None and not isinstance(kind, str):
+        raise RecordError(f"'kind' is {type_of(kind)}, not a string (quote it)")
+    if ("tokens" in record) == ("messages" in record):
+        found = "both 'tokens' and" if "tokens" in record else "neither 'tokens' nor"
+        raise RecordError(f"the record has {found} 'messages' (write one of them)")
+    prompt, tokens, mask, images = None, [], [], []
+    if "messages" in record:
+        if "completion_mask" in record:
+            raise RecordError("'completion_mask' beside 'messages', whose last answer is the completion (remove it)")
+        chat = {key: record[key] for key in ("messages", "images", "kind") if key in record}
+        prompt = parse_record(chat, where, root)
+        images = prompt.images
+    else:
+        tokens, mask = _tokens(record)
+        images = image_pool(record, root)
+    reward = _number(record, "reward")
+    advantage = _number(record, "advantage")
+    if math.isnan(advantage) and (math.isnan(reward) or "group" not in record):
+        raise RecordError("the record has no 'advantage', nor 'reward' and 'group' (add them)")
+    logprobs = _numbers(record, "logprobs", sum(mask) or None)
+    if logprobs is None:
+        raise RecordError("the record has no 'logprobs' (add the engine's log-prob of each completion token)")
+    reference = _numbers(record, "reference_logprobs", len(logprobs))
+    if reference is None and need_reference:
+        raise RecordError("the record has no 'reference_logprobs', which rl.kl_weight needs (add them, or set it to 0)")
+    if not need_reference:
+        reference = None
+    return Rollout(
+        where=where,
+        kind=kind,
+        prompt=prompt,
+        tokens=tokens,
+        mask=mask,
+        images=images,
+        logprobs=logprobs,
+        reference=reference,
+        reward=reward,
+        group=str(record.get("group", where)),
+        advantage=advantage,
+        routing=_routing(record),
+    )
+
+
+def _tokens(record: dict[str, Any]) -> tuple[list[int], list[bool]]:
+    tokens, mask = record["tokens"], record.get("completion_mask")
+    if not _all(tokens, int) or not tokens or max(map(abs, tokens)) >= 2**31:
+        raise RecordError("'tokens' is no list of token ids (write all input ids, image tokens expanded)")
+    if not isinstance(mask, list) or any(value not in (0, 1) for value in mask):
+        raise RecordError("'completion_mask' is no list of 0 and 1 (write 1 for each token of the completion)")
+    if len(mask) != len(tokens):
+        raise RecordError(f"'completion_mask' has {len(mask)} entries for {len(tokens)} tokens (write one for each)")
+    if not any(mask) or mask[0]:
+        text = "starts with the first token" if any(mask) else "is 0 everywhere"
+        raise RecordError(f"'completion_mask' {text} (a completion follows a prompt)")
+    return tokens, [bool(value) for value in mask]
+
+
+def _all(values: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+
+
+def _number(record: dict[str, Any], key: str) -> float:
+    value = record.get(key, UNKNOWN)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RecordError(f"{key!r} is {type_of(value)} (write a number)")
+    if key in record and not -LARGEST <= value <= LARGEST:
+        raise RecordError(f"{key!r} is {shown(value)} (write a finite number)")
+    return float(value)
+
+
+def _numbers(record: dict[str, Any], key: str, count: int | None) -> list[float] | None:
+    if key not in record:
+        return None
+    values = record[key]
+    if not _all(values, (int, float)) or not all(-LARGEST <= value <= 1e-3 for value in values):
+        raise RecordError(f"{key!r} is no list of log-probs (write finite numbers of at most 0)")
+    if count is not None and len(values) != count:
+        raise RecordError(f"{key!r} has {len(values)} entries for {count} completion tokens (write one for each)")
+    return [float(value) for value in values]
+
+
+def _routing(record: dict[str, Any]) -> EngineRouting | None:
+    if "routing" not in record:
+        lone = [key for key in ("routing_format", "routing_start") if key in record]
+        if lone:
+            raise RecordError(f"{lone[0]!r} without 'routing' (add it, or remove the key)")
+        return None
+    return EngineRouting(record["routing"], record.get("routing_format", "record"), record.get("routing_start", 0))
