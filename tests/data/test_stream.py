@@ -17,6 +17,7 @@ from ds_moe.data.encoder import check_samples
 from ds_moe.data.records import open_records
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.errors import UserError
+from ds_moe.training.set_up import forget_earlier_run
 from tests.records import chat
 
 RECORDS = 21  # with a global batch of 8: three steps an epoch, the last with three fillers
@@ -243,12 +244,14 @@ def test_another_run_s_bad_records_are_forgotten_and_a_resumed_run_s_are_kept(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "bad_records.jsonl").write_text(json.dumps(earlier) + "\n")
     take(TrainStream(config, processor, rank=1, world_size=2), 1, processor)
-    assert earlier in listed_records(tmp_path)  # only rank 0 removes it, before any step
+    assert earlier in listed_records(tmp_path)  # only rank 0's set-up removes it, before any stream
+    forget_earlier_run(config)
     take(TrainStream(config, processor, rank=0, world_size=1), STEPS, processor)
     EvalSet(config, processor, rank=0, world_size=1)
     assert [record["where"].rsplit(":", 1)[1] for record in listed_records(tmp_path)].count("12") == 1
     assert earlier not in listed_records(tmp_path) and len(listed_records(tmp_path)) == 3
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    forget_earlier_run(config)
     TrainStream(config, processor, rank=0, world_size=1)
     assert len(listed_records(tmp_path)) == 3
 
