@@ -63,8 +63,8 @@ def incomplete(path: Path) -> str | None:
 def _problem_of_files(path: Path, files: dict[str, Any]) -> str | None:
     """Check presence and size of the files.
 
-    A checkpoint may come from somebody else. A manifest that names a file outside of the folder is refused, because this
-    program would open the file, and an export would copy it.
+    A checkpoint may come from somebody else. A manifest that names a file outside of the folder is refused, because
+    this program would open the file, and an export would copy it.
     """
     for name, entry in files.items():
         size, sha256 = entry["size"], entry["sha256"]

@@ -153,7 +153,10 @@ class Saving:
 def _collect(
     engine: deepspeed.DeepSpeedEngine, topology: Topology, with_frozen: bool, progress: Callable[[], None]
 ) -> dict[str, tuple[Tensor, list[int]]]:
-    """This rank's share of all tensors, in memory of their own (collective): {kind/name: (value, rows [start, stop))}."""
+    """Collect this rank's share of all tensors (collective): {kind/name: (value, rows [start, stop))}.
+
+    The values are the checkpoint's own: training does not change them.
+    """
     mine: dict[str, tuple[Tensor, list[int]]] = {}
     zero_state.link_moments(engine)
     kinds = (zero_state.WEIGHT, *(zero_state.MOMENTS if zero_state.adam_step(engine) else ()))

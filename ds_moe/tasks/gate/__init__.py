@@ -1,9 +1,17 @@
-"""`task: gate`: a learned gate over LoRA adapters, which one serves a request.
+"""`task: gate`: a gate learns which of several LoRA adapters serve a request.
 
-task.py      losses of the three stages    model.py     a model with bank and gate
-network.py   the gate's network            features.py  what it reads of request and screen
-bank.py      mixed adapters                adapters.py  their folders
-records.py   labelled conversations        evaluate.py, scores.py, figures.py   how good it is
-files.py     saved gates                   serving.py   the manifest for a server
-commands.py, cli.py   `ds-moe gate ...`
+task.py      the losses of its three stages
+model.py     a model with adapters and a gate
+network.py   the gate's network
+features.py  what the gate sees of request and screen
+bank.py      linear layers with several adapters, mixed by weights
+adapters.py  reads the adapters' folders
+records.py   conversations that name an adapter
+evaluate.py  asks the gate about held-out records
+scores.py    accuracy, calibration and baselines
+figures.py   pictures of the scores
+files.py     reads and writes saved gates
+serving.py   the manifest for an inference engine
+commands.py  what the commands of `ds-moe gate` do
+cli.py       their options
 """

@@ -1,6 +1,6 @@
-"""What the gate sees: features of the request (text) and of the screen (vision), as pure functions on tensors.
+"""What the gate sees: features of the request (text) and of the screen (vision), as pure functions of tensors.
 
-Shape suffixes of this package, where they differ from the legend in `ds_moe/moe/decision.py`:
+Shape suffixes of this folder, where they differ from the legend in `ds_moe/moe/decision.py`:
 
     K adapters    L decoder layers with a gate of their own    I images of a micro-batch    H width of the gate's MLP
 
@@ -22,7 +22,7 @@ from ds_moe.data.encode import NO_LOSS
 class Features:
     """Features of B samples, the input of a `GateNetwork`."""
 
-    text_BD: Tensor  # fp32, of the request; zeros for a sample without any
+    text_BD: Tensor  # fp32, of the request; zeros for a sample without text
     vision_BD: Tensor  # fp32, (B, D) or (B, 2 D), of the screen; zeros for a sample without an image
     present_B: Tensor  # bool, whether the sample has an image
     token_BSD: Tensor | None = None  # embedding of every token, any float dtype; only for gates per token
@@ -32,17 +32,17 @@ class Features:
 def get_hidden_size(model: nn.Module) -> int:
     """D, the width of a model's text embeddings.
 
-    Works for nested configs (Qwen3-VL, which has no `config.hidden_size`), plain ones, inner models, and models without
-    a usable config, by their input embeddings, also where ZeRO-3 has left a shard of shape (0,) there.
+    It is read from a nested config (Qwen3-VL has no `config.hidden_size`) or a plain one. A model without a usable
+    config is asked for its input embeddings, which also works under ZeRO-3, where their shape is (0,).
 
     Raises:
-        TypeError: neither a config nor input embeddings say it.
+        TypeError: neither the config nor the input embeddings tell it.
     """
     config = getattr(model, "config", None)
     if callable(text_config := getattr(config, "get_text_config", None)):
         try:
             config = text_config()
-        except ValueError:  # several text models in one
+        except ValueError:  # the model consists of several text models
             config = None
     size = getattr(config, "hidden_size", None)
     if isinstance(size, int):
@@ -61,14 +61,14 @@ def get_hidden_size(model: nn.Module) -> int:
 def prompt_mask(
     input_ids_BS: Tensor, attention_mask_BS: Tensor | None, labels_BS: Tensor | None, not_text: Collection[int]
 ) -> Tensor:
-    """(B, S) bool: the text tokens that a gate may look at. A row may have none.
+    """(B, S) bool: true for the text tokens that a gate may look at. A row may have none.
 
     Args:
         input_ids_BS: int64 token ids.
         attention_mask_BS: non-zero at real tokens, padding on either side; None: every token is real.
-        labels_BS: unshifted labels; only what stands before a row's first one (!= -100) counts, or the gate would read
-            the answer that it helps to give. None: nothing is hidden, which is right for prompts of a generation only.
-        not_text: ids that are no text: image, video, vision start and end.
+        labels_BS: unshifted labels. From a row's first label (!= -100) on, everything is hidden, because the gate must
+            not read the answer that it helps to give. None: nothing is hidden, which only suits prompts.
+        not_text: ids that are not text: image, video, vision start and end.
     """
     mask_BS = torch.ones_like(input_ids_BS, dtype=torch.bool)
     if attention_mask_BS is not None:
@@ -81,7 +81,7 @@ def prompt_mask(
 
 
 def mean_text(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
-    """(B, D) fp32 mean of the tokens in the mask, zeros for rows without any. What is outside may even be NaN."""
+    """(B, D) fp32: the mean of the tokens in the mask, zeros for rows without any. Other tokens may even be NaN."""
     total_BD = hidden_BSD.masked_fill(~mask_BS.unsqueeze(-1), 0.0).sum(1, dtype=torch.float32)
     return total_BD / mask_BS.sum(1, keepdim=True).clamp(min=1)
 
@@ -95,25 +95,25 @@ def last_text(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
 def first_text(hidden_BSD: Tensor, mask_BS: Tensor) -> Tensor:
     """(B, D) fp32: the first token in the mask, zeros for rows without any.
 
-    Content-free under causal attention: the first token sees itself alone, and it is the same `<|im_start|>` in every
-    prompt, so every sample gets the same features and a gate on them can learn the class frequencies only. It is here
-    to reproduce published gates, and as the control of the others.
+    These features say nothing about the request. Under causal attention the first token sees only itself, and it is
+    the same `<|im_start|>` in every prompt, so that a gate can learn from it no more than how frequent each adapter is.
+    The function serves to reproduce published gates, and as a control for the other features.
     """
     position_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
     return _pick(hidden_BSD, mask_BS, torch.where(mask_BS, position_S, mask_BS.shape[1] - 1).amin(1))
 
 
 def _pick(hidden_BSD: Tensor, mask_BS: Tensor, position_B: Tensor) -> Tensor:
-    """(B, D) fp32 rows at the positions (any for rows without a token in the mask, which give zeros)."""
+    """(B, D) fp32: the token at each row's position; zeros for rows without a token in the mask."""
     row_B = torch.arange(len(position_B), device=position_B.device)
     picked_BD = hidden_BSD[row_B, position_B].float()
     return picked_BD.masked_fill(~mask_BS.any(1, keepdim=True), 0.0)
 
 
 def image_counts(input_ids_BS: Tensor, image_token_id: int, vision_start_id: int) -> Tensor:
-    """(B,) int64: images of each sample, those vision starts that an image token follows (a video's do not count).
+    """(B,) int64: the number of images of each sample. Never waits for the device.
 
-    Never waits for the device.
+    An image is a vision start that an image token follows; a video has other tokens.
     """
     starts = input_ids_BS[:, :-1] == vision_start_id
     return (starts & (input_ids_BS[:, 1:] == image_token_id)).sum(1)
@@ -122,17 +122,17 @@ def image_counts(input_ids_BS: Tensor, image_token_id: int, vision_start_id: int
 def mean_vision(pooled: Sequence[Tensor], counts_B: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """(features (B, D) fp32, present (B,) bool): the mean over all vision tokens of all images of each sample.
 
-    A large image has more tokens and weighs more. A sample without an image gets zeros. Waits for the device once, to
-    check the counts; the sums are ordered alike in every run (no atomic additions).
+    A large image has more tokens and so weighs more. A sample without an image gets zeros. This waits for the device
+    once, to check the counts. The sums have the same order in every run, because there are no atomic additions.
 
     Args:
-        pooled: one (tokens, D) tensor an image, of the whole micro-batch in order, as `get_image_features` gives them
-            (`pooler_output`).
-        counts_B: images of each sample, as `image_counts` gives them.
-        width: D, needed where `pooled` may be empty.
+        pooled: a (tokens, D) tensor for each image of the micro-batch, in order: the `pooler_output` of
+            `get_image_features`.
+        counts_B: the images of each sample, from `image_counts`.
+        width: D, needed if `pooled` may be empty.
 
     Raises:
-        ValueError: the counts do not add up to the number of images, or no image and no width.
+        ValueError: the counts do not sum to the number of images, or there is neither an image nor a width.
     """
     images = int(counts_B.sum())
     if images != len(pooled):
@@ -147,7 +147,8 @@ def mean_vision(pooled: Sequence[Tensor], counts_B: Tensor, width: int | None = 
     start_B1 = end_B1 - counts_B.to(total_ID.device).unsqueeze(1)
     image_I = torch.arange(len(pooled), device=total_ID.device)
     own_BI = (start_B1 <= image_I) & (image_I < end_B1)
-    total_BD = torch.where(own_BI.unsqueeze(-1), total_ID, 0.0).sum(1)  # no matmul: 0 * NaN would reach every sample
+    # A matmul would compute 0 * NaN, and so spread a NaN to every sample.
+    total_BD = torch.where(own_BI.unsqueeze(-1), total_ID, 0.0).sum(1)
     tokens_B = torch.where(own_BI, tokens_I, 0).sum(1)
     return total_BD / tokens_B.clamp(min=1).unsqueeze(1), tokens_B > 0
 
@@ -155,11 +156,10 @@ def mean_vision(pooled: Sequence[Tensor], counts_B: Tensor, width: int | None = 
 def vision_statistics(
     pooled: Sequence[Tensor], counts_B: Tensor, width: int, deviation: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """(features, present (B,) bool): `mean_vision`, (B, D), and with `deviation` beside it the standard deviation over
-    the same tokens, (B, 2 D).
+    """(features, present (B,) bool): the means (B, D), and with `deviation` also the standard deviations: (B, 2 D).
 
-    A mean alone tells little of a screen's layout; what varies over it does (statistics pooling: Snyder et al. 2018,
-    x-vectors). Arguments as for `mean_vision`.
+    A mean tells little about a screen's layout; the variation over the screen tells more (statistics pooling, Snyder et
+    al. 2018, x-vectors). The arguments are those of `mean_vision`.
     """
     mean_BD, present_B = mean_vision(pooled, counts_B, width)
     if not deviation:

@@ -2,8 +2,8 @@
 
     request, screen -> features -> router -> weights of the adapters -> the model's own forward
 
-`install_gate` turns a loaded model into one; it stays an ordinary transformers model, `generate` included. Needs no
-DeepSpeed, but keeps ranks in step where there are several.
+`install_gate` turns a loaded model into one, which is still an ordinary transformers model and can `generate`. It
+needs no DeepSpeed, but if there are several ranks, it keeps them in step.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def gate_settings(config: GateConfig, model: PreTrainedModel, adapters: int) -> 
 
 
 def install_gate(model: PreTrainedModel, config: GateConfig) -> GatedModel:
-    """Freeze `model` in place, give it the adapters of `config` and a gate, which alone is trained, and return it.
+    """Freeze `model` in place, give it the adapters of `config` and a gate over them, and return it.
 
-    Afterwards the model has `adapter_bank` (a `Bank`), `adapter_gate` (a `GateNetwork`) and, after every forward,
-    `decision` and `features`. Its forward takes one more argument, `gate_only`: True returns the `GateDecision` without
-    running the language model.
+    Only the gate is trained. The model then has `adapter_bank` (a `Bank`), `adapter_gate` (a `GateNetwork`) and, after
+    every forward, `decision` and `features`. Its forward takes one more argument: `gate_only=True` returns the
+    `GateDecision` without running the language model.
 
     Raises:
-        UserError: an adapter that cannot be gated, a model without a vision tower, a text layer it does not have.
+        UserError: an adapter that cannot be gated, a model without a vision tower, or a text layer that it lacks.
     """
     if not has_vision(model):
         raise UserError(f"task gate needs a vision-language model, this is a {model.config.model_type}")
@@ -104,9 +104,9 @@ def install_gate(model: PreTrainedModel, config: GateConfig) -> GatedModel:
 
 
 def hold_reference(model: GatedModel) -> None:
-    """Keep a frozen copy of the gate as it is now; forwards then leave its logits in `reference_logits`."""
+    """Keep a frozen copy of the gate as it is now. Every forward then leaves its logits in `reference_logits`."""
     model.gate_reference = copy.deepcopy(model.adapter_gate).requires_grad_(False)
-    for module in model.gate_reference.modules():  # a checkpoint leaves it out: `gate.start` has it
+    for module in model.gate_reference.modules():  # not saved: it is rebuilt from gate.start
         module._non_persistent_buffers_set.update(module._buffers)
 
 
@@ -115,12 +115,12 @@ def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def forward(
         self: GatedModel, *args: object, gate_only: bool = False, adapter: Tensor | None = None, **kwargs: Any
     ) -> GateDecision | ModelOutput:
-        """`adapter`, the label that a batch may bring, is for the loss; the gate must not see it."""
+        """`adapter`, a label that a batch may hold, is accepted and not used: the gate must not see it."""
         cache = cache_of(kwargs)
         if cache is None or cache.get_seq_length() == 0:
             self.features, kwargs = read(self, kwargs)
             self.decision = self.adapter_gate(self.features)
-        elif self.adapter_gate.settings.per == "token":  # decoding: every other gate stays that of the prompt
+        elif self.adapter_gate.settings.per == "token":  # while decoding, other gates keep the decision of the prompt
             self.features.token_BSD = _embed(self, kwargs["input_ids"])
             self.decision = self.adapter_gate(self.features)
         if self.gate_reference is not None:
@@ -149,10 +149,10 @@ def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def read(model: GatedModel, inputs: Inputs) -> tuple[Features, Inputs]:
-    """Features of a batch, and the forward's arguments with its images encoded: one vision pass serves both.
+    """The features of a batch, and the forward's arguments with its images encoded: one vision pass serves both.
 
-    The vision tower is nobody's to train here. A rank without an image runs it on a blank one where others run it, so
-    that ZeRO-3 gathers the same on all of them; `generate` has done all that before the first forward.
+    No stage trains the vision tower. A rank without an image runs it on a blank one, so that under ZeRO-3 all ranks
+    gather the same weights. In `generate`, transformers has encoded the images before the first forward.
     """
     input_ids, mask_BS = inputs["input_ids"], inputs.get("attention_mask")
     if mask_BS is not None and mask_BS.dim() != 2:
@@ -193,9 +193,9 @@ def _embed(model: PreTrainedModel, input_ids_BS: Tensor) -> Tensor:
 
 
 def _contextual(model: GatedModel, inputs: Inputs, layer: int | None) -> Tensor:
-    """(B, S, D) output of a decoder layer, or of the last one after its norm, of the base without adapters."""
+    """(B, S, D) output of a decoder layer (None: of the last one, after its norm), of the base without adapters."""
     model.adapter_bank.gates.weights = None
-    # `generate` brings the position_ids in place of the image_grid_thw from which a forward would make them.
+    # `generate` gives position_ids instead of the image_grid_thw that a forward computes them from.
     kept = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "mm_encoder_outputs", "image_grid_thw")
     given = {name: inputs[name] for name in kept if inputs.get(name) is not None}
     outputs = model.model(**given, use_cache=False, output_hidden_states=layer is not None)

@@ -1,6 +1,6 @@
-"""The gate: features of a prompt in, a weight for each of K adapters out. Shapes as in `features`.
+"""The gate turns the features of a prompt into a weight for each of K adapters. Shapes are those of `features.py`.
 
-All arithmetic is fp32, whatever the dtype to which an engine has cast the parameters, and under autocast too.
+All arithmetic is fp32, also under autocast and if an engine has cast the parameters to another dtype.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Select = Literal["soft", "top_k", "hard"]
 Per = Literal["example", "layer", "token"]
 Modalities = Literal["both", "text", "vision"]
 
-FLAT, FLAT_SHARE = 0.1, 0.01  # least deviation of a feature, as a share of all features' and of their size
-FIRST_LOGITS = 0.1  # about how far apart logits / temperature stand at step 0: a gate near uniform that still learns
+FLAT, FLAT_SHARE = 0.1, 0.01  # least deviation of a feature, as shares of all features' deviation and of their size
+FIRST_LOGITS = 0.1  # rough deviation of logits / temperature at step 0: the gate is near uniform, and can still learn
 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """What a gate is made of. `dataclasses.asdict` gives a JSON-able dict, `GateSettings(**it)` the settings again.
+    """The sizes and options of a gate. `dataclasses.asdict` makes a JSON-able dict of them.
 
     Raises:
         ValueError: values that no gate can have.
@@ -36,8 +36,8 @@ class GateSettings:
     vision_size: int | None = None  # of the vision features; None: D too
     width: int = 128  # H
     select: Select = "soft"
-    top_k: int | None = None  # adapters a decision, with select "top_k" only
-    temperature: float = 1.0  # of the weights, not of the loss
+    top_k: int | None = None  # adapters that a decision uses, with select "top_k" only
+    temperature: float = 1.0  # of the weights; the loss is taken at temperature 1
     per: Per = "example"
     layers: int = 1  # L, with per "layer" only
     modalities: Modalities = "both"
@@ -59,14 +59,14 @@ class GateSettings:
 
 
 class GateDecision(NamedTuple):
-    """Both fp32 with grad, and of one shape: (B, K) per example, (B, L, K) per layer, (B, S, K) per token."""
+    """fp32 logits and weights with grad: both (B, K) per example, (B, L, K) per layer, or (B, S, K) per token."""
 
     logits: Tensor
-    weights: Tensor  # add up to 1 over the adapters
+    weights: Tensor  # sum to 1 over the adapters
 
 
 class Fp32Linear(nn.Linear):
-    """Computes in fp32. Its own forward reads its weight: that is where ZeRO-3 has gathered it."""
+    """Computes in fp32. The weight is read in this module's own forward, for which ZeRO-3 has gathered it."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
@@ -81,10 +81,10 @@ class Fp32LayerNorm(nn.LayerNorm):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / std of each feature, from the first batch that is trained on (as ActNorm, Kingma & Dhariwal 2018).
+    """(x - mean) / std of each feature, where `fit` sets mean and std (as in ActNorm, Kingma & Dhariwal 2018).
 
-    Pooled features of different requests differ little beside what they have in common: without this most of a
-    LayerNorm's output is the same for all, and a gate takes many times the steps. Until `fit` it changes nothing.
+    Pooled features of different requests have much in common and differ little. A LayerNorm alone would make nearly the
+    same output of all of them, and a gate would need many times the steps. Before `fit`, features are not changed.
     """
 
     def __init__(self, width: int) -> None:
@@ -97,12 +97,12 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def fit(self, count: Tensor, total_D: Tensor, squares_D: Tensor) -> None:
-        """From sums over `count` samples; without any, nothing is changed."""
+        """Set mean and std from sums over `count` samples of the first batch; 0 samples change nothing."""
         if count == 0:
             return
         mean_D = total_D / count
         variance_D = (squares_D / count - mean_D.square()).clamp(min=0)
-        # What hardly varies, beside the other features or beside its own size, is noise: it must not be blown up.
+        # A feature that varies far less than the others, or than its size, is noise, which must not be amplified.
         least = torch.maximum(FLAT * variance_D.mean().sqrt(), FLAT_SHARE * mean_D.square().mean().sqrt())
         self.mean.copy_(mean_D)
         self.std.copy_(variance_D.sqrt().clamp(min=least.clamp(min=1e-6)))
@@ -111,12 +111,12 @@ class Standardize(nn.Module):
 class GateNetwork(nn.Module):
     """Standardize -> LayerNorm of each modality -> concatenation -> Linear -> GELU -> Linear.
 
-    The first linear layer is kept as two, of the text and of vision with the presence flag, whose outputs add up: the
-    same function, and a gate per token needs no copy of the vision features for each token. A sample without an image
-    gets the learned `no_image` in place of its normalised vision features, and the flag 0.
+    The first linear layer consists of two, one for text and one for vision with the presence flag, whose outputs are
+    summed. That is the same function, and a gate per token then needs no copy of the vision features for each token. A
+    sample without an image gets the learned `no_image` in place of its normalised vision features, and the flag 0.
 
-    With one modality the other's inputs are zeros (no image anywhere, for vision); the parameters are the same ones,
-    and each of them gets a gradient, if only of zeros.
+    With only one modality, the inputs of the other are zeros (for vision: no sample has an image). The parameters are
+    the same, and each of them gets a gradient, which may be zero.
     """
 
     def __init__(self, settings: GateSettings) -> None:
@@ -126,18 +126,16 @@ class GateNetwork(nn.Module):
         self.text_scale, self.vision_scale = Standardize(settings.hidden_size), Standardize(vision_size)
         self.text_norm = Fp32LayerNorm(settings.hidden_size)
         self.vision_norm = Fp32LayerNorm(vision_size)
-        self.no_image = nn.Parameter(torch.zeros(vision_size))  # where normalised features have their centre
+        self.no_image = nn.Parameter(torch.zeros(vision_size))  # zero is the centre of normalised features
         self.text_in = Fp32Linear(settings.hidden_size, settings.width)
         self.vision_in = Fp32Linear(vision_size + 1, settings.width, bias=False)
         self.out = Fp32Linear(settings.width, settings.layers * settings.adapters)
-        # Small, not zero: at zero the layers below it would get no gradient in the first step.
+        # Weights of zero would give the layers below no gradient in the first step.
         nn.init.normal_(self.out.weight, std=FIRST_LOGITS * min(1.0, settings.temperature) / settings.width**0.5)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, features: Features) -> GateDecision:
-        """Decide.
-
-        `select` "hard" draws Gumbel noise in training from the device's global random state.
+        """Decide. In training, `select` "hard" draws Gumbel noise from the device's global random state.
 
         Raises:
             ValueError: a gate per token without the tokens' embeddings.
@@ -163,13 +161,13 @@ class GateNetwork(nn.Module):
 
 
 def select(logits: Tensor, settings: GateSettings, training: bool) -> Tensor:
-    """Weights of the adapters (last dimension), of the shape of the logits. NaN logits give NaN weights.
+    """Turn logits into weights of the same shape; adapters are the last dimension. NaN logits give NaN weights.
 
     soft: softmax(logits / temperature).
-    top_k: the same over the k largest, renormalised, zeros elsewhere. With k = 1 the weight is the constant 1, so that
-    nothing but `gate_loss` teaches the gate; "hard" is the choice of one that learns from the model's loss.
-    hard: one-hot with the gradient of the softmax (straight-through); in training of logits + Gumbel noise (a sample).
-    Ties: exactly k, or one, are chosen; which of the tied is torch's choice.
+    top_k: the same over the k largest logits, and zeros elsewhere. With k = 1 the weight is the constant 1, so that
+    only `gate_loss` teaches the gate; to choose one adapter and learn from the model's loss, use "hard".
+    hard: one-hot, with the gradient of the softmax (straight-through); in training of logits + Gumbel noise (a sample).
+    Among tied logits, torch decides which are chosen; their number is exact.
     """
     if settings.select == "top_k":
         chosen = logits.topk(settings.top_k or 1, dim=-1).indices
@@ -181,21 +179,20 @@ def select(logits: Tensor, settings: GateSettings, training: bool) -> Tensor:
         logits = logits - torch.empty_like(logits).exponential_().log()
     soft = torch.softmax(logits / settings.temperature, dim=-1)
     one_hot = torch.zeros_like(soft).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    return one_hot + (soft - soft.detach())  # the bracket is exactly 0, or NaN
+    return one_hot + (soft - soft.detach())  # the difference is exactly 0, or NaN
 
 
 def gate_loss(
     decision: GateDecision, labels_B: Tensor, mask_BS: Tensor | None = None, class_weights: Tensor | None = None
 ) -> Tensor:
-    """The sum over samples of weight * cross entropy of the adapter label, an fp32 scalar, for the trainer to divide.
+    """The sum over samples of weight * cross entropy of the adapter label: an fp32 scalar, which the trainer divides.
 
-    The logits are taken at temperature 1. Per layer it is averaged over the layers, per token over the mask's tokens of
-    each sample (a sample without any adds 0).
+    The logits are taken at temperature 1. For a gate per layer, a sample's loss is averaged over the layers; for a gate
+    per token, over the sample's tokens in the mask (a sample without any adds 0).
 
     Args:
-        decision: of any gate.
-        labels_B: int64 adapter of each sample, -100 for none (adds 0).
-        mask_BS: the tokens that count, for gates per token and only there; None: all, padding included.
+        labels_B: int64 adapter of each sample; -100: none, which adds 0.
+        mask_BS: the tokens that count, for gates per token only; None: all, including padding.
         class_weights: (K,) weight of a sample of each adapter; None: 1.
     """
     logits = decision.logits.float()
@@ -206,9 +203,9 @@ def gate_loss(
 
 
 def entropy(weights: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-    """(B,) fp32 entropy of the gate in nats, averaged over layers, or tokens of the mask. 0 for one-hot weights.
+    """(B,) fp32 entropy of the gate in nats, averaged over layers, or over tokens of the mask. 0 for one-hot weights.
 
-    The gradient is finite at weights of 0 too.
+    The gradient is finite, even at weights of 0.
     """
     weights = weights.float()
     logs = weights.clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -216,12 +213,12 @@ def entropy(weights: Tensor, mask_BS: Tensor | None = None) -> Tensor:
 
 
 def divergence(logits: Tensor, reference_logits: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-    """(B,) fp32 KL(softmax(reference) || softmax(logits)) in nats, averaged over layers, or tokens of the mask.
+    """(B,) fp32 KL(softmax(reference) || softmax(logits)) in nats, averaged over layers, or over tokens of the mask.
 
-    The reference is the supervised gate, without a gradient. It stands on the left because this direction is large
-    wherever the gate gives up an adapter that the reference uses, and its gradient, softmax(logits) -
-    softmax(reference), is as strong for a collapsed gate as for any. The other direction's gradient carries a factor of
-    the gate's own probability: an adapter that has gone to 0 would never be called back. Both at temperature 1.
+    The reference is the supervised gate, without a gradient; both are taken at temperature 1. In this direction the
+    divergence is large if the gate gives up an adapter that the reference uses, and the gradient, softmax(logits) -
+    softmax(reference), does not vanish for a collapsed gate. In the other direction the gradient has the gate's own
+    probability as a factor, so that an adapter whose probability has become 0 would never return.
     """
     target = reference_logits.detach().float().log_softmax(-1)
     losses = F.kl_div(logits.float().log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
@@ -229,7 +226,7 @@ def divergence(logits: Tensor, reference_logits: Tensor, mask_BS: Tensor | None 
 
 
 def _per_sample(values: Tensor, mask_BS: Tensor | None) -> Tensor:
-    """(B,) from (B,) or (B, L or S): the mean of each row, over the mask's entries (0 without any) if given."""
+    """(B,) from (B,) or (B, L or S): the mean of each row; with a mask, over its true entries (0 if there are none)."""
     if mask_BS is None:
         return values if values.dim() == 1 else values.mean(1)
     if mask_BS.shape != values.shape:

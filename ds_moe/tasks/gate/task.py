@@ -1,8 +1,8 @@
 """`task: gate`: the stages in which a gate over adapters learns.
 
-supervised   which adapter a request asks for, from labels; the language model does not run
-end_to_end   the task's own loss through the frozen adapters, with an entropy term and a pull to the stage before
-joint        the same, and the adapters learn too, at their own learning rate
+supervised   from labels that name the adapter of a request; the language model does not run
+end_to_end   from the loss of the answers, through frozen adapters, with an entropy term and a pull to the last stage
+joint        the same, while the adapters learn too, with a learning rate of their own
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ds_moe.tasks.task import Batch, Task, TrainingParts
 
 
 class GateTask(Task):
-    """The task of a run with `task: gate`; the engine's model is gated, see `model.install_gate`."""
+    """The task of a run with `task: gate`. The engine's model must be gated, see `model.install_gate`."""
 
     def __init__(self, parts: TrainingParts) -> None:
         super().__init__(parts)
@@ -38,7 +38,7 @@ class GateTask(Task):
         self._sums: dict[str, Tensor] = {}
 
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:
-        """As they come; the first batch of a gate that begins anew also sets the scale of its features."""
+        """The micro-batches of each step. The first step's also set the scale of the features of a new gate."""
         stream = super().steps(progress)
         if progress.step == 0 and self.config.start is None:
             first = next(stream)
@@ -48,7 +48,7 @@ class GateTask(Task):
 
     @torch.no_grad()
     def _set_scale(self, micro_batches: list[Batch]) -> None:
-        """Mean and deviation over the real samples of all ranks (collective)."""
+        """Set mean and deviation of the features from the real samples of all ranks (collective)."""
         engine, device = self.parts.engine, self.parts.topology.device
         model, router = engine.module, engine.module.adapter_gate
         scales = (router.text_scale, router.vision_scale)
@@ -73,7 +73,7 @@ class GateTask(Task):
         return self.config.stage == "supervised"
 
     def loss(self, batch: Batch, share: float) -> Tensor:
-        labels_B, real_B = batch.pop("adapter"), (batch["labels"] != NO_LOSS).any(1)  # fillers answer nothing
+        labels_B, real_B = batch.pop("adapter"), (batch["labels"] != NO_LOSS).any(1)  # fillers have no labels
         model = self.parts.engine.module
         if self._supervised:
             decision = self.parts.engine(**batch, gate_only=True)
@@ -87,7 +87,10 @@ class GateTask(Task):
         return loss
 
     def _regularisers(self, decision: GateDecision, mask_BS: Tensor | None, real_B: Tensor) -> Tensor:
-        """Sums over real samples / micro-batch size; DeepSpeed averages over ranks and micro-batches."""
+        """The entropy term and the pull to the reference: sums over real samples, divided by the micro-batch size.
+
+        DeepSpeed averages over ranks and micro-batches.
+        """
         total = self.config.entropy_weight * (entropy(decision.weights, mask_BS) * real_B).mean()
         reference = self.parts.engine.module.reference_logits
         if reference is not None:
@@ -113,7 +116,7 @@ class GateTask(Task):
         return {name: (total / count).item() for name, (total, count) in zip(sums, totals, strict=True) if count > 0}
 
     def evaluate(self, progress: Progress, limit: int | None, each_batch: Callable[[], None]) -> EvalReport:
-        """Supervised: the held-out loss and accuracy of routing; later: of answers, with the routing beside them."""
+        """In stage supervised: held-out loss and accuracy of routing. Later: those of answers, plus the routing's."""
         parts = self.parts
         shown = parts.config.monitor.sample_images
         found = survey(parts.engine, parts.eval_set, self.names, limit, shown=shown, each_batch=each_batch)
@@ -133,7 +136,7 @@ def _with_routing(report: EvalReport, found: Survey) -> EvalReport:
 
 
 def pictures(scores: RoutingScores, found: Survey) -> dict[str, Callable[[], np.ndarray]]:
-    """Tag of TensorBoard -> the function that draws its picture."""
+    """Functions that draw the pictures of an evaluation, by TensorBoard tag."""
     from ds_moe.tasks.gate.figures import confusion_figure, gate_histogram
 
     return {
@@ -143,6 +146,6 @@ def pictures(scores: RoutingScores, found: Survey) -> dict[str, Callable[[], np.
 
 
 def balanced(names: list[str], labels: list[str | None]) -> Tensor:
-    """(K,) N / (K n_k): the mean weight of a labelled sample is 1. An adapter without a sample gets 0."""
+    """Class weights (K,): N / (K n_k), so that labelled samples have mean weight 1; 0 for an adapter without any."""
     counts_K = torch.tensor([labels.count(name) for name in names], dtype=torch.float32)
     return torch.where(counts_K > 0, counts_K.sum() / (len(names) * counts_K), 0.0)
