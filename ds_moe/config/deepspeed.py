@@ -10,7 +10,7 @@ import json
 import os
 from typing import Any
 
-from ds_moe.config.deepspeed_json import AUTO, Json, check_keys, read_json, section
+from ds_moe.config.deepspeed_json import AUTO, Json, check_keys, read_json, section, without_switched_off
 from ds_moe.config.deepspeed_keys import FP32_NAMES
 from ds_moe.config.divisors import accumulation_steps, ep_size_problem
 from ds_moe.config.rules.rule import written
@@ -36,7 +36,7 @@ def resolve_deepspeed(
     """
     resolved, complaints = deepspeed_problems(config, world_size, on_cpu, hidden_size)
     if complaints:
-        raise UserError(complaints[0])
+        raise UserError("\n".join(complaints))
     return resolved
 
 
@@ -66,7 +66,7 @@ def deepspeed_problems(
         "optimizer.params.betas": ("train.betas", list(config.train.betas)),
         "optimizer.params.weight_decay": ("train.weight_decay", config.train.weight_decay),
     }
-    resolved = json.loads(json.dumps(source.values))
+    resolved = without_switched_off(json.loads(json.dumps(source.values)))
     for key, (yaml_key, value) in filled.items():
         complaints += _fill(resolved, key, value, yaml_key, source, config)
     complaints += _other_optimizer(resolved, source)

@@ -11,10 +11,15 @@ from typing import Any
 
 from ds_moe.config.deepspeed_keys import (
     ADAM_KEYS,
+    ANY_STAGE,
     DEVICES,
     FILLED,
     KINDS,
+    OFF,
+    OFF_OTHERWISE,
     OFFLOAD_KEYS,
+    OFFLOAD_REFUSED,
+    OFFLOADS,
     PASSED_ON,
     REFUSED,
     REFUSED_VALUES,
@@ -81,20 +86,46 @@ def check_keys(source: Json) -> list[str]:
     if stage not in (1, 2, 3) or isinstance(stage, bool):
         where = source.at("zero_optimization.stage" if "stage" in zero else "zero_optimization")
         return [*found, f"{where}: zero_optimization.stage is {stage!r}; must be 1, 2 or 3"]
-    for key in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
-        offload = section(zero, key.partition(".")[2])
-        found += _check_names(source, key, offload, OFFLOAD_KEYS, {})
+    for name in OFFLOADS:
+        key, offload = f"zero_optimization.{name}", section(zero, name)
+        found += _check_names(source, key, offload, OFFLOAD_KEYS, OFFLOAD_REFUSED)
         if (device := offload.get("device", "none")) not in DEVICES:
-            found.append(
-                f"{source.at(key + '.device')}: {key}.device is {shown(device)}; must be {' or '.join(DEVICES)}"
-            )
+            devices = " or ".join(filter(None, DEVICES))
+            found.append(f"{source.at(key + '.device')}: {key}.device is {shown(device)}; must be {devices}")
     found += _refused_values(source)
     found += [f"{source.at(key)}: {key} is {value}; must be finite" for key, value in _infinite(values)]
     for key, value in zero.items():
-        if stage < 3 and value != AUTO and (key.startswith("stage3_") or key in STAGE_3_ONLY):
+        if stage < 3 and value != AUTO and not _off(f"zero_optimization.{key}", value) and _needs_stage_3(key):
             where = source.at(f"zero_optimization.{key}")
             found.append(f"{where}: zero_optimization.{key} would not be used: it needs stage 3, this is {stage}")
     return found
+
+
+def _needs_stage_3(key: str) -> bool:
+    return (key.startswith("stage3_") and key not in ANY_STAGE) or key in STAGE_3_ONLY
+
+
+def without_switched_off(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a JSON less those that ds_moe does not pass on, which are all switched off once it has been checked.
+
+    The section of an offload to no device goes too.
+    """
+    kept = {key: value for key, value in values.items() if key not in REFUSED}
+    zero = section(values, "zero_optimization")
+    dropped = {*ZERO_REFUSED, *ANY_STAGE}
+    dropped |= {key for key in OFFLOADS if _off(f"zero_optimization.{key}", zero.get(key))}
+    kept["zero_optimization"] = {key: value for key, value in zero.items() if key not in dropped}
+    return kept
+
+
+def _off(key: str, value: Any) -> bool:
+    """Whether a value switches off what its key is for, so that the key says nothing."""
+    if isinstance(value, dict):
+        if key.rpartition(".")[2] in OFFLOADS:
+            return value.get("device", "none") in ("none", None)
+        return value.get("enabled") is False or not any(value.values())
+    of_its_kind = [off for off in OFF.get(key, OFF_OTHERWISE) if isinstance(off, bool) == isinstance(value, bool)]
+    return value is None or value in of_its_kind
 
 
 def _wrong_kinds(source: Json) -> list[str]:
@@ -139,7 +170,8 @@ def _check_names(source: Json, parent: str, values: Any, known: Sequence[str], r
     for key in values:
         dotted = join(parent, key)
         if key in refused:
-            found.append(f"{source.at(dotted)}: {dotted} is not supported: {refused[key]}")
+            if not _off(dotted, values[key]):
+                found.append(f"{source.at(dotted)}: {dotted} is not supported: {refused[key]}")
         elif key not in known:
             near = nearest(key, known)
             hint = f"did you mean {near}?" if near else f"keys here: {', '.join(sorted(known))}"

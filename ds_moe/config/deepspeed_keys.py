@@ -29,10 +29,11 @@ ZERO_KEYS = """stage contiguous_gradients reduce_scatter reduce_bucket_size use_
     sub_group_size ignore_unused_parameters round_robin_gradients memory_efficient_linear override_module_apply
     pipeline_loading_checkpoint log_trace_cache_warnings enable_sanity_checks parameter_alignment
     stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold
-    stage3_max_live_parameters stage3_max_reuse_distance stage3_module_granularity_threshold
+    stage3_max_live_parameters stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save
     stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential""".split()
 ZERO_REFUSED = {
-    "stage3_gather_16bit_weights_on_model_save": "weights are written by `ds-moe export`",
+    "stage3_module_granularity_threshold": "it regroups the modules that ds_moe has ZeRO-3 gather together",
+    "zenflow": "DeepSpeed's ZenFlow takes neither experts of three dimensions nor CPUs",
     "zero_quantized_gradients": "DeepSpeed does not support it with expert parallelism",
     "zero_quantized_weights": "it was not verified with expert parallelism",
     "zero_hpz_partition_size": "DeepSpeed does not support it with expert parallelism",
@@ -40,6 +41,17 @@ ZERO_REFUSED = {
     "elastic_checkpoint": "ds_moe converts checkpoints between topologies itself",
     "compute_grad_norm": "the run needs the gradient norm",
 }
+OFFLOAD_REFUSED = {"super_offload": "DeepSpeed's SuperOffload takes neither experts of three dimensions nor CPUs"}
+# Refused keys pass at the values that switch them off: these, null, and a section that is empty or not enabled.
+OFF = {
+    "gradient_allreduce_op": ("mean", "avg"),
+    "gradient_predivide_factor": (1,),
+    "sequence_parallel_size": (0, 1),
+    "zero_optimization.zero_hpz_partition_size": (1,),
+    "zero_optimization.stage3_module_granularity_threshold": (0,),
+    "zero_optimization.compute_grad_norm": (True,),
+}
+OFF_OTHERWISE = (False,)
 STAGE_3_ONLY = ("sub_group_size", "offload_param")
 NO_NVME = "offload to NVMe was not tested; use cpu"
 # Dotted key -> (the value that is refused, why); every other value of these keys is passed on.
@@ -52,7 +64,10 @@ REFUSED_VALUES = {
 }
 OFFLOAD_KEYS = """device nvme_path buffer_count buffer_size max_in_cpu pin_memory pipeline_read pipeline_write fast_init
     ratio""".split()
-DEVICES = ("none", "cpu", "nvme")
+DEVICES = ("none", None, "cpu", "nvme")
+OFFLOADS = ("offload_optimizer", "offload_param")
+# It says how DeepSpeed's own `save_16bit_model` writes weights, which `ds-moe export` does in its place at every stage.
+ANY_STAGE = ("stage3_gather_16bit_weights_on_model_save",)
 # Values that keys take, as messages call them; over another one DeepSpeed would end in a traceback.
 KINDS = {
     "an object": """optimizer optimizer.params zero_optimization zero_optimization.offload_param

@@ -231,6 +231,98 @@ def test_fp32_optimizer_states_may_be_written(run):
     assert resolved["optimizer"]["params"]["fp32_optimizer_states"] is True
 
 
+# What other trainers' files hold, at the values that switch it off.
+SWITCHED_OFF = {
+    "quantized weights": {"zero_optimization": {"stage": 3, "zero_quantized_weights": False}},
+    "quantized gradients": {"zero_optimization": {"stage": 3, "zero_quantized_gradients": False}},
+    "hpZ over one rank": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}},
+    "no leaf modules": {"zero_optimization": {"stage": 3, "leaf_module": {}}},
+    "elastic checkpoint": {"zero_optimization": {"stage": 3, "elastic_checkpoint": False}},
+    "the gradient norm": {"zero_optimization": {"stage": 3, "compute_grad_norm": True}},
+    "no granularity": {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 0}},
+    "gathered 16-bit saves": {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}},
+    "no gathered saves, stage 2": {
+        "zero_optimization": {"stage": 2, "stage3_gather_16bit_weights_on_model_save": False}
+    },
+    "no ZenFlow": {"zero_optimization": {"stage": 3, "zenflow": None}},
+    "no SuperOffload": {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": False}}
+    },
+    "parameters offloaded nowhere": {
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "none", "pin_memory": True}}
+    },
+    "the same at stage 2": {"zero_optimization": {"stage": 2, "offload_param": {"device": "none"}}},
+    "offloaded to null": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": None}}},
+    "prescaling": {"prescale_gradients": False},
+    "predivision by 1": {"gradient_predivide_factor": 1.0},
+    "mean of gradients": {"gradient_allreduce_op": "mean"},
+    "amp": {"amp": {"enabled": False, "opt_level": "O1"}},
+    "torch autocast": {"torch_autocast": {"enabled": False}},
+    "no scheduler": {"scheduler": None},
+    "tensorboard": {"tensorboard": {"enabled": False, "output_path": "runs"}},
+    "activation checkpointing": {
+        "activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False, "profile": False}
+    },
+    "sequence parallel of one": {"sequence_parallel_size": 1},
+    "data efficiency": {"data_efficiency": {"enabled": False}},
+    "hybrid engine": {"hybrid_engine": {"enabled": False}},
+    "compile": {"compile": False},
+    "drop last": {"dataloader_drop_last": False},
+    "fp16 by the run": {"fp16": {"enabled": "auto", "loss_scale": 0, "hysteresis": 2}},
+}
+
+
+@pytest.mark.parametrize("values", SWITCHED_OFF.values(), ids=SWITCHED_OFF)
+def test_what_is_switched_off_passes_and_does_not_reach_deepspeed(run, values):
+    resolved = resolve_deepspeed(run({**values}), 2, on_cpu=True)
+    left_out = set(REFUSED) | set(ZERO_REFUSED) | {"stage3_gather_16bit_weights_on_model_save", "fp16"}
+    assert not left_out & {*resolved, *resolved["zero_optimization"]}
+    assert zero_plan(resolved).offload_param is False
+
+
+SWITCHED_ON = {
+    "quantized weights": (
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+        "zero_quantized_weights",
+    ),
+    "hpZ over zero ranks": (
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}},
+        "zero_hpz_partition_size",
+    ),
+    "granularity": (
+        {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 3000}},
+        "stage3_module_granularity_threshold is not supported: it regroups the modules",
+    ),
+    "ZenFlow": ({"zero_optimization": {"stage": 3, "zenflow": {"topk_ratio": 0.1}}}, "ZenFlow takes neither experts"),
+    "SuperOffload": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+        "SuperOffload takes neither experts",
+    ),
+    "prescaling, as a number": ({"prescale_gradients": 0}, "prescale_gradients is not supported"),
+    "predivision": ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor is not supported"),
+    "sum of gradients": ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is not supported"),
+    "scheduler": ({"scheduler": {"type": "WarmupLR"}}, "scheduler is not supported"),
+    "partitioned activations": (
+        {"activation_checkpointing": {"partition_activations": True}},
+        "activation_checkpointing is not supported",
+    ),
+    "the gradient norm": ({"zero_optimization": {"stage": 3, "compute_grad_norm": False}}, "compute_grad_norm"),
+}
+
+
+@pytest.mark.parametrize("values, expected", SWITCHED_ON.values(), ids=SWITCHED_ON)
+def test_what_is_switched_on_is_refused_still(run, values, expected):
+    assert expected in complaint(run(values))
+
+
+def test_all_complaints_are_said_at_once(run):
+    values = {"scheduler": {"type": "WarmupLR"}, "amp": {"enabled": True}, "train_batch_size": 7}
+    with pytest.raises(UserError) as raised:
+        resolve_deepspeed(run(values), 2, on_cpu=True)
+    lines = str(raised.value).splitlines()
+    assert [line.split(": ")[1].split(" is ")[0] for line in lines] == ["scheduler", "amp", "train_batch_size"]
+
+
 def test_fp16_switched_off_is_fine(run):
     assert "fp16" not in resolve_deepspeed(run({"fp16": {"enabled": False}}), 2, on_cpu=True)
 
