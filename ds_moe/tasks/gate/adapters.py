@@ -1,6 +1,6 @@
-"""LoRA adapters as PEFT writes them: found, read, and refused where a sum of low-rank updates would not be the adapter.
+"""Finds and reads LoRA adapters that PEFT has written, and refuses those that are more than low-rank updates.
 
-Shapes: r rank of an adapter in a layer; `in` and `out` are the layer's own.
+Shapes: r is the rank of an adapter in a layer; `in` and `out` are the sizes of the layer.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ KEY = "base_model.model.{module}.lora_{side}.weight"
 _PEFT_NAME = "default"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
-# What may differ from PEFT's default: it says where the updates are, how large they are, or how they were trained.
-# A key that is not named here is refused: it changes the maths (DoRA, a bias, trained embeddings, ...) or is unknown.
+# Keys that may differ from PEFT's default, because they say where the updates are, how large, or how they were trained.
+# Any other key is refused: it changes what is computed (DoRA, a bias, trained embeddings, ...) or is unknown.
 _PLAIN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 _PLAIN |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 _PLAIN |= {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 _PLAIN |= {"inference_mode", "lora_dropout", "init_lora_weights", "megatron_core"}
-_PLAIN |= {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}  # of the initialisation only
-# Initialisations that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) rewrite its weights.
+_PLAIN |= {"eva_config", "corda_config", "lora_ga_config", "loftq_config"}  # these concern the initialisation only
+# Initialisations that do not change the base; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) rewrite its weights.
 _PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -53,7 +53,7 @@ class Adapter:
 
     @property
     def modules(self) -> list[str]:
-        """Paths of the layers that it updates, in the order of the file."""
+        """The module paths of the layers that it updates, in the order of the file."""
         found = (_KEY.fullmatch(key) for key in self.tensors)
         return [match["module"] for match in found if match and match["side"] == "A"]
 
@@ -72,10 +72,11 @@ class Update:
 
 
 def find_adapters(explicit: dict[str, str], folder: str | None) -> dict[str, Path]:
-    """Folders by name: the explicit ones, then each direct subfolder of `folder` with an adapter_config.json, sorted.
+    """The adapters' folders by name: the explicit ones, then the subfolders of `folder` that hold one, sorted.
 
     Raises:
-        UserError: fewer than two, a name given twice or one that is no folder's name, a folder that is no adapter.
+        UserError: fewer than two adapters, a name that is given twice or cannot name a folder, or a folder that holds
+            no adapter.
     """
     found = {name: Path(path) for name, path in explicit.items()}
     for name in found:
@@ -115,16 +116,16 @@ def _check_files(name: str, path: Path) -> None:
 
 
 def read_adapter(name: str, path: Path) -> Adapter:
-    """Read one folder, on the CPU, in the precision of its file.
+    """Read one folder, to the CPU, in the precision of its file.
 
     Raises:
-        UserError: a file that is missing or unreadable, another method than plain LoRA on linear layers.
+        UserError: a file is missing or unreadable, or the adapter is not plain LoRA on linear layers.
     """
     _check_files(name, path)
     config = _read_config(path / CONFIG)
     file = path / WEIGHTS
     try:
-        tensors = load(file.read_bytes())  # no map of a file that may be written again while we run
+        tensors = load(file.read_bytes())  # not mapped, because somebody may overwrite the file during the run
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); save the adapter again") from error
     adapter = Adapter(name, path, config, tensors)
@@ -141,15 +142,15 @@ def _read_config(file: Path) -> peft.LoraConfig:
     if kind != "LORA":
         raise UserError(f"{file}: peft_type is {shown(kind)}; a gate mixes adapters of type 'LORA' only")
     _check_values(file, values)
-    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}  # of the others `_check_values` saw no use
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}  # `_check_values` has found the others empty
     try:
         return peft.LoraConfig(**{key: value for key, value in values.items() if key in known})
-    except Exception as error:  # PEFT looks into values before it looks at their types
+    except Exception as error:  # PEFT uses values before it checks their types, so it may raise anything
         raise UserError(f"{file}: PEFT {peft.__version__} refuses it ({_reason(error)})") from error
 
 
 def _check_values(file: Path, values: dict[str, Any]) -> None:
-    # An empty value switches a feature off whatever its default is: no need to know every type of PEFT's fields.
+    # An empty value switches a feature off, whatever its type and its default.
     defaults = {field.name: field.default for field in dataclasses.fields(peft.LoraConfig)}
     for key, value in values.items():
         if key not in _PLAIN and value and value != defaults.get(key, False):
@@ -186,7 +187,7 @@ def _check_tensors(adapter: Adapter) -> None:
 
 
 def updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
-    """What the adapter adds to each nn.Linear of `model` that it targets, by module path; rank and scaling are PEFT's.
+    """The update of each nn.Linear of `model` that the adapter targets, by module path. PEFT finds rank and scaling.
 
     Raises:
         UserError: the adapter does not fit the model, or updates its vision tower.
@@ -199,9 +200,10 @@ def updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
         if type(module) is nn.Linear:
             _place(skeleton, name, nn.Linear(module.in_features, module.out_features, device="meta"))
     try:
-        with torch.device("meta"):  # a rank in a file may be anything: nothing of that size is ever allocated
+        # On meta, because a config may claim any rank, and nothing of that size should be allocated.
+        with torch.device("meta"):
             peft.inject_adapter_in_model(copy.deepcopy(adapter.config), skeleton, _PEFT_NAME)
-    except Exception as error:  # values of another type than PEFT expects, a broken regex
+    except Exception as error:  # the config may hold values of another type than PEFT expects, or a broken regex
         raise UserError(f"adapter {adapter.path}: PEFT cannot place it in this model ({_reason(error)})") from error
     made = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
     if differ := sorted(made.keys() ^ set(adapter.modules)):

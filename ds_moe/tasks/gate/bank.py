@@ -4,10 +4,10 @@ A layer stacks the adapters' matrices: with A (R, in) and B (out, R), R the sum 
 
     y = W x + B ((g[owner] * scale) * (A x))        owner_R: whose row it is, scale_R: that adapter's scaling
 
-which is two products however many adapters there are, of ranks as they come, and keeps for the backward pass of g only
-A x: R numbers a token, where a stack of the adapters' outputs keeps K * out.
+which takes two products for any number of adapters of any ranks. For the gradient of g it keeps only A x: R numbers a
+token, where a stack of the adapters' outputs would keep K * out.
 
-Shapes, besides the legend of ds_moe/moe/decision.py: K adapters, L layers of the model (all of them), R as above.
+Shapes, besides the legend of ds_moe/moe/decision.py: K adapters, L all layers of the model, R as above.
 """
 
 from __future__ import annotations
@@ -35,30 +35,31 @@ Values = Callable[[nn.Parameter], Tensor]
 
 @dataclass
 class Gates:
-    """The weights that all banked layers of one model read.
+    """The weights of the adapters, which all banked layers of one model read.
 
-    Set before a forward, they stay until the next: non-reentrant gradient checkpointing reads them again in backward.
+    They are set before a forward and stay until the next one, because gradient checkpointing reads them again in
+    backward.
     """
 
-    weights: Tensor | None = None  # fp32 (B, K), (B, L, K) or (B, S, K) as `per` says, may need grad; None: the base
+    weights: Tensor | None = None  # fp32 (B, K), (B, L, K) or (B, S, K), see `per`; may need grad; None: base alone
     per: Literal["example", "layer", "token"] = "example"
 
     def at(self, layer: int) -> Tensor | None:
-        """(B, 1 or S, K) weights of one layer of the model, None for the base."""
+        """(B, 1 or S, K) weights for one layer of the model; None: the base without adapters."""
         if self.weights is None or self.per == "token":
             return self.weights
         return (self.weights if self.per == "example" else self.weights[:, layer]).unsqueeze(1)
 
 
 class BankedLinear(nn.Linear):
-    """An nn.Linear, with its own Parameter objects, and the stacked updates of all adapters that target it.
+    """Takes over the parameters of an nn.Linear and adds the stacked updates of all adapters that target it.
 
-    The updates are kept in the precision of the weight. An adapter's lora_dropout is not applied.
+    The updates have the precision of the weight. An adapter's lora_dropout is not applied.
     """
 
     lora_A: nn.Parameter  # (R, in)
     lora_B: nn.Parameter  # (out, R)
-    owner_R: Tensor  # int64 adapter of each row of lora_A; an adapter that leaves this layer alone owns none
+    owner_R: Tensor  # int64 adapter of each row of lora_A; an adapter that does not update this layer owns none
     scale_R: Tensor  # fp32
 
     def __init__(self, linear: nn.Linear, parts: dict[int, Update], layer_index: int, gates: Gates) -> None:
@@ -70,7 +71,7 @@ class BankedLinear(nn.Linear):
         lora_B = torch.cat([part.B for part in parts.values()], dim=1).to(device, dtype)
         self.lora_A = nn.Parameter(lora_A, requires_grad=False)
         self.lora_B = nn.Parameter(lora_B, requires_grad=False)
-        if device.type == "meta":  # of a model without storage its adapters can still be written
+        if device.type == "meta":  # the adapters of a model without storage can still be written
             device = torch.device("cpu")
         ranks = torch.tensor([len(part.A) for part in parts.values()])
         scales = torch.tensor([part.scale for part in parts.values()])
@@ -79,7 +80,7 @@ class BankedLinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, S, in) or (B, in) to (B, S, out) or (B, out), in the dtype of x."""
+        """(B, S, in) or (B, in) to (B, S, out) or (B, out), in the dtype of x."""
         g_BSK = self.gates.at(self.layer_index)
         if g_BSK is None:
             return super().forward(x)
@@ -87,8 +88,9 @@ class BankedLinear(nn.Linear):
         h_BSR = F.linear(rows, self.lora_A).view(len(x), -1, len(self.owner_R))
         g_BSR = g_BSK.float().index_select(-1, self.owner_R) * self.scale_R
         h_BSR = h_BSR * g_BSR.to(h_BSR.dtype)
-        # In place, which no backward notices (a product does not keep its result): no second (B, S, out) is made.
-        # Of two dimensions, because in-place on a view, which the product of three would be, copies the gradient.
+        # Adding in place makes no second (B, S, out), and is safe because a product does not keep its result for
+        # backward. The rows have two dimensions: in three, the product would be a view, and autograd copies the
+        # gradient of a view that is changed in place.
         y = super().forward(rows)
         y.addmm_(h_BSR.flatten(0, 1), self.lora_B.to(y.dtype).T)
         return y.view(*x.shape[:-1], self.out_features)
@@ -96,15 +98,16 @@ class BankedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BankedLinear:
         scale_R = self.scale_R
         super()._apply(fn, recurse)
-        self.scale_R = scale_R.to(self.scale_R.device)  # .bfloat16() of a model would round it
+        self.scale_R = scale_R.to(self.scale_R.device)  # undo the rounding of a model's .bfloat16()
         return self
 
 
 @dataclass
 class Bank:
-    """The adapters of a model and where they are in it. The parameters belong to the model's BankedLinear modules.
+    """The adapters of a model, whose parameters are those of the model's BankedLinear modules.
 
-    `values` turns such a parameter into its whole value, where an engine has sharded it or holds a better one (fp32).
+    Methods that write adapters take `values`, which turns a parameter into its full value: an engine may have sharded
+    the parameter, or may hold it in fp32.
     """
 
     adapters: list[Adapter]  # as they were read
@@ -125,10 +128,10 @@ class Bank:
             parameter.requires_grad_(flag)
 
     def export(self, out: Path, values: Values = Tensor.detach) -> None:
-        """Write each adapter as a PEFT folder out/<name>, an untrained tensor with the bits of the file it came from.
+        """Write each adapter as a PEFT folder out/<name>. An untrained tensor keeps the bits of its original file.
 
         Raises:
-            UserError: such a folder is there and not empty.
+            UserError: such a folder exists and is not empty.
         """
         folders = [_empty(out / name) for name in self.names]
         tensors: list[dict[str, Tensor]] = [{} for _ in folders]
@@ -139,7 +142,7 @@ class Bank:
                 if mine_R.any():
                     mine = zip("AB", (A_RI[mine_R], B_OR[:, mine_R]), adapter.pair(module), strict=True)
                     for side, value, original in mine:
-                        # Compared as the model holds it: what was only rounded to bf16 was not trained.
+                        # Compare in the model's dtype: a tensor that was only rounded to bf16 was not trained.
                         same = torch.equal(value.to(layer.lora_A.dtype), original.to(layer.lora_A.dtype))
                         tensors[index][KEY.format(module=module, side=side)] = original if same else value.contiguous()
         for folder, adapter, written in zip(folders, self.adapters, tensors, strict=True):
@@ -148,10 +151,10 @@ class Bank:
             save_file(written, folder / WEIGHTS, metadata={"format": "pt"})
 
     def merged(self, weights_K: Tensor, out: Path, values: Values = Tensor.detach) -> None:
-        """Write one PEFT folder that adds what gates of the constant `weights_K` add; fp32, ranks R, scaling 1.
+        """Write one PEFT folder that adds what the adapters add at constant weights (K,): fp32, of rank R, scaling 1.
 
         Raises:
-            UserError: the folder is there and not empty.
+            UserError: the folder exists and is not empty.
         """
         _empty(out).mkdir(parents=True, exist_ok=True)
         tensors, ranks = {}, {}
@@ -170,7 +173,7 @@ class Bank:
         save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
 
     def _stacks(self, values: Values) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-        """Each layer's A (R, in) and B (out, R) on the CPU. A sharded parameter does not know its shape."""
+        """Each layer's A (R, in) and B (out, R), on the CPU, in the shapes that sharded parameters have lost."""
         for module, layer in self.layers.items():
             R = len(layer.owner_R)
             A_RI = values(layer.lora_A).cpu().reshape(R, layer.in_features)
@@ -185,10 +188,10 @@ def _empty(folder: Path) -> Path:
 
 
 def install(model: nn.Module, adapters: list[Adapter]) -> Bank:
-    """Replace, in place, every nn.Linear that an adapter targets. The gates are off, the adapters frozen.
+    """Replace, in place, every nn.Linear that an adapter targets. The adapters are frozen and have no weights yet.
 
     Raises:
-        UserError: an adapter that does not fit the model, or updates its vision tower. The model is as it was.
+        UserError: an adapter that does not fit the model, or updates its vision tower. The model then is unchanged.
     """
     plans = [updates(adapter, model) for adapter in adapters]
     bank = Bank(adapters, {}, Gates())

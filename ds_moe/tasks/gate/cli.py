@@ -1,4 +1,4 @@
-"""`ds-moe gate train | eval | predict | export | freeze`: its options; heavy imports wait for the command."""
+"""The options of `ds-moe gate train | eval | predict | export | freeze`. A command imports what it needs at run time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def add_gate(
     add_training_options: Callable[[argparse.ArgumentParser], None],
     train: Command,
 ) -> None:
-    """Add the group of commands to those of `ds-moe`; `train` and its options are those of `ds-moe train`."""
+    """Add this group of commands to `ds-moe`. `train` and its options are those of `ds-moe train`."""
     group = commands.add_parser("gate", help="a learned gate over LoRA adapters: train, eval, predict, export, freeze")
     parts = group.add_subparsers(required=True, metavar="WHAT")
 

@@ -1,4 +1,4 @@
-"""What `ds-moe gate` does beside training: evaluate, predict, export, freeze. One process, no DeepSpeed."""
+"""What the commands of `ds-moe gate` do, except for training. Each is one process without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ds_moe.tasks.gate.scores import RoutingScores, as_json, check_not_constant,
 from ds_moe.tasks.gate.serving import Route, write_manifest
 from ds_moe.tasks.gate.task import pictures
 
-BASELINE_RECORDS = 4000  # of data.train, at most, that the baselines learn from
+BASELINE_RECORDS = 4000  # the baselines learn from at most so many records of data.train
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Gated:
         return self.model.adapter_bank.names
 
     def survey(self, path: str, record_kind: RecordKind, limit: int | None = None) -> Survey:
-        """What the gate decides for the records of a data file."""
+        """Ask the gate about the records of a data file."""
         data = self.config.data.model_copy(update={"eval": path, "on_bad_record": "stop"})
         records = EvalSet(
             self.config.model_copy(update={"data": data}), self.processor, rank=0, world_size=1, record_kind=record_kind
@@ -54,14 +54,14 @@ class Gated:
 
 
 def load_gated(path: str, overrides: list[str], source: str | None) -> Gated:
-    """The model of a run file with the gate at `source` (default: the newest checkpoint of the run's output folder)."""
+    """Load a run's model with the gate at `source` (default: the newest checkpoint in the run's output folder)."""
     config = load_run(path, overrides)
     if other := other_task(config, "gate"):
         raise UserError(f"{config.at('task')}: task is {other}; ds-moe gate is about runs of task gate")
     saved = read_gate(Path(source or config.train.output_dir))
     if saved.reader is not None:
         check_base(saved.path, config)
-    disable_progress_bar()  # of loading: the answer is on standard output
+    disable_progress_bar()  # transformers shows one while it loads; standard output is for the command's results
     on_cpu = trains_on_cpu()
     dtype = torch.bfloat16 if precision(config, on_cpu) == "bf16" else torch.float32
     model = install_gate(load_model(config.model, dtype, config.train.seed), config.gate)
@@ -71,11 +71,12 @@ def load_gated(path: str, overrides: list[str], source: str | None) -> Gated:
 
 
 def evaluate_gate(path: str, overrides: list[str], source: str | None, json_file: str | None) -> RoutingScores:
-    """Print how well the gate of a run routes data.eval, against baselines on the same features; write figures to the
-    run's TensorBoard folder and, if asked, everything to a JSON file.
+    """Print how well a run's gate routes data.eval, beside baselines on the same features.
+
+    Pictures go to the run's TensorBoard folder, and all figures to `json_file` if it is given.
 
     Raises:
-        UserError: a gate that predicts one adapter for everything, after the table has been printed.
+        UserError: data.eval is not set, or the gate predicts one adapter for everything (after the table is printed).
     """
     gated = load_gated(path, overrides, source)
     if gated.config.data.eval is None:
@@ -112,7 +113,7 @@ def _routes(gated: Gated, requests: str) -> list[Route]:
 
 
 def predict(path: str, overrides: list[str], source: str | None, requests: str) -> None:
-    """Print one JSON line a request: where it stands, the adapter, and how probable the gate finds it."""
+    """Print one JSON line for each request: its file and line, the adapter, and the probability the gate gives it."""
     for route in _routes(load_gated(path, overrides, source), requests):
         print(
             json.dumps({"request": route.where, "adapter": route.adapter, "probability": round(route.probability, 4)})
@@ -120,7 +121,7 @@ def predict(path: str, overrides: list[str], source: str | None, requests: str) 
 
 
 def export(source: Path, out: Path, requests: str | None) -> None:
-    """Write router and adapters of a run as a folder, and with `requests` manifest.json: their top-1 routing."""
+    """Write a run's gate and adapters as a folder, and with `requests` also manifest.json, which routes these."""
     saved = export_gate(source, out)
     print(f"{out}: a gate over {', '.join(saved.adapters)}, with its router and their PEFT folders")
     if requests is not None:

@@ -1,4 +1,4 @@
-"""What a gate decides for every record of a held-out set, as it would serve it: from the prompt alone."""
+"""Asks a gate about every record of a held-out set, from the prompt alone, as it would be asked in serving."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ds_moe.tasks.gate.scores import RoutingScores, routing_scores
 
 @dataclass
 class Survey:
-    """N records of all ranks; `labels_N` is NO_LOSS where a record names no adapter."""
+    """What the gate has decided for the N records of all ranks."""
 
     names: list[str]  # of the K adapters
     probabilities_NK: np.ndarray
-    labels_N: np.ndarray
+    labels_N: np.ndarray  # int64; NO_LOSS if a record names no adapter
     text_ND: np.ndarray  # the features that the gate saw
     vision_ND: np.ndarray
     where: list[str]  # file:line
-    loss: float = float("nan")  # mean cross entropy of the labelled ones
+    loss: float = float("nan")  # mean cross entropy of the labelled records
     accuracy: dict[str, float] = field(default_factory=dict)  # by kind of record, and "mean"
     samples: list[ShownSample] = field(default_factory=list)  # of this rank
 
@@ -37,7 +37,7 @@ class Survey:
         return self.labels_N != NO_LOSS
 
     def scores(self, train_labels: np.ndarray | None = None) -> RoutingScores | None:
-        """None where no record names an adapter."""
+        """The scores over the labelled records; None if there is none."""
         if not self.labelled.any():
             return None
         return routing_scores(
@@ -76,16 +76,16 @@ def survey(
     shown: int = 0,
     each_batch: Callable[[], None] = lambda: None,
 ) -> Survey:
-    """Ask the gate about all records, on all ranks together (collective where there are several).
+    """Ask the gate about all records; if there are several ranks, each asks about a share of them (collective).
 
     Args:
-        model: gated, or the engine around one.
-        limit: records to use, over all ranks; None: all.
-        shown: how many samples to return, with the adapter asked for and the predicted one.
+        model: a gated model, or the engine around one.
+        limit: the number of records to use, over all ranks; None: all.
+        shown: how many samples to return, with the right and the predicted adapter.
         each_batch: called before every batch.
 
     Raises:
-        UserError: on every rank, when any of them met a bad record.
+        UserError: on every rank, if any rank met a bad record.
     """
     inner, was_training = getattr(model, "module", model), model.training
     model.eval()
@@ -139,7 +139,7 @@ def _accuracy(found: Survey, kinds: list[str | None]) -> dict[str, float]:
 
 
 def per_sample(logits: Tensor, mask_BS: Tensor | None) -> Tensor:
-    """(B, K) mean probabilities of each sample, over its layers, or over the tokens of the mask."""
+    """(B, K) probabilities of each sample, averaged over layers, or over the tokens of the mask."""
     probabilities = logits.float().softmax(-1)
     if probabilities.dim() == 2:
         return probabilities

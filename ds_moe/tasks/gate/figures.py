@@ -1,7 +1,7 @@
-"""Pictures of a gate: its confusion matrix, and how sure it is.
+"""Pictures of a gate: its confusion matrix, and how certain it is.
 
-matplotlib's Agg canvas without pyplot, as in `monitor/heatmap.py`: no global state, nothing to close. Blue (right) and
-orange (wrong) stay apart under every common colour blindness.
+As in `monitor/heatmap.py`, they are drawn on matplotlib's Agg canvas without pyplot, so that there is no global state
+and nothing to close. People with any common colour blindness can tell blue (right) and orange (wrong) apart.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ds_moe.tasks.gate.scores import RoutingScores, check_probabilities
 
 CHOSEN, OTHERS = "#0072B2", "#BBBBBB"  # Okabe & Ito's blue, and grey
 BINS = 20
-_NAME_LENGTH = 22  # letters of an adapter's name; the middle of a longer one is left out
-_LETTER = 0.085  # inches, width of a letter of the names
+_NAME_LENGTH = 22  # letters of an adapter's name that are shown; a longer name loses its middle
+_LETTER = 0.085  # width of a letter of the names, in inches
 
 
 def confusion_figure(scores: RoutingScores) -> np.ndarray:
-    """Requests by the adapter they ask for (rows) and the predicted one, as uint8 (height, width, 3).
+    """Draw the confusion matrix (rows: the right adapter, columns: the predicted one) as uint8 (height, width, 3).
 
-    A cell's colour is its share of the row, so that the diagonal shows recall whatever the support.
+    A cell's colour is its share of the row, so that the diagonal shows recall, however many requests a row has.
     """
     names = [_short(name) for name in scores.names]
     cell = float(np.clip(11 / len(names), 0.5, 0.9 if len(names) > 2 else 1.2))  # inches
@@ -45,7 +45,7 @@ def confusion_figure(scores: RoutingScores) -> np.ndarray:
     for (row, column), count in np.ndenumerate(scores.confusion_KK):
         style = {"color": _ink_on(colors_KKC[row, column]) if count else "#A8A8A8", "ha": "center", "va": "center"}
         style |= {"weight": "bold" if row == column and count else "normal"}
-        size = min(12.0, 100 * cell / max(5, len(f"{count:,}")))  # points; the number fits into the cell
+        size = min(12.0, 100 * cell / max(5, len(f"{count:,}")))  # in points, so that the number fits into the cell
         axes.text(column + 0.5, row + 0.5, f"{count:,}", fontsize=size, **style)
     _name_cells(axes, names, steep)
     recalls = [f"{recall:.0%}" if n else "-" for recall, n in zip(scores.recall_K, scores.support_K, strict=True)]
@@ -72,10 +72,10 @@ def _name_cells(axes: Axes, names: list[str], steep: bool) -> None:
 
 
 def gate_histogram(probabilities_NK: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """How probable the gate finds each adapter, a panel each, as uint8 (height, width, 3); requests on a log scale.
+    """Draw how probable the gate finds each adapter, as uint8 (height, width, 3): a histogram for each adapter.
 
-    Blue are the requests that are routed to the adapter. A gate that knows heaps up at 0 and 1, one that does not at
-    1 / K (dotted). Raises ValueError as `routing_scores` does.
+    Requests are on a log scale, and those routed to the adapter are blue. The probabilities of a certain gate are near
+    0 and 1, those of an uncertain one near 1 / K (dotted). Raises ValueError as `routing_scores` does.
     """
     probabilities_NK = check_probabilities(probabilities_NK, names)
     total, adapters = probabilities_NK.shape
@@ -106,7 +106,7 @@ def gate_histogram(probabilities_NK: np.ndarray, names: Sequence[str]) -> np.nda
 
 def _finish(axes: Axes, total: int, labelled: bool) -> None:
     axes.set_yscale("log")
-    axes.set_ylim(0.6, 1.6 * total)  # a single request is a visible bar
+    axes.set_ylim(0.6, 1.6 * total)  # so that a single request is visible
     axes.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlim(0, 1)
@@ -119,7 +119,7 @@ def _finish(axes: Axes, total: int, labelled: bool) -> None:
 
 
 def _ink_on(color: np.ndarray) -> str:
-    """White or dark text, whichever stands out: by relative luminance as in WCAG 2.1, which weighs linear light."""
+    """White or dark, whichever is easier to read on this color, by relative luminance as defined in WCAG 2.1."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
     return "white" if float(np.dot(linear, (0.2126, 0.7152, 0.0722))) < 0.3 else INK
 

@@ -1,7 +1,7 @@
-"""A gate in files: read from a checkpoint or an exported folder, exported, frozen into one adapter.
+"""Reads gates from checkpoints and exported folders, exports them, and freezes one into a single adapter.
 
 An exported gate is gate.json (adapters, settings, what it reads), router.safetensors, and adapters/<name>/, each a
-plain PEFT folder. The base model is never loaded to write one.
+plain PEFT folder. Writing one does not load the base model.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ from ds_moe.weights.files import write_tensors
 
 FORMAT = 1
 READS = ("text", "text_layer", "vision", "modalities", "per", "select", "top_k", "temperature")
-MUST_AGREE = READS[:5]  # the others may change from stage to stage
+MUST_AGREE = READS[:5]  # the other settings may change from stage to stage
 GATE, ROUTER_FILE = "gate.json", "router.safetensors"
 Reads = dict[str, str | int | None]  # key of the `gate` section -> its value
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedGate:
-    """What a folder holds of a gate."""
+    """A gate as read from a folder."""
 
     path: Path
     adapters: list[str]  # names, in the order of the router's outputs
     router: dict[str, Tensor]
-    reads: Reads  # what it looks at and how, by the keys READS of the run's `gate` section
-    reader: Reader | None = None  # of a checkpoint, which may hold trained adapters
+    reads: Reads  # the keys READS of the run's `gate` section: what the gate looks at, and how
+    reader: Reader | None = None  # reads the checkpoint, which may hold trained adapters; None: an exported gate
 
     def trained(self, name: str) -> Tensor | None:
-        """A bank's parameter by its name in the model; None where the adapters stayed as they were read."""
+        """The trained value of a bank's parameter, by its name in the model; None if it was not trained."""
         key = f"weight/{name}"
         return self.reader.read(key) if self.reader is not None and key in self.reader.tensors else None
 
 
 def read_gate(source: Path) -> SavedGate:
-    """The gate of an exported folder, a checkpoint, or a run.
+    """Read the gate of an exported folder, a checkpoint, or a run (its newest checkpoint).
 
     Raises:
-        UserError: none of these, or of another task.
+        UserError: the folder is none of these, or belongs to a run of another task.
     """
     if (source / GATE).is_file():
         return _read_exported(source)
@@ -71,7 +71,7 @@ def read_gate(source: Path) -> SavedGate:
 
 
 def _base_of(path: Path) -> dict[str, Any]:
-    """What a checkpoint of a gate was trained upon, see `base_identity`."""
+    """The base on which a checkpoint's gate was trained, see `base_identity`."""
     base = json.loads((path / STATE).read_text()).get("base")
     if (
         not isinstance(base, dict)
@@ -99,10 +99,10 @@ def _read_exported(folder: Path) -> SavedGate:
 
 
 def load_gate(model: GatedModel, saved: SavedGate) -> None:
-    """Fill the router of a gated model, and its adapters where they were trained.
+    """Load a saved gate into a gated model, with the adapters that were trained.
 
     Raises:
-        UserError: a gate over other adapters, of another size, or made for other features.
+        UserError: the saved gate is for other adapters, of another size, or for other features.
     """
     names = model.adapter_bank.names
     if saved.adapters != names:
@@ -125,10 +125,10 @@ def load_gate(model: GatedModel, saved: SavedGate) -> None:
 
 
 def start_gate(model: GatedModel, config: GateConfig) -> None:
-    """Begin a stage where `gate.start` ended, and keep its gate as the reference where the stage is held near it.
+    """Begin a stage with the gate of `gate.start`; with `gate.kl_weight`, also keep that gate as the reference.
 
     Raises:
-        UserError: as `load_gate`, or trained adapters that this stage would not keep.
+        UserError: as `load_gate`, or `gate.start` has trained adapters that this stage would not save.
     """
     if config.start is None:
         return
@@ -153,7 +153,7 @@ def _bank_parameters(bank: Bank) -> dict[str, nn.Parameter]:
 
 
 def _bank_of(saved: SavedGate, config: RunConfig) -> tuple[GatedModel, Callable[[nn.Parameter], Tensor]]:
-    """The gated model without storage, and the values of its bank."""
+    """The gated model without storage, and a function that gives the values of its bank's parameters."""
     outline = install_gate(skeleton(model_config(config.model)), config.gate)
     bank = outline.adapter_bank
     values: dict[int, Tensor] = {}
@@ -174,7 +174,7 @@ def _run_of(path: Path) -> RunConfig:
 
 
 def check_base(path: Path, config: RunConfig) -> None:
-    """Raise UserError if model or adapters have changed since the checkpoint at `path` was trained upon them."""
+    """Raise UserError if model or adapters have changed since the checkpoint at `path` was trained on them."""
     then, now = _base_of(path), base_identity(config, adapter_files(config.gate))
     changed = [name for name, files in now["adapters"].items() if then["adapters"].get(name) != files]
     if then != now:
@@ -186,7 +186,7 @@ def export_gate(source: Path, out: Path) -> SavedGate:
     """Write the gate of a checkpoint, or of a run's newest one, as a folder.
 
     Raises:
-        UserError: a folder in the way, or no checkpoint of a gate.
+        UserError: `out` is not empty, or `source` holds no checkpoint of a gate.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another folder or remove it")
@@ -206,10 +206,13 @@ def export_gate(source: Path, out: Path) -> SavedGate:
 
 
 def freeze_gate(source: Path, out: Path, weights: dict[str, float]) -> None:
-    """Write one PEFT adapter that adds what the gate's adapters add at constant weights; unnamed ones have weight 0.
+    """Write one PEFT adapter that adds what the gate's adapters add at constant weights.
+
+    Args:
+        weights: by adapter; adapters without one have weight 0.
 
     Raises:
-        UserError: an unknown name, no weight at all, a folder in the way, or no checkpoint of a gate.
+        UserError: an unknown adapter, no weight at all, `out` is not empty, or `source` holds no checkpoint of a gate.
     """
     saved = read_gate(source)
     if saved.reader is None:

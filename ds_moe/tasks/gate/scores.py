@@ -1,6 +1,6 @@
-"""How well a gate routes: accuracy, confusion, calibration, and the baselines it has to beat.
+"""How well a gate routes: accuracy, confusion, calibration, and baselines that it must beat.
 
-scikit-learn is imported where it is used. Shapes: N requests, K adapters, D features, M bins of confidence.
+Functions import scikit-learn when they need it. Shapes: N requests, K adapters, D features, M bins of confidence.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ds_moe.errors import UserError
 
 ECE_BINS = 15
 ZERO_DIVISION = 0.0  # precision of an adapter that is never predicted, recall of one that is never asked for
-_SUM_TOLERANCE = 1e-3  # of a row of probabilities: a softmax in half precision misses 1 by about this much
-_WEIGHT_DECAY = 5.0  # of the probe; without it columns of noise make a weak baseline, which flatters the gate
+_SUM_TOLERANCE = 1e-3  # of the sum of a row of probabilities; a softmax in half precision misses 1 by about so much
+_WEIGHT_DECAY = 5.0  # of the probe; without it columns of noise weaken the baseline, which flatters the gate
 _NOISE = 1e-5  # a feature whose spread is below this share of its size is a constant with rounding noise
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingScores:
-    """One evaluation of a gate; `routing_scores` makes it. Shares are between 0 and 1."""
+    """The result of one evaluation of a gate, made by `routing_scores`. Shares are between 0 and 1."""
 
     names: tuple[str, ...]  # of the K adapters
     total: int  # requests
@@ -33,14 +33,14 @@ class RoutingScores:
     predicted_K: np.ndarray  # share of the requests routed to each adapter
     precision_K: np.ndarray
     recall_K: np.ndarray
-    majority: str  # the most frequent adapter of the training labels, of the evaluated ones where none are given
+    majority: str  # the most frequent adapter of the training labels, or without them of the evaluated labels
     majority_accuracy: float  # share of the evaluated requests that ask for it
     ece: float  # see `calibration_error`
-    entropy: float  # of the gate in nats, mean over requests; log(K): it knows nothing
-    constant: str | None  # the one adapter predicted for all of at least 2 requests that ask for several; else None
+    entropy: float  # of the gate, in nats, mean over requests; log(K) if the gate has learned nothing
+    constant: str | None  # the one adapter that is predicted for all requests, if they ask for several; else None
 
     def confusion_pairs(self) -> dict[str, int]:
-        """{"true->predicted": requests}, right ones included; pairs that do not occur are left out."""
+        """{"true->predicted": requests}, including right predictions; pairs that do not occur are left out."""
         pairs = np.argwhere(self.confusion_KK)
         return {
             f"{self.names[true]}->{self.names[found]}": int(self.confusion_KK[true, found]) for true, found in pairs
@@ -50,9 +50,9 @@ class RoutingScores:
 def routing_scores(
     probabilities_NK: np.ndarray, labels_N: np.ndarray, names: Sequence[str], train_labels: np.ndarray | None = None
 ) -> RoutingScores:
-    """Scores of a gate that predicts the most probable adapter, the first one of equals.
+    """Score a gate that predicts the most probable adapter, or the first of equally probable ones.
 
-    Both kinds of labels are indices into `names`. Raises ValueError for inputs that do not belong together.
+    Labels and training labels are indices into `names`. Raises ValueError for inputs that do not fit together.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -141,10 +141,11 @@ def probe_accuracy(
     held_out_labels_N: np.ndarray,
     seed: int = 0,
 ) -> float:
-    """Share of the held-out requests that a small classifier gets right from these features alone.
+    """The share of held-out requests that a small classifier, trained on these features alone, gets right.
 
-    StandardScaler and one hidden layer of 64, the same for the same seed. Features that do not vary in training are
-    left out; where none does, it answers the majority class. Raises ValueError for inputs that do not fit together.
+    The classifier is a StandardScaler and one hidden layer of 64, reproducible by its seed. Features that do not vary
+    in training are left out; if none varies, the answer is the majority class. Raises ValueError for inputs that do not
+    fit together.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
@@ -168,7 +169,7 @@ def probe_accuracy(
 
 
 def check_probabilities(probabilities_NK: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """As float64; ValueError unless every row is a distribution over `names`, which must be told apart."""
+    """Convert to float64. Raises ValueError unless every row is a distribution over `names`, which must differ."""
     found_NK = np.asarray(probabilities_NK, np.float64)
     if len(set(names)) != len(names) or any(not name or "->" in name for name in names):
         raise ValueError(f"names {list(names)}: each must be different, not empty and without '->'")
@@ -190,7 +191,7 @@ def _check_labels(labels: np.ndarray, adapters: int, name: str) -> np.ndarray:
 
 
 def _aligned(rows: list[list[str]]) -> str:
-    """First column to the left, the others to the right, two spaces between them."""
+    """Align the first column to the left and the others to the right, with two spaces between columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(row).rstrip() for row in padded)

@@ -1,12 +1,12 @@
-"""Which adapter serves which request, as a JSON file for an inference engine.
+"""The routing manifest: a JSON file that tells an inference engine which adapter serves which request.
 
     {"format": 1,
      "adapters": [{"lora_name": "ocr", "lora_int_id": 1, "lora_path": "/runs/ocr"}],
      "requests": [{"request": "a.jsonl:7", "lora_name": "ocr", "lora_int_id": 1, "probability": 0.93}]}
 
-An entry of `adapters` is what vLLM's `LoRARequest(**entry)` takes, and `lora_name=lora_path` what its server takes
-after `--lora-modules`. vLLM counts ids from 1 (0 is the base model) and splits the server's form at "=" and ",", hence
-no such name here; a path with one of them needs the server's JSON form.
+vLLM's `LoRARequest(**entry)` takes an entry of `adapters`, and its server takes `lora_name=lora_path` after
+`--lora-modules`. vLLM counts ids from 1, because 0 is the base model. It splits the server's form at "=" and ",", so
+these are not allowed in names; a path that contains one needs the server's JSON form.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _REQUEST = {"request": str, "lora_name": str, "lora_int_id": int, "probability":
 class Route:
     """The gate's first choice for one request."""
 
-    where: str  # the request, as its data file names it
+    where: str  # the request: file:line
     adapter: str
     probability: float  # that the gate gives to `adapter`
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest as read; its fields are what `write_manifest` takes."""
+    """A manifest that was read. Its fields are the arguments of `write_manifest`."""
 
     routes: tuple[Route, ...]  # in the order of the requests
-    adapters: dict[str, Path]  # by name; the ids count from 1 in this order
+    adapters: dict[str, Path]  # folders by name; ids count from 1 in this order
 
 
 def write_manifest(path: Path, routes: Iterable[Route], adapters: dict[str, Path]) -> None:
-    """Write the manifest whole or not at all. Relative adapter folders are written as absolute ones.
+    """Write the manifest completely or not at all. Relative folders of adapters become absolute.
 
-    Raises UserError for what `read_manifest` would refuse; an existing file is then as it was.
+    Raises UserError for what `read_manifest` would refuse; an existing file then stays unchanged.
     """
     ids = {name: number for number, name in enumerate(adapters, 1)}
     requests = []
@@ -70,7 +70,7 @@ def write_manifest(path: Path, routes: Iterable[Route], adapters: dict[str, Path
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest in this file; raises UserError, naming the key, for one that cannot be served as it says."""
+    """Read a manifest. Raises UserError, naming the key, if an engine could not serve it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -81,7 +81,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _validated(values: object, file: str) -> Manifest:
-    """The manifest of these JSON values, or UserError."""
+    """Make a manifest of JSON values, or raise UserError."""
     if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:  # first: another format has other keys
         raise UserError(
             f"{file}: format={shown(values['format'])}, this version reads {FORMAT}: write the manifest again"
@@ -119,13 +119,13 @@ def _route(value: object, ids: dict[str, int], file: str, key: str) -> Route:
         raise UserError(f"{file}: {key}.lora_name={shown(name)} is none of the adapters {', '.join(ids)}")
     if number != ids[name]:
         raise UserError(f"{file}: {key}.lora_int_id={shown(number)}, but the id of {name!r} is {ids[name]}")
-    if not 0 <= probability <= 1:  # NaN neither
+    if not 0 <= probability <= 1:  # also refuses NaN
         raise UserError(f"{file}: {key}.probability={shown(probability)}: expected 0 to 1")
     return Route(entry["request"], name, float(probability))
 
 
 def _entry(value: object, kinds: dict[str, type], file: str, key: str) -> dict[str, Any]:
-    """`value`, an object with exactly these keys and kinds of values."""
+    """Check that `value` is an object with exactly these keys and kinds of values, and return it."""
     at, dot = f"{file}: {key}" if key else f"{file}: the manifest", f"{key}." if key else ""
     if not isinstance(value, dict):
         raise UserError(f"{at} is a {type(value).__name__}: expected an object with {', '.join(kinds)}")
