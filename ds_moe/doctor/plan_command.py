@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from ds_moe.config.run_file import load_run
 from ds_moe.doctor.plans import BUNDLED, Plan, Setting, outline_of, predicted, read_model, run_of
-from ds_moe.doctor.sweep import NODE, Outcome, as_json, described, recommended, sweep, sweep_table
+from ds_moe.doctor.sweep import NODE, Forecast, as_json, described, recommended, sweep, sweep_table
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import BUSY, GIB
 
@@ -71,7 +71,7 @@ def counts(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console: Console) -> Outcome:
+def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console: Console) -> Forecast:
     """Predict and print a single plan, or a run file."""
     plan = Plan(gpus, options.ep_size, options.zero, options.offload, options.lora)
     if options.config:
@@ -82,11 +82,11 @@ def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console
     if plan.gpus % plan.ep_size:
         raise UserError(f"--gpus {gpus}: EP {plan.ep_size} does not divide them")
     memory = predicted(config, outline_of(config, model), gpus)
-    outcome = Outcome(plan, memory, sum(memory.device.values()) <= BUSY * options.memory * GIB)
+    forecast = Forecast(plan, memory, sum(memory.device.values()) <= BUSY * options.memory * GIB)
     named = str(options.config) if options.config else described(plan)
     console.print(f"{options.model} on {gpus} GPUs of {options.memory:g} GiB, {named}; predicted:", highlight=False)
-    console.print(*memory.table(), "fits" if outcome.fits else "DOES NOT FIT", sep="\n", highlight=False)
-    return outcome
+    console.print(*memory.table(), "fits" if forecast.fits else "DOES NOT FIT", sep="\n", highlight=False)
+    return forecast
 
 
 def swept(options: argparse.Namespace, model: PretrainedConfig, gpus: list[int], console: Console) -> dict[str, object]:
@@ -97,15 +97,15 @@ def swept(options: argparse.Namespace, model: PretrainedConfig, gpus: list[int],
     found = sweep(options.model, model, settings, gpus, options.memory * GIB, options.lora or 16)
     shown = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
     plans: dict[int, list[dict[str, object]]] = {}
-    for count, outcomes in found.items():
-        console.print(sweep_table(count, outcomes, f"{options.model}, {shown}"))
-        best = recommended(outcomes)
+    for count, forecasts in found.items():
+        console.print(sweep_table(count, forecasts, f"{options.model}, {shown}"))
+        best = recommended(forecasts)
         console.print(f"{count} GPUs: {advice(best, count)}\n", highlight=False)
-        plans[count] = [as_json(outcome) for outcome in outcomes]
+        plans[count] = [as_json(forecast) for forecast in forecasts]
     return {"settings": settings, "memory_gib": options.memory, "gpus": plans}
 
 
-def advice(best: Outcome | None, gpus: int) -> str:
+def advice(best: Forecast | None, gpus: int) -> str:
     """The recommended plan in words, with the memory that its hosts must have besides."""
     if best is None:
         return "nothing fits"

@@ -22,7 +22,7 @@ COLUMNS = {  # column of the table -> purposes of `Memory.device` that it sums u
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Forecast:
     """The memory that a plan needs of one GPU, and whether a GPU has it."""
 
     plan: Plan
@@ -36,7 +36,7 @@ class Outcome:
 
 def sweep(
     name: str, model: PretrainedConfig, settings: dict[str, Setting], gpus: list[int], memory: float, lora: int
-) -> dict[int, list[Outcome]]:
+) -> dict[int, list[Forecast]]:
     """For each number of GPUs: every EP size that is a power of two, with ZeRO 1, 2, 3, 3 with offload, 3 with LoRA.
 
     Args:
@@ -52,7 +52,7 @@ def sweep(
                 config = run_of(plan, name, model, settings)
                 outline = outlines.get(plan.lora) or outlines.setdefault(plan.lora, outline_of(config, model))
                 needed = predicted(config, outline, count)
-                found[count].append(Outcome(plan, needed, sum(needed.device.values()) <= BUSY * memory))
+                found[count].append(Forecast(plan, needed, sum(needed.device.values()) <= BUSY * memory))
     return found
 
 
@@ -70,18 +70,18 @@ def plans(gpus: int, ep_size: int, lora: int) -> list[Plan]:
     ]
 
 
-def recommended(outcomes: list[Outcome]) -> Outcome | None:
+def recommended(forecasts: list[Forecast]) -> Forecast | None:
     """The best plan that fits; None if none does.
 
     Training all weights is better than LoRA, no offload better than offload. Then experts are best spread over as many
     GPUs of one node as there are, which keeps their weights from travelling, and the lowest ZeRO stage is best.
     """
 
-    def order(outcome: Outcome) -> tuple:
-        plan = outcome.plan
+    def order(forecast: Forecast) -> tuple:
+        plan = forecast.plan
         return plan.lora > 0, plan.offload, plan.ep_size > NODE, -min(plan.ep_size, NODE), plan.stage, plan.ep_size
 
-    return min((outcome for outcome in outcomes if outcome.fits), key=order, default=None)
+    return min((forecast for forecast in forecasts if forecast.fits), key=order, default=None)
 
 
 def described(plan: Plan) -> str:
@@ -89,34 +89,34 @@ def described(plan: Plan) -> str:
     return f"EP {plan.ep_size}, ZeRO-{plan.stage}{' with offload' if plan.offload else ''}{lora}"
 
 
-def cells(outcome: Outcome) -> list[str]:
+def cells(forecast: Forecast) -> list[str]:
     """GiB of each column of the table, then of other purposes, in total, and of host memory."""
-    device = outcome.memory.device
+    device = forecast.memory.device
     sizes = {column: sum(device.get(name, 0) for name in names) for column, names in COLUMNS.items()}
-    values = [*sizes.values(), outcome.total - sum(sizes.values()), outcome.total, sum(outcome.memory.host.values())]
+    values = [*sizes.values(), forecast.total - sum(sizes.values()), forecast.total, sum(forecast.memory.host.values())]
     return [f"{value / GIB:,.1f}" if value else "" for value in values]
 
 
-def sweep_table(count: int, outcomes: list[Outcome], title: str) -> Table:
+def sweep_table(count: int, forecasts: list[Forecast], title: str) -> Table:
     table = Table("plan", title=f"{count} GPUs: {title}; predicted GiB of one rank")
     for column in (*COLUMNS, "other", "total", "host"):
         table.add_column(column, justify="right")
     table.add_column("")
-    best = recommended(outcomes)
-    for outcome in outcomes:
-        mark = "fits, recommended" if outcome is best else "fits" if outcome.fits else "does not fit"
-        table.add_row(described(outcome.plan), *cells(outcome), mark)
+    best = recommended(forecasts)
+    for forecast in forecasts:
+        mark = "fits, recommended" if forecast is best else "fits" if forecast.fits else "does not fit"
+        table.add_row(described(forecast.plan), *cells(forecast), mark)
     return table
 
 
-def as_json(outcome: Outcome) -> dict[str, object]:
+def as_json(forecast: Forecast) -> dict[str, object]:
     """What the command writes of a plan to its JSON file; sizes are bytes of one rank, on its GPU and on its host."""
-    memory = outcome.memory
+    memory = forecast.memory
     return {
-        "plan": vars(outcome.plan),
+        "plan": vars(forecast.plan),
         "device_bytes": memory.device,
         "host_bytes": memory.host,
-        "total_bytes": outcome.total,
+        "total_bytes": forecast.total,
         "moment": memory.moment,
-        "fits": outcome.fits,
+        "fits": forecast.fits,
     }

@@ -73,19 +73,19 @@ def test_sweep_has_every_plan_and_one_recommendation(capsys, tmp_path):
     assert status == 0 and out.count("fits, recommended") == 2 and "does not fit" in out
     report = json.loads(file.read_text())["gpus"]
     assert [len(report[count]) for count in ("8", "16")] == [4 * 5, 5 * 5]
-    for outcomes in report.values():
-        assert all(one["fits"] == (one["total_bytes"] <= 0.9 * 80 * GIB) for one in outcomes)
+    for forecasts in report.values():
+        assert all(one["fits"] == (one["total_bytes"] <= 0.9 * 80 * GIB) for one in forecasts)
 
 
-def outcome(total: float, fits: bool = True, **plan) -> sweep.Outcome:
+def forecast(total: float, fits: bool = True, **plan) -> sweep.Forecast:
     memory = sweep.Memory({"weights": int(total)}, {}, "the loss is computed")
-    return sweep.Outcome(runs.Plan(**{"gpus": 16, "ep_size": 8, "stage": 3, **plan}), memory, fits)
+    return sweep.Forecast(runs.Plan(**{"gpus": 16, "ep_size": 8, "stage": 3, **plan}), memory, fits)
 
 
 def test_recommended_trains_all_without_offload_within_a_node_if_it_can():
-    best = outcome(1, stage=1)
-    others = [outcome(1, lora=16, stage=1), outcome(1, offload=True), outcome(1), outcome(1, ep_size=4, stage=1)]
-    others += [outcome(1, ep_size=16, stage=1), outcome(1, fits=False, stage=1)]
+    best = forecast(1, stage=1)
+    others = [forecast(1, lora=16, stage=1), forecast(1, offload=True), forecast(1), forecast(1, ep_size=4, stage=1)]
+    others += [forecast(1, ep_size=16, stage=1), forecast(1, fits=False, stage=1)]
     assert sweep.recommended([*others, best]) is best
     assert sweep.recommended(others[:2]) is others[1]
-    assert sweep.recommended([outcome(1, fits=False)]) is None
+    assert sweep.recommended([forecast(1, fits=False)]) is None
