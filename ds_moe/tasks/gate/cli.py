@@ -1,4 +1,4 @@
-"""The options of `ds-moe gate train | eval | predict | export | freeze`. A command imports what it needs at run time."""
+"""The options of `ds-moe gate train | eval | predict | export | freeze`. A command imports what it needs when run."""
 
 from __future__ import annotations
 
