@@ -253,6 +253,7 @@ def seen(tmp_path):
     return {file.name: file.read_text() for file in (tmp_path / "seen").iterdir()}
 
 
+@pytest.mark.slow
 def test_slurm_script_starts_one_torchrun_a_node(tmp_path, fake_train):
     for name, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL}.items():
         (tmp_path / "bin" / name).write_text(text)

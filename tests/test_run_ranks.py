@@ -43,7 +43,7 @@ def script(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_every_rank_reports(script, launcher):
     run = run_ranks(script(REPORTING), 2, ["two words", "moe.x=$(echo no);1"], launcher=launcher)
     assert [result["rank"] for result in run.json_by_rank] == [0, 1]

@@ -71,8 +71,10 @@ def test_an_earlier_result_is_judged_and_drawn(capsys, tmp_path, vio, loss, hold
     assert np.asarray(Image.open(picture).convert("RGB")).std() > 10
 
 
-def test_help_names_every_method():
-    assert "{none,aux,loss_free,aux+loss_free}" in bench("--help")
+def test_help_names_every_method(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        bench_balance.main(["--help"])
+    assert "{none,aux,loss_free,aux+loss_free}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

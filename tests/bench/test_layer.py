@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -34,12 +33,12 @@ def bench(folder, *arguments):
     return bench_layer.main(words), json.loads(file.read_text())
 
 
-def test_help():
-    command = [sys.executable, "-m", "tools.bench.layer.bench", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        bench_layer.main(["--help"])
     options = ("--suite", "--shape", "--routing", "--repeats", "--growth", "--malloc", "--json")
-    assert all(option in done.stdout for option in options)
+    printed = capsys.readouterr().out
+    assert all(option in printed for option in options)
 
 
 def test_every_contender_is_timed_or_says_why_not_at_every_routing(tmp_path, capsys):
@@ -213,9 +212,9 @@ def test_growth_is_measured_and_drawn(tmp_path, capsys):
     sweeps = report["growth"]["axes"]
     assert sweeps["T"]["sizes"] == [32, 64, 128] and set(sweeps) == {"T", "E", "K"}
     for sweep in sweeps.values():
-        assert [len(one["contenders"][bench_layer.DEFAULT]["seconds"]) for one in sweep["points"]] == [2] * len(
-            sweep["sizes"]
-        )
+        counts = [len(one["contenders"][bench_layer.DEFAULT]["seconds"]) for one in sweep["points"]]
+        # Two repetitions; one where a busy machine has made it 8 times slower than the rival.
+        assert len(counts) == len(sweep["sizes"]) and set(counts) <= {1, 2}
         assert all(one["weight_traffic_s"] > 0 for one in sweep["points"])
     saved = {name: slopes["saved_bytes"] for name, slopes in sweeps["T"]["slopes"].items()}
     assert saved == pytest.approx({bench_layer.DEFAULT: 1, bench_layer.RIVAL: 1}, abs=0.05)

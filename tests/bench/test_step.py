@@ -20,6 +20,7 @@ def measured(tmp_path_factory):
     return bench_step.launch(["time", "memory"], list(bench_step.CONTENDERS), 2, options, folder)
 
 
+@pytest.mark.slow
 def test_all_contenders_compute_the_same_and_are_timed(measured):
     timed = [result for result in measured["results"] if "loss" in result]
     assert [(result["tokens"], result["contender"]) for result in timed] == [
@@ -35,6 +36,7 @@ def test_all_contenders_compute_the_same_and_are_timed(measured):
     assert 40_000 < measured["parameters"] < 60_000
 
 
+@pytest.mark.slow
 def test_about_half_of_what_is_handed_over_is_sent_to_the_other_rank(measured):
     """fp32 rows there and back, forward and backward; ours sends counts and combine weights beside them."""
     sent = [r for r in measured["results"] if r["contender"] != "zero3" and "sent_bytes" in r]
@@ -45,6 +47,7 @@ def test_about_half_of_what_is_handed_over_is_sent_to_the_other_rank(measured):
         assert 0.4 < result["sent_bytes"] / handed_over < (0.7 if result["contender"] == "autoep" else 0.75)
 
 
+@pytest.mark.slow
 def test_memory_rises_from_imports_to_the_peak_of_a_step(measured):
     weighed = [result for result in measured["results"] if "peak_bytes" in result]
     assert len(weighed) == len(SUITE.tokens) * len(bench_step.CONTENDERS)
@@ -53,6 +56,7 @@ def test_memory_rises_from_imports_to_the_peak_of_a_step(measured):
         assert 100e6 < result["imported_bytes"] < result["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_the_real_figures_are_printed_and_written(measured, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench_step, "measure", lambda options, folder: [measured])
     file = tmp_path / "new/step.json"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import deepspeed
 import torch
-import torch.distributed as dist
 
 from ds_moe.config.run import RunConfig
 from ds_moe.engine import masters as zero_state
@@ -31,6 +30,12 @@ SHORT = [  # form, EP size, ZeRO stage, dtype, sections of the run
     ("dense", 1, 3, "fp32", {}),
     ("vl hub", 2, 3, "fp32", {"lora": LORA}),
     ("tied", 2, 3, "bf16", {"train": {"stage": "router_only"}}),
+]
+FEW = [  # of SHORT: every stage and form of experts
+    ("vl memory", 1, 1, "fp32", {}),
+    ("vl hub", 2, 3, "bf16", {}),
+    ("moe per expert", 2, 2, "fp32", {}),
+    ("vl hub", 2, 3, "fp32", {"lora": LORA}),
 ]
 LONG = [  # 4 ranks: with EP 2 experts are shared out between EP ranks, and then again by ZeRO-3
     *((form, 2, stage, "fp32", {}) for form in FORMS if form != "dense" for stage in (2, 3)),
@@ -93,8 +98,7 @@ def swap_experts(model):
 def main():
     start_distributed(1)
     deepspeed.utils.logger.setLevel("ERROR")
-    folder = Path(sys.argv[1])
-    chosen = SHORT if dist.get_world_size() == 2 else LONG
+    folder, chosen = Path(sys.argv[1]), {"FEW": FEW, "SHORT": SHORT, "LONG": LONG}[sys.argv[2]]
     found = [[*case[:4], sorted(case[4]), *compare(folder, case)] for case in chosen]
     report(found=found, broken=compare(folder, ("vl memory", 2, 3, "fp32", {}), swap_experts))
     leave()

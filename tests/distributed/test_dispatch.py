@@ -6,7 +6,7 @@ from tests.distributed.dispatch_ranks import CASES, D, E
 from tests.launcher import run_ranks
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_all_to_all_equals_local(world_size):
     run = run_ranks("tests/distributed/dispatch_ranks.py", world_size)
     for name in CASES:

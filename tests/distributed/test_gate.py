@@ -206,6 +206,7 @@ def resumed(trained) -> tuple[Path, Ranks]:
     return made, launch(2, cases)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_never_stopped_bit_for_bit(resumed):
     made, run = resumed
     assert "resumed from" in run.output
@@ -220,6 +221,7 @@ def test_killed_and_resumed_equals_never_stopped_bit_for_bit(resumed):
         assert differences(ours, tensors(theirs), "weight/") > 1e-6, lost
 
 
+@pytest.mark.slow
 def test_the_count_of_patience_goes_on_from_the_best(trained, resumed):
     made, run = resumed
     assert run.json["patience again"] == trained[1].json["patience"] | {"checkpoint": ANY}
@@ -250,6 +252,7 @@ def alone(resumed) -> tuple[Path, dict]:
     return made, launch(1, cases).json
 
 
+@pytest.mark.slow
 def test_what_another_topology_loads_is_bit_equal(resumed, alone):
     made, _ = resumed
     source = tensors(checkpoints(made / "joint") / "step_00000016")
@@ -259,6 +262,7 @@ def test_what_another_topology_loads_is_bit_equal(resumed, alone):
         assert bit_equal(tensors(path), source), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["other weights", "other scale", "another order"])
 def test_other_adapters_under_the_same_names_are_refused(alone, what):
     assert "was trained upon another model" in alone[1].get(what, "nothing was refused")

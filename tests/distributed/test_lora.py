@@ -74,7 +74,8 @@ def test_killed_and_restarted_equals_never_stopped_bit_for_bit(never_stopped, tm
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_resharded(never_stopped, tmp_path, world_size):
     """What is loaded is bit-equal on any topology; without dropout training from it would drift by rounding only."""
     source = checkpoints(never_stopped / "run") / "step_00000016"
@@ -134,6 +135,7 @@ def held_out_loss(model) -> float:
     return total / labelled
 
 
+@pytest.mark.slow
 def test_routers_trained_beside_lora_are_exported_merged_only(tmp_path):
     run = ["lora={rank: 8, train_router: true}", f"train.output_dir={tmp_path / 'run'}", "train.steps=8"]
     launch(1, [["short", [*run, "moe.ep_size=1", "train.warmup_steps=0"], "train"]])

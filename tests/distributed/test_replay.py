@@ -1,14 +1,17 @@
 """Self-replay over ranks: recorded, then forced, is the live forward and backward bit for bit."""
 
+import pytest
+
 from tests.launcher import run_ranks
 
 
-def test_self_replay_is_bit_equal_for_every_ep_size(show):
+@pytest.mark.parametrize(("world_size", "sizes"), [(2, 2), pytest.param(4, 3, marks=pytest.mark.slow)])
+def test_self_replay_is_bit_equal_for_every_ep_size(world_size, sizes, show):
     """EP 1, 2, 4; fp32 and bf16; checkpointing off and on; real images padded (one rank text-only), and packed text."""
-    run = run_ranks("tests/distributed/replay_ranks.py", 4)
-    lines = ["self-replay against live, forward and every gradient, on 4 ranks"]
+    run = run_ranks("tests/distributed/replay_ranks.py", world_size)
+    lines = [f"self-replay against live, forward and every gradient, on {world_size} ranks"]
     for rank, found in enumerate(run.json_by_rank):
-        assert len(found["rows"]) == 2 * 3 * 2 * 2
+        assert len(found["rows"]) == 2 * sizes * 2 * 2
         for form, ep_size, dtype, checkpointing, equal, other_equal, router, rows in found["rows"]:
             case = f"rank {rank} {form} EP {ep_size} {dtype} checkpointing {checkpointing}"
             assert equal, case

@@ -57,8 +57,12 @@ def launch(world_size: int, cases: list) -> None:
 
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("never-stopped")
-    launch(2, [["never stopped", [f"train.output_dir={output}"], "train"]])
+    """Output folder of the run; beside it `dropped`, which resumed from its step 16 without the data position."""
+    output, dropped = (tmp_path_factory.mktemp("never-stopped") / name for name in ("run", "dropped"))
+    resume = f"train.resume={checkpoints(output)}/step_00000016"
+    cases = [["never stopped", [f"train.output_dir={output}"], "train"]]
+    cases.append(["dropped", [f"train.output_dir={dropped}", resume], "drop the data position"])
+    launch(2, cases)
     return output
 
 
@@ -97,7 +101,8 @@ RESHARDED = {
 }
 
 
-@pytest.mark.parametrize("world_size", [2, 1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in `make test`: test_worlds.py, from two ranks to three
+@pytest.mark.parametrize("world_size", [2, 1, 4])
 def test_resume_on_another_topology(never_stopped, tmp_path, world_size, show):
     """What is loaded is bit-equal, whatever the topology; what is trained from it drifts by rounding only."""
     source = checkpoints(never_stopped) / "step_00000016"
@@ -128,10 +133,9 @@ def test_resume_on_another_topology(never_stopped, tmp_path, world_size, show):
         assert bit_equal(tensors(again), tensors(source)), name
 
 
-def test_resume_without_the_data_position_is_noticed(never_stopped, tmp_path):
+def test_resume_without_the_data_position_is_noticed(never_stopped):
     """Negative control: the comparison above fails when the stream starts anew."""
-    output = start_from(tmp_path, checkpoints(never_stopped) / "step_00000016", "dropped")
-    launch(2, [["dropped", [f"train.output_dir={output}"], "drop the data position"]])
+    output = never_stopped.parent / "dropped"
     ours, theirs = tensors(checkpoints(output) / LAST), tensors(checkpoints(never_stopped) / LAST)
     assert differences(ours, theirs, "weight/") > DRIFT
     assert position(checkpoints(output) / LAST) != position(checkpoints(never_stopped) / LAST)
@@ -213,6 +217,7 @@ def test_a_rank_that_cannot_write_ends_the_run_everywhere_and_leaves_what_was_sa
     assert sorted(after) == before
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_model_by_name_and_shape(two_checkpoints):
     output = two_checkpoints.parent
     run = run_ranks(

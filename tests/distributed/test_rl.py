@@ -75,6 +75,7 @@ def test_a_round_of_rollouts_follows_the_other(folder):
     assert max(on_policy) < 1e-6 and min(moved) > 10 * max(on_policy)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, tmp_path):
     """From the checkpoint in the middle of the second file, written by the test before."""
     shutil.copytree(folder / "run/checkpoints/step_00000006", tmp_path / "run/checkpoints/step_00000006")

@@ -41,6 +41,7 @@ RUNS = {
     ],
 }
 GENERATING = ("moe", "text only", "aux loss, ZeRO-2")
+QUICK = ("moe", "accumulated", "dense", "lora, bf16")  # in `make test`
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +62,27 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(files, tmp_path_factory):
-    """Output folder and rank 0's result of every run; all of them in one launch."""
-    folder = tmp_path_factory.mktemp("runs")
-    cases = []
-    for name, overrides in RUNS.items():
-        data = ["data.eval=MIXED", *overrides, "data.shuffle=false", f"train.output_dir={folder / name}"]
-        data = [override.replace("MIXED", files["mixed"]).replace("TEXT", files["text"]) for override in data]
-        generate = GENERATE if name in GENERATING else ["train.eval_generate=false"]
-        cases.append([name, [*SHORT, *generate, *data], "train"])
-    run_ranks("tests/distributed/resume_ranks.py", 2, [json.dumps(cases)])
-    return {name: (folder / name, json.loads((folder / name / "result.json").read_text())) for name in RUNS}
+def run_of(files, tmp_path_factory):
+    """run_of(name) -> output folder and rank 0's result; the quick runs are one launch, all others another."""
+    folder, done = tmp_path_factory.mktemp("runs"), {}
+
+    def launch(names):
+        cases = []
+        for name in names:
+            data = ["data.eval=MIXED", *RUNS[name], "data.shuffle=false", f"train.output_dir={folder / name}"]
+            data = [override.replace("MIXED", files["mixed"]).replace("TEXT", files["text"]) for override in data]
+            generate = GENERATE if name in GENERATING else ["train.eval_generate=false"]
+            cases.append([name, [*SHORT, *generate, *data], "train"])
+        run_ranks("tests/distributed/resume_ranks.py", 2, [json.dumps(cases)])
+        for name in names:
+            done[name] = folder / name, json.loads((folder / name / "result.json").read_text())
+
+    def run_of(name):
+        if name not in done:
+            launch([other for other in RUNS if (other in QUICK) == (name in QUICK)])
+        return done[name]
+
+    return run_of
 
 
 def plain_loss(export, data):
@@ -89,9 +100,11 @@ def plain_loss(export, data):
     return total / labels
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_run_trains_and_its_export_is_the_trained_model(runs, files, tmp_path, name):
-    output, result = runs[name]
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
+def test_run_trains_and_its_export_is_the_trained_model(run_of, files, tmp_path, name):
+    output, result = run_of(name)
     assert math.isfinite(result["loss"]) and result["step"] == 6
     assert bool(result["accuracy"]) == (name in GENERATING)
     data = files["text" if name == "text only" else "mixed"]
@@ -104,30 +117,31 @@ def test_run_trains_and_its_export_is_the_trained_model(runs, files, tmp_path, n
         assert plain_loss(tmp_path / layout, data) == pytest.approx(result["eval_loss"], abs=tolerance), layout
 
 
-def test_accumulation_equals_one_batch(runs):
+def test_accumulation_equals_one_batch(run_of):
     """Two micro-batches of 2 a rank against one of 4: the same mean over the global batch's tokens."""
     weights = []
     for name in ("moe", "accumulated"):
-        reader = Reader(newest_complete(runs[name][0] / "checkpoints"))
+        reader = Reader(newest_complete(run_of(name)[0] / "checkpoints"))
         weights.append({key: reader.read(key) for key in reader.tensors if key.startswith("weight/")})
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=0, atol=2e-5, msg=key)
 
 
-def test_frozen_parts_stay_as_they_were(runs):
+@pytest.mark.slow
+def test_frozen_parts_stay_as_they_were(run_of):
     frozen = {"parts frozen": (".visual.", ".mlp.gate."), "experts frozen": (".experts.",)}
-    before = Reader(newest_complete(runs["moe"][0] / "checkpoints"))
+    before = Reader(newest_complete(run_of("moe")[0] / "checkpoints"))
     fresh = build_preset("tiny-vl-moe").state_dict()
     for name, parts in frozen.items():
-        reader = Reader(newest_complete(runs[name][0] / "checkpoints"))
+        reader = Reader(newest_complete(run_of(name)[0] / "checkpoints"))
         assert set(before.tensors) > set(reader.tensors), "a frozen weight has no Adam moments"
         for key in [key for key in reader.tensors if key.startswith("weight/")]:
             same = torch.equal(reader.read(key), fresh[key.removeprefix("weight/")])
             assert same == any(part in key for part in parts), (name, key)
 
 
-def test_hub_layout_is_transposed_and_refused_where_it_is_ambiguous(runs, tmp_path):
-    output, _ = runs["moe"]
+def test_hub_layout_is_transposed_and_refused_where_it_is_ambiguous(run_of, tmp_path):
+    output, _ = run_of("moe")
     export_checkpoint(output, tmp_path / "hub", "hub")
     with safe_open(tmp_path / "hub" / "model.safetensors", framework="pt") as file:
         name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
@@ -135,7 +149,7 @@ def test_hub_layout_is_transposed_and_refused_where_it_is_ambiguous(runs, tmp_pa
     with pytest.raises(UserError, match="not empty"):
         export_checkpoint(output, tmp_path / "hub")
     with pytest.raises(UserError, match="only qwen3_vl_moe"):
-        export_checkpoint(runs["dense"][0], tmp_path / "dense", "hub")
+        export_checkpoint(run_of("dense")[0], tmp_path / "dense", "hub")
 
 
 def test_export_refuses_the_hub_layout_where_a_square_would_be_loaded_wrong():

@@ -1,6 +1,10 @@
-"""Runs megablocks' real Triton kernels in the interpreter and reports how far they are from torch and float64."""
+"""Runs megablocks' real Triton kernels in the interpreter and reports how far they are from torch and float64.
+
+python -m tests.moe.megablocks_cases [slow]
+"""
 
 import contextlib
+import sys
 from typing import NamedTuple
 
 import torch
@@ -54,6 +58,9 @@ LISTS = {
     "no rows": Listed(4, [], [], kernels=0),
     "no tokens": Listed(0, [], [], top_k=2, kernels=0),
 }
+
+
+FEW = ("tokens with none, one, three", "two of six, two experts without rows", "columns of two blocks")
 
 
 def decision(listed):
@@ -203,13 +210,13 @@ def dmoe(tokens, top_k, D=24, FFN=40, wrong=False):
 
 
 def main():
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if sys.argv[1:] == ["slow"]:
+        report(lists={f"{name}, {dtype}": movements(one, dtype) for dtype in dtypes for name, one in LISTS.items()})
+        return
     report(active=active())
-    lists = {
-        f"{name}, {str(dtype)[6:]}": movements(listed, dtype)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        for name, listed in LISTS.items()
-    }
-    report(lists=lists, sorts=sorts())
+    few = {f"{name}, {dtype}": movements(LISTS[name], dtype) for name, dtype in zip(FEW, dtypes, strict=True)}
+    report(lists=few, sorts=sorts())
     report(float64=movements(LISTS["all of six"], torch.float64))
     broken = LISTS["tokens with none, one, three"], LISTS["two of six, two experts without rows"]
     report(

@@ -27,14 +27,26 @@ def cases():
     return reported("megablocks_cases", **INTERPRETED)
 
 
-@installed
-def test_rows_move_as_torch_moves_them(cases):
-    assert len(cases["lists"]) == 3 * 13
-    for name, result in cases["lists"].items():
+def check_lists(lists):
+    for name, result in lists.items():
         assert result["sorted as torch does"] and result["to experts as torch does"], name
         assert result["excess"] <= 0, f"{name}: sums are further from float64 than one rounding: {result}"
         assert result["launched"] == result["wanted"], f"{name}: torch did what the kernels should have done"
+
+
+@installed
+def test_rows_move_as_torch_moves_them(cases):
+    assert len(cases["lists"]) == 3
+    check_lists(cases["lists"])
     assert all(cases["sorts"].values()), cases["sorts"]
+
+
+@installed
+@pytest.mark.slow
+def test_every_list_in_every_dtype_moves_as_torch_moves_it():
+    lists = reported("megablocks_cases", "slow", **INTERPRETED)["lists"]
+    assert len(lists) == 3 * 13
+    check_lists(lists)
 
 
 @installed
@@ -65,6 +77,7 @@ def test_a_whole_model_equals_one_with_the_reference_backend(cases):
     assert cases["model"]["launches"] == 4 + 2
 
 
+@pytest.mark.slow
 @installed
 def test_experts_over_two_ranks_equal_all_on_one():
     run = run_ranks("tests/moe/megablocks_ranks.py", 2, env=INTERPRETED)
@@ -78,6 +91,7 @@ def test_experts_over_two_ranks_equal_all_on_one():
     assert [results["a rank of padding, chunks"]["launches"] for results in run.json_by_rank] == [4, 0]
 
 
+@pytest.mark.slow
 @installed
 def test_the_kernels_compile_for_an_h100(tmp_path):
     results = reported("megablocks_ahead", TRITON_CACHE_DIR=str(tmp_path))

@@ -17,7 +17,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_moe.config.run import RunConfig
-from ds_moe.monitor import EvalReport, Monitor, RoutingReport, ShownSample, StepReport, make_monitor, print_table
+from ds_moe.monitor import EvalReport, Monitor, RoutingReport, ShownSample, StepReport, make_monitor, plot, print_table
 from ds_moe.monitor.board import LOAD_TAG
 from ds_moe.monitor.coactivation import coactivation, draw_coactivation
 from ds_moe.monitor.gallery import sample_gallery
@@ -436,11 +436,6 @@ def test_monitoring_costs_next_to_nothing(tmp_path, record_property):
 # --- ds_moe/monitor/plot.py -----------------------------------------------------------------------------------------
 
 
-def plot_run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ds_moe.monitor.plot", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
 def test_plot_run_draws_the_picture_and_dumps_the_scalars(tmp_path):
     monitor = new_monitor(tmp_path / "run", total_steps=50)
     monitor.start(1, "", {})
@@ -448,16 +443,14 @@ def test_plot_run_draws_the_picture_and_dumps_the_scalars(tmp_path):
     monitor.evaluated(eval_report(50))
     monitor.finish({})
     out, dump = tmp_path / "images" / "run.png", tmp_path / "run.json"
-    result = plot_run(tmp_path / "run", "--out", out, "--json", dump)
-    assert result.returncode == 0, result.stderr
+    assert plot.main([str(tmp_path / "run"), "--out", str(out), "--json", str(dump)]) == 0
     picture = np.asarray(Image.open(out).convert("RGB"))
     assert picture.shape[1] == 1536 and picture.std() > 10
     assert json.loads(dump.read_text())["eval/accuracy"] == [[50, pytest.approx(0.95)]]
 
 
-def test_plot_run_without_events_says_so(tmp_path):
-    result = plot_run(tmp_path, "--out", tmp_path / "run.png")
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines() == [
+def test_plot_run_without_events_says_so(tmp_path, capsys):
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "run.png")]) == 2
+    assert capsys.readouterr().err.strip().splitlines() == [
         f"error: {tmp_path}: no TensorBoard event files below it; give the output_dir of a run"
     ]

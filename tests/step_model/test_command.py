@@ -89,6 +89,7 @@ def test_figures_of_a_machine_are_read_as_written(tmp_path):
         steps.estimate(topology(dtype="bf16"), BIG, machine)
 
 
+@pytest.mark.slow
 def test_this_cpu_is_measured(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "calibrate", functools.partial(calibrate.calibrate, repeats=1))
     file = tmp_path / "cpu.json"
