@@ -2,6 +2,7 @@
 
 - `bench/`       benchmarks, `python -m tools.bench.<name>.bench`
 - `demos/`       the demos of `make`, `python -m tools.demos.<name>.demo`
+- `results.py`   claims and files of figures, for both
 - `step_model/`  estimates the time and the memory of a step on machines that are not there
 - `setup_env.sh` makes the environment of every target of `make`
 """

@@ -1,4 +1,4 @@
-"""Start ranks of a tool on this machine, under DeepSpeed's launcher: they get a plan and leave what they found."""
+"""Ranks of a benchmark on this machine, under DeepSpeed's launcher: they get a plan and leave what they found."""
 
 from __future__ import annotations
 
@@ -48,3 +48,23 @@ def run_plan(
     if code:
         raise CalledProcessError(code, command)
     return json.loads(result_file.read_text())
+
+
+# --- in the ranks
+
+
+def read_plan() -> dict[str, Any]:
+    return json.loads(Path(sys.argv[1]).read_text())
+
+
+def write_result(found: dict[str, Any]) -> None:
+    """Rank 0 alone."""
+    Path(sys.argv[2]).write_text(json.dumps(found))
+
+
+def leave() -> None:
+    """The last call of every rank: all end together, or gloo's threads may abort one that exits."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()

@@ -26,6 +26,7 @@ import numpy as np
 from ds_moe.engine.cpu import cpu_settings
 from tools.bench.balance.plot import write_figure
 from tools.bench.launched import run_plan
+from tools.results import Claim, judged, print_claims, write_json
 
 METHODS = ("none", "aux", "loss_free", "aux+loss_free")
 RANKS = 2
@@ -44,12 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     result["summary"] = summarize(result)
     result["claims"] = claims(result["summary"])
     print_result(result)
-    for file in (options.json, options.plot):
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-    if options.json:
-        options.json.write_text(json.dumps(result) + "\n")
+    write_json(result, options.json)
     if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
         write_figure(result, options.plot, target=TARGET)
     return 0
 
@@ -120,8 +118,8 @@ def spread(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def claims(summary: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What loss-free balancing promises, with `holds` true or false; only what these methods and seeds can tell."""
+def claims(summary: dict[str, dict[str, Any]]) -> list[Claim]:
+    """What loss-free balancing promises; only what these methods and seeds can tell."""
     if "loss_free" not in summary:
         return []
     ours = summary["loss_free"]
@@ -140,7 +138,7 @@ def claims(summary: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 f"its held-out loss, {loss:.4f}, is at most aux's, {aux_loss:.4f}, plus the seeds' spread, {worst:.4f}"
             )
             found.append((text, loss <= aux_loss + worst))
-    return [{"claim": text, "holds": bool(holds)} for text, holds in found]
+    return judged(found)
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -168,8 +166,7 @@ def print_result(result: dict[str, Any]) -> None:
             gaps = [ours - theirs for ours, theirs in zip(figures["loss"], summary["aux"]["loss"], strict=True)]
             print(f"held-out loss of {method} minus aux's, same seed: {', '.join(f'{gap:+.4f}' for gap in gaps)}")
     print()
-    for claim in result["claims"]:
-        print(f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
+    print_claims(result["claims"])
 
 
 def show(values: list[float], digits: int) -> str:

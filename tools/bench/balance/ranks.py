@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import platform
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -41,6 +39,7 @@ from ds_moe.monitor.meters import relative_load
 from ds_moe.tasks.task import Task, TrainingParts
 from ds_moe.training.set_up import seed_everything
 from ds_moe.training.step import optimizer_step
+from tools.bench.launched import leave, read_plan, write_result
 
 ROOT = Path(__file__).resolve().parents[3]
 SEQUENCE = 256  # bytes
@@ -198,7 +197,7 @@ def measure(plan: dict[str, Any], method: str, seed: int, texts: tuple[np.ndarra
 
 
 def main() -> None:
-    plan = json.loads(Path(sys.argv[1]).read_text())
+    plan = read_plan()
     topology = start_distributed(plan["ep_size"])
     *texts, about = standard_library()
     result = {
@@ -226,8 +225,8 @@ def main() -> None:
         result["runs"].append(record)
         result["seconds"] = time.perf_counter() - began
         if topology.rank == 0:
-            Path(sys.argv[2]).write_text(json.dumps(result))
-    dist.destroy_process_group()
+            write_result(result)
+    leave()
 
 
 def progress(record: dict[str, Any], which: str, steps: int, began: float, share: float) -> str:

@@ -24,7 +24,6 @@ import argparse
 import copy
 import ctypes
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -44,6 +43,7 @@ from torch import Tensor, nn
 
 from ds_moe.tasks.gate.adapters import Update, read_adapter
 from ds_moe.tasks.gate.bank import BankedLinear, Gates, install
+from tools.results import write_json
 
 BASE, FIRST_PASS, OURS, STACK, XLORA = "base", "base, forward only", "ds_moe bank", "loop-and-stack", "PEFT X-LoRA"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -239,9 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     for case in (case for case in cases if case["case"] == "model"):
         rest = f"{case['ratios']['but for the first pass']:.3f}  model, K = {case['K']}, memory {case['memory']}"
         print(f"        {rest}: overhead, but for X-LoRA's first pass")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(facts | {"cases": cases, "claims": judged}) + "\n")
+    write_json(facts | {"cases": cases, "claims": judged}, options.json)
     return 0
 
 

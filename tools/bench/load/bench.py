@@ -42,6 +42,7 @@ from ds_moe.models.families import expert_state
 from ds_moe.models.load import skeleton
 from ds_moe.models.presets import preset_config
 from tools.bench.launched import run_plan
+from tools.results import write_json
 
 GIB = 2**30
 RANKS = 2
@@ -69,9 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(facts, *(table(run["results"], run["model_bytes"]) for run in runs if run["results"]))
     for line in [line for run in runs for line in run["left_out"]]:
         print(f"left out: {line}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
+    write_json({**facts, "runs": runs}, options.json, indent=1)
     wrong = [run["model_bytes"] for run in runs if not run["same_loss"]]
     if wrong:
         print(f"error: the ways of loading do not give the same loss, with models of {wrong} bytes", file=sys.stderr)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model, read_weights
 from ds_moe.engine.start import on_cpu, start_distributed
 from ds_moe.models.load import load_model
+from tools.bench.launched import leave, read_plan, write_result
 
 ROOT = Path(__file__).resolve().parents[3]
 SEQUENCE = 32  # tokens of a rank
@@ -31,7 +30,7 @@ INTERVAL_S = 0.005
 
 
 def main() -> None:
-    plan = json.loads(Path(sys.argv[1]).read_text())
+    plan = read_plan()
     topology = start_distributed(plan["ranks"])
     deepspeed.utils.logger.setLevel("ERROR")
     config = run_config(plan)
@@ -59,9 +58,8 @@ def main() -> None:
     dist.all_gather_object(found, mine)
     if topology.rank == 0:
         environment = {module.__name__: module.__version__ for module in (torch, deepspeed)}
-        Path(sys.argv[2]).write_text(json.dumps({"environment": environment, "ranks": found}))
-    dist.barrier()
-    dist.destroy_process_group()
+        write_result({"environment": environment, "ranks": found})
+    leave()
 
 
 def run_config(plan: dict[str, Any]) -> RunConfig:

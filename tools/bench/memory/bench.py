@@ -10,7 +10,6 @@ than 15%.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +24,7 @@ from ds_moe.doctor.plans import ENGINE_FILES
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import KEPT_FREE
 from tools.bench.launched import run_plan
+from tools.results import write_json
 
 MIB = 2**20
 LIMIT = 0.15  # of the measured peak
@@ -170,8 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     Console(width=None if sys.stdout.isatty() else 170).print(check_table(results))
-    if options.json:
-        options.json.write_text(json.dumps({"check": results}, indent=1) + "\n")
+    write_json({"check": results}, options.json, indent=1)
     return 1 if failed(results) else 0
 
 

@@ -9,8 +9,6 @@ first step. Model, engine and loss are those of a run (`ds_moe.train`); tokens a
 from __future__ import annotations
 
 import gc
-import json
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from ds_moe.memory.predict import predict
 from ds_moe.models.families import MODEL_CLASSES
 from ds_moe.models.load import skeleton
 from ds_moe.models.trainable import set_trainable
+from tools.bench.launched import leave, read_plan, write_result
 
 import_module("ds_moe.train")  # its libraries belong to what a rank of a run has
 
@@ -109,11 +108,10 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    found = measure(json.loads(Path(sys.argv[1]).read_text()))
+    found = measure(read_plan())
     if found.pop("rank") == 0:
-        Path(sys.argv[2]).write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+        write_result(found)
+    leave()
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from ds_moe.moe.decision import RoutingDecision
 from ds_moe.replay import RoutingRecorder, RoutingShape, RoutingTrace, align, joined, pad
 from ds_moe.replay.ratios import kl_estimate, token_logprobs
 from tools.bench.replay.plot import COMPLETION, LIVE, REPLAY, SHIFTED, claims, print_result, summarize, write_figure
+from tools.results import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 RUN = ROOT / "ds_configs/runs/replay_bench.yaml"
@@ -73,12 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     result["summary"] = summarize(result["runs"])
     result["claims"] = claims(result["summary"])
     print_result(result)
-    for file in (options.json, options.plot):
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-    if options.json:
-        options.json.write_text(json.dumps(result) + "\n")
+    write_json(result, options.json)
     if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
         write_figure(result["summary"], options.plot)
     return 0
 

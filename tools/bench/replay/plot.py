@@ -14,6 +14,7 @@ from matplotlib.ticker import NullLocator
 
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.plot import finish_axes
+from tools.results import Claim, judged, print_claims
 
 STYLES = {"fp32": ("#0072B2", "o"), "bf16": ("#D55E00", "s")}  # Okabe & Ito's colours, and a marker
 FILLED = {"Qwen3-VL-MoE": "full", "Qwen3-MoE": "none"}  # markers where both models stand in one panel
@@ -45,8 +46,8 @@ def summarize(runs: list[Row]) -> list[Row]:
     return summary
 
 
-def claims(summary: list[Row]) -> list[dict[str, Any]]:
-    """What replay promises at router scale `SCALE`, with `holds` true or false; means over seeds."""
+def claims(summary: list[Row]) -> list[Claim]:
+    """What replay promises at router scale `SCALE`; means over seeds."""
     found = []
     for row in summary:
         if row["scale"] == SCALE:
@@ -56,7 +57,7 @@ def claims(summary: list[Row]) -> list[dict[str, Any]]:
             found.append((text, row["of_live"] <= limit))
             times = row["shifted_times"]
             found.append((f"{name}: {SHIFTED}, k3 is {times:.0f} times that, at least {WORSE}", times >= WORSE))
-    return [{"claim": text, "holds": bool(holds)} for text, holds in found]
+    return judged(found)
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -84,8 +85,7 @@ def print_result(result: dict[str, Any]) -> None:
         "mean ± standard deviation over seeds; off by 2x: completion tokens whose probabilities differ twofold or more"
     )
     print("least weight: of a token's last expert; routers, tokens: that differ between engine and live trainer\n")
-    for claim in result["claims"]:
-        print(f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
+    print_claims(result["claims"])
 
 
 def show(values: list[float]) -> str:

@@ -18,7 +18,6 @@ Peak memory is the largest rank's, engine by engine in processes of its own, sin
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -33,6 +32,7 @@ from rich.table import Table
 
 from ds_moe import launcher
 from tools.bench.launched import run_plan
+from tools.results import write_json
 
 CONTENDERS = {"ds_moe": "ds_moe", "zero3": "ZeRO-3 + transformers grouped_mm", "autoep": "DeepSpeed AutoEP"}
 OURS = "ds_moe"
@@ -97,9 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     Console(width=None if sys.stdout.isatty() else 140).print(facts, *tables)  # no wrapped columns in a log file
     if options.scaling and (most := max(suite.scaling)) > facts["cores"]:
         print(f"{most} processes of one thread each share {facts['cores']} cores: beyond that they take turns")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+    write_json({**facts, "results": results}, options.json, indent=1)
     wrong = sorted({result["contender"] for result in results if "median_s" not in result})
     if wrong:
         print(f"error: loss or gradients are not those of plain transformers: {wrong}", file=sys.stderr)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
 import sys
 import time
@@ -34,6 +33,7 @@ from ds_moe.distributed import Topology
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import on_cpu, start_distributed
+from tools.bench.launched import leave, read_plan, write_result
 
 ROOT = Path(__file__).resolve().parents[3]
 BLOCK = "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock"
@@ -231,7 +231,7 @@ def note(topology: Topology, text: str) -> None:
 
 
 def main() -> None:
-    plan = json.loads(Path(sys.argv[1]).read_text())
+    plan = read_plan()
     topology = start_distributed(plan["processes"])
     deepspeed.utils.logger.setLevel("ERROR")
     results = measure_times(plan, topology) if "time" in plan["measure"] else []
@@ -244,10 +244,8 @@ def main() -> None:
             "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
         }
         parameters = build_model(plan, torch.device("meta")).num_parameters()
-        found = {"environment": environment, "parameters": parameters, "results": results}
-        Path(sys.argv[2]).write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+        write_result({"environment": environment, "parameters": parameters, "results": results})
+    leave()
 
 
 if __name__ == "__main__":

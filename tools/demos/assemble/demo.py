@@ -26,6 +26,7 @@ from ds_moe.data.digits import write_digits
 from ds_moe.export.model import export_checkpoint
 from ds_moe.monitor import print_table
 from tools.demos.assemble.plot import write_figure
+from tools.results import Claim, judged, print_claims, write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 RUN = "ds_configs/runs/assemble_demo.yaml"
@@ -64,8 +65,8 @@ def main() -> int:
         accuracy = dict(zip(MODELS, pool.map(score, MODELS), strict=True))
     result = {"accuracy": accuracy, "claims": claims(accuracy), "seconds": time.monotonic() - began}
     report(result)
-    for file in filter(None, (FOLDER / "result.json", options.json)):
-        file.write_text(json.dumps(result, indent=1) + "\n")
+    for file in (FOLDER / "result.json", options.json):
+        write_json(result, file, indent=1)
     if options.plot:
         write_figure({label: accuracy[name] for name, label in MODELS.items()}, options.plot)
     return 0 if all(claim["holds"] for claim in result["claims"]) else 1
@@ -137,14 +138,14 @@ def run(program: str, *words: str, log: Path | None = None) -> None:
         sys.exit(f"{program} {' '.join(words[:2])} failed" + (f", see {log}" if log else ""))
 
 
-def claims(accuracy: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """What the demo is to show, with `holds` true or false."""
+def claims(accuracy: dict[str, dict[str, float]]) -> list[Claim]:
+    """What the demo is to show."""
     ours = accuracy["calibrated"]["mean"]
     rivals = {name: accuracy[name]["mean"] for name in ("parent", *BRANCHES, "average")}
-    return [
-        {"claim": f"assembled, routers trained {ours:.3f} > {MODELS[name]} {share:.3f}", "holds": ours > share}
+    return judged(
+        (f"assembled, routers trained {ours:.3f} > {MODELS[name]} {share:.3f}", ours > share)
         for name, share in rivals.items()
-    ]
+    )
 
 
 def report(result: dict[str, Any]) -> None:
@@ -153,8 +154,7 @@ def report(result: dict[str, Any]) -> None:
         for name, shares in result["accuracy"].items()
     }
     print_table(rows | {"time": f"{result['seconds']:.0f} s"}, "ds_moe: experts trained apart, assembled")
-    for claim in result["claims"]:
-        print(f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
+    print_claims(result["claims"])
 
 
 if __name__ == "__main__":

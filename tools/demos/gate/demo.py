@@ -41,6 +41,7 @@ from ds_moe.tasks.gate.network import GateDecision, GateSettings
 from ds_moe.tasks.gate.records import Routed
 from tools.demos.gate.plot import write_figure
 from tools.demos.gate.screens import ADAPTERS, words, write_screens
+from tools.results import Claim, judged, print_claims, write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNS = Path("ds_configs/runs")
@@ -69,8 +70,7 @@ def main() -> int:
     result |= {"answers": answer_accuracy(gate), "seconds": time.monotonic() - began}
     result["claims"] = claims(result)
     report(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, options.json, indent=1)
     if options.plot:
         write_figure(result, options.plot)
     return 0 if all(claim["holds"] for claim in result["claims"]) else 1
@@ -204,8 +204,8 @@ def answer_accuracy(stage: str) -> dict[str, float]:
     return found
 
 
-def claims(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the demo is to show, with `holds` true or false."""
+def claims(result: dict[str, Any]) -> list[Claim]:
+    """What the demo is to show."""
     routing, answers = result["routing"], result["answers"]
     text, vision = (routing["baselines"][name] for name in ("text only", "vision only"))
     others = {name: share for name, share in answers.items() if name not in ("routed", "oracle")}
@@ -219,7 +219,7 @@ def claims(result: dict[str, Any]) -> list[dict[str, Any]]:
         (f"answers: routed above every other choice, of which {best} has {others[best]:.3f}", routed > others[best]),
         (f"a gate on the first token predicts {trap['constant']} for everything, and eval fails", collapsed),
     ]
-    return [{"claim": text, "holds": bool(holds)} for text, holds in found]
+    return judged(found)
 
 
 def report(result: dict[str, Any]) -> None:
@@ -228,8 +228,7 @@ def report(result: dict[str, Any]) -> None:
     rows |= {f"baseline, {name}": f"{share:.3f}" for name, share in result["routing"]["baselines"].items()}
     rows |= {f"answers right, {name}": f"{share:.3f}" for name, share in result["answers"].items()}
     print_table(rows | {"time": f"{result['seconds']:.0f} s"}, f"ds_moe: a gate over {len(ADAPTERS)} LoRA adapters")
-    for claim in result["claims"]:
-        print(f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
+    print_claims(result["claims"])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from ds_moe.export.model import export_checkpoint
 from ds_moe.monitor import print_table
 from ds_moe.tasks.rl.sample import generate_rollouts, load_policy, open_prompts, write_rollouts
 from tools.demos.replay.plot import write_figure
+from tools.results import Claim, judged, print_claims, write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNS = ROOT / "ds_configs/runs"
@@ -54,8 +55,7 @@ def main() -> int:
     result = {"rounds": rounds, "seconds": time.monotonic() - began, "prompts": options.prompts}
     result["claims"] = claims(rounds)
     report(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, options.json, indent=1)
     if options.plot:
         write_figure(rounds, options.plot)
     return 0 if all(claim["holds"] for claim in result["claims"]) else 1
@@ -98,8 +98,8 @@ def train(run: str, output: Path, *overrides: str) -> None:
         sys.exit(done.returncode)
 
 
-def claims(rounds: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What the demo is to show, with `holds` true or false."""
+def claims(rounds: dict[str, list[dict[str, Any]]]) -> list[Claim]:
+    """What the demo is to show."""
     replay, without = rounds["with replay"], rounds["without"]
     first, last = replay[0]["reward"], replay[-1]["reward"]
     k3, k3_without = (sum(one["mismatch_k3"] for one in arm) / len(arm) for arm in (replay, without))
@@ -109,7 +109,7 @@ def claims(rounds: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         (f"k3 between engine and trainer is lower with replay: {k3:.2e} against {k3_without:.2e}", k3 < k3_without),
         ("all losses are finite", finite),
     ]
-    return [{"claim": text, "holds": bool(holds)} for text, holds in found]
+    return judged(found)
 
 
 def figures(found: dict[str, Any]) -> str:
@@ -119,8 +119,7 @@ def figures(found: dict[str, Any]) -> str:
 def report(result: dict[str, Any]) -> None:
     rows = {f"{arm}, last round": figures(found[-1]) for arm, found in result["rounds"].items()}
     print_table(rows | {"time": f"{result['seconds']:.0f} s"}, "ds_moe: reinforcement with routing replay")
-    for claim in result["claims"]:
-        print(f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
+    print_claims(result["claims"])
 
 
 if __name__ == "__main__":
