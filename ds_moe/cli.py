@@ -112,7 +112,8 @@ def _positive(text: str) -> int:
 def _train(options: argparse.Namespace) -> int:
     from ds_moe.config.run import other_task
     from ds_moe.config.run_file import load_run
-    from ds_moe.launcher import FINAL, plan, start
+    from ds_moe.launcher.command import plan
+    from ds_moe.launcher.processes import FINAL, start
 
     config = load_run(options.run, options.overrides)  # one complaint here instead of one from every rank
     if options.task is not None and (other := other_task(config, options.task)):

@@ -34,20 +34,41 @@ check_run() {
     done
 }
 
+# number WORD: the word if it is a whole number, else 0.
+number() { if [[ $1 =~ ^(0|[1-9][0-9]*)$ ]]; then echo "$1"; else echo 0; fi; }
+
 # check_count VALUE WHAT
 check_count() { [[ $1 =~ ^[1-9][0-9]*$ ]] || die "$2 must be a positive whole number, not '$1'"; }
 
-# cpu_settings RANKS: the array `settings` becomes what `ds-moe train` sets for CPU ranks (see ds_moe/launcher.py) but for
-# TORCH_EXTENSIONS_DIR, which ranks find by themselves.
+# cpu_settings: the array `settings` becomes what `ds-moe train` sets for CPU ranks (see ds_moe/engine/cpu.py) but for
+# OMP_NUM_THREADS and TORCH_EXTENSIONS_DIR: ranks find their share of their machine's cores, and the op, by themselves.
 cpu_settings() {
-    local cores
-    cores=$(env -u OMP_NUM_THREADS nproc)
     settings=(
         "DS_ACCELERATOR=cpu"
-        "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}"
         "MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}"
         "MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-34359738368}"
     )
+}
+
+# find_gpus: `gpus` becomes the number of GPUs that this job may use on this machine, `why` what says so.
+find_gpus() {
+    local list
+    why="CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}"
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then  # which torch obeys, whoever has set it
+        if [[ $CUDA_VISIBLE_DEVICES =~ ^(|-1|NoDevFiles)$ ]]; then gpus=0; return; fi
+        IFS=, read -ra list <<<"$CUDA_VISIBLE_DEVICES"
+        gpus=${#list[@]}
+        return
+    fi
+    why="SLURM_GPUS_ON_NODE=${SLURM_GPUS_ON_NODE:-}"
+    if [[ ${SLURM_GPUS_ON_NODE:-} =~ ^[0-9]+$ ]]; then gpus=$SLURM_GPUS_ON_NODE; return; fi
+    why="SLURM_GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-}"  # may begin with a type: a100:8
+    if [[ ${SLURM_GPUS_PER_NODE:-} =~ ^([^,]*:)?([0-9]+)$ ]]; then gpus=${BASH_REMATCH[2]}; return; fi
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+    why="nvidia-smi -L lists $gpus"
+    if ((gpus)) && [[ $(scontrol show node "${SLURMD_NODENAME:-}" 2>/dev/null) =~ Gres=[^[:space:]]*gpu ]]; then
+        gpus=0 why='SLURM keeps those of this node for jobs that ask for them (--gpus-per-node)'
+    fi
 }
 
 # show_command WORD...: one line that can be pasted into a shell.
@@ -86,10 +107,11 @@ find_interface() {
     fi
 }
 
-# supervise TORCHRUN...: run it to its end; the status is its own, or 128 + the signal that this script got.
+# supervise LAUNCHER...: run it to its end; the status is its own, or 128 + the signal that this script got.
 #
 # It gets a session of its own: of the two signals that a Ctrl-C would make, the terminal's and ours, the second would
-# end it before its ranks. A signal becomes a SIGTERM to torchrun, which hands it on; another one ends all at once.
+# end it before its ranks. A signal becomes a SIGTERM to torchrun, which hands it on, or, where the array `ask` is set,
+# what this command (of ds_moe/launcher/ranks.py) sends to the ranks; another one ends all at once.
 # A torchrun that has lost its store (the master is gone) does not even notice that its ranks have ended: it is killed.
 supervise() {
     local status=0 stuck_s=0
@@ -115,25 +137,30 @@ supervise() {
 }
 
 stop_launcher() {
+    local asked=0
     if [[ -z $signal ]]; then
         signal=$1
-        kill -TERM "$launcher" 2>/dev/null || true
-    else
-        pkill -KILL -P "$launcher" || true
-        kill -KILL "$launcher" 2>/dev/null || true
+        if [[ -z ${ask:-} ]]; then kill -TERM "$launcher" 2>/dev/null || true; return; fi
+        asked=$("${ask[@]}" 15 "$launcher" || true)
+        if ((asked)); then return; fi
     fi
+    if [[ -n ${ask:-} ]]; then "${ask[@]}" 9 "$launcher" >/dev/null || true; fi
+    pkill -KILL -P "$launcher" || true
+    kill -KILL "$launcher" 2>/dev/null || true
 }
 
 # quote_for_pdsh WORD...: the array `words` becomes the words as DeepSpeed's pdsh launcher must get them so that the
-# shell on the other side sees them unchanged. It puts words that hold a space between double quotes, and no others.
+# shell on the other side sees them unchanged. It puts words that hold a space between double quotes, and no others;
+# pdsh itself replaces %h, %n and %u, and takes %% for %.
 quote_for_pdsh() {
     local word
     words=()
     for word in "$@"; do
         if [[ $word == *' '* ]]; then
-            words+=("$(sed 's/[\\$`]/\\&/g' <<<"$word")")
+            word=$(sed 's/[\\$`]/\\&/g' <<<"$word")
         else
-            words+=("$(printf '%q' "$word")")
+            word=$(printf '%q' "$word")
         fi
+        words+=("${word//%/%%}")
     done
 }

@@ -15,7 +15,8 @@
 #                NCCL_SOCKET_IFNAME). Default: for gloo the one that leads to the other machines; NCCL finds its own
 #   --dry-run    print the command and stop
 #
-# Ctrl-C or SIGTERM on one machine ends the job everywhere, by hand with a checkpoint, through ssh without (docs/launch.md).
+# Ctrl-C or SIGTERM on one machine (through ssh: to this script) ends the job everywhere, with a checkpoint; a second
+# one without (docs/launch.md).
 #
 # The ssh form passes on only variables that begin with NCCL, PYTHON, UCX, MV2 or MLFLOW; put others as NAME=value
 # lines into .deepspeed_env (do not commit it).
@@ -49,33 +50,33 @@ bin=$(find_bin "$root")
 settings=()
 if [[ -n $hostfile ]]; then
     [[ -z $nodes$gpus$master ]] || die "--hostfile and --nodes/--gpus/--master are two ways to start; give one"
-    # DeepSpeed itself would go on with this machine alone, with no more than a warning.
-    [[ -f $hostfile ]] || die "hostfile '$hostfile' does not exist"
     need_program "$bin" deepspeed
     if [[ $launcher == pdsh && $dry_run == no ]]; then
         command -v pdsh >/dev/null || die "pdsh is not installed: install it, or give --launcher openmpi, or use --nodes"
     fi
-    mapfile -t hosts < <(awk '!/^#/ && NF {print $1}' "$hostfile")
-    ((${#hosts[@]})) || die "hostfile '$hostfile' names no machine"
+    listed=$("$bin/python" -m ds_moe.launcher.hostfile "$hostfile") || exit 2
+    mapfile -t hosts < <(awk '{sub(/.*@/, "", $1); print $1}' <<<"$listed")  # [user@]name slots
     every_host=$(printf '%s,' "${hosts[@]}")
-    if [[ ${DS_ACCELERATOR:-} == cpu ]]; then
-        slots=$(awk -F 'slots=' '!/^#/ && NF > 1 {print $2 + 0; exit}' "$hostfile")
-        cpu_settings "${slots:-1}"
-    fi
+    if [[ ${DS_ACCELERATOR:-} == cpu ]]; then cpu_settings; fi
     settings+=("${network[@]}")
     # Every rank is started through on_node.sh. DeepSpeed's own choice of an address for the master is the first that
     # `hostname -I` prints there, which may be that of a bridge.
     words=(env "${settings[@]}" bash "$root/launch/on_node.sh" "${every_host%,}" "$bin/python" -u -m ds_moe.train "$@")
-    if [[ $launcher == pdsh ]]; then quote_for_pdsh "${words[@]}"; fi
-    command=("$bin/deepspeed" --hostfile "$hostfile" --launcher "$launcher" --master_addr "${hosts[0]}"
+    far=()
+    if ((${#hosts[@]} > 1)) || ! is_here "${hosts[0]}"; then
+        far=(--force_multi)  # of one host DeepSpeed takes for granted that it is this machine
+        if [[ $launcher == pdsh ]]; then quote_for_pdsh "${words[@]}"; fi
+    fi
+    command=("$bin/deepspeed" --hostfile "$hostfile" --launcher "$launcher" "${far[@]}" --master_addr "${hosts[0]}"
         --master_port "$port" --no_local_rank --no_python "${words[@]}")
+    ask=("$bin/python" -m ds_moe.launcher.ranks)
 else
     [[ -n $nodes && -n $gpus && -n $master ]] || die "give --hostfile FILE, or --nodes N --gpus G --master HOST"
     check_count "$nodes" "--nodes"
     check_count "$gpus" "--gpus"
     [[ $master == *:* ]] || master+=":$port"
     need_program "$bin" torchrun
-    if [[ ${DS_ACCELERATOR:-} == cpu ]]; then cpu_settings "$gpus"; fi
+    if [[ ${DS_ACCELERATOR:-} == cpu ]]; then cpu_settings; fi
     here=()
     if ((nodes > 1)) && [[ ${master%:*} != localhost ]] && command -v ip >/dev/null; then
         # Left alone, torchrun asks the machine's own name for its address, and whether it is the master.
@@ -100,5 +101,5 @@ else
 fi
 show_command "${command[@]}"
 if [[ $dry_run == yes ]]; then exit 0; fi
-if [[ -n $hostfile ]]; then exec "${command[@]}"; fi
+if [[ -n $hostfile && $launcher != pdsh ]]; then exec "${command[@]}"; fi
 supervise "${command[@]}"

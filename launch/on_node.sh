@@ -20,6 +20,10 @@ if [[ -z ${GLOO_SOCKET_IFNAME:-} ]] && ((${#hosts[@]} > 1)); then
     if [[ -n $interface ]]; then export GLOO_SOCKET_IFNAME=$interface; fi
 fi
 if [[ -n ${SLURM_NODEID:-} ]]; then
+    find_gpus
+    if [[ ${DS_ACCELERATOR:-cuda} == cuda ]] && ((gpus < RANKS_PER_NODE)); then
+        die "$(hostname) has $gpus GPU(s) for $RANKS_PER_NODE ranks ($why): give sbatch --gpus-per-node"
+    fi
     # torchrun reads its options from PET_ variables, too.
     export PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$LOG_DIR/node$SLURM_NODEID
     mkdir -p "$PET_LOG_DIR"

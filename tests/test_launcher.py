@@ -1,6 +1,7 @@
 """`ds-moe train`: the command it makes, and that no rank outlives it."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,9 +14,10 @@ import psutil
 import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from ds_moe import cli, launcher
-from ds_moe.engine.cpu import OP
+from ds_moe import cli
+from ds_moe.engine.cpu import OP, cpu_settings
 from ds_moe.errors import UserError
+from ds_moe.launcher import command, processes
 from tests.launcher import HANGS_S
 
 DEMO = "ds_configs/runs/demo.yaml"
@@ -25,7 +27,7 @@ TAIL = ["--quiet", "--no_local_rank", "--module", "ds_moe.train", DEMO]
 
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch):
-    for name in ("MASTER_PORT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", *launcher.cpu_settings(1)):
+    for name in ("MASTER_PORT", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", *cpu_settings(1)):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
@@ -64,7 +66,7 @@ def test_what_the_user_has_set_stays(capsys, monkeypatch):
     assert words == ["--num_accelerators", "1", "--master_port", "4000", *TAIL]
     monkeypatch.setenv("MASTER_PORT", "any")
     with pytest.raises(UserError, match="MASTER_PORT=any is not a port number"):
-        launcher.plan(DEMO, [])
+        command.plan(DEMO, [])
 
 
 def test_every_run_has_a_port_of_its_own(capsys):
@@ -92,7 +94,7 @@ def test_the_machines_of_a_hostfile_get_no_settings_of_this_one(capsys, tmp_path
     words = dry_run(capsys, DEMO, "--hostfile", hosts, "--nproc", 4, "--port", 29501)[1]
     assert words[2:6] == ["--num_accelerators", "4", "--master_port", "29501"]
     with pytest.raises(UserError, match="--hostfile none: no such file"):
-        launcher.plan(DEMO, [], hostfile="none")
+        command.plan(DEMO, [], hostfile="none")
 
 
 @pytest.mark.parametrize(
@@ -105,26 +107,43 @@ def test_the_machines_of_a_hostfile_get_no_settings_of_this_one(capsys, tmp_path
     ],
 )
 def test_accelerators_are_chosen_by_number_or_by_cuda_visible_devices(nproc, visible, settings, words):
-    assert launcher.choose_devices(nproc, 3, visible) == (settings, words)
+    assert command.choose_devices(nproc, 3, visible) == (settings, words)
 
 
 def test_impossible_choices_of_accelerators_are_refused():
     with pytest.raises(UserError, match=r"--nproc 4: only 3 accelerator\(s\) visible here; DS_ACCELERATOR=cpu"):
-        launcher.choose_devices(4, 3, "")
+        command.choose_devices(4, 3, "")
     with pytest.raises(UserError, match="only 0 accelerator"):
-        launcher.choose_devices(None, 0, "")
+        command.choose_devices(None, 0, "")
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=GPU-8a: .* device numbers only"):
-        launcher.choose_devices(1, 1, "GPU-8a")
+        command.choose_devices(1, 1, "GPU-8a")
+
+
+def test_a_single_host_is_this_machine_only_if_it_is_named_so(capsys, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text(
+        "192.0.2.7 slots=2\n"
+    )  # DeepSpeed alone would train here, with the words as another shell sees them
+    far = ["--hostfile", str(hosts), "--force_multi", *TAIL, command.for_remote_shell(HOSTILE)]
+    assert dry_run(capsys, DEMO, "--hostfile", hosts, HOSTILE) == ({}, far)
+    hosts.write_text("localhost slots=2\n")
+    assert dry_run(capsys, DEMO, "--hostfile", hosts, HOSTILE) == ({}, ["--hostfile", str(hosts), *TAIL, HOSTILE])
+
+
+def pdsh_makes(line):
+    """What pdsh sends to the shell of a host."""
+    return re.sub("%([%hnu])", lambda found: {"%": "%", "h": "node", "n": "0", "u": "me"}[found[1]], line)
 
 
 @pytest.mark.parametrize(
-    "word", ["train.lr=1e-3", "a=$(touch fired)", "a=`id`;ls", 'b="two words"', "c='x y' $HOME", "d=*"]
+    "word",
+    ["train.lr=1e-3", "a=$(touch fired)", "a=`id`;ls", 'b="two words"', "c='x y' $HOME", "d=*", "e=%h %n", "100%"],
 )
 def test_the_shell_of_another_machine_sees_the_words_as_they_were_written(word, tmp_path):
-    quoted = launcher.for_remote_shell(word)
+    quoted = command.for_remote_shell(word)
     runner = PDSHRunner(SimpleNamespace(user_args=[quoted], user_script=""), "")
     [line] = runner.user_arguments
-    seen = subprocess.run(["bash", "-c", f"printf %s {line}"], capture_output=True, text=True, cwd=tmp_path)
+    seen = subprocess.run(["bash", "-c", f"printf %s {pdsh_makes(line)}"], capture_output=True, text=True, cwd=tmp_path)
     assert seen.stdout == word and not list(tmp_path.iterdir())
 
 
@@ -132,9 +151,9 @@ def test_the_shell_of_another_machine_sees_the_words_as_they_were_written(word, 
 
 RUN_GROUP = """
 import os, sys
-from ds_moe import launcher
-launcher.GRACE_S = float(sys.argv[1])
-sys.exit(launcher.run_group([sys.executable, "-c", sys.argv[2]], dict(os.environ)))
+from ds_moe.launcher import processes
+processes.GRACE_S = float(sys.argv[1])
+sys.exit(processes.run_group([sys.executable, "-c", sys.argv[2]], dict(os.environ)))
 """
 # Dies of a signal at once, unlike its rank, which says when it is up.
 LAUNCHER = """
@@ -157,8 +176,8 @@ def group():
     started = []
 
     def start(grace, needs, before=("env", "--default-signal=INT,HUP,TERM")):  # whatever this run of tests ignores
-        command = [*before, sys.executable, "-c", RUN_GROUP, str(grace), LAUNCHER.format(needs=needs)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        words = [*before, sys.executable, "-c", RUN_GROUP, str(grace), LAUNCHER.format(needs=needs)]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout.readline() == "rank is up\n"
         children = psutil.Process(process.pid).children(recursive=True)
@@ -178,7 +197,7 @@ def running(processes):
     return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("number", launcher.STOPPING)
+@pytest.mark.parametrize("number", processes.STOPPING)
 def test_a_signal_ends_every_rank_before_the_command_ends(group, number):
     process, ranks = group(grace=600, needs=0.5)
     process.send_signal(number)
@@ -211,9 +230,9 @@ def test_nohup_is_respected(group):
 
 ASKED = """
 import os, sys
-from ds_moe import launcher
-launcher.GRACE_S = 1.0
-sys.exit(launcher.run_group([sys.executable, "-c", sys.argv[1]], dict(os.environ), float(sys.argv[2])))
+from ds_moe.launcher import processes
+processes.GRACE_S = 1.0
+sys.exit(processes.run_group([sys.executable, "-c", sys.argv[1]], dict(os.environ), float(sys.argv[2])))
 """
 # As DeepSpeed's: it knows its rank's code, and would end at once of a signal to itself.
 PATIENT_LAUNCHER = """
@@ -236,9 +255,9 @@ sys.exit(code)
 
 def asked(needs, stop_within_s, *signals):
     """The output of a job that gets signals, half a second apart, and its code."""
-    command = ["env", "--default-signal=INT,HUP,TERM", sys.executable, "-c", ASKED]
-    command += [PATIENT_LAUNCHER.format(needs=needs), str(stop_within_s)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    words = ["env", "--default-signal=INT,HUP,TERM", sys.executable, "-c", ASKED]
+    words += [PATIENT_LAUNCHER.format(needs=needs), str(stop_within_s)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "rank is up\n"
     for number in signals:
         process.send_signal(number)
@@ -247,7 +266,7 @@ def asked(needs, stop_within_s, *signals):
     return output, process.returncode
 
 
-@pytest.mark.parametrize("number", launcher.STOPPING)
+@pytest.mark.parametrize("number", processes.STOPPING)
 def test_ranks_have_time_to_save_and_the_launcher_hears_of_it_from_them(number):
     assert asked(1.0, 600.0, number) == ("rank has saved\nlauncher saw 143\n", 128 + number)
 
@@ -276,8 +295,8 @@ def test_past_the_deadline_nothing_is_waited_for():
 def test_a_crashed_run_is_started_again(codes, restarts, starts, monkeypatch, capsys):
     given = iter(codes)
     seen = []
-    monkeypatch.setattr(launcher, "plan", lambda *arguments: "plan")
-    monkeypatch.setattr(launcher, "start", lambda plan, stop_within_s: seen.append(stop_within_s) or next(given))
+    monkeypatch.setattr(command, "plan", lambda *arguments: "plan")
+    monkeypatch.setattr(processes, "start", lambda plan, stop_within_s: seen.append(stop_within_s) or next(given))
     code = cli.main(["train", DEMO, "--max-restarts", str(restarts)])
     assert (len(seen), code) == (starts, codes[starts - 1])
     assert set(seen) == {120.0}  # train.stop_within_s
@@ -285,13 +304,13 @@ def test_a_crashed_run_is_started_again(codes, restarts, starts, monkeypatch, ca
 
 
 def test_the_launchers_exit_code_is_passed_on():
-    assert launcher.run_group([sys.executable, "-c", "import sys; sys.exit(7)"], dict(os.environ)) == 7
+    assert processes.run_group([sys.executable, "-c", "import sys; sys.exit(7)"], dict(os.environ)) == 7
 
 
 def test_nothing_is_launched_where_the_op_cannot_be_built(tmp_path):
     environment = {**os.environ, "CXX": "g++-nowhere", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    command = [Path(sys.executable).with_name("ds-moe"), "train", DEMO]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS_S)
+    words = [Path(sys.executable).with_name("ds-moe"), "train", DEMO]
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=HANGS_S)
     assert result.returncode == 2
     assert result.stdout.startswith("+ env ") and len(result.stdout.splitlines()) == 1
     assert result.stderr.startswith("error: no C++ compiler: `g++-nowhere`") and result.stderr.count("\n") == 1

@@ -21,6 +21,7 @@ import psutil  # DeepSpeed depends on it
 from ds_moe.errors import UserError
 
 OP = "deepspeed_shm_comm"
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of the container that this process is in
 
 
 def use_environment() -> None:
@@ -125,6 +126,43 @@ def _check_tools() -> None:
         )
 
 
+def cores() -> int:
+    """CPUs that this job has on this machine: where it may run, or fewer, by SLURM's word or a container's quota."""
+    counts = [len(os.sched_getaffinity(0))]
+    if (given := os.environ.get("SLURM_CPUS_ON_NODE", "")).isdecimal():
+        counts.append(int(given))
+    with suppress(OSError, ValueError):  # no control groups of version 2 here; no quota, "max"
+        quota, period = CPU_QUOTA.read_text().split()
+        counts.append(int(quota) // int(period))
+    return max(1, min(counts))
+
+
+def threads_of_rank(ranks: int) -> int:
+    """Threads of each of `ranks` on this machine."""
+    return max(1, cores() // ranks)
+
+
+def share_cores() -> None:
+    """Give this rank its share of this machine's cores, unless the user has chosen OMP_NUM_THREADS.
+
+    Left alone, each rank under DeepSpeed's launcher takes all of them, and each of several under torchrun a single one.
+    """
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # of torchrun; of DeepSpeed's launcher
+    if ranks is None or _threads_are_chosen():
+        return
+    import torch
+
+    torch.set_num_threads(threads_of_rank(int(ranks)))
+
+
+def _threads_are_chosen() -> bool:
+    chosen = bool(os.environ.get("OMP_NUM_THREADS"))
+    if chosen and "TORCHELASTIC_RUN_ID" in os.environ:
+        with suppress(psutil.Error):  # torchrun has put a 1 there itself, if it was not started with any
+            return bool(psutil.Process(os.getppid()).environ().get("OMP_NUM_THREADS"))
+    return chosen
+
+
 def cpu_settings(ranks: int) -> dict[str, str]:
     """The environment of CPU ranks that share this machine's cores. Variables that the user has set are kept.
 
@@ -132,7 +170,7 @@ def cpu_settings(ranks: int) -> dict[str, str]:
     cost page faults.
     """
     settings = {
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        "OMP_NUM_THREADS": str(threads_of_rank(ranks)),
         "MALLOC_MMAP_THRESHOLD_": str(2**32),
         "MALLOC_TRIM_THRESHOLD_": str(2**35),
     }

@@ -29,6 +29,7 @@ def start_distributed(ep_size: int) -> Topology:
         UserError: `ep_size` does not divide the number of processes.
     """
     ops.use_environment()
+    ops.share_cores()
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

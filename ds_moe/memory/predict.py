@@ -171,7 +171,7 @@ def _moments(
 
 
 def _kept_free(moments: dict[str, dict[str, float]], parts: dict[str, float]) -> float:
-    """Bytes that CPU ranks do not return when they free them: `launcher.cpu_settings` tells glibc so, for speed.
+    """Bytes that CPU ranks do not return when they free them: `cpu_settings` tells glibc so, for speed.
 
     A hole that activations leave seldom fits a flat buffer of the optimizer, nor the reverse: every purpose ends up
     with room for its largest moment, instead of all sharing that of the peak. An estimate, as fragments are.

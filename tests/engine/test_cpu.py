@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled op: found without help, and no killed build stands in the way."""
+"""DeepSpeed's compiled op: found without help, and no killed build stands in the way. Ranks and cores."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_moe.engine import cpu as ops
-from tests.launcher import HANGS_S
+from tests.launcher import HANGS_S, run_ranks
 
 COMPILED = Path(sys.prefix, "torch_extensions", ops.OP, f"{ops.OP}.so")
 
@@ -50,3 +50,42 @@ def test_a_rank_started_by_hand_finds_the_op(tmp_path):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=HANGS_S)
     assert COMPILED.stat().st_mtime_ns == built
     assert not (tmp_path / ".cache/torch_extensions").exists()
+
+
+@pytest.mark.parametrize(
+    ("slurm", "quota", "cores"),
+    [
+        (None, None, 64),
+        ("16", None, 16),
+        ("96", None, 64),
+        ("", "max 100000", 64),
+        (None, "400000 100000", 4),
+        ("16", "50000 100000", 1),
+    ],
+)
+def test_the_cores_of_a_job_are_those_it_may_use(slurm, quota, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(ops, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if slurm is not None:
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", slurm)
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert ops.cores() == cores
+    assert ops.cpu_settings(4)["OMP_NUM_THREADS"] == str(max(1, cores // 4))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "chosen", "threads"),
+    [
+        ("torchrun", None, 4),
+        pytest.param("torchrun", "2", 2, marks=pytest.mark.slow),
+        pytest.param("deepspeed", None, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_each_rank_takes_its_share_of_the_cores_under_every_launcher(launcher, chosen, threads):
+    """Of 8 cores; torchrun itself would give each of the two ranks one, DeepSpeed's launcher all."""
+    env = {"OMP_NUM_THREADS": chosen, "SLURM_CPUS_ON_NODE": None}
+    run = run_ranks("tests/engine/threads.py", 2, env=env, launcher=launcher)
+    assert [rank["threads"] for rank in run.json_by_rank] == [threads, threads]

@@ -10,7 +10,8 @@ from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
-from ds_moe import launcher
+from ds_moe.launcher.command import Launch
+from ds_moe.launcher.processes import start
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +45,7 @@ def run_plan(
     command += ["--master_port", str(port), "--quiet", "--no_local_rank"]
     command += ["--module", module, str(plan_file), str(result_file)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    code = launcher.start(launcher.Launch(command, {"PYTHONPATH": paths, **settings}), stop_within_s=0)
+    code = start(Launch(command, {"PYTHONPATH": paths, **settings}), stop_within_s=0)
     if code:
         raise CalledProcessError(code, command)
     return json.loads(result_file.read_text())

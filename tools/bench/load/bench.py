@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig, Qwen3VLMoeConfig
 
-from ds_moe import launcher
+from ds_moe.engine.cpu import cpu_settings
 from ds_moe.models.families import expert_state
 from ds_moe.models.load import skeleton
 from ds_moe.models.presets import preset_config
@@ -169,7 +169,7 @@ def random_weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -
 def launch(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the ranks find with the environment of CPU runs."""
     try:
-        return run_plan("tools.bench.load.ranks", plan, RANKS, launcher.cpu_settings(RANKS), folder)
+        return run_plan("tools.bench.load.ranks", plan, RANKS, cpu_settings(RANKS), folder)
     except CalledProcessError as error:
         sys.exit(error.returncode)
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from ds_moe import launcher
 from ds_moe.doctor.plans import ENGINE_FILES
+from ds_moe.engine.cpu import cpu_settings
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import KEPT_FREE
 from tools.bench.launched import run_plan
@@ -99,7 +99,7 @@ def measure(case: Case, kept: bool) -> dict[str, Any]:
     Raises:
         UserError: the processes failed, or this machine was too short of memory to measure any.
     """
-    settings = {**launcher.cpu_settings(RANKS), "OMP_NUM_THREADS": "1", **NO_KERNEL_CACHE, **({} if kept else RETURNED)}
+    settings = {**cpu_settings(RANKS), "OMP_NUM_THREADS": "1", **NO_KERNEL_CACHE, **({} if kept else RETURNED)}
     with tempfile.TemporaryDirectory() as folder:
         try:
             found = run_plan("tools.bench.memory.ranks", plan_of(case, kept), RANKS, settings, Path(folder))

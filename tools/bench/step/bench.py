@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ds_moe import launcher
+from ds_moe.engine.cpu import cpu_settings
 from tools.bench.launched import run_plan
 from tools.results import write_json
 
@@ -156,7 +156,7 @@ def launch(
     plan = {"measure": what, "contenders": contenders, "processes": processes, "tokens": options.tokens}
     plan |= {"steps": options.steps, "repeats": options.repeats}
     plan |= {key: getattr(suite, key) for key in ("dtype", "sequence", "loss_tolerance", "norm_tolerance", "model")}
-    settings = launcher.cpu_settings(processes) | {"OMP_NUM_THREADS": "1"} if suite.device == "cpu" else {}
+    settings = cpu_settings(processes) | {"OMP_NUM_THREADS": "1"} if suite.device == "cpu" else {}
     try:
         found = run_plan("tools.bench.step.ranks", plan, processes, settings, folder)
     except CalledProcessError as error:
