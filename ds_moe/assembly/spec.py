@@ -72,7 +72,7 @@ def load_spec(path: str | Path) -> AssemblySpec:
     try:
         spec = AssemblySpec.model_validate(data)
     except ValidationError as error:
-        raise UserError(SCHEMA.complaints(error, data, origins, str(path))[0]) from error
+        raise UserError(SCHEMA.complaints(error, origins, str(path))[0]) from error
     spec.remember_origins(str(path), origins)
     for key, text in _problems(spec):
         raise UserError(f"{spec.at(key)}: {text}")

@@ -7,11 +7,12 @@ and the fix.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ds_moe.config.rules import gate, lora, model, moe, rl, train
 from ds_moe.config.rules.rule import Complaint, Contradiction, Unused, written
 from ds_moe.config.run import RunConfig
+from ds_moe.config.yaml_lines import Plain, join
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,15 +65,17 @@ def unused_keys(config: RunConfig) -> dict[str, str]:
     return {key: reason for key, reason in reasons.items() if reason}
 
 
-def used_keys(config: RunConfig) -> dict[str, Any]:
+def used_keys(config: RunConfig) -> dict[str, Plain]:
     """The tree as plain data without the keys that this run would not use and without keys that are not set."""
     unused = unused_keys(config)
 
-    def prune(value: Any, key: str) -> Any:
-        if not isinstance(value, dict):
-            return value
-        children = {name: (f"{key}.{name}" if key else name, child) for name, child in value.items()}
-        return {n: prune(child, k) for n, (k, child) in children.items() if k not in unused and child is not None}
+    def prune(section: dict[str, Plain], key: str) -> dict[str, Plain]:
+        kept = {}
+        for name, value in section.items():
+            dotted = join(key, name)
+            if dotted not in unused and value is not None:
+                kept[name] = prune(value, dotted) if isinstance(value, dict) else value
+        return kept
 
     return prune(config.model_dump(mode="json"), "")
 

@@ -1,27 +1,28 @@
-"""A typed YAML file: what is wrong with it as one line a mistake, "file:line: key, value, what is allowed".
+"""Mistakes in a YAML file whose keys are a tree of pydantic sections: one line each, "file:line: key, value, allowed".
 
-Made for a tree of pydantic sections, of which the run file's (`ds_moe.config`) is one.
+The run file (`ds_moe.config`) and the spec of an assembly (`ds_moe.assembly`) are such files.
 """
 
 from __future__ import annotations
 
 import re
-import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from ds_moe.config.sections import origin_of
-from ds_moe.config.yaml_lines import compose_lines, join, nearest, read_text
+from ds_moe.config.yaml_lines import Plain, compose_lines, join, nearest, read_text
 from ds_moe.errors import UserError, shown
 
 
-def read_mapping(path: Path, schema: Schema) -> tuple[dict[str, Any], dict[str, str]]:
+def read_mapping(path: Path, schema: Schema) -> tuple[dict[str, Plain], dict[str, str]]:
     """Plain data of a YAML file, and "file:line" of every dotted key in it.
 
     Raises:
-        UserError: a file that cannot be read, or that is no mapping.
+        UserError: a file that cannot be read, or does not hold a mapping.
     """
     data, origins = compose_lines(read_text(path, schema.noun), str(path))
     if not isinstance(data, dict):
@@ -33,32 +34,38 @@ class Schema:
     """The keys of a tree of sections.
 
     Attributes:
-        noun: what a file of this form is called in messages.
-        sections: dotted name of each section -> names of its keys; "" is the root, items of a list are one section.
+        noun: what messages call such a file.
+        sections: dotted name of each section -> names of its keys. "" is the root; all items of a list, and all kinds
+            of a section, are one section.
         keys: every dotted key.
-        kinds: names of all kinds of sections.
+        kinds: dotted name of each section that has a key `kind` -> the values that this key may have.
     """
 
     def __init__(self, root: type[BaseModel], noun: str) -> None:
         self.noun = noun
-        self.sections = _sections(root)
+        self.sections: dict[str, list[str]] = {}
+        self.kinds: dict[str, list[str]] = {}
+        for key, section in _sections(root):
+            names = self.sections.setdefault(key, [])
+            names += [name for name in section.model_fields if name not in names]
+            if kind := section.model_fields.get("kind"):
+                self.kinds.setdefault(key, []).extend(get_args(kind.annotation))
         self.keys = [join(section, name) for section, names in self.sections.items() for name in names]
-        self.kinds = _kinds(root)
+        self._tags = {kind for kinds in self.kinds.values() for kind in kinds}
 
-    def complaints(self, error: ValidationError, data: Any, origins: dict[str, str], file: str) -> list[str]:
-        """All that pydantic found, in the order of the file.
+    def complaints(self, error: ValidationError, origins: dict[str, str], file: str) -> list[str]:
+        """One line for each mistake that pydantic found, in the order of the file.
 
         Args:
-            data: what was validated.
             origins: where each dotted key was written.
-            file: where keys stand that were not written.
+            file: the place named for keys that were not written.
         """
-        found = [self._complaint(detail, data, origins, file) for detail in error.errors(include_url=False)]
+        found = [self._complaint(detail, origins, file) for detail in error.errors(include_url=False)]
         return sorted(found, key=_line)
 
-    def _complaint(self, detail: Any, data: dict[str, Any], origins: dict[str, str], file: str) -> str:
+    def _complaint(self, detail: ErrorDetails, origins: dict[str, str], file: str) -> str:
         """One of pydantic's error details as "file:line: key ... what is allowed"."""
-        key = self._key_of(detail["loc"], data)
+        key = self._key_of(detail["loc"])
         kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
         where = origin_of(key, origins, file)
         if kind == "extra_forbidden":
@@ -71,7 +78,7 @@ class Schema:
             return f"{where}: required key {key} is missing" + (f" from section {parent}" if parent else "")
         if kind.startswith("union_tag"):
             tag = value.get("kind") if isinstance(value, dict) else None
-            allowed = context.get("expected_tags", "'none', 'aux', 'z_loss', 'loss_free'")
+            allowed = ", ".join(map(repr, self.kinds[_section(key)]))
             return f"{where}: {key}.kind is {shown(tag)}; must be one of {allowed}"
         if kind in ("model_type", "model_attributes_type"):
             keys = ", ".join(self._keys_in(key))
@@ -82,7 +89,7 @@ class Schema:
         return f"{where}: {key} is {shown(value)}; {reason[0].lower() + reason[1:]}"
 
     def _unknown(self, key: str) -> str:
-        if re.sub(r"\.\d+", "", key) in self.keys:  # another kind of this section has it
+        if _section(key) in self.keys:  # a key of another kind of this section
             return f"{key} would not be used: the kind of {key.rpartition('.')[0]} has no such key; remove it"
         near = self._nearest(key)
         allowed = self._keys_in(key.rpartition(".")[0]) or self.sections[""]
@@ -90,12 +97,15 @@ class Schema:
         return f"unknown key {key} ({hint})"
 
     def _keys_in(self, section: str) -> list[str]:
-        """Keys of a section, given with or without list indices ("moe.balance.0"); none where it is unknown."""
-        return self.sections.get(re.sub(r"\.\d+", "", section), [])
+        """Keys of a section, which may be an item of a list ("moe.balance.0"); none where it is unknown."""
+        return self.sections.get(_section(section), [])
 
     def _nearest(self, key: str) -> str | None:
-        """Nearest valid dotted key: that of another section if only its section is wrong, then the most alike among the
-        keys of the same section, by last name, by whole key."""
+        """The valid dotted key that was most likely meant.
+
+        In this order: the only key that has this name in any section, the most alike key of the same section, the most
+        alike last name of any section, the most alike whole key.
+        """
         parent, _, name = key.rpartition(".")
         elsewhere = [candidate for candidate in self.keys if candidate.endswith(f".{name}")]
         if len(elsewhere) == 1:
@@ -106,49 +116,42 @@ class Schema:
         same = nearest(name, list(by_name))
         return by_name[same] if same else nearest(key, self.keys)
 
-    def _key_of(self, location: tuple[int | str, ...], tree: Any) -> str:
-        """Dotted key of pydantic's error location, less the tags it inserts where a section is a union of kinds."""
+    def _key_of(self, location: tuple[int | str, ...]) -> str:
+        """Dotted key of pydantic's error location, without the tags it inserts where a section is a union of kinds."""
         names: list[str] = []
-        data: Any = tree
         tagged = False
         for name in location:
-            tagged = name in self.kinds and not tagged  # no key is called like a kind, but a wrong one may be
-            if tagged:
-                continue
-            names.append(str(name))
-            if isinstance(data, dict):
-                data = data.get(str(name))
-            elif isinstance(data, list) and isinstance(name, int) and name < len(data):
-                data = data[name]
+            tagged = name in self._tags and not tagged  # no key is called like a kind, but a misspelt one may be
+            if not tagged:
+                names.append(str(name))
         return ".".join(names)
 
 
-def descend(data: Any, key: str) -> Any:
-    """The value of a dotted key in nested mappings, None where there is none."""
+def descend(data: Plain, key: str) -> Plain:
+    """The value of a dotted key in nested mappings; None: there is none."""
     for name in key.split(".") if key else []:
         data = data.get(name) if isinstance(data, dict) else None
     return data
 
 
-def _sections(model: type[BaseModel], parent: str = "") -> dict[str, list[str]]:
-    found = {parent: list(model.model_fields)}
+def _section(key: str) -> str:
+    """A dotted key without the indices of lists, as `Schema` knows it."""
+    return re.sub(r"\.\d+", "", key)
+
+
+def _sections(model: type[BaseModel], key: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """(dotted name, class) of a section and all sections below it; a union of kinds gives one pair a kind."""
+    yield key, model
     for name, field in model.model_fields.items():
         for child in _models_in(field.annotation):
-            for key, names in _sections(child, join(parent, name)).items():
-                found[key] = list(dict.fromkeys(found.get(key, []) + names))
-    return found
+            yield from _sections(child, join(key, name))
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    """The sections among the types of a field: `MoEConfig | None` has one, a list of a union of kinds several."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
-
-
-def _kinds(model: type[BaseModel]) -> set[str]:
-    children = [child for field in model.model_fields.values() for child in _models_in(field.annotation)]
-    own = typing.get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
-    return set(own).union(*map(_kinds, children))
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
 def _line(complaint: str) -> int:

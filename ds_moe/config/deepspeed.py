@@ -1,34 +1,42 @@
-"""The DeepSpeed JSON of a run: "auto" values filled from the run file, contradictions between the two refused.
+"""From a run's DeepSpeed JSON to the dictionary that DeepSpeed gets: "auto" filled, contradictions refused.
 
-The JSON holds how DeepSpeed works (ZeRO stage, buckets, offload); what is trained stands in the run file. A key that
-both can hold is either "auto" in the JSON or equal in both.
+The JSON says how DeepSpeed works (ZeRO stage, buckets, offload), the run file what is trained. A value that both files
+hold is "auto" in the JSON, or the same in both.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import NamedTuple
 
-from ds_moe.config.deepspeed_json import AUTO, Json, check_keys, read_json, section, without_switched_off
+from ds_moe.config.deepspeed_json import (
+    AUTO,
+    DeepSpeedJson,
+    check_keys,
+    read_json,
+    section,
+    without_switched_off,
+)
 from ds_moe.config.deepspeed_keys import FP32_NAMES
 from ds_moe.config.divisors import accumulation_steps, ep_size_problem
 from ds_moe.config.rules.rule import written
 from ds_moe.config.run import RunConfig
+from ds_moe.config.yaml_lines import Plain
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.errors import UserError
 
 
 def resolve_deepspeed(
     config: RunConfig, world_size: int, on_cpu: bool, hidden_size: int | None = None
-) -> dict[str, Any]:
+) -> dict[str, Plain]:
     """The dictionary for `deepspeed.initialize`, with nothing "auto" left in it.
 
     Args:
         config: from `load_run`, so that `config.deepspeed` is the path of an existing file.
         world_size: number of ranks; each is a data-parallel rank, whatever `moe.ep_size` is.
         on_cpu: whether the ranks train on CPUs.
-        hidden_size: width of the text model, to size "auto" buckets; None leaves them to DeepSpeed.
+        hidden_size: width of the text model, by which "auto" buckets are sized; None: it is not known.
 
     Raises:
         UserError: broken JSON, an unknown or unsupported key, a contradiction with the run file, a batch size or an
@@ -42,8 +50,8 @@ def resolve_deepspeed(
 
 def deepspeed_problems(
     config: RunConfig, world_size: int, on_cpu: bool, hidden_size: int | None = None
-) -> tuple[dict[str, Any], list[str]]:
-    """As `resolve_deepspeed`, but every complaint instead of the first. The dictionary is only good without any."""
+) -> tuple[dict[str, Plain], list[str]]:
+    """The dictionary of `resolve_deepspeed` and every complaint; where there is one, the dictionary is empty."""
     try:
         source = read_json(config.deepspeed)
     except UserError as error:
@@ -56,31 +64,20 @@ def deepspeed_problems(
         accumulation = 1
     if config.moe and (problem := ep_size_problem(config.moe.ep_size, world_size, f"the {world_size} ranks")):
         complaints.append(f"{config.at('moe.ep_size')}: {problem}")
-    filled = {
-        "train_batch_size": ("train.global_batch_size", config.train.global_batch_size),
-        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", config.train.micro_batch_size),
-        "gradient_accumulation_steps": ("train.global_batch_size", accumulation),
-        "gradient_clipping": ("train.max_grad_norm", config.train.max_grad_norm),  # left out, DeepSpeed clips at 1.0
-        "bf16.enabled": ("train.precision", precision(config, on_cpu) == "bf16"),
-        "optimizer.params.lr": ("train.lr", config.train.lr),
-        "optimizer.params.betas": ("train.betas", list(config.train.betas)),
-        "optimizer.params.weight_decay": ("train.weight_decay", config.train.weight_decay),
-    }
     resolved = without_switched_off(json.loads(json.dumps(source.values)))
-    for key, (yaml_key, value) in filled.items():
-        complaints += _fill(resolved, key, value, yaml_key, source, config)
+    for value in _shared_values(config, accumulation, on_cpu):
+        complaints += _fill(resolved, value, source, config)
     complaints += _other_optimizer(resolved, source)
     if complaints:
         return {}, complaints
     _finish_optimizer(resolved, on_cpu)
-    _finish_zero(resolved["zero_optimization"], hidden_size)
+    _finish_zero(section(resolved, "zero_optimization"), hidden_size)
     resolved.pop("fp16", None)
-    resolved = {key: value for key, value in resolved.items() if value != AUTO}  # what is left has DeepSpeed's default
-    return resolved, []
+    return {key: value for key, value in resolved.items() if value != AUTO}, []  # left out: DeepSpeed's default
 
 
-def zero_plan(resolved: dict[str, Any]) -> ZeroPlan:
-    """The part of a dictionary for `deepspeed.initialize` that says where state is kept.
+def zero_plan(resolved: dict[str, Plain]) -> ZeroPlan:
+    """Where a dictionary for `deepspeed.initialize` keeps weights, gradients and optimizer state.
 
     Args:
         resolved: from `resolve_deepspeed`. A key that it lacks has DeepSpeed's default; without a stage that is 0.
@@ -94,8 +91,8 @@ def zero_plan(resolved: dict[str, Any]) -> ZeroPlan:
     }
     return ZeroPlan(
         stage=zero.get("stage", 0),
-        offload_optimizer=_offloads(zero, "offload_optimizer"),
-        offload_param=_offloads(zero, "offload_param"),
+        offload_optimizer=section(zero, "offload_optimizer").get("device") not in ("none", None),
+        offload_param=section(zero, "offload_param").get("device") not in ("none", None),
         bf16=section(resolved, "bf16").get("enabled", False),
         fp32_sums=section(resolved, "data_types").get("grad_accum_dtype") in FP32_NAMES,
         **{name: zero[key] for name, key in sizes.items() if zero.get(key) is not None},
@@ -124,22 +121,45 @@ def precision(config: RunConfig, on_cpu: bool) -> str:
 
 
 def trains_on_cpu() -> bool:
-    """Whether DeepSpeed would train on CPUs on this machine: it was told so, or there is no accelerator."""
+    """Whether DeepSpeed would train on CPUs here: DS_ACCELERATOR says so, or this machine has no accelerator."""
     if told := os.environ.get("DS_ACCELERATOR"):
         return told == "cpu"
-    import torch  # a second of import that reading a JSON does not need
+    import torch  # here, because its import takes a second that reading a JSON does not need
 
     return not torch.accelerator.is_available()
 
 
-def _fill(resolved: dict[str, Any], key: str, value: Any, yaml_key: str, source: Json, config: RunConfig) -> list[str]:
-    """Set dotted `key` where it is "auto" or absent; a complaint where it says something else than `value`."""
+class _Shared(NamedTuple):
+    """A value that the run file gives and the JSON may repeat."""
+
+    key: str  # of the JSON
+    yaml_key: str
+    value: Plain
+
+
+def _shared_values(config: RunConfig, accumulation: int, on_cpu: bool) -> list[_Shared]:
+    train = config.train
+    return [
+        _Shared("train_batch_size", "train.global_batch_size", train.global_batch_size),
+        _Shared("train_micro_batch_size_per_gpu", "train.micro_batch_size", train.micro_batch_size),
+        _Shared("gradient_accumulation_steps", "train.global_batch_size", accumulation),
+        _Shared("gradient_clipping", "train.max_grad_norm", train.max_grad_norm),  # left out, DeepSpeed clips at 1.0
+        _Shared("bf16.enabled", "train.precision", precision(config, on_cpu) == "bf16"),
+        _Shared("optimizer.params.lr", "train.lr", train.lr),
+        _Shared("optimizer.params.betas", "train.betas", list(train.betas)),
+        _Shared("optimizer.params.weight_decay", "train.weight_decay", train.weight_decay),
+    ]
+
+
+def _fill(resolved: dict[str, Plain], shared: _Shared, source: DeepSpeedJson, config: RunConfig) -> list[str]:
+    """Set a value where the JSON has "auto" or no such key; a complaint where it has another value."""
+    key, yaml_key, value = shared
     *parents, name = key.split(".")
     holder = resolved
     for parent in parents:
         holder = holder.setdefault(parent, {})
         if not isinstance(holder, dict):
-            return []  # `check_keys` has complained
+            return []  # `check_keys` has complained about it
     given = holder.get(name, AUTO)
     if given == AUTO:
         holder[name] = value
@@ -152,38 +172,32 @@ def _fill(resolved: dict[str, Any], key: str, value: Any, yaml_key: str, source:
     return []
 
 
-def _offloads(zero: dict[str, Any], key: str) -> bool:
-    return section(zero, key).get("device", "none") != "none"
-
-
-def _other_optimizer(resolved: dict[str, Any], source: Json) -> list[str]:
-    """A complaint where DeepSpeed would replace its ZeRO-1 optimizer by one that checkpoints cannot be written of."""
-    key, zero = "data_types.grad_accum_dtype", section(resolved, "zero_optimization")
-    dtype = section(resolved, "data_types").get("grad_accum_dtype")
-    offloaded = _offloads(zero, "offload_optimizer")
-    bf16 = section(resolved, "bf16").get("enabled") is True
-    if zero.get("stage") != 1 or offloaded or not bf16 or dtype not in FP32_NAMES:
+def _other_optimizer(resolved: dict[str, Plain], source: DeepSpeedJson) -> list[str]:
+    """A complaint where DeepSpeed would replace its ZeRO-1 optimizer by one that our checkpoints cannot read."""
+    zero, key = zero_plan(resolved), "data_types.grad_accum_dtype"
+    if zero.stage != 1 or zero.offload_optimizer or not zero.bf16 or not zero.fp32_sums:
         return []
+    dtype = section(resolved, "data_types")["grad_accum_dtype"]
     text = f"{key} {dtype!r} is not supported with bf16 at ZeRO stage 1: DeepSpeed's BF16_Optimizer, which it chooses"
     return [f"{source.at(key)}: {text}, has no checkpoints of ours; remove it, or use stage 2 or 3"]
 
 
-def _finish_optimizer(resolved: dict[str, Any], on_cpu: bool) -> None:
-    optimizer = resolved["optimizer"]
+def _finish_optimizer(resolved: dict[str, Plain], on_cpu: bool) -> None:
+    optimizer = section(resolved, "optimizer")
     optimizer.setdefault("type", "AdamW")
-    params = optimizer["params"]
+    params = section(optimizer, "params")
     if params.get("eps", AUTO) == AUTO:
         params["eps"] = 1e-8
-    offloaded = _offloads(resolved["zero_optimization"], "offload_optimizer")
-    if on_cpu and not offloaded:  # otherwise DeepSpeed compiles its fused Adam for a minute and a half
+    if on_cpu and not zero_plan(resolved).offload_optimizer:  # else DeepSpeed compiles its own Adam for 90 seconds
         params.setdefault("torch_adam", True)
         if params["torch_adam"]:
-            params["fused"] = True  # one pass over weights and moments, without temporary copies of them
+            params["fused"] = True  # torch then makes one pass over weights and moments, without temporary copies
 
 
-def _finish_zero(zero: dict[str, Any], hidden_size: int | None) -> None:
-    """Size "auto" buckets (in elements) as transformers does, but not so small that tiny models send crumbs."""
-    bucket = max((hidden_size or 0) ** 2, 2**24)  # DeepSpeed's own 5e8 would hold 2 GiB of each rank
+def _finish_zero(zero: dict[str, Plain], hidden_size: int | None) -> None:
+    """Size "auto" buckets (in elements) as transformers does, but with a floor, for models so small that each
+    collective would move next to nothing."""
+    bucket = max((hidden_size or 0) ** 2, 2**24)  # DeepSpeed's own default of 5e8 takes 2 GiB of each rank
     sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if zero["stage"] == 3:
         sizes["stage3_prefetch_bucket_size"] = bucket * 9 // 10

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ds_moe.config.deepspeed_keys import (
     ADAM_KEYS,
@@ -27,11 +26,11 @@ from ds_moe.config.deepspeed_keys import (
     ZERO_KEYS,
     ZERO_REFUSED,
 )
-from ds_moe.config.yaml_lines import compose_lines, join, nearest, read_text
+from ds_moe.config.yaml_lines import Plain, compose_lines, join, nearest, read_text
 from ds_moe.errors import UserError, shown
 
 AUTO = "auto"
-FITS: dict[str, Callable[[Any], bool]] = {  # a key of KINDS -> whether a value is one
+FITS: dict[str, Callable[[object], bool]] = {  # a key of KINDS -> whether a value is one
     "an object": lambda value: isinstance(value, dict),
     "a number above 0": lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value > 0,
     "true or false": lambda value: isinstance(value, bool),
@@ -39,18 +38,18 @@ FITS: dict[str, Callable[[Any], bool]] = {  # a key of KINDS -> whether a value 
 
 
 @dataclass
-class Json:
+class DeepSpeedJson:
     """A DeepSpeed JSON as written: its values and "file:line" of each dotted key."""
 
     file: str
-    values: dict[str, Any]
+    values: dict[str, Plain]
     origins: dict[str, str]
 
     def at(self, key: str) -> str:
         return self.origins.get(key, self.file)
 
 
-def read_json(path: str | Path) -> Json:
+def read_json(path: str | Path) -> DeepSpeedJson:
     """Read a DeepSpeed JSON; `UserError` with the line where it is none."""
     file = str(path)
     text = read_text(Path(path), "DeepSpeed JSON")
@@ -63,10 +62,10 @@ def read_json(path: str | Path) -> Json:
     if not isinstance(values, dict):
         raise UserError(f"{file}: a DeepSpeed JSON is an object, this is a {type(values).__name__}")
     _, origins = compose_lines(text.replace("\t", " "), file)  # JSON is YAML but for tabs; also refuses duplicates
-    return Json(file, values, origins)
+    return DeepSpeedJson(file, values, origins)
 
 
-def check_keys(source: Json) -> list[str]:
+def check_keys(source: DeepSpeedJson) -> list[str]:
     """Complaints about keys that ds_moe does not pass on, and about values that it cannot train with."""
     values = source.values
     found = _check_names(source, "", values, FILLED + PASSED_ON, REFUSED)
@@ -105,7 +104,7 @@ def _needs_stage_3(key: str) -> bool:
     return (key.startswith("stage3_") and key not in ANY_STAGE) or key in STAGE_3_ONLY
 
 
-def without_switched_off(values: dict[str, Any]) -> dict[str, Any]:
+def without_switched_off(values: dict[str, Plain]) -> dict[str, Plain]:
     """The keys of a JSON less those that ds_moe does not pass on, which are all switched off once it has been checked.
 
     The section of an offload to no device goes too.
@@ -118,7 +117,7 @@ def without_switched_off(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _off(key: str, value: Any) -> bool:
+def _off(key: str, value: Plain) -> bool:
     """Whether a value switches off what its key is for, so that the key says nothing."""
     if isinstance(value, dict):
         if key.rpartition(".")[2] in OFFLOADS:
@@ -128,7 +127,7 @@ def _off(key: str, value: Any) -> bool:
     return value is None or value in of_its_kind
 
 
-def _wrong_kinds(source: Json) -> list[str]:
+def _wrong_kinds(source: DeepSpeedJson) -> list[str]:
     found = []
     for kind, key in [(kind, key) for kind, keys in KINDS.items() for key in keys.split()]:
         value = _value(source, key)
@@ -139,7 +138,7 @@ def _wrong_kinds(source: Json) -> list[str]:
     return found
 
 
-def _value(source: Json, key: str) -> Any:
+def _value(source: DeepSpeedJson, key: str) -> Plain:
     """The value of a dotted key, AUTO where it is not written."""
     *parents, name = key.split(".")
     holder = source.values
@@ -148,7 +147,7 @@ def _value(source: Json, key: str) -> Any:
     return holder.get(name, AUTO)
 
 
-def _refused_values(source: Json) -> list[str]:
+def _refused_values(source: DeepSpeedJson) -> list[str]:
     found = []
     for key, (value, reason) in REFUSED_VALUES.items():
         if _value(source, key) == value:
@@ -156,7 +155,7 @@ def _refused_values(source: Json) -> list[str]:
     return found
 
 
-def _infinite(values: dict[str, Any], parent: str = "") -> Iterator[tuple[str, float]]:
+def _infinite(values: dict[str, Plain], parent: str = "") -> Iterator[tuple[str, float]]:
     """Dotted key and value of the numbers that JSON does not know but Python reads: NaN, Infinity, 1e999."""
     for name, value in values.items():
         if isinstance(value, dict):
@@ -165,7 +164,9 @@ def _infinite(values: dict[str, Any], parent: str = "") -> Iterator[tuple[str, f
             yield join(parent, name), value
 
 
-def _check_names(source: Json, parent: str, values: Any, known: Sequence[str], refused: dict[str, str]) -> list[str]:
+def _check_names(
+    source: DeepSpeedJson, parent: str, values: dict[str, Plain], known: Sequence[str], refused: dict[str, str]
+) -> list[str]:
     found = []
     for key in values:
         dotted = join(parent, key)
@@ -179,6 +180,7 @@ def _check_names(source: Json, parent: str, values: Any, known: Sequence[str], r
     return found
 
 
-def section(values: dict[str, Any], key: str) -> dict[str, Any]:
-    section = values.get(key)
-    return section if isinstance(section, dict) else {}
+def section(values: dict[str, Plain], key: str) -> dict[str, Plain]:
+    """The object at `key`; an empty one where there is none."""
+    found = values.get(key)
+    return found if isinstance(found, dict) else {}

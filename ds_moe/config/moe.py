@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -161,5 +161,5 @@ class MoEConfig(Section):
 
     @field_validator("router", mode="before")
     @classmethod
-    def _default_kind(cls, router: Any) -> Any:
+    def _default_kind(cls, router: object) -> object:
         return {"kind": "topk", **router} if isinstance(router, dict) else router

@@ -1,12 +1,11 @@
-"""A run file: YAML plus dotted overrides -> `RunConfig`, and every mistake in it as one line that says where and what.
+"""From a run file, YAML plus dotted overrides, to a `RunConfig`; every mistake is one line that says where and what.
 
-`load_run` is what a run starts from; `parse_run` gives all the complaints at once, for the doctor.
+Runs start from `load_run`, which raises the first complaint; `parse_run` gives the doctor all of them.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 from ds_moe.config.check import problems, used_keys
 from ds_moe.config.complaints import Schema, descend, read_mapping
 from ds_moe.config.run import RunConfig
-from ds_moe.config.yaml_lines import compose_lines
+from ds_moe.config.yaml_lines import Plain, compose_lines
 from ds_moe.errors import UserError, shown
 
 SCHEMA = Schema(RunConfig, "run file")
@@ -24,7 +23,10 @@ ALL_KEYS = SCHEMA.keys
 def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a run file, apply `key=value` overrides, check types and refuse keys that the run would not use.
 
-    `deepspeed` is then the path of an existing JSON. Raises `UserError` with the first complaint.
+    In the config returned, `deepspeed` is the path of an existing JSON.
+
+    Raises:
+        UserError: the first complaint.
     """
     config, complaints = parse_run(path, overrides)
     if config is None or complaints:
@@ -49,7 +51,7 @@ def parse_run(path: str | Path, overrides: list[str] | None = None) -> tuple[Run
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        return None, SCHEMA.complaints(error, data, origins, file)
+        return None, SCHEMA.complaints(error, origins, file)
     config.remember_origins(file, origins)
     complaints = problems(config)
     try:
@@ -59,7 +61,7 @@ def parse_run(path: str | Path, overrides: list[str] | None = None) -> tuple[Run
     return config, complaints
 
 
-def dump(config: RunConfig) -> dict[str, Any]:
+def dump(config: RunConfig) -> dict[str, Plain]:
     """The resolved tree as plain data: every key this run uses, defaults filled in. `load_run` reads it back."""
     return used_keys(config)
 
@@ -69,31 +71,32 @@ def dump_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(dump(config), sort_keys=False)
 
 
-def _override(data: dict[str, Any], origins: dict[str, str], override: str) -> None:
-    """Set one `dotted.key=value` in `data`; its origin and that of all below it becomes the override."""
+def _override(data: dict[str, Plain], origins: dict[str, str], override: str) -> None:
+    """Set one `dotted.key=value` in `data`; the override becomes the origin of this key and of all below it."""
     key, equals, text = override.partition("=")
-    names: list[Any] = key.strip().split(".")
+    names = key.strip().split(".")
     if not equals or not all(names):
         raise UserError(f"override {override}: write it as dotted.key=value, e.g. train.lr=1e-4")
     try:
         value, _ = compose_lines(text, "value")
     except UserError as error:
         raise UserError(f"override {override}: {error}") from error
-    holder: Any = data
+    holder: Plain = data
     for depth, name in enumerate(names):
         last, so_far = depth == len(names) - 1, ".".join(names[:depth])
+        place: str | int = name
         if isinstance(holder, list):
             if not name.isdecimal() or int(name) >= len(holder):
                 raise UserError(f"override {override}: {so_far} is a list of {len(holder)}; {name} is no index in it")
-            name = int(name)
+            place = int(name)
         elif not isinstance(holder, dict):
             raise UserError(f"override {override}: {so_far} is {shown(holder)}, not a section")
         elif not last and holder.get(name) is None:
             holder[name] = {}
             origins[".".join(names[: depth + 1])] = f"override {override}"
         if last:
-            holder[name] = value
-        holder = holder[name]
+            holder[place] = value
+        holder = holder[place]
     dotted = ".".join(names)
     for below in [origin for origin in origins if origin.startswith(dotted + ".")]:
         del origins[below]
@@ -101,7 +104,7 @@ def _override(data: dict[str, Any], origins: dict[str, str], override: str) -> N
 
 
 def _find_json(config: RunConfig, run_file: Path) -> Path:
-    """The DeepSpeed JSON: beside the run file, else from the working directory."""
+    """The DeepSpeed JSON, whose path is relative to the run file's folder or else to the working directory."""
     for folder in (run_file.parent, Path()):
         found = Path(*(folder / config.deepspeed).parts)
         if found.is_file():
@@ -113,6 +116,6 @@ def _find_json(config: RunConfig, run_file: Path) -> Path:
 
 
 def _shortest(path: Path) -> Path:
-    """`path` without "..", relative to the working directory where it lies below it."""
+    """`path` without "..", relative to the working directory if it lies below that."""
     resolved = path.resolve()
     return resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved

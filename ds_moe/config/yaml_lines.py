@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import yaml
 
 from ds_moe.errors import UserError, shown
 
-MAX_BYTES = 2**16  # of a file; these are written by hand, and their parser is slow
-MAX_VALUES = 10_000  # of a file, those behind an alias (*name) counted wherever it stands
+Plain: TypeAlias = "dict[str, Plain] | list[Plain] | str | int | float | bool | bytes | date | None"  # of YAML, JSON
+
+MAX_BYTES = 2**16  # of a file: people write these files by hand, and the YAML parser is slow
+MAX_VALUES = 10_000  # of a file; what an alias (*name) repeats counts again
 MAX_KEY = 200  # characters
 COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
@@ -22,7 +25,7 @@ def read_text(path: Path, noun: str) -> str:
     """The text of a small file; `noun` is what messages call it.
 
     Raises:
-        UserError: it is not there, no regular file (a pipe would be waited for), too large, or not UTF-8.
+        UserError: it is missing, not a regular file (reading a pipe would wait for a writer), too large, or not UTF-8.
     """
     try:
         if path.exists() and not path.is_file():
@@ -52,11 +55,11 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def compose_lines(text: str, file: str) -> tuple[Any, dict[str, str]]:
+def compose_lines(text: str, file: str) -> tuple[Plain, dict[str, str]]:
     """Plain data of a YAML (or JSON) text, and "file:line" of every dotted key in it.
 
     Raises:
-        UserError: broken YAML, a key that stands twice, a tag that asks for more than plain data, or too many values.
+        UserError: broken YAML, a key written twice, a tag that asks for more than plain data, or too many values.
     """
     try:
         loader = _Loader(text)
@@ -65,7 +68,7 @@ def compose_lines(text: str, file: str) -> tuple[Any, dict[str, str]]:
     origins: dict[str, str] = {}
     values = 0
 
-    def build(node: yaml.Node, key: str) -> Any:
+    def build(node: yaml.Node, key: str) -> Plain:
         nonlocal values
         values += 1
         where = f"{file}:{node.start_mark.line + 1}"
@@ -81,8 +84,8 @@ def compose_lines(text: str, file: str) -> tuple[Any, dict[str, str]]:
             return [build(child, item) for item, child in items]
         return loader.construct_object(node)
 
-    def build_mapping(node: yaml.MappingNode, key: str) -> dict[str, Any]:
-        mapping = {}
+    def build_mapping(node: yaml.MappingNode, key: str) -> dict[str, Plain]:
+        mapping: dict[str, Plain] = {}
         for name_node, value_node in node.value:
             name, where = name_node.value, f"{file}:{name_node.start_mark.line + 1}"
             if not isinstance(name, str) or len(name) > MAX_KEY or not name.isprintable():
@@ -115,7 +118,7 @@ def join(parent: str, name: str) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name that `name` is most likely a typing error of, or short for."""
+    """The known name that somebody who typed `name` most likely meant; None: there is none like it."""
     longer = [candidate for candidate in known if candidate.startswith(f"{name}_")]
     if len(longer) == 1:
         return longer[0]

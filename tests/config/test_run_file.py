@@ -1,15 +1,19 @@
 """Run files: what is read, where each mistake is said to be, and that no key is ever passed over."""
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 import yaml
+from pydantic import Field, ValidationError
 from transformers import Qwen3MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from ds_moe.config.check import UNUSED, check_model, check_used, unused_keys
+from ds_moe.config.complaints import Schema
 from ds_moe.config.rules.rule import written
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import ALL_KEYS, dump, dump_yaml, load_run, parse_run
+from ds_moe.config.sections import Section
 from ds_moe.errors import UserError
 
 RUNS = sorted(Path("ds_configs/runs").glob("*.yaml"))
@@ -128,6 +132,22 @@ MISTAKES = {
 @pytest.mark.parametrize("lines, expected", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_named_with_its_line(run, lines, expected):
     assert complaint(run(BASE.replace("  ep_size: 2", lines))) == expected
+
+
+def test_a_kind_left_out_is_answered_with_those_of_its_own_section():
+    class Sun(Section):
+        kind: Literal["sun"] = "sun"
+
+    class Rain(Section):
+        kind: Literal["rain"] = "rain"
+
+    class Sky(Section):
+        weather: list[Annotated[Sun | Rain, Field(discriminator="kind")]]
+
+    with pytest.raises(ValidationError) as raised:
+        Sky.model_validate({"weather": [{"kind": "sun"}, {}]})
+    [line] = Schema(Sky, "sky").complaints(raised.value, {"weather.1": "sky.yaml:3"}, "sky.yaml")
+    assert line == "sky.yaml:3: weather.1.kind is None; must be one of 'sun', 'rain'"
 
 
 def test_required_keys_are_named(run):
