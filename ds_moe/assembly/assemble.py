@@ -21,9 +21,9 @@ from ds_moe import __version__
 from ds_moe.assembly.dense import FILES
 from ds_moe.assembly.plan import Assembly, plan
 from ds_moe.assembly.spec import AssemblySpec, dump_spec, load_spec
-from ds_moe.models.families import expert_state
+from ds_moe.models.families import TRANSPOSED_ON_HUB, expert_state
 from ds_moe.weights.files import SHARD_BYTES, check_empty, dtype_name, make_folder, shards, write_weights
-from ds_moe.weights.layouts import LAYOUTS, Layout, choose_layout, in_layout
+from ds_moe.weights.layouts import LAYOUTS, ExpertLayout, choose_layout, in_layout
 
 NOT_COPIED = ("config.json", "*.index.json", "*.safetensors")
 Note = Callable[[str], None]
@@ -32,7 +32,7 @@ Note = Callable[[str], None]
 def assemble(
     spec_path: str | Path,
     out: Path,
-    layout: Layout | None = None,
+    layout: ExpertLayout | None = None,
     *,
     dry_run: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
@@ -53,7 +53,7 @@ def assemble(
     spec = load_spec(spec_path)
     check_empty(out)
     assembly = plan(spec)
-    layout = choose_layout(assembly.config, layout)
+    layout = choose_layout(assembly.config, layout, TRANSPOSED_ON_HUB)
     files = shards(assembly.sizes, max_shard_bytes)
     for name, source in assembly.sources.items():
         note(f"{name}: {source.path}, {source.weights.parameters:,} parameters, {dtype_name(source.dtype)}")
@@ -65,11 +65,11 @@ def assemble(
     return assembly
 
 
-def _write(assembly: Assembly, out: Path, layout: Layout, files: list[list[str]], note: Note) -> None:
+def _write(assembly: Assembly, out: Path, layout: ExpertLayout, files: list[list[str]], note: Note) -> None:
     """Weights first and the config last, so that a folder left half done does not load."""
 
     def stored(name: str) -> tuple[str, Tensor]:
-        tensor = assembly.parts[name].make().to(assembly.dtype)
+        tensor = assembly.weights[name].make().to(assembly.dtype)
         return name, in_layout(tensor, layout) if expert_state(name) else tensor
 
     make_folder(out)
@@ -85,7 +85,7 @@ def _copy_processor(source: Path, out: Path) -> None:
             shutil.copy(path, out / path.name)
 
 
-def _model_card(assembly: Assembly, spec: AssemblySpec, title: str, layout: Layout) -> str:
+def _model_card(assembly: Assembly, spec: AssemblySpec, title: str, layout: ExpertLayout) -> str:
     rows = "\n".join(
         f"| {name} | `{source.path}` | {source.weights.parameters:,} | {source.weights.bytes / 1e9:.3g} GB |"
         for name, source in assembly.sources.items()

@@ -7,22 +7,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
+from ds_moe.config.rules.model import expert_count
 from ds_moe.errors import UserError
-from ds_moe.models.families import MODEL_CLASSES
-from ds_moe.weights.files import WeightFiles
+from ds_moe.models.families import ASSEMBLED
+from ds_moe.models.load import build_outline, read_model_config
+from ds_moe.weights.files import SafetensorsFiles
 
-FAMILY = "qwen3_vl"
 FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # of a hub repository
-SAID_ONLY = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")  # change no output
-MANY = 5  # differences that a message names
+NO_EFFECT = (
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "architectures",
+)  # on what a model computes
+MANY = 5  # differences that a message names; it counts the others
 
 
 @dataclass
@@ -36,7 +42,7 @@ class DenseModel:
     path: str
     folder: Path
     config: PretrainedConfig
-    weights: WeightFiles
+    weights: SafetensorsFiles
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> Tensor:
@@ -51,19 +57,20 @@ def open_dense(path: str) -> DenseModel:
     """A folder, or a hub id that is fetched where it is not in the cache.
 
     Raises:
-        UserError: none of the two, another kind of model, or weights that do not fit its config, by name.
+        UserError: the path is neither, the model is of another kind, or weights do not fit its config, by name.
     """
     folder = _folder(path)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        hint = "it is a run's output folder; ds-moe export it first" if (folder / "checkpoints").is_dir() else error
-        raise UserError(f"{path} cannot be read as a transformers checkpoint: {hint}") from error
-    if config.model_type != FAMILY:
-        experts = getattr(config.get_text_config(), "num_experts", None)
+
+    def refusal(reason: str) -> str:
+        hint = "it is a run's output folder; ds-moe export it first" if (folder / "checkpoints").is_dir() else reason
+        return f"{path} cannot be read as a transformers checkpoint: {hint}"
+
+    config = read_model_config(folder, refusal)
+    if config.model_type not in ASSEMBLED:
+        experts, dense = expert_count(config), " and ".join(ASSEMBLED)
         kind = f", which has {experts} experts already" if experts else ""
-        raise UserError(f"{path} is a {config.model_type}{kind}; only dense {FAMILY} checkpoints can be assembled")
-    weights = WeightFiles(folder)
+        raise UserError(f"{path} is a {config.model_type}{kind}; only dense {dense} checkpoints can be assembled")
+    weights = SafetensorsFiles.of_folder(folder)
     shapes = _expected(config)
     tied = config.tie_word_embeddings
     problems = list(_misfits(weights.shapes, shapes, {"lm_head.weight"} if tied else set()))
@@ -92,31 +99,30 @@ def _folder(path: str) -> Path:
 
 
 def _expected(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        state = MODEL_CLASSES[FAMILY]()(config).state_dict()
+    state = build_outline(config).state_dict()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
 
 
-def _misfits(found: dict[str, list[int]], wanted: dict[str, tuple[int, ...]], allowed: set[str]) -> Iterator[str]:
+def _misfits(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], allowed: set[str]) -> Iterator[str]:
     yield from (f"{name} is missing" for name in wanted if name not in found)
     yield from (f"{name} is unexpected" for name in found if name not in wanted and name not in allowed)
     for name, shape in wanted.items():
-        if name in found and tuple(found[name]) != shape:
-            yield f"{name} is {tuple(found[name])} and should be {shape}"
+        if name in found and found[name] != shape:
+            yield f"{name} is {found[name]} and should be {shape}"
 
 
-def _differences(one: Any, other: Any, key: str = "") -> Iterator[str]:
+def _differences(one: object, other: object, key: str = "") -> Iterator[str]:
     """Every key in which two configs differ, with both values."""
     if isinstance(one, dict) and isinstance(other, dict):
-        for name in sorted((one.keys() | other.keys()) - set(SAID_ONLY)):
+        for name in sorted((one.keys() | other.keys()) - set(NO_EFFECT)):
             yield from _differences(one.get(name), other.get(name), f"{key}.{name}".lstrip("."))
     elif one != other:
         yield f"{key} is {one!r}, not {other!r}"
 
 
-def _vocabulary(folder: Path) -> Any:
-    """What gives tokens their ids, None without a tokenizer.json."""
+def _vocabulary(folder: Path) -> tuple[object, object] | None:
+    """The parts of tokenizer.json that give tokens their ids; None without the file."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None

@@ -1,9 +1,9 @@
-"""Where the domains of the experts lie in the hidden space, and routers that point there."""
+"""Routers from data: each expert's row points to the mean hidden state of that expert's domain."""
 
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
 from ds_moe.data.records import open_records
 from ds_moe.errors import UserError
+from ds_moe.models.families import family_of
 from ds_moe.models.load import load_model
-from ds_moe.models.processor import load_processor
+from ds_moe.models.processor import Processor, load_processor
 
 
 def open_domain(path: str) -> Records:
@@ -34,10 +35,10 @@ def hidden_means(model: DenseModel, domains: list[Records], samples: int, seed: 
         samples: of each domain, a choice that depends on `seed`; all where there are fewer.
     """
     processor = load_processor(model.folder)
-    loaded: Any = load_model(ModelConfig(path=str(model.folder)), model.dtype).eval()
+    loaded = load_model(ModelConfig(path=str(model.folder)), model.dtype).eval()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     loaded.to(device)
-    ffns = [layer.mlp for layer in loaded.model.language_model.layers]
+    ffns = [layer.mlp for layer in loaded.get_submodule(f"{family_of(loaded).decoder}.layers").children()]
     means = []
     for records in domains:
         sums = _Sums(ffns)
@@ -64,14 +65,14 @@ def router_rows(means_DLH: Tensor, std: float) -> Tensor:
 
 
 class _Sums:
-    """Adds up the inputs of FFNs, of every forward until the mean is asked for."""
+    """Adds up what FFNs get as input, in every forward until the mean is asked for."""
 
     def __init__(self, ffns: list[nn.Module]) -> None:
         self._sums = [torch.zeros((), dtype=torch.float64)] * len(ffns)
         self._tokens = 0
         self._hooks = [ffn.register_forward_pre_hook(self._hook(layer)) for layer, ffn in enumerate(ffns)]
 
-    def _hook(self, layer: int) -> Any:
+    def _hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             hidden_TH = args[0].flatten(0, -2)
             self._sums[layer] = self._sums[layer] + hidden_TH.sum(0, dtype=torch.float64).cpu()

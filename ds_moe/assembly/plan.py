@@ -9,55 +9,55 @@ from functools import cache, partial, reduce
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, Qwen3VLMoeConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from ds_moe.assembly.dense import DenseModel, check_sibling, open_dense
 from ds_moe.assembly.domains import hidden_means, open_domain, router_rows
 from ds_moe.assembly.spec import AssemblySpec, Average, Branches, Upcycle
 from ds_moe.assembly.weights import (
-    Parts,
+    Weights,
     average,
-    block_parts,
+    block_weights,
     copied,
-    dense_parts,
+    dense_weights,
     down,
     gate_up,
     generator_of,
     group_router,
-    moe_parts,
+    moe_weights,
 )
 from ds_moe.errors import UserError
-from ds_moe.models.families import expert_state
+from ds_moe.models.families import ASSEMBLED, FAMILIES, expert_state, family_of
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """What is to be written: config, dtype and every weight; `sources` by the name that the spec gives them."""
+    """What is to be written: config, dtype and weights. `sources` have the names that the spec gives them."""
 
     config: PretrainedConfig
     dtype: torch.dtype
-    parts: Parts
+    weights: Weights
     sources: dict[str, DenseModel]
 
     @property
     def is_moe(self) -> bool:
-        return isinstance(self.config, Qwen3VLMoeConfig)
+        return family_of(self.config).moe is not None
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every weight."""
-        return {name: math.prod(part.shape) * self.dtype.itemsize for name, part in self.parts.items()}
+        return {name: math.prod(weight.shape) * self.dtype.itemsize for name, weight in self.weights.items()}
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(part.shape) for part in self.parts.values())
+        return sum(math.prod(weight.shape) for weight in self.weights.values())
 
     @property
     def active_parameters(self) -> int:
-        """Those that work on one token: all but the experts that it is not sent to."""
+        """Parameters that work on one token, which are all but those of the experts it is not sent to."""
         if not self.is_moe:
             return self.parameters
-        experts = sum(math.prod(part.shape) for name, part in self.parts.items() if expert_state(name))
+        experts = sum(math.prod(weight.shape) for name, weight in self.weights.items() if expert_state(name))
         text = self.config.get_text_config()
         return self.parameters - experts // text.num_experts * (text.num_experts - text.num_experts_per_tok)
 
@@ -96,7 +96,7 @@ def _upcycle(spec: AssemblySpec, recipe: Upcycle) -> Assembly:
     std = recipe.router_std or text.initializer_range
     shape_EFH = recipe.experts, width, text.hidden_size
 
-    def block(prefix: str, layer: int) -> Parts:
+    def block(prefix: str, layer: int) -> Weights:
         def copies_of(take: Callable[..., Tensor], name: str) -> Tensor:
             slices = take(source, prefix, recipe.split)
             return copied(slices, copies, recipe.noise, generator_of(spec.seed, prefix + name))
@@ -106,10 +106,10 @@ def _upcycle(spec: AssemblySpec, recipe: Upcycle) -> Assembly:
             return group_router(copies, recipe.split, text.hidden_size, std, generator)
 
         experts = partial(copies_of, gate_up, "gate_up"), partial(copies_of, down, "down")
-        return block_parts(prefix, shape_EFH, *experts, router)
+        return block_weights(prefix, shape_EFH, *experts, router)
 
     config = moe_config(source.config, source.dtype, recipe.experts, recipe.top_k, width)
-    return Assembly(config, source.dtype, moe_parts(source, source.read, block), {"source": source})
+    return Assembly(config, source.dtype, moe_weights(source, source.read, block), {"source": source})
 
 
 def _branches(spec: AssemblySpec, recipe: Branches) -> Assembly:
@@ -122,11 +122,11 @@ def _branches(spec: AssemblySpec, recipe: Branches) -> Assembly:
     rows_LEH = _router_rows(spec, recipe, sources)
     shape_EFH = len(experts), text.intermediate_size, text.hidden_size
 
-    def block(prefix: str, layer: int) -> Parts:
+    def block(prefix: str, layer: int) -> Weights:
         def side_by_side(take: Callable[..., Tensor]) -> Tensor:
             return torch.cat([take(expert, prefix).to(dtype) for expert in experts])
 
-        return block_parts(
+        return block_weights(
             prefix,
             shape_EFH,
             partial(side_by_side, gate_up),
@@ -136,7 +136,7 @@ def _branches(spec: AssemblySpec, recipe: Branches) -> Assembly:
 
     config = moe_config(parent.config, dtype, len(experts), recipe.top_k, text.intermediate_size)
     rest = parent.read if recipe.rest == "parent" else partial(average, experts)
-    return Assembly(config, dtype, moe_parts(parent, rest, block), sources)
+    return Assembly(config, dtype, moe_weights(parent, rest, block), sources)
 
 
 def _average(spec: AssemblySpec, recipe: Average) -> Assembly:
@@ -145,7 +145,7 @@ def _average(spec: AssemblySpec, recipe: Average) -> Assembly:
     dtype = reduce(torch.promote_types, [model.dtype for model in models])
     config = type(models[0].config).from_dict(models[0].config.to_dict())
     config.dtype = dtype
-    return Assembly(config, dtype, dense_parts(models[0], partial(average, models)), sources)
+    return Assembly(config, dtype, dense_weights(models[0], partial(average, models)), sources)
 
 
 def _open(spec: AssemblySpec, paths: dict[str, tuple[str, str]]) -> dict[str, DenseModel]:
@@ -161,7 +161,7 @@ def _open(spec: AssemblySpec, paths: dict[str, tuple[str, str]]) -> dict[str, De
 
 
 def _router_rows(spec: AssemblySpec, recipe: Branches, sources: dict[str, DenseModel]) -> Callable[[], Tensor]:
-    """What makes the routers' weights (layers, experts, H), once."""
+    """A function that gives the routers' weights (layers, experts, H), and computes them only once."""
     text = sources["parent"].config.get_text_config()
     std = recipe.router.std or text.initializer_range
     shape = text.num_hidden_layers, len(recipe.experts), text.hidden_size
@@ -187,9 +187,9 @@ def _router_rows(spec: AssemblySpec, recipe: Branches, sources: dict[str, DenseM
     return rows
 
 
-def moe_config(dense: PretrainedConfig, dtype: torch.dtype, experts: int, top_k: int, width: int) -> Qwen3VLMoeConfig:
+def moe_config(dense: PretrainedConfig, dtype: torch.dtype, experts: int, top_k: int, width: int) -> PretrainedConfig:
     """The dense config with experts of this width in every layer."""
-    tree = dense.to_dict()
+    model_type, tree = ASSEMBLED[dense.model_type], dense.to_dict()
     for section in (tree, tree["text_config"], tree["vision_config"]):
         for key in ("model_type", "architectures", "transformers_version", "_name_or_path"):
             section.pop(key, None)
@@ -201,7 +201,7 @@ def moe_config(dense: PretrainedConfig, dtype: torch.dtype, experts: int, top_k:
         "mlp_only_layers": [],
         "norm_topk_prob": True,
     }
-    config = Qwen3VLMoeConfig(**tree)
-    config.architectures = ["Qwen3VLMoeForConditionalGeneration"]
+    config = AutoConfig.for_model(model_type, **tree)
+    config.architectures = [FAMILIES[model_type].class_name]
     config.dtype = dtype
     return config

@@ -15,52 +15,53 @@ import torch
 from torch import Tensor
 
 from ds_moe.assembly.dense import DenseModel
-
-FFN = re.compile(r"(model\.language_model\.layers\.(\d+)\.mlp\.)(gate|up|down)_proj\.weight")
-
+from ds_moe.models.families import family_of
 
 Make = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Part:
+class PlannedWeight:
     """One weight of the new model: its shape, and how it is made (in any dtype)."""
 
     shape: tuple[int, ...]
     make: Make
 
 
-Parts = dict[str, Part]
+Weights = dict[str, PlannedWeight]  # by name
 
 
-def dense_parts(model: DenseModel, make: Callable[[str], Tensor]) -> Parts:
+def dense_weights(model: DenseModel, make: Callable[[str], Tensor]) -> Weights:
     """All weights of a dense model."""
-    return {name: Part(shape, partial(make, name)) for name, shape in model.shapes.items()}
+    return {name: PlannedWeight(shape, partial(make, name)) for name, shape in model.shapes.items()}
 
 
-def moe_parts(model: DenseModel, rest: Callable[[str], Tensor], block: Callable[[str, int], Parts]) -> Parts:
-    """All weights of a MoE model: `rest` makes what it shares with the dense one, `block` what takes the FFN's place.
+def moe_weights(model: DenseModel, rest: Callable[[str], Tensor], block: Callable[[str, int], Weights]) -> Weights:
+    """All weights of a MoE model, in the order of the dense one.
 
     Args:
-        block: (prefix of the names, layer) -> router and experts.
+        rest: makes a weight that the dense model has too, from its name.
+        block: makes router and experts in the place of an FFN, from the prefix of its names and the layer's index.
     """
-    parts: Parts = {}
+    decoder = re.escape(family_of(model.config).decoder)
+    ffn = re.compile(rf"({decoder}\.layers\.(\d+)\.mlp\.)(gate|up|down)_proj\.weight")
+    weights: Weights = {}
     for name, shape in model.shapes.items():
-        ffn = FFN.fullmatch(name)
-        if ffn is None:
-            parts[name] = Part(shape, partial(rest, name))
-        elif ffn[3] == "gate":  # the first of its three
-            parts |= block(ffn[1], int(ffn[2]))
-    return parts
+        found = ffn.fullmatch(name)
+        if found is None:
+            weights[name] = PlannedWeight(shape, partial(rest, name))
+        elif found[3] == "gate":  # the first of an FFN's three weights
+            weights |= block(found[1], int(found[2]))
+    return weights
 
 
-def block_parts(prefix: str, shape_EFH: tuple[int, int, int], gate_up: Make, down: Make, router: Make) -> Parts:
+def block_weights(prefix: str, shape_EFH: tuple[int, int, int], gate_up: Make, down: Make, router: Make) -> Weights:
     """Router and stacked experts as transformers keeps them in memory: (E, 2F, H) and (E, H, F)."""
     experts, width, hidden = shape_EFH
     return {
-        f"{prefix}gate.weight": Part((experts, hidden), router),
-        f"{prefix}experts.gate_up_proj": Part((experts, 2 * width, hidden), gate_up),
-        f"{prefix}experts.down_proj": Part((experts, hidden, width), down),
+        f"{prefix}gate.weight": PlannedWeight((experts, hidden), router),
+        f"{prefix}experts.gate_up_proj": PlannedWeight((experts, 2 * width, hidden), gate_up),
+        f"{prefix}experts.down_proj": PlannedWeight((experts, hidden, width), down),
     }
 
 
@@ -81,8 +82,9 @@ def gate_up(model: DenseModel, prefix: str, split: int = 1) -> Tensor:
 def down(model: DenseModel, prefix: str, split: int = 1) -> Tensor:
     """(split, H, F): slice s is columns [s F, (s+1) F) of down_proj, times `split`.
 
-    The dense FFN is the sum of its slices, a SwiGLU's width being independent units. A router whose weights sum to 1
-    gives each of the `split` slices 1 / split of it, which the factor makes up for (arXiv 2410.07524, section 3.3).
+    The units of a SwiGLU are independent of each other, so the dense FFN is the sum of its slices. A router whose
+    weights sum to 1 multiplies each of the `split` slices by 1 / split, which the factor `split` makes up for (arXiv
+    2410.07524, section 3.3).
     """
     return model.read(f"{prefix}down_proj.weight").unflatten(1, (split, -1)).transpose(0, 1) * split
 

@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ds_moe.errors import UserError, shown
+from ds_moe.weights.files import MappedFiles
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 STATE_KEYS = {"step": int, "adam_step": int, "world_size": int, "ep_size": int, "precision": str}
 STATE_KEYS |= {"data": dict, "result": dict}
-MAPPED = 2**26  # bytes after which files are opened anew: their pages that were touched count as memory until then
+MAPPED = 2**26  # bytes read before files are let go of; a rank's file has thousands of tensors and is slow to open
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
@@ -127,26 +128,23 @@ class Reader:
     def __init__(self, path: Path, manifest: dict[str, Any] | None = None) -> None:
         self.path = path
         self.tensors = (manifest or read_manifest(path))["tensors"]
-        self._files: dict[str, Any] = {}
-        self._mapped = 0
+        self._files = MappedFiles(MAPPED)
 
-    def _piece(self, key: str, name: str, start: int, stop: int) -> Any:
-        """The tensor `key` of a file, not loaded yet. Raises `UserError` if it is not what the manifest says."""
+    def _piece_shape(self, key: str, name: str, start: int, stop: int) -> list[int]:
+        """The shape of `key` in a file, which must have as many rows as the manifest says."""
         try:
-            if name not in self._files:
-                self._files[name] = safe_open(self.path / name, framework="pt")
-            found = self._files[name].get_slice(key)
+            shape = list(self._files.shape(self.path / name, key))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.path / name}: {key} cannot be read ({error}); use another checkpoint") from error
-        if found.get_shape()[:1] not in ([], [stop - start]):
-            text = f"{key} has the shape {found.get_shape()}, the manifest counts {stop - start} rows"
+        if shape[:1] not in ([], [stop - start]):
+            text = f"{key} has the shape {shape}, the manifest counts {stop - start} rows"
             raise UserError(f"{self.path / name}: {text}; use another checkpoint")
-        return found
+        return shape
 
     def shape(self, key: str) -> list[int]:
         """The shape of the whole tensor."""
         pieces = self.tensors[key]
-        shape = self._piece(key, *pieces[0]).get_shape()
+        shape = self._piece_shape(key, *pieces[0])
         return [max(piece[2] for piece in pieces), *shape[1:]] if shape else shape
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -162,18 +160,12 @@ class Reader:
         parts, position = [], start
         for name, first, last in pieces:
             if first <= position < min(last, stop):
-                piece = self._piece(key, name, first, last)
-                if not piece.get_shape():
-                    return self._files[name].get_tensor(key)
-                parts.append(piece[position - first : min(last, stop) - first])
+                self._piece_shape(key, name, first, last)
+                parts.append(self._files.read(self.path / name, key, position - first, min(last, stop) - first))
                 position = min(last, stop)
         if position != stop:
             raise UserError(f"checkpoint {self.path} holds {key} only up to row {position} of {stop}")
-        value = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._mapped += value.nbytes
-        if self._mapped > MAPPED:
-            self._files, self._mapped = {}, 0
-        return value
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def file_table(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:

@@ -11,15 +11,16 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ds_moe.checkpoint.files import Reader, damaged, incomplete, read_manifest, step_folders
+from ds_moe.checkpoint.files import MAPPED, Reader, damaged, incomplete, read_manifest, step_folders
 from ds_moe.checkpoint.save import persistent_buffers, saved_parameters
 from ds_moe.distributed import Topology, together
 from ds_moe.engine import masters as zero_state
 from ds_moe.errors import UserError, one_line
 from ds_moe.models.families import expert_state, full_shape
+from ds_moe.weights.files import MappedFiles
 
 
 def choose(resume: str, folder: Path, topology: Topology, note: Callable[[str], None] = print) -> Path | None:
@@ -129,9 +130,9 @@ def _restore_rng(path: Path, state: dict[str, Any], topology: Topology) -> None:
         return
     source = path / f"rng-{topology.rank:05d}.safetensors"
     try:
-        with safe_open(source, framework="pt") as file:
-            torch.set_rng_state(file.get_tensor("cpu"))
-            if "cuda" in file.keys() and topology.device.type == "cuda":
-                torch.cuda.set_rng_state(file.get_tensor("cuda"), topology.device)
+        files = MappedFiles(MAPPED)
+        torch.set_rng_state(files.read(source, "cpu"))
+        if "cuda" in files.names(source) and topology.device.type == "cuda":
+            torch.cuda.set_rng_state(files.read(source, "cuda"), topology.device)
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise UserError(f"{source} holds no random state of this machine: {one_line(error)}") from error

@@ -10,21 +10,21 @@ from ds_moe.doctor.case import GIB, Case, Finding
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
-    from ds_moe.memory.predict import Load
+    from ds_moe.memory.predict import LoadingMemory
 
 RANKS_A_HOST = 8  # accelerators that a host of a job may have; the doctor is not told how many
 
 
-def check_skeleton(case: Case) -> Iterator[Finding]:
+def check_outline(case: Case) -> Iterator[Finding]:
     """Frozen parts and predicted memory, on the model without storage."""
-    from ds_moe.memory.predict import BUSY, load, predict
+    from ds_moe.memory.predict import BUSY, predict, predict_loading
     from ds_moe.models.families import expert_state
-    from ds_moe.models.load import skeleton
+    from ds_moe.models.load import build_outline
     from ds_moe.tasks.registry import task_kind
 
     if case.model is None:
         return
-    config, model, kind = case.config, skeleton(case.model), task_kind(case.config)
+    config, model, kind = case.config, build_outline(case.model), task_kind(case.config)
     try:
         kind.set_trainable(model, config)
     except UserError as error:
@@ -53,10 +53,10 @@ def check_skeleton(case: Case) -> Iterator[Finding]:
         yield Finding("error", f"{text} ({case.device.source}); {_relief(case, zero)}", memory.table())
     else:
         yield Finding("ok", f"{text} ({case.device.source})", memory.table())
-    yield from _loading(case, zero, load(model, config, zero, case.world_size, kind.streams_weights))
+    yield from _loading(case, zero, predict_loading(model, config, zero, case.world_size, kind.streams_weights))
 
 
-def _loading(case: Case, zero: ZeroPlan, load: Load) -> Iterator[Finding]:
+def _loading(case: Case, zero: ZeroPlan, load: LoadingMemory) -> Iterator[Finding]:
     """Memory before the first step, which may exceed that of the training where nothing is sharded yet."""
     import psutil  # DeepSpeed depends on it
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ds_moe.config.check import model_problems
 from ds_moe.config.rules.model import expert_count
 from ds_moe.doctor.case import Case, Finding
-from ds_moe.errors import UserError, one_line
+from ds_moe.errors import UserError
 
-LEAST_TOKENS_A_STEP = 16  # expected tokens of an expert in an optimizer step; with fewer its gradient is mostly noise
-LEAST_TOKENS_A_RUN = 512  # and in the whole run; with fewer it stays about as it was
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Tokens that an expert can expect to see: with fewer in an optimizer step its gradient is mostly noise, and with fewer
+# in the whole run it hardly changes.
+LEAST_TOKENS_A_STEP = 16
+LEAST_TOKENS_A_RUN = 512
 SLOW_EXPERTS = {"batched_mm": "about 100 times slower than grouped_mm", "eager": "a loop over the experts"}
 
 
 def find_model(case: Case) -> Iterator[Finding]:
     """Read the model's config; sets `case.model`, and `case.folder` for a checkpoint."""
-    from transformers import AutoConfig
-
-    from ds_moe.models.families import MODEL_CLASSES
+    from ds_moe.models.families import FAMILIES
+    from ds_moe.models.load import read_model_config
     from ds_moe.models.presets import preset_config
 
     config = case.config
@@ -45,12 +49,16 @@ def find_model(case: Case) -> Iterator[Finding]:
             yield Finding("warning", f"{where}: {text} not checked; fetch it first: hf download {path}")
             return
         try:
-            found = AutoConfig.from_pretrained(case.folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers looks into values before it looks at their types
-            yield Finding("error", f"{where}: model.path {path} has no config that can be read ({one_line(error)})")
+            found = read_model_config(
+                case.folder,
+                lambda reason: f"{where}: model.path {path} has no config that can be read ({reason})",
+                offline=True,
+            )
+        except UserError as error:
+            yield Finding("error", str(error))
             return
-    if found.model_type not in MODEL_CLASSES:
-        kinds = ", ".join(MODEL_CLASSES)
+    if found.model_type not in FAMILIES:
+        kinds = ", ".join(FAMILIES)
         text = f"model.path {config.model.path} is a {found.model_type} model; must be one of {kinds}"
         yield Finding("error", f"{config.at('model.path')}: {text}")
         return
@@ -80,11 +88,11 @@ def check_files(case: Case) -> Iterator[Finding]:
     """Weights of a checkpoint folder: all shards there and readable, and in which layout the experts lie."""
     if case.folder is None or case.model is None:
         return
-    from ds_moe.weights.files import WeightFiles
+    from ds_moe.weights.files import SafetensorsFiles
 
     folder, where = Path(case.folder), case.config.at("model.path")
     try:
-        shapes = WeightFiles(folder).shapes
+        shapes = SafetensorsFiles.of_folder(folder).shapes
     except UserError as error:
         yield Finding("error", f"{where}: {error}")
         return
@@ -98,15 +106,18 @@ def check_files(case: Case) -> Iterator[Finding]:
     yield Finding("ok", f"weights: {len(shapes)} tensors in {folder}, {layout}")
 
 
-def _expert_layout(shapes: dict[str, list[int]], text: Any) -> tuple[str, str | None]:
-    """(how experts are stored, why transformers would not see that they are transposed: one of their matrices is
-    square, so the other one tells)."""
+def _expert_layout(shapes: dict[str, tuple[int, ...]], text: PretrainedConfig) -> tuple[str, str | None]:
+    """How experts are stored, and why transformers would not notice that they are transposed, if it would not.
+
+    transformers goes by shapes, which do not tell where one of the two matrices of an expert is square; the other
+    matrix does tell.
+    """
     down = next((shape for name, shape in shapes.items() if name.endswith("experts.down_proj")), None)
     if down is None:
         return ("one tensor an expert" if expert_count(text) else "no experts"), None
     hidden, width = text.hidden_size, text.moe_intermediate_size
     if hidden == width:
-        up = next((shape for name, shape in shapes.items() if name.endswith("experts.gate_up_proj")), [0, 2 * width])
+        up = next((shape for name, shape in shapes.items() if name.endswith("experts.gate_up_proj")), (0, 2 * width))
         layout = "hub layout" if up[1] == hidden else "memory layout"
         return layout, f"experts are square (hidden_size {hidden} = moe_intermediate_size)"
     square = f"experts are square (hidden_size {hidden} = 2 x {width})" if hidden == 2 * width else None
@@ -135,7 +146,7 @@ def check_experts(case: Case) -> Iterator[Finding]:
 
 def _slow_implementation(file: Path) -> Iterator[Finding]:
     """A config.json that makes plain transformers compute experts slowly, after an export too."""
-    values: dict[str, Any] = json.loads(file.read_text())
+    values = json.loads(file.read_text())
     for holder in (values, values.get("text_config") or {}):
         kind = holder.get("experts_implementation", holder.get("_experts_implementation"))
         if kind in SLOW_EXPERTS:

@@ -12,7 +12,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import ModelConfig
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import Memory, predict
-from ds_moe.models.load import model_config, skeleton
+from ds_moe.models.load import build_outline, model_config
 from ds_moe.tasks.registry import task_kind
 
 ENGINE_FILES = Path(__file__).resolve().parents[1] / "ds_configs"  # a link in a checkout, files in a wheel
@@ -87,7 +87,7 @@ def run_of(plan: Plan, name: str, model: PretrainedConfig, settings: dict[str, S
 
 def outline_of(config: RunConfig, model: PretrainedConfig) -> PreTrainedModel:
     """The model without storage, its trainable parameters marked as this run trains them."""
-    outline = skeleton(model)
+    outline = build_outline(model)
     task_kind(config).set_trainable(outline, config)
     return outline
 

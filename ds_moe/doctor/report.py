@@ -21,7 +21,7 @@ CHECKS = [  # the cheap and certain ones first; a later check uses what an earli
     model.find_model,
     run.check_deepspeed,
     model.check_files,
-    memory.check_skeleton,
+    memory.check_outline,
     data.check_data,
     model.check_experts,
     run.check_warmup,

@@ -18,7 +18,7 @@ from ds_moe.models.streaming import read_unread
 from ds_moe.models.trainable import set_trainable
 from ds_moe.models.vision import has_vision, keep_vision_in_step
 from ds_moe.moe import ExpertParallel, ForwardContext, checkpoint_contexts
-from ds_moe.weights.rows import WeightRows
+from ds_moe.weights.files import SafetensorsFiles
 from ds_moe.weights.unread import is_unread
 
 
@@ -67,7 +67,7 @@ def read_weights(model: PreTrainedModel, config: RunConfig, topology: Topology, 
     """
     if not any(is_unread(parameter) for parameter in model.parameters()):
         return 0
-    files = WeightRows.find(str(config.model.path))
+    files = SafetensorsFiles.find(str(config.model.path))
     assert files is not None  # load_model found them here a moment ago
     sharded = zero_plan(ds_config).stage == 3
     home = zero3_home(model, ds_config) if sharded else partial(_whole, topology.device)

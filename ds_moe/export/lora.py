@@ -12,10 +12,11 @@ from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import load_run
 from ds_moe.config.sections import LoRAConfig
 from ds_moe.errors import UserError
+from ds_moe.models.families import Family, family_of
 from ds_moe.models.load import load_model
-from ds_moe.models.lora import TARGET_PARAMETERS, Update, merged, peft_config, peft_value, scaling, update_of
-from ds_moe.weights.files import write_tensors
-from ds_moe.weights.rows import WeightRows
+from ds_moe.models.lora import UpdateHalf, merged, peft_config, peft_value, scaling, update_of
+from ds_moe.weights.files import SafetensorsFiles, write_tensors
+from ds_moe.weights.layouts import stored_rows
 from ds_moe.weights.unread import is_unread
 
 WEIGHT = "weight/"
@@ -24,22 +25,23 @@ WEIGHT = "weight/"
 class MergedReader:
     """Reads the tensors of base and checkpoint as one model, by the keys of a checkpoint of the whole model.
 
-    The base has the dtype it trained in; its weights stay in their files, and one with an update is merged, when it is
-    read. That of a preset is built complete.
+    The base has the dtype it was trained in. Its weights stay in their files until they are read, and one that has an
+    update is merged with it then. A preset, which has no files, is built complete.
 
     Args:
-        reader: of a checkpoint that leaves out its base.
-        config: the run that wrote it.
-        lora: its section.
+        reader: reads a checkpoint that leaves out its base.
+        config: the run that wrote the checkpoint.
+        lora: the section of that run.
         dtype: of the base.
     """
 
     def __init__(self, reader: Reader, config: RunConfig, lora: LoRAConfig, dtype: torch.dtype) -> None:
         base = load_model(config.model, dtype, config.train.seed, unread=True)
-        self._base_files = WeightRows.find(config.model.path) if config.model.path is not None else None
+        self._projections = family_of(base).projections
+        self._base_files = SafetensorsFiles.find(config.model.path) if config.model.path is not None else None
         self._reader, self._scaling = reader, scaling(lora)
         self._base = {f"{WEIGHT}{name}": parameter.detach() for name, parameter in base.named_parameters()}
-        self._halves: dict[str, dict[str, str]] = {}  # of updates: base weight -> half -> key
+        self._halves: dict[str, dict[str, str]] = {}  # key of a base weight -> A or B -> key of that half of its update
         whole = []
         for key in reader.tensors:
             if update := _update(key):
@@ -64,20 +66,20 @@ class MergedReader:
         weight = self._base[key]
         if self._base_files is None or not is_unread(weight):
             return weight
-        rows = self._base_files.stored(key.removeprefix(WEIGHT), weight.shape)
-        assert rows is not None  # or `load_model` had read it
+        rows = stored_rows(self._base_files, key.removeprefix(WEIGHT), weight.shape, self._projections)
+        assert rows is not None  # otherwise `load_model` would not have left it unread
         return rows(0, weight.shape[0]).to(weight.dtype)
 
 
-def _update(key: str) -> Update | None:
+def _update(key: str) -> UpdateHalf | None:
     return update_of(key.removeprefix(WEIGHT)) if key.startswith(WEIGHT) else None
 
 
-def write_adapter(checkpoint: Path, out: Path, dtype: torch.dtype) -> int:
-    """Write the updates of a checkpoint as a folder for `PeftModel.from_pretrained`; the number of its parameters.
+def write_adapter(checkpoint: Path, out: Path, dtype: torch.dtype, family: Family) -> int:
+    """Write the updates of a checkpoint as a folder for `PeftModel.from_pretrained`; returns their number of elements.
 
     Raises:
-        UserError: a run without LoRA, or with routers trained beside it, which an adapter has no place for.
+        UserError: a run without LoRA, or one that also trained routers, which an adapter has no place for.
     """
     config = load_run(str(checkpoint / "run.yaml"))
     lora = config.lora
@@ -94,10 +96,10 @@ def write_adapter(checkpoint: Path, out: Path, dtype: torch.dtype) -> int:
         for key in reader.tensors
         if (update := _update(key))
     }
-    more = {"target_parameters": TARGET_PARAMETERS} if lora.experts else {}
-    if lora.experts:  # PEFT's wrappers of parameters have no dropout; it acts in training only
+    experts = family.moe.lora_parameters if lora.experts and family.moe else None
+    if experts is not None:  # PEFT's wrappers of parameters refuse dropout, which acts in training only
         lora = lora.model_copy(update={"dropout": 0.0})
-    settings = peft_config(lora, lora.targets, **more)
+    settings = peft_config(lora, lora.targets, experts)
     settings.base_model_name_or_path = config.model.path
     settings.inference_mode = True
     out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import PretrainedConfig
 
 from ds_moe import __version__
 from ds_moe.checkpoint.base import base_identity
@@ -23,23 +23,17 @@ from ds_moe.config.complaints import descend
 from ds_moe.config.moe import ROUTINGS, TopKRouting
 from ds_moe.config.run_file import load_run
 from ds_moe.config.yaml_lines import compose_lines
-from ds_moe.errors import UserError, one_line, shown
+from ds_moe.errors import UserError, shown
 from ds_moe.export.lora import MergedReader, write_adapter
 from ds_moe.models.convert import EXPERT_BIAS
-from ds_moe.models.families import BIAS_SUFFIX, expert_state
+from ds_moe.models.families import BIAS_SUFFIX, TRANSPOSED_ON_HUB, expert_state, family_of
+from ds_moe.models.load import read_model_config
 from ds_moe.weights.files import SHARD_BYTES, check_empty, dtype_name, make_folder, shards, write_tensors, write_weights
-from ds_moe.weights.layouts import LAYOUTS, Layout, choose_layout, in_layout
+from ds_moe.weights.layouts import LAYOUTS, ExpertLayout, choose_layout, in_layout
 
 ROUTES_OTHERWISE = ("scores", "groups", "top_groups", "route_scale", "temperature", "normalize")  # than transformers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TRAINING_ONLY = ".mlp.gate.noise_weight"  # ends the names of weights that evaluation does not use and exports leave out
-# model_type -> how transformers calls the bias that selects experts, in place of BIAS_SUFFIX. A family that is not here
-# has none: its weights would not load with one, and plain transformers then selects without it.
-BIAS_NAMES = {
-    "deepseek_v3": ".mlp.gate.e_score_correction_bias",
-    "glm4_moe": ".mlp.gate.e_score_correction_bias",
-    "dots1": ".mlp.gate.e_score_correction_bias",
-}
+TRAINING_ONLY = ".gate.noise_weight"  # ends the names of weights that evaluation does not use and exports leave out
 
 
 @dataclass(frozen=True)
@@ -47,14 +41,14 @@ class Exported:
     """What was written: files with weights, their number of parameters and bytes."""
 
     folder: Path
-    layout: Layout
+    layout: ExpertLayout
     files: list[str]
     parameters: int
     bytes: int
 
 
 def export_checkpoint(
-    source: Path, out: Path, layout: Layout | None = None, max_shard_bytes: int = SHARD_BYTES
+    source: Path, out: Path, layout: ExpertLayout | None = None, max_shard_bytes: int = SHARD_BYTES
 ) -> Exported:
     """Write the model of a checkpoint as a folder that `from_pretrained` of plain transformers loads.
 
@@ -70,11 +64,12 @@ def export_checkpoint(
     checkpoint = find_checkpoint(source)
     check_empty(out)
     state = json.loads((checkpoint / "state.json").read_text())
-    config = _model_config(checkpoint / "model")
-    layout = choose_layout(config, layout)
+    config = _model_config(checkpoint)
+    layout = choose_layout(config, layout, TRANSPOSED_ON_HUB)
     dtype = _dtype(checkpoint, state)
     reader = _reader(checkpoint, state, dtype)
-    bias_name = BIAS_NAMES.get(config.model_type)
+    moe = family_of(config).moe
+    bias_name = moe.selection_bias if moe else None
     biases = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
     sizes = _sizes(reader, dtype)
     if bias_name is None:
@@ -84,7 +79,7 @@ def export_checkpoint(
         return _stored_name(key, bias_name), _stored(reader, key, dtype, layout)
 
     make_folder(out)
-    for name in map(Path, read_manifest(checkpoint)["files"]):  # what else may lie there is not the checkpoint's
+    for name in map(Path, read_manifest(checkpoint)["files"]):  # no other file that may lie in the folder is copied
         if name.parent == Path("model"):
             shutil.copy(checkpoint / name, out / name.name)
     _set_dtype(out / "config.json", dtype)
@@ -108,7 +103,8 @@ def export_adapter(source: Path, out: Path) -> tuple[Path, int]:
     checkpoint = find_checkpoint(source)
     check_empty(out)
     state = json.loads((checkpoint / "state.json").read_text())
-    return out, write_adapter(checkpoint, out, _dtype(checkpoint, state))
+    family = family_of(_model_config(checkpoint))
+    return out, write_adapter(checkpoint, out, _dtype(checkpoint, state), family)
 
 
 def _dtype(checkpoint: Path, state: dict[str, Any]) -> torch.dtype:
@@ -118,11 +114,11 @@ def _dtype(checkpoint: Path, state: dict[str, Any]) -> torch.dtype:
     return DTYPES[state["precision"]]
 
 
-def _model_config(folder: Path) -> Any:
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers looks into values before it looks at their types
-        raise UserError(f"{folder / 'config.json'} is no config of a model that we know ({one_line(error)})") from error
+def _model_config(checkpoint: Path) -> PretrainedConfig:
+    folder = checkpoint / "model"
+    return read_model_config(
+        folder, lambda reason: f"{folder / 'config.json'} is no config of a model that we know ({reason})"
+    )
 
 
 def _reader(checkpoint: Path, state: dict[str, Any], dtype: torch.dtype) -> Reader | MergedReader:
@@ -148,7 +144,7 @@ def _stored_name(key: str, bias_name: str | None) -> str:
     return name.removesuffix(BIAS_SUFFIX) + bias_name if bias_name and name.endswith(BIAS_SUFFIX) else name
 
 
-def _stored(reader: Reader | MergedReader, key: str, dtype: torch.dtype, layout: Layout) -> Tensor:
+def _stored(reader: Reader | MergedReader, key: str, dtype: torch.dtype, layout: ExpertLayout) -> Tensor:
     tensor = reader.read(key)
     if tensor.is_floating_point() and not key.endswith(BIAS_SUFFIX):
         tensor = tensor.to(dtype)
@@ -189,7 +185,9 @@ def _routing_that_differs(checkpoint: Path) -> str | None:
     return ", ".join(f"{key}: {value}" for key, value in differing.items()) or None
 
 
-def _model_card(checkpoint: Path, state: dict[str, Any], config: Any, layout: Layout, parameters: int) -> str:
+def _model_card(
+    checkpoint: Path, state: dict[str, Any], config: PretrainedConfig, layout: ExpertLayout, parameters: int
+) -> str:
     experts = getattr(config, "num_experts", None)
     about = f"{experts} experts a layer, top-{config.num_experts_per_tok}" if experts else "dense"
     return f"""---

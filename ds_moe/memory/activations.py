@@ -8,24 +8,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.config.rules.model import expert_count
 from ds_moe.config.run import RunConfig
+from ds_moe.models.families import family_of
 
 IMAGE_SHARE = 0.5  # of the tokens
 LOGIT_BYTES = 12  # a logit as its backward begins, in fp32: the log-softmax, its gradient, and that of the logits
 ASSIGNMENT_BYTES = 80  # indices of token and expert, of the sorted order and its inverse (int64), weights (fp32)
-# Weights that learn make their layer keep what it read; others (a frozen base under LoRA) need only themselves.
-READERS = {
-    "attention": r"\.self_attn\.[qkvo]_proj\.",
-    "mlp": r"\.mlp\.(gate|gate_proj|up_proj|down_proj)\.",
-    "norms": r"layernorm\.|[qk]_norm\.",
-    "head": r"lm_head\.|embed_tokens\.",  # tied ones have the embedding's name
-    "vision": r"\.visual\.",
-}
 
 
 @dataclass(frozen=True)
@@ -55,12 +47,12 @@ def activations(model: PreTrainedModel, config: RunConfig, width: int, ep_size: 
     """Of one micro-batch.
 
     Args:
-        model: a `skeleton` with the frozen parameters marked.
+        model: an outline (`models/load.py`) with the frozen parameters marked.
         config: the run.
         width: bytes of a weight, and of what passes between layers.
         ep_size: as in the run.
     """
-    text: Any = model.config.get_text_config()
+    text = model.config.get_text_config()
     T, D = config.train.micro_batch_size * config.data.max_length, text.hidden_size
     K = _top_k(model, config)
     learns = _learns(model)
@@ -88,8 +80,14 @@ def _top_k(model: PreTrainedModel, config: RunConfig) -> int:
 
 
 def _learns(model: PreTrainedModel) -> dict[str, bool]:
+    """For each kind of module, whether weights of it are trained, which makes it keep its input.
+
+    A weight that is frozen, such as one under LoRA, needs only itself to compute the gradient of its input.
+    """
+    family = family_of(model)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return {part: any(re.search(pattern, name) for name in names) for part, pattern in READERS.items()}
+    learns = {kind: any(re.search(pattern, name) for name in names) for kind, pattern in family.readers.items()}
+    return {**learns, "vision": any(family.is_vision(name) for name in names)}
 
 
 def _norm(features: int, width: int, learns: bool) -> int:
@@ -97,7 +95,7 @@ def _norm(features: int, width: int, learns: bool) -> int:
     return features * (4 + width * learns)
 
 
-def _attention(text: Any, config: RunConfig, width: int, learns: dict[str, bool]) -> int:
+def _attention(text: PretrainedConfig, config: RunConfig, width: int, learns: dict[str, bool]) -> int:
     """Bytes a token: norm, q and k with their norms, and what the kernel keeps: q, k, v, output, log-sum-exp (fp32)."""
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     q, kv = head_dim * text.num_attention_heads, head_dim * text.num_key_value_heads
@@ -108,7 +106,7 @@ def _attention(text: Any, config: RunConfig, width: int, learns: dict[str, bool]
     return size
 
 
-def _mlp(text: Any, config: RunConfig, width: int, K: int, learns: dict[str, bool]) -> int:
+def _mlp(text: PretrainedConfig, config: RunConfig, width: int, K: int, learns: dict[str, bool]) -> int:
     """Bytes a token of a layer's second half: norm, then router and experts, or one dense SwiGLU."""
     D = text.hidden_size
     size = _norm(D, width, learns["norms"]) + width * D * learns["mlp"]
@@ -126,7 +124,7 @@ def _kept_by_experts(config: RunConfig, D: int, F: int) -> int:
     return D + {"none": 3, "act": 2, "all": 0}[experts.recompute] * F
 
 
-def _row_gradients(text: Any, K: int) -> int:
+def _row_gradients(text: PretrainedConfig, K: int) -> int:
     """Numbers a token: gradients of output and input rows, of both products, and the activation computed again."""
     if not K:
         return 2 * text.hidden_size + 3 * text.intermediate_size
@@ -135,7 +133,7 @@ def _row_gradients(text: Any, K: int) -> int:
 
 def _vision(model: PreTrainedModel, T: int, width: int, repeats: bool, learns: bool) -> tuple[float, float]:
     """Bytes that the vision tower keeps, and those of one layer where it is frozen."""
-    vision: Any = getattr(model.config, "vision_config", None)
+    vision: PretrainedConfig | None = getattr(model.config, "vision_config", None)
     if vision is None:
         return 0, 0
     patches = IMAGE_SHARE * T * vision.spatial_merge_size**2

@@ -1,22 +1,23 @@
-"""How many of a model's parameters one rank has: of its copy, of its ZeRO partition, of a layer."""
+"""How many of a model's parameters one rank has: in its copy of the model, in its ZeRO partition, in a layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import nn
+from transformers import PreTrainedModel
 
-from ds_moe.models.families import expert_state
+from ds_moe.models.families import expert_state, family_of
 
 
 @dataclass
 class Layer:
-    """Elements of one decoder (or vision) layer on a rank, without other ranks' experts.
+    """Numbers of elements of one decoder or vision layer on a rank; experts of other ranks do not count.
 
     Attributes:
-        gathered: that ZeRO-3 gathers; experts without a replica lie where they are used.
-        passed: that its trace counts: all.
-        trained: whose gradients are there until they are reduced.
+        gathered: elements that ZeRO-3 gathers. It need not gather experts of which there is one copy only: the rank
+            that uses them holds them whole.
+        passed: elements that ZeRO-3's trace counts, which is all of them.
+        trained: elements whose gradients exist until they are reduced.
     """
 
     gathered: float = 0.0
@@ -26,16 +27,16 @@ class Layer:
 
 @dataclass
 class Shares:
-    """Elements of one rank.
+    """Numbers of elements on one rank, and how many of them are trained.
 
     Attributes:
-        held, held_trained: of its copy of the model: all but other ranks' experts.
-        owned, owned_trained: of its ZeRO partition. Experts are spread over EP x EDP ranks, the rest over DP ranks:
-            both are all ranks.
-        dense_trained: of `owned_trained`, what are no experts: an optimizer group of its own.
-        gathered: of `held`, what ZeRO-3 gathers.
-        table, table_trained: of the largest weight outside of layers: the embedding or the output layer.
-        layers: by name.
+        held, held_trained: in its copy of the model, which lacks only the experts of other ranks.
+        owned, owned_trained: in its ZeRO partition. Experts are spread over EP x EDP ranks and all else over DP ranks,
+            and either way that is all ranks.
+        dense_trained: the part of `owned_trained` that is not experts; it forms an optimizer group of its own.
+        gathered: the part of `held` that ZeRO-3 gathers.
+        table, table_trained: in the largest weight outside of layers, the embedding or the output layer.
+        layers: of each layer, by its path.
     """
 
     held: float = 0.0
@@ -50,12 +51,15 @@ class Shares:
 
     @property
     def group(self) -> float:
-        """Of the partition, the largest optimizer group: experts, or the matrices beside them (vectors are few)."""
+        """In the largest optimizer group of the partition: that of the experts, or that of the other matrices.
+
+        Vectors form a group too, but are few.
+        """
         return max(self.dense_trained, self.owned_trained - self.dense_trained)
 
     @property
     def largest(self) -> Layer:
-        """At its largest, each number by itself."""
+        """The elementwise maximum over the layers."""
         layers = list(self.layers.values()) or [Layer()]
         return Layer(
             max(layer.gathered for layer in layers),
@@ -64,9 +68,13 @@ class Shares:
         )
 
 
-def shares(model: nn.Module, ep_size: int, world_size: int) -> Shares:
-    """Of an unconverted model whose frozen parameters are marked; `ep_size` divides `world_size`."""
-    found = Shares()
+def shares(model: PreTrainedModel, ep_size: int, world_size: int) -> Shares:
+    """The shares of each rank of an unconverted model whose frozen parameters are marked.
+
+    Args:
+        ep_size: a divisor of `world_size`.
+    """
+    found, lists = Shares(), family_of(model).layers
     for name, parameter in model.named_parameters():
         expert, learns = expert_state(name), parameter.requires_grad
         here, owned = parameter.numel() / (ep_size if expert else 1), parameter.numel() / world_size
@@ -77,11 +85,9 @@ def shares(model: nn.Module, ep_size: int, world_size: int) -> Shares:
         found.held_trained += here * learns
         found.owned_trained += owned * learns
         found.dense_trained += owned * (learns and not expert)
-        before, inside, after = name.partition(".layers.")
-        if not inside:
-            before, inside, after = name.partition(".blocks.")  # of a vision tower
-        if inside:
-            layer = found.layers.setdefault(f"{before}.{after.partition('.')[0]}", Layer())
+        path = _layer_path(name, lists)
+        if path is not None:
+            layer = found.layers.setdefault(path, Layer())
             layer.gathered += gathered
             layer.passed += here
             layer.trained += here * learns
@@ -89,3 +95,12 @@ def shares(model: nn.Module, ep_size: int, world_size: int) -> Shares:
             found.table = max(found.table, here)
             found.table_trained = max(found.table_trained, here * learns)
     return found
+
+
+def _layer_path(name: str, lists: tuple[str, ...]) -> str | None:
+    """The path of the layer that a parameter is in, a member of one of these lists; None for one outside of layers."""
+    for layers in lists:
+        before, inside, after = name.partition(f".{layers}.")
+        if inside:
+            return f"{before}.{after.partition('.')[0]}"
+    return None

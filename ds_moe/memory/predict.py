@@ -45,7 +45,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadingMemory:
     """Bytes of one rank while the model is loaded, before the first step.
 
     Attributes:
@@ -59,17 +59,17 @@ class Load:
     streamed: bool = False
 
 
-def load(
+def predict_loading(
     model: PreTrainedModel, config: RunConfig, zero: ZeroPlan, world_size: int, streams_weights: bool = True
-) -> Load:
+) -> LoadingMemory:
     """Memory of one rank at the start; arguments as for `predict`."""
     width, ep_size = zero.width, config.moe.ep_size if config.moe else 1
     share = shares(model, ep_size, world_size)
     if not (streams_weights and config.model.path is not None):
         complete = sum(parameter.numel() for parameter in model.parameters())
-        return Load(width * complete, int(width * share.held))
+        return LoadingMemory(width * complete, int(width * share.held))
     own = width * (share.owned if zero.stage == 3 else share.held)
-    return Load(int(own) + READING_BYTES, int(own), streamed=True)
+    return LoadingMemory(int(own) + READING_BYTES, int(own), streamed=True)
 
 
 def predict(
@@ -83,7 +83,7 @@ def predict(
     """Memory of one rank.
 
     Args:
-        model: a `skeleton` (unconverted), with the frozen parameters marked.
+        model: an outline (`models/load.py`), unconverted, with the frozen parameters marked.
         config: the run.
         zero: of the run's DeepSpeed JSON.
         world_size: number of ranks, a multiple of `moe.ep_size`.

@@ -1,8 +1,15 @@
-"""Model families: from a folder or preset to a model with expert layers of ours.
+"""Models of transformers: from a folder or a preset to a model with expert layers of ours.
 
-families.py   what differs between families    load.py      a checked model
-presets.py    tiny models                      processor.py tokens and pixels
-streaming.py  weights into their places        convert.py   MoE blocks become expert layers
-freeze.py     what is not trained              vision.py    ranks without images
-lora.py       low-rank updates                 hf_experts.py  our kernels inside plain transformers
+families.py     all that is known of a model family by name
+load.py         a checked model, its config, its outline
+presets.py      tiny models built from code
+processor.py    tokens and pixels
+streaming.py    weights from files to where a rank keeps them
+convert.py      MoE blocks become our layers
+trainable.py    what a run trains
+freeze.py       what it does not train
+lora.py         low-rank updates
+vision.py       ranks without images
+generation.py   where a model stops
+hf_experts.py   our kernels inside plain transformers
 """

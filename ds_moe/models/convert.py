@@ -1,4 +1,4 @@
-"""Swap a transformers model's MoE blocks for our layer. A new family is one row of `FAMILIES`.
+"""Swap a transformers model's MoE blocks for our layer.
 
 The converted model keeps its parameter names and, with all experts on one rank, its values and shapes. It stays an
 ordinary transformers model: forward, generate and the recording of router logits work as before.
@@ -11,12 +11,13 @@ from typing import Any, NoReturn
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ds_moe.config.moe import ExpertsConfig, LossFreeBalance, MoEConfig
 from ds_moe.config.rules.moe import noncausal
 from ds_moe.errors import UserError
-from ds_moe.models.families import BIAS_SUFFIX, FAMILIES
+from ds_moe.models.families import BIAS_SUFFIX, FAMILIES, Family, moe_blocks
 from ds_moe.models.generation import cache_of
 from ds_moe.models.hf_experts import is_silu
 from ds_moe.moe.all_to_all import ExpertParallel
@@ -31,6 +32,9 @@ from ds_moe.weights.unread import is_unread
 
 EXPERT_BIAS = "expert_bias.safetensors"  # where an export keeps the biases that its architecture has no place for
 
+Arguments = tuple[Any, ...]  # of a forward of transformers, as hooks of torch are given them
+Keywords = dict[str, Any]
+
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """Our layers in `model`, in the order of their index."""
@@ -38,7 +42,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def convert(
-    model: nn.Module,
+    model: PreTrainedModel,
     config: MoEConfig,
     ep: ExpertParallel | None = None,
     layer_class: type[MoELayer] = MoELayer,
@@ -46,7 +50,7 @@ def convert(
     """Replace every MoE block of `model` in place, keeping only the experts of rank `ep.rank`.
 
     Args:
-        model: a transformers model whose `config.model_type` is a key of `FAMILIES`.
+        model: of transformers; its `config.model_type` is that of a row of `FAMILIES` with MoE blocks.
         config: the run's `moe` section.
         ep: this rank's place in expert parallelism; None: all experts here.
         layer_class: `MoELayer`, or the subclass that an engine recognises.
@@ -60,22 +64,11 @@ def convert(
             causal, unless the run allows it.
     """
     ep = ep or ExpertParallel()
-    family = FAMILIES.get(model.config.model_type)
-    if family is None:
-        raise UserError(f"model_type {model.config.model_type!r} has no MoE blocks we know; known: {sorted(FAMILIES)}")
+    family, blocks = _convertible(model, ep)
     text_config = model.config.get_text_config()
-    blocks = [(name, module) for name, module in model.named_modules() if type(module).__name__ == family.block]
-    if not blocks:
-        raise UserError(f"the {model.config.model_type} model has no {family.block}: nothing to convert")
-    if text_config.num_experts % ep.size:
-        raise UserError(f"moe.ep_size={ep.size} does not divide the model's {text_config.num_experts} experts")
-    chunks = config.dispatch.chunks
-    if not is_silu(blocks[0][1].experts.act_fn):
-        raise UserError(f"the experts' activation {text_config.hidden_act} is none we know; known: silu")
-
     context = ForwardContext(replay_moves_bias=config.replay.moves_bias)
     kind = config.dispatch.kind if config.dispatch.kind != "auto" else ("local" if ep.size == 1 else "all_to_all")
-    dispatcher = DISPATCHERS[kind](ep, config.experts.backend, config.experts.apply_weight, chunks)
+    dispatcher = DISPATCHERS[kind](ep, config.experts.backend, config.experts.apply_weight, config.dispatch.chunks)
     balancers = [
         BALANCERS[balance.kind](**balance.model_dump(exclude={"kind"}))
         for balance in config.balance
@@ -84,7 +77,7 @@ def convert(
     if leak := noncausal(config.router):
         raise UserError(leak)
     router = ROUTERS[config.router.kind]
-    settings = config.router.settings(text_config.num_experts_per_tok, family.normalizes(text_config))
+    settings = config.router.settings(text_config.num_experts_per_tok, family.moe.normalizes(text_config))
     for index, (name, block) in enumerate(blocks):
         block.gate.weight.requires_grad_(config.router.learns and block.gate.weight.requires_grad)
         layer = layer_class(
@@ -111,14 +104,31 @@ def convert(
     return context
 
 
-def _refuse_generation(*args: Any, **kwargs: Any) -> NoReturn:
+def _convertible(model: PreTrainedModel, ep: ExpertParallel) -> tuple[Family, list[tuple[str, nn.Module]]]:
+    """The family of a model and its MoE blocks, with their paths. Raises `UserError` for blocks we cannot replace."""
+    model_type, text_config = model.config.model_type, model.config.get_text_config()
+    family = FAMILIES.get(model_type)
+    if family is None or family.moe is None:
+        known = sorted(name for name, row in FAMILIES.items() if row.moe)
+        raise UserError(f"model_type {model_type!r} has no MoE blocks we know; known: {known}")
+    blocks = moe_blocks(model)
+    if not blocks:
+        raise UserError(f"the {model_type} model has no {family.moe.class_name}: nothing to convert")
+    if text_config.num_experts % ep.size:
+        raise UserError(f"moe.ep_size={ep.size} does not divide the model's {text_config.num_experts} experts")
+    if not is_silu(blocks[0][1].experts.act_fn):
+        raise UserError(f"the experts' activation {text_config.hidden_act} is none we know; known: silu")
+    return family, blocks
+
+
+def _refuse_generation(*args: object, **kwargs: object) -> NoReturn:
     raise UserError(
         "moe.router.kind expert_choice cannot generate: its experts choose among all tokens of the sequence, and those "
         "to come are not there yet; evaluate losses only (train.eval_generate=false)"
     )
 
 
-def _refuse_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_cache(module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
     if cache_of(kwargs) is not None:
         _refuse_generation()
 
@@ -165,10 +175,12 @@ def _owned_experts(experts: nn.Module, ep: ExpertParallel, config: ExpertsConfig
     return Experts(*weights, config.backend, lora, config.recompute)
 
 
-def _take_routing(context: ForwardContext, layers: int, top_k: int) -> Callable[..., Any]:
-    """The model's argument `routing` to the layers, which a forward of transformers would not hand it on to."""
+def _take_routing(
+    context: ForwardContext, layers: int, top_k: int
+) -> Callable[[nn.Module, Arguments, Keywords], tuple[Arguments, Keywords]]:
+    """A hook that gives the model's argument `routing` to our layers; the forward of transformers would refuse it."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def hook(module: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
         routing_BSLK = kwargs.pop("routing", None)
         if routing_BSLK is not None and routing_BSLK.shape[2:] != (layers, top_k):
             raise ValueError(f"routing {tuple(routing_BSLK.shape)} must end in ({layers} MoE layers, top_k {top_k})")
@@ -178,15 +190,17 @@ def _take_routing(context: ForwardContext, layers: int, top_k: int) -> Callable[
     return hook
 
 
-def _begin_forward(context: ForwardContext) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin_forward(context: ForwardContext) -> Callable[[nn.Module, Arguments, Keywords], None]:
+    """A hook that tells our layers, as the decoder's forward begins, which tokens are padding and which are images."""
+
+    def hook(module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
         given = kwargs.get("inputs_embeds")
         given = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
         mask_BS = kwargs.get("attention_mask")
         if isinstance(mask_BS, Tensor) and mask_BS.dim() == 2:
             mask_BS = mask_BS[:, -given.shape[1] :]  # with a cache the mask also covers earlier tokens
         else:
-            mask_BS = None  # no padding, or a ready-made attention mask that no longer tells padding apart
+            mask_BS = None  # there is no padding, or the mask is a ready-made one that does not tell padding apart
         context.begin(mask_BS, kwargs.get("visual_pos_masks"))
 
     return hook

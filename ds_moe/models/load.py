@@ -1,7 +1,9 @@
-"""Load a model and its processor, freeze parts of it, and keep image-less ranks in step with the others."""
+"""Load a model of transformers, checked against its files, or only its config, or its outline without storage."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +11,27 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ds_moe.config.sections import ModelConfig
 from ds_moe.errors import UserError, one_line
-from ds_moe.models.families import MODEL_CLASSES
+from ds_moe.models.families import FAMILIES, family_of
 from ds_moe.models.presets import build_preset, preset_config
-from ds_moe.weights.rows import WeightRows
+from ds_moe.weights.files import SafetensorsFiles
+from ds_moe.weights.layouts import stored_rows, uneven_experts
 from ds_moe.weights.unread import leave_unread
+
+
+def read_model_config(path: str | Path, refusal: Callable[[str], str], offline: bool = False) -> PretrainedConfig:
+    """The transformers config of a folder or hub id, of whatever family; no code of its own is run.
+
+    Args:
+        refusal: makes the whole message out of what transformers says, on one line.
+        offline: of a hub id, only take what is on this machine.
+
+    Raises:
+        UserError: with `refusal`, for a config that cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(str(path), local_files_only=offline, trust_remote_code=False)
+    except Exception as error:  # transformers looks into values before it looks at their types
+        raise UserError(refusal(one_line(error))) from error
 
 
 def model_config(config: ModelConfig) -> PretrainedConfig:
@@ -23,25 +42,24 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     """
     if config.preset is not None:
         return preset_config(config.preset)
-    try:
-        found = AutoConfig.from_pretrained(str(config.path), trust_remote_code=False)
-    except Exception as error:  # whatever a config from elsewhere may hold
-        raise UserError(
-            f"model.path {config.path!r} cannot be read as a transformers checkpoint: {one_line(error)}"
-        ) from error
-    if found.model_type not in MODEL_CLASSES:
-        raise UserError(f"model.path {config.path!r} is a {found.model_type!r}; supported: {sorted(MODEL_CLASSES)}")
+    where = f"model.path {config.path!r}"
+    found = read_model_config(
+        str(config.path), lambda reason: f"{where} cannot be read as a transformers checkpoint: {reason}"
+    )
+    if found.model_type not in FAMILIES:
+        raise UserError(f"{where} is a {found.model_type!r}; supported: {sorted(FAMILIES)}")
     return found
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0, unread: bool = False) -> PreTrainedModel:
     """The model of a run's `model` section on the CPU of this rank, in `dtype`.
 
-    A checkpoint may store experts in either layout; every weight must be there and none may be left over.
+    A checkpoint may store experts in any layout of `weights/layouts.py`; every weight must be there and none may be
+    left over.
 
     Args:
-        unread: leave the weights in their files (see `unread.py`) if `streaming.py` can read them: not those of a
-            preset, or under names that only transformers can translate.
+        unread: leave the weights in their files (see `weights/unread.py`) if `streaming.py` can read them from there.
+            It cannot read those of a preset, nor those of files whose names only transformers can translate.
 
     Raises:
         UserError: as `model_config`; a missing, unexpected or misshapen weight, or a file that cannot be read.
@@ -51,21 +69,25 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0, unread: b
         for parameter in model.parameters():  # not .to(): rotary frequencies stay fp32, as from_pretrained keeps them
             parameter.data = parameter.data.to(dtype)
         return model
-    model_config(config)  # a path that cannot be read ends here
-    files = WeightRows.find(str(config.path))
+    family = family_of(model_config(config))  # refuses a config before any weight is looked for
+    files = SafetensorsFiles.find(str(config.path))
     if files is not None and unread:
-        model = _from_pretrained(config, dtype, files, device="meta")
-        if all(files.stored(name, parameter.shape) for name, parameter in model.named_parameters()):
+        model = _from_pretrained(config, family.model_class, dtype, files, device="meta")
+        weights = model.named_parameters()
+        if all(stored_rows(files, name, weight.shape, family.projections) for name, weight in weights):
             leave_unread(model)
             return model
-    return _from_pretrained(config, dtype, files)
+    return _from_pretrained(config, family.model_class, dtype, files)
 
 
 def _from_pretrained(
-    config: ModelConfig, dtype: torch.dtype, files: WeightRows | None, device: str | None = None
+    config: ModelConfig,
+    model_class: type[PreTrainedModel],
+    dtype: torch.dtype,
+    files: SafetensorsFiles | None,
+    device: str | None = None,
 ) -> PreTrainedModel:
-    """A checked model; on the meta device all is as ever, names and shapes compared too, but no weight is read."""
-    model_class = MODEL_CLASSES[model_config(config).model_type]()
+    """A model whose names and shapes fit its files. On the meta device they are compared too, but no weight is read."""
     try:
         loaded: Any = model_class.from_pretrained(
             str(config.path),
@@ -80,8 +102,8 @@ def _from_pretrained(
         raise UserError(
             f"model.path {config.path!r} has no weights in safetensors files that can be read: {one_line(error)}"
         ) from error
-    except RuntimeError as error:  # of single experts that cannot be stacked; its message names none
-        uneven = files.uneven_experts()[:5] if files is not None else []
+    except RuntimeError as error:  # transformers raises it, naming no tensor, where per-expert tensors differ in shape
+        uneven = uneven_experts(files)[:5] if files is not None else []
         what = f"missing or misshapen experts: {uneven}" if uneven else error
         raise UserError(f"model.path {config.path!r} does not fit {model_class.__name__}: {what}") from error
     model, report = loaded
@@ -91,7 +113,7 @@ def _from_pretrained(
     return model
 
 
-def skeleton(model_config: PretrainedConfig) -> PreTrainedModel:
+def build_outline(config: PretrainedConfig) -> PreTrainedModel:
     """The model with its parameters' names and shapes but no storage (the meta device)."""
     with torch.device("meta"):
-        return MODEL_CLASSES[model_config.model_type]()(model_config)
+        return family_of(config).model_class(config)

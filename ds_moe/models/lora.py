@@ -1,14 +1,14 @@
-"""Low-rank training of a model: PEFT's LoRA on its linear layers, `moe/lora.py` on its experts, all else frozen.
+"""Low-rank training of a model: PEFT's LoRA on linear layers, `moe/expert_lora.py` on experts, all else frozen.
 
-`add_lora` comes before the conversion to expert parallelism, which then shares out an expert's update with the expert.
-In files both are one PEFT adapter: `peft_name` and `peft_value` translate.
+`add_lora` comes before the conversion to expert parallelism, which then gives each rank the updates of its experts.
+In files both kinds of update are one PEFT adapter: `update_of` and `peft_value` translate names and values.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import peft
 from torch import Tensor, nn
@@ -16,19 +16,21 @@ from transformers import PreTrainedModel
 
 from ds_moe.config.sections import LoRAConfig
 from ds_moe.errors import UserError
-from ds_moe.models.families import FAMILIES
+from ds_moe.models.families import expert_state, moe_blocks
 from ds_moe.moe.expert_lora import ExpertLoRA
 
 ADAPTER = "default"  # PEFT's name of the one adapter in a model's parameter names
 LINEAR = re.compile(rf"(.+)\.lora_([AB])\.{ADAPTER}\.weight")
-EXPERTS = re.compile(r"(.+\.mlp\.experts)\.lora\.(gate_up|down)_([AB])")
-# PEFT wraps a module once for every parameter that it targets: the last one stands outside.
+EXPERTS = re.compile(r"(.+\.experts)\.lora\.(gate_up|down)_([AB])")
+# PEFT wraps a module once for every parameter that it targets; the wrapper of the last one is the outermost.
 WRAPPED = {"gate_up": "base_layer.", "down": ""}
-TARGET_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
-    """Freeze an unconverted `model` and give it the updates that `config` asks for; `seed` is that of the experts'.
+    """Freeze an unconverted `model` and give it the updates that `config` asks for.
+
+    Args:
+        seed: of the updates of the first MoE layer's experts; each further layer counts on from it.
 
     Raises:
         UserError: a target that is no linear layer of the model.
@@ -38,23 +40,21 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
     if config.targets:
         _check_targets(model, config.targets)
         peft.inject_adapter_in_model(peft_config(config, config.targets), model, ADAPTER)
-    family = FAMILIES.get(model.config.model_type)
-    blocks = [module for module in model.modules() if family and type(module).__name__ == family.block]
-    for index, block in enumerate(blocks):
+    for index, (_, block) in enumerate(moe_blocks(model)):
         if config.experts:
             weights = (block.experts.gate_up_proj, block.experts.down_proj)
             block.experts.lora = ExpertLoRA(*weights, config.rank, scaling(config), config.dropout, seed + index)
         block.gate.weight.requires_grad_(config.train_router)
 
 
-def peft_config(config: LoRAConfig, targets: list[str], **more: Any) -> peft.LoraConfig:
+def peft_config(config: LoRAConfig, targets: list[str], target_parameters: list[str] | None = None) -> peft.LoraConfig:
     return peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         use_rslora=config.rslora,
         lora_dropout=config.dropout,
         target_modules=targets,
-        **more,
+        target_parameters=target_parameters,
     )
 
 
@@ -71,33 +71,33 @@ def _check_targets(model: nn.Module, targets: list[str]) -> None:
             raise UserError(f"lora.targets: {target!r} is no linear layer of this model; it has {', '.join(known)}")
 
 
-class Update(NamedTuple):
-    """Where one half of a low-rank update belongs: `module`.`weight` gains scaling * B A."""
+class UpdateHalf(NamedTuple):
+    """A or B of a low-rank update: `weight` gains scaling * B A."""
 
     weight: str  # name of the base weight, as in the model without LoRA
-    half: str  # "A" or "B"
-    peft: str  # its name in a PEFT adapter file
+    half: Literal["A", "B"]
+    peft: str  # name of this half in a PEFT adapter file
     stacked: bool  # (E, ., .), one update an expert
 
 
-def update_of(name: str) -> Update | None:
-    """What a parameter of a model with LoRA updates; None for one that is no update."""
+def update_of(name: str) -> UpdateHalf | None:
+    """Which half of which update a parameter of a model with LoRA is; None for any other parameter."""
     if found := LINEAR.fullmatch(name):
         module, half = found.groups()
-        return Update(f"{module}.weight", half, f"base_model.model.{module}.lora_{half}.weight", False)
-    if found := EXPERTS.fullmatch(name):
+        return UpdateHalf(f"{module}.weight", half, f"base_model.model.{module}.lora_{half}.weight", False)
+    if (found := EXPERTS.fullmatch(name)) and expert_state(name):
         module, part, half = found.groups()
         in_file = f"base_model.model.{module}.{WRAPPED[part]}lora_{half}.weight"
-        return Update(f"{module}.{part}_proj", half, in_file, True)
+        return UpdateHalf(f"{module}.{part}_proj", half, in_file, True)
     return None
 
 
 def stored_name(name: str) -> str:
-    """What a parameter is called in the checkpoint of the model without LoRA: PEFT puts targets into a wrapper."""
+    """What a parameter is called in the model without LoRA: PEFT puts the linear layers it targets into wrappers."""
     return name.replace(".base_layer.", ".")
 
 
-def peft_value(update: Update, value: Tensor) -> Tensor:
+def peft_value(update: UpdateHalf, value: Tensor) -> Tensor:
     """An update in the shape PEFT stores it in: experts' A (E r, I), and B (O, r E) with the experts innermost."""
     if not update.stacked:
         return value

@@ -1,14 +1,15 @@
-"""Tiny models built from a config, for the demo, the tests and first steps: no download, no square expert."""
+"""Tiny models built from a config, for the demo, the tests and first steps: no download is needed.
+
+Their experts are not square, so that no mistake in the layout of a weight goes unnoticed.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ds_moe.errors import UserError
-from ds_moe.models.families import MODEL_CLASSES
+from ds_moe.models.families import FAMILIES, PRESETS, family_of
 from ds_moe.models.processor import special_token_ids, tiny_processor
 
 _TEXT = {
@@ -37,31 +38,6 @@ _VISION = {
 }
 
 
-def _vl(config_class: type[PretrainedConfig], text: dict[str, Any]) -> PretrainedConfig:
-    processor = tiny_processor()
-    ids = special_token_ids(processor)
-    token_ids = {key: ids[key] for key in ("pad_token_id", "eos_token_id")}
-    return config_class(
-        text_config={**text, "rope_parameters": _ROPE, "vocab_size": len(processor.tokenizer), **token_ids},
-        vision_config=dict(_VISION),
-        **{key: value for key, value in ids.items() if key not in token_ids},
-    )
-
-
-def _text_only() -> PretrainedConfig:
-    processor = tiny_processor("text")
-    ids = special_token_ids(processor)
-    token_ids = {key: ids[key] for key in ("pad_token_id", "eos_token_id")}
-    return Qwen3MoeConfig(**_TEXT, **_MOE, vocab_size=len(processor.tokenizer), **token_ids)
-
-
-PRESETS = {
-    "tiny-vl-moe": lambda: _vl(Qwen3VLMoeConfig, {**_TEXT, **_MOE}),
-    "tiny-vl-dense": lambda: _vl(Qwen3VLConfig, _TEXT),
-    "tiny-moe": _text_only,
-}
-
-
 def preset_config(name: str) -> PretrainedConfig:
     """The transformers config of a preset.
 
@@ -70,7 +46,16 @@ def preset_config(name: str) -> PretrainedConfig:
     """
     if name not in PRESETS:
         raise UserError(f"model.preset {name!r} is unknown; choose one of {sorted(PRESETS)}")
-    return PRESETS[name]()
+    model_type = PRESETS[name]
+    family = FAMILIES[model_type]
+    processor = tiny_processor("vl" if family.vision else "text")
+    ids = special_token_ids(processor)
+    text = {**_TEXT, **(_MOE if family.moe else {}), "vocab_size": len(processor.tokenizer)}
+    text |= {key: ids.pop(key) for key in ("pad_token_id", "eos_token_id")}
+    if family.vision is None:
+        return AutoConfig.for_model(model_type, **text)
+    text["rope_parameters"] = _ROPE
+    return AutoConfig.for_model(model_type, text_config=text, vision_config=dict(_VISION), **ids)
 
 
 def build_preset(name: str, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
@@ -79,4 +64,4 @@ def build_preset(name: str, seed: int = 0, attention: str = "sdpa") -> PreTraine
     config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODEL_CLASSES[config.model_type]()(config)
+        return family_of(config).model_class(config)

@@ -25,6 +25,7 @@ from ds_moe.config.sections import ModelConfig
 from ds_moe.data.digits import ANSWERS, QUESTIONS
 from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError
+from ds_moe.models.families import FAMILIES, PRESETS
 
 PAD, EOS, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 SPECIAL_TOKENS = [PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO]
@@ -196,7 +197,8 @@ def processor_of(model: ModelConfig) -> Processor:
     """The processor of a run's `model` section."""
     if model.path is not None:
         return load_processor(model.path)
-    return tiny_processor("vl" if str(model.preset).startswith("tiny-vl") else "text")
+    family = FAMILIES.get(PRESETS.get(str(model.preset), ""))
+    return tiny_processor("vl" if family is not None and family.vision else "text")
 
 
 def save_processor(processor: Processor, path: str | Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from ds_moe.config.run import RunConfig
+from ds_moe.models.families import family_of
 from ds_moe.models.freeze import freeze, frozen
 from ds_moe.models.lora import add_lora
 
@@ -18,4 +19,4 @@ def set_trainable(model: PreTrainedModel, config: RunConfig) -> None:
     if config.lora is not None:
         add_lora(model, config.lora, config.train.seed)
     else:
-        freeze(model, frozen(config))
+        freeze(model, frozen(config, family_of(model)))

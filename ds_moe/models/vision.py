@@ -1,4 +1,4 @@
-"""Ranks without images stay in step with those that have some."""
+"""Ranks without images run the vision tower too, so that all ranks run the same collectives."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_moe.distributed import parallel
+from ds_moe.models.families import family_of
 from ds_moe.models.generation import cache_of
 
 
@@ -27,25 +28,25 @@ def keep_vision_in_step(model: PreTrainedModel) -> None:
     `encode_blank` itself.
     """
 
-    def hook(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+    def hook(
+        decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[object, ...], dict[str, Any]]:
         generating = cache_of(kwargs) is not None
         if generating or kwargs.get("visual_pos_masks") is not None or not parallel():
             return args, kwargs
         embeds_BSD: Tensor = kwargs["inputs_embeds"]
-        return args, {
-            **kwargs,
-            "inputs_embeds": embeds_BSD + encode_blank(model, embeds_BSD.device).to(embeds_BSD.dtype),
-        }
+        zero = encode_blank(model, embeds_BSD.device).to(embeds_BSD.dtype)
+        return args, {**kwargs, "inputs_embeds": embeds_BSD + zero}
 
-    model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    model.get_submodule(family_of(model).decoder).register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def encode_blank(model: PreTrainedModel, device: torch.device) -> Tensor:
     """A vision pass over one blank image: a zero scalar that depends on every vision parameter."""
-    vision = model.config.vision_config
-    side = vision.spatial_merge_size
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.zeros(side * side, width, device=device, dtype=model.model.visual.dtype)
+    config, tower = model.config.vision_config, model.get_submodule(str(family_of(model).vision))
+    side = config.spatial_merge_size
+    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    pixels = torch.zeros(side * side, width, device=device, dtype=tower.dtype)
     grid = torch.tensor([[1, side, side]], device=device)
-    features = model.model.visual(pixels, grid_thw=grid, return_dict=True)
+    features = tower(pixels, grid_thw=grid, return_dict=True)
     return torch.stack([part.sum() for part in (features.pooler_output, *features.deepstack_features)]).sum() * 0.0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from ds_moe.distributed import Topology
-from ds_moe.models.families import expert_state
+from ds_moe.models.families import expert_state, family_of
 
 # Dense bf16 peak of one device, FLOP/s, from the vendors' data sheets.
 PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
@@ -21,12 +21,15 @@ def peak_flops(topology: Topology) -> float | None:
     return None if peak is None else peak * topology.world_size
 
 
-def active_flops_per_token(model: nn.Module) -> float:
-    """Forward and backward FLOPs of one token: 6 for each parameter it meets, K of E experts; attention left out."""
+def active_flops_per_token(model: PreTrainedModel) -> float:
+    """Forward and backward FLOPs of one text token: 6 for each parameter it is multiplied by, K of E experts.
+
+    Attention scores, the vision tower and the embedding, which is looked up, are left out.
+    """
     text_config = model.config.get_text_config()
     share = text_config.num_experts_per_tok / text_config.num_experts if hasattr(text_config, "num_experts") else 1.0
-    met = 0.0
+    family, met = family_of(model), 0.0
     for name, parameter in model.named_parameters():
-        if "embed_tokens" not in name and ".visual." not in name:
+        if family.embeddings not in name and not family.is_vision(name):
             met += parameter.numel() * (share if expert_state(name) else 1.0)
     return 6.0 * met

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PretrainedConfig
 
 from ds_moe.errors import UserError
+from ds_moe.models.families import moe_layers_of
 from ds_moe.replay.traces import RoutingTrace
 
 LIVE = -1  # stands for an expert id where the router decides
@@ -33,16 +35,13 @@ class RoutingShape:
     top_k: int
 
     @classmethod
-    def of(cls, config: Any) -> RoutingShape:
-        """Of a transformers config, whose text part is a Qwen MoE's. Raises `UserError` for a model without experts."""
+    def of(cls, config: PretrainedConfig) -> RoutingShape:
+        """Of a model's config. Raises `UserError` for a model without experts."""
         text = config.get_text_config()
-        experts = getattr(text, "num_experts", None) or 0
-        step = getattr(text, "decoder_sparse_step", 1)
-        dense = getattr(text, "mlp_only_layers", None) or ()
-        moe = tuple(i for i in range(text.num_hidden_layers) if experts and i not in dense and (i + 1) % step == 0)
+        moe = moe_layers_of(text)
         if not moe:
             raise UserError(f"routing replay: a {text.model_type} model without MoE layers (leave its routing out)")
-        return cls(text.num_hidden_layers, moe, experts, text.num_experts_per_tok)
+        return cls(text.num_hidden_layers, moe, text.num_experts, text.num_experts_per_tok)
 
 
 def align(

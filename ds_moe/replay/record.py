@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ds_moe.models.convert import moe_layers
-from ds_moe.models.families import FAMILIES
+from ds_moe.models.families import moe_blocks
 from ds_moe.moe.decision import RoutingDecision, count_experts
 from ds_moe.moe.tape import current_tape
 
@@ -38,7 +37,7 @@ class RoutingRecorder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._gates = [layer.gate for layer in moe_layers(model)] or _plain_gates(model)
+        self._gates = [layer.gate for layer in moe_layers(model)] or [block.gate for _, block in moe_blocks(model)]
         if not self._gates:
             raise ValueError(f"{type(model).__name__} has no MoE layer to record")
         self._ids: list[list[Tensor]] = [[] for _ in self._gates]  # by layer, then by forward
@@ -93,10 +92,3 @@ def ids_by_token(decision: RoutingDecision, top_k: int) -> Tensor:
 def joined(forwards: list[Tensor], batch: int) -> Tensor:
     """Join the forwards of one generation with a KV cache, (T, L, K) each, along the sequence: (B, S, L, K)."""
     return torch.cat([ids_TLK.unflatten(0, (batch, -1)) for ids_TLK in forwards], dim=1)
-
-
-def _plain_gates(model: nn.Module) -> list[Any]:
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
-    if family is None:
-        return []
-    return [module.gate for module in model.modules() if type(module).__name__ == family.block]

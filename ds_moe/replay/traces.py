@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from ds_moe.errors import UserError, shown
+from ds_moe.weights.files import read_arrays
 
 MAX_ID = int(np.iinfo(np.int16).max)  # 8 bits would hold 256 experts; in 16, 4k tokens x 48 layers x 8 are 3 MiB
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")  # raw ids, little endian
@@ -259,9 +260,8 @@ def load_traces(path: str | Path) -> dict[str, RoutingTrace]:
     if not Path(path).is_file():  # opening a pipe would wait for its writer
         raise UserError(f"{path}: no file of routing traces (write it with save_traces)")
     try:
-        with safe_open(path, framework="numpy") as file:
-            about = json.loads(file.metadata()["traces"])
-            arrays = {key: file.get_tensor(key) for key in file.keys()}
+        arrays, metadata = read_arrays(Path(path))
+        about = json.loads(metadata["traces"])
         return {n: RoutingTrace(arrays[f"ids/{n}"], weights=arrays.get(f"weights/{n}"), **about[n]) for n in about}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: no file of routing traces: {error} (write it with save_traces)") from error

@@ -28,7 +28,7 @@ from ds_moe.faults.watchdog import watch_job
 from ds_moe.memory.predict import predict
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.generation import stop_at
-from ds_moe.models.load import load_model, model_config, skeleton
+from ds_moe.models.load import build_outline, load_model, model_config
 from ds_moe.models.processor import processor_of
 from ds_moe.monitor import make_monitor
 from ds_moe.monitor.flops import active_flops_per_token, peak_flops
@@ -54,7 +54,7 @@ def set_up(config: RunConfig) -> Run:
     steps_are_known = not (kind.files_follow and config.train.epochs is not None)
     if steps_are_known and (problem := warmup_problem(config, progress.total_steps)):
         raise UserError(problem)
-    outline = skeleton(model_config(config.model))
+    outline = build_outline(model_config(config.model))
     check_model(config, outline.config)
     hidden_size = outline.config.get_text_config().hidden_size
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)

@@ -1,71 +1,167 @@
-"""Folders of plain transformers: reading weights tensor by tensor, writing them in shards, the layouts of experts."""
+"""Safetensors: the one reader, the one writer, and folders of them as plain transformers lays them out.
+
+`MappedFiles` opens files and lets go of them, `SafetensorsFiles` knows which of several files holds a tensor.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from ds_moe.errors import UserError, shown
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 2**30
+MAPPED = 2**24  # bytes read before `SafetensorsFiles` lets go of its files
 
 
-@dataclass(frozen=True)
-class Written:
-    """Files with weights, their number of parameters and bytes."""
+class MappedFiles:
+    """Safetensors files, mapped into memory: a tensor is a view of its file's pages, which are read when it is.
 
-    files: list[str]
-    parameters: int
-    bytes: int
+    Pages that were touched count as memory of this process for as long as anything refers to the file. Therefore this
+    object lets go of all its files after so many bytes, and a caller should not keep tensors that it has copied.
+    Several ranks may read the same files. Raises what the library raises: OSError and SafetensorError.
+
+    Args:
+        limit: bytes read before the files are let go of; they are opened again when they are needed.
+
+    Attributes:
+        bytes_read: of the tensors handed out so far.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.bytes_read = 0
+        self._limit = limit
+        self._open: dict[Path, safe_open] = {}
+        self._mapped = 0
+
+    def _file(self, file: Path) -> safe_open:
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file]
+
+    def names(self, file: Path) -> list[str]:
+        return list(self._file(file).keys())
+
+    def shape(self, file: Path, name: str) -> tuple[int, ...]:
+        return tuple(self._file(file).get_slice(name).get_shape())
+
+    def read(self, file: Path, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows [start, stop) of a tensor; all of one without dimensions."""
+        part = self._file(file).get_slice(name)
+        value = part[start:stop] if part.get_shape() else self._file(file).get_tensor(name)
+        self.bytes_read += value.nbytes
+        self._mapped += value.nbytes
+        if self._mapped > self._limit:
+            self.close()
+        return value
+
+    def close(self) -> None:
+        """Let go of all files; reading opens them again."""
+        self._open, self._mapped = {}, 0
 
 
-class WeightFiles:
-    """Reads the safetensors of a folder, one file or several with an index, tensor by tensor. Opening reads headers.
+class SafetensorsFiles:
+    """The tensors of one or several safetensors files. Making it reads the files' headers, and no tensor.
+
+    Args:
+        files: all that belong together; a tensor is in one of them.
+        refusal: the message for a file that cannot be read, made from the file and the library's error.
 
     Attributes:
         shapes: of every tensor, by name.
-        bytes: of all files.
 
     Raises:
-        UserError: no safetensors, or a shard that is missing or broken, by name.
+        UserError: with `refusal`, for a file that is missing, cut short or no safetensors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.shapes: dict[str, list[int]] = {}
-        self.bytes = 0
-        self._files: dict[str, Any] = {}
-        for path in _weight_paths(folder):
+    def __init__(self, files: Iterable[Path], refusal: Callable[[Path, Exception], str]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files = list(files)
+        self._file_of: dict[str, Path] = {}
+        self._mapped = MappedFiles(MAPPED)
+        for file in self._files:
             try:
-                file: Any = safe_open(path, framework="pt")
-                names = list(file.keys())
-                self.shapes |= {name: file.get_slice(name).get_shape() for name in names}
+                for name in self._mapped.names(file):
+                    self.shapes[name] = self._mapped.shape(file, name)
+                    self._file_of[name] = file
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} is broken ({error}); fetch it again") from error
-            self._files |= dict.fromkeys(names, file)
-            self.bytes += path.stat().st_size
+                raise UserError(refusal(file, error)) from error
+            finally:
+                self._mapped.close()
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> SafetensorsFiles:
+        """Those of a folder, one file or several with an index.
+
+        Raises:
+            UserError: no safetensors, or a shard that is missing or broken, by name.
+        """
+        return cls(_weight_paths(folder), lambda file, error: f"{file} is broken ({error}); fetch it again")
+
+    @classmethod
+    def find(cls, path: str) -> SafetensorsFiles | None:
+        """Those of a run's `model.path`, a folder or a hub id (downloaded first); None for weights in another format.
+
+        Raises:
+            UserError: a file that cannot be read, with the key of the run file.
+        """
+
+        def refusal(file: Path, error: Exception) -> str:
+            return f"model.path {path!r}: {file.name} cannot be read: {error}"
+
+        optional = {"_raise_exceptions_for_missing_entries": False}
+        if single := cached_file(path, WEIGHTS, **optional):
+            return cls([Path(single)], refusal)
+        if index := cached_file(path, INDEX, **optional):
+            shard_names(Path(index))  # refuses an index that leads out of its folder
+            files, _ = get_checkpoint_shard_files(path, index)
+            return cls(map(Path, files or []), refusal)
+        return None
 
     @property
     def parameters(self) -> int:
         return sum(map(math.prod, self.shapes.values()))
 
-    def read(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+    @property
+    def bytes(self) -> int:
+        """Size of the files."""
+        return sum(file.stat().st_size for file in self._files)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the tensors handed out so far."""
+        return self._mapped.bytes_read
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor with at least one row, which is all that is read."""
-        return self._files[name].get_slice(name)[:1].dtype
+        """Of a tensor with at least one row."""
+        return self.read(name, 0, 1).dtype
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows [start, stop) of a tensor, see `MappedFiles`; in the dtype of its file, on the CPU."""
+        return self._mapped.read(self._file_of[name], name, start, stop)
+
+    def close(self) -> None:
+        """Let go of the files; reading opens them again."""
+        self._mapped.close()
+
+
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All arrays of a safetensors file by name, and its metadata. Raises OSError and SafetensorError."""
+    with safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def _weight_paths(folder: Path) -> list[Path]:
@@ -101,6 +197,15 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder") from error
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files with weights, their number of parameters and bytes."""
+
+    files: list[str]
+    parameters: int
+    bytes: int
 
 
 def shards(sizes: dict[str, int], most: int) -> list[list[str]]:

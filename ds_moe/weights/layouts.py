@@ -1,41 +1,59 @@
-"""The two layouts in which files store stacked experts."""
+"""How files store a layer's experts, and how the rows of a weight are read from files of any layout.
+
+In memory transformers keeps the E experts of a layer stacked, gate rows above up rows: `gate_up_proj` (E, 2I, H) and
+`down_proj` (E, H, I). Files hold them like that, stacked and transposed, or one tensor an expert and projection.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping
+from typing import Literal
 
+import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ds_moe.errors import UserError
+from ds_moe.weights.files import SafetensorsFiles
 
-Layout = Literal["memory", "hub"]
-
+ExpertLayout = Literal["memory", "hub"]  # of stacked experts
 
 LAYOUTS: dict[str, str] = {
     "memory": "as transformers keeps experts in memory: (E, 2I, H) and (E, H, I)",
     "hub": "as the Qwen3-VL-MoE checkpoints on the hub store experts: (E, H, 2I) and (E, I, H)",
 }
 
+# Name of a stacked weight -> the projections of one expert that lie in it one above the other, as files which hold one
+# tensor an expert call them: `experts.3.up_proj.weight`.
+Projections = Mapping[str, tuple[str, ...]]
+SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 
-def choose_layout(config: Any, layout: Layout | None) -> Layout:
-    """The layout asked for; None: `hub` for the family that has it and where it is unambiguous, else `memory`.
+Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a weight, in the layout and shape it has in memory
+
+
+def choose_layout(
+    config: PretrainedConfig, layout: ExpertLayout | None, transposed_on_hub: Collection[str]
+) -> ExpertLayout:
+    """The layout asked for; None: `hub` for a family that has it and where it is unambiguous, else `memory`.
 
     Args:
-        config: transformers' config of the model.
+        transposed_on_hub: each `model_type` whose checkpoints on the hub store experts transposed.
 
     Raises:
         UserError: a layout this model cannot be stored in.
     """
-    problem = hub_layout_problem(config)
+    problem = hub_layout_problem(config, transposed_on_hub)
     if layout == "hub" and problem is not None:
         raise UserError(f"--layout hub cannot store this model: {problem}; use --layout memory")
     return layout or ("memory" if problem is not None else "hub")
 
 
-def hub_layout_problem(config: Any) -> str | None:
+def hub_layout_problem(config: PretrainedConfig, transposed_on_hub: Collection[str]) -> str | None:
     """Why experts cannot be stored transposed, or None where they can."""
-    if config.model_type != "qwen3_vl_moe":
-        return f"only qwen3_vl_moe checkpoints have it, this is {config.model_type}"
+    if config.model_type not in transposed_on_hub:
+        return f"only {' and '.join(transposed_on_hub)} checkpoints have it, this is {config.model_type}"
     text = config.get_text_config()
     width = text.moe_intermediate_size
     if text.hidden_size in (width, 2 * width):
@@ -47,6 +65,44 @@ def hub_layout_problem(config: Any) -> str | None:
     return None
 
 
-def in_layout(expert: Tensor, layout: Layout) -> Tensor:
+def in_layout(expert: Tensor, layout: ExpertLayout) -> Tensor:
     """A stacked expert weight as `layout` stores it, from how memory keeps it (a view)."""
     return expert.transpose(1, 2) if layout == "hub" else expert
+
+
+def stored_rows(files: SafetensorsFiles, name: str, shape: torch.Size, projections: Projections) -> Rows | None:
+    """How to read the rows of a weight from files of any layout; None where they do not hold it.
+
+    Args:
+        shape: of the weight in memory, over all ranks.
+        projections: how files with one tensor an expert name these; empty for a model without experts.
+    """
+    if files.shapes.get(name) == shape:
+        return lambda start, stop: files.read(name, start, stop)
+    if len(shape) == 3 and files.shapes.get(name) == (shape[0], shape[2], shape[1]):
+        return lambda start, stop: files.read(name, start, stop).transpose(1, 2)
+    experts, _, stacked = name.rpartition(".")
+    if stacked not in projections:
+        return None
+    names = [[f"{experts}.{expert}.{one}.weight" for one in projections[stacked]] for expert in range(shape[0])]
+    if any(one not in files.shapes for expert in names for one in expert):
+        return None
+    return lambda start, stop: torch.stack(
+        [torch.cat([files.read(one) for one in expert]) for expert in names[start:stop]]
+    )
+
+
+def uneven_experts(files: SafetensorsFiles) -> list[str]:
+    """Tensors of single experts that are missing or of another shape than those of the layer's other experts."""
+    stacks: dict[str, dict[str, dict[str, tuple[int, ...]]]] = defaultdict(lambda: defaultdict(dict))
+    for name, shape in files.shapes.items():
+        if found := SINGLE.fullmatch(name):
+            experts, expert, projection = found.groups()
+            stacks[experts][projection][expert] = shape
+    uneven = []
+    for experts, projections in stacks.items():
+        numbers = set().union(*projections.values())
+        for projection, shapes in projections.items():
+            usual = Counter(shapes.values()).most_common(1)[0][0]
+            uneven += [f"{experts}.{one}.{projection}.weight" for one in numbers if shapes.get(one) != usual]
+    return sorted(uneven)

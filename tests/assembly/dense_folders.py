@@ -14,7 +14,7 @@ from ds_moe.config.moe import MoEConfig
 from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import Batch, collate, encode
 from ds_moe.models.convert import convert
-from ds_moe.models.families import MODEL_CLASSES
+from ds_moe.models.families import family_of
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import save_processor, tiny_processor
 
@@ -28,7 +28,7 @@ def write_dense(
         setattr(config if key == "tie_word_embeddings" else config.text_config, key, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MODEL_CLASSES[config.model_type]()(config)
+        model = family_of(config).model_class(config)
         for parameter in model.parameters():
             parameter.data += 0.03 * torch.randn_like(parameter)
     model.to(dtype).save_pretrained(folder, max_shard_size="200KB" if sharded else "5GB")
@@ -47,7 +47,7 @@ def images(samples: int = 24) -> Batch:
 
 def load(folder: str | Path) -> Any:
     """What plain transformers makes of a folder, every weight in its place."""
-    model_class = MODEL_CLASSES[AutoConfig.from_pretrained(folder).model_type]()
+    model_class = family_of(AutoConfig.from_pretrained(folder)).model_class
     loaded: Any = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
     model, report = loaded
     assert not any(report.values()), report

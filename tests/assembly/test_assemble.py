@@ -13,7 +13,7 @@ from ds_moe.config.moe import MoEConfig, TopKRouting
 from ds_moe.export.model import export_checkpoint
 from ds_moe.models.convert import convert
 from ds_moe.models.processor import load_processor
-from ds_moe.weights.files import WeightFiles
+from ds_moe.weights.files import SafetensorsFiles
 from tests.assembly.dense_folders import converted, images, load, logits, make, upcycle, write_dense
 
 LAYER = "model.language_model.layers.0.mlp."
@@ -67,7 +67,7 @@ def test_ds_moe_keeps_groups_whole_where_logits_tie(tmp_path):
 
 def test_experts_are_the_slices_of_the_ffn(dense, tmp_path):
     out, _ = make(tmp_path, upcycle(dense, 4, 2, 2), layout="memory")
-    old, new = WeightFiles(Path(dense)), WeightFiles(out)
+    old, new = SafetensorsFiles.of_folder(Path(dense)), SafetensorsFiles.of_folder(out)
     gate, up, down = (old.read(f"{LAYER}{name}_proj.weight") for name in ("gate", "up", "down"))
     for expert in range(4):
         rows = slice(48, 96) if expert % 2 else slice(0, 48)
@@ -100,7 +100,7 @@ def test_noise_is_relative_seeded_and_changes_the_model(dense, tmp_path):
     assert all(torch.equal(same.get_parameter(name), again.get_parameter(name)) for name in names)
     experts = same.get_parameter(f"{LAYER}experts.down_proj")
     assert not torch.equal(experts, other.get_parameter(f"{LAYER}experts.down_proj"))
-    clean = WeightFiles(Path(dense)).read(f"{LAYER}down_proj.weight")
+    clean = SafetensorsFiles.of_folder(Path(dense)).read(f"{LAYER}down_proj.weight")
     noise = (experts - clean).detach()
     assert noise.std(dim=(1, 2)) == pytest.approx([0.1 * clean.square().mean().sqrt().item()] * 4, rel=0.05)
     assert not torch.equal(noise[0], noise[1])
@@ -110,10 +110,10 @@ def test_the_order_in_which_weights_are_made_changes_nothing(dense, tmp_path):
     spec = upcycle(dense, 4, 2, 1, "  noise: 0.1\n")
     _, assembly = make(tmp_path, spec, dry_run=True)
     name = f"{LAYER}experts.gate_up_proj".replace("layers.0", "layers.1")
-    first = assembly.parts[name].make()
-    for part in assembly.parts.values():
+    first = assembly.weights[name].make()
+    for part in assembly.weights.values():
         part.make()
-    assert torch.equal(assembly.parts[name].make(), first)
+    assert torch.equal(assembly.weights[name].make(), first)
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["absent", "stored"])
@@ -124,7 +124,7 @@ def test_tied_embeddings_stay_tied(tmp_path, stored):
         weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"].clone()
         save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     out, assembly = make(tmp_path, upcycle(str(source), 4, 2))
-    assert "lm_head.weight" not in WeightFiles(out).shapes
+    assert "lm_head.weight" not in SafetensorsFiles.of_folder(out).shapes
     model = load(out)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert sum(parameter.numel() for parameter in model.parameters()) == assembly.parameters
@@ -134,7 +134,7 @@ def test_tied_embeddings_stay_tied(tmp_path, stored):
 def test_a_bf16_checkpoint_stays_bf16_and_is_copied_bit_for_bit(tmp_path):
     source = write_dense(tmp_path / "bf16", dtype=torch.bfloat16)
     out, assembly = make(tmp_path, upcycle(source, 4, 2))
-    model, down = load(out), WeightFiles(Path(source)).read(f"{LAYER}down_proj.weight")
+    model, down = load(out), SafetensorsFiles.of_folder(Path(source)).read(f"{LAYER}down_proj.weight")
     assert model.dtype == assembly.dtype == torch.bfloat16
     assert torch.equal(model.get_parameter(f"{LAYER}experts.down_proj"), down.expand(4, -1, -1))
 
@@ -173,7 +173,7 @@ def test_the_command_says_what_it_writes_and_dry_run_writes_nothing(dense, tmp_p
     assert "GB of float32 in 1 file(s), experts in the hub layout" in said and not out.exists()
     assert main(["assemble", str(tmp_path / "spec.yaml"), str(out), "--layout", "memory"]) == 0
     assert "model.safetensors: 0.002" in capsys.readouterr().out
-    assert WeightFiles(out).shapes[f"{LAYER}experts.down_proj"] == [8, 64, 96]
+    assert SafetensorsFiles.of_folder(out).shapes[f"{LAYER}experts.down_proj"] == (8, 64, 96)
 
 
 @pytest.mark.slow

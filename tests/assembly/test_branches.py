@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ds_moe.data.digits import write_digits
 from ds_moe.errors import UserError
 from ds_moe.models.processor import load_processor
-from ds_moe.weights.files import WeightFiles
+from ds_moe.weights.files import SafetensorsFiles
 from tests.assembly.dense_folders import converted, load, logits, make, write_dense
 
 NAMES = ("parent", "a", "b")
@@ -45,7 +45,7 @@ def by_hidden_mean(folder: Path, more: str = "") -> str:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = WeightFiles(folder)
+    files = SafetensorsFiles.of_folder(folder)
     return {name: files.read(name) for name in files.shapes}
 
 

@@ -7,7 +7,7 @@ import torch
 
 from ds_moe.config.sections import ModelConfig
 from ds_moe.models.load import load_model
-from ds_moe.weights.rows import WeightRows
+from ds_moe.weights.files import SafetensorsFiles
 from tools.bench.load import bench as bench_load
 
 SMALL = {"hidden_size": 64, "moe_intermediate_size": 48, "num_experts": 8, "vocab_size": 512}
@@ -24,7 +24,7 @@ def small(monkeypatch):
 def test_the_checkpoint_has_its_size_several_files_and_transposed_experts(small, dtype, tmp_path):
     size, files = bench_load.write_checkpoint(tmp_path / "model", 4 * MIB, dtype)
     assert size == pytest.approx(4 * MIB, rel=0.15) and files > 2
-    shapes = WeightRows.find(str(tmp_path / "model")).shapes
+    shapes = SafetensorsFiles.find(str(tmp_path / "model")).shapes
     assert shapes["model.language_model.layers.0.mlp.experts.gate_up_proj"] == (8, 64, 96)
     model = load_model(ModelConfig(path=str(tmp_path / "model")), dtype)
     assert sum(parameter.nbytes for parameter in model.parameters()) == size

@@ -5,6 +5,7 @@ EP 2 x 2 and EP 4 x 1. Counts are integers over all ranks, so the bias must be b
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,9 @@ from safetensors.torch import load_file
 from ds_moe.checkpoint.files import Reader, newest_complete
 from ds_moe.config.moe import MoEConfig
 from ds_moe.config.sections import ModelConfig
-from ds_moe.export import model as export
 from ds_moe.export.model import export_checkpoint
 from ds_moe.models.convert import EXPERT_BIAS, convert, load_expert_bias
-from ds_moe.models.families import BIAS_SUFFIX
+from ds_moe.models.families import BIAS_SUFFIX, FAMILIES
 from ds_moe.models.load import load_model
 from tests.launcher import run_ranks, start_ranks
 
@@ -228,13 +228,15 @@ def test_an_export_loads_with_plain_transformers_and_keeps_the_bias_beside_it(st
 
 def test_an_architecture_with_a_place_for_the_bias_gets_it_among_its_weights(stopped, tmp_path, monkeypatch):
     checkpoint = stopped / "never" / "checkpoints" / LAST
-    monkeypatch.setitem(export.BIAS_NAMES, "qwen3_vl_moe", ".mlp.gate.e_score_correction_bias")
+    family = FAMILIES["qwen3_vl_moe"]
+    block = replace(family.moe, selection_bias=".gate.e_score_correction_bias")
+    monkeypatch.setitem(FAMILIES, "qwen3_vl_moe", replace(family, moe=block))
     export_checkpoint(checkpoint, tmp_path / "export")
     assert not (tmp_path / "export" / EXPERT_BIAS).exists()
     weights = load_file(tmp_path / "export" / "model.safetensors")
     stored = {key: tensor for key, tensor in weights.items() if key.endswith("e_score_correction_bias")}
     named = {
-        key.removeprefix("buffer/").removesuffix(BIAS_SUFFIX) + ".mlp.gate.e_score_correction_bias": bias
+        key.removeprefix("buffer/").removesuffix(BIAS_SUFFIX) + ".gate.e_score_correction_bias": bias
         for key, bias in bias_tensors(checkpoint).items()
     }
     assert len(stored) == 2 and bit_equal(stored, named)

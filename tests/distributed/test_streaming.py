@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ds_moe.weights.rows import WeightRows
+from ds_moe.weights.files import SafetensorsFiles
 from tests.launcher import run_ranks
 from tests.models.streamed import FORMS, write
 
@@ -43,6 +43,6 @@ def test_streamed_equals_loaded_complete_and_sharded(folder, world_size, cases, 
 def bytes_of(folder, width):
     """Bytes of the experts, and of all else."""
     sizes = {True: 0, False: 0}
-    for name, shape in WeightRows.find(str(folder)).shapes.items():
+    for name, shape in SafetensorsFiles.find(str(folder)).shapes.items():
         sizes[".experts." in name] += width * math.prod(shape)
     return sizes[True], sizes[False]

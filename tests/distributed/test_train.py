@@ -15,6 +15,7 @@ from ds_moe.data.digits import write_digits
 from ds_moe.data.stream import EvalSet
 from ds_moe.errors import UserError
 from ds_moe.export.model import export_checkpoint
+from ds_moe.models.families import TRANSPOSED_ON_HUB
 from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.processor import load_processor
 from ds_moe.weights.layouts import hub_layout_problem
@@ -154,11 +155,11 @@ def test_hub_layout_is_transposed_and_refused_where_it_is_ambiguous(run_of, tmp_
 
 def test_export_refuses_the_hub_layout_where_a_square_would_be_loaded_wrong():
     config = preset_config("tiny-vl-moe")
-    assert hub_layout_problem(config) is None
+    assert hub_layout_problem(config, TRANSPOSED_ON_HUB) is None
     config.text_config.moe_intermediate_size = config.text_config.hidden_size // 2
-    assert "twice moe_intermediate_size" in str(hub_layout_problem(config))
+    assert "twice moe_intermediate_size" in str(hub_layout_problem(config, TRANSPOSED_ON_HUB))
     config.text_config.moe_intermediate_size = config.text_config.hidden_size  # down_proj is the square one
-    assert "hidden_size 64 is moe_intermediate_size" in str(hub_layout_problem(config))
+    assert "hidden_size 64 is moe_intermediate_size" in str(hub_layout_problem(config, TRANSPOSED_ON_HUB))
 
 
 def test_a_bad_record_on_one_rank_stops_every_rank_with_its_line(files, tmp_path):

@@ -20,11 +20,11 @@ from ds_moe.doctor.memory import _loading
 from ds_moe.doctor.model import check_experts, check_files
 from ds_moe.doctor.report import report
 from ds_moe.doctor.run import check_intervals, versions
-from ds_moe.memory.predict import Load, load
-from ds_moe.models.load import skeleton
+from ds_moe.memory.predict import LoadingMemory, predict_loading
+from ds_moe.models.load import build_outline
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import save_processor, tiny_processor
-from ds_moe.weights.files import WeightFiles
+from ds_moe.weights.files import SafetensorsFiles
 
 DEMO = Path("ds_configs/runs/demo.yaml").resolve()
 ZERO3 = {"zero_optimization": {"stage": 3}}
@@ -317,7 +317,7 @@ def test_slow_expert_implementations_are_warned_about(healthy, capsys):
 
 def test_layouts_are_told_by_headers(healthy):
     save_file({"x.experts.down_proj": np.zeros((8, 48, 64), np.float32)}, "model.safetensors")
-    assert WeightFiles(healthy).shapes == {"x.experts.down_proj": [8, 48, 64]}
+    assert SafetensorsFiles.of_folder(healthy).shapes == {"x.experts.down_proj": (8, 48, 64)}
     case = _case(folder=str(healthy), model=preset_config("tiny-vl-moe"))
     assert [finding.level for finding in check_files(case)] == ["ok"]
     assert "hub layout" in next(check_files(case)).text
@@ -382,17 +382,17 @@ def test_accelerators_other_than_cuda_end_in_a_line(healthy, capsys, monkeypatch
 def test_memory_at_the_start_is_compared_before_anything_is_sharded(healthy, monkeypatch):
     """Of a preset, by hand: the host holds every weight of every rank, the device the rest and half of the experts."""
     config = load_run("run.yaml")
-    model = skeleton(preset_config("tiny-vl-moe"))
+    model = build_outline(preset_config("tiny-vl-moe"))
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     total = sum(p.numel() for p in model.parameters())
-    assert load(model, config, ZeroPlan(stage=3, bf16=True), 4) == Load(
+    assert predict_loading(model, config, ZeroPlan(stage=3, bf16=True), 4) == LoadingMemory(
         host=2 * total, device=2 * (total - experts // 2)
     )
 
     def findings(device: Device, stage: int = 3, free: int = 2**40) -> list[Finding]:
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
         case = Case(config, 16, device, samples=2)
-        return list(_loading(case, ZeroPlan(stage, bf16=True), Load(host=40 * 2**30, device=10 * 2**30)))
+        return list(_loading(case, ZeroPlan(stage, bf16=True), LoadingMemory(host=40 * 2**30, device=10 * 2**30)))
 
     small, large = Device(False, 11 * 2**30, "test"), Device(False, 12 * 2**30, "test")
     assert [one.level for one in findings(large)] == ["ok"]

@@ -17,8 +17,7 @@ from ds_moe.errors import UserError
 from ds_moe.models.load import load_model, model_config
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import load_processor, save_processor
-from ds_moe.weights.files import INDEX, WEIGHTS, WeightFiles
-from ds_moe.weights.rows import WeightRows
+from ds_moe.weights.files import INDEX, WEIGHTS, SafetensorsFiles
 
 from .conftest import line
 from .limits import Payload, refusal
@@ -52,7 +51,7 @@ def with_code(folder: Path, canary: Path, file: str, **values: object) -> None:
 
 
 def test_a_good_model_passes(model):
-    assert WeightFiles(model).parameters == sum(
+    assert SafetensorsFiles.of_folder(model).parameters == sum(
         one.numel() for one in load_model(of(model), torch.float32).parameters()
     )
     assert load_processor(model).image_processor is not None
@@ -113,13 +112,13 @@ def test_a_pickle_of_weights_is_never_executed(model, canary):
     torch.save({"model.visual.patch_embed.proj.weight": Payload(canary)}, model / "pytorch_model.bin")
     for unread in (False, True):
         refusal(lambda unread=unread: load_model(of(model), torch.float32, unread=unread), model, "safetensors")
-    refusal(lambda: WeightFiles(model), model, f"lacks {WEIGHTS}")
+    refusal(lambda: SafetensorsFiles.of_folder(model), model, f"lacks {WEIGHTS}")
 
 
 @pytest.mark.parametrize("name", LIES)
 def test_weights_that_lie_are_refused(model, name):
     (model / WEIGHTS).write_bytes(LIES[name])
-    refusal(lambda: WeightFiles(model), model / WEIGHTS, "is broken")
+    refusal(lambda: SafetensorsFiles.of_folder(model), model / WEIGHTS, "is broken")
     refusal(lambda: load_model(of(model), torch.float32), model, f"{WEIGHTS} cannot be read")
 
 
@@ -150,9 +149,9 @@ def test_indices_that_lead_elsewhere_are_refused(model, tmp_path, name):
     text, says = INDICES[name]
     shutil.move(model / WEIGHTS, tmp_path / "secret.safetensors")
     (model / INDEX).write_text(text)
-    refusal(lambda: WeightFiles(model), model, says)
+    refusal(lambda: SafetensorsFiles.of_folder(model), model, says)
     if name != "a missing shard":  # which transformers would look for on the hub
-        refusal(lambda: WeightRows.find(str(model)), model, says)
+        refusal(lambda: SafetensorsFiles.find(str(model)), model, says)
 
 
 # --- configs and processors

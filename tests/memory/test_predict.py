@@ -10,10 +10,10 @@ from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.memory import predict as memories
 from ds_moe.memory.activations import LOGIT_BYTES, activations
 from ds_moe.memory.parameter_counts import shares
-from ds_moe.memory.predict import load, predict
+from ds_moe.memory.predict import predict, predict_loading
 from ds_moe.models.convert import convert
-from ds_moe.models.families import MODEL_CLASSES
-from ds_moe.models.load import skeleton
+from ds_moe.models.families import family_of
+from ds_moe.models.load import build_outline
 from ds_moe.models.presets import preset_config
 from ds_moe.models.trainable import set_trainable
 from ds_moe.moe import ExpertParallel
@@ -31,7 +31,7 @@ def zero(stage: int = 3, bf16: bool = False, **keys) -> ZeroPlan:
 
 
 def outline(config: RunConfig):
-    model = skeleton(preset_config(config.model.preset))
+    model = build_outline(preset_config(config.model.preset))
     set_trainable(model, config)
     return model
 
@@ -181,7 +181,7 @@ def test_activations_are_what_autograd_saves(preset, recompute):
 
 
 def _saved_bytes(config: RunConfig, built) -> int:
-    model = MODEL_CLASSES[built.model_type]()(built).train()
+    model = family_of(built).model_class(built).train()
     convert(model, config.moe, ExpertParallel())
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -221,12 +221,12 @@ def test_freed_memory_is_kept_on_cpus_alone():
 def test_the_start_holds_a_share_where_weights_are_streamed():
     model = outline(run())
     experts, rest = counts(model)
-    whole = load(model, run(), zero(3, bf16=True), 4)
+    whole = predict_loading(model, run(), zero(3, bf16=True), 4)
     assert (whole.host, whole.device, whole.streamed) == (2 * (experts + rest), 2 * rest + experts, False)
     streamed = run()
     streamed.model.preset, streamed.model.path = None, "somewhere"
     for stage, elements in ((2, rest + experts / 2), (3, (experts + rest) / 4)):
-        found = load(model, streamed, zero(stage, bf16=True), 4)
+        found = predict_loading(model, streamed, zero(stage, bf16=True), 4)
         assert found.streamed and found.device == int(2 * elements)
         assert found.host == found.device + memories.READING_BYTES
 

@@ -9,14 +9,16 @@ from safetensors.torch import load_file, save_file
 from ds_moe.config.moe import MoEConfig
 from ds_moe.config.sections import LoRAConfig, ModelConfig
 from ds_moe.errors import UserError
+from ds_moe.models import streaming
 from ds_moe.models.convert import convert
-from ds_moe.models.families import expert_state
+from ds_moe.models.families import expert_state, family_of
 from ds_moe.models.load import load_model
 from ds_moe.models.lora import add_lora
-from ds_moe.models.streaming import read_unread
+from ds_moe.models.streaming import copy_range, read_unread
 from ds_moe.moe import ExpertParallel
-from ds_moe.weights import rows as weight_rows
-from ds_moe.weights.rows import WeightRows, copy_range
+from ds_moe.weights import files as weight_files
+from ds_moe.weights.files import SafetensorsFiles
+from ds_moe.weights.layouts import stored_rows
 from ds_moe.weights.unread import is_unread
 from tests.models.streamed import FORMS, change, file_of, write
 from tests.models.test_convert import batch_for
@@ -48,7 +50,7 @@ def prepared(folder, dtype, ep, unread, read_as=None, lora=None, moe=None):
         add_lora(model, lora, seed=2)
     if model.config.model_type != "qwen3_vl":
         convert(model, MoEConfig(ep_size=ep.size, **(moe or {})), ep)
-    size = read_unread(model, WeightRows.find(str(folder)), read_as or ep, whole) if unread else 0
+    size = read_unread(model, SafetensorsFiles.find(str(folder)), read_as or ep, whole) if unread else 0
     return model, size
 
 
@@ -123,14 +125,14 @@ def test_an_unread_weight_takes_no_memory_and_poisons_what_uses_it(vl):
 def test_any_range_of_any_layout_in_blocks_of_any_size(form, tmp_path, monkeypatch):
     """ZeRO-3 shards begin and end within rows and within experts."""
     theirs = load_model(ModelConfig(path=str(write(tmp_path, form))), torch.float32)
-    files = WeightRows.find(str(tmp_path))
     for block, mapped in itertools.product((1, 5000, 2**24), (0, 2**26)):
-        monkeypatch.setattr(weight_rows, "BLOCK", block)
-        monkeypatch.setattr(weight_rows, "MAPPED", mapped)
+        monkeypatch.setattr(streaming, "BLOCK", block)
+        monkeypatch.setattr(weight_files, "MAPPED", mapped)
+        files = SafetensorsFiles.find(str(tmp_path))
         for name in (name for name, _ in theirs.named_parameters() if "layers.1.mlp" in name or "patch_embed" in name):
             weight = theirs.get_parameter(name).detach()
-            rows, width = files.stored(name, weight.shape), weight.shape[1:].numel()
-            total = weight.numel()
+            rows = stored_rows(files, name, weight.shape, family_of(theirs).projections)
+            total, width = weight.numel(), weight.shape[1:].numel()
             for start, stop in ((0, total), (1, total - 1), (total // 3, 2 * total // 3), (total - 1, total), (7, 7)):
                 into = torch.empty(stop - start)
                 copy_range(rows, width, start, into)

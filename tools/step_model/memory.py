@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Qwen3MoeConfig
 from ds_moe.config.deepspeed import resolve_deepspeed, zero_plan
 from ds_moe.doctor.plans import Plan, run_of
 from ds_moe.memory.predict import BUSY, predict
-from ds_moe.models.load import skeleton
+from ds_moe.models.load import build_outline
 from tools.step_model.costs import Topology
 from tools.step_model.machines import Machine
 from tools.step_model.shapes import Decoder
@@ -43,7 +43,7 @@ def fits(parts: dict[str, float], device_bytes: float) -> bool:
 @functools.cache
 def outline(decoder: Decoder) -> PreTrainedModel:
     """The decoder in transformers, without storage."""
-    return skeleton(
+    return build_outline(
         Qwen3MoeConfig(
             hidden_size=decoder.D,
             num_hidden_layers=decoder.layers,

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ds_moe.config.tasks import GateConfig
 from ds_moe.data.chat import TAKEN_KINDS
 from ds_moe.errors import UserError, shown
+from ds_moe.models.families import family_of
 
-VISION = "model.visual."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KEY = "base_model.model.{module}.lora_{side}.weight"
 _PEFT_NAME = "default"
@@ -194,18 +194,18 @@ def updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
     """
     modules = dict(model.named_modules())
     for name in adapter.modules:
-        _check_target(adapter, name, modules)
-    skeleton = nn.Module()
+        _check_target(adapter, name, modules, reads_screens=family_of(model).is_vision(name))
+    outline = nn.Module()
     for name, module in modules.items():
         if type(module) is nn.Linear:
-            _place(skeleton, name, nn.Linear(module.in_features, module.out_features, device="meta"))
+            _place(outline, name, nn.Linear(module.in_features, module.out_features, device="meta"))
     try:
         # On meta, because a config may claim any rank, and nothing of that size should be allocated.
         with torch.device("meta"):
-            peft.inject_adapter_in_model(copy.deepcopy(adapter.config), skeleton, _PEFT_NAME)
+            peft.inject_adapter_in_model(copy.deepcopy(adapter.config), outline, _PEFT_NAME)
     except Exception as error:  # the config may hold values of another type than PEFT expects, or a broken regex
         raise UserError(f"adapter {adapter.path}: PEFT cannot place it in this model ({_reason(error)})") from error
-    made = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
+    made = {name: module for name, module in outline.named_modules() if isinstance(module, LoraLayer)}
     if differ := sorted(made.keys() ^ set(adapter.modules)):
         lacks = "weights for it" if differ[0] in made else "target_modules that name it"
         raise UserError(f"adapter {adapter.path}: {differ[0]}: the folder has no {lacks}; save the adapter again")
@@ -221,9 +221,9 @@ def _reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _check_target(adapter: Adapter, name: str, modules: dict[str, nn.Module]) -> None:
+def _check_target(adapter: Adapter, name: str, modules: dict[str, nn.Module], reads_screens: bool) -> None:
     where = f"adapter {adapter.path}: {name}"
-    if name.startswith(VISION):
+    if reads_screens:
         raise UserError(
             f"{where}: the gate reads the screen through the vision tower, which therefore has to stay the same "
             "for all adapters; train adapters on the language model only"

@@ -24,7 +24,7 @@ from ds_moe.config.run import RunConfig, other_task
 from ds_moe.config.run_file import load_run
 from ds_moe.config.tasks import GateConfig
 from ds_moe.errors import UserError, shown
-from ds_moe.models.load import model_config, skeleton
+from ds_moe.models.load import build_outline, model_config
 from ds_moe.tasks.gate.adapters import adapter_files
 from ds_moe.tasks.gate.bank import Bank
 from ds_moe.tasks.gate.model import ROUTER, GatedModel, hold_reference, install_gate
@@ -154,7 +154,7 @@ def _bank_parameters(bank: Bank) -> dict[str, nn.Parameter]:
 
 def _bank_of(saved: SavedGate, config: RunConfig) -> tuple[GatedModel, Callable[[nn.Parameter], Tensor]]:
     """The gated model without storage, and a function that gives the values of its bank's parameters."""
-    outline = install_gate(skeleton(model_config(config.model)), config.gate)
+    outline = install_gate(build_outline(model_config(config.model)), config.gate)
     bank = outline.adapter_bank
     values: dict[int, Tensor] = {}
     for name, parameter in _bank_parameters(bank).items():

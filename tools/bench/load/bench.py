@@ -39,7 +39,7 @@ from transformers import PretrainedConfig, Qwen3VLMoeConfig
 
 from ds_moe.engine.cpu import cpu_settings
 from ds_moe.models.families import expert_state
-from ds_moe.models.load import skeleton
+from ds_moe.models.load import build_outline
 from ds_moe.models.presets import preset_config
 from tools.bench.launched import run_plan
 from tools.results import write_json
@@ -116,7 +116,7 @@ def measure(size: float, options: argparse.Namespace) -> dict[str, Any]:
 
 def layers(size: float, dtype: torch.dtype) -> int:
     """As many as fill `size` bytes, at least one."""
-    one, two = (sum(parameter.numel() for parameter in skeleton(model_config(n)).parameters()) for n in (1, 2))
+    one, two = (sum(parameter.numel() for parameter in build_outline(model_config(n)).parameters()) for n in (1, 2))
     return max(1, round((size / dtype.itemsize - one) / (two - one)) + 1)
 
 
@@ -149,7 +149,7 @@ def write_checkpoint(folder: Path, size: float, dtype: torch.dtype) -> tuple[int
 def parts(config: PretrainedConfig, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
     """The tensors of each file."""
     tensors: dict[str, Tensor] = {}
-    for number, (name, parameter) in enumerate(skeleton(config).named_parameters()):
+    for number, (name, parameter) in enumerate(build_outline(config).named_parameters()):
         if sum(tensor.nbytes for tensor in tensors.values()) >= FILE_BYTES:
             yield tensors
             tensors = {}

@@ -25,8 +25,8 @@ from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import on_cpu, start_distributed
 from ds_moe.memory.predict import predict
-from ds_moe.models.families import MODEL_CLASSES
-from ds_moe.models.load import skeleton
+from ds_moe.models.families import family_of
+from ds_moe.models.load import build_outline
 from ds_moe.models.trainable import set_trainable
 from tools.bench.launched import leave, read_plan, write_result
 
@@ -79,12 +79,12 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     deepspeed.utils.logger.setLevel("ERROR")
     baseline, libraries = resident("VmRSS"), resident("RssFile")
     ds = resolve_deepspeed(config, topology.world_size, on_cpu(), model.get_text_config().hidden_size)
-    outline = skeleton(model)
+    outline = build_outline(model)
     set_trainable(outline, config)
     predicted = predict(outline, config, zero_plan(ds), topology.world_size, on_cpu())
     torch.manual_seed(0)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    trained = MODEL_CLASSES[model.model_type]()._from_config(model, dtype=dtype).train()
+    trained = family_of(model).model_class._from_config(model, dtype=dtype).train()
     prepare_model(trained, config, topology)
     engine = build_engine(trained, config, ds, total_steps=STEPS)
     del trained

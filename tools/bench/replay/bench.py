@@ -36,7 +36,7 @@ from ds_moe.config.run_file import load_run
 from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import Encoded, collate, collate_prompts, encode
 from ds_moe.models.convert import convert, moe_layers
-from ds_moe.models.families import MODEL_CLASSES
+from ds_moe.models.families import family_of
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import SPECIAL_TOKENS, tiny_processor
 from ds_moe.moe.decision import RoutingDecision
@@ -133,7 +133,7 @@ def build(preset: str, seed: int, scale: float, options: argparse.Namespace) -> 
     if hasattr(config, "vision_config"):
         config.vision_config.out_hidden_size = text.hidden_size
     torch.manual_seed(seed)
-    model = MODEL_CLASSES[config.model_type]()(config).eval()
+    model = family_of(config).model_class(config).eval()
     gains = {"gate.weight": scale, "lm_head.weight": LOGIT_STD}
     for name, weight in model.named_parameters():
         if weight.dim() > 1:

@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from ds_moe.data.encode import Batch
 from ds_moe.data.stream import EvalSet
 from ds_moe.export.model import export_adapter, export_checkpoint
-from ds_moe.models.families import MODEL_CLASSES
+from ds_moe.models.families import family_of
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import save_processor, special_token_ids, tiny_processor
 from ds_moe.monitor import print_table
@@ -99,7 +99,7 @@ def build_model(processor: Any) -> PreTrainedModel:
     for key, value in vision.items():
         setattr(config.vision_config, key, value)
     torch.manual_seed(0)
-    return MODEL_CLASSES[config.model_type]()(config)
+    return family_of(config).model_class(config)
 
 
 def make_adapters() -> None:
