@@ -15,7 +15,7 @@ from ds_moe.engine import masters as zero_state
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import start_distributed
-from ds_moe.models.families import FAMILIES
+from ds_moe.models.families import family_of
 from ds_moe.models.lora import peft_config, peft_value, update_of
 from ds_moe.models.presets import build_preset
 from tests.distributed.parity_ranks import batches, engine_settings
@@ -38,9 +38,8 @@ def run_config(ep_size, checkpointing):
 def reference(config, everything):
     """Loss, gradients by PEFT's names and values of plain transformers under PEFT, with updates that are not zero."""
     model = build_preset("tiny-vl-moe").train()
-    settings = peft_config(
-        config.lora, config.lora.targets, target_parameters=FAMILIES["qwen3_vl_moe"].moe.lora_parameters
-    )
+    experts = family_of(model).moe.lora_parameters
+    settings = peft_config(config.lora, config.lora.targets, target_parameters=experts)
     model = peft.get_peft_model(model, settings)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
