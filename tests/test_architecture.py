@@ -304,9 +304,6 @@ RULES: dict[str, Callable[[Sources], list[str]]] = {
 }
 NOT_YET = {  # rules that the code does not keep yet
     "a public class name exists once",
-    "model types are known in families.py",
-    "safetensors are opened in weights/",
-    "every folder opens with its map",
     "Any is rare",
 }
 
