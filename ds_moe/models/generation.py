@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
@@ -13,10 +14,8 @@ def cache_of(arguments: Mapping[str, object]) -> Cache | None:
 
     transformers 5.24 calls it `cache`; 5.23 called it `past_key_values` and already takes both.
     """
-    for name in ("cache", "past_key_values"):
-        if arguments.get(name) is not None:
-            return arguments[name]
-    return None
+    found = (arguments.get(name) for name in ("cache", "past_key_values"))
+    return cast("Cache | None", next((cache for cache in found if cache is not None), None))
 
 
 def stop_tokens(config: GenerationConfig) -> list[int]:
