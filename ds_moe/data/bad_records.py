@@ -1,4 +1,4 @@
-"""Records that cannot be used: an error, or a line each in the output folder."""
+"""Records that cannot be used: each ends the run, or becomes a line of a file in the output folder."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ BAD_RECORDS = "bad_records.jsonl"
 
 
 class BadRecordLog:
-    """Bad records met so far, each listed once in the output folder's BAD_RECORDS.
+    """The bad records of a run so far, each listed once in the file BAD_RECORDS of its output folder.
 
-    Under `stop` nothing is listed, and the first one is an error: raised, or with `raise_errors` False kept as `error`.
+    Under `data.on_bad_record: stop` nothing is listed and the first bad record is an error, which is raised, or with
+    `raise_errors` False only kept as `error`.
     """
 
     def __init__(self, config: RunConfig, bad: list[BadRecord], rank: int, raise_errors: bool = True):
         self._stop, self._raise_errors = config.data.on_bad_record == "stop", raise_errors
         self._file = Path(config.train.output_dir) / BAD_RECORDS
-        self._listed: set[str] = set()  # lines of the file, of all ranks, as far as it has been read
+        self._listed: set[str] = set()  # lines that any rank has written, as far as the file has been read
         self._read_to = 0
         self._known = set(bad)
         self.records = list(bad)
         self.error: str | None = None
-        if rank == 0:  # every rank has read the same structure
+        if rank == 0:  # every rank has found the same ones when it opened the files
             self._write(bad)
 
     def note(self, bad: list[BadRecord]) -> None:
-        """Take up what loading a step has shown; a record comes again in every epoch. Raises `UserError` under stop."""
+        """Add what loading a step has found; a record is found again in every epoch. Under stop, raises `UserError`."""
         new = [record for record in dict.fromkeys(bad) if record not in self._known]
         if not new:
             return
@@ -49,7 +50,7 @@ class BadRecordLog:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"where": record.where, "reason": record.reason}) for record in bad]
-        with self._file.open("a+", encoding="utf-8") as stream:  # short appended lines of several ranks do not mix
+        with self._file.open("a+", encoding="utf-8") as stream:  # ranks append short lines, which do not mix
             stream.seek(self._read_to)
             self._listed.update(stream.read().splitlines())
             self._read_to = stream.tell()

@@ -1,10 +1,10 @@
-"""Chat records: from one record of a data file to a `Sample`.
+"""Chat records: one record of a data file becomes a `Sample`.
 
-Three forms are read, as LLaMA-Factory, ms-swift and TRL write them:
+Three forms are read, which LLaMA-Factory, ms-swift and TRL write:
 - `messages`: [{"role", "content"}], content a string or a list of {"type": "text"} and
   {"type": "image", "image": path} parts;
-- `messages` or `conversations` ([{"from", "value"}], ShareGPT) plus an `images` column (or `image`, as LLaVA has it)
-  whose entries take the places of `<image>` in string contents, in order, or of {"type": "image"} parts without a path.
+- `messages` or `conversations` ([{"from", "value"}], ShareGPT) plus an `images` column (LLaVA: `image`), whose entries
+  replace `<image>` in string contents, or {"type": "image"} parts without a path, in their order.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -22,14 +22,23 @@ from ds_moe.errors import shown
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 PLACEHOLDER = "<image>"
-PLACE = object()  # stands in a turn's parts for the next entry of `images`
-TAKEN_KINDS = ("all", "mean")  # an evaluation's own: of records without a kind, and over all kinds
-UNSUPPORTED = ("videos", "video", "audios", "audio", "tools")  # refused rather than silently trained without
+# Names of an evaluation's own rows: the accuracy of records without a kind, and the mean over all kinds.
+TAKEN_KINDS = ("all", "mean")
+UNSUPPORTED = ("videos", "video", "audios", "audio", "tools")  # a record with one of these is refused
+
+
+class Place(Enum):
+    """Stands among the parts of a turn for the next entry of `images`."""
+
+    NEXT_IMAGE = "next image"
+
+
+Part = str | ImageSource | Place
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: its role and its parts in order, text as `str`."""
+    """One message: its role, and its texts and images in order."""
 
     role: str  # "system", "user" or "assistant"
     parts: tuple[str | ImageSource, ...]
@@ -41,9 +50,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation, ending with an answer.
+    """One conversation, which ends with an answer.
 
-    `where` is file:line; `kind` is the record's own label, for accuracies per kind.
+    Attributes:
+        where: file:line of its record.
+        kind: the record's own label; evaluations report an accuracy for each kind.
     """
 
     turns: tuple[Turn, ...]
@@ -52,26 +63,26 @@ class Sample:
 
     @property
     def images(self) -> list[ImageSource]:
-        """All images in the order in which they are read."""
+        """All images, in the order of the conversation."""
         return [part for turn in self.turns for part in turn.parts if isinstance(part, ImageSource)]
 
     def first_image(self) -> Image.Image | None:
-        """The first image in RGB, as it is stored; None without one."""
+        """The first image in RGB, in the size it is stored in; None for a sample without images."""
         return load_image(self.images[0], max_pixels=sys.maxsize) if self.images else None
 
     def last_question(self) -> str:
-        """Text of the last user turn."""
+        """The text of the last user turn."""
         return next(turn.text for turn in reversed(self.turns) if turn.role == "user")
 
     @property
     def answer(self) -> str:
-        """Text of the last turn, which is always the assistant's: what an evaluation generates."""
+        """The text of the last turn, which is always the assistant's. An evaluation generates it."""
         return self.turns[-1].text
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that cannot be trained on: `where` is file:line, `reason` ends with the fix."""
+    """A record that cannot be trained on: `where` is its file:line, and `reason` ends with the fix."""
 
     where: str
     reason: str
@@ -80,24 +91,29 @@ class BadRecord:
         return f"{self.where}: {self.reason}"
 
 
-def parse_record(record: Any, where: str, root: Path) -> Sample:
-    """A record as JSON or Arrow gives it, checked in full except for what only decoding or tokenizing shows.
+def parse_record(record: object, where: str, root: Path) -> Sample:
+    """The sample that a record of JSON or Arrow holds. What only decoding or tokenizing can show is not checked here.
 
-    `root` is the resolved folder that images must lie below. Raises `RecordError` with the reason and the fix.
+    Args:
+        where: file:line of the record.
+        root: the folder below which images must be, symlinks resolved.
+
+    Raises:
+        RecordError: the record cannot be trained on; the message ends with the fix.
     """
     if not isinstance(record, dict):
         raise RecordError(f"a record is {type_of(record)}, not an object (write one {{...}} a line)")
-    record = {key: value for key, value in record.items() if value is not None}  # Arrow fills absent fields with null
+    record = {key: value for key, value in record.items() if value is not None}  # Arrow writes null for an absent field
     for key in UNSUPPORTED:
         if record.get(key):
             raise RecordError(f"{key!r} is not supported (only images and text are; remove the record)")
-    turns = [_turn(message, number, root) for number, message in enumerate(_messages(record), start=1)]
+    written = [_turn(message, number, root) for number, message in enumerate(_messages(record), start=1)]
     pool = image_pool(record, root)
-    places = sum(part is PLACE for turn in turns for part in turn.parts)
+    places = sum(part is Place.NEXT_IMAGE for _, parts in written for part in parts)
     if places != len(pool):
         reason = f"{places} {PLACEHOLDER} placeholders for {len(pool)} images"
         raise RecordError(f"{reason} (write one {PLACEHOLDER} for each entry of 'images')")
-    turns = _fill(turns, iter(pool))
+    turns = _fill(written, iter(pool))
     _check_order(turns)
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
@@ -105,11 +121,11 @@ def parse_record(record: Any, where: str, root: Path) -> Sample:
     if kind in TAKEN_KINDS:
         raise RecordError(f"'kind' is {kind!r}, the name of an evaluation's own row (choose another)")
     answers = [number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"]
-    return Sample(turns[: answers[-1]], where, kind)  # what follows the last answer teaches nothing
+    return Sample(turns[: answers[-1]], where, kind)  # no loss is taken on turns after the last answer
 
 
-def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages in the form [{"role", "content"}], a top-level `system` text first."""
+def _messages(record: dict[str, object]) -> list[dict[str, object]]:
+    """The messages in the form [{"role", "content"}]; a `system` text of the record becomes the first of them."""
     keys = [key for key in ("messages", "conversations") if key in record]
     if len(keys) != 1:
         found = "both 'messages' and 'conversations'" if keys else "neither 'messages' nor 'conversations'"
@@ -119,61 +135,67 @@ def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
         raise RecordError(f"{keys[0]!r} is {type_of(messages)}, not a list (write a list of turns)")
     if not messages:
         raise RecordError(f"{keys[0]!r} is empty (write at least a user and an assistant turn)")
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    system: list[dict[str, object]] = []
+    if record.get("system"):
+        system.append({"role": "system", "content": record["system"]})
     return system + [_as_role_and_content(message, number) for number, message in enumerate(messages, start=1)]
 
 
-def _as_role_and_content(message: Any, number: int) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise RecordError(f'message {number} is {type_of(message)}, not an object (write {{"role", "content"}})')
-    message = {key: value for key, value in message.items() if value is not None}
+def _as_role_and_content(value: object, number: int) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise RecordError(f'message {number} is {type_of(value)}, not an object (write {{"role", "content"}})')
+    message: dict[str, object] = {key: part for key, part in value.items() if part is not None}
     if "from" in message:
-        message = {{"from": "role", "value": "content"}.get(key, key): value for key, value in message.items()}
+        names = {"from": "role", "value": "content"}
+        message = {names.get(key, key): value for key, value in message.items()}
     for key in ("role", "content"):
         if key not in message:
             raise RecordError(f"message {number} has no {key!r} (add it)")
     extra = sorted(set(message) - {"role", "content"})
-    if extra:  # a loss switch or a tool call that would be passed over must not look as if it worked
+    if extra:  # ignoring a loss switch or a tool call would look as if it had worked
         raise RecordError(f"message {number} has {shown(extra[0])}, which is not read (remove it)")
     return message
 
 
-def _turn(message: dict[str, Any], number: int, root: Path) -> Turn:
+def _turn(message: dict[str, object], number: int, root: Path) -> tuple[str, list[Part]]:
+    """Role and parts of a message."""
     role = ROLES.get(message["role"]) if isinstance(message["role"], str) else None
     if role is None:
         raise RecordError(f"message {number}: unknown role {shown(message['role'])} (use system, user or assistant)")
     content = message["content"]
     if isinstance(content, str):
-        texts = content.split(PLACEHOLDER)
-        parts: list[Any] = [part for text in texts for part in (PLACE, text)][1:]
+        parts: list[Part] = []
+        for text in content.split(PLACEHOLDER):
+            parts += [Place.NEXT_IMAGE, text] if parts else [text]
     elif isinstance(content, list):
         parts = [_part(part, number, root) for part in content]
     else:
         raise RecordError(f"message {number}: content is {type_of(content)}, not a string or a list (quote it)")
     parts = _joined(parts)
-    if not any(part is PLACE or isinstance(part, ImageSource) or part.strip() for part in parts):
+    if not any(isinstance(part, ImageSource | Place) or part.strip() for part in parts):
         raise RecordError(f"message {number} ({role}) is empty (give it text, or remove the record)")
     for part in parts:
         if isinstance(part, str):
             _check_text(part, number)
         elif role != "user":
             raise RecordError(f"message {number}: an image in the {role} turn (images belong in user turns)")
-    return Turn(role, tuple(parts))
+    return role, parts
 
 
-def _joined(parts: list[Any]) -> list[Any]:
-    """Neighbouring texts as one, none empty: templates of text-only models take one string a turn."""
-    joined: list[Any] = []
+def _joined(parts: list[Part]) -> list[Part]:
+    """Join neighbouring texts and drop empty ones: templates of text-only models take one string a turn."""
+    joined: list[Part] = []
     for part in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += part
+        last = joined[-1] if joined else None
+        if isinstance(part, str) and isinstance(last, str):
+            joined[-1] = last + part
         elif part != "":
             joined.append(part)
     return joined
 
 
-def _part(part: Any, number: int, root: Path) -> Any:
-    """A part of typed content: text, an image, or the place of the next entry of `images`."""
+def _part(part: object, number: int, root: Path) -> Part:
+    """One entry of a list of content parts."""
     if not isinstance(part, dict):
         raise RecordError(
             f'message {number}: a content part is {type_of(part)} (write {{"type": "text", "text": ...}})'
@@ -186,11 +208,12 @@ def _part(part: Any, number: int, root: Path) -> Any:
             )
         return text
     if kind == "image":
-        return PLACE if image is None else image_source(image, root)
+        return Place.NEXT_IMAGE if image is None else image_source(image, root)
     raise RecordError(f"message {number}: content part of type {shown(kind)} (use 'text' or 'image')")
 
 
-def image_pool(record: dict[str, Any], root: Path) -> list[ImageSource]:
+def image_pool(record: dict[str, object], root: Path) -> list[ImageSource]:
+    """The entries of a record's `images`, or its `image`."""
     values = record.get("images", record.get("image", []))
     if isinstance(values, str | dict):
         values = [values]
@@ -199,12 +222,15 @@ def image_pool(record: dict[str, Any], root: Path) -> list[ImageSource]:
     return [image_source(value, root) for value in values]
 
 
-def _fill(turns: list[Turn], pool: Iterator[ImageSource]) -> tuple[Turn, ...]:
-    return tuple(Turn(turn.role, tuple(next(pool) if part is PLACE else part for part in turn.parts)) for turn in turns)
+def _fill(written: list[tuple[str, list[Part]]], pool: Iterator[ImageSource]) -> tuple[Turn, ...]:
+    """The turns, with an image of the pool in each place for one."""
+    return tuple(
+        Turn(role, tuple(next(pool) if isinstance(part, Place) else part for part in parts)) for role, parts in written
+    )
 
 
 def _check_order(turns: tuple[Turn, ...]) -> None:
-    """What templates pass over in silence: a late system turn, an answer to nothing, nothing to learn."""
+    """Refuse what chat templates silently accept: a late system turn, an answer before any question, no answer."""
     roles = [turn.role for turn in turns]
     if "assistant" not in roles:
         raise RecordError("no assistant turn (add the answer to learn)")
@@ -222,5 +248,6 @@ def _check_text(text: str, number: int) -> None:
 
 
 def type_of(value: object) -> str:
+    """What JSON calls the type of a value, for messages."""
     names = {type(None): "null", dict: "an object", list: "a list", str: "a string", bool: "true or false"}
     return names.get(type(value), "a number")

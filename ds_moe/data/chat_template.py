@@ -1,8 +1,8 @@
-"""Conversations to token ids, with the exact spans that the loss is taken on.
+"""Conversations become token ids, together with the exact spans that the loss is taken on.
 
-The chat template is rendered once per *shape* of conversation, with a marker in the place of every text. What the
-template itself wrote is thereby told apart from what a record says: only the former may become control tokens
-(<|im_start|>, <|image_pad|> ...), and answers are found by position. Text that imitates control tokens stays text.
+The chat template is rendered once for each *shape* of conversation, with a marker in place of every text. That tells
+what the template wrote from what a record says: only the template's text may become control tokens (<|im_start|>,
+<|image_pad|> ...), text of a record that imitates them stays text, and answers are found by position.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ds_moe.data.chat import Turn
 from ds_moe.data.images import ImageSource, RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError
 
-Shape = tuple[tuple[str, tuple[bool, ...]], ...]  # per turn: role, and for each part whether it is an image
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Shape = tuple[tuple[str, tuple[bool, ...]], ...]  # of each turn: its role, and for each part whether it is an image
+
+Message = dict[str, str | list[dict[str, str]]]  # role and content, as templates take them
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class TurnLayout:
-    """What the template makes of a shape; `answer` is the item with which the last assistant turn's labels begin."""
+    """What the template writes for a shape; the labels of the last assistant turn begin with item number `answer`."""
 
     items: tuple[Control | Fixed | Slot, ...]
     answer: int
@@ -56,7 +61,7 @@ class TurnLayout:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids of one conversation, and for each whether the loss is taken on it. `prompt` ids precede the last answer."""
+    """Ids of one conversation, and for each whether it has a label; the first `prompt` ids precede the last answer."""
 
     ids: list[int]
     label: list[bool]
@@ -64,10 +69,14 @@ class Tokens:
 
 
 def tokenize(turns: tuple[Turn, ...], processor: Processor, image_tokens: list[int]) -> Tokens:
-    """Ids of `turns`, image i taking `image_tokens[i]` ids, labels on every assistant turn and its end token.
+    """Ids of a conversation, with labels on every assistant turn and its end token.
 
-    Raises `RecordError` where the template changes a text or gives an image no place, `UserError` where it cannot
-    be trained with at all.
+    Args:
+        image_tokens: the number of ids that each image takes.
+
+    Raises:
+        RecordError: the template changes a text of this record, or leaves out an image.
+        UserError: the template cannot be trained with at all.
     """
     layout = _layout(processor, _shape(turns))
     texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
@@ -97,16 +106,17 @@ def tokenize(turns: tuple[Turn, ...], processor: Processor, image_tokens: list[i
 
 
 def end_token(processor: Processor) -> int | None:
-    """The token with which the template ends an answer, which labels teach; None for a template without one."""
+    """The token with which the template ends an answer, and which labels teach; None where it writes none."""
     layout = _layout(processor, (("user", (False,)), ("assistant", (False,))))
     last = [item for item in layout.items if item.label][-1]
     return last.token_id if isinstance(last, Control) else None
 
 
 def _runs(layout: TurnLayout, texts: list[str]) -> list[tuple[str | Control, bool, bool]]:
-    """Items with neighbouring texts joined, as a tokenizer would see them, except where the labels change.
+    """The items as (text or token, labelled, begins the last answer), neighbouring texts joined.
 
-    An answer is cut from its prompt there because generation also starts from the prompt's own ids.
+    A tokenizer sees joined texts as one. They stay apart where labels begin or end, because generation too starts from
+    the ids of the prompt alone.
     """
     runs: list[tuple[str | Control, bool, bool]] = []
     for index, item in enumerate(layout.items):
@@ -129,25 +139,25 @@ def _text(item: Control | Fixed | Slot, texts: list[str]) -> str:
     return item.text if isinstance(item, Fixed) else texts[item.index]
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Ids of plain texts, in which no special token is recognised."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
 
-def _render(processor: Processor, messages: list[dict], add_generation_prompt: bool = False) -> str:
+def _render(processor: Processor, messages: list[Message], add_generation_prompt: bool = False) -> str:
     try:
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # a template is a program: beside its own refusals it may fail in any way
+    except Exception as error:  # a template is a program, which may fail in any way beside its own refusals
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise RecordError(f"the model's chat template refuses this conversation: {reason}") from error
 
 
-def _messages(turns: tuple[Turn, ...]) -> list[dict[str, Any]]:
+def _messages(turns: tuple[Turn, ...]) -> list[Message]:
     return [_message(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
 
 
-def _message(role: str, parts: list[str | None]) -> dict[str, Any]:
-    """A message as templates take it, None for an image; without images the content is one string."""
+def _message(role: str, parts: list[str | None]) -> Message:
+    """A message as templates take it. None stands for an image; without images the content is one string."""
     if None not in parts:
         return {"role": role, "content": "".join(part for part in parts if part)}
     content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
@@ -155,12 +165,12 @@ def _message(role: str, parts: list[str | None]) -> dict[str, Any]:
 
 
 def _marker(index: int) -> str:
-    """Stands for text part `index`; a private-use character, which no template writes."""
+    """What stands for the text part number `index`, between characters for private use, which no template writes."""
     return f"\ue000{index}\ue001"
 
 
-def _control_ids(tokenizer: Any) -> dict[str, int]:
-    """Special tokens and their ids, longest first, so that a regex alternation prefers the longest."""
+def _control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Special tokens and their ids. The longest comes first, because a regex takes the first alternative that fits."""
     special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return dict(sorted(special.items(), key=lambda item: -len(item[0])))
 
@@ -171,7 +181,7 @@ def _shape(turns: tuple[Turn, ...]) -> Shape:
 
 @lru_cache(maxsize=4096)
 def _layout(processor: Processor, shape: Shape) -> TurnLayout:
-    """Render the template with a marker for every text, and cut the result into items."""
+    """Render the template with a marker in place of every text, and cut the result into items."""
     markers = count()
     messages = [
         _message(role, [None if is_image else _marker(next(markers)) for is_image in parts]) for role, parts in shape
@@ -201,12 +211,13 @@ def _layout(processor: Processor, shape: Shape) -> TurnLayout:
 
 
 def _answer_spans(
-    processor: Processor, shape: Shape, messages: list[dict], whole: str, pattern: re.Pattern[str]
+    processor: Processor, shape: Shape, messages: list[Message], whole: str, pattern: re.Pattern[str]
 ) -> list[tuple[int, int]]:
-    """[start, end) in `whole` of every assistant turn: from where generation starts to the end of its end token.
+    """[start, end) in `whole` of every assistant turn, from where generation starts to the end of its end token.
 
-    The turns before an answer, rendered with a generation prompt, must be the beginning of the whole rendering:
-    else the model would be trained on other prompts than it is asked with.
+    Raises:
+        UserError: the turns before an answer, rendered with a generation prompt, are not how the whole rendering
+            begins, so that the model would be trained on other prompts than it is asked with.
     """
     spans = []
     texts = 0

@@ -1,8 +1,8 @@
 """The demo's data: scikit-learn's 1,797 scans of handwritten digits, asked about in chat form.
 
-Every image is asked about in three kinds, which digit, even or odd, at least five, in varied words. The split is by
-image, so that no held-out scan is ever trained on. `write_digits` writes the same as PNG files and JSONL, the form in
-which users bring their own images.
+Every image is asked about in three ways: which digit it is, whether that is even, whether it is at least five. The
+wording varies. The split is by image, so that no held-out scan is ever trained on. `write_digits` writes the same
+samples as PNG files and JSONL, the form in which users bring their own images.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ IMAGE_SIZE = 16  # pixels a side, twice the scans' 8
 
 
 class DigitsRecords:
-    """A split of the scans, read as any data file is (`ds_moe.data.records.Records`): three samples an image."""
+    """A split of the scans, three samples an image, with the interface of a data file (`record_kind.Records`)."""
 
     def __init__(self, split: Split):
         self._samples = digits_samples(split)
@@ -83,7 +83,7 @@ class DigitsRecords:
 
 @lru_cache(maxsize=2)
 def digits_samples(split: Split) -> list[Sample]:
-    """All samples of a split, each image's three kinds together; wordings and split are the same in every process."""
+    """All samples of a split, those of one image together. Split and wordings are the same in every process."""
     pictures, labels = _scans()
     order = np.random.default_rng(0).permutation(len(labels))
     chosen = order[HELD_OUT:] if split == "train" else order[:HELD_OUT]
@@ -101,7 +101,7 @@ def digits_samples(split: Split) -> list[Sample]:
 
 
 def write_digits(folder: str | Path) -> tuple[Path, Path]:
-    """Write both splits below `folder`, images as digits/*.png; the paths of train.jsonl and held_out.jsonl."""
+    """Write both splits below `folder`, images as digits/*.png; return the paths of train.jsonl and held_out.jsonl."""
     folder = Path(folder)
     (folder / "digits").mkdir(parents=True, exist_ok=True)
     return _write_split(folder / "train.jsonl", "train"), _write_split(folder / "held_out.jsonl", "held-out")
@@ -119,8 +119,8 @@ def _write_split(file: Path, split: Split) -> Path:
 
 
 def _scans() -> tuple[np.ndarray, np.ndarray]:
-    """(1797, 8, 8) float, 0 to 16, and (1797,) int."""
-    from sklearn.datasets import load_digits  # a second of import that other data do not need
+    """Pixels (1797, 8, 8), float from 0 to 16, and digits (1797,), int."""
+    from sklearn.datasets import load_digits  # an import of a second, which other data do not need
 
     pixels, digits = load_digits(return_X_y=True)
     return np.reshape(pixels, (-1, 8, 8)), np.asarray(digits)

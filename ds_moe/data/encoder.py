@@ -1,4 +1,4 @@
-"""From a record to its tensors, and what becomes of the records that fail on the way."""
+"""Records become encoded samples; one that cannot be encoded is replaced and reported."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ds_moe.data.order import FILLER
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
 
-CACHE_BYTES = 128 * 2**20  # of encoded samples kept a process: small data are encoded once
+CACHE_BYTES = 128 * 2**20  # of encoded samples that a process keeps, so that small data are encoded once
 FILLER_SAMPLE = Sample((Turn("user", ("",)), Turn("assistant", ("",))), where="filler")
 
 
 class Encoder:
-    """Records of one file to encoded samples; the first CACHE_BYTES of them are kept."""
+    """Encodes the records of one file, and keeps the first CACHE_BYTES of the results."""
 
     def __init__(self, config: RunConfig, records: Records, processor: Processor):
         self._data, self._records, self._processor = config.data, records, processor
@@ -26,7 +26,7 @@ class Encoder:
         return FILLER_SAMPLE if index == FILLER else self._records.sample(index)
 
     def encode(self, indices: list[int]) -> tuple[list[Encoded], list[int], list[BadRecord]]:
-        """Encoded samples, the indices they are of, and the bad records that fillers stand for (index FILLER)."""
+        """(encoded samples, their indices, bad records); a filler, of index FILLER, takes the place of a bad record."""
         encoded, used, bad = [], [], []
         for index in indices:
             result = self._one(index)
@@ -55,10 +55,10 @@ class Encoder:
 def check_samples(
     config: RunConfig, records: Records, processor: Processor, count: int
 ) -> tuple[list[BadRecord], list[int]]:
-    """Decode and tokenize the first `count` samples: those that this shows to be bad, and the tokens of the others."""
+    """Encode the first `count` samples; return the bad ones among them, and the number of tokens of each other one."""
     encoder = Encoder(config, records, processor)
     found, lengths = [], []
-    for index in range(min(count, len(records))):  # one by one: their pixels are not needed together
+    for index in range(min(count, len(records))):  # one by one: the pixels of one sample at a time are in memory
         [encoded], _, bad = encoder.encode([index])
         found += bad
         if encoded.real:

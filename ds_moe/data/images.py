@@ -1,7 +1,7 @@
-"""Images of a record: where they may lie, how big they may be, and whether they decode.
+"""Images of a record: where their files may be, how large they may be, and whether they decode.
 
-Nothing of a data file is trusted: a path may not leave the data root (symlinks resolved), an image's size is read
-from its header before a pixel is decoded, and only formats that are decoded in-process are opened.
+Nothing in a data file is trusted: no path may leave the data root (symlinks are resolved), the size of an image is read
+from its header before any pixel is decoded, and only formats that PIL decodes in this process are opened.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ds_moe.errors import shown
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-GRAY_16 = ("I;16", "I;16L", "I;16B", "I;16N")  # PIL's conversion to RGB would cut them off at 255
-# Pixels with a known range; what PIL calls F and I has none, and others (LAB) it cannot convert.
+GRAY_16 = ("I;16", "I;16L", "I;16B", "I;16N")  # converting these to RGB, PIL would clip them at 255
+# Modes whose pixels have a known range. PIL's F and I have none, and others (LAB) PIL cannot convert.
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", *GRAY_16)
-TIFF_TILE = (322, 323)  # tags: width and height of its tiles, which are decoded whole
-NETPBM_HEAD = 4096  # bytes
-LARGE_TILE = 2**20  # pixels; a small image may lie in one tile of this size
+TIFF_TILE = (322, 323)  # tags for the width and height of tiles, each of which PIL decodes whole
+NETPBM_HEAD = 4096  # bytes of a PPM file in which its size must stand
+LARGE_TILE = 2**20  # pixels; a small image too may be stored as one tile of this size
 
 
 class RecordError(Exception):
-    """Why one record cannot be trained on, with the fix in parentheses; the caller adds file and line."""
+    """Says why one record cannot be trained on, with the fix in parentheses. The caller adds file and line."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,13 @@ class ImageSource:
 
 
 def image_source(value: object, root: Path) -> ImageSource:
-    """The image that a record's `value` names: a path, or {"bytes": ..., "path": ...} as Parquet files hold it.
+    """The image that a record names by a path, or by {"bytes": ..., "path": ...} as Parquet files do.
 
-    `root` is a resolved folder. Raises `RecordError` for a path that leaves it, a missing file or another type.
+    Args:
+        root: the data root, symlinks resolved.
+
+    Raises:
+        RecordError: the path leaves the root, no file is there, or the value is of another type.
     """
     if isinstance(value, dict):
         data = value.get("bytes")
@@ -67,7 +71,7 @@ def image_source(value: object, root: Path) -> ImageSource:
 
 
 def image_size(source: ImageSource, max_pixels: int) -> tuple[int, int]:
-    """(width, height) from the header alone. Raises `RecordError` as `load_image` does, save for broken pixels."""
+    """(width, height), from the header alone. Raises `RecordError` as `load_image` does, except for broken pixels."""
     with _opened(source, max_pixels) as image:
         return image.size
 
@@ -75,7 +79,8 @@ def image_size(source: ImageSource, max_pixels: int) -> tuple[int, int]:
 def load_image(source: ImageSource, max_pixels: int) -> Image.Image:
     """The image in RGB, turned as its EXIF orientation says.
 
-    Raises `RecordError` for what is no image, has more than `max_pixels` pixels, or is truncated.
+    Raises:
+        RecordError: this is no image, it has more than `max_pixels` pixels, or it is truncated.
     """
     with _opened(source, max_pixels) as image:
         try:
@@ -84,7 +89,7 @@ def load_image(source: ImageSource, max_pixels: int) -> Image.Image:
             if turned.mode in GRAY_16:
                 turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
             return turned.convert("RGB")
-        except Exception as error:  # hostile bytes make decoders raise anything
+        except Exception as error:  # decoders may raise anything for hostile bytes
             reason = f"truncated image {shown(source.name)}: {error} (replace the file)"
             raise RecordError(reason) from error
 
@@ -93,7 +98,7 @@ def _opened(source: ImageSource, max_pixels: int) -> Image.Image:
     file = source.path if source.path is not None else io.BytesIO(source.data or b"")
     try:
         _check_netpbm(source)
-        with warnings.catch_warnings():  # PIL warns from 89 megapixels on; data.max_pixels is this run's limit
+        with warnings.catch_warnings():  # PIL warns from 89 megapixels on, but data.max_pixels is the limit here
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
         problem = _problem(image, max_pixels)
@@ -102,7 +107,7 @@ def _opened(source: ImageSource, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError as error:
         reason = f"{shown(source.name)} is not an image that can be read (use one of {', '.join(FORMATS)})"
         raise RecordError(reason) from error
-    except Exception as error:  # hostile bytes make decoders raise anything
+    except Exception as error:  # decoders may raise anything for hostile bytes
         raise RecordError(f"image {shown(source.name)} cannot be opened: {error} (replace the file)") from error
     if problem is not None:
         image.close()
@@ -111,7 +116,7 @@ def _opened(source: ImageSource, max_pixels: int) -> Image.Image:
 
 
 def _check_netpbm(source: ImageSource) -> None:
-    """Raises `ValueError` for a PPM file without a size near its start: PIL seeks it byte by byte, behind comments."""
+    """Raise `ValueError` for a PPM file without a size near its start, for which PIL would search byte by byte."""
     if source.path is not None:
         with source.path.open("rb") as file:
             head = file.read(NETPBM_HEAD)
@@ -123,7 +128,7 @@ def _check_netpbm(source: ImageSource) -> None:
 
 
 def _problem(image: Image.Image, max_pixels: int) -> str | None:
-    """What its header alone tells against an image, with the fix."""
+    """What is wrong with an image by its header alone, with the fix; None where nothing is."""
     width, height = image.size
     if width * height > max_pixels:
         return f"is {width}x{height}, beyond data.max_pixels {max_pixels} (shrink it, or raise the limit)"

@@ -1,8 +1,8 @@
 """The order of the data: a function of seed, epoch, data and global batch size, never of ranks or workers.
 
-An epoch is a permutation cut into global batches. Within a global batch samples are sorted by length and dealt out in
-micro-batches, neighbours to the ranks of the same micro-step, so that little is padded and no rank waits for another;
-the optimizer step itself stays an unbiased draw from the data, which sorting over many batches would spoil.
+An epoch is a permutation of the records, cut into global batches. Within a global batch samples are sorted by length,
+and neighbours go to the ranks of the same micro-step, so that little is padded and no rank waits for another. Sorting
+never crosses global batches: each optimizer step stays an unbiased draw from the data.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-FILLER = -1  # stands for a record where an epoch's last global batch has none left
+FILLER = -1  # index of no record; fills up the last global batch of an epoch
 
 
 @lru_cache(maxsize=2)
@@ -23,7 +23,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """Which records make up which optimizer step; it knows nothing of ranks."""
+    """Which records make up which optimizer step, whatever the number of ranks."""
 
     lengths: np.ndarray  # (records,) estimated tokens
     global_batch_size: int
@@ -36,7 +36,7 @@ class EpochOrder:
         return -(-len(self.lengths) // self.global_batch_size)
 
     def global_batch(self, position: int) -> list[int]:
-        """Records of the step at `position` (steps since the very first), longest first, FILLER at the end."""
+        """The records of a step, longest first, then FILLERs. `position` counts steps from the first one of the run."""
         epoch, step = divmod(position, self.steps_per_epoch)
         size = len(self.lengths)
         order = epoch_order(size, self.seed, epoch) if self.shuffle else np.arange(size)

@@ -1,7 +1,7 @@
-"""Data files as indexed records: structure checked once, samples parsed again when they are needed.
+"""Data files as indexed records, checked once when a file is opened, and parsed again whenever a sample is needed.
 
-JSONL is indexed by line (Arrow would want one type for `content` and would not say which line is broken); Parquet is
-memory-mapped through `datasets`. Only offsets, length estimates and bad records stay in memory, no text and no pixel.
+JSONL is indexed by line, because Arrow wants one type for `content` and does not say which line is broken. Parquet is
+memory-mapped through `datasets`. Offsets, length estimates and bad records stay in memory, but no text and no pixel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ds_moe.errors import UserError, shown
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MAX_LINE = 2**27  # bytes; a rollout of 64k tokens with the routing of 48 layers takes half of it
+MAX_LINE = 2**27  # bytes; twice what a rollout of 64k tokens takes with the routing of 48 layers
 
 
 Raw = TypeVar("Raw")  # a record as its file holds it
@@ -44,11 +44,15 @@ def read_records(
 ) -> Records[Parsed]:
     """The records of a JSONL or Parquet file, their structure checked.
 
-    Under `on_bad_record: stop` the first bad record raises `UserError`; under `skip` they are in `.bad`. `cache_dir`
-    takes the memory map of a Parquet file (default: a temporary folder).
+    Args:
+        cache_dir: where the memory map of a Parquet file is written; None: a temporary folder.
+
+    Raises:
+        UserError: the file cannot be read or has no record to use, or, under `on_bad_record: stop`, a bad record. Under
+            `skip` the bad ones are in `.bad`.
     """
     file = Path(path)
-    if not file.is_file():  # a pipe or a device would be read for ever
+    if not file.is_file():  # reading a pipe or a device might never end
         what = "is no regular file" if file.exists() else "does not exist"
         raise UserError(f'data: {path} {what} (give a JSONL or Parquet file, or "digits")')
     root = Path(config.root or file.parent).resolve()
@@ -75,7 +79,7 @@ def stop_message(bad: list[BadRecord]) -> str:
 
 
 class _FileRecords(Generic[Raw, Parsed]):
-    """What both file types share; a subclass walks over its raw records and reads one of them by key."""
+    """What both file types have in common. A subclass walks over its raw records, and reads one by its key."""
 
     def __init__(self, file: Path, root: Path, max_pixels: int, record_kind: RecordKind[Parsed]):
         self.record_kind = record_kind
@@ -112,7 +116,7 @@ class _FileRecords(Generic[Raw, Parsed]):
         return self.record_kind.parse(self._decode(raw), f"{self._file}:{number}", self._root)
 
     def _walk(self) -> Iterator[tuple[int, int, Raw]]:
-        """(key, line or row number from 1, raw record) of every record."""
+        """(key, number of the line or row from 1, raw record) of every record."""
         raise NotImplementedError
 
     def _read(self, key: int) -> Raw:
@@ -124,7 +128,7 @@ class _FileRecords(Generic[Raw, Parsed]):
 
 
 class JsonlRecords(_FileRecords[bytes, Parsed]):
-    """One JSON object a line, its key the line's byte offset; blank lines are passed over."""
+    """One JSON object a line; its key is the byte offset of the line. Blank lines are ignored."""
 
     def _walk(self) -> Iterator[tuple[int, int, bytes]]:
         digest = hashlib.sha256()
@@ -158,7 +162,7 @@ class JsonlRecords(_FileRecords[bytes, Parsed]):
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object whose keys differ: of equal ones json.loads would take the last, without a word."""
+    """A JSON object. Raises `RecordError` for equal keys, of which json.loads silently takes the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -168,12 +172,12 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 class ParquetRecords(_FileRecords[dict[str, Any], Parsed]):
-    """One record a row, its key the row's index."""
+    """One record a row; its key is the index of the row."""
 
     def __init__(
         self, file: Path, root: Path, max_pixels: int, record_kind: RecordKind[Parsed], cache_dir: Path | None
     ):
-        import datasets  # a second of import that JSONL does not need
+        import datasets  # an import of a second, which JSONL does not need
         from datasets.exceptions import DatasetGenerationError
 
         datasets.disable_progress_bars()
@@ -183,7 +187,7 @@ class ParquetRecords(_FileRecords[dict[str, Any], Parsed]):
         except (OSError, ValueError, NotImplementedError, DatasetGenerationError) as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"data: {file} is not a Parquet file that can be read ({reason})") from error
-        self._table: Dataset = rows.with_format("arrow")  # raw values: an Image column is not decoded
+        self._table: Dataset = rows.with_format("arrow")  # raw values, so that no Image column is decoded
         super().__init__(file, root, max_pixels, record_kind)
         with file.open("rb") as stream:
             self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
