@@ -17,7 +17,14 @@ SHOWN = 5  # bad records of a file given a line of their own
 
 def check_data(case: Case) -> Iterator[Finding]:
     """Findings of data.train and data.eval; sets `case.records` and `case.tokens_a_sample`."""
-    config = case.config
+    from ds_moe.tasks.registry import task_kind
+
+    config, kind = case.config, task_kind(case.config)
+    try:
+        kind.eval_records(config)
+    except UserError as error:  # the records of a gate name its adapters, which must be found
+        yield Finding("error", f"{config.at(kind.trainable_key(config))}: {error}")
+        return
     try:
         processor = _processor(case)
     except UserError as error:

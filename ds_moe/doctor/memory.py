@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ds_moe.config.run_file import ALL_KEYS
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.doctor.case import GIB, Case, Finding
 from ds_moe.errors import UserError
@@ -28,7 +29,9 @@ def check_outline(case: Case) -> Iterator[Finding]:
     try:
         kind.set_trainable(model, config)
     except UserError as error:
-        yield Finding("error", f"{config.at('lora' if config.lora else 'model.freeze')}: {error}")
+        named = str(error).partition(" ")[0]
+        key = named if named in ALL_KEYS else kind.trainable_key(config)
+        yield Finding("error", f"{config.at(key)}: {error}")
         return
     longest = case.model.get_text_config().max_position_embeddings
     if config.data.max_length > longest:

@@ -58,8 +58,12 @@ def diagnose(
         yield Finding("error", str(error))
         return
     case = Case(config, world_size, device, samples)
+    shown: set[str] = set()
     for check in CHECKS:
-        yield from check(case)
+        for finding in check(case):
+            if finding.text not in shown:  # two checks may meet the same mistake
+                shown.add(finding.text)
+                yield finding
 
 
 def report(findings: Iterator[Finding], out: TextIO) -> int:

@@ -30,6 +30,7 @@ class TaskKind:
         train_records: what the records of data.train are, given the config of the model.
         eval_records: what those of data.eval are.
         set_trainable: freezes a model and adds what is trained instead; also on the meta device.
+        trainable_key: the key of the run file that most likely is to blame where that fails.
         begin: fills what was added from an earlier run, once the model has values.
         fixed_adapters: files of the adapters that the run takes as they are, by name; None: it takes none.
         adapter_lr: their learning rate, where they are trained at one of their own.
@@ -45,6 +46,7 @@ class TaskKind:
     train_records: Callable[[RunConfig, PretrainedConfig], RecordKind] = lambda config, model_config: CHAT
     eval_records: Callable[[RunConfig], RecordKind] = lambda config: CHAT
     set_trainable: Callable[[PreTrainedModel, RunConfig], None] = set_trainable
+    trainable_key: Callable[[RunConfig], str] = lambda config: "lora" if config.lora else "model.freeze"
     begin: Callable[[PreTrainedModel, RunConfig], None] = lambda model, config: None
     fixed_adapters: Callable[[RunConfig], Mapping[str, list[Path]] | None] = lambda config: None
     adapter_lr: Callable[[RunConfig], float | None] = lambda config: None
@@ -147,6 +149,7 @@ TASKS = {
             train_records=lambda config, model_config: _labelled_chats(config),
             eval_records=_labelled_chats,
             set_trainable=_install_gate,
+            trainable_key=lambda config: "gate.adapters" if config.gate.adapters else "gate.adapters_in",
             begin=_start_gate,
             fixed_adapters=_gated_adapters,
             adapter_lr=lambda config: config.gate.adapter_lr,

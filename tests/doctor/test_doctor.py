@@ -22,7 +22,7 @@ from ds_moe.doctor.report import report
 from ds_moe.doctor.run import check_intervals, versions
 from ds_moe.memory.predict import LoadingMemory, predict_loading
 from ds_moe.models.load import build_outline
-from ds_moe.models.presets import preset_config
+from ds_moe.models.presets import PRESETS, preset_config
 from ds_moe.models.processor import save_processor, tiny_processor
 from ds_moe.weights.files import SafetensorsFiles
 
@@ -321,6 +321,33 @@ def test_layouts_are_told_by_headers(healthy):
     case = _case(folder=str(healthy), model=preset_config("tiny-vl-moe"))
     assert [finding.level for finding in check_files(case)] == ["ok"]
     assert "hub layout" in next(check_files(case)).text
+
+
+GATES = {  # what stands in section gate, from line 13 -> how the complaint begins
+    "adapters_in: nowhere": "run.yaml:13: nowhere: no such folder of adapters",
+    "adapters: {one: x, two: y}": "run.yaml:13: adapter 'one': x holds no adapter_config.json",
+    "width: 8\n  adapters_in: nowhere\n  adapters: {'a/b': x}": "run.yaml:15: adapter name 'a/b' cannot name a folder",
+}
+
+
+@pytest.mark.parametrize("model", ["tiny-vl-dense", "not/here"])
+@pytest.mark.parametrize("section, expected", GATES.items())
+def test_a_gates_mistake_is_reported_once_and_at_its_own_key(healthy, capsys, section, expected, model):
+    edit("preset: tiny-vl-moe", f"preset: {model}" if model in PRESETS else f"path: {model}")
+    edit("moe:\n  ep_size: 2\n", "task: gate\n")
+    edit("train: digits", "train: routed.jsonl")
+    edit("deepspeed: zero.json", f"gate:\n  {section}\ndeepspeed: zero.json")
+    code, lines, _ = doctor(capsys)
+    [error] = [line for line in lines if line.startswith("error")]
+    assert code == 1 and error.startswith(f"error    {expected}")
+
+
+def test_a_text_layer_that_a_gates_model_lacks_is_reported_at_its_key(healthy, capsys):
+    edit("tiny-vl-moe", "tiny-vl-dense")
+    edit("moe:\n  ep_size: 2\n", "task: gate\n")
+    edit("deepspeed: zero.json", "gate:\n  adapters_in: x\n  text: layer\n  text_layer: 9\ndeepspeed: zero.json")
+    _, lines, _ = doctor(capsys)
+    assert "error    run.yaml:15: gate.text_layer 9 exceeds the model's 2 layers" in lines
 
 
 @pytest.mark.parametrize(("gate_up", "level"), [((8, 64, 128), "error"), ((8, 128, 64), "warning")])
