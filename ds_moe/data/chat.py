@@ -27,13 +27,13 @@ TAKEN_KINDS = ("all", "mean")
 UNSUPPORTED = ("videos", "video", "audios", "audio", "tools")  # a record with one of these is refused
 
 
-class Place(Enum):
+class ImagePlace(Enum):
     """Stands among the parts of a turn for the next entry of `images`."""
 
-    NEXT_IMAGE = "next image"
+    NEXT = "next image"
 
 
-Part = str | ImageSource | Place
+Part = str | ImageSource | ImagePlace
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def parse_record(record: object, where: str, root: Path) -> Sample:
             raise RecordError(f"{key!r} is not supported (only images and text are; remove the record)")
     written = [_turn(message, number, root) for number, message in enumerate(_messages(record), start=1)]
     pool = image_pool(record, root)
-    places = sum(part is Place.NEXT_IMAGE for _, parts in written for part in parts)
+    places = sum(part is ImagePlace.NEXT for _, parts in written for part in parts)
     if places != len(pool):
         reason = f"{places} {PLACEHOLDER} placeholders for {len(pool)} images"
         raise RecordError(f"{reason} (write one {PLACEHOLDER} for each entry of 'images')")
@@ -166,13 +166,13 @@ def _turn(message: dict[str, object], number: int, root: Path) -> tuple[str, lis
     if isinstance(content, str):
         parts: list[Part] = []
         for text in content.split(PLACEHOLDER):
-            parts += [Place.NEXT_IMAGE, text] if parts else [text]
+            parts += [ImagePlace.NEXT, text] if parts else [text]
     elif isinstance(content, list):
         parts = [_part(part, number, root) for part in content]
     else:
         raise RecordError(f"message {number}: content is {type_of(content)}, not a string or a list (quote it)")
     parts = _joined(parts)
-    if not any(isinstance(part, ImageSource | Place) or part.strip() for part in parts):
+    if not any(isinstance(part, ImageSource | ImagePlace) or part.strip() for part in parts):
         raise RecordError(f"message {number} ({role}) is empty (give it text, or remove the record)")
     for part in parts:
         if isinstance(part, str):
@@ -208,7 +208,7 @@ def _part(part: object, number: int, root: Path) -> Part:
             )
         return text
     if kind == "image":
-        return Place.NEXT_IMAGE if image is None else image_source(image, root)
+        return ImagePlace.NEXT if image is None else image_source(image, root)
     raise RecordError(f"message {number}: content part of type {shown(kind)} (use 'text' or 'image')")
 
 
@@ -225,7 +225,8 @@ def image_pool(record: dict[str, object], root: Path) -> list[ImageSource]:
 def _fill(written: list[tuple[str, list[Part]]], pool: Iterator[ImageSource]) -> tuple[Turn, ...]:
     """The turns, with an image of the pool in each place for one."""
     return tuple(
-        Turn(role, tuple(next(pool) if isinstance(part, Place) else part for part in parts)) for role, parts in written
+        Turn(role, tuple(next(pool) if isinstance(part, ImagePlace) else part for part in parts))
+        for role, parts in written
     )
 
 
