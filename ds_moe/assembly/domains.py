@@ -17,7 +17,7 @@ from ds_moe.data.records import open_records
 from ds_moe.errors import UserError
 from ds_moe.models.families import family_of
 from ds_moe.models.load import load_model
-from ds_moe.models.processor import Processor, load_processor
+from ds_moe.models.processor import load_processor
 
 
 def open_domain(path: str) -> Records:
