@@ -29,7 +29,8 @@ def test_bundled_models_have_their_parameters(name, billions):
 
 def test_one_plan(capsys, tmp_path):
     file = tmp_path / "plan.json"
-    status, out, err = command(capsys, SMALL, "--gpus", "8,16", "--ep-size", 8, "--checkpointing", "--json", file)
+    words = (SMALL, "--gpus", "8,16", "--ep-size", 8, "--checkpointing", "--memory", 90, "--json", file)
+    status, out, err = command(capsys, *words)
     assert status == 0 and not err
     eight, sixteen = json.loads(file.read_text())["plans"]
     assert eight["fits"] and eight["total_bytes"] > sixteen["total_bytes"]
