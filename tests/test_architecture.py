@@ -26,16 +26,16 @@ ROOT_FILES = 7  # at most, in the root of the package
 ANYS = 120  # at most, in the package
 LONG_FILE, LONG_FUNCTION = 250, 50  # lines; guides, not walls
 
-# Where alone a word may stand: prefixes of paths. Knowledge in one place is changed in one place.
-# Rules of a run file lie below the registry, and commands refuse runs of another task: they ask `task_is` and
-# `other_task` of config/run.py. Whatever differs between tasks otherwise is a row of the registry.
-TASK_READERS = ("ds_moe/tasks/registry.py", "ds_moe/config/run.py")
-TASK_QUESTIONS = ("task_is", "other_task")
-TASK_ASKERS = ("ds_moe/config/", "ds_moe/cli.py", "ds_moe/tasks/gate/commands.py", "ds_moe/tasks/gate/files.py")
+# Prefixes of the paths in which alone a word may stand, so that what it is about is changed in one place.
 FAMILIES = "ds_moe/models/families.py"
 ZERO_READERS = "ds_moe/config/deepspeed"
 GATHERER = "ds_moe/distributed.py"
 WEIGHT_READERS = "ds_moe/weights/"
+# What differs between tasks is a row of the registry. But rules of a run file lie below it, and commands refuse runs of
+# another task: these ask `task_is` and `other_task` of config/run.py.
+TASK_READERS = ("ds_moe/tasks/registry.py", "ds_moe/config/run.py")
+TASK_QUESTIONS = ("task_is", "other_task")
+TASK_ASKERS = ("ds_moe/config/", "ds_moe/cli.py", "ds_moe/tasks/gate/commands.py", "ds_moe/tasks/gate/files.py")
 
 # A `model_type` of transformers: one word, or words and digits in snake case, such as qwen3_vl_moe.
 MODEL_TYPE = re.compile(
