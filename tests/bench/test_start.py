@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for file in sorted((ROOT / "tools").rglob("*.py"))
-    if "ArgumentParser" in file.read_text()
+    if "command_line(__doc__" in file.read_text()
 ]
 
 

@@ -7,7 +7,7 @@ from itertools import chain, combinations, product
 
 import numpy as np
 import pytest
-from PIL import Image, ImageColor
+from PIL import ImageColor
 
 from ds_moe.data.chat import parse_record
 from tools.demos.gate import screens as tool
@@ -177,9 +177,3 @@ def test_captions_and_answers_follow_the_mark():
     assert tool.caption("chart", (1, 0)) == "chart column 2"
     day = tool.PLACES["calendar"].index((1, 2))
     assert [tool.ADAPTERS[name][1]["calendar"][day] for name in ("agenda", "pointer")] == ["tue", "tap b3"]
-
-
-def test_the_picture_shows_every_kind(tmp_path):
-    tool.write_picture(tmp_path / "sheet.png", seed=0, columns=2, scale=1)
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (140, 280)

@@ -102,8 +102,8 @@ def test_an_expert_with_few_rows_costs_the_reading_of_its_weights():
         return [operation for operation in work if operation.name == "experts"]
 
     few, many = experts(8), experts(8192)
-    assert not any(costs.bound_by_flops(operation, H100, "bf16") for operation in few)
-    assert all(costs.bound_by_flops(operation, H100, "bf16") for operation in many)
+    assert all(flops_s < bytes_s for flops_s, bytes_s in (costs.roofline_s(each, H100, "bf16") for each in few))
+    assert all(flops_s >= bytes_s for flops_s, bytes_s in (costs.roofline_s(each, H100, "bf16") for each in many))
     weights = 2 * 16 * 3 * BIG.D * BIG.F  # bytes of 16 experts
     assert weights < sum(operation.bytes for operation in few) < 1.1 * weights
     one = experts(1)  # 8 rows: no more than 8 experts are read

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import socket
 import sys
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any
+
+import torch.distributed as dist
 
 from ds_moe.launcher.command import Launch
 from ds_moe.launcher.processes import start
@@ -26,13 +29,12 @@ def run_plan(
 ) -> dict[str, Any]:
     """What `python -m <module> PLAN.json RESULT.json` has written in one of its `processes` ranks.
 
+    If a rank fails, this process ends with its exit code: what it said is on the terminal.
+
     Args:
         settings: environment variables beside the caller's own.
         folder: for the two files.
         result_file: a place of its own for the result, where a caller wants to keep what the ranks write on the way.
-
-    Raises:
-        CalledProcessError: a rank failed; what it said is on the terminal.
     """
     plan_file, result_file = folder / "plan.json", result_file or folder / "result.json"
     plan_file.write_text(json.dumps(plan))
@@ -47,7 +49,7 @@ def run_plan(
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     code = start(Launch(command, {"PYTHONPATH": paths, **settings}), stop_within_s=0)
     if code:
-        raise CalledProcessError(code, command)
+        sys.exit(code)
     return json.loads(result_file.read_text())
 
 
@@ -59,13 +61,25 @@ def read_plan() -> dict[str, Any]:
 
 
 def write_result(found: dict[str, Any]) -> None:
-    """Rank 0 alone."""
-    Path(sys.argv[2]).write_text(json.dumps(found))
+    """Rank 0 does it for all."""
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(found))
+
+
+def resident(which: str) -> int:
+    """Bytes of this process: VmRSS is now, RssAnon and RssFile are parts of it, VmHWM is the peak since `new_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
+
+
+def new_peak() -> None:
+    """Return free memory to the system, which glibc was told to keep, and forget the peak until now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def leave() -> None:
     """The last call of every rank: all end together, or gloo's threads may abort one that exits."""
-    import torch.distributed as dist
-
     dist.barrier()
     dist.destroy_process_group()

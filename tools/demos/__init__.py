@@ -4,5 +4,6 @@
 - `replay`    reinforcement with routing replay and without
 - `gate`      a learned gate over four LoRA adapters, on rendered `screens`
 - `assemble`  two experts trained apart become one mixture of experts
+- `running`   what they share: programs that they run, and how they end
 - `score`     exact-match accuracy of an exported model, with plain transformers
 """

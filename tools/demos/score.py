@@ -7,7 +7,6 @@ ds_moe only reads the questions; the model is what `from_pretrained` of its own 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -18,9 +17,9 @@ import transformers
 
 from ds_moe.config.run import RunConfig
 from ds_moe.data.stream import EvalSet
-from ds_moe.errors import UserError
 from ds_moe.models.processor import load_processor
 from ds_moe.monitor import print_table
+from tools.results import command_line, refusing, write_json
 
 
 def score(folder: Path, data: str, max_new_tokens: int, batch_size: int) -> dict[str, float]:
@@ -48,22 +47,17 @@ def score(folder: Path, data: str, max_new_tokens: int, batch_size: int) -> dict
     return {**accuracy, "mean": sum(accuracy.values()) / len(accuracy)}
 
 
+@refusing
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--json")
     parser.add_argument("folder", type=Path, help="an exported model")
     parser.add_argument("--data", required=True, help='a JSONL or Parquet file, or "digits" (the held-out split)')
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=120)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
-    try:
-        accuracy = score(options.folder, options.data, options.max_new_tokens, options.batch_size)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    accuracy = score(options.folder, options.data, options.max_new_tokens, options.batch_size)
     print_table({kind: f"{share:.4f}" for kind, share in accuracy.items()}, f"plain transformers, {options.folder}")
-    if options.json:
-        options.json.write_text(json.dumps(accuracy, indent=1))
+    write_json(accuracy, options.json, indent=1)
     return 0
 
 

@@ -14,16 +14,14 @@ and links are from data sheets; the fractions of them that are reached are assum
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ds_moe.errors import UserError
-from tools.step_model.check import check, check_table, read_results
+from tools.results import command_line, refusing, show, write_json
+from tools.step_model.check import check, check_table
 from tools.step_model.costs import WIDTHS, Topology
 from tools.step_model.machines import GB, MACHINES, Machine, read_machine, write_machine
 from tools.step_model.shapes import PRESETS, active_parameters, parameters, read_decoder
@@ -32,14 +30,14 @@ from tools.step_model.tables import memory_table, setting, summary, sweep_table,
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--json")
     add, whole = parser.add_argument, {"type": int, "metavar": "N"}
     add("--model", default="qwen3-vl-30b-a3b", help=f"{', '.join(PRESETS)}, or a config.json (default %(default)s)")
     add("--machine", default="h100-8x", help=f"{', '.join(MACHINES)}, or a file of figures (default %(default)s)")
     add("--nodes", default=1, **whole)
     add("--devices-per-node", help="default: the machine's", **whole)
     add("--ep-size", default=1, **whole, help="ranks that share one copy of the experts (default 1)")
-    add("--zero", type=int, choices=(1, 2, 3), default=3, help="ZeRO stage (default 3)")
+    add("--zero", dest="zero_stage", type=int, choices=(1, 2, 3), default=3, help="ZeRO stage (default 3)")
     add("--tokens", default=8192, **whole, help="of a rank and micro-step (default 8192)")
     add("--sequence", **whole, help="tokens of one sequence (default 4096, or all tokens if fewer)")
     add("--accumulation", default=1, **whole, help="micro-steps of an optimizer step (default 1)")
@@ -48,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     add("--max-vio", type=float, default=0.0, metavar="X", help="rows of the busiest rank above its share (default 0)")
     add("--chunks", default=1, **whole, help="parts of an all-to-all, hidden behind the experts (default 1)")
     figures = parser.add_argument_group("figures of the machine, instead of its own")
-    for option, _, unit in FIGURES:
-        figures.add_argument(f"--{option}", type=float, metavar="X", help=unit)
+    for option, (_, _, described) in FIGURES.items():
+        figures.add_argument(f"--{option}", type=float, metavar="X", help=described)
     modes = parser.add_argument_group("modes")
     modes.add_argument("--sweep", action="store_true", help="the best EP size of each number of devices")
     modes.add_argument("--devices", type=int, nargs="+", default=DEVICES, metavar="N", help="of --sweep")
@@ -58,22 +56,21 @@ def parser() -> argparse.ArgumentParser:
     modes.add_argument("--check", type=Path, metavar="FILE", help="compare with results of tools.bench.step.bench")
     modes.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this machine's CPU, write its figures")
     modes.add_argument("--processes", default=2, **whole, help="of --calibrate (default 2)")
-    add("--json", type=Path, metavar="FILE", help="also write figures and settings here")
     return parser
 
 
-FIGURES = (  # option, field of Machine, help
-    ("peak-tflops", "peak_flops", "TFLOP/s in --dtype"),
-    ("dense", "dense", "fraction of the peak that dense GEMMs reach"),
-    ("grouped", "grouped", "fraction of the peak that grouped GEMMs reach"),
-    ("attention", "attention", "fraction of the peak that attention scores reach"),
-    ("memory-bandwidth", "memory_bandwidth", "GB/s that elementwise work reaches"),
-    ("memory", "memory", "GB of a device"),
-    ("intra-bandwidth", "intra", "GB/s of a device in each direction within a node, reached"),
-    ("inter-bandwidth", "inter", "GB/s of a device in each direction between nodes, reached"),
-    ("intra-latency", "intra", "microseconds of a hop within a node"),
-    ("inter-latency", "inter", "microseconds of a hop between nodes"),
-)
+FIGURES = {  # option: field of Machine (and of its Link), the option's unit, help
+    "peak-tflops": ("peak_flops", 1e12, "TFLOP/s in --dtype"),
+    "dense": ("dense", 1, "fraction of the peak that dense GEMMs reach"),
+    "grouped": ("grouped", 1, "fraction of the peak that grouped GEMMs reach"),
+    "attention": ("attention", 1, "fraction of the peak that attention scores reach"),
+    "memory-bandwidth": ("memory_bandwidth", GB, "GB/s that elementwise work reaches"),
+    "memory": ("memory", GB, "GB of a device"),
+    "intra-bandwidth": ("intra.bandwidth", GB, "GB/s of a device in each direction within a node, reached"),
+    "inter-bandwidth": ("inter.bandwidth", GB, "GB/s of a device in each direction between nodes, reached"),
+    "intra-latency": ("intra.latency_s", 1e-6, "microseconds of a hop within a node"),
+    "inter-latency": ("inter.latency_s", 1e-6, "microseconds of a hop between nodes"),
+}
 
 
 def chosen_machine(options: argparse.Namespace, dtype: str, machine: Machine) -> Machine:
@@ -82,53 +79,30 @@ def chosen_machine(options: argparse.Namespace, dtype: str, machine: Machine) ->
     Raises:
         UserError: a figure that is not positive.
     """
-    changes: dict[str, Any] = {}
-    for option, field, _ in FIGURES:
+    for option, (path, unit, _) in FIGURES.items():
         value = getattr(options, option.replace("-", "_"))
         if value is None:
             continue
         if value <= 0:
             raise UserError(f"--{option} {value:g}: must be above 0")
+        field, _, of_link = path.partition(".")
+        figure = value * unit
         if field == "peak_flops":
-            changes[field] = machine.peak_flops | {dtype: value * 1e12}
-        elif option.endswith("latency"):
-            changes[field] = replace(changes.get(field, getattr(machine, field)), latency_s=value * 1e-6)
-        elif field in ("intra", "inter"):
-            changes[field] = replace(changes.get(field, getattr(machine, field)), bandwidth=value * GB)
-        else:
-            changes[field] = value * GB if field.startswith("memory") else value
-    if "intra" in changes:
-        changes["collectives"] = {}  # measured ones would hide it
-    return replace(machine, **changes)
+            figure = machine.peak_flops | {dtype: figure}
+        elif of_link:
+            figure = replace(getattr(machine, field), **{of_link: figure})
+        machine = replace(machine, **{field: figure})
+        if field == "intra":
+            machine = replace(machine, collectives={})  # measured ones would hide it
+    return machine
 
 
 def as_json(result: Point) -> dict[str, Any]:
-    figures = asdict(result.estimate)
-    return {
-        "topology": asdict(result.topology),
-        "estimated": figures,
-        "estimated_memory_bytes": result.memory,
-        "fits": result.fits,
-    }
+    figures = {"topology": asdict(result.topology), "estimated": asdict(result.estimate)}
+    return figures | {"estimated_memory_bytes": result.memory, "fits": result.fits}
 
 
-def topology_of(options: argparse.Namespace, machine: Machine, dtype: str) -> Topology:
-    return Topology(
-        nodes=options.nodes,
-        devices_per_node=options.devices_per_node or machine.devices_per_node,
-        ep_size=options.ep_size,
-        zero_stage=options.zero,
-        tokens=options.tokens,
-        sequence=options.sequence or min(options.tokens, 4096),
-        accumulation=options.accumulation,
-        dtype=dtype,
-        checkpointing=options.checkpointing,
-        max_vio=options.max_vio,
-        chunks=options.chunks,
-    )
-
-
-def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Print what the mode asks for; the report that --json writes.
 
     Raises:
@@ -141,25 +115,26 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
         machine = calibrate(options.processes)
         write_machine(machine, options.calibrate)
-        console.print("measured figures of this CPU:", asdict(machine))
+        show("measured figures of this CPU:", asdict(machine))
         return {"machine": asdict(machine)}
     machine = read_machine(options.machine)
-    dtype = options.dtype or next(iter(machine.peak_flops))
-    machine = chosen_machine(options, dtype, machine)
+    options.dtype = options.dtype or next(iter(machine.peak_flops))
+    machine = chosen_machine(options, options.dtype, machine)
     if options.check:
-        rows = check(read_results(options.check), machine)
-        console.print(check_table(rows))
-        return {"machine": asdict(machine), "check": [asdict(row) for row in rows]}
-    topology, decoder = topology_of(options, machine, dtype), read_decoder(options.model)
-    described = (
-        f"{decoder.name}: {parameters(decoder) / 1e9:.2f}B parameters, {active_parameters(decoder) / 1e9:.2f}B active"
-    )
-    console.print(f"{described}; {machine.name} ({machine.source})", highlight=False)
-    console.print(setting(topology), highlight=False)
+        rows = check(options.check, machine)
+        show(check_table(rows))
+        return {"machine": asdict(machine), "check": rows}
+    options.devices_per_node = options.devices_per_node or machine.devices_per_node
+    options.sequence = options.sequence or min(options.tokens, 4096)
+    topology = Topology(**{field.name: getattr(options, field.name) for field in fields(Topology)})
+    decoder = read_decoder(options.model)
+    total, active = (count(decoder) / 1e9 for count in (parameters, active_parameters))
+    described = f"{decoder.name}: {total:.2f}B parameters, {active:.2f}B active; {machine.name} ({machine.source})"
+    show(f"{described}\n{setting(topology)}", highlight=False)
     facts = {"model": asdict(decoder), "machine": asdict(machine)}
     if options.sweep:
         points = sweep(topology, decoder, machine, options.devices)
-        console.print(sweep_table(points, options.overlap))
+        show(sweep_table(points, options.overlap))
         if options.plot:
             how = "full overlap" if options.overlap else "no overlap"
             load = f"ZeRO-{topology.zero_stage}, {topology.tokens:,} tokens a rank"
@@ -167,21 +142,15 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             write_figure(points, title, options.plot, options.overlap)
         return facts | {"sweep": {count: [as_json(p) for p in row] for count, row in points.items()}}
     result = point(topology, decoder, machine)
-    console.print(term_table(result), memory_table(result, machine))
-    console.print(summary(result), highlight=False)
+    show(term_table(result), memory_table(result, machine))
+    show(summary(result), highlight=False)
     return facts | as_json(result)
 
 
+@refusing
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140)  # no wrapped columns in a log file
-    try:
-        report = run(options, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(run(options), options.json, indent=1)
     return 0
 
 

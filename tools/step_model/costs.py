@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ds_moe.errors import UserError
 from tools.step_model.machines import Machine
-from tools.step_model.shapes import Decoder, layer_parameters, other_parameters, parameters, score_flops
+from tools.step_model.shapes import Decoder, other_parameters, parameters, score_flops
 
 Kind = Literal["dense", "grouped", "attention", "elementwise"]
 WIDTHS = {"bf16": 2, "fp32": 4}
@@ -63,14 +63,13 @@ def check_topology(topology: Topology, decoder: Decoder) -> None:
     for option in ("nodes", "devices_per_node", "ep_size", "tokens", "sequence", "accumulation", "chunks"):
         if getattr(topology, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(topology, option)}: must be at least 1")
+    local = decoder.E // topology.ep_size
     if decoder.E % topology.ep_size:
         raise UserError(f"--ep-size {topology.ep_size} does not divide the {decoder.E} experts of {decoder.name}")
     if topology.world % topology.ep_size:
         raise UserError(f"--ep-size {topology.ep_size} does not divide the {topology.world} ranks")
-    if decoder.E // topology.ep_size % topology.chunks:
-        raise UserError(
-            f"--chunks {topology.chunks} does not divide the {decoder.E // topology.ep_size} experts of a rank"
-        )
+    if local % topology.chunks:
+        raise UserError(f"--chunks {topology.chunks} does not divide the {local} experts of a rank")
     if topology.zero_stage not in (1, 2, 3):
         raise UserError(f"--zero {topology.zero_stage}: 1, 2 or 3")
     if topology.dtype not in WIDTHS:
@@ -91,11 +90,6 @@ def held_parameters(topology: Topology, decoder: Decoder) -> float:
     """Elements of a complete copy of this rank's share: all but other ranks' experts."""
     other = other_parameters(decoder)
     return other + (parameters(decoder) - other) / topology.ep_size
-
-
-def owned_parameters(topology: Topology, decoder: Decoder) -> float:
-    """Elements whose optimizer state is this rank's: experts over EP x EDP ranks, the rest over DP, both all ranks."""
-    return parameters(decoder) / topology.world
 
 
 @dataclass(frozen=True)
@@ -193,27 +187,13 @@ def head_operations(topology: Topology, decoder: Decoder) -> list[Operation]:
     ]
 
 
-def rate(operation: Operation, machine: Machine, dtype: str) -> float:
-    """FLOP/s that this kind of operation reaches.
+def roofline_s(operation: Operation, machine: Machine, dtype: str) -> tuple[float, float]:
+    """Seconds that one execution's FLOPs and its bytes take; it takes the longer of the two.
 
     Raises:
         UserError: no figure for this dtype.
     """
     if dtype not in machine.peak_flops:
         raise UserError(f"--dtype {dtype}: {machine.name} has figures for {', '.join(machine.peak_flops)} only")
-    fraction = {"dense": machine.dense, "grouped": machine.grouped, "attention": machine.attention, "elementwise": 1.0}
-    return machine.peak_flops[dtype] * fraction[operation.kind]
-
-
-def execution_s(operation: Operation, machine: Machine, dtype: str) -> float:
-    """Seconds of one execution: the roofline."""
-    return max(operation.flops / rate(operation, machine, dtype), operation.bytes / machine.memory_bandwidth)
-
-
-def bound_by_flops(operation: Operation, machine: Machine, dtype: str) -> bool:
-    return operation.flops / rate(operation, machine, dtype) >= operation.bytes / machine.memory_bandwidth
-
-
-def gathered_layer(topology: Topology, decoder: Decoder) -> float:
-    """Elements of one MoE layer as a rank holds it complete under ZeRO-3: with its own experts only."""
-    return layer_parameters(decoder, decoder.E / topology.ep_size)
+    reached = 1.0 if operation.kind == "elementwise" else getattr(machine, operation.kind)
+    return operation.flops / (machine.peak_flops[dtype] * reached), operation.bytes / machine.memory_bandwidth

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_moe.errors import UserError
+from tools.results import write_json
 
 GB = 1e9
 COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
@@ -62,25 +63,20 @@ class Machine:
 # Peaks: NVIDIA's data sheets of the SXM5 and SXM4 80 GB cards, without sparsity; fp32 without TF32. The fractions (of
 # peak, 0.85 of memory bandwidth, 0.8 of links) and latencies are assumptions, not measurements: all are options.
 _ASSUMED = {"dense": 0.7, "grouped": 0.5, "attention": 0.45, "memory": 80 * GB, "devices_per_node": 8}
+_SHEETS = {  # FLOP/s; GB/s of the memory, of NVLink 4 or 3, and of InfiniBand
+    "h100-8x": ({"bf16": 989e12, "fp32": 67e12}, 3350, 450, 50),
+    "a100-8x": ({"bf16": 312e12, "fp32": 19.5e12}, 2039, 300, 25),
+}
 MACHINES = {
-    "h100-8x": Machine(
-        "h100-8x",
-        {"bf16": 989e12, "fp32": 67e12},
-        memory_bandwidth=0.85 * 3350 * GB,
-        intra=Link(0.8 * 450 * GB, 5e-6),  # NVLink 4
-        inter=Link(0.8 * 50 * GB, 15e-6),  # InfiniBand, 400 Gb/s a device
+    name: Machine(
+        *(name, peak_flops),
+        memory_bandwidth=0.85 * memory * GB,
+        intra=Link(0.8 * nvlink * GB, 5e-6),
+        inter=Link(0.8 * infiniband * GB, 15e-6),
         source="data sheets and assumed fractions",
         **_ASSUMED,
-    ),
-    "a100-8x": Machine(
-        "a100-8x",
-        {"bf16": 312e12, "fp32": 19.5e12},
-        memory_bandwidth=0.85 * 2039 * GB,
-        intra=Link(0.8 * 300 * GB, 5e-6),  # NVLink 3
-        inter=Link(0.8 * 25 * GB, 15e-6),  # InfiniBand, 200 Gb/s a device
-        source="data sheets and assumed fractions",
-        **_ASSUMED,
-    ),
+    )
+    for name, (peak_flops, memory, nvlink, infiniband) in _SHEETS.items()
 }
 
 
@@ -110,4 +106,4 @@ def read_machine(name: str) -> Machine:
 
 
 def write_machine(machine: Machine, file: Path) -> None:
-    file.write_text(json.dumps(asdict(machine), indent=1) + "\n")
+    write_json(asdict(machine), file, indent=1)

@@ -13,20 +13,17 @@ import math
 from dataclasses import dataclass, replace
 
 from ds_moe.config.zero_plan import ZeroPlan
-from tools.step_model.costs import (
-    Operation,
-    Topology,
-    bound_by_flops,
-    busiest_rows,
-    check_topology,
-    execution_s,
-    gathered_layer,
-    operations,
-    owned_parameters,
-)
+from tools.step_model.costs import Topology, busiest_rows, check_topology, operations, roofline_s
 from tools.step_model.links import all_reduce_s, all_to_all_s, dp_group, edp_group, ep_group, gather_s
 from tools.step_model.machines import Machine
-from tools.step_model.shapes import Decoder, expert_parameters, model_flops, other_parameters
+from tools.step_model.shapes import (
+    Decoder,
+    expert_parameters,
+    layer_parameters,
+    model_flops,
+    other_parameters,
+    parameters,
+)
 
 COMPUTE, TRAFFIC, EXCHANGE, ZERO, OPTIMIZER = "FLOPs", "memory traffic", "all-to-all", "ZeRO", "optimizer"
 REUSE_DISTANCE = ZeroPlan.reuse_distance  # DeepSpeed's default
@@ -86,7 +83,7 @@ def estimate(topology: Topology, decoder: Decoder, machine: Machine) -> Estimate
     terms = compute_terms(topology, decoder, machine)
     terms += exchange_terms(topology, decoder, machine, terms)
     terms += zero_terms(topology, decoder, machine)
-    owned = owned_parameters(topology, decoder)
+    owned = parameters(decoder) / topology.world  # elements whose optimizer state is this rank's
     # The gradient becomes fp32, the new weights become `dtype`.
     adam_s = owned * (machine.adam_bytes + 2 * topology.width + 4) / machine.memory_bandwidth
     terms.append(Term("optimizer", OPTIMIZER, step_s=adam_s))
@@ -117,23 +114,18 @@ def compute_terms(topology: Topology, decoder: Decoder, machine: Machine) -> lis
     """One term for each name of an operation and what bounds it."""
     terms: dict[tuple[str, str], Term] = {}
     for operation in operations(topology, decoder):
-        bound = COMPUTE if bound_by_flops(operation, machine, topology.dtype) else TRAFFIC
+        flops_s, traffic_s = roofline_s(operation, machine, topology.dtype)
+        bound = COMPUTE if flops_s >= traffic_s else TRAFFIC
         before = terms.get((operation.name, bound), Term(operation.name, bound))
-        forward, again, backward = passes_s(operation, topology, machine)
+        once_s = operation.count * max(flops_s, traffic_s)
+        again = operation.forward if topology.checkpointing and operation.repeated else 0
         terms[operation.name, bound] = replace(
             before,
-            forward_s=before.forward_s + forward,
-            again_s=before.again_s + again,
-            backward_s=before.backward_s + backward,
+            forward_s=before.forward_s + once_s * operation.forward,
+            again_s=before.again_s + once_s * again,
+            backward_s=before.backward_s + once_s * operation.backward,
         )
     return list(terms.values())
-
-
-def passes_s(operation: Operation, topology: Topology, machine: Machine) -> tuple[float, float, float]:
-    """Seconds in the forward pass, its repetition and the backward pass."""
-    once_s = operation.count * execution_s(operation, machine, topology.dtype)
-    again = operation.forward if topology.checkpointing and operation.repeated else 0
-    return once_s * operation.forward, once_s * again, once_s * operation.backward
 
 
 def exchange_terms(topology: Topology, decoder: Decoder, machine: Machine, computed: list[Term]) -> list[Term]:
@@ -173,7 +165,7 @@ def layers_kept(topology: Topology, decoder: Decoder) -> int:
     DeepSpeed keeps what is used again within `stage3_max_reuse_distance` elements of its trace: for layer i from the
     end both passes of the output layer and of the i layers behind it, and their repetition.
     """
-    passes, layer = 3 if topology.checkpointing else 2, gathered_layer(topology, decoder)
+    passes, layer = 3 if topology.checkpointing else 2, layer_parameters(decoder, decoder.E / topology.ep_size)
     room = REUSE_DISTANCE - 2 * decoder.vocabulary * decoder.D
     return 0 if room <= 0 else min(decoder.layers, math.ceil(room / (passes * layer)))
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ds_moe.errors import UserError
+from ds_moe.monitor.heatmap import FAINT, INK
+from ds_moe.monitor.plot import finish_axes
 from tools.step_model.costs import Topology
 from tools.step_model.machines import Machine
 from tools.step_model.memory import fits, memory
@@ -20,7 +21,6 @@ from tools.step_model.shapes import Decoder
 from tools.step_model.step_time import Estimate, estimate
 
 DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
-INK, FAINT = "#222222", "#6B6B6B"
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,6 @@ class Point:
 
     def tokens_per_s(self, overlap: bool) -> float:
         return self.estimate.tokens_overlap_per_s if overlap else self.estimate.tokens_per_s
-
-
-def ep_sizes(decoder: Decoder, world: int) -> list[int]:
-    """Divisors of the number of experts that divide the ranks."""
-    return [size for size in range(1, decoder.E + 1) if decoder.E % size == world % size == 0]
 
 
 def point(topology: Topology, decoder: Decoder, machine: Machine) -> Point:
@@ -61,7 +56,7 @@ def sweep(
         if count < 1 or count % per_node:
             raise UserError(f"--devices {count}: must fill nodes of {per_node}")
         placed = replace(topology, nodes=count // per_node, devices_per_node=per_node)
-        sizes = ep_sizes(decoder, count)
+        sizes = [size for size in range(1, decoder.E + 1) if decoder.E % size == count % size == 0]
         points[count] = [point(replace(placed, ep_size=size), decoder, machine) for size in sizes]
     return points
 
@@ -84,19 +79,17 @@ def write_figure(points: dict[int, list[Point]], title: str, file: Path, overlap
         for size, speed, p in zip(sizes, speeds, row, strict=True):
             axes.plot(size, speed, "o", color=color, markersize=5, markerfacecolor=color if p.fits else "white")
     ticks = sorted({p.topology.ep_size for row in points.values() for p in row})
+    finish_axes(axes, title)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0)
     axes.set_xlabel("EP size (ranks that share one copy of the experts)", fontsize=9, color=INK)
     axes.set_ylabel("estimated tokens/s of one device", fontsize=9, color=INK)
-    axes.set_title(title, fontsize=10, color=INK, loc="left", pad=8)
-    axes.tick_params(labelsize=8.5, colors=FAINT, length=0)
-    axes.grid(color="#E4E4E4", linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     handles.append(Line2D([], [], color=FAINT, marker="o", markerfacecolor="white", linestyle="none"))
     labels.append("exceeds the\nmemory")
     figure.legend(handles, labels, loc="outside right upper", title="devices", frameon=False, fontsize=8.5)
-    FigureCanvasAgg(figure).print_png(str(file))
+    figure.savefig(file)

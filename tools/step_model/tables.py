@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from ds_moe.memory.predict import GIB
+from tools.results import new_table
 from tools.step_model.costs import Topology
 from tools.step_model.machines import Machine
 from tools.step_model.sweep import Point, best
@@ -27,9 +28,8 @@ def setting(topology: Topology) -> str:
 def term_table(result: Point) -> Table:
     accumulation = result.topology.accumulation
     step_s = result.estimate.step_s
-    table = Table("estimated term", "bound by", title="time of one optimizer step, no overlap, ms")
-    for column in ("forward", "repeated", "backward", "once", "total", "share"):
-        table.add_column(column, justify="right")
+    columns = ("forward", "repeated", "backward", "once", "total", "share")
+    table = new_table(["estimated term", "bound by"], columns, "time of one optimizer step, no overlap, ms")
     for term in result.estimate.terms:
         parts = [accumulation * part for part in (term.forward_s, term.again_s, term.backward_s)]
         parts += [term.last_s + term.step_s, term.total_s(accumulation)]
@@ -42,8 +42,7 @@ def term_table(result: Point) -> Table:
 
 
 def memory_table(result: Point, machine: Machine) -> Table:
-    table = Table("estimated purpose", title="peak memory of one rank")
-    table.add_column("GiB", justify="right")
+    table = new_table(["estimated purpose"], ["GiB"], "peak memory of one rank")
     for name, size in result.memory.items():
         table.add_row(name, f"{size / GIB:,.2f}")
     table.add_section()
@@ -67,9 +66,8 @@ def summary(result: Point) -> str:
 
 def sweep_table(points: dict[int, list[Point]], overlap: bool) -> Table:
     how = "full overlap" if overlap else "no overlap"
-    table = Table("devices", "best EP", title=f"estimated; the best EP size by tokens/s, {how}")
-    for column in ("step ms", "tokens/s", "a device", "MFU", "MFU, full\noverlap", "GiB a\ndevice"):
-        table.add_column(column, justify="right")
+    columns = ("step ms", "tokens/s", "a device", "MFU", "MFU, full\noverlap", "GiB a\ndevice")
+    table = new_table(["devices", "best EP"], columns, f"estimated; the best EP size by tokens/s, {how}")
     table.add_column("largest parts, no overlap")
     for count, row in points.items():
         winner = best(row, overlap)

@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ import numpy as np
 from ds_moe.engine.cpu import cpu_settings
 from tools.bench.balance.plot import write_figure
 from tools.bench.launched import run_plan
-from tools.results import Claim, judged, print_claims, write_json
+from tools.results import Claim, command_line, judged, markdown, print_claims, spread, spread_text, write_json
 
 METHODS = ("none", "aux", "loss_free", "aux+loss_free")
 RANKS = 2
@@ -40,8 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.show:
         result = json.loads(options.show.read_text())
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            result = measure(make_plan(options), Path(folder), options.json)
+        plan = make_plan(options)
+        with tempfile.TemporaryDirectory() as folder:  # --json holds the result of the runs that are done, all along
+            settings = cpu_settings(RANKS)
+            result = run_plan("tools.bench.balance.ranks", plan, RANKS, settings, Path(folder), options.json)
     result["summary"] = summarize(result)
     result["claims"] = claims(result["summary"])
     print_result(result)
@@ -53,17 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--suite", "--json", "--plot", "--show")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of a run (default %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
     parser.add_argument("--aux-weight", type=float, default=0.01, help="of aux (default %(default)s, Switch's)")
     parser.add_argument("--update-rate", type=float, default=0.005, help="u of loss_free (default %(default)s)")
     parser.add_argument("--decay-from", type=float, default=0.8, help="share of a run after which u falls to 0")
-    parser.add_argument("--suite", choices=["cpu"], default="cpu", help="where to run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure; after each run what there is")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result as PNG")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="an earlier --json to print and draw; train nothing")
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error("--steps must be at least 2")
@@ -85,14 +82,6 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure(plan: dict[str, Any], folder: Path, keep: Path | None) -> dict[str, Any]:
-    """Train everything in one launch; `keep` holds the result of the runs that are done, all along."""
-    try:
-        return run_plan("tools.bench.balance.ranks", plan, RANKS, cpu_settings(RANKS), folder, keep)
-    except CalledProcessError as error:
-        sys.exit(error.returncode)
-
-
 def summarize(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Per method, at the last step: each figure of every seed; MaxVio is the mean over layers."""
     summary: dict[str, dict[str, Any]] = {}
@@ -111,11 +100,6 @@ def summarize(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for key, value in figures.items():
             by_seed[key].append(value)
     return summary
-
-
-def spread(values: list[float]) -> float | None:
-    """Standard deviation over seeds (n - 1); None for a single seed."""
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def claims(summary: dict[str, dict[str, Any]]) -> list[Claim]:
@@ -142,7 +126,6 @@ def claims(summary: dict[str, dict[str, Any]]) -> list[Claim]:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """A Markdown table, the losses seed by seed against aux, and the claims."""
     summary = result["summary"]
     seeds = len(next(iter(summary.values()))["loss"])
     held_out = result["held_out_windows"] * result["train"]["sequence"]
@@ -151,15 +134,16 @@ def print_result(result: dict[str, Any]) -> None:
         f"{result['text']['held_out_files']} held-out files; {result['seconds'] / 60:.1f} minutes on "
         f"{result['cores']} cores"
     )
-    print("\n| method | MaxVio_global | of none's | by layer | held-out loss | dead | starved | s/step |")
-    print("|---|---|---|---|---|---|---|---|")
+    rows = []
     none = statistics.mean(summary["none"]["max_vio"]) if "none" in summary else None
     for method, figures in summary.items():
         ratio = "-" if none is None else f"{statistics.mean(figures['max_vio']) / none:.1%}"
         layers = ", ".join(f"{vio:.2f}" for vio in np.mean(figures["max_vio_L"], axis=0))
         counted = [f"{statistics.mean(figures[key]):.1f}" for key in ("dead", "starved")]
-        cells = [method, show(figures["max_vio"], 3), ratio, layers, show(figures["loss"], 4), *counted]
-        print(f"| {' | '.join(cells)} | {statistics.mean(figures['step_s']):.3f} |")
+        cells = [method, spread_text(figures["max_vio"], ".3f"), ratio, layers, spread_text(figures["loss"], ".4f")]
+        rows.append([*cells, *counted, f"{statistics.mean(figures['step_s']):.3f}"])
+    heads = "method | MaxVio_global | of none's | by layer | held-out loss | dead | starved | s/step"
+    print(f"\n{markdown(heads, rows)}")
     print(f"dead: experts of all layers with no held-out token; starved: below {STARVED:.0%} of the fair share")
     for method, figures in summary.items():
         if "aux" in summary and method != "aux":
@@ -167,12 +151,6 @@ def print_result(result: dict[str, Any]) -> None:
             print(f"held-out loss of {method} minus aux's, same seed: {', '.join(f'{gap:+.4f}' for gap in gaps)}")
     print()
     print_claims(result["claims"])
-
-
-def show(values: list[float], digits: int) -> str:
-    deviation = spread(values)
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if deviation is None else f"{mean} ± {deviation:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -32,7 +31,7 @@ def write_figure(result: dict[str, Any], file: Path, target: float) -> None:
     draw_loss(axes[2], result["summary"])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    FigureCanvasAgg(figure).print_png(str(file))
+    figure.savefig(file)
 
 
 def draw_time(axes: Axes, runs: list[dict[str, Any]], target: float) -> None:

@@ -1,7 +1,5 @@
 """The benchmark's ranks: train each method and seed with the trainer's own step, watch balance on held-out text.
 
-    deepspeed --num_accelerators 2 --no_local_rank --module tools.bench.balance.ranks PLAN.json RESULT.json
-
 Everything a run draws comes from its seed: methods of one seed start from the same weights and see the same bytes.
 The result is written anew after every run, so that a benchmark that was stopped leaves what it has measured.
 """
@@ -39,9 +37,8 @@ from ds_moe.monitor.meters import relative_load
 from ds_moe.tasks.task import Task, TrainingParts
 from ds_moe.training.set_up import seed_everything
 from ds_moe.training.step import optimizer_step
-from tools.bench.launched import leave, read_plan, write_result
+from tools.bench.launched import ROOT, leave, read_plan, write_result
 
-ROOT = Path(__file__).resolve().parents[3]
 SEQUENCE = 256  # bytes
 MICRO_BATCH = 8  # sequences a rank
 HELD_OUT_WINDOWS = 512  # of SEQUENCE bytes, spread evenly over the held-out text
@@ -224,8 +221,7 @@ def main() -> None:
                 )
         result["runs"].append(record)
         result["seconds"] = time.perf_counter() - began
-        if topology.rank == 0:
-            write_result(result)
+        write_result(result)
     leave()
 
 

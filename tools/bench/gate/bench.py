@@ -20,7 +20,6 @@ measured twice: with glibc's allocator as it is ("default"), and told to reuse i
 
 from __future__ import annotations
 
-import argparse
 import copy
 import ctypes
 import itertools
@@ -37,13 +36,12 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from ds_moe.tasks.gate.adapters import Update, read_adapter
 from ds_moe.tasks.gate.bank import BankedLinear, Gates, install
-from tools.results import write_json
+from tools.results import command_line, new_table, show, write_json
 
 BASE, FIRST_PASS, OURS, STACK, XLORA = "base", "base, forward only", "ds_moe bank", "loop-and-stack", "PEFT X-LoRA"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -196,9 +194,8 @@ def claims(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(cases: list[dict[str, Any]]) -> Table:
-    table = Table("case", "K", "memory", "contender")
-    for column in ("median ms", "overhead ms", "min - max", "ours to it", "saved MiB", "ours to it"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("median ms", "overhead ms", "min - max", "ours to it", "saved MiB", "ours to it")
+    table = new_table(["case", "K", "memory", "contender"], columns)
     for case in cases:
         about = (case["case"], str(case["K"]), case["memory"])
         for name, result in case["results"].items():
@@ -213,10 +210,9 @@ def table(cases: list[dict[str, Any]]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--json")
     parser.add_argument("--suite", choices=SUITES, default="cpu", help="sizes, fp32 on the CPU (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="default %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     options = parser.parse_args(arguments)
     suite = SUITES[options.suite]
     torch.set_num_threads(options.threads)
@@ -233,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     device["load_average"] = round(os.getloadavg()[0], 1)  # well above `threads`: other processes were running
     facts = {"suite": options.suite, **suite._asdict(), "dtype": "float32", **device, "versions": versions}
     judged = claims(cases)
-    Console(width=None if sys.stdout.isatty() else 140).print(facts, table(cases))
+    show(facts, table(cases))
     for claim in judged:
         print(f"{'ok     ' if claim['holds'] else 'NOT MET'} {claim['ratio']:.3f}  {claim['claim']}")
     for case in (case for case in cases if case["case"] == "model"):

@@ -26,12 +26,10 @@ import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,7 +40,7 @@ from ds_moe.models.families import expert_state
 from ds_moe.models.load import build_outline
 from ds_moe.models.presets import preset_config
 from tools.bench.launched import run_plan
-from tools.results import write_json
+from tools.results import command_line, new_table, show, write_json
 
 GIB = 2**30
 RANKS = 2
@@ -66,26 +64,22 @@ def main(arguments: list[str] | None = None) -> int:
         **{"dtype": options.dtype, "ranks": RANKS, "ep_size": RANKS, "zero": 3, "largest_file_bytes": FILE_BYTES},
         **{"cores": len(os.sched_getaffinity(0)), "load_average": round(os.getloadavg()[0], 1)},
     }
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(facts, *(table(run["results"], run["model_bytes"]) for run in runs if run["results"]))
+    show(facts, *(table(run["results"], run["model_bytes"]) for run in runs if run["results"]))
     for line in [line for run in runs for line in run["left_out"]]:
         print(f"left out: {line}")
     write_json({**facts, "runs": runs}, options.json, indent=1)
-    wrong = [run["model_bytes"] for run in runs if not run["same_loss"]]
-    if wrong:
+    if wrong := [run["model_bytes"] for run in runs if not run["same_loss"]]:
         print(f"error: the ways of loading do not give the same loss, with models of {wrong} bytes", file=sys.stderr)
     return 1 if wrong else 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--suite", "--json")
     parser.add_argument("--size", type=float, action="append", metavar="GIB", help="default 4 (repeatable)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of files and training")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written, and removed (default: temporary)")
     parser.add_argument("--path", choices=PATHS, action="append", help="only this way of loading")
     parser.add_argument("--trained", choices=TRAINED, action="append", help="only this (default: one after the other)")
-    parser.add_argument("--suite", choices=["cpu"], default="cpu", help="where to run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures, sizes and versions here")
     options = parser.parse_args(arguments)
     options.size = options.size or [4.0]
     options.path, options.trained = options.path or list(PATHS), options.trained or list(TRAINED)
@@ -158,7 +152,6 @@ def parts(config: PretrainedConfig, dtype: torch.dtype) -> Iterator[dict[str, Te
 
 
 def random_weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -> Tensor:
-    """As the hub stores it."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=dtype) if "norm" in name else torch.zeros(shape, dtype=dtype)
     stored = (shape[0], shape[2], shape[1]) if expert_state(name) else shape
@@ -167,11 +160,7 @@ def random_weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -
 
 
 def launch(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What the ranks find with the environment of CPU runs."""
-    try:
-        return run_plan("tools.bench.load.ranks", plan, RANKS, cpu_settings(RANKS), folder)
-    except CalledProcessError as error:
-        sys.exit(error.returncode)
+    return run_plan("tools.bench.load.ranks", plan, RANKS, cpu_settings(RANKS), folder)
 
 
 def most_of_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -181,18 +170,9 @@ def most_of_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]], size: int) -> Table:
-    table = Table(title=f"{size / GIB:.2f} GiB: peak host memory of a rank in GiB, and as a share of the model")
-    columns = (
-        "loaded\npeak",
-        "loaded\nanonymous",
-        "engine\npeak",
-        "engine\nanonymous",
-        "libraries",
-        "loaded\ns",
-        "engine\ns",
-    )
-    for column in ("loading", "trained", *columns, "loss"):
-        table.add_column(column, justify="left" if column in ("loading", "trained") else "right", no_wrap=True)
+    title = f"{size / GIB:.2f} GiB: peak host memory of a rank in GiB, and as a share of the model"
+    columns = [f"{when}\n{what}" for when in ("loaded", "engine") for what in ("peak", "anonymous")]
+    table = new_table(["loading", "trained"], [*columns, "libraries", "loaded\ns", "engine\ns", "loss"], title)
     for result in results:
         keys = ("loaded_bytes", "loaded_anonymous_bytes", "built_bytes", "built_anonymous_bytes", "imported_bytes")
         sizes = [f"{result[key] / GIB:.2f} ({result[key] / size:.2f})" for key in keys]

@@ -1,30 +1,23 @@
-"""The benchmark's ranks: one model, loaded and sharded in one way, weighed as it grows, and its loss.
-
-deepspeed --num_accelerators 2 --no_local_rank --module tools.bench.load.ranks PLAN.json RESULT.json
-"""
+"""The benchmark's ranks: one model, loaded and sharded in one way, weighed as it grows, and its loss."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 
 from ds_moe.config.deepspeed import resolve_deepspeed
 from ds_moe.config.run import RunConfig
+from ds_moe.distributed import over_ranks
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model, read_weights
 from ds_moe.engine.start import on_cpu, start_distributed
 from ds_moe.models.load import load_model
-from tools.bench.launched import leave, read_plan, write_result
+from tools.bench.launched import ROOT, leave, new_peak, read_plan, resident, write_result
 
-ROOT = Path(__file__).resolve().parents[3]
 SEQUENCE = 32  # tokens of a rank
 INTERVAL_S = 0.005
 
@@ -34,7 +27,8 @@ def main() -> None:
     topology = start_distributed(plan["ranks"])
     deepspeed.utils.logger.setLevel("ERROR")
     config = run_config(plan)
-    imported = start_peak()
+    new_peak()
+    imported = resident("VmRSS")  # what the interpreter and its libraries take
     anonymous = AnonymousPeak()
     began = time.perf_counter()
 
@@ -43,10 +37,10 @@ def main() -> None:
     prepare_model(model, config, topology)
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
     read = read_weights(model, config, topology, ds_config)
-    loaded = {"loaded_bytes": status("VmHWM"), "loaded_anonymous_bytes": anonymous.peak, "read_bytes": read}
+    loaded = {"loaded_bytes": resident("VmHWM"), "loaded_anonymous_bytes": anonymous.peak, "read_bytes": read}
     loaded["loaded_s"] = time.perf_counter() - began
     engine = build_engine(model, config, ds_config, total_steps=1)
-    built = {"built_bytes": status("VmHWM"), "built_anonymous_bytes": anonymous.peak}
+    built = {"built_bytes": resident("VmHWM"), "built_anonymous_bytes": anonymous.peak}
     built["built_s"] = time.perf_counter() - began
 
     anonymous.stop()
@@ -54,11 +48,8 @@ def main() -> None:
     with torch.no_grad():
         loss = engine(input_ids=ids_BS, labels=ids_BS).loss.item()
     mine = {"imported_bytes": imported, **loaded, **built, "loss": loss}
-    found: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(found, mine)
-    if topology.rank == 0:
-        environment = {module.__name__: module.__version__ for module in (torch, deepspeed)}
-        write_result({"environment": environment, "ranks": found})
+    environment = {module.__name__: module.__version__ for module in (torch, deepspeed)}
+    write_result({"environment": environment, "ranks": over_ranks(mine)})
     leave()
 
 
@@ -76,32 +67,18 @@ def run_config(plan: dict[str, Any]) -> RunConfig:
     )
 
 
-def status(which: str) -> int:
-    """Bytes of this process: VmRSS and RssAnon are now, VmHWM is the peak of the former since `start_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
-
-
-def start_peak() -> int:
-    """Forget the peak until now; the memory that the interpreter and its libraries take."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
 class AnonymousPeak:
     """The most RssAnon that a thread has seen, which looks every `INTERVAL_S` while it gets its turn."""
 
     def __init__(self) -> None:
-        self.peak = status("RssAnon")
+        self.peak = resident("RssAnon")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL_S):
-            self.peak = max(self.peak, status("RssAnon"))
+            self.peak = max(self.peak, resident("RssAnon"))
 
     def stop(self) -> None:
         self._stop.set()

@@ -9,14 +9,11 @@ than 15%.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from ds_moe.doctor.plans import ENGINE_FILES
@@ -24,7 +21,7 @@ from ds_moe.engine.cpu import cpu_settings
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import KEPT_FREE
 from tools.bench.launched import run_plan
-from tools.results import write_json
+from tools.results import command_line, new_table, refusing, show, write_json
 
 MIB = 2**20
 LIMIT = 0.15  # of the measured peak
@@ -103,8 +100,8 @@ def measure(case: Case, kept: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             found = run_plan("tools.bench.memory.ranks", plan_of(case, kept), RANKS, settings, Path(folder))
-        except CalledProcessError as error:
-            raise UserError(f"{case.name} failed with exit code {error.returncode}") from error
+        except SystemExit as stopped:
+            raise UserError(f"{case.name} failed with exit code {stopped.code}") from stopped
     if found["reclaimed_bytes"] > RECLAIMED * found["peak_bytes"]:
         lost = f"{found['reclaimed_bytes'] / MIB:,.0f} MiB of its libraries"
         raise UserError(f"{case.name}: the system took back {lost}; free some memory and repeat")
@@ -112,7 +109,7 @@ def measure(case: Case, kept: bool) -> dict[str, Any]:
 
 
 def compared(found: dict[str, Any], kept: bool) -> dict[str, Any]:
-    """With the prediction's sum and errors: of the whole process, and of what the run added to its libraries."""
+    """With errors of the prediction: of the whole process, and of what the run added to its libraries."""
     parts = {name: size for name, size in found["predicted_bytes"].items() if kept or name != KEPT_FREE}
     total, peak, baseline = sum(parts.values()), found["peak_bytes"], found["baseline_bytes"]
     above = (total - parts["runtime"]) / (peak - baseline) - 1
@@ -124,9 +121,8 @@ def failed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_table(results: list[dict[str, Any]]) -> Table:
-    table = Table("run", "freed memory", title=f"peak of one rank of {RANKS} on CPUs, MiB")
-    for column in ("predicted", "measured", "error", "libraries", "error above\nthem"):
-        table.add_column(column, justify="right")
+    columns = ("predicted", "measured", "error", "libraries", "error above\nthem")
+    table = new_table(["run", "freed memory"], columns, f"peak of one rank of {RANKS} on CPUs, MiB")
     table.add_column("peak when")
     for result in results:
         sizes = [f"{result[key] / MIB:,.0f}" for key in ("predicted_total_bytes", "peak_bytes")]
@@ -137,11 +133,6 @@ def check_table(results: list[dict[str, Any]]) -> Table:
 
 
 def chosen(text: str) -> list[Case]:
-    """The cases whose name has this text.
-
-    Raises:
-        UserError: there is none.
-    """
     cases = [case for case in CASES if text in case.name]
     if not cases:
         raise UserError(f"--cases {text}: there is none; choose of: {'; '.join(case.name for case in CASES)}")
@@ -158,18 +149,13 @@ def check(cases: list[Case]) -> list[dict[str, Any]]:
     return results
 
 
+@refusing
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("cpu",), default="cpu", help="there is one")
+    parser = command_line(__doc__, "--suite", "--json")
     parser.add_argument("--cases", default="", metavar="TEXT", help="those whose name has it (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args(arguments)
-    try:
-        results = check(chosen(options.cases))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    Console(width=None if sys.stdout.isatty() else 170).print(check_table(results))
+    results = check(chosen(options.cases))
+    show(check_table(results), width=170)
     write_json({"check": results}, options.json, indent=1)
     return 1 if failed(results) else 0
 

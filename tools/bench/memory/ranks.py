@@ -1,7 +1,5 @@
 """The benchmark's ranks: train a model from a config on this CPU and read the peak of the process.
 
-    deepspeed --num_accelerators 2 --no_local_rank --module tools.bench.memory.ranks CASE.json RESULT.json
-
 The peak is VmHWM of /proc/self/status, the largest resident memory of the process, from its beginning or from the
 first step. Model, engine and loss are those of a run (`ds_moe.train`); tokens and pixels are random.
 """
@@ -28,7 +26,7 @@ from ds_moe.memory.predict import predict
 from ds_moe.models.families import family_of
 from ds_moe.models.load import build_outline
 from ds_moe.models.trainable import set_trainable
-from tools.bench.launched import leave, read_plan, write_result
+from tools.bench.launched import leave, read_plan, resident, write_result
 
 import_module("ds_moe.train")  # its libraries belong to what a rank of a run has
 
@@ -67,12 +65,6 @@ def batch_of(config: RunConfig, model: PretrainedConfig) -> dict[str, Tensor]:
     }
 
 
-def resident(which: str) -> int:
-    """Bytes of this process: VmRSS is now, RssFile of that pages of files (libraries), VmHWM the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
-
-
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     config, model = RunConfig(**case["run"]), config_of(case["model"])
     topology = start_distributed(config.moe.ep_size if config.moe else 1)
@@ -101,18 +93,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     # A machine short of memory takes back pages of libraries: the peak is then not what the run would have had.
     sizes = torch.tensor([baseline, resident("VmHWM"), libraries - resident("RssFile")])
     dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
-    parameters = sum(parameter.numel() for parameter in outline.parameters())
     found = dict(zip(("baseline_bytes", "peak_bytes", "reclaimed_bytes"), sizes.tolist(), strict=True))
-    found["parameters"] = parameters
-    return found | {"predicted_bytes": predicted.device, "moment": predicted.moment, "rank": topology.rank}
-
-
-def main() -> None:
-    found = measure(read_plan())
-    if found.pop("rank") == 0:
-        write_result(found)
-    leave()
+    found["parameters"] = sum(parameter.numel() for parameter in outline.parameters())
+    return found | {"predicted_bytes": predicted.device, "moment": predicted.moment}
 
 
 if __name__ == "__main__":
-    main()
+    write_result(measure(read_plan()))
+    leave()

@@ -43,7 +43,7 @@ from ds_moe.moe.decision import RoutingDecision
 from ds_moe.replay import RoutingRecorder, RoutingShape, RoutingTrace, align, joined, pad
 from ds_moe.replay.ratios import kl_estimate, token_logprobs
 from tools.bench.replay.plot import COMPLETION, LIVE, REPLAY, SHIFTED, claims, print_result, summarize, write_figure
-from tools.results import write_json
+from tools.results import command_line, write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 RUN = ROOT / "ds_configs/runs/replay_bench.yaml"
@@ -82,18 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--suite", "--json", "--plot", "--show")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of weights and sampling")
     parser.add_argument("--router-scales", type=float, nargs="+", default=[1.0, 2.0, 4.0], metavar="X")
-    parser.add_argument("--prompts", type=int, default=16, help="of a seed (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, help="of a completion (default %(default)s)")
-    parser.add_argument("--layers", type=int, default=8, help="default %(default)s")
-    parser.add_argument("--experts", type=int, default=64, help="default %(default)s")
-    parser.add_argument("--top-k", type=int, default=8, help="default %(default)s")
-    parser.add_argument("--suite", choices=["cpu"], default="cpu", help="where to run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result as PNG")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="an earlier --json to print and draw; run nothing")
+    sizes = {"prompts": 16, "tokens": 64, "layers": 8, "experts": 64, "top-k": 8}  # of a seed, of a completion
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=size, help="default %(default)s")
     options = parser.parse_args(arguments)
     if options.top_k >= options.experts:
         parser.error(f"--top-k {options.top_k} of {options.experts} --experts leaves a router nothing to choose")

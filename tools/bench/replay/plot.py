@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.plot import finish_axes
-from tools.results import Claim, judged, print_claims
+from tools.results import Claim, judged, markdown, print_claims, spread_text
 
 STYLES = {"fp32": ("#0072B2", "o"), "bf16": ("#D55E00", "s")}  # Okabe & Ito's colours, and a marker
 FILLED = {"Qwen3-VL-MoE": "full", "Qwen3-MoE": "none"}  # markers where both models stand in one panel
@@ -61,36 +60,32 @@ def claims(summary: list[Row]) -> list[Claim]:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Two Markdown tables, mode by mode at one router scale and router scale by router scale, and the claims."""
     summary, mean = result["summary"], statistics.mean
     print(
         f"\n{result['layers']} layers, top-{result['top_k']} of {result['experts']} experts; "
         f"{len(summary[0]['seeds'])} seed(s) of {result['prompts']} prompts x {result['tokens']} completion tokens; "
         f"{result['seconds'] / 60:.1f} minutes on one thread"
     )
-    print(f"\nrouter scale {SCALE:g}\n\n| model | trainer | replayed | k3 | of live | off by 2x | largest abs(d) |")
-    print("|---|---|---|---|---|---|---|")
+    by_mode, by_scale = [], []
     for row in summary:
         for mode, k3 in row["k3"].items() if row["scale"] == SCALE else ():
             cells = [row["model"], row["dtype"], mode, show(k3), f"{mean(k3) / mean(row['k3'][LIVE]):.2f}"]
-            print(f"| {' | '.join(cells)} | {mean(row['large'][mode]):.2%} | {max(row['max'][mode]):.2f} |")
-    print("\n| model | trainer | router scale | least weight | routers | tokens | k3 live | k3 replayed | of live |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in summary:
+            by_mode.append([*cells, f"{mean(row['large'][mode]):.2%}", f"{max(row['max'][mode]):.2f}"])
         above = "" if row["of_live"] <= row["limit"] else f", above {row['limit']}"
         shares = [f"{mean(row[key]):.1%}" for key in ("least_weight", "routers", "tokens")]
         cells = [row["model"], row["dtype"], f"{row['scale']:g}", *shares, show(row["k3"][LIVE])]
-        print(f"| {' | '.join(cells)} | {show(row['k3'][REPLAY])} | {row['of_live']:.2f}{above} |")
-    print(
-        "mean ± standard deviation over seeds; off by 2x: completion tokens whose probabilities differ twofold or more"
-    )
+        by_scale.append([*cells, show(row["k3"][REPLAY]), f"{row['of_live']:.2f}{above}"])
+    print(f"\nrouter scale {SCALE:g}\n")
+    print(markdown("model | trainer | replayed | k3 | of live | off by 2x | largest abs(d)", by_mode))
+    heads = "model | trainer | router scale | least weight | routers | tokens | k3 live | k3 replayed | of live"
+    print(f"\n{markdown(heads, by_scale)}\nmean ± standard deviation over seeds")
+    print("off by 2x: completion tokens whose probabilities differ twofold or more")
     print("least weight: of a token's last expert; routers, tokens: that differ between engine and live trainer\n")
     print_claims(result["claims"])
 
 
 def show(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1e}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2e}{spread}"
+    return spread_text(values, ".2e", ".1e")
 
 
 def write_figure(summary: list[Row], file: Path) -> None:
@@ -105,7 +100,7 @@ def write_figure(summary: list[Row], file: Path) -> None:
     finish_panel(axes[-1], "k3 with replay, of k3 live", "router scale (weight of a token's last expert)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    FigureCanvasAgg(figure).print_png(str(file))
+    figure.savefig(file)
 
 
 def draw_modes(axes: Axes, rows: list[Row]) -> None:

@@ -23,16 +23,14 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ds_moe.engine.cpu import cpu_settings
 from tools.bench.launched import run_plan
-from tools.results import write_json
+from tools.results import command_line, new_table, show, write_json
 
 CONTENDERS = {"ds_moe": "ds_moe", "zero3": "ZeRO-3 + transformers grouped_mm", "autoep": "DeepSpeed AutoEP"}
 OURS = "ds_moe"
@@ -94,18 +92,17 @@ def main(arguments: list[str] | None = None) -> int:
     tables = [scaling_table(results)] if options.scaling else [time_table(results)]
     if any("peak_bytes" in result for result in results):
         tables.append(memory_table(results))
-    Console(width=None if sys.stdout.isatty() else 140).print(facts, *tables)  # no wrapped columns in a log file
+    show(facts, *tables)
     if options.scaling and (most := max(suite.scaling)) > facts["cores"]:
         print(f"{most} processes of one thread each share {facts['cores']} cores: beyond that they take turns")
     write_json({**facts, "results": results}, options.json, indent=1)
-    wrong = sorted({result["contender"] for result in results if "median_s" not in result})
-    if wrong:
+    if wrong := sorted({result["contender"] for result in results if "median_s" not in result}):
         print(f"error: loss or gradients are not those of plain transformers: {wrong}", file=sys.stderr)
     return 1 if wrong else 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--json")
     parser.add_argument("--suite", choices=SUITES, default="cpu", help="h100: bf16, others fp32 (default cpu)")
     parser.add_argument("--tokens", type=int, action="append", metavar="N", help="a rank and step (repeatable)")
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="only this one (repeatable)")
@@ -113,7 +110,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="timed steps of a turn (default: the suite's)")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, a start for each contender")
     parser.add_argument("--scaling", action="store_true", help="ds_moe alone, on more and more processes; times only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures, shapes and versions here")
     options = parser.parse_args(arguments)
     suite = SUITES[options.suite]
     options.tokens = options.tokens or suite.tokens
@@ -147,20 +143,13 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def launch(
     what: list[str], contenders: list[str], processes: int, options: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
-    """Start the ranks under DeepSpeed's launcher, one thread a process, and read what it writes.
-
-    Args:
-        what: "time", "memory" or both, one after the other in the same processes.
-    """
+    """What the ranks find, one thread each: of `what`, "time" or "memory" or both, one after the other."""
     suite = SUITES[options.suite]
     plan = {"measure": what, "contenders": contenders, "processes": processes, "tokens": options.tokens}
     plan |= {"steps": options.steps, "repeats": options.repeats}
     plan |= {key: getattr(suite, key) for key in ("dtype", "sequence", "loss_tolerance", "norm_tolerance", "model")}
     settings = cpu_settings(processes) | {"OMP_NUM_THREADS": "1"} if suite.device == "cpu" else {}
-    try:
-        found = run_plan("tools.bench.step.ranks", plan, processes, settings, folder)
-    except CalledProcessError as error:
-        sys.exit(error.returncode)
+    found = run_plan("tools.bench.step.ranks", plan, processes, settings, folder)
     for result in found["results"]:
         result["processes"] = processes
     return found
@@ -196,18 +185,11 @@ def time_cells(result: dict[str, Any]) -> list[str]:
     return [f"{result['tokens_per_s']:,.0f}", median, f"{low} - {high}", f"{result['sent_bytes'] / MIB:,.2f}"]
 
 
-def new_table(*columns: str) -> Table:
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="left" if column == "contender" else "right", no_wrap=True)
-    return table
-
-
 TIMES = ("tokens/s\nall ranks", "median ms\nof a step", "min - max", "MiB sent a rank\nin all-to-alls")
 
 
 def time_table(results: list[dict[str, Any]]) -> Table:
-    table = new_table("tokens\na rank", "contender", *TIMES, "speed of\nds_moe to it", "loss off by")
+    table = new_table(["tokens\na rank", "contender"], [*TIMES, "speed of\nds_moe to it", "loss off by"])
     for result in results:
         speed = f"{result['speed_of_ds_moe']:.2f}" if "speed_of_ds_moe" in result else ""
         cells = [str(result["tokens"]), CONTENDERS[result["contender"]], *time_cells(result)]
@@ -217,7 +199,7 @@ def time_table(results: list[dict[str, Any]]) -> Table:
 
 def memory_table(results: list[dict[str, Any]]) -> Table:
     columns = ("peak MiB\na rank", "before steps", "after imports", "ds_moe's peak\nto it")
-    table = new_table("tokens\na rank", "contender", *columns)
+    table = new_table(["tokens\na rank", "contender"], columns)
     for result in (result for result in results if "peak_bytes" in result):
         sizes = [f"{result[key] / MIB:,.0f}" for key in ("peak_bytes", "built_bytes", "imported_bytes")]
         ratio = f"{result['memory_of_ds_moe']:.2f}" if "memory_of_ds_moe" in result else ""
@@ -226,7 +208,7 @@ def memory_table(results: list[dict[str, Any]]) -> Table:
 
 
 def scaling_table(results: list[dict[str, Any]]) -> Table:
-    table = new_table("tokens\na rank", "processes", *TIMES, "of linear")
+    table = new_table([], ["tokens\na rank", "processes", *TIMES, "of linear"])
     for result in sorted(results, key=lambda result: (result["tokens"], result["processes"])):
         share = f"{result['of_linear']:.2f}" if "of_linear" in result else ""
         table.add_row(str(result["tokens"]), str(result["processes"]), *time_cells(result), share)

@@ -1,21 +1,17 @@
 """The benchmark's ranks: training steps of one model, with the same weights and tokens under each contender's engine.
 
-    deepspeed --num_accelerators 2 --no_local_rank --module tools.bench.step.ranks PLAN.json RESULT.json
-
 The learning rate is so small that no weight changes. The optimizer does all of its work, yet every step of a contender
 is the first step, with the same loss, gradients and routing, and can be held against plain transformers.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -33,9 +29,8 @@ from ds_moe.distributed import Topology
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import on_cpu, start_distributed
-from tools.bench.launched import leave, read_plan, write_result
+from tools.bench.launched import ROOT, leave, new_peak, read_plan, resident, write_result
 
-ROOT = Path(__file__).resolve().parents[3]
 BLOCK = "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock"
 NO_CHANGE = 1e-20  # a learning rate that rounds away
 MEMORY_STEPS = 3
@@ -186,8 +181,7 @@ def measure_times(plan: dict[str, Any], topology: Topology) -> list[dict[str, An
 def measure_memory(plan: dict[str, Any], topology: Topology) -> list[dict[str, Any]]:
     """The largest rank's peak over some steps, tokens rising. Only a process's first engine is weighed by itself.
 
-    On a CPU: resident memory, and how much of it there was before the engine (`imported_bytes`: Python and its
-    libraries) and before the steps (`built_bytes`). On a GPU: what torch has allocated on it.
+    `imported_bytes` were there before the engine (Python and its libraries), `built_bytes` before the steps.
     """
     results = []
     for contender in plan["contenders"]:
@@ -207,22 +201,19 @@ def measure_memory(plan: dict[str, Any], topology: Topology) -> list[dict[str, A
 
 
 def memory(which: str) -> int:
-    """Bytes of this process: VmRSS is now, VmHWM the peak since `give_back`."""
-    if not on_cpu():
-        return torch.cuda.max_memory_allocated() if which == "VmHWM" else torch.cuda.memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
+    """Bytes of this process: VmRSS is now, VmHWM the peak since `give_back`; on a GPU what torch has allocated."""
+    if on_cpu():
+        return resident(which)
+    return torch.cuda.max_memory_allocated() if which == "VmHWM" else torch.cuda.memory_allocated()
 
 
 def give_back() -> None:
-    """Return free memory to the system, which glibc was told to keep, and start a new peak."""
-    gc.collect()
-    if not on_cpu():
+    if on_cpu():
+        new_peak()
+    else:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def note(topology: Topology, text: str) -> None:
@@ -236,15 +227,14 @@ def main() -> None:
     deepspeed.utils.logger.setLevel("ERROR")
     results = measure_times(plan, topology) if "time" in plan["measure"] else []
     results += measure_memory(plan, topology) if "memory" in plan["measure"] else []
-    if topology.rank == 0:
-        environment = {
-            **{module.__name__: module.__version__ for module in (torch, deepspeed, transformers)},
-            **{"dtype": plan["dtype"], "backend": dist.get_backend(), "threads": torch.get_num_threads()},
-            "device": "cpu" if on_cpu() else torch.cuda.get_device_name(),
-            "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
-        }
-        parameters = build_model(plan, torch.device("meta")).num_parameters()
-        write_result({"environment": environment, "parameters": parameters, "results": results})
+    environment = {
+        **{module.__name__: module.__version__ for module in (torch, deepspeed, transformers)},
+        **{"dtype": plan["dtype"], "backend": dist.get_backend(), "threads": torch.get_num_threads()},
+        "device": "cpu" if on_cpu() else torch.cuda.get_device_name(),
+        "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
+    }
+    parameters = build_model(plan, torch.device("meta")).num_parameters()
+    write_result({"environment": environment, "parameters": parameters, "results": results})
     leave()
 
 

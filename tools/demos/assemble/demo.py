@@ -10,25 +10,19 @@ with every model, with the mean of the branches (model averaging) as the rival. 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import random
-import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from ds_moe.data.digits import write_digits
 from ds_moe.export.model import export_checkpoint
-from ds_moe.monitor import print_table
 from tools.demos.assemble.plot import write_figure
-from tools.results import Claim, judged, print_claims, write_json
+from tools.demos.running import EXECUTABLE, finish, run, start_anew
+from tools.results import Claim, command_line, judged, write_json
 
-ROOT = Path(__file__).resolve().parents[3]
 RUN = "ds_configs/runs/assemble_demo.yaml"
 FOLDER = Path("runs/assemble_demo")
 BRANCHES = {"digit": ("digit",), "parity": ("parity", "at_least_five")}  # kinds of question that each one learns
@@ -46,13 +40,9 @@ MODELS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the accuracies as PNG")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there too")
-    options = parser.parse_args()
-    os.chdir(ROOT)
+    options = command_line(__doc__, "--plot", "--json").parse_args()
     began = time.monotonic()
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    start_anew(FOLDER)
     write_data()
     train("parent", 2, *PARENT, f"data.train={FOLDER}/data/train.jsonl")
     with ThreadPoolExecutor(2) as pool:  # a process each
@@ -64,12 +54,13 @@ def main() -> int:
     with ThreadPoolExecutor(2) as pool:
         accuracy = dict(zip(MODELS, pool.map(score, MODELS), strict=True))
     result = {"accuracy": accuracy, "claims": claims(accuracy), "seconds": time.monotonic() - began}
-    report(result)
-    for file in (FOLDER / "result.json", options.json):
-        write_json(result, file, indent=1)
-    if options.plot:
-        write_figure({label: accuracy[name] for name, label in MODELS.items()}, options.plot)
-    return 0 if all(claim["holds"] for claim in result["claims"]) else 1
+    write_json(result, FOLDER / "result.json", indent=1)
+    by_label = {label: accuracy[name] for name, label in MODELS.items()}
+    rows = {
+        label: "  ".join(f"{kind} {share:.3f}" for kind, share in shares.items()) for label, shares in by_label.items()
+    }
+    title = "ds_moe: experts trained apart, assembled"
+    return finish(options, result, rows, title, lambda file: write_figure(by_label, file))
 
 
 def write_data() -> None:
@@ -89,8 +80,8 @@ def train_branch(name: str) -> None:
 def train(name: str, processes: int, *overrides: str) -> None:
     """One run, exported as FOLDER/name."""
     output = FOLDER / f"{name}_run"
-    command = ("train", RUN, "--nproc", str(processes), f"train.output_dir={output}", *overrides)
-    run("ds-moe", *command, log=output.with_suffix(".log"))
+    command = ("train", RUN, "--nproc", processes, f"train.output_dir={output}", *overrides)
+    run(EXECUTABLE, *command, log=output.with_suffix(".log"))
     export_checkpoint(output, FOLDER / name)
 
 
@@ -115,27 +106,15 @@ branches:
 def assemble(name: str, spec: str) -> None:
     file = FOLDER / f"{name}.yaml"
     file.write_text(spec)
-    run("ds-moe", "assemble", str(file), str(FOLDER / name))
+    run(EXECUTABLE, "assemble", file, FOLDER / name)
 
 
 def score(name: str) -> dict[str, float]:
     """Share of held-out answers that are exactly right, by kind of question and on average."""
     file = FOLDER / f"{name}_accuracy.json"
-    words = (f"{FOLDER}/{name}", "--data", "digits", "--max-new-tokens", "4", "--json", str(file))
-    run("python", "-m", "tools.demos.score", *words, log=file.with_suffix(".log"))
+    words = (f"{FOLDER}/{name}", "--data", "digits", "--max-new-tokens", "4", "--json", file)
+    run(sys.executable, "-m", "tools.demos.score", *words, log=file.with_suffix(".log"))
     return json.loads(file.read_text())
-
-
-def run(program: str, *words: str, log: Path | None = None) -> None:
-    """Run a program of this environment, its output to a log if given; its failure is the demo's."""
-    print(f"\n$ {program} {' '.join(words)}{f' > {log}' if log else ''}", flush=True)
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes on two cores, whoever started them
-    command = [str(Path(sys.executable).with_name(program)), *words]
-    done = subprocess.run(command, env=settings, text=True, capture_output=log is not None)
-    if log is not None:
-        log.write_text(done.stdout + done.stderr)
-    if done.returncode != 0:
-        sys.exit(f"{program} {' '.join(words[:2])} failed" + (f", see {log}" if log else ""))
 
 
 def claims(accuracy: dict[str, dict[str, float]]) -> list[Claim]:
@@ -146,15 +125,6 @@ def claims(accuracy: dict[str, dict[str, float]]) -> list[Claim]:
         (f"assembled, routers trained {ours:.3f} > {MODELS[name]} {share:.3f}", ours > share)
         for name, share in rivals.items()
     )
-
-
-def report(result: dict[str, Any]) -> None:
-    rows = {
-        MODELS[name]: "  ".join(f"{kind} {share:.3f}" for kind, share in shares.items())
-        for name, shares in result["accuracy"].items()
-    }
-    print_table(rows | {"time": f"{result['seconds']:.0f} s"}, "ds_moe: experts trained apart, assembled")
-    print_claims(result["claims"])
 
 
 if __name__ == "__main__":

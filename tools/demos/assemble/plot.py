@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ds_moe.monitor.plot import finish_axes
@@ -32,4 +31,4 @@ def write_figure(accuracy: dict[str, dict[str, float]], file: Path) -> None:
     axes.set_xticks(range(len(KINDS)), list(KINDS.values()), fontsize=9)
     axes.set_ylim(0, 1.08)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5)
-    FigureCanvasAgg(figure).print_png(str(file))
+    figure.savefig(file)

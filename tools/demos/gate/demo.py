@@ -10,15 +10,11 @@ model against the oracle choice, every single adapter and the even blend.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +29,6 @@ from ds_moe.export.model import export_adapter, export_checkpoint
 from ds_moe.models.families import family_of
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import save_processor, special_token_ids, tiny_processor
-from ds_moe.monitor import print_table
 from ds_moe.tasks.answers import Answering, generate_answers
 from ds_moe.tasks.gate.commands import load_gated
 from ds_moe.tasks.gate.features import Features
@@ -41,9 +36,9 @@ from ds_moe.tasks.gate.network import GateDecision, GateSettings
 from ds_moe.tasks.gate.records import Routed
 from tools.demos.gate.plot import write_figure
 from tools.demos.gate.screens import ADAPTERS, words, write_screens
-from tools.results import Claim, judged, print_claims, write_json
+from tools.demos.running import EXECUTABLE, finish, run, start_anew
+from tools.results import Claim, command_line, judged
 
-ROOT = Path(__file__).resolve().parents[3]
 RUNS = Path("ds_configs/runs")
 FOLDER = Path("runs/gate_demo")
 GATE = RUNS / "gate_demo.yaml"
@@ -54,26 +49,20 @@ ROUTED, ALONE, ORACLE_POINTS = 0.95, 0.65, 0.02
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--plot", "--json")
     parser.add_argument("--joint", action="store_true", help="also stage 3: gate and adapters together")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the accuracies as PNG")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     options = parser.parse_args()
-    os.chdir(ROOT)
     disable_progress_bar()
     began = time.monotonic()
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    start_anew(FOLDER)
     make_base()
     make_adapters()
     gate = train_gate(options.joint)
     result = {"routing": evaluate("supervised"), "routing_end_to_end": evaluate(gate), "trap": fall_into_the_trap()}
     result |= {"answers": answer_accuracy(gate), "seconds": time.monotonic() - began}
     result["claims"] = claims(result)
-    report(result)
-    write_json(result, options.json, indent=1)
-    if options.plot:
-        write_figure(result, options.plot)
-    return 0 if all(claim["holds"] for claim in result["claims"]) else 1
+    title = f"ds_moe: a gate over {len(ADAPTERS)} LoRA adapters"
+    return finish(options, result, rows(result), title, lambda file: write_figure(result, file))
 
 
 def make_base() -> None:
@@ -82,7 +71,7 @@ def make_base() -> None:
     processor = tiny_processor("vl", tuple(words()), patch_size=8)
     build_model(processor).save_pretrained(FOLDER / "untrained")
     save_processor(processor, FOLDER / "untrained")
-    ds_moe("train", RUNS / "gate_demo_base.yaml", "--nproc", "2")
+    run(EXECUTABLE, "train", RUNS / "gate_demo_base.yaml", "--nproc", "2")
     export_checkpoint(FOLDER / "base_run", FOLDER / "base")
 
 
@@ -111,54 +100,38 @@ def make_adapters() -> None:
 def make_adapter(name: str) -> None:
     output, rank = FOLDER / "adapter_runs" / name, RANKS[name]
     data = f"data.train={FOLDER}/data/adapter-{name}.jsonl"
-    run = [data, f"train.output_dir={output}", f"lora.rank={rank}", f"lora.alpha={2 * rank}"]
-    ds_moe("train", RUNS / "gate_demo_adapter.yaml", *run, "--nproc", "1", log=output.with_suffix(".log"))
+    settings = [data, f"train.output_dir={output}", f"lora.rank={rank}", f"lora.alpha={2 * rank}"]
+    run(EXECUTABLE, "train", RUNS / "gate_demo_adapter.yaml", *settings, "--nproc", "1", log=output.with_suffix(".log"))
     export_adapter(output, FOLDER / "adapters" / name)
 
 
 def train_gate(joint: bool) -> str:
     """Stages 1 and 2, and 3 if asked; the last one's folder."""
-    ds_moe("gate", "train", GATE, "--nproc", "2")
+    run(EXECUTABLE, "gate", "train", GATE, "--nproc", "2")
     stages = [("end_to_end", "supervised", ["gate.kl_weight=0.1", "gate.entropy_weight=0.01"])]
     if joint:
         stages.append(("joint", "end_to_end", ["gate.adapter_lr=1e-4"]))
     for stage, before, more in stages:
-        run = [f"gate.stage={stage}", f"gate.start={FOLDER / before}", f"train.output_dir={FOLDER / stage}"]
-        ds_moe("gate", "train", GATE, *run, *more, *LATER, "--nproc", "2")
+        settings = [f"gate.stage={stage}", f"gate.start={FOLDER / before}", f"train.output_dir={FOLDER / stage}"]
+        run(EXECUTABLE, "gate", "train", GATE, *settings, *more, *LATER, "--nproc", "2")
     return stages[-1][0]
 
 
 def evaluate(stage: str) -> dict[str, Any]:
     """What `ds-moe gate eval` finds."""
     file = FOLDER / stage / "eval.json"
-    ds_moe("gate", "eval", GATE, f"train.output_dir={FOLDER / stage}", "--json", file)
+    run(EXECUTABLE, "gate", "eval", GATE, f"train.output_dir={FOLDER / stage}", "--json", file)
     return json.loads(file.read_text())
 
 
 def fall_into_the_trap() -> dict[str, Any]:
     """A gate that pools the first token: it predicts one adapter for every request, and the evaluation says so."""
     output = FOLDER / "first_token"
-    ds_moe("gate", "train", GATE, *TRAP, f"train.output_dir={output}", "--nproc", "2")
+    run(EXECUTABLE, "gate", "train", GATE, *TRAP, f"train.output_dir={output}", "--nproc", "2")
     command = ["gate", "eval", GATE, *TRAP, f"train.output_dir={output}", "--json", output / "eval.json"]
-    done = subprocess.run([executable(), *map(str, command)], capture_output=True, text=True)
+    done = subprocess.run([EXECUTABLE, *map(str, command)], capture_output=True, text=True)
     print(done.stderr.strip().splitlines()[-1], flush=True)
     return {**json.loads((output / "eval.json").read_text()), "exit_code": done.returncode}
-
-
-def ds_moe(*words: object, log: Path | None = None) -> None:
-    """Run one command, its output to a log if given; its failure is the demo's."""
-    print(f"\n$ ds-moe {' '.join(map(str, words))}{f' > {log}' if log else ''}", flush=True)
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes on two cores, whoever started them
-    with log.open("w") if log is not None else nullcontext() as out:
-        done = subprocess.run([executable(), *map(str, words)], stdout=out, stderr=out, env=settings)
-    if done.returncode != 0:
-        sys.exit(f"ds-moe {words[0]} failed{f', see {log}' if log else ''}")
-
-
-def executable() -> str:
-    return str(Path(sys.executable).with_name("ds-moe"))
 
 
 class Fixed(nn.Module):
@@ -222,13 +195,12 @@ def claims(result: dict[str, Any]) -> list[Claim]:
     return judged(found)
 
 
-def report(result: dict[str, Any]) -> None:
-    rows = {"routing accuracy, supervised / end to end": f"{result['routing']['accuracy']:.3f} / "
-            f"{result['routing_end_to_end']['accuracy']:.3f}"}  # fmt: skip
-    rows |= {f"baseline, {name}": f"{share:.3f}" for name, share in result["routing"]["baselines"].items()}
-    rows |= {f"answers right, {name}": f"{share:.3f}" for name, share in result["answers"].items()}
-    print_table(rows | {"time": f"{result['seconds']:.0f} s"}, f"ds_moe: a gate over {len(ADAPTERS)} LoRA adapters")
-    print_claims(result["claims"])
+def rows(result: dict[str, Any]) -> dict[str, str]:
+    """What the demo prints."""
+    accuracies = (f"{result[stage]['accuracy']:.3f}" for stage in ("routing", "routing_end_to_end"))
+    shown = {"routing accuracy, supervised / end to end": " / ".join(accuracies)}
+    shown |= {f"baseline, {name}": f"{share:.3f}" for name, share in result["routing"]["baselines"].items()}
+    return shown | {f"answers right, {name}": f"{share:.3f}" for name, share in result["answers"].items()}
 
 
 if __name__ == "__main__":

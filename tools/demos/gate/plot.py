@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ds_moe.monitor.plot import finish_axes
@@ -24,7 +23,7 @@ def write_figure(result: dict[str, Any], file: Path) -> None:
     left, right = figure.subplots(1, 2)
     _bars(left, "Right adapter found", chosen, {"text and screen": OURS})
     _bars(right, "Answers exactly right", result["answers"], {"routed": OURS, "oracle": BOUND})
-    FigureCanvasAgg(figure).print_png(str(file))
+    figure.savefig(file)
 
 
 def _bars(axes: Axes, title: str, shares: dict[str, float], colors: dict[str, str]) -> None:

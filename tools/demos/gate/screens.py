@@ -1,7 +1,5 @@
 """Small application screens and requests about them: data for a gate that picks one of four LoRA adapters.
 
-    python -m tools.demos.gate.screens OUT --train 2000 --held-out 400 --base 3000 --seed 0 --picture sheet.png
-
 A screen is a calendar, a list, a form or a chart of 64 x 64 pixels with one mark; a request reads what is marked, or
 acts on it, in words that name no kind of screen. Only both together say which adapter is right, and each answers in
 texts of its own, so that a wrong one is heard. OUT gets images/*.png and, in the form of `ds_moe.data.chat`:
@@ -14,10 +12,8 @@ texts of its own, so that a wrong one is heard. OUT gets images/*.png and, in th
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain, product
@@ -270,31 +266,3 @@ def write_screens(out: Path, train: int, held_out: int, base: int, seed: int) ->
     files["routing-held_out"] = list(routing_records(out, "held_out", held_out, random.Random(f"held out {seed}")))
     for name, records in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
-def write_picture(file: Path, seed: int, columns: int = 6, scale: int = 3) -> None:
-    """A contact sheet with a row for each kind of screen; its right half has held-out looks."""
-    rng, step = random.Random(f"picture {seed}"), SIZE * scale + 6
-    sheet = Image.new("RGB", (columns * step, len(SCREENS) * step), "#808080")
-    for (row, screen), column in product(enumerate(SCREENS), range(columns)):
-        look = rng.choice(looks("train" if column < columns / 2 else "held_out"))
-        image = draw_screen(screen, PLACES[screen][column % len(PLACES[screen])], look, rng)
-        sheet.paste(image.resize((SIZE * scale,) * 2, Image.Resampling.NEAREST), (column * step + 3, row * step + 3))
-    sheet.save(file)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("out", type=Path, metavar="OUT")
-    for name, count in {"train": 2000, "held-out": 400, "base": 3000, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=int, default=count, metavar="N")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="a contact sheet besides")
-    options = parser.parse_args()
-    write_screens(options.out, options.train, options.held_out, options.base, options.seed)
-    if options.picture:
-        write_picture(options.picture, options.seed)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,12 +22,11 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from ds_moe.export.model import export_checkpoint
-from ds_moe.monitor import print_table
 from ds_moe.tasks.rl.sample import generate_rollouts, load_policy, open_prompts, write_rollouts
 from tools.demos.replay.plot import write_figure
-from tools.results import Claim, judged, print_claims, write_json
+from tools.demos.running import EXECUTABLE, ROOT, finish, run, start_anew
+from tools.results import Claim, command_line, judged
 
-ROOT = Path(__file__).resolve().parents[3]
 RUNS = ROOT / "ds_configs/runs"
 FOLDER = Path("runs/replay_demo")
 NO_EVALUATION = ("train.eval_every=null", "train.eval_batch_size=null")
@@ -38,27 +34,22 @@ ARMS = {"with replay": "true", "without": "false"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--plot", "--json")
     parser.add_argument("--rounds", type=int, default=6, help="of rollouts and training (default %(default)s)")
     parser.add_argument("--prompts", type=int, default=128, help="of a round, 8 completions each (default %(default)s)")
     parser.add_argument("--warm-up", type=int, default=40, help="supervised steps before (default %(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw reward and mismatch as PNG")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     options = parser.parse_args()
-    os.chdir(ROOT)
     disable_progress_bar()  # of loading, a line a round
     began = time.monotonic()
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    start_anew(FOLDER)
     train("demo.yaml", FOLDER / "supervised", f"train.steps={options.warm_up}", "data.eval=null", *NO_EVALUATION)
     export_checkpoint(FOLDER / "supervised", FOLDER / "start")
     rounds = {arm: reinforce(arm, options) for arm in ARMS}
     result = {"rounds": rounds, "seconds": time.monotonic() - began, "prompts": options.prompts}
     result["claims"] = claims(rounds)
-    report(result)
-    write_json(result, options.json, indent=1)
-    if options.plot:
-        write_figure(rounds, options.plot)
-    return 0 if all(claim["holds"] for claim in result["claims"]) else 1
+    rows = {f"{arm}, last round": figures(found[-1]) for arm, found in rounds.items()}
+    title = "ds_moe: reinforcement with routing replay"
+    return finish(options, result, rows, title, lambda file: write_figure(rounds, file))
 
 
 def reinforce(arm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -88,14 +79,9 @@ def rollouts(policy: Path, file: Path, prompts: int, seed: int) -> None:
     write_rollouts(records, file)
 
 
-def train(run: str, output: Path, *overrides: str) -> None:
-    command = [str(Path(sys.executable).with_name("ds-moe")), "train", str(RUNS / run), "--nproc", "2"]
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "log.txt").open("a") as log:
-        done = subprocess.run([*command, f"train.output_dir={output}", *overrides], stdout=log, stderr=log)
-    if done.returncode != 0:
-        print((output / "log.txt").read_text()[-3000:], file=sys.stderr)
-        sys.exit(done.returncode)
+def train(file: str, output: Path, *overrides: str) -> None:
+    command = (EXECUTABLE, "train", RUNS / file, "--nproc", "2", f"train.output_dir={output}", *overrides)
+    run(*command, log=output / "log.txt", settings={})
 
 
 def claims(rounds: dict[str, list[dict[str, Any]]]) -> list[Claim]:
@@ -114,12 +100,6 @@ def claims(rounds: dict[str, list[dict[str, Any]]]) -> list[Claim]:
 
 def figures(found: dict[str, Any]) -> str:
     return f"reward {found['reward']:.3f}  k3 {found['mismatch_k3']:.2e}  loss {found['loss']:+.4f}"
-
-
-def report(result: dict[str, Any]) -> None:
-    rows = {f"{arm}, last round": figures(found[-1]) for arm, found in result["rounds"].items()}
-    print_table(rows | {"time": f"{result['seconds']:.0f} s"}, "ds_moe: reinforcement with routing replay")
-    print_claims(result["claims"])
 
 
 if __name__ == "__main__":
