@@ -16,8 +16,6 @@ from tools.bench.layer import contenders as layer_contenders
 from tools.bench.layer import growth as layer_growth
 from tools.bench.layer import measure as layer_measure
 from tools.bench.layer import plot as plot_growth
-from tools.bench.layer import rivals as layer_rivals
-from tools.bench.layer import shapes as layer_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 RIVALS = {"transformers eager", "transformers grouped_mm", "DeepSpeed AutoEP", "DeepSpeed MoE"}
@@ -106,12 +104,12 @@ def test_a_rival_that_fails_is_listed_and_ours_is_not_excused(monkeypatch, tmp_p
 
 
 def test_a_padding_that_does_not_fit_is_not_tried(monkeypatch):
-    suite = layer_shapes.SUITES["smoke"]
+    suite = layer_block.SUITES["smoke"]
     shape = suite.shapes["tiny"]
     case = layer_block.Case(shape, layer_block.draw_weights(shape, suite), fullest=shape.T)
-    monkeypatch.setattr(layer_rivals, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(layer_contenders, "free_bytes", lambda device: 1000)
     with pytest.raises(layer_block.Unavailable, match="padding to 256 rows"):
-        layer_rivals.deepspeed_moe(case)
+        layer_contenders.deepspeed_moe(case)
 
 
 def small_h100(monkeypatch, device):
@@ -145,10 +143,10 @@ def test_the_gpu_suite_needs_a_gpu(capsys):
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_the_router_sends_tokens_where_the_routing_says(routing):
-    suite = layer_shapes.SUITES["cpu"]
+    suite = layer_block.SUITES["cpu"]
     shape = suite.shapes["A"]._replace(F=64)
     weights = layer_block.draw_weights(shape, suite)
-    x = layer_shapes.routed_input(shape, weights.router_ED, routing)
+    x = layer_block.routed_input(shape, weights.router_ED, routing)
     logits_TE = (x[0] @ weights.router_ED.T).sort(dim=1).values
     assert logits_TE[:, -shape.K :].min() > 0.99 and logits_TE[:, : -shape.K].max() < -0.99
     layer = layer_contenders.ds_moe(layer_block.Case(shape, weights, shape.T)).run

@@ -13,7 +13,6 @@ from ds_moe.doctor import plan_command
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import BUSY, KEPT_FREE
 from tools.step_model import costs, links, machines, shapes
-from tools.step_model import memory as memories
 from tools.step_model import step_time as steps
 from tools.step_model import sweep as sweeps
 
@@ -221,7 +220,7 @@ def test_checkpointing_trades_time_for_memory():
 
 
 def total(asked, decoder=BIG):
-    return sum(memories.memory(asked, decoder, H100).values())
+    return sum(sweeps.memory(asked, decoder, H100).values())
 
 
 @pytest.mark.parametrize("ep_size", (1, 2, 8, 32))
@@ -239,17 +238,17 @@ def test_memory_is_what_the_doctor_s_plan_says(ep_size, stage, words, tmp_path, 
     options = ["--gpus", "32", "--ep-size", str(ep_size), "--zero", str(stage), "--micro-batch", "2", *words]
     assert plan_command.main([str(tmp_path), *options, "--json", str(tmp_path / "plan.json")]) == 0
     [plan] = json.loads((tmp_path / "plan.json").read_text())["plans"]
-    assert memories.memory(asked, BIG, H100) == plan["device_bytes"]
-    assert memories.fits(plan["device_bytes"], 80 * 2**30) is plan["fits"]
-    assert not memories.fits({"all": 91.0}, 100.0) and memories.fits({"all": 90.0}, 100.0)
+    assert sweeps.memory(asked, BIG, H100) == plan["device_bytes"]
+    assert sweeps.fits(plan["device_bytes"], 80 * 2**30) is plan["fits"]
+    assert not sweeps.fits({"all": 91.0}, 100.0) and sweeps.fits({"all": 90.0}, 100.0)
     roomy = replace(H100, runtime=2.0**31)
-    assert memories.memory(asked, BIG, roomy)["runtime"] == 2**31
+    assert sweeps.memory(asked, BIG, roomy)["runtime"] == 2**31
 
 
 def test_a_cpu_keeps_what_it_frees():
     asked = topology(ep_size=2, dtype="fp32", nodes=1, devices_per_node=2)
-    assert memories.memory(asked, SMALL, replace(MEASURED, name="cpu"))[KEPT_FREE] > 0
-    assert KEPT_FREE not in memories.memory(asked, SMALL, MEASURED)
+    assert sweeps.memory(asked, SMALL, replace(MEASURED, name="cpu"))[KEPT_FREE] > 0
+    assert KEPT_FREE not in sweeps.memory(asked, SMALL, MEASURED)
 
 
 # --- sweep

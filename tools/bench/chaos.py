@@ -13,7 +13,6 @@ position equal to the undisturbed run's.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -27,15 +26,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psutil
+from rich.table import Table
 
 from ds_moe.checkpoint.files import Reader, incomplete, step_folders
+from tools.bench.launched import ROOT
+from tools.results import command_line, new_table, show, write_json
 
-ROOT = Path(__file__).resolve().parents[2]
 RUN = "tests/runs/resume.yaml"
 EVERY = 5  # steps between checkpoints
 MOST_STEPS = 12  # of a round before its fault
@@ -124,7 +126,7 @@ class Chaos:
     rounds: list[Round] = field(default_factory=list)
 
     def start(self) -> Job:
-        """Start the job, with or without data workers."""
+        """With or without data workers."""
         more = [f"data.num_workers={self.dice.choice([0, 0, 1])}", f"checkpoint.background={self.background}".lower()]
         return start(self.output, self.steps, self.logs / f"start-{len(self.rounds):03d}.log", more)
 
@@ -136,7 +138,7 @@ class Chaos:
         time.sleep(self.dice.random() * 0.3)
         now = Round(fault, job.step)
         began = time.monotonic()
-        FAULTS[fault](self, job, now)
+        FAULTS[fault](self, job)
         now.hung = not job.ends(END_S)
         now.ended_s = time.monotonic() - began
         now.at_step = job.step
@@ -166,11 +168,9 @@ def start(output: Path, steps: int, log: Path, more: list[str]) -> Job:
     command = [sys.executable, "-m", "ds_moe.cli", "train", RUN, "--nproc", "2", f"train.output_dir={output}"]
     command += [f"train.steps={steps}", f"checkpoint.every={EVERY}", f"train.watchdog_s={WATCHDOG_S}", *more]
     environment = {**os.environ, MARK: log.name, "PYTHONUNBUFFERED": "1", "DS_ACCELERATOR": "cpu"}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-        )
-    return Job(log, process)
+    with log.open("w") as out:
+        streams = {"stdout": out, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        return Job(log, subprocess.Popen(command, cwd=ROOT, env=environment, **streams))
 
 
 def wait_for(happened: Callable[[], bool], within_s: float, job: Job) -> None:
@@ -184,9 +184,12 @@ def wait_for(happened: Callable[[], bool], within_s: float, job: Job) -> None:
 
 # --- faults: what is done to a running job
 
+Fault = Callable[[Chaos, Job], None]
+Damage = Callable[[Path, random.Random], None]
 
-def to_a_rank(number: signal.Signals) -> Callable[[Chaos, Job, Round], None]:
-    def send(chaos: Chaos, job: Job, now: Round) -> None:
+
+def to_a_rank(number: signal.Signals) -> Fault:
+    def send(chaos: Chaos, job: Job) -> None:
         process = job.rank(chaos.dice.randrange(2))
         if process is not None:
             process.send_signal(number)
@@ -194,40 +197,30 @@ def to_a_rank(number: signal.Signals) -> Callable[[Chaos, Job, Round], None]:
     return send
 
 
-def kill_all(chaos: Chaos, job: Job, now: Round) -> None:
+def kill_all(chaos: Chaos, job: Job) -> None:
     job.kill()
 
 
-def ask_the_launcher(chaos: Chaos, job: Job, now: Round) -> None:
-    job.process.terminate()
-
-
-def fill_the_disk(chaos: Chaos, job: Job, now: Round) -> None:
+def fill_the_disk(chaos: Chaos, job: Job) -> None:
     with (chaos.output / "filler").open("wb") as file, suppress(OSError):
         while True:
             file.write(b"\0" * 2**16)
             file.flush()
 
 
-FAULTS: dict[str, Callable[[Chaos, Job, Round], None]] = {
+FAULTS: dict[str, Fault] = {
     "SIGKILL a rank": to_a_rank(signal.SIGKILL),
     "SIGKILL all": kill_all,
-    "SIGTERM the launcher": ask_the_launcher,
+    "SIGTERM the launcher": lambda chaos, job: job.process.terminate(),
     "SIGTERM a rank": to_a_rank(signal.SIGTERM),
     "SIGUSR1 a rank": to_a_rank(signal.SIGUSR1),
     "SIGSTOP a rank": to_a_rank(signal.SIGSTOP),
     "fill the disk": fill_the_disk,
-    "truncate a file": kill_all,
-    "flip a byte": kill_all,
-    "delete a file": kill_all,
+    **dict.fromkeys(("truncate a file", "flip a byte", "delete a file"), kill_all),
 }
 
 
 # --- damage to the newest checkpoint, once all are dead
-
-
-def truncate(file: Path, dice: random.Random) -> None:
-    os.truncate(file, dice.randrange(file.stat().st_size))
 
 
 def flip(file: Path, dice: random.Random) -> None:
@@ -236,14 +229,14 @@ def flip(file: Path, dice: random.Random) -> None:
     file.write_bytes(content)
 
 
-DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
-    "truncate a file": truncate,
+DAMAGES: dict[str, Damage] = {
+    "truncate a file": lambda file, dice: os.truncate(file, dice.randrange(file.stat().st_size)),
     "flip a byte": flip,
     "delete a file": lambda file, dice: file.unlink(),
 }
 
 
-def damage(folder: Path, how: Callable[[Path, random.Random], None], dice: random.Random) -> str | None:
+def damage(folder: Path, how: Damage, dice: random.Random) -> str | None:
     """Damage one file of the newest whole checkpoint, if there is an older one to fall back on; its name."""
     whole = [path for path in step_folders(folder) if incomplete(path) is None]
     if len(whole) < 2:
@@ -282,33 +275,29 @@ def small_disk(folder: Path) -> Iterator[bool]:
 def plan(rounds: int, can_fill: bool, dice: random.Random) -> list[str]:
     """The faults in a random order, each about as often."""
     kinds = [kind for kind in FAULTS if can_fill or kind != "fill the disk"]
-    dealt = (kinds * (rounds // len(kinds) + 1))[:rounds]
+    dealt = list(islice(cycle(kinds), rounds))
     dice.shuffle(dealt)
     return dealt
 
 
-def table(rounds: list[Round]) -> list[str]:
-    lines = [f"{'fault':<22}{'rounds':>7}{'survived':>10}{'steps lost':>12}{'job ended after':>20}"]
+def table(rounds: list[Round]) -> Table:
+    table = new_table(["fault"], ["rounds", "survived", "steps lost", "job ended after"])
     for kind in FAULTS:
         own = [one for one in rounds if one.fault == kind]
-        if own:
-            ended = [one.ended_s for one in own]
-            survived = sum(not one.hung and not one.corrupt_load for one in own)
-            lines.append(
-                f"{kind:<22}{len(own):>7}{survived:>10}{max(one.lost for one in own):>12}"
-                f"{f'{median(ended):.1f} s (max {max(ended):.1f})':>20}"
-            )
-        else:
-            lines.append(f"{kind:<22}{'0':>7}   not tried")
-    return lines
+        if not own:
+            table.add_row(kind, "0", "not tried")
+            continue
+        ended = [one.ended_s for one in own]
+        cells = [len(own), sum(not one.hung and not one.corrupt_load for one in own), max(one.lost for one in own)]
+        table.add_row(kind, *map(str, cells), f"{median(ended):.1f} s (max {max(ended):.1f})")
+    return table
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--json")
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="faults (default 30)")
     parser.add_argument("--background", action="store_true", help="with checkpoint.background")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of faults and moments (default 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of the logs (default: a temporary one, removed)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
@@ -335,7 +324,6 @@ def main() -> int:
 
 
 def report(chaos: Chaos, differing: list[str], seconds: float, file: Path | None) -> int:
-    """Print the figures and write them to `file`; the exit status."""
     rounds = chaos.rounds
     figures: dict[str, Any] = {
         "faults": len(rounds),
@@ -351,12 +339,11 @@ def report(chaos: Chaos, differing: list[str], seconds: float, file: Path | None
     }
     most = EVERY + IN_FLIGHT * chaos.background
     within = all(one.lost <= (most + EVERY if one.damaged else most) for one in rounds)
-    print("\n".join(table(rounds)))
+    show(table(rounds))
     print("  ".join(f"{name} {value}" for name, value in figures.items() if name != "differing"))
     equal = "equal, bit for bit" if not differing else f"DIFFERENT: {differing[:5]}"
     print(f"final weights, moments, random states and data position against the undisturbed run's: {equal}")
-    if file is not None:
-        file.write_text(json.dumps(figures | {"rounds": [asdict(one) for one in rounds]}, indent=1))
+    write_json(figures | {"rounds": [asdict(one) for one in rounds]}, file, indent=1)
     return 0 if within and not (figures["hangs"] or figures["corrupt_loads"] or differing) else 1
 
 

@@ -1,4 +1,4 @@
-"""Demos, a folder each: `demo` is the command, `plot` draws its result.
+"""Demos, a folder each, whose command is `demo`.
 
 - `digits`    trains a Qwen3-VL-MoE to read handwritten digits and exports it
 - `replay`    reinforcement with routing replay and without

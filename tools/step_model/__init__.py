@@ -5,9 +5,8 @@
 - `costs`      FLOPs and bytes of every operation
 - `links`      seconds of the collectives
 - `step_time`  what a step has of both, and what overlaps
-- `memory`     bytes of one rank
 - `machines`   figures of devices and links;  `calibrate` measures those of this CPU
-- `sweep`      the best EP size of each number of devices, and its figure
+- `sweep`      time and memory of a topology, the best EP size of each number of devices, and its figure
 - `check`      estimated against measured steps
 - `tables`     what the command prints
 """

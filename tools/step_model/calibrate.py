@@ -125,11 +125,7 @@ def _rank(rank: int, processes: int, folder: str, repeats: int) -> None:
 
 
 def calibrate(processes: int = 2, repeats: int = 7) -> Machine:
-    """Figures of this CPU in fp32; a device is one process, with the threads and allocator of `ds-moe train`.
-
-    Raises:
-        UserError: fewer than 2 processes, which exchange nothing.
-    """
+    """Figures of this CPU in fp32; a device is one process, with the threads and allocator of `ds-moe train`."""
     if processes < 2:
         raise UserError(f"--processes {processes}: at least 2, to measure what they exchange")
     with tempfile.TemporaryDirectory() as folder:

@@ -12,9 +12,9 @@ from ds_moe.errors import UserError
 from tools.results import new_table
 from tools.step_model.costs import Topology
 from tools.step_model.machines import Machine
-from tools.step_model.memory import memory
 from tools.step_model.shapes import from_config
 from tools.step_model.step_time import estimate, exchanged_bytes
+from tools.step_model.sweep import memory
 
 GATHERED = "zero3"  # the contender that gathers all experts; the others spread them over all processes
 MIB = 2**20
@@ -40,11 +40,7 @@ def read_report(file: Path) -> Row:
 
 
 def check(file: Path, machine: Machine) -> list[Row]:
-    """Every result that was timed, beside its estimate; `estimated_s` is without overlap.
-
-    Raises:
-        UserError: no such file, or not what the benchmark writes; more processes than the machine has devices.
-    """
+    """Every result that was timed, beside its estimate; `estimated_s` is without overlap."""
     report = read_report(file)
     decoder = from_config(value(report, "model", file), f"--check {file}, model")
     sequence, dtype = value(report, "sequence", file), value(value(report, "environment", file), "dtype", file)

@@ -6,7 +6,7 @@
     python -m tools.step_model.command --machine cpu.json --check step.json    # against `tools.bench.step.bench --json`
 
 Everything printed is estimated, but for the columns named measured. What each term counts stands beside this file:
-`costs.py` (computing), `links.py` (collectives), `step_time.py` (what a step has of them, overlap), `memory.py`. Not
+`costs.py` (computing), `links.py` (collectives), `step_time.py` (what a step has of them, overlap). Not
 counted: the vision tower, kernel launches and Python, the reading of data, contention of jobs. Of named machines peaks
 and links are from data sheets; the fractions of them that are reached are assumptions and options.
 """
@@ -74,11 +74,7 @@ FIGURES = {  # option: field of Machine (and of its Link), the option's unit, he
 
 
 def chosen_machine(options: argparse.Namespace, dtype: str, machine: Machine) -> Machine:
-    """The machine with the figures that options replace.
-
-    Raises:
-        UserError: a figure that is not positive.
-    """
+    """The machine with the figures that options replace."""
     for option, (path, unit, _) in FIGURES.items():
         value = getattr(options, option.replace("-", "_"))
         if value is None:
@@ -103,11 +99,7 @@ def as_json(result: Point) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Print what the mode asks for; the report that --json writes.
-
-    Raises:
-        UserError: options that contradict each other, or what the parts raise.
-    """
+    """Print what the mode asks for; the report that --json writes."""
     if options.plot and not options.sweep:
         raise UserError("--plot draws a sweep: add --sweep")
     if options.calibrate:

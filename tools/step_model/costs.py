@@ -22,28 +22,19 @@ LOSS_BYTES = 28  # a logit, forward and backward: to fp32, log-softmax, gradient
 
 @dataclass(frozen=True)
 class Topology:
-    """How a model is trained: N ranks of which `ep_size` share one copy of the experts.
-
-    Attributes:
-        tokens: a rank and micro-step.
-        sequence: tokens of one sequence, at most `tokens`.
-        accumulation: micro-steps of an optimizer step.
-        max_vio: rows of the busiest rank above its fair share, as a share of it; without effect at ep_size 1, where
-            a rank's rows are those of its own tokens.
-        chunks: parts of an exchange, all but one of which hide behind the experts (or the other way round).
-    """
+    """How a model is trained: N ranks of which `ep_size` share one copy of the experts."""
 
     nodes: int
     devices_per_node: int
     ep_size: int = 1
     zero_stage: int = 3
-    tokens: int = 4096
-    sequence: int = 4096
-    accumulation: int = 1
+    tokens: int = 4096  # a rank and micro-step
+    sequence: int = 4096  # tokens of one sequence, at most `tokens`
+    accumulation: int = 1  # micro-steps of an optimizer step
     dtype: str = "bf16"
     checkpointing: bool = False
-    max_vio: float = 0.0
-    chunks: int = 1
+    max_vio: float = 0.0  # rows of the busiest rank above its fair share, as a share of it; no effect at ep_size 1
+    chunks: int = 1  # parts of an exchange, all but one of which hide behind the experts (or the other way round)
 
     @property
     def world(self) -> int:
@@ -56,10 +47,6 @@ class Topology:
 
 
 def check_topology(topology: Topology, decoder: Decoder) -> None:
-    """
-    Raises:
-        UserError: what cannot be; names the option and the fix.
-    """
     for option in ("nodes", "devices_per_node", "ep_size", "tokens", "sequence", "accumulation", "chunks"):
         if getattr(topology, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(topology, option)}: must be at least 1")
@@ -94,24 +81,16 @@ def held_parameters(topology: Topology, decoder: Decoder) -> float:
 
 @dataclass(frozen=True)
 class Operation:
-    """Work of one rank in one micro-step, all layers together.
+    """Work of one rank in one micro-step, all layers together."""
 
-    Attributes:
-        name: the table's row it belongs to.
-        flops, bytes: of one execution in one layer.
-        count: executions of a forward (layers).
-        forward, backward: times it is executed in either pass.
-        repeated: whether gradient checkpointing executes its forward again.
-    """
-
-    name: str
+    name: str  # the table's row it belongs to
     kind: Kind
-    flops: float
+    flops: float  # of one execution in one layer
     bytes: float
-    count: int = 1
-    forward: float = 1
+    count: int = 1  # executions of a forward (layers)
+    forward: float = 1  # times it is executed in this pass
     backward: float = 2
-    repeated: bool = True
+    repeated: bool = True  # whether gradient checkpointing executes its forward again
 
 
 def gemm(
@@ -188,11 +167,7 @@ def head_operations(topology: Topology, decoder: Decoder) -> list[Operation]:
 
 
 def roofline_s(operation: Operation, machine: Machine, dtype: str) -> tuple[float, float]:
-    """Seconds that one execution's FLOPs and its bytes take; it takes the longer of the two.
-
-    Raises:
-        UserError: no figure for this dtype.
-    """
+    """Seconds that one execution's FLOPs and its bytes take; it takes the longer of the two."""
     if dtype not in machine.peak_flops:
         raise UserError(f"--dtype {dtype}: {machine.name} has figures for {', '.join(machine.peak_flops)} only")
     reached = 1.0 if operation.kind == "elementwise" else getattr(machine, operation.kind)

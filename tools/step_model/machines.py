@@ -25,35 +25,22 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """Figures of one device and its links.
-
-    Attributes:
-        peak_flops: FLOP/s of matrix products by dtype; MFU refers to them.
-        dense, grouped, attention: fraction of the peak that dense GEMMs, grouped GEMMs and attention scores reach.
-        memory_bandwidth: bytes/s that elementwise work reaches.
-        memory: bytes of the device.
-        runtime: bytes of it that context, libraries and communication buffers take.
-        intra, inter: links within a node and between nodes, as the device sees them.
-        devices_per_node: what a node has.
-        adam_bytes: memory traffic of the optimizer, bytes an element.
-        collectives: measured link of a collective within a node, in place of `intra`.
-        source: where the figures are from.
-    """
+    """Figures of one device and its links."""
 
     name: str
-    peak_flops: dict[str, float]
-    dense: float
+    peak_flops: dict[str, float]  # FLOP/s of matrix products by dtype; MFU refers to them
+    dense: float  # fraction of the peak that dense GEMMs reach; so the next two
     grouped: float
-    attention: float
-    memory_bandwidth: float
-    memory: float
-    intra: Link
-    inter: Link
+    attention: float  # scores
+    memory_bandwidth: float  # bytes/s that elementwise work reaches
+    memory: float  # bytes
+    intra: Link  # within a node, as the device sees it
+    inter: Link  # between nodes
     devices_per_node: int
-    runtime: float = 1.5 * 2**30
-    adam_bytes: float = ADAM_FUSED_BYTES
-    collectives: dict[str, Link] = field(default_factory=dict)
-    source: str = ""
+    runtime: float = 1.5 * 2**30  # bytes that context, libraries and communication buffers take
+    adam_bytes: float = ADAM_FUSED_BYTES  # memory traffic of the optimizer, an element
+    collectives: dict[str, Link] = field(default_factory=dict)  # measured within a node, in place of `intra`
+    source: str = ""  # where the figures are from
 
     def link(self, collective: str) -> Link:
         """The link within a node that `collective` uses."""
@@ -81,11 +68,7 @@ MACHINES = {
 
 
 def read_machine(name: str) -> Machine:
-    """A named machine, or one from a file that `write_machine` or a person wrote.
-
-    Raises:
-        UserError: neither; `cpu` without measured figures; a file without or with unknown figures.
-    """
+    """A named machine, or one from a file that `write_machine` or a person wrote."""
     if name in MACHINES:
         return MACHINES[name]
     if name == "cpu":

@@ -50,11 +50,7 @@ PRESETS = {
 
 
 def read_decoder(name: str) -> Decoder:
-    """A preset, or the text model of a transformers config.json (the file or its folder).
-
-    Raises:
-        UserError: no such preset or file, or a config without experts.
-    """
+    """A preset, or the text model of a transformers config.json (the file or its folder)."""
     if name in PRESETS:
         return PRESETS[name]
     file = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
@@ -70,11 +66,7 @@ def read_decoder(name: str) -> Decoder:
 
 
 def from_config(config: dict[str, Any], name: str) -> Decoder:
-    """The decoder of a config's keys as transformers writes them; `name` is for messages.
-
-    Raises:
-        UserError: a key that is missing.
-    """
+    """The decoder of a config's keys as transformers writes them; `name` is for messages."""
     text = config.get("text_config") or config
     experts = text.get("num_experts") or text.get("num_local_experts")
     if not experts:

@@ -34,21 +34,15 @@ LAYER_TENSORS = 5  # q, k, v, o and router, gathered one by one; smaller ones st
 
 @dataclass(frozen=True)
 class Term:
-    """Seconds of one row of the table: three parts of a micro-step, and twice in an optimizer step.
-
-    Attributes:
-        bound: what it waits for: one of COMPUTE, TRAFFIC, EXCHANGE, ZERO, OPTIMIZER.
-        last_s: in the last micro-step's backward pass.
-        step_s: after the last backward pass.
-    """
+    """Seconds of one row of the table: three parts of a micro-step, and two of an optimizer step."""
 
     name: str
-    bound: str
+    bound: str  # what it waits for: COMPUTE, TRAFFIC, EXCHANGE, ZERO or OPTIMIZER
     forward_s: float = 0.0
     again_s: float = 0.0  # the forward that gradient checkpointing repeats
     backward_s: float = 0.0
-    last_s: float = 0.0
-    step_s: float = 0.0
+    last_s: float = 0.0  # in the last micro-step's backward pass
+    step_s: float = 0.0  # after the last backward pass
 
     def total_s(self, accumulation: int) -> float:
         return accumulation * (self.forward_s + self.again_s + self.backward_s) + self.last_s + self.step_s
@@ -75,10 +69,6 @@ class Estimate:
 
 
 def estimate(topology: Topology, decoder: Decoder, machine: Machine) -> Estimate:
-    """
-    Raises:
-        UserError: a topology that cannot be, or a dtype the machine has no figures for.
-    """
     check_topology(topology, decoder)
     terms = compute_terms(topology, decoder, machine)
     terms += exchange_terms(topology, decoder, machine, terms)

@@ -1,7 +1,8 @@
-"""Estimates over numbers of devices and EP sizes, the best of each number, and their figure."""
+"""Time and memory of one topology, of every EP size of some numbers of devices, the best of each, and their figure."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +11,17 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from transformers import PreTrainedModel, Qwen3MoeConfig
 
+from ds_moe.config.deepspeed import resolve_deepspeed, zero_plan
+from ds_moe.doctor.plans import Plan, run_of
 from ds_moe.errors import UserError
+from ds_moe.memory.predict import BUSY, predict
+from ds_moe.models.load import build_outline
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.plot import finish_axes
 from tools.step_model.costs import Topology
 from tools.step_model.machines import Machine
-from tools.step_model.memory import fits, memory
 from tools.step_model.shapes import Decoder
 from tools.step_model.step_time import Estimate, estimate
 
@@ -36,6 +41,52 @@ class Point:
         return self.estimate.tokens_overlap_per_s if overlap else self.estimate.tokens_per_s
 
 
+def memory(topology: Topology, decoder: Decoder, machine: Machine) -> dict[str, float]:
+    """Bytes by purpose at the moment of a step that needs most, their sum the peak; rows are routed evenly.
+
+    Args:
+        topology: one that `check_topology` has nothing against.
+    """
+    model, on_cpu = outline(decoder), machine.name == "cpu"
+    settings = {
+        # What a micro-step keeps depends on its tokens, not on how they are cut into sequences.
+        "data.max_length": topology.tokens,
+        "train.gradient_checkpointing": topology.checkpointing,
+        "train.precision": topology.dtype,
+    }
+    plan = Plan(topology.world, topology.ep_size, topology.zero_stage)
+    run = run_of(plan, decoder.name, model.config, settings)
+    run.train.global_batch_size *= topology.accumulation
+    ds = resolve_deepspeed(run, topology.world, on_cpu, decoder.D)
+    found = predict(model, run, zero_plan(ds), topology.world, on_cpu, streams_weights=False)
+    return {**found.device, "runtime": machine.runtime}
+
+
+def fits(parts: dict[str, float], device_bytes: float) -> bool:
+    return sum(parts.values()) <= BUSY * device_bytes
+
+
+@functools.cache
+def outline(decoder: Decoder) -> PreTrainedModel:
+    """The decoder in transformers, without storage."""
+    return build_outline(
+        Qwen3MoeConfig(
+            hidden_size=decoder.D,
+            num_hidden_layers=decoder.layers,
+            num_attention_heads=decoder.heads,
+            num_key_value_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            moe_intermediate_size=decoder.F,
+            num_experts=decoder.E,
+            num_experts_per_tok=decoder.K,
+            vocab_size=decoder.vocabulary,
+            mlp_only_layers=list(range(decoder.dense_layers)),
+            intermediate_size=decoder.dense_F,
+            tie_word_embeddings=decoder.tied,
+        )
+    )
+
+
 def point(topology: Topology, decoder: Decoder, machine: Machine) -> Point:
     figures = estimate(topology, decoder, machine)
     parts = memory(topology, decoder, machine)
@@ -45,11 +96,7 @@ def point(topology: Topology, decoder: Decoder, machine: Machine) -> Point:
 def sweep(
     topology: Topology, decoder: Decoder, machine: Machine, devices: Sequence[int] = DEVICES
 ) -> dict[int, list[Point]]:
-    """Points of every EP size for each number of devices; all else as in `topology`.
-
-    Raises:
-        UserError: devices that do not fill their nodes.
-    """
+    """Points of every EP size for each number of devices; all else as in `topology`."""
     points = {}
     for count in devices:
         per_node = min(count, topology.devices_per_node)

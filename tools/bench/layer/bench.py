@@ -23,31 +23,30 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ds_moe.engine.cpu import cpu_settings
 from ds_moe.errors import UserError
 from ds_moe.moe.backends import choose_backend
-from tools.bench.layer.block import Case, Unavailable, draw_weights
+from tools.bench.layer.block import ROUTINGS, SUITES, Case, Suite, Unavailable, draw_weights, routed_input
 from tools.bench.layer.contenders import DEFAULT, EAGER, RIVAL, contenders, dense, square
 from tools.bench.layer.growth import grow, growth_tables
 from tools.bench.layer.measure import difference, interleaved, peak_bytes, results, saved_bytes
-from tools.bench.layer.shapes import ROUTINGS, SUITES, Suite, routed_input
+from tools.results import command_line, new_table, show, write_json
 
 ROOFLINE, GEMM = "dense SwiGLU (roofline)", "square product (roofline)"
 SPEEDS = {"speed_to_rival": RIVAL, "speed_to_roofline": ROOFLINE, "speed_to_eager": EAGER}
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "megablocks", "grouped_gemm", "liger_kernel")
+WIDTH = 190  # of the tables in a log file
 
 Result = dict[str, Any]
 
@@ -108,12 +107,10 @@ def rows_of_fullest(x: torch.Tensor, router_ED: torch.Tensor, K: int) -> int:
 def table(rows: list[Result], title: str) -> Table:
     """Of the results of one shape and routing."""
     cuda = any(row.get("peak_bytes") for row in rows)
-    table = Table("contender", title=title, title_justify="left")
     speeds = "speed to HF\ngrouped_mm", "to\nroofline", "to HF\neager"
     columns = ["n", "median ms", "min - max", *speeds, f"time / {DEFAULT}'s\nmedian \\[min - max]"]
     columns += ["TFLOP/s\n(of GEMM)", "saved\nMiB", *(["peak\nMiB"] if cuda else []), "differs\nfrom eager"]
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    table = new_table(["contender"], columns, title)
     for row in rows:
         differs = "" if row.get("difference") is None else f"{row['difference']:.0e}"
         if "median_s" not in row:
@@ -132,16 +129,6 @@ def table(rows: list[Result], title: str) -> Table:
     return table
 
 
-def installed() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def settle_malloc(choice: str) -> None:
     """Start this process again unless glibc, which reads them once, has read the thresholds that `choice` asks for."""
     launcher = cpu_settings(1)
@@ -152,7 +139,7 @@ def settle_malloc(choice: str) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--json")
     parser.add_argument("--suite", choices=SUITES, default="cpu", help="cpu and smoke: fp32; h100: bf16 (default cpu)")
     parser.add_argument("--shape", action="append", metavar="NAME", help="only this shape of the suite (repeatable)")
     parser.add_argument("--routing", action="append", choices=ROUTINGS, help="only this routing (repeatable)")
@@ -161,7 +148,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default %(default)s)")
     malloc = "of a CPU's memory: as ds-moe's launcher sets it for all, or glibc's own (default launcher)"
     parser.add_argument("--malloc", choices=("launcher", "default"), default="launcher", help=malloc)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures, shapes and versions here")
     options = parser.parse_args(arguments)
     suite = SUITES[options.suite]
     if unknown := set(options.shape or ()) - set(suite.shapes):
@@ -181,29 +167,27 @@ def main(arguments: list[str] | None = None) -> int:
     if suite.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would choose a GPU's kernels where there is one
     torch.set_num_threads(options.threads)
+    versions = {package: version(package) for package in PACKAGES if find_spec(package)}
     facts: dict[str, Any] = {
         "suite": options.suite,
         "repeats": options.repeats,
         "environment": {
-            **{"versions": installed(), "threads": torch.get_num_threads(), "dtype": str(suite.dtype)},
+            **{"versions": versions, "threads": torch.get_num_threads(), "dtype": str(suite.dtype)},
             "device": torch.cuda.get_device_name() if suite.device == "cuda" else "cpu",
             "default_backend": ": ".join(choose_backend(suite.device, suite.dtype)),
             "malloc": {name: os.environ.get(name, "glibc's default") for name in MALLOC},
         },
     }
-    console = Console(width=None if sys.stdout.isatty() else 190)  # no wrapped columns in a log file
-    wrong = growing(options, suite, facts, console) if options.growth else racing(options, suite, facts, console)
+    wrong = growing(options, suite, facts) if options.growth else racing(options, suite, facts)
     facts["environment"]["load_average"] = round(os.getloadavg()[0], 1)  # well above `threads`: others were running
-    console.print(facts["environment"])
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(facts, indent=1))
+    show(facts["environment"], width=WIDTH)
+    write_json(facts, options.json, indent=1)
     if wrong:
         print(f"error: results differ by more than {suite.tolerance}: {wrong}", file=sys.stderr)
     return 1 if wrong else 0
 
 
-def racing(options: argparse.Namespace, suite: Suite, facts: dict[str, Any], console: Console) -> list[str]:
+def racing(options: argparse.Namespace, suite: Suite, facts: dict[str, Any]) -> list[str]:
     """Adds `shapes` and `results`; returns the contenders that are wrong."""
     names, routings = options.shape or list(suite.shapes), options.routing or ROUTINGS
     facts |= {"shapes": {name: suite.shapes[name]._asdict() for name in names}, "results": []}
@@ -212,27 +196,24 @@ def racing(options: argparse.Namespace, suite: Suite, facts: dict[str, Any], con
         print(f"measuring shape {name}, routing {routing}", file=sys.stderr, flush=True)
         rows = measure(name, suite, routing, options.repeats)
         sizes = ", ".join(f"{key} {value}" for key, value in suite.shapes[name]._asdict().items())
-        console.print(table(rows, f"shape {name} ({sizes}), routing {routing}"))
+        show(table(rows, f"shape {name} ({sizes}), routing {routing}"), width=WIDTH)
         facts["results"] += rows
-        for row in rows:
-            reason, note = (
-                f"not run: {row['contender']}: {row.get('unavailable')}",
-                f"{row['contender']}: {row.get('note')}",
-            )
-            for key, line in {"unavailable": reason, "note": note}.items():
-                if key in row and line not in said:
-                    said.add(line)
-                    console.print(line, markup=False, soft_wrap=True)
+        lines = [f"not run: {row['contender']}: {row['unavailable']}" for row in rows if "unavailable" in row]
+        lines += [f"{row['contender']}: {row['note']}" for row in rows if "note" in row]
+        for line in dict.fromkeys(lines):
+            if line not in said:
+                print(line)
+        said |= set(lines)
     return sorted({row["contender"] for row in facts["results"] if not {"median_s", "unavailable"} & set(row)})
 
 
-def growing(options: argparse.Namespace, suite: Suite, facts: dict[str, Any], console: Console) -> list[str]:
+def growing(options: argparse.Namespace, suite: Suite, facts: dict[str, Any]) -> list[str]:
     """Adds `growth`; returns what is wrong."""
     try:
         facts["growth"] = grow(suite, options.repeats)
     except ArithmeticError as error:
         return [str(error)]
-    console.print(*growth_tables(facts["growth"]))
+    show(*growth_tables(facts["growth"]), width=WIDTH)
     return []
 
 

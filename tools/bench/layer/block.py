@@ -1,4 +1,4 @@
-"""What the benchmark's contenders are made of: weights, a case to build for, and the block that is measured."""
+"""What is measured: shapes, inputs that a router sends where a routing says, weights, and blocks made of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,77 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from tools.bench.layer.shapes import Shape, Suite
+ROUTINGS = ("uniform", "zipf", "one_hot")
+
+
+class Shape(NamedTuple):
+    """T tokens of width D choose K of E SwiGLU experts of width F: T * K rows."""
+
+    T: int
+    D: int
+    F: int
+    E: int
+    K: int
+
+    @property
+    def flops(self) -> int:
+        """Of the experts' products, forward and backward: 3 matrices, 3 products each, 2 operations a weight."""
+        return 18 * self.T * self.K * self.D * self.F
+
+
+class Suite(NamedTuple):
+    """Shapes for one kind of device."""
+
+    device: str
+    dtype: torch.dtype
+    tolerance: float  # largest difference to the eager layer, relative to the largest value of its tensor
+    shapes: dict[str, Shape]
+    growth: dict[str, list[Shape]]  # axis -> shapes in which only it grows
+
+
+def sweeps(base: Shape, **axes: list[int]) -> dict[str, list[Shape]]:
+    return {axis: [base._replace(**{axis: size}) for size in sizes] for axis, sizes in axes.items()}
+
+
+POWERS = [2**power for power in range(17)]
+SMOKE_SHAPES = {"tiny": Shape(64, 64, 48, 4, 2)}
+CPU_SHAPES = {"A": Shape(1024, 512, 512, 8, 2), "B": Shape(2048, 512, 256, 64, 2), "C": Shape(4096, 1024, 512, 32, 2)}
+H100_SHAPES = {
+    "qwen3-vl-30b": Shape(32768, 2048, 768, 128, 8),
+    "qwen3-vl-235b": Shape(16384, 4096, 1536, 128, 8),
+    "olmoe": Shape(32768, 2048, 1024, 64, 8),
+}
+# K = 1 is left out: a renormalised weight is 1 then, and the router's gradient nothing but rounding.
+SMOKE_GROWTH = sweeps(Shape(64, 64, 48, 8, 2), T=[32, 64, 128], E=[4, 8, 16], K=[2, 4])
+CPU_GROWTH = sweeps(Shape(8192, 256, 128, 32, 2), T=POWERS[10:17], E=POWERS[3:9], K=POWERS[1:5])
+H100_GROWTH = sweeps(Shape(16384, 2048, 768, 128, 8), T=POWERS[10:17], E=POWERS[4:9], K=POWERS[1:5])
+SUITES = {
+    "smoke": Suite("cpu", torch.float32, 1e-4, SMOKE_SHAPES, SMOKE_GROWTH),
+    "cpu": Suite("cpu", torch.float32, 1e-4, CPU_SHAPES, CPU_GROWTH),
+    # bf16: the eager layer rounds each of the K terms of a token, others their sum.
+    "h100": Suite("cuda", torch.bfloat16, 3e-2, H100_SHAPES, H100_GROWTH),
+}
+
+
+def routed_input(shape: Shape, router_ED: Tensor, routing: str) -> Tensor:
+    """(1, T, D) hidden states that a router of orthonormal rows sends where `routing` says, on the router's device.
+
+    A token's experts are K draws without replacement: the K largest of log-probabilities plus Gumbel noise. Their
+    logits lie between 1 and 2, all others between -2 and -1, so that no rounding of a contender's changes a choice.
+    Routing: uniform; zipf (expert i is drawn in proportion to 1 / (i + 1)); one_hot (all tokens choose the same).
+    """
+    generator = torch.Generator().manual_seed(1)
+    rank_E = torch.arange(shape.E)
+    zipf_E, one_hot_E = 1 / (rank_E + 1), torch.where(rank_E < shape.K, 1.0, 1e-30)
+    chance_E = {"uniform": torch.ones(shape.E), "zipf": zipf_E, "one_hot": one_hot_E}[routing]
+    drawn_TE = chance_E.log() - torch.empty(shape.T, shape.E).exponential_(generator=generator).log()
+    wanted_TE = -1 - torch.rand(shape.T, shape.E, generator=generator)
+    chosen_TK = drawn_TE.topk(shape.K).indices
+    wanted_TE.scatter_(1, chosen_TK, 1 + torch.rand(shape.T, shape.K, generator=generator))
+    x_TD = torch.randn(shape.T, shape.D, generator=generator)
+    rows_ED = router_ED.detach().cpu().float()
+    x_TD += (wanted_TE - x_TD @ rows_ED.T) @ rows_ED
+    return x_TD.unsqueeze(0).to(router_ED.device, router_ED.dtype).requires_grad_()
 
 
 class Unavailable(Exception):
@@ -32,19 +102,12 @@ class Case(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A layer that can be measured.
+    """A layer that can be measured."""
 
-    Attributes:
-        run: (1, T, D) -> (1, T, D).
-        parameters: what it trains.
-        as_weights: gradients of `parameters` -> those of `Weights`.
-        note: what a reader of its figures must know.
-    """
-
-    run: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor], Tensor]  # (1, T, D) -> (1, T, D)
     parameters: list[Tensor]
-    as_weights: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
-    note: str = ""
+    as_weights: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list  # gradients of `parameters` -> of `Weights`
+    note: str = ""  # what a reader of its figures must know
 
 
 def draw_weights(shape: Shape, suite: Suite) -> Weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from tools.bench.layer.block import Case, draw_weights
+from tools.bench.layer.block import Case, Shape, Suite, draw_weights, routed_input
 from tools.bench.layer.contenders import DEFAULT, RIVAL, contenders
 from tools.bench.layer.measure import difference, interleaved, memory_bandwidth, results, saved_bytes
-from tools.bench.layer.shapes import Shape, Suite, routed_input
+from tools.results import new_table
 
 NAMES = {"T": "tokens", "E": "experts", "K": "experts a token"}
 
@@ -27,9 +28,6 @@ def grow(suite: Suite, repeats: int) -> dict[str, Any]:
 
     `weight_traffic_s` of a point is what memory alone takes for the experts' weights: both passes read them once and
     the backward writes their gradient, at the bandwidth of a copy.
-
-    Raises:
-        ArithmeticError: a contender computes something else than the other.
     """
     bandwidth = memory_bandwidth(suite.device)
     growth: dict[str, Any] = {"bytes_per_s": bandwidth, "axes": {}}
@@ -40,13 +38,9 @@ def grow(suite: Suite, repeats: int) -> dict[str, Any]:
             weight_bytes = 3 * shape.E * shape.D * shape.F * suite.dtype.itemsize
             points.append(point(shape, suite, repeats) | {"weight_traffic_s": 3 * weight_bytes / bandwidth})
         sizes = [getattr(shape, axis) for shape in shapes]
-        slopes = {
-            name: {
-                key: slope(sizes, [one["contenders"][name][key] for one in points])
-                for key in ("median_s", "saved_bytes")
-            }
-            for name in (DEFAULT, RIVAL)
-        }
+        slopes: dict[str, dict[str, float]] = {DEFAULT: {}, RIVAL: {}}
+        for name, key in itertools.product(slopes, ("median_s", "saved_bytes")):
+            slopes[name][key] = slope(sizes, [one["contenders"][name][key] for one in points])
         growth["axes"][axis] = {"sizes": sizes, "points": points, "slopes": slopes}
     return growth
 
@@ -59,14 +53,10 @@ def point(shape: Shape, suite: Suite, repeats: int) -> dict[str, Any]:
     if not found <= suite.tolerance:
         raise ArithmeticError(f"{DEFAULT} differs from {RIVAL} by {found:.0e} at {shape}")
     times = interleaved({name: (block, x) for name, block in blocks.items()}, suite.device, repeats)
-    figures = {
-        name: {
-            "seconds": times[name],
-            "median_s": statistics.median(times[name]),
-            "saved_bytes": saved_bytes(block, x),
-        }
-        for name, block in blocks.items()
-    }
+    figures = {}
+    for name, block in blocks.items():
+        median_s = statistics.median(times[name])
+        figures[name] = {"seconds": times[name], "median_s": median_s, "saved_bytes": saved_bytes(block, x)}
     return {"shape": shape._asdict(), "difference": found, "contenders": figures}
 
 
@@ -74,11 +64,9 @@ def growth_tables(growth: dict[str, Any]) -> list[Table]:
     tables = []
     for axis, sweep in growth["axes"].items():
         base = {key: value for key, value in sweep["points"][0]["shape"].items() if key != axis}
-        table = Table(axis, title=f"{NAMES[axis]} ({', '.join(f'{key} {value}' for key, value in base.items())})")
-        for name in (DEFAULT, RIVAL):
-            table.add_column(f"{name}\nms", justify="right")
-            table.add_column("\nsaved MiB", justify="right")
-        table.add_column("weights' own\ntraffic, ms", justify="right")
+        columns = [column for name in (DEFAULT, RIVAL) for column in (f"{name}\nms", "\nsaved MiB")]
+        title = f"{NAMES[axis]} ({', '.join(f'{key} {value}' for key, value in base.items())})"
+        table = new_table([axis], [*columns, "weights' own\ntraffic, ms"], title)
         for size, one in zip(sweep["sizes"], sweep["points"], strict=True):
             cells = []
             for figures in one["contenders"].values():

@@ -1,27 +1,24 @@
 """Draw the growth that the benchmark measured: time and saved memory over tokens, experts and top-k, log-log.
 
-Example:
-
-    python -m tools.bench.layer.plot growth.json growth.png
+python -m tools.bench.layer.plot growth.json growth.png
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.plot import finish_axes
+from tools.bench.layer.growth import NAMES
+from tools.results import command_line
 
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"))  # ours, its rival: Okabe & Ito's colours, and a marker
-NAMES = {"T": "tokens", "E": "experts", "K": "experts a token"}
 ROWS = {"median_s": ("Time, forward and backward", "ms", 1e3), "saved_bytes": ("Saved for backward", "MiB", 2**-20)}
 
 
@@ -34,7 +31,7 @@ def write_figure(growth: dict[str, Any], file: Path) -> None:
         for column, (axis, sweep) in enumerate(sweeps.items()):
             draw(panels[row][column], axis, sweep, key)
     file.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(file))
+    figure.savefig(file)
 
 
 def draw(axes: Axes, axis: str, sweep: dict[str, Any], key: str) -> None:
@@ -70,7 +67,7 @@ def draw(axes: Axes, axis: str, sweep: dict[str, Any], key: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("json", type=Path, help="what tools.bench.layer.bench --growth --json wrote")
     parser.add_argument("png", type=Path, help="the picture to write")
     options = parser.parse_args(arguments)

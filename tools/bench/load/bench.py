@@ -23,13 +23,13 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
@@ -129,26 +129,15 @@ def write_checkpoint(folder: Path, size: float, dtype: torch.dtype) -> tuple[int
     config = model_config(layers(size, dtype))
     config.dtype = dtype
     config.save_pretrained(folder)
-    weight_map, total = {}, 0
-    for number, tensors in enumerate(parts(config, dtype), start=1):
-        file = f"model-{number:05d}.safetensors"
+    shapes = {name: parameter.to(dtype) for name, parameter in build_outline(config).named_parameters()}
+    seeds = {name: number for number, name in enumerate(shapes)}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=FILE_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: random_weight(name, shapes[name].shape, dtype, seeds[name]) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total, len(set(weight_map.values()))
-
-
-def parts(config: PretrainedConfig, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each file."""
-    tensors: dict[str, Tensor] = {}
-    for number, (name, parameter) in enumerate(build_outline(config).named_parameters()):
-        if sum(tensor.nbytes for tensor in tensors.values()) >= FILE_BYTES:
-            yield tensors
-            tensors = {}
-        tensors[name] = random_weight(name, parameter.shape, dtype, number)
-    yield tensors
+    return split.metadata["total_size"], len(split.filename_to_tensors)
 
 
 def random_weight(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -> Tensor:

@@ -92,9 +92,6 @@ def measure(case: Case, kept: bool) -> dict[str, Any]:
     Args:
         kept: with the allocator settings of `ds-moe train`, glibc keeping what is freed, instead of returning it: then
             the peak is what was in use at once, as allocators of GPUs count it.
-
-    Raises:
-        UserError: the processes failed, or this machine was too short of memory to measure any.
     """
     settings = {**cpu_settings(RANKS), "OMP_NUM_THREADS": "1", **NO_KERNEL_CACHE, **({} if kept else RETURNED)}
     with tempfile.TemporaryDirectory() as folder:

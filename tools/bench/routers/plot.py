@@ -6,8 +6,6 @@ python -m tools.bench.routers.plot --json loads.json       # {router: load of ea
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -23,19 +20,17 @@ from ds_moe.moe import Router, RoutingDecision, make_router
 from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.meters import max_vio, relative_load
+from tools.results import command_line, write_json
 
 T, D, E, K = 8192, 64, 16, 2
 BIAS_STEPS = 600
 BLUE, GREEN, GREY = "#0072B2", "#009E73", "#9AA0A6"  # tokens choose, experts choose, nothing is learned
-ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
-    "topk": ("topk", {}),
-    "topk, loss-free": ("topk", {}),
-    "topk, 2 of 4 groups": ("topk", {"groups": 4, "top_groups": 2}),
-    "topk, capacity 1.25": ("topk", {"capacity_factor": 1.25}),
-    "noisy_topk": ("noisy_topk", {}),
-    "expert_choice": ("expert_choice", {}),
-    "hash": ("hash", {}),
-    "balanced": ("balanced", {}),
+ROUTES: dict[str, dict[str, Any]] = {  # kind of router, and what is said of it: its settings
+    "topk": {},
+    "topk, loss-free": {},
+    "topk, 2 of 4 groups": {"groups": 4, "top_groups": 2},
+    "topk, capacity 1.25": {"capacity_factor": 1.25},
+    **{kind: {} for kind in ("noisy_topk", "expert_choice", "hash", "balanced")},
 }
 
 
@@ -49,9 +44,8 @@ def route(name: str) -> RoutingDecision:
     generator = torch.Generator().manual_seed(0)
     x_TD = skewed_states(generator)
     weight_ED = nn.Parameter(torch.randn(E, D, generator=generator) * D**-0.5)
-    kind, settings = ROUTES[name]
     torch.manual_seed(0)
-    router = make_router(kind, weight_ED, K, **settings).train()
+    router = make_router(name.partition(",")[0], weight_ED, K, **ROUTES[name]).train()
     with torch.no_grad():
         if "loss-free" in name:
             balance(router, x_TD)
@@ -69,8 +63,7 @@ def balance(router: Router, x_TD: torch.Tensor) -> None:
 def draw(axes: Axes, name: str, decision: RoutingDecision) -> np.ndarray:
     counts_1E = torch.bincount(decision.expert_N, minlength=E)[None].numpy()
     load_E = counts_1E[0] * E / (T * K)  # in fair shares of what all tokens ask for
-    kind = ROUTES[name][0]
-    color = GREEN if kind == "expert_choice" else GREY if kind in ("hash", "balanced") else BLUE
+    color = GREEN if name == "expert_choice" else GREY if name in ("hash", "balanced") else BLUE
     axes.bar(range(E), load_E, color=color, width=0.8)
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     uncovered = 1 - decision.token_N.unique().numel() / T
@@ -88,12 +81,10 @@ def draw(axes: Axes, name: str, decision: RoutingDecision) -> np.ndarray:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, "--json")
     parser.add_argument("--out", type=Path, default=Path("docs/images/routers.png"))
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     figure = Figure(figsize=(10.4, 5.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(2, 4, sharex=True, sharey=True)
     loads = {name: draw(axes, name, route(name)) for name, axes in zip(ROUTES, panels.flat, strict=True)}
     for axes in panels[:, 0]:
@@ -105,8 +96,7 @@ def main() -> int:
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out)
-    if options.json is not None:
-        options.json.write_text(json.dumps({name: load_E.tolist() for name, load_E in loads.items()}, indent=1))
+    write_json({name: load_E.tolist() for name, load_E in loads.items()}, options.json, indent=1)
     print(options.out)
     return 0
 

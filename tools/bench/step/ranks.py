@@ -68,7 +68,8 @@ def build(contender: str, plan: dict[str, Any], topology: Topology) -> deepspeed
         prepare_model(model, config, topology)
         return build_engine(model, config, ds_config, total_steps=1)
     if contender == "zero3":
-        ds_config["zero_optimization"]["leaf_module"] = {"classes": [BLOCK]}
+        zero: Any = ds_config["zero_optimization"]
+        zero["leaf_module"] = {"classes": [BLOCK]}
     else:
         # AutoEP's preset for this family, qwen3_moe, crashes with transformers 5.23, whose registry of recorders of
         # router logits it reads by an outdated call. The preset mixtral describes the same block (layout of weights,

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -29,12 +31,12 @@ from ds_moe.export.model import export_adapter, export_checkpoint
 from ds_moe.models.families import family_of
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import save_processor, special_token_ids, tiny_processor
+from ds_moe.monitor.plot import finish_axes
 from ds_moe.tasks.answers import Answering, generate_answers
 from ds_moe.tasks.gate.commands import load_gated
 from ds_moe.tasks.gate.features import Features
 from ds_moe.tasks.gate.network import GateDecision, GateSettings
 from ds_moe.tasks.gate.records import Routed
-from tools.demos.gate.plot import write_figure
 from tools.demos.gate.screens import ADAPTERS, words, write_screens
 from tools.demos.running import EXECUTABLE, finish, run, start_anew
 from tools.results import Claim, command_line, judged
@@ -46,6 +48,7 @@ RANKS = {"agenda": 8, "pointer": 16, "auditor": 8, "operator": 4}  # of the adap
 LATER = ("train.lr=5e-4", "train.steps=60", "train.warmup_steps=5", "train.max_new_tokens=6")
 TRAP = ("gate.text=first", "gate.modalities=text", "train.steps=60")
 ROUTED, ALONE, ORACLE_POINTS = 0.95, 0.65, 0.02
+OURS, BOUND, OTHERS = "#0072B2", "#009E73", "#BBBBBB"  # Okabe & Ito's blue and green, and grey
 
 
 def main() -> int:
@@ -201,6 +204,33 @@ def rows(result: dict[str, Any]) -> dict[str, str]:
     shown = {"routing accuracy, supervised / end to end": " / ".join(accuracies)}
     shown |= {f"baseline, {name}": f"{share:.3f}" for name, share in result["routing"]["baselines"].items()}
     return shown | {f"answers right, {name}": f"{share:.3f}" for name, share in result["answers"].items()}
+
+
+def write_figure(result: dict[str, Any], file: Path) -> None:
+    """PNG of routing accuracies and of the answers that each choice of adapters gets right."""
+    routing = result["routing"]
+    chosen = {"text and screen": routing["accuracy"]}
+    chosen |= {name: routing["baselines"][name] for name in ("text only", "vision only")}
+    chosen |= {"first token": result["trap"]["accuracy"], "majority": routing["majority_accuracy"]}
+    figure = Figure(figsize=(10, 3.3), dpi=150, facecolor="white", layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _bars(left, "Right adapter found", chosen, {"text and screen": OURS})
+    _bars(right, "Answers exactly right", result["answers"], {"routed": OURS, "oracle": BOUND})
+    figure.savefig(file)
+
+
+def _bars(axes: Axes, title: str, shares: dict[str, float], colors: dict[str, str]) -> None:
+    names = list(shares)
+    axes.barh(names, list(shares.values()), color=[colors.get(name, OTHERS) for name in names], height=0.7)
+    for row, share in enumerate(shares.values()):
+        axes.text(share + 0.01, row, f"{share:.1%}", va="center", fontsize=8.5)
+    finish_axes(axes, title)
+    axes.set_xlabel("share of the held-out requests", fontsize=9)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", visible=False)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers.utils.logging import disable_progress_bar
 
 from ds_moe.export.model import export_checkpoint
+from ds_moe.monitor.plot import finish_axes
 from ds_moe.tasks.rl.sample import generate_rollouts, load_policy, open_prompts, write_rollouts
-from tools.demos.replay.plot import write_figure
 from tools.demos.running import EXECUTABLE, ROOT, finish, run, start_anew
 from tools.results import Claim, command_line, judged
 
@@ -31,6 +33,8 @@ RUNS = ROOT / "ds_configs/runs"
 FOLDER = Path("runs/replay_demo")
 NO_EVALUATION = ("train.eval_every=null", "train.eval_batch_size=null")
 ARMS = {"with replay": "true", "without": "false"}
+STYLES = {"with replay": ("#0072B2", "o"), "without": ("#D55E00", "s")}  # Okabe & Ito's colours, and a marker
+PANELS = {"reward": "Mean reward of the rollouts", "mismatch_k3": "k3 between engine and trainer"}
 
 
 def main() -> int:
@@ -100,6 +104,24 @@ def claims(rounds: dict[str, list[dict[str, Any]]]) -> list[Claim]:
 
 def figures(found: dict[str, Any]) -> str:
     return f"reward {found['reward']:.3f}  k3 {found['mismatch_k3']:.2e}  loss {found['loss']:+.4f}"
+
+
+def write_figure(rounds: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """PNG of the rounds of each arm."""
+    figure = Figure(figsize=(9, 3.4), dpi=150, facecolor="white", layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for arm, found in rounds.items():
+            color, marker = STYLES[arm]
+            values = [one[name] for one in found]
+            axes.plot(range(1, len(values) + 1), values, color=color, marker=marker, markersize=4, label=arm)
+        finish_axes(axes, title)
+        axes.set_xlabel("round", fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 3))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.savefig(file)
 
 
 if __name__ == "__main__":
