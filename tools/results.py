@@ -78,7 +78,6 @@ def spread(values: list[float]) -> float | None:
 
 
 def spread_text(values: list[float], digits: str, digits_of_spread: str | None = None) -> str:
-    """Their mean ± standard deviation, where there is one."""
     deviation, mean = spread(values), format(statistics.mean(values), digits)
     return mean if deviation is None else f"{mean} ± {deviation:{digits_of_spread or digits}}"
 

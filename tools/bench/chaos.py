@@ -54,8 +54,6 @@ RESUMED = re.compile(r"^resumed from \S*/(step_\d+) at step (\d+)", re.MULTILINE
 
 @dataclass
 class Job:
-    """One start of the run, its output in a file."""
-
     log: Path
     process: subprocess.Popen
 
@@ -103,8 +101,6 @@ class Job:
 
 @dataclass
 class Round:
-    """What a fault did."""
-
     fault: str
     at_step: int
     ended_s: float = 0.0  # seconds from the fault to the job's end
@@ -116,8 +112,6 @@ class Round:
 
 @dataclass
 class Chaos:
-    """The run under fire."""
-
     output: Path
     logs: Path
     steps: int
@@ -249,7 +243,6 @@ def damage(folder: Path, how: Damage, dice: random.Random) -> str | None:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two checkpoints: tensors by name, random states, data position."""
     mine, theirs = Reader(one), Reader(other)
     if set(mine.tensors) != set(theirs.tensors):
         return ["the names of the tensors"]

@@ -29,12 +29,8 @@ def run_plan(
 ) -> dict[str, Any]:
     """What `python -m <module> PLAN.json RESULT.json` has written in one of its `processes` ranks.
 
-    If a rank fails, this process ends with its exit code: what it said is on the terminal.
-
-    Args:
-        settings: environment variables beside the caller's own.
-        folder: for the two files.
-        result_file: a place of its own for the result, where a caller wants to keep what the ranks write on the way.
+    The files lie in `folder`, but for a `result_file` that is to keep what the ranks write on the way; `settings` are
+    environment variables. If a rank fails, this process ends with its exit code: what it said is on the terminal.
     """
     plan_file, result_file = folder / "plan.json", result_file or folder / "result.json"
     plan_file.write_text(json.dumps(plan))

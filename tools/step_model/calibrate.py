@@ -60,13 +60,6 @@ def gemm_flops(repeats: int) -> tuple[float, float, float]:
     return dense, 2 * ROWS * WIDTH_IN * WIDTH_OUT / grouped_s, attention / attention_s
 
 
-def adam_s(repeats: int) -> float:
-    """Seconds an element of torch's fused AdamW, which runs on CPUs use."""
-    weight = torch.zeros(ADAM_ELEMENTS, requires_grad=True)
-    weight.grad = torch.ones(ADAM_ELEMENTS)
-    return slowest_s(torch.optim.AdamW([weight], fused=True).step, repeats) / ADAM_ELEMENTS
-
-
 def collective(name: str, elements: int) -> tuple[Callable[[], object], float]:
     """A call on fp32 tensors of `elements` in total, and the bytes a rank moves in it as `links` counts."""
     ranks = dist.get_world_size()
@@ -98,7 +91,9 @@ def _rank(rank: int, processes: int, folder: str, repeats: int) -> None:
     dense, grouped, attention = gemm_flops(repeats)
     copied = torch.ones(COPIED)
     bandwidth = 8 * COPIED / slowest_s(lambda: copied.clone(), repeats)
-    adam_bytes = adam_s(repeats) * bandwidth
+    weight = torch.zeros(ADAM_ELEMENTS, requires_grad=True)
+    weight.grad = torch.ones(ADAM_ELEMENTS)
+    adam_s = slowest_s(torch.optim.AdamW([weight], fused=True).step, repeats)  # torch's, which runs on CPUs use
     links = {name: link(name, repeats) for name in COLLECTIVES}
     machine = Machine(
         "cpu",
@@ -112,7 +107,7 @@ def _rank(rank: int, processes: int, folder: str, repeats: int) -> None:
         intra=links["all_to_all"],
         inter=links["all_to_all"],  # there is no second machine to measure
         devices_per_node=processes,
-        adam_bytes=adam_bytes,
+        adam_bytes=adam_s / ADAM_ELEMENTS * bandwidth,
         collectives=links,
         source=f"measured: {processes} processes of {torch.get_num_threads()} threads, torch {torch.__version__}",
     )

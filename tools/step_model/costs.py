@@ -112,6 +112,8 @@ def operations(topology: Topology, decoder: Decoder) -> list[Operation]:
     rotary = 10 * width  # rotate_half, two products, a sum
     swiglu = 3 * width + 36 + (12 if width < 4 else 0)  # silu, two products, a copy in fp32, and casts
     residual = 2 * 3 * width * D  # two sums
+    # Each row copied, read again, the sums written; under EP also sorted twice by rank and expert.
+    dispatched = D * width * (T * (decoder.K * 3 + 1) + (4 * rows if topology.ep_size > 1 else 0))
     attention_bytes = width * T * C * 2 * both_heads  # reads q, k, v, writes the output: nothing of size S x S
     work = [
         gemm("attention projections", "dense", T, D, C * (heads + 2 * decoder.kv_heads), width, layers),
@@ -129,7 +131,7 @@ def operations(topology: Topology, decoder: Decoder) -> list[Operation]:
         gemm("experts", "grouped", rows, D, 2 * decoder.F, width, moe, local),
         gemm("experts", "grouped", rows, decoder.F, D, width, moe, local),
         Operation("experts' activation", "elementwise", 0, rows * decoder.F * swiglu, moe),
-        Operation("dispatch and combine", "elementwise", 0, dispatch_bytes(topology, decoder), moe, backward=1),
+        Operation("dispatch and combine", "elementwise", 0, dispatched, moe, backward=1),
         *head_operations(topology, decoder),
         # Copied into a bucket and out of it, every micro-step.
         Operation(
@@ -144,14 +146,6 @@ def operations(topology: Topology, decoder: Decoder) -> list[Operation]:
             Operation("dense MLP", "elementwise", 0, T * F * 5 * width, decoder.dense_layers),
         ]
     return work
-
-
-def dispatch_bytes(topology: Topology, decoder: Decoder) -> float:
-    """Of one layer's forward: rows gathered and added up; under EP also sorted twice by rank and expert."""
-    width = topology.width
-    own = topology.tokens * (decoder.K * 3 + 1) * width  # each row copied, read again, the sums written
-    sorted_again = busiest_rows(topology, decoder) * 4 * width if topology.ep_size > 1 else 0
-    return decoder.D * (own + sorted_again)
 
 
 def head_operations(topology: Topology, decoder: Decoder) -> list[Operation]:

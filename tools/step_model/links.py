@@ -84,5 +84,4 @@ def gather_s(size: float, group: Group, machine: Machine, messages: float = 1, c
 
 
 def all_reduce_s(size: float, group: Group, machine: Machine, messages: float = 1) -> float:
-    """A reduce-scatter and an all-gather."""
     return 2 * gather_s(size, group, machine, messages, "all_reduce")

@@ -25,8 +25,6 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """Figures of one device and its links."""
-
     name: str
     peak_flops: dict[str, float]  # FLOP/s of matrix products by dtype; MFU refers to them
     dense: float  # fraction of the peak that dense GEMMs reach; so the next two
@@ -43,7 +41,6 @@ class Machine:
     source: str = ""  # where the figures are from
 
     def link(self, collective: str) -> Link:
-        """The link within a node that `collective` uses."""
         return self.collectives.get(collective, self.intra)
 
 

@@ -140,11 +140,9 @@ def score_flops(decoder: Decoder, tokens: int, sequence: int) -> float:
 
 def forward_flops(decoder: Decoder, tokens: int, sequence: int) -> float:
     """FLOPs of `tokens` tokens in sequences of `sequence`: 2 a token and weight of a matrix, and attention scores."""
-    D = decoder.D
-    projections = decoder.head_dim * (2 * decoder.heads + 2 * decoder.kv_heads) * D
-    moe = decoder.moe_layers * (D * decoder.E + decoder.K * expert_parameters(decoder))
-    weights = decoder.layers * projections + moe + decoder.dense_layers * 3 * D * decoder.dense_F
-    weights += decoder.vocabulary * D
+    norms = decoder.layers * 2 * (decoder.head_dim + decoder.D) + decoder.D
+    embedding = 0 if decoder.tied else decoder.vocabulary * decoder.D
+    weights = active_parameters(decoder) - norms - embedding
     return 2 * tokens * weights + decoder.layers * score_flops(decoder, tokens, sequence)
 
 

@@ -87,8 +87,6 @@ def estimate(topology: Topology, decoder: Decoder, machine: Machine) -> Estimate
 
 
 def overlapped_s(terms: list[Term], accumulation: int) -> float:
-    """The module's `full overlap`."""
-
     def part(field: str, *bounds: str) -> float:
         return sum(getattr(term, field) for term in terms if term.bound in bounds)
 

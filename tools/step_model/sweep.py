@@ -30,8 +30,6 @@ DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Point:
-    """One topology of a sweep."""
-
     topology: Topology
     estimate: Estimate
     memory: dict[str, float]

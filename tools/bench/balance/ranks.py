@@ -13,6 +13,7 @@ import platform
 import sysconfig
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,10 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: list[dict[str, Tensor]]
     layers = moe_layers(engine.module)
     counts_LE = torch.zeros(len(layers), MODEL["num_experts"], dtype=torch.int64)
 
-    def counting(counts_E: Tensor) -> Any:
-        def hook(gate: Any, args: Any, decision: RoutingDecision) -> None:
-            counts_E.add_(count_experts(decision.expert_N, len(counts_E)))
+    def count(index: int, gate: Any, args: Any, decision: RoutingDecision) -> None:
+        counts_LE[index] += count_experts(decision.expert_N, MODEL["num_experts"])
 
-        return hook
-
-    hooks = [layer.gate.register_forward_hook(counting(counts_LE[layer.index])) for layer in layers]
+    hooks = [layer.gate.register_forward_hook(partial(count, layer.index)) for layer in layers]
     engine.eval()
     loss = torch.stack([engine(**batch, use_cache=False).loss for batch in batches]).mean()
     engine.train()
@@ -134,7 +132,7 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: list[dict[str, Tensor]]
 
 
 def run_config(balance: list[dict[str, Any]], seed: int, steps: int, topology: Topology) -> RunConfig:
-    """The run file of one run. Model and data stand here only because a run file must name some."""
+    """One run. Model and data stand here only because a run file must name some."""
     return RunConfig(
         model={"preset": "tiny-moe"},
         data={"train": "standard library"},
@@ -179,15 +177,9 @@ def measure(plan: dict[str, Any], method: str, seed: int, texts: tuple[np.ndarra
         record["train_s"] += time.perf_counter() - step_began
         if progress.step in plan["evaluate_at"]:
             loss, counts_LE = evaluate(parts.engine, held_out)
-            record["points"].append(
-                {
-                    "step": progress.step,
-                    "train_loss": outcome.loss,
-                    "loss": loss,
-                    "max_vio_L": (relative_load(counts_LE).max(axis=1) - 1).tolist(),
-                    "counts_LE": counts_LE.tolist(),
-                }
-            )
+            point = {"step": progress.step, "train_loss": outcome.loss, "loss": loss}
+            point["max_vio_L"] = (relative_load(counts_LE).max(axis=1) - 1).tolist()
+            record["points"].append(point | {"counts_LE": counts_LE.tolist()})
             record["seconds"] = time.perf_counter() - began
             yield record
     parts.engine.destroy()
@@ -215,8 +207,9 @@ def main() -> None:
         for record in measure(plan, method, seed, tuple(texts), topology):
             if topology.rank == 0:
                 done = number + record["points"][-1]["step"] / plan["steps"]
+                left_s = (time.perf_counter() - began) * (len(todo) / done - 1)
                 print(
-                    progress(record, f"run {number + 1}/{len(todo)}", plan["steps"], began, done / len(todo)),
+                    f"run {number + 1}/{len(todo)}  {described(record, plan['steps'])}  ETA {left_s / 60:.0f} min",
                     flush=True,
                 )
         result["runs"].append(record)
@@ -225,13 +218,12 @@ def main() -> None:
     leave()
 
 
-def progress(record: dict[str, Any], which: str, steps: int, began: float, share: float) -> str:
+def described(record: dict[str, Any], steps: int) -> str:
     point = record["points"][-1]
-    left = (time.perf_counter() - began) * (1 / share - 1)
     return (
-        f"{which}  {record['method']}, seed {record['seed']}  step {point['step']}/{steps}"
+        f"{record['method']}, seed {record['seed']}  step {point['step']}/{steps}"
         f"  held-out loss {point['loss']:.4f}  MaxVio_global {np.mean(point['max_vio_L']):.3f}"
-        f"  {record['train_s'] / point['step']:.3f} s/step  ETA {left / 60:.0f} min"
+        f"  {record['train_s'] / point['step']:.3f} s/step"
     )
 
 

@@ -105,7 +105,6 @@ def rows_of_fullest(x: torch.Tensor, router_ED: torch.Tensor, K: int) -> int:
 
 
 def table(rows: list[Result], title: str) -> Table:
-    """Of the results of one shape and routing."""
     cuda = any(row.get("peak_bytes") for row in rows)
     speeds = "speed to HF\ngrouped_mm", "to\nroofline", "to HF\neager"
     columns = ["n", "median ms", "min - max", *speeds, f"time / {DEFAULT}'s\nmedian \\[min - max]"]
@@ -208,7 +207,6 @@ def racing(options: argparse.Namespace, suite: Suite, facts: dict[str, Any]) -> 
 
 
 def growing(options: argparse.Namespace, suite: Suite, facts: dict[str, Any]) -> list[str]:
-    """Adds `growth`; returns what is wrong."""
     try:
         facts["growth"] = grow(suite, options.repeats)
     except ArithmeticError as error:

@@ -29,8 +29,6 @@ class Shape(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """Shapes for one kind of device."""
-
     device: str
     dtype: torch.dtype
     tolerance: float  # largest difference to the eager layer, relative to the largest value of its tensor
@@ -102,8 +100,6 @@ class Case(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A layer that can be measured."""
-
     run: Callable[[Tensor], Tensor]  # (1, T, D) -> (1, T, D)
     parameters: list[Tensor]
     as_weights: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list  # gradients of `parameters` -> of `Weights`

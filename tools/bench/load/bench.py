@@ -153,7 +153,6 @@ def launch(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def most_of_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The largest rank's figures, and the loss of each."""
     most = {key: max(rank[key] for rank in ranks) for key in ranks[0] if key != "loss"}
     return {**most, "loss": [rank["loss"] for rank in ranks]}
 

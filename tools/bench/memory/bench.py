@@ -71,7 +71,6 @@ CASES = [
 
 
 def plan_of(case: Case, kept: bool) -> dict[str, Any]:
-    """What the ranks read."""
     train = {"micro_batch_size": case.samples, "global_batch_size": case.samples * RANKS * case.accumulation}
     train |= {"steps": 1, "schedule": "constant", "gradient_checkpointing": case.checkpointing, "precision": "fp32"}
     more = dict(case.more)
@@ -89,9 +88,8 @@ def plan_of(case: Case, kept: bool) -> dict[str, Any]:
 def measure(case: Case, kept: bool) -> dict[str, Any]:
     """Run a case and compare; sizes are bytes of the largest rank.
 
-    Args:
-        kept: with the allocator settings of `ds-moe train`, glibc keeping what is freed, instead of returning it: then
-            the peak is what was in use at once, as allocators of GPUs count it.
+    `kept`: with the allocator settings of `ds-moe train` glibc keeps what is freed. Where it returns it, the peak is
+    what was in use at once, as allocators of GPUs count it.
     """
     settings = {**cpu_settings(RANKS), "OMP_NUM_THREADS": "1", **NO_KERNEL_CACHE, **({} if kept else RETURNED)}
     with tempfile.TemporaryDirectory() as folder:

@@ -104,7 +104,6 @@ def write_figure(summary: list[Row], file: Path) -> None:
 
 
 def draw_modes(axes: Axes, rows: list[Row]) -> None:
-    """Log scale; a mark for each seed, a bar at the mean with its value."""
     for position, row in enumerate(rows):
         color, marker = STYLES[row["dtype"]]
         for mode, k3_S in enumerate(row["k3"].values()):

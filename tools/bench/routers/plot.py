@@ -53,7 +53,6 @@ def route(name: str) -> RoutingDecision:
 
 
 def balance(router: Router, x_TD: torch.Tensor) -> None:
-    """Let the bias settle on fixed scores."""
     router.balancing = LossFreeBalancing(E, decay_from=0.5)
     for step in range(BIAS_STEPS):
         router.balancing.add(torch.bincount(router(x_TD).expert_N, minlength=E))

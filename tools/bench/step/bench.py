@@ -128,7 +128,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """What the ranks of each launch have found, launch after launch."""
     suite = SUITES[options.suite]
     if options.scaling:
         return [launch(["time"], [OURS], processes, options, folder) for processes in suite.scaling]

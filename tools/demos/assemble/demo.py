@@ -122,7 +122,6 @@ def score(name: str) -> dict[str, float]:
 
 
 def claims(accuracy: dict[str, dict[str, float]]) -> list[Claim]:
-    """What the demo is to show."""
     ours = accuracy["calibrated"]["mean"]
     rivals = {name: accuracy[name]["mean"] for name in ("parent", *BRANCHES, "average")}
     return judged(

@@ -69,7 +69,6 @@ def main() -> int:
 
 
 def make_base() -> None:
-    """Screens, and a model that knows what is on them."""
     write_screens(FOLDER / "data", train=6000, held_out=400, base=12_000, seed=0)
     processor = tiny_processor("vl", tuple(words()), patch_size=8)
     build_model(processor).save_pretrained(FOLDER / "untrained")
@@ -109,7 +108,6 @@ def make_adapter(name: str) -> None:
 
 
 def train_gate(joint: bool) -> str:
-    """Stages 1 and 2, and 3 if asked; the last one's folder."""
     run(EXECUTABLE, "gate", "train", GATE, "--nproc", "2")
     stages = [("end_to_end", "supervised", ["gate.kl_weight=0.1", "gate.entropy_weight=0.01"])]
     if joint:
@@ -121,7 +119,6 @@ def train_gate(joint: bool) -> str:
 
 
 def evaluate(stage: str) -> dict[str, Any]:
-    """What `ds-moe gate eval` finds."""
     file = FOLDER / stage / "eval.json"
     run(EXECUTABLE, "gate", "eval", GATE, f"train.output_dir={FOLDER / stage}", "--json", file)
     return json.loads(file.read_text())
@@ -181,7 +178,6 @@ def answer_accuracy(stage: str) -> dict[str, float]:
 
 
 def claims(result: dict[str, Any]) -> list[Claim]:
-    """What the demo is to show."""
     routing, answers = result["routing"], result["answers"]
     text, vision = (routing["baselines"][name] for name in ("text only", "vision only"))
     others = {name: share for name, share in answers.items() if name not in ("routed", "oracle")}
@@ -199,7 +195,6 @@ def claims(result: dict[str, Any]) -> list[Claim]:
 
 
 def rows(result: dict[str, Any]) -> dict[str, str]:
-    """What the demo prints."""
     accuracies = (f"{result[stage]['accuracy']:.3f}" for stage in ("routing", "routing_end_to_end"))
     shown = {"routing accuracy, supervised / end to end": " / ".join(accuracies)}
     shown |= {f"baseline, {name}": f"{share:.3f}" for name, share in result["routing"]["baselines"].items()}
@@ -207,7 +202,6 @@ def rows(result: dict[str, Any]) -> dict[str, str]:
 
 
 def write_figure(result: dict[str, Any], file: Path) -> None:
-    """PNG of routing accuracies and of the answers that each choice of adapters gets right."""
     routing = result["routing"]
     chosen = {"text and screen": routing["accuracy"]}
     chosen |= {name: routing["baselines"][name] for name in ("text only", "vision only")}

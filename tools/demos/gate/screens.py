@@ -82,7 +82,6 @@ def in_split(first: int, second: int, split: Split) -> bool:
 
 @lru_cache
 def looks(split: Split) -> tuple[Look, ...]:
-    """All looks of a split: its pairs of theme and layout, in every font."""
     every = product(range(len(THEMES)), range(len(LAYOUTS)), range(len(FONTS)))
     return tuple(look for look in every if in_split(look[0], look[1], split))
 
@@ -110,8 +109,6 @@ def words() -> list[str]:
 
 
 class Pen(NamedTuple):
-    """What the kinds of screen are drawn with."""
-
     draw: ImageDraw.ImageDraw
     theme: Theme
     font: int

@@ -89,7 +89,6 @@ def train(file: str, output: Path, *overrides: str) -> None:
 
 
 def claims(rounds: dict[str, list[dict[str, Any]]]) -> list[Claim]:
-    """What the demo is to show."""
     replay, without = rounds["with replay"], rounds["without"]
     first, last = replay[0]["reward"], replay[-1]["reward"]
     k3, k3_without = (sum(one["mismatch_k3"] for one in arm) / len(arm) for arm in (replay, without))
@@ -107,7 +106,6 @@ def figures(found: dict[str, Any]) -> str:
 
 
 def write_figure(rounds: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """PNG of the rounds of each arm."""
     figure = Figure(figsize=(9, 3.4), dpi=150, facecolor="white", layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for arm, found in rounds.items():
