@@ -1,13 +1,15 @@
-"""Every key of a run file, and what is wrong with one.
+"""Every key of a run file, and what is wrong with a file.
 
-sections.py, moe.py, tasks.py, run.py   the typed tree of keys with their defaults
-rules/          what types cannot say: a file for each section
-check.py        all rules, and the keys a run uses
-run_file.py     YAML and overrides into the tree       yaml_lines.py   YAML that knows its lines
-complaints.py   pydantic's errors as one line each
-deepspeed.py    the DeepSpeed JSON, filled in          deepspeed_json.py, deepspeed_keys.py   reading it
-divisors.py     EP size against ranks and experts, micro-batches against the global batch
-zero_plan.py    what it says about stages, offload and buckets, as typed values
+run.py, sections.py, moe.py, tasks.py   the typed tree of keys with their defaults
+run_file.py      from YAML and overrides to that tree; load_run is where runs start
+yaml_lines.py    YAML that knows the line of each key
+complaints.py    pydantic's errors, one line each
+check.py         all rules together, and the keys that a run uses
+rules/           what types cannot say: a file for each section
+divisors.py      EP size against ranks and experts, micro-batches against the global batch
+deepspeed.py     from the DeepSpeed JSON to the dictionary that DeepSpeed gets
+deepspeed_json.py, deepspeed_keys.py    reading that JSON; which of its keys ds_moe takes
+zero_plan.py     what it says about stage, offload and buckets, as typed values
 """
 
 from ds_moe.config.moe import (

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON on its own: read with its lines, and keys refused that ds_moe cannot train with."""
+"""The DeepSpeed JSON on its own: read with the line of each key, and refused where ds_moe cannot train with it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ds_moe.config.yaml_lines import Plain, compose_lines, join, nearest, read_t
 from ds_moe.errors import UserError, shown
 
 AUTO = "auto"
-FITS: dict[str, Callable[[object], bool]] = {  # a key of KINDS -> whether a value is one
+FITS: dict[str, Callable[[object], bool]] = {  # a key of KINDS -> whether a value is of this kind
     "an object": lambda value: isinstance(value, dict),
     "a number above 0": lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value > 0,
     "true or false": lambda value: isinstance(value, bool),
@@ -50,7 +50,11 @@ class DeepSpeedJson:
 
 
 def read_json(path: str | Path) -> DeepSpeedJson:
-    """Read a DeepSpeed JSON; `UserError` with the line where it is none."""
+    """Read a DeepSpeed JSON.
+
+    Raises:
+        UserError: a file that cannot be read or is not a JSON object, with the line.
+    """
     file = str(path)
     text = read_text(Path(path), "DeepSpeed JSON")
     try:
@@ -61,7 +65,7 @@ def read_json(path: str | Path) -> DeepSpeedJson:
         raise UserError(f"{file}: not valid JSON ({str(error).partition(';')[0]})") from error
     if not isinstance(values, dict):
         raise UserError(f"{file}: a DeepSpeed JSON is an object, this is a {type(values).__name__}")
-    _, origins = compose_lines(text.replace("\t", " "), file)  # JSON is YAML but for tabs; also refuses duplicates
+    _, origins = compose_lines(text.replace("\t", " "), file)  # without tabs JSON is YAML; this refuses double keys too
     return DeepSpeedJson(file, values, origins)
 
 
@@ -73,30 +77,41 @@ def check_keys(source: DeepSpeedJson) -> list[str]:
     if fp16 not in (False, AUTO):
         found.append(f"{source.at('fp16.enabled')}: fp16.enabled is {fp16!r}; ds_moe trains in bf16 or fp32")
     found += _wrong_kinds(source)
-    optimizer = section(values, "optimizer")
-    found += _check_names(source, "optimizer", optimizer, ["type", "params"], {})
-    found += _check_names(source, "optimizer.params", section(optimizer, "params"), ADAM_KEYS, {})
-    kind = optimizer.get("type", "AdamW")
-    if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
-        found.append(f"{source.at('optimizer.type')}: optimizer.type is {kind!r}; must be 'AdamW' or 'Adam'")
+    found += _check_optimizer(source)
     zero = section(values, "zero_optimization")
     found += _check_names(source, "zero_optimization", zero, ZERO_KEYS, ZERO_REFUSED)
     stage = zero.get("stage")
     if stage not in (1, 2, 3) or isinstance(stage, bool):
         where = source.at("zero_optimization.stage" if "stage" in zero else "zero_optimization")
         return [*found, f"{where}: zero_optimization.stage is {stage!r}; must be 1, 2 or 3"]
-    for name in OFFLOADS:
-        key, offload = f"zero_optimization.{name}", section(zero, name)
-        found += _check_names(source, key, offload, OFFLOAD_KEYS, OFFLOAD_REFUSED)
-        if (device := offload.get("device", "none")) not in DEVICES:
-            devices = " or ".join(filter(None, DEVICES))
-            found.append(f"{source.at(key + '.device')}: {key}.device is {shown(device)}; must be {devices}")
+    found += _check_offload(source)
     found += _refused_values(source)
     found += [f"{source.at(key)}: {key} is {value}; must be finite" for key, value in _infinite(values)]
     for key, value in zero.items():
         if stage < 3 and value != AUTO and not _off(f"zero_optimization.{key}", value) and _needs_stage_3(key):
             where = source.at(f"zero_optimization.{key}")
             found.append(f"{where}: zero_optimization.{key} would not be used: it needs stage 3, this is {stage}")
+    return found
+
+
+def _check_optimizer(source: DeepSpeedJson) -> list[str]:
+    optimizer = section(source.values, "optimizer")
+    found = _check_names(source, "optimizer", optimizer, ["type", "params"], {})
+    found += _check_names(source, "optimizer.params", section(optimizer, "params"), ADAM_KEYS, {})
+    kind = optimizer.get("type", "AdamW")
+    if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
+        found.append(f"{source.at('optimizer.type')}: optimizer.type is {kind!r}; must be 'AdamW' or 'Adam'")
+    return found
+
+
+def _check_offload(source: DeepSpeedJson) -> list[str]:
+    zero, found = section(source.values, "zero_optimization"), []
+    for name in OFFLOADS:
+        key, offload = f"zero_optimization.{name}", section(zero, name)
+        found += _check_names(source, key, offload, OFFLOAD_KEYS, OFFLOAD_REFUSED)
+        if (device := offload.get("device", "none")) not in DEVICES:
+            devices = " or ".join(filter(None, DEVICES))
+            found.append(f"{source.at(key + '.device')}: {key}.device is {shown(device)}; must be {devices}")
     return found
 
 
@@ -132,14 +147,14 @@ def _wrong_kinds(source: DeepSpeedJson) -> list[str]:
     for kind, key in [(kind, key) for kind, keys in KINDS.items() for key in keys.split()]:
         value = _value(source, key)
         if value is None and key not in (*FILLED, "optimizer.params"):
-            continue  # to DeepSpeed the same as no such key
+            continue  # DeepSpeed reads null as if the key were not there
         if value != AUTO and not FITS[kind](value):
             found.append(f"{source.at(key)}: {key} is {shown(value)}; must be {kind}")
     return found
 
 
 def _value(source: DeepSpeedJson, key: str) -> Plain:
-    """The value of a dotted key, AUTO where it is not written."""
+    """The value of a dotted key; AUTO where the key is not written."""
     *parents, name = key.split(".")
     holder = source.values
     for parent in parents:
@@ -156,7 +171,7 @@ def _refused_values(source: DeepSpeedJson) -> list[str]:
 
 
 def _infinite(values: dict[str, Plain], parent: str = "") -> Iterator[tuple[str, float]]:
-    """Dotted key and value of the numbers that JSON does not know but Python reads: NaN, Infinity, 1e999."""
+    """Dotted key and value of each number that Python reads although JSON has no such number: NaN, Infinity, 1e999."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _infinite(value, join(parent, name))

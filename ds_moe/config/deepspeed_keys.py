@@ -1,6 +1,7 @@
 """Which keys of a DeepSpeed JSON (0.19) ds_moe fills, passes on or refuses, and why."""
 
-# Sections and keys that reach DeepSpeed as they are, beside those that the run fills.
+# Sections and keys of the root: those that DeepSpeed gets as they are written, those that ds_moe fills from the run
+# file, and those that it refuses (key -> what to do in their place, or why).
 PASSED_ON = """aio checkpoint communication_data_type comms_logger csv_monitor data_types disable_python_gc
     dump_state flops_profiler log_level memory_breakdown steps_per_print timers wall_clock_breakdown wandb
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer""".split()
@@ -52,7 +53,7 @@ OFF = {
     "zero_optimization.compute_grad_norm": (True,),
 }
 OFF_OTHERWISE = (False,)
-STAGE_3_ONLY = ("sub_group_size", "offload_param")
+STAGE_3_ONLY = ("sub_group_size", "offload_param")  # beside all keys that begin with stage3_
 NO_NVME = "offload to NVMe was not tested; use cpu"
 # Dotted key -> (the value that is refused, why); every other value of these keys is passed on.
 REFUSED_VALUES = {
@@ -68,7 +69,7 @@ DEVICES = ("none", None, "cpu", "nvme")
 OFFLOADS = ("offload_optimizer", "offload_param")
 # It says how DeepSpeed's own `save_16bit_model` writes weights, which `ds-moe export` does in its place at every stage.
 ANY_STAGE = ("stage3_gather_16bit_weights_on_model_save",)
-# Values that keys take, as messages call them; over another one DeepSpeed would end in a traceback.
+# Kind of value, as messages call it -> the keys that need one; DeepSpeed would end in a traceback over another.
 KINDS = {
     "an object": """optimizer optimizer.params zero_optimization zero_optimization.offload_param
         zero_optimization.offload_optimizer bf16 fp16 aio checkpoint comms_logger csv_monitor data_types flops_profiler
@@ -82,5 +83,5 @@ KINDS = {
         zero_optimization.contiguous_gradients zero_optimization.reduce_scatter zero_optimization.overlap_comm
         zero_optimization.allgather_partitions zero_optimization.round_robin_gradients""",
 }
-FP32_NAMES = ("fp32", "float32", "float", "torch.float32")  # as data_types spells it
+FP32_NAMES = ("fp32", "float32", "float", "torch.float32")  # names of fp32 in data_types
 ADAM_KEYS = ["lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "fp32_optimizer_states"]

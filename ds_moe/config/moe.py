@@ -24,7 +24,7 @@ class AnyRouter(Section):
     useless_balances: ClassVar[tuple[str, ...]] = ()  # kinds of moe.balance that cannot change what it does
 
     kind: str
-    top_k: int | None = Field(default=None, gt=0)  # default: the model's own
+    top_k: int | None = Field(default=None, gt=0)  # experts of a token; default: the model's own
     expert_dropout: float = Field(default=0.0, ge=0, lt=1)  # of assignments, in training; a token keeps at least one
 
     def settings(self, top_k: int, normalizes: bool) -> dict[str, object]:
@@ -42,7 +42,7 @@ class Jittered(Section):
 
 
 class Limited(Section):
-    capacity_factor: float | None = Field(default=None, gt=0)  # training: rows an expert takes / its fair share
+    capacity_factor: float | None = Field(default=None, gt=0)  # training: rows that an expert accepts / its fair share
 
 
 class TopKRouting(Limited, Jittered, AnyRouter):
@@ -57,7 +57,7 @@ class TopKRouting(Limited, Jittered, AnyRouter):
     groups: int | None = Field(default=None, gt=0)  # a token chooses from its best top_groups groups of experts
     top_groups: int | None = Field(default=None, gt=0)
     temperature: float = Field(default=1.0, gt=0)  # logits are divided by it
-    drop: Literal["position", "score"] | None = None  # whom a full expert refuses; default position
+    drop: Literal["position", "score"] | None = None  # which rows a full expert refuses; default position
 
     def settings(self, top_k: int, normalizes: bool) -> dict[str, object]:
         return {
@@ -82,7 +82,7 @@ class ExpertChoiceRouting(Jittered, AnyRouter):
     useless_balances: ClassVar[tuple[str, ...]] = ("aux", "loss_free")
 
     kind: Literal["expert_choice"] = "expert_choice"
-    capacity_factor: float = Field(default=1.0, gt=0)  # rows an expert takes / its fair share
+    capacity_factor: float = Field(default=1.0, gt=0)  # rows that an expert takes / its fair share
     allow_noncausal: bool = False  # train a causal model although its tokens then depend on later ones
 
 
@@ -117,7 +117,7 @@ class AuxBalance(Section):
     kind: Literal["aux"] = "aux"
     weight: float = Field(default=1e-3, gt=0)
     scope: Literal["micro_batch", "global_batch", "sequence"] = "micro_batch"
-    normalize_by_k: bool = False  # perfectly balanced the loss is weight * top_k, or weight with this
+    normalize_by_k: bool = False  # a perfectly balanced load then costs weight in place of weight * top_k
 
 
 class ZLossBalance(Section):
@@ -137,22 +137,22 @@ Balance = Annotated[NoBalance | AuxBalance | ZLossBalance | LossFreeBalance, Fie
 
 class DispatchConfig(Section):
     kind: Literal["auto", "local", "all_to_all"] = "auto"  # auto: local at ep_size 1, else all_to_all
-    chunks: int = Field(default=1, gt=0)  # parts of a rank's experts: rows of one travel while another is computed
+    chunks: int = Field(default=1, gt=0)  # parts of a rank's experts: rows of one part travel while another computes
 
 
 class ExpertsConfig(Section):
     backend: Literal["auto", "grouped_mm", "megablocks", "liger", "reference"] = "auto"  # kernels; auto: by device
     recompute: Literal["none", "act", "all"] = "act"  # what backward computes again: nothing, the activation, all
-    apply_weight: Literal["before", "after"] = "after"  # combine weights multiply what experts get, or what they give
+    apply_weight: Literal["before", "after"] = "after"  # combine weights multiply the experts' inputs, or their outputs
 
 
 class ReplayConfig(Section):
-    enabled: bool = False  # a forward uses the experts that its batch brings (task: rl), not those its routers choose
+    enabled: bool = False  # task rl: a forward uses the experts recorded in its rollouts, not those its routers select
     moves_bias: bool = False  # whether replayed tokens count for the loss-free bias
 
 
 class MoEConfig(Section):
-    ep_size: int = Field(default=1, gt=0)  # ranks one copy of the experts is spread over
+    ep_size: int = Field(default=1, gt=0)  # ranks that share one copy of the experts
     router: RouterConfig = TopKRouting()
     balance: list[Balance] = []
     dispatch: DispatchConfig = DispatchConfig()

@@ -18,7 +18,7 @@ from ds_moe.config.tasks import GateConfig, RLConfig
 
 
 class RunConfig(Located):
-    """One run, as `ds_moe.train` takes it."""
+    """A run file: everything that `ds_moe.train` must be told about a run."""
 
     task: Literal["sft", "rl", "gate"] = "sft"  # imitate answers, reinforce the completions of rollouts, gate adapters
     model: ModelConfig

@@ -1,8 +1,7 @@
-"""The typed tree of one run: every key a run file or an override may hold, with its default.
+"""The keys that every run has, with their defaults: `model`, `data`, `train`, `lora`, `monitor`, `checkpoint`.
 
-`ds_moe.config.run_file` reads YAML and dotted overrides into this tree and turns pydantic's complaints into one-line
-errors with file, line and the nearest valid key; `ds_moe.config.check` refuses keys that a run would not use. Units
-stand in the comment of each key.
+The comment of a key says what it means and in which unit. `run_file.py` reads YAML and dotted overrides into these
+classes; `check.py` refuses keys that a run would not use.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 
 class Section(BaseModel):
-    """A section of the run file: unknown keys are errors, values are checked and never converted ("8" is no 8)."""
+    """A section of a run file. Unknown keys are errors, and values are checked but never converted ("8" is not 8)."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False, protected_namespaces=()
@@ -22,7 +21,7 @@ class Section(BaseModel):
 
 
 class Located(Section):
-    """The root of a file: knows where each of its keys was written."""
+    """The root of a file, which remembers where each of its keys was written."""
 
     _file: str = PrivateAttr("run file")
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -32,15 +31,15 @@ class Located(Section):
         self._file, self._origins = file, origins
 
     def at(self, key: str) -> str:
-        """Where `key` or the closest section around it was written; the file where only its default holds."""
+        """Where `key`, or else the closest section around it, was written; the file itself where neither was."""
         return origin_of(key, self._origins, self._file)
 
 
 class ModelConfig(Section):
     path: str | None = None  # local folder or hub id of a qwen3_vl_moe, qwen3_moe or qwen3_vl checkpoint
-    preset: str | None = None  # or a tiny model built from config: see ds_moe/models/presets.py
+    preset: str | None = None  # or a tiny random model, one of ds_moe/models/presets.py
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    freeze: list[str] = []  # "vision", "router", "experts", "embeddings" or a regex on parameter names
+    freeze: list[str] = []  # "vision", "router", "experts", "embeddings" or a regex that parameter names match
 
     @field_validator("freeze")
     @classmethod
@@ -54,14 +53,14 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str  # JSONL or Parquet file, or "digits" (bundled scans rendered as chat samples); task rl: rollouts
-    eval: str | None = None  # same forms; "digits" is the held-out split
-    root: str | None = None  # images must lie below it; default: the folder of the data file
+    train: str  # JSONL or Parquet file, or "digits" (bundled scans as chats); in task rl rollouts
+    eval: str | None = None  # as train; here "digits" is the held-out split
+    root: str | None = None  # folder that images must lie in; default: that of the data file
     max_length: int = Field(default=2048, gt=0)  # tokens a sample, image tokens included
-    max_pixels: int = Field(default=16_777_216, gt=0)  # pixels of one image as stored; more is a bad record
+    max_pixels: int = Field(default=16_777_216, gt=0)  # of one image as stored; a larger one is a bad record
     on_bad_record: Literal["stop", "skip"] = "stop"
     shuffle: bool = True
-    length_grouping: bool = True  # samples of like length share a micro-batch
+    length_grouping: bool = True  # samples of similar length share a micro-batch
     num_workers: int = Field(default=0, ge=0)  # processes a rank
     prefetch_factor: int | None = Field(default=None, gt=0)  # steps a worker prepares ahead (default 2)
 
@@ -76,26 +75,26 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] | None = None  # default: bf16 on an accelerator, fp32 on CPU
     steps: int | None = Field(default=None, gt=0)  # optimizer steps; or
     epochs: int | None = Field(default=None, gt=0)  # passes over the data
-    micro_batch_size: int = Field(default=1, gt=0)  # samples a rank and forward
-    global_batch_size: int = Field(default=8, gt=0)  # samples an optimizer step; accumulation follows from it
+    micro_batch_size: int = Field(default=1, gt=0)  # samples of one rank in one forward
+    global_batch_size: int = Field(default=8, gt=0)  # samples of an optimizer step; determines the accumulation
     lr: float = Field(default=1e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)  # cosine only: floor as a share of lr
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)  # where the cosine ends, as a share of lr
     weight_decay: float = Field(default=0.0, ge=0)  # matrices only; norms and biases never decay
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
     max_grad_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
     gradient_checkpointing: bool = False
-    resume: str = Field(default="auto", min_length=1)  # newest complete of output_dir | never | a folder
-    eval_every: int | None = Field(default=None, gt=0)  # steps; the end is always evaluated if data.eval is set
-    eval_batch_size: int | None = Field(default=None, gt=0)  # samples a rank; default micro_batch_size
-    eval_samples: int | None = Field(default=None, gt=0)  # of data.eval in periodic evaluations; default all
+    resume: str = Field(default="auto", min_length=1)  # auto: the newest complete one of output_dir; never; a folder
+    eval_every: int | None = Field(default=None, gt=0)  # steps; with data.eval the end is evaluated in any case
+    eval_batch_size: int | None = Field(default=None, gt=0)  # samples of one rank; default micro_batch_size
+    eval_samples: int | None = Field(default=None, gt=0)  # that periodic evaluations take of data.eval; default all
     eval_generate: bool = True  # also generate answers and count exact matches
     max_new_tokens: int | None = Field(default=None, gt=0)  # of a generated answer (default 16)
-    patience: int | None = Field(default=None, gt=0)  # evaluations without a better loss that end the run
-    max_skipped: int = Field(default=3, ge=0)  # steps in a row not taken for a NaN or infinity; one more ends the run
-    watchdog_s: float = Field(default=600.0, gt=0)  # seconds without progress, of any rank, that end the job
-    stop_within_s: float = Field(default=120.0, gt=0)  # seconds from a signal to the end of its step and checkpoint
+    patience: int | None = Field(default=None, gt=0)  # the run ends after so many evaluations without a better loss
+    max_skipped: int = Field(default=3, ge=0)  # steps in a row skipped for a NaN or infinity; one more ends the run
+    watchdog_s: float = Field(default=600.0, gt=0)  # a rank without progress for so many seconds ends the job
+    stop_within_s: float = Field(default=120.0, gt=0)  # seconds that a signal leaves for the step and a checkpoint
 
 
 class LoRAConfig(Section):
@@ -103,11 +102,11 @@ class LoRAConfig(Section):
 
     rank: int = Field(default=16, gt=0)
     alpha: int = Field(default=32, gt=0)  # updates are scaled by alpha / rank
-    rslora: bool = False  # by alpha / sqrt(rank)
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # of what an update sees, in training
+    rslora: bool = False  # they are scaled by alpha / sqrt(rank) instead
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # of the inputs of updates, in training
     targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]  # linear layers, by the last part of their names
-    experts: bool = False  # gate_up and down of every expert too
-    train_router: bool = False  # the routers' own weights, in full
+    experts: bool = False  # also update gate_up and down of every expert
+    train_router: bool = False  # also train the routers' weights, in full
 
 
 class MonitorConfig(Section):
@@ -115,17 +114,17 @@ class MonitorConfig(Section):
     log_every: int = Field(default=10, gt=0)  # steps
     heatmap_every: int = Field(default=50, gt=0)  # steps between layer x expert load images
     sample_images: int = Field(default=4, ge=0)  # evaluated samples shown as images
-    dead_alarm_steps: int = Field(default=100, gt=0)  # steps without a token after which an expert is reported
+    dead_alarm_steps: int = Field(default=100, gt=0)  # report an expert that got no token for so many steps
 
 
 class CheckpointConfig(Section):
     every: int | None = Field(default=None, gt=0)  # steps; default: only at the end
     keep: int = Field(default=2, gt=0)
-    background: bool = False  # training goes on while files are written, from a copy in host memory
+    background: bool = False  # training continues while a copy in host memory is written
 
 
 def origin_of(key: str, origins: dict[str, str], file: str) -> str:
-    """`origins` of a dotted key or of its nearest parent in it, else `file`."""
+    """Where a dotted key or else its nearest parent was written, by `origins`; `file` where neither was."""
     while key:
         if key in origins:
             return origins[key]
