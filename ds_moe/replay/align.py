@@ -23,6 +23,7 @@ from ds_moe.replay.traces import RoutingTrace
 
 LIVE = -1  # stands for an expert id where the router decides
 PLAUSIBLE_ROWS = 8  # with top-1, so many rows of nothing but expert 0 are taken for an engine that recorded nothing
+EXTRA_ROW, SHORT = ("refuse", "drop"), ("refuse", "live")  # what a rollout record may say of its rows, see `align`
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def align(
 
     Args:
         where: names the record in error messages, such as file:line.
-        extra_row: "drop" ignores a row for the last token.
+        extra_row: "drop" ignores a row for the last token. Rows of nothing but 0 or -1 at the end are filler, and are
+            always ignored.
         short: "live" lets the router decide for tokens at the end that have no row.
 
     Raises:
@@ -86,6 +88,9 @@ def _layers(trace: RoutingTrace, shape: RoutingShape, name: str) -> Sequence[int
     if top_k != shape.top_k:
         fix = "replay with the engine's num_experts_per_tok"
         raise UserError(f"{name}: top-{top_k}, but the model routes to top-{shape.top_k} ({fix})")
+    if trace.largest < shape.experts - 1:
+        fix = "its larger ids have wrapped around: have the engine write 16 bits"
+        raise UserError(f"{name}: ids of at most {trace.largest}, but the model has {shape.experts} experts ({fix})")
     return range(shape.layers) if found == shape.layers else shape.moe_layers
 
 
@@ -96,6 +101,8 @@ def _rows(trace: RoutingTrace, tokens: int, name: str, extra_row: str, short: st
         fix = "start counts input tokens from the first of the sequence"
         raise UserError(f"{name}: starts at token {trace.start} of {tokens} input tokens ({fix})")
     counted = f"{name}: {found} rows, but {expected} of {tokens} input tokens from {trace.start} on have one"
+    if found > expected and np.isin(trace.ids[expected:], (0, LIVE)).all():
+        return expected
     if found == expected + 1:
         if extra_row == "drop":
             return expected
@@ -104,7 +111,8 @@ def _rows(trace: RoutingTrace, tokens: int, name: str, extra_row: str, short: st
     if found > expected:
         raise UserError(f"{counted} (give the input tokens that the engine saw, and where its rows start)")
     if found < expected and short != "live":
-        fix = "give the input tokens that the engine saw; short: live leaves the rest to the router"
+        fix = "give the input tokens that the engine saw, and where its rows start; short: live leaves the rest to "
+        fix += "the router"
         raise UserError(f"{counted} ({fix})")
     return found
 
@@ -140,6 +148,10 @@ def _check_experts(ids_TLK: np.ndarray, shape: RoutingShape, name: str) -> None:
         layer, count = shape.moe_layers[empty_L.argmax()], recorded_L[empty_L.argmax()]
         fix = "the engine recorded nothing in a layer that has experts: update it, or leave the routing out"
         raise UserError(f"{name}: layer {layer} is all zero in {count} rows ({fix})")
+    zero_T = (ids_TLK == 0).all((1, 2))  # with top-1 a few tokens may go to expert 0 in all layers
+    if zero_T.any() and (shape.top_k > 1 or (zero_T.sum() >= PLAUSIBLE_ROWS and len(shape.moe_layers) > 1)):
+        fix = "the engine recorded nothing for this token: write -1 in place of the zeros, and the router decides"
+        raise UserError(f"{name}: row {zero_T.argmax()} is all zero in every layer, one of {zero_T.sum()} ({fix})")
     sorted_TLK = np.sort(ids_TLK, axis=-1)
     twice_TLK = (sorted_TLK[..., 1:] == sorted_TLK[..., :-1]) & (sorted_TLK[..., 1:] != LIVE)
     refuse(twice_TLK, "one of them twice (a token takes K different experts; is this the engine's ids, unchanged?)")

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ds_moe.replay.objective import PolicyInputs
-from ds_moe.replay.ratios import kl_estimate, log_ratio
+from ds_moe.replay.ratios import LOG_RATIO_LIMIT, kl_estimate, log_ratio
 
 # The count that each sum is divided by.
 _COUNTS = {
-    "mismatch_k3": "tokens",  # KL(engine || old), Schulman's k3
+    "mismatch_k3": "comparable",  # KL(engine || old), Schulman's k3
     "mismatch_large": "tokens",  # share of tokens whose probability differs by more than a factor of two
-    "engine_ratio": "tokens",  # p_old / p_engine
-    "engine_ratio_square": "tokens",
+    "engine_ratio": "comparable",  # p_old / p_engine
+    "engine_ratio_square": "comparable",
     "dropped": "tokens",  # share of tokens that the correction gives weight 0
     "ratio": "tokens",  # live to old, before clipping
     "clip_fraction": "tokens",
@@ -43,12 +43,17 @@ def metrics(inputs: PolicyInputs, stats: dict[str, Tensor]) -> dict[str, Tensor]
         return torch.where(within_BS, values_BS.double(), 0).sum()
 
     mismatch_BS = log_ratio(inputs.old_BS, inputs.engine_BS, mask_BS).double()
+    # Beyond the limit one token would outweigh all others. Servers write -9999 for a log-prob that is minus infinity.
+    comparable_BS = mask_BS & (mismatch_BS.abs() < LOG_RATIO_LIMIT)
     sums = {
         "tokens": mask_BS.sum().double(),
-        "mismatch_k3": total(kl_estimate(inputs.engine_BS.double(), inputs.old_BS.double(), mask_BS, "k3")),
+        "comparable": comparable_BS.sum().double(),
+        "mismatch_k3": total(
+            kl_estimate(inputs.engine_BS.double(), inputs.old_BS.double(), mask_BS, "k3"), comparable_BS
+        ),
         "mismatch_large": total(mismatch_BS.abs() > math.log(2)),
-        "engine_ratio": total(mismatch_BS.exp()),
-        "engine_ratio_square": total((2 * mismatch_BS).exp()),
+        "engine_ratio": total(mismatch_BS.exp(), comparable_BS),
+        "engine_ratio_square": total((2 * mismatch_BS).exp(), comparable_BS),
         "dropped": total(stats["weight_BS"] == 0),
         "ratio": total(stats["ratio_BS"]),
         "clip_fraction": total(stats["clipped_BS"]),
@@ -87,10 +92,13 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     """Divide the sums of `metrics` and `routing_difference` by their counts; a mean whose count is 0 is left out.
 
     `ess` is the effective sample size of the weights p_old / p_engine as a share of the tokens, (sum w)^2 / (n sum w^2)
-    (Kish 1965): 1 where engine and trainer agree.
+    (Kish 1965): 1 where engine and trainer agree. `incomparable_tokens` is their number, not a mean: the tokens that
+    the figures of engine against trainer leave out, because the two differ by e^20 or more.
     """
     values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
     found = {name: values[name] / values[n] for name, n in _COUNTS.items() if name in values and values[n] > 0}
+    if values.get("tokens", 0) > 0:
+        found["incomparable_tokens"] = values["tokens"] - values["comparable"]
     if "engine_ratio" in found:
         found["ess"] = found["engine_ratio"] ** 2 / found.pop("engine_ratio_square")
     if "gamma" in found:

@@ -25,6 +25,7 @@ from ds_moe.weights.files import read_arrays
 MAX_ID = int(np.iinfo(np.int16).max)  # 8 bits would hold 256 experts; in 16, 4k tokens x 48 layers x 8 are 3 MiB
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")  # raw ids, little endian
 TOLERANCE = 1e-3  # of the sum of a token's weights, which may have been bf16
+SPLIT = ("prompt_routed_experts", "routed_experts")  # vLLM before 0.22: fields of the response and of each choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +43,12 @@ class RoutingTrace:
     start: int = 0  # index of the input token that row 0 routes
     weights: np.ndarray | None = None  # (rows, layers, K), kept as float32; see `with_weights`
     source: str = ""  # a short name for error messages
+    largest: int = MAX_ID  # id that the type of `ids` as given can hold; larger ones would have wrapped around
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", _as_ids(self.ids, self.name))
+        ids = _as_ids(self.ids, self.name)
+        object.__setattr__(self, "largest", min(self.largest, int(np.iinfo(ids.dtype).max)))
+        object.__setattr__(self, "ids", ids.astype(np.int16, copy=False))
         object.__setattr__(self, "start", _as_start(self.start, self.name))
         if self.weights is not None:
             weights = _as_array(self.weights, f"{self.name}: weights", np.float32)
@@ -80,7 +84,7 @@ def _as_ids(value: object, name: str) -> np.ndarray:
     wrong = (ids > MAX_ID) | (ids < -MAX_ID)
     if wrong.any():
         raise UserError(f"{name}: expert id {ids[wrong][0]} does not fit 16 bits (wrong dtype or byte order?)")
-    return ids.astype(np.int16, copy=False)
+    return ids
 
 
 def _as_start(value: object, name: str) -> int:
@@ -96,8 +100,13 @@ def from_vllm(array: object, start: int = 0) -> RoutingTrace:
     return RoutingTrace(array, start, source="vllm")
 
 
-def from_vllm_http(text: str | bytes, start: int = 0) -> RoutingTrace:
-    """`choices[i].routed_experts` of vLLM's server: base64 of an .npy file. `start`: `routed_experts_prompt_start`."""
+def from_vllm_http(text: object, start: int = 0) -> RoutingTrace:
+    """`choices[i].routed_experts` of vLLM's server: base64 of an .npy file. `start`: `routed_experts_prompt_start`.
+
+    Before 0.22 it was nested lists, which are read too.
+    """
+    if isinstance(text, list):
+        return RoutingTrace(text, start, source="vllm_http")
     file = io.BytesIO(_decode_base64(text, "vllm_http"))
     try:
         array = np.lib.format.read_array(file, allow_pickle=False)  # np.load also reads pickles, which can run code
@@ -119,9 +128,27 @@ def from_sglang(text: str | bytes, layers: int | None, top_k: int | None, start:
     return RoutingTrace(np.frombuffer(raw, "<i4").reshape(rows, layers, top_k), start, source="sglang")
 
 
-def from_prime_rl(fields: object) -> RoutingTrace:
-    """What prime-rl's `/inference/v1/generate` returns: {"data": base64 of raw ids, "shape", "start", "dtype"}."""
+def from_prime_rl(fields: object, start: int = 0) -> RoutingTrace:
+    """What prime-rl's `/inference/v1/generate` returns: {"data": base64 of raw ids, "shape", "start", "dtype"}.
+
+    Older versions left out "start", and the oldest "dtype" as well: their data are base85 of int32.
+    """
+    if isinstance(fields, Mapping) and {"data", "shape"} <= fields.keys():
+        if (encoding := fields.get("encoding", "base64")) != "base64":
+            raise UserError(f"prime_rl: encoding is {shown(encoding)} (give base64)")
+        fields = dict(fields)
+        if fields.get("start") is None:
+            fields["start"] = start
+        if fields.get("dtype") is None:
+            fields |= {"dtype": "int32", "data": _base64_of_base85(fields["data"])}
     return _from_fields(fields, "prime_rl")
+
+
+def _base64_of_base85(text: object) -> bytes:
+    try:
+        return base64.b64encode(base64.b85decode(text))  # type: ignore[arg-type]  # of any other type: TypeError
+    except (ValueError, TypeError) as error:
+        raise UserError(f"prime_rl: without a dtype its data are base85 of int32: {error} (add the dtype)") from error
 
 
 def from_megatron(array: object, start: int = 0) -> RoutingTrace:
@@ -170,7 +197,7 @@ def _decode_array(text: object, dtype: str, shape: Sequence[int], name: str) -> 
 
 def _decode_base64(text: object, name: str) -> bytes:
     if not isinstance(text, str | bytes | bytearray | memoryview):
-        raise UserError(f"{name}: {type(text).__name__} where base64 text is expected (name the kind that it has)")
+        raise UserError(f"{name}: {type(text).__name__} where base64 text is expected (routing_format names its form)")
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
@@ -183,7 +210,7 @@ FORMATS: dict[str, Callable[[object, int | None, int | None, int], RoutingTrace]
     "vllm": lambda value, layers, top_k, start: from_vllm(value, start),
     "vllm_http": lambda value, layers, top_k, start: from_vllm_http(value, start),
     "sglang": lambda value, layers, top_k, start: from_sglang(value, layers, top_k, start),
-    "prime_rl": lambda value, layers, top_k, start: from_prime_rl(value),
+    "prime_rl": lambda value, layers, top_k, start: from_prime_rl(value, start),
     "megatron": lambda value, layers, top_k, start: from_megatron(value, start),
 }
 
@@ -203,11 +230,29 @@ def decode(
         UserError: a value that is not of this format.
     """
     if kind not in list(FORMATS):  # a list, because `kind` may be unhashable: it comes from a record
-        raise UserError(f"routing: kind is {shown(kind)} (one of {', '.join(FORMATS)})")
-    trace = FORMATS[kind](value, layers, top_k, start)
+        raise UserError(f"routing: kind is {shown(kind)} (one of {', '.join(FORMATS)}; routing_format names it)")
+
+    def read(part: object) -> RoutingTrace:
+        if isinstance(part, list) and not part and layers and top_k:  # a list without rows does not tell its shape
+            return RoutingTrace(np.empty((0, layers, top_k), np.int16), start, source=kind)
+        return FORMATS[kind](part, layers, top_k, start)
+
+    split = kind in ("vllm", "vllm_http") and isinstance(value, Mapping)
+    trace = _of_parts(value, read, kind) if split else read(value)
     if start and trace.start != start:
-        raise UserError(f"{kind}: start is {start}, but the value itself says {trace.start} (leave start out)")
+        raise UserError(f"{kind}: start is {start}, but the value itself says {trace.start} (leave routing_start out)")
     return trace
+
+
+def _of_parts(value: Mapping[str, object], read: Callable[[object], RoutingTrace], name: str) -> RoutingTrace:
+    """The two fields in which vLLM before 0.22 returned the experts of a prompt and of its completion."""
+    given = {key: part for key, part in value.items() if part is not None}
+    if not given or not given.keys() <= set(SPLIT):
+        raise UserError(f"{name}: an object of {shown(list(given))} (give {' and '.join(SPLIT)}, or one of them)")
+    parts = [read(given[key]) for key in SPLIT if key in given]
+    if len({part.ids.shape[1:] for part in parts}) > 1:
+        raise UserError(f"{name}: {' and '.join(SPLIT)} differ in layers or top_k (give those of one response)")
+    return replace(parts[0], ids=np.concatenate([part.ids for part in parts]))
 
 
 def with_weights(trace: RoutingTrace, weights: object, renormalize: bool = False) -> RoutingTrace:
@@ -241,7 +286,7 @@ def check_weights(
     off = routed & ((total == 0) if renormalize else (abs(total - 1) > TOLERANCE)).squeeze(-1)
     if off.any():
         row, layer = np.argwhere(off)[0]
-        fix = "they cannot be renormalized" if renormalize else "give weights that sum to 1, or renormalize"
+        fix = "they cannot be renormalized" if renormalize else "give weights that sum to 1, or renormalize them"
         raise UserError(f"{source}: row {row}, layer {layer}: weights sum to {total[row, layer, 0]:.4g} ({fix})")
     return weights / np.where(total == 0, 1, total) if renormalize else weights
 

@@ -173,6 +173,45 @@ def test_a_row_for_the_last_token_is_dropped_on_request():
         align(RoutingTrace(random_ids(7), 4), SHAPE, 10, extra_row="drop")
 
 
+@pytest.mark.parametrize("filler", [0, -1])
+@pytest.mark.parametrize("more", [1, 3])
+@pytest.mark.parametrize("shape", [SHAPE, NARROW], ids=["top-2", "top-1"])
+def test_filler_at_the_end_is_no_row(filler, more, shape):
+    """Clients fill up with zeros to one row a token, or to the longest sequence; sglang pads with -1."""
+    ids = random_ids(9, shape)
+    ids[0] = random_ids(1, shape, seed=5) if shape is SHAPE else 1
+    padded = np.concatenate([ids, np.full((more, *ids.shape[1:]), filler)])
+    assert torch.equal(align(RoutingTrace(padded), shape, 10), align(RoutingTrace(ids), shape, 10))
+
+
+def test_a_row_of_zeros_before_the_end_is_no_routing():
+    ids = random_ids(9)
+    ids[3] = ids[5] = 0
+    with pytest.raises(UserError, match="row 3 is all zero in every layer, one of 2 .the engine recorded nothing"):
+        align(RoutingTrace(ids), SHAPE, 10)
+    ids[[3, 5]] = -1  # what the message says
+    assert (align(RoutingTrace(ids), SHAPE, 10)[[3, 5]] == -1).all()
+
+
+def test_many_rows_of_zeros_under_top_1_are_no_routing():
+    """As of a prompt whose rows a prefix cache has lost."""
+    ids = np.ones((20, 2, 1), int)
+    ids[:7] = 0
+    assert (align(RoutingTrace(ids), NARROW, 21)[:7] == 0).all()
+    ids[:8] = 0
+    with pytest.raises(UserError, match="row 0 is all zero in every layer, one of 8"):
+        align(RoutingTrace(ids), NARROW, 21)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_ids_of_too_few_bits_have_wrapped(dtype):
+    ids = (random_ids(9, WIDE) % 100).astype(dtype)
+    ids[...] = np.arange(4)
+    with pytest.raises(UserError, match="ids of at most (255|127), but the model has 512 experts"):
+        align(RoutingTrace(ids), WIDE, 10)
+    align(RoutingTrace(ids.astype(np.uint16)), WIDE, 10)
+
+
 def test_missing_rows_are_live_on_request():
     trace = RoutingTrace(random_ids(4), 2)
     aligned_TLK = align(trace, SHAPE, 10, short="live")

@@ -345,10 +345,28 @@ def test_metrics_of_a_loop():
         "kl": sum(stats["kl_BS"][at].item() for at in tokens),
         "replayed": len(routed),
     }
+    expected["incomparable_tokens"] = 0
     expected = {name: value / len(tokens) for name, value in expected.items()}
     expected |= {"gamma": gamma.mean().item(), "gamma_std": gamma.std(correction=0).item()}
     assert found == pytest.approx(expected)
     assert 0 < found["clip_fraction"] < 1 and 0 < found["dropped"] < 1 and 0 < found["mismatch_large"] < 1
+
+
+@pytest.mark.parametrize("sentinel", [-9999.0, -1e9])
+def test_a_log_prob_of_minus_infinity_is_counted_apart(sentinel):
+    """Servers write -9999 for it. Clamped to e^20, one such token made mismatch_k3 4.9e8 over the number of tokens."""
+    inputs = make_inputs(shift=0.3)
+    at = tuple(inputs.mask_BS.nonzero()[0].tolist())
+    without, broken = inputs.mask_BS.clone(), inputs.engine_BS.clone()
+    without[at], broken[at] = False, sentinel
+    found, expected = (
+        means(metrics(one, policy_loss(Objective(), one)[1]))
+        for one in (inputs._replace(engine_BS=broken), inputs._replace(mask_BS=without))
+    )
+    assert found["incomparable_tokens"] == 1 and expected["incomparable_tokens"] == 0
+    for name in ("mismatch_k3", "engine_ratio", "ess"):
+        assert found[name] == pytest.approx(expected[name]) and found[name] < 2
+    assert found["mismatch_large"] > 0  # where it counts as any other that is far off
 
 
 def test_metrics_where_engine_and_trainer_agree():

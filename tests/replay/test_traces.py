@@ -122,7 +122,7 @@ class Exploit:
         ([[[32768, 1]]], "megatron", "megatron: expert id 32768 does not fit 16 bits"),
         ([[[-40000, 1]]], "vllm", "expert id -40000 does not fit"),
         (np.full((1, 1, 2), 2**63, np.uint64), "vllm", "expert id 9223372036854775808"),
-        (IDS, "vllm_http", "vllm_http: list where base64"),
+        (5, "vllm_http", "vllm_http: int where base64"),
         ("not base64!", "vllm_http", "vllm_http: not base64"),
         ("!" + SGLANG, "sglang", "sglang: not base64"),
         ("ä", "sglang", "sglang: not base64"),
@@ -135,7 +135,14 @@ class Exploit:
         (encoded(pickle.dumps(Exploit())), "vllm_http", "vllm_http: no .npy array: the magic string"),
         (SGLANG[:-8], "sglang", "sglang: 27 bytes are no whole rows of 2 layers x top-2 int32"),
         (SGLANG, "prime_rl", "prime_rl: str .give an object"),
-        ({"data": "", "shape": [0, 2, 2]}, "prime_rl", "prime_rl: data, shape .give an object"),
+        ({"data": ""}, "prime_rl", "prime_rl: data .give an object"),
+        ({"data": prime()["data"], "shape": [2, 2, 2]}, "prime_rl", "9 bytes, where 2 x 2 x 2 int32 are 32"),
+        ({"data": 5, "shape": [2, 2, 2]}, "prime_rl", "without a dtype its data are base85 of int32"),
+        (prime(encoding="gzip"), "prime_rl", "encoding is 'gzip' .give base64"),
+        ({"routed_experts": None}, "vllm", r"vllm: an object of \[\] .give prompt_routed_experts and routed_experts"),
+        ({"routed_experts": IDS, "shape": 1}, "vllm_http", r"an object of \['routed_experts', 'shape'\]"),
+        ({"prompt_routed_experts": IDS, "routed_experts": [[[1]]]}, "vllm", "differ in layers or top_k"),
+        ({"routed_experts": {"routed_experts": IDS}}, "vllm", "expert ids have the shape|no array of numbers"),
         (prime(dtype="uint8") | {"dtype": "object"}, "prime_rl", "dtype is 'object' .one of uint8"),
         (prime(dtype="uint8") | {"dtype": "float32"}, "prime_rl", "dtype is 'float32'"),
         (prime(dtype="int16") | {"dtype": "uint8"}, "prime_rl", "16 bytes, where 2 x 2 x 2 uint8 are 8"),
@@ -159,6 +166,29 @@ def test_the_pickles_of_these_tests_would_run():
     """Negative control: a reader that allows pickles runs them."""
     with pytest.raises(pytest.fail.Exception, match="a pickle ran"):
         np.load(io.BytesIO(base64.b64decode(pickled(np.array([Exploit()], object)))), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (IDS, "vllm_http"),  # vLLM 0.21
+        ({"prompt_routed_experts": IDS[:1], "routed_experts": IDS[1:]}, "vllm_http"),
+        ({"prompt_routed_experts": npy(np.array(IDS[:1], np.uint8)), "routed_experts": IDS[1:]}, "vllm_http"),
+        ({"prompt_routed_experts": IDS, "routed_experts": []}, "vllm"),  # a completion of one token
+        ({"prompt_routed_experts": None, "routed_experts": IDS}, "vllm"),  # Arrow fills in None
+        (prime() | {"encoding": "base64"}, "prime_rl"),
+        ({key: value for key, value in prime().items() if key != "start"}, "prime_rl"),
+        (prime(start=None), "prime_rl"),
+        ({"data": base64.b85encode(np.array(IDS, "<i4").tobytes()).decode(), "shape": [2, 2, 2]}, "prime_rl"),
+    ],
+)
+def test_what_older_versions_of_the_engines_sent(value, kind):
+    assert decode(value, kind=kind, layers=2, top_k=2) == RoutingTrace(IDS)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_list_without_rows_has_the_shape_of_the_model(kind):
+    assert decode([], kind=kind, layers=3, top_k=2, start=4) == RoutingTrace(np.zeros((0, 3, 2), int), 4)
 
 
 def test_sglang_needs_its_shape():

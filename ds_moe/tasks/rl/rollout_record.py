@@ -2,24 +2,27 @@
 
 `python -m ds_moe.tasks.rl.sample` or an orchestrator writes them, one a line (or row). Keys: `tokens` and
 `completion_mask`, or `messages` whose last answer is the completion; `logprobs` of its tokens; `advantage`, or `reward`
-and `group`; optionally `routing`, `images`, `reference_logprobs`, `kind`.
+and `group`; optionally `routing` (and how to read it), `images`, `reference_logprobs`, `kind`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ds_moe.data.chat import Sample, image_pool, parse_record, type_of
 from ds_moe.data.images import ImageSource, RecordError
 from ds_moe.errors import shown
-from ds_moe.replay.align import RoutingShape
-from ds_moe.replay.traces import RoutingTrace, decode
+from ds_moe.replay.align import EXTRA_ROW, SHORT, RoutingShape, align
+from ds_moe.replay.traces import decode
 
 KEYS = {"tokens", "completion_mask", "messages", "images", "logprobs", "reference_logprobs", "advantage", "reward"}
-KEYS |= {"group", "routing", "routing_format", "routing_start", "kind"}
+OF_ROUTING = ("routing_format", "routing_start", "extra_row", "short")  # how to read `routing`, see `align`
+KEYS |= {"group", "routing", *OF_ROUTING, "kind"}
 KEYS |= {"completion", "answer"}  # texts for people
 UNKNOWN = float("nan")
 LARGEST = 1e9  # of a number, either way: what is computed from it must be finite in fp32
@@ -29,13 +32,33 @@ LARGEST = 1e9  # of a number, either way: what is computed from it must be finit
 class EngineRouting:
     """What an engine returned about the experts it used: not decoded before the record is used."""
 
-    value: Any  # of the form `format`
+    value: object  # of the form `format`
     format: str  # a key of `ds_moe.replay.traces.FORMATS`
-    start: int  # index of the input token that the first row routes
+    start: int | None  # index of the input token that the first row routes; None: not told
+    extra_row: str  # the last two arguments of `ds_moe.replay.align.align`
+    short: str
 
-    def decode(self, shape: RoutingShape) -> RoutingTrace:
-        """Raises `UserError` for what is not of this form; a record may have written anything."""
-        return decode(self.value, kind=self.format, layers=shape.layers, top_k=shape.top_k, start=self.start)
+    def aligned(self, shape: RoutingShape, completion_S: Tensor) -> Tensor:
+        """(tokens up to the end of the completion, L, K): the experts that each of them replays.
+
+        Templates write on behind the last answer, which no engine sees: those tokens are live, like padding.
+
+        Raises:
+            UserError: for what is not of this form, or cannot be of this sequence and model; a record may have
+                written anything.
+        """
+        first, last = (int(token) for token in completion_S.nonzero()[[0, -1]])
+        start = 0 if self.start is None else self.start
+        trace = decode(self.value, kind=self.format, layers=shape.layers, top_k=shape.top_k, start=start)
+        found, alone = len(trace.ids), last - first  # rows, and those of the completion alone
+        if self.start is None and found < last and (found == alone == 0 or self._of_completion(found - alone)):
+            trace = replace(trace, start=first)
+        return align(trace, shape, last + 1, extra_row=self.extra_row, short=self.short)
+
+    def _of_completion(self, more: int) -> bool:
+        """Whether rows, so many more than the completion has, are its own: vLLM before 0.22 gave a choice only these
+        (some clients add a row for the last token)."""
+        return self.format in ("vllm", "vllm_http") and more in (0, 1)
 
 
 @dataclass(frozen=True)
@@ -155,8 +178,13 @@ def _numbers(record: dict[str, Any], key: str, count: int | None) -> list[float]
 
 def _routing(record: dict[str, Any]) -> EngineRouting | None:
     if "routing" not in record:
-        lone = [key for key in ("routing_format", "routing_start") if key in record]
+        lone = [key for key in OF_ROUTING if key in record]
         if lone:
             raise RecordError(f"{lone[0]!r} without 'routing' (add it, or remove the key)")
         return None
-    return EngineRouting(record["routing"], record.get("routing_format", "record"), record.get("routing_start", 0))
+    choices = {"extra_row": EXTRA_ROW, "short": SHORT}
+    for key, allowed in choices.items():
+        if record.get(key, "refuse") not in allowed:
+            raise RecordError(f"{key!r} is {shown(record[key])} (write {' or '.join(allowed)})")
+    rows = {key: record.get(key, "refuse") for key in choices}
+    return EngineRouting(record["routing"], record.get("routing_format", "record"), record.get("routing_start"), **rows)

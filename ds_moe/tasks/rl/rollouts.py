@@ -14,7 +14,7 @@ from ds_moe.data.images import RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records, image_tokens
 from ds_moe.errors import UserError
-from ds_moe.replay.align import LIVE, RoutingShape, align
+from ds_moe.replay.align import LIVE, RoutingShape
 from ds_moe.replay.objective import group_advantages
 from ds_moe.tasks.rl.rollout_record import UNKNOWN, Rollout, parse_rollout
 
@@ -88,10 +88,8 @@ class Rollouts(RecordKind[Rollout]):
         """(tokens up to the end of the completion, L, K): the experts that each of them replays."""
         if rollout.routing is None or self.shape is None:
             return None
-        # Templates write on behind the last answer, which no engine sees: those tokens are live, like padding.
-        seen = int(completion.nonzero()[-1]) + 1
         try:
-            return align(rollout.routing.decode(self.shape), self.shape, seen)
+            return rollout.routing.aligned(self.shape, completion)
         except UserError as error:
             raise RecordError(str(error)) from error
 

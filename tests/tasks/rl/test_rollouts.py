@@ -159,6 +159,50 @@ def test_the_routing_of_an_engine_is_read_as_it_came(first_step, name):
     np.testing.assert_array_equal(batch["routing"][0, :4], ids)
 
 
+def of_engine(rows: int, seed: int = 1) -> list:
+    """Nested lists of so many rows."""
+    return np.random.default_rng(seed).permuted(np.tile(np.arange(8), (rows, 2, 1)), axis=-1)[..., :2].tolist()
+
+
+ZEROS = [[[0, 0], [0, 0]]]
+ONE_TOKEN = {"completion_mask": [0, 0, 0, 0, 1], "logprobs": [-0.5]}
+READ = {  # a record's keys -> the first input token that is replayed, and how many are
+    "one token and no row, of the completion alone": ({"routing": [], "routing_start": 4, **ONE_TOKEN}, 0, 0),
+    "one token and no row": ({"routing": [], **ONE_TOKEN}, 0, 0),
+    "one token and no row, of vLLM": ({"routing": [], "routing_format": "vllm_http", **ONE_TOKEN}, 0, 0),
+    "one token, in two parts": (
+        {
+            "routing": {"prompt_routed_experts": of_engine(4), "routed_experts": []},
+            "routing_format": "vllm_http",
+            **ONE_TOKEN,
+        },
+        0,
+        4,
+    ),
+    "two parts": (
+        {
+            "routing": {"prompt_routed_experts": of_engine(4)[:3], "routed_experts": of_engine(4)[3:]},
+            "routing_format": "vllm",
+        },
+        0,
+        4,
+    ),
+    "the completion's part alone": ({"routing": of_engine(4)[:1], "routing_format": "vllm"}, 3, 1),
+    "the completion's part alone, filled up": ({"routing": of_engine(4)[:1] + ZEROS, "routing_format": "vllm"}, 3, 1),
+    "a zero row for the last token": ({"routing": of_engine(4) + ZEROS}, 0, 4),
+    "a row too many, as the record says": ({"routing": of_engine(5), "extra_row": "drop"}, 0, 4),
+    "too few rows, as the record says": ({"routing": of_engine(4)[:2], "short": "live"}, 0, 2),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_rows_that_a_record_explains_are_read(first_step, name):
+    changes, first, rows = READ[name]
+    routing = first_step([rollout(**changes)])["routing"][0, :5]
+    assert (routing >= 0).all((1, 2)).tolist() == [first <= token < first + rows for token in range(5)]
+    np.testing.assert_array_equal(routing[first : first + rows], np.array(of_engine(5))[:rows].reshape(rows, 2, 2))
+
+
 ONE_TOO_MANY = to_record(RoutingTrace(np.tile([0, 1], (5, 2, 1))))
 BAD = {
     "no tokens": ({"tokens": None}, "neither 'tokens' nor 'messages'"),
@@ -180,6 +224,10 @@ BAD = {
     "a missing image": ({"images": ["none.png"]}, "missing image 'none.png'"),
     "an image without its tokens": ({"images": ["a.png"]}, "'tokens' holds 0 image tokens"),
     "a routing of one row too many": ({"routing": ONE_TOO_MANY}, "rows"),
+    "rows of a completion that may be another's": ({"routing": of_engine(4)[:1]}, "1 rows, but 4 of 5 input tokens"),
+    "an advice of the errors, misread": ({"extra_row": "live"}, "'extra_row' is 'live' (write refuse or drop)"),
+    "a choice that is a list": ({"short": ["live"]}, "'short' is ['live'] (write refuse or live)"),
+    "a choice alone": ({"routing": None, "short": "live"}, "'short' without 'routing'"),
     "a routing in an unknown record_kind": ({"routing_format": "magic"}, "kind is 'magic'"),
     "a format alone": ({"routing": None, "routing_format": "vllm"}, "'routing_format' without 'routing'"),
 }
