@@ -1,12 +1,13 @@
 """Dense Qwen3-VL checkpoints -> one Qwen3-VL-MoE for plain transformers and for ds_moe: `ds-moe assemble`.
 
-- upcycle: N experts from the FFNs of one checkpoint (arXiv 2212.05055), also cut into finer ones (arXiv 2410.07524),
-  so that the new model gives what the dense one gives;
-- branches: the FFNs of checkpoints trained apart side by side (branch-train-mix, arXiv 2403.07816);
-- average: the mean of checkpoints, dense.
+- upcycle: the experts are copies of the FFNs of one checkpoint (arXiv 2212.05055), or slices of these copies (arXiv
+  2410.07524), so that the new model computes what the dense one computes;
+- branches: each expert is the FFN of one of several checkpoints that were trained apart (branch-train-mix, arXiv
+  2403.07816);
+- average: a dense model, the mean of several.
 
-Weights are made when their file is written: at most one output file and the tensors that one weight is made of are in
-memory. Only a router from hidden means needs a whole source model there.
+A weight is made when its file is written, so that memory holds one output file at most and the tensors that one weight
+is made of. Only a router that is made from hidden means needs a whole source model in memory.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def assemble(
 
     Args:
         out: the folder to write; must not exist or be empty.
-        layout: of the experts, as `ds_moe.export.model.export_checkpoint` takes it.
-        dry_run: only say what would be written.
+        layout: of the experts, see `choose_layout`.
+        dry_run: check everything and say what would be written, but write nothing.
         max_shard_bytes: size of one weight file at most (a single larger tensor has a file of its own).
         note: is told of the sources, of the result and of every file written.
 
@@ -66,7 +67,7 @@ def assemble(
 
 
 def _write(assembly: Assembly, out: Path, layout: ExpertLayout, files: list[list[str]], note: Note) -> None:
-    """Weights first and the config last, so that a folder left half done does not load."""
+    """Write weights first and the config last, so that a folder which was left half done does not load."""
 
     def stored(name: str) -> tuple[str, Tensor]:
         tensor = assembly.weights[name].make().to(assembly.dtype)
@@ -79,7 +80,7 @@ def _write(assembly: Assembly, out: Path, layout: ExpertLayout, files: list[list
 
 
 def _copy_processor(source: Path, out: Path) -> None:
-    """Tokenizer, processor, chat template and generation config."""
+    """Copy tokenizer, processor, chat template and generation config."""
     for path in sorted(path for pattern in FILES for path in source.glob(pattern)):
         if not any(path.match(pattern) for pattern in NOT_COPIED):
             shutil.copy(path, out / path.name)

@@ -1,4 +1,4 @@
-"""Dense Qwen3-VL checkpoints as material for a MoE: opened, checked against each other, read tensor by tensor."""
+"""Dense Qwen3-VL checkpoints that a MoE is made of: opened, compared with each other, read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ MANY = 5  # differences that a message names; it counts the others
 
 @dataclass
 class DenseModel:
-    """One checkpoint; `path` is what the spec calls it.
+    """One checkpoint.
 
     Attributes:
-        shapes: of every weight that a model of this config has, by name, in its order; a tied lm_head is left out.
+        path: as the spec has it.
+        shapes: of every weight of a model with this config, by name and in its order; a tied lm_head is left out.
     """
 
     path: str
@@ -54,7 +55,7 @@ class DenseModel:
 
 
 def open_dense(path: str) -> DenseModel:
-    """A folder, or a hub id that is fetched where it is not in the cache.
+    """Open a checkpoint, in a folder or on the hub, from where it is fetched if it is not in the cache.
 
     Raises:
         UserError: the path is neither, the model is of another kind, or weights do not fit its config, by name.

@@ -27,12 +27,12 @@ def open_domain(path: str) -> Records:
 
 @torch.no_grad()
 def hidden_means(model: DenseModel, domains: list[Records], samples: int, seed: int) -> Tensor:
-    """(domains, layers, H) fp32: the mean over all tokens, images included, of what each layer's FFN gets as input.
+    """(domains, layers, H) fp32: the mean input of each layer's FFN over all tokens of a domain, image tokens included.
 
-    The model is loaded whole, on the accelerator if there is one; each sample is a forward of its own.
+    The whole model is loaded, on the accelerator if there is one. Each sample is a forward of its own.
 
     Args:
-        samples: of each domain, a choice that depends on `seed`; all where there are fewer.
+        samples: how many of each domain are used, chosen by `seed`; all if there are fewer.
     """
     processor = load_processor(model.folder)
     loaded = load_model(ModelConfig(path=str(model.folder)), model.dtype).eval()
@@ -50,9 +50,10 @@ def hidden_means(model: DenseModel, domains: list[Records], samples: int, seed: 
 
 
 def router_rows(means_DLH: Tensor, std: float) -> Tensor:
-    """(layers, domains, H): each domain's mean less the mean over the domains, scaled to an RMS of `std`.
+    """(layers, domains, H): each domain's mean minus the mean over the domains, scaled to an RMS of `std`.
 
-    What all domains have in common would add the same to every logit, which a softmax does not see.
+    The part that all domains have in common is left out: it would add the same number to every logit, which does not
+    change a softmax.
 
     Raises:
         UserError: domains whose means do not differ.

@@ -1,4 +1,4 @@
-"""From a spec to every weight of the new model: the sources are opened and checked, nothing of them is read yet."""
+"""Plan every weight of the new model from a spec: sources are opened and checked, but no tensor is read yet."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ class Assembly:
 
 
 def plan(spec: AssemblySpec) -> Assembly:
-    """What a spec asks for.
+    """The model that a spec asks for.
 
     Raises:
-        UserError: a source that cannot be used or does not fit the others, with the place in the spec.
+        UserError: a source that cannot be used or does not fit the others; the message names its place in the spec.
     """
     if spec.upcycle is not None:
         return _upcycle(spec, spec.upcycle)
@@ -149,7 +149,14 @@ def _average(spec: AssemblySpec, recipe: Average) -> Assembly:
 
 
 def _open(spec: AssemblySpec, paths: dict[str, tuple[str, str]]) -> dict[str, DenseModel]:
-    """Sources by name, from the key of the spec -> (name, path)."""
+    """Open the sources, of which the first is the one that all must fit.
+
+    Args:
+        paths: key in the spec -> name and path of a source.
+
+    Returns:
+        The sources by name.
+    """
     sources = {}
     for key, (name, path) in paths.items():
         try:

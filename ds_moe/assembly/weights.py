@@ -1,6 +1,6 @@
-"""The weights of an assembled model, each a recipe that reads what it needs when it is asked for.
+"""The weights of an assembled model. A weight is planned as its shape and a function that makes it when it is written.
 
-E experts, I the dense FFN's width, F an expert's width, H the hidden size.
+E experts, I width of the dense FFN, F width of an expert, H hidden size.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def block_weights(prefix: str, shape_EFH: tuple[int, int, int], gate_up: Make, d
 
 
 def average(models: list[DenseModel], name: str) -> Tensor:
-    """The mean of one weight, fp32; one model's tensor is read at a time."""
+    """The mean of one weight over models, in fp32; only one model's tensor is in memory at a time."""
     total = torch.zeros(models[0].shapes[name])
     for model in models:
         total += model.read(name)
@@ -109,6 +109,6 @@ def group_router(groups: int, split: int, hidden: int, std: float, generator: to
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
-    """Random numbers that depend on seed and name alone, not on what was made before."""
+    """A generator whose numbers depend on seed and name alone, not on which weights were made before."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -10,7 +10,6 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +106,7 @@ def export_adapter(source: Path, out: Path) -> tuple[Path, int]:
     return out, write_adapter(checkpoint, out, _dtype(checkpoint, state), family)
 
 
-def _dtype(checkpoint: Path, state: dict[str, Any]) -> torch.dtype:
+def _dtype(checkpoint: Path, state: dict[str, object]) -> torch.dtype:
     if state["precision"] not in DTYPES:
         known = " or ".join(DTYPES)
         raise UserError(f"{checkpoint / STATE}: precision is {shown(state['precision'])}; must be {known}")
@@ -121,7 +120,7 @@ def _model_config(checkpoint: Path) -> PretrainedConfig:
     )
 
 
-def _reader(checkpoint: Path, state: dict[str, Any], dtype: torch.dtype) -> Reader | MergedReader:
+def _reader(checkpoint: Path, state: dict[str, object], dtype: torch.dtype) -> Reader | MergedReader:
     reader = Reader(checkpoint)
     if state.get("base") is None:
         return reader
@@ -186,7 +185,7 @@ def _routing_that_differs(checkpoint: Path) -> str | None:
 
 
 def _model_card(
-    checkpoint: Path, state: dict[str, Any], config: PretrainedConfig, layout: ExpertLayout, parameters: int
+    checkpoint: Path, state: dict[str, object], config: PretrainedConfig, layout: ExpertLayout, parameters: int
 ) -> str:
     experts = getattr(config, "num_experts", None)
     about = f"{experts} experts a layer, top-{config.num_experts_per_tok}" if experts else "dense"

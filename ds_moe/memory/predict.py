@@ -1,8 +1,9 @@
-"""Peak memory of one rank, predicted from the configs alone: no weights, no accelerator.
+"""Peak memory of one rank, predicted from configs alone: it needs no weights and no accelerator.
 
-A step has four moments at which it may need most: the loss is there and with it all activations; the backward pass
-begins; it ends, and all gradients are there; the optimizer works. Each is summed by purpose, and the largest sum is the
-prediction. A benchmark holds it against the peaks of runs on CPUs, within 15%.
+Memory may be largest at four moments of a step: when the loss has been computed and all activations exist; when the
+backward pass begins; when it ends and all gradients exist; while the optimizer works. For each of them the memory is
+added up by purpose, and the largest sum is the prediction. A benchmark compares predictions with the peaks of runs on
+CPUs, which are within 15%.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ from ds_moe.memory.activations import Activations, activations
 from ds_moe.memory.parameter_counts import Shares, shares
 
 GIB = 2**30
-BUSY = 0.9  # share of the memory that a run may plan with; the rest goes to fragmentation
-ADAM_BYTES = 12  # an element: fp32 master weight and two moments, which ZeRO keeps apart under fp32 too
+BUSY = 0.9  # share of the memory that a run may plan with; the rest is for fragmentation
+ADAM_BYTES = 12  # per element: two moments and an fp32 master weight, which ZeRO makes of fp32 weights too
 RUNTIME_BYTES = {"cpu": GIB // 2, "accelerator": 3 * GIB // 2}  # libraries, context, communication buffers
-READING_BYTES = 2**27  # of files at once, see models/streaming.py: pages that were touched, and a block
+READING_BYTES = 2**27  # at most, while models/streaming.py reads: mapped pages of the files and a block of a tensor
 KEPT_FREE = "freed, kept by malloc"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank by purpose, on the device that computes and on the host it is offloaded to.
+    """Bytes of one rank by purpose.
 
     Attributes:
-        moment: of a step, when the device needs most.
+        device: on the device that computes.
+        host: on the host, for what is offloaded to it.
+        moment: the moment of a step at which the device needs most.
     """
 
     device: dict[str, int]
@@ -49,9 +52,9 @@ class LoadingMemory:
     """Bytes of one rank while the model is loaded, before the first step.
 
     Attributes:
-        host: the rank's share and what is being read where weights are streamed from their files, else the complete
-            model.
-        device: what is moved there: the share; unstreamed, all but other ranks' experts, under ZeRO-3 too.
+        host: if weights are streamed from their files, the rank's share and what is being read; else the whole model.
+        device: if weights are streamed, the share; else the model without other ranks' experts, also under ZeRO-3,
+            which shards weights only after they were moved to the device.
     """
 
     host: int
@@ -87,7 +90,7 @@ def predict(
         config: the run.
         zero: of the run's DeepSpeed JSON.
         world_size: number of ranks, a multiple of `moe.ep_size`.
-        on_cpu: whether the ranks train on CPUs, which have no context but hold everything in host memory.
+        on_cpu: whether the ranks train on CPUs, where all memory is that of the host.
         streams_weights: whether the run's task lets ranks read their shares from the files of `model.path`.
     """
     ep_size = config.moe.ep_size if config.moe else 1
@@ -98,14 +101,18 @@ def predict(
     device = {**states, **parts}
     if on_cpu:
         streamed = streams_weights and config.model.path is not None
-        loaded = 0.0 if streamed else zero.width * share.held  # which ZeRO has copied into its own buffers
+        loaded = 0.0 if streamed else zero.width * share.held  # freed when ZeRO has copied it into its own buffers
         device[KEPT_FREE] = loaded + _kept_free(moments, parts)
     device["runtime"] = RUNTIME_BYTES["cpu" if on_cpu else "accelerator"]
-    return Memory(*({name: int(size) for name, size in part.items()} for part in (device, host)), moment)
+    return Memory(_whole_bytes(device), _whole_bytes(host), moment)
+
+
+def _whole_bytes(sizes: dict[str, float]) -> dict[str, int]:
+    return {name: int(size) for name, size in sizes.items()}
 
 
 def _states(share: Shares, zero: ZeroPlan) -> tuple[dict[str, float], dict[str, float]]:
-    """What is there all the time, on the device and on the host."""
+    """Bytes that are in use all the time, on the device and on the host."""
     weights = zero.width * (share.owned if zero.stage == 3 else share.held)
     device: dict[str, float] = {"weights": weights, "optimizer": ADAM_BYTES * share.owned_trained}
     host: dict[str, float] = {}
@@ -126,16 +133,17 @@ def _moments(
     world_size: int,
     on_cpu: bool,
 ) -> dict[str, dict[str, float]]:
-    """What comes on top of the states at each moment."""
+    """Bytes that are in use on top of the states, by moment and purpose."""
     stage, width = zero.stage, zero.width
     accumulates = config.train.global_batch_size > config.train.micro_batch_size * world_size
     owned = 0.0 if zero.offload_optimizer else zero.sum_width * share.owned_trained
     unreduced = width * max(share.largest.trained, share.table_trained)
     buffer, copy = _buckets(share, zero, on_cpu)
     gathered = width * _gathered(share, zero, config.train.gradient_checkpointing) if stage == 3 else 0.0
-    # What earlier micro-batches left: ZeRO-1 reduces in the last one, ZeRO-3's partition is there from the start.
+    # Gradients accumulated by earlier micro-batches. ZeRO-1 keeps them whole until it reduces them in the last one;
+    # ZeRO-2 keeps its partition of them, and so does ZeRO-3, which allocates it at the start.
     before = {1: accumulates * width * share.held_trained, 2: accumulates * owned, 3: owned}[stage]
-    # ZeRO-1 copies its partition out of complete gradients; on a CPU the copy takes room as these are freed.
+    # ZeRO-1 copies its partition out of the whole gradients. On a CPU the copy takes the place of those freed by then.
     copied = 0.0 if on_cpu else owned
     after = {1: width * share.held_trained + copied, 2: before + owned + unreduced, 3: owned + unreduced}[stage]
     work = {"layer at work": made.work, "all-to-all buffers": made.exchange}
@@ -173,16 +181,19 @@ def _moments(
 def _kept_free(moments: dict[str, dict[str, float]], parts: dict[str, float]) -> float:
     """Bytes that CPU ranks do not return when they free them: `cpu_settings` tells glibc so, for speed.
 
-    A hole that activations leave seldom fits a flat buffer of the optimizer, nor the reverse: every purpose ends up
-    with room for its largest moment, instead of all sharing that of the peak. An estimate, as fragments are.
+    A flat buffer of the optimizer seldom fits into a hole that activations left, nor the reverse. So every purpose
+    ends up with the memory of its own largest moment, where otherwise all would share that of the peak. This is an
+    estimate.
     """
     purposes = {name for moment in moments.values() for name in moment}
     return sum(max(moment.get(name, 0.0) for moment in moments.values()) for name in purposes) - sum(parts.values())
 
 
 def _flat_gradient(share: Shares, zero: ZeroPlan) -> float:
-    """Bytes of the gradient that Adam gets: of one optimizer group at once (ZeRO-3: of at most `sub_group_size`),
-    flattened in the dtype that gradients are summed in, then in fp32."""
+    """Bytes of the flat gradient that Adam is given, in the dtype that gradients are summed in and again in fp32.
+
+    It is that of one optimizer group at a time, and under ZeRO-3 of at most `sub_group_size` elements.
+    """
     elements = min(share.group, zero.sub_group) if zero.stage == 3 else share.group
     return elements * (4 + zero.sum_width if zero.sum_width < 4 else 4)
 
@@ -190,18 +201,19 @@ def _flat_gradient(share: Shares, zero: ZeroPlan) -> float:
 def _buckets(share: Shares, zero: ZeroPlan, on_cpu: bool) -> tuple[float, float]:
     """Bytes of the buffer that gradients are collected in, and of the copy that is reduced.
 
-    On a CPU memory that was never written to takes no room, so the buffer is as large as what comes into it.
+    On a CPU, memory that was never written to takes no room, so only the part of the buffer that is filled counts.
     """
     filled = min(zero.reduce_bucket, share.held_trained)
     return zero.width * (filled if on_cpu else zero.reduce_bucket), zero.width * filled
 
 
 def _gathered(share: Shares, zero: ZeroPlan, repeats: bool) -> float:
-    """Elements that ZeRO-3 holds complete at once: two layers (one is fetched while the other computes) or the largest
-    table, and the layers it keeps for their backward pass.
+    """Elements that ZeRO-3 holds gathered at once.
 
-    It keeps what is used again within `stage3_max_reuse_distance` elements of its trace: for layer i from the end that
-    is both passes of the output layer and of the i layers behind it, and their repetition.
+    These are two layers, one of which is fetched while the other computes, or else the largest table; and the layers
+    that it keeps for their backward pass. ZeRO-3 keeps what is used again within `stage3_max_reuse_distance` elements
+    of its trace. Between the two uses of the i-th layer from the end lie both passes of the output layer and of the i
+    layers behind it, and with gradient checkpointing their repeated forward pass.
     """
     largest, passes = share.largest, 3 if repeats else 2
     room = zero.reuse_distance - 2 * share.table

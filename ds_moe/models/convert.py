@@ -7,7 +7,7 @@ ordinary transformers model: forward, generate and the recording of router logit
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ from ds_moe.weights.unread import is_unread
 
 EXPERT_BIAS = "expert_bias.safetensors"  # where an export keeps the biases that its architecture has no place for
 
-Arguments = tuple[Any, ...]  # of a forward of transformers, as hooks of torch are given them
-Keywords = dict[str, Any]
+Arguments = tuple[object, ...]  # of a forward of transformers, as torch hands them to hooks
+Keywords = dict[str, object]
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -105,7 +105,11 @@ def convert(
 
 
 def _convertible(model: PreTrainedModel, ep: ExpertParallel) -> tuple[Family, list[tuple[str, nn.Module]]]:
-    """The family of a model and its MoE blocks, with their paths. Raises `UserError` for blocks we cannot replace."""
+    """The family of a model, and its MoE blocks with their paths.
+
+    Raises:
+        UserError: the model has no blocks, or blocks that our layer cannot replace.
+    """
     model_type, text_config = model.config.model_type, model.config.get_text_config()
     family = FAMILIES.get(model_type)
     if family is None or family.moe is None:

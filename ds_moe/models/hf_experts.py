@@ -1,4 +1,4 @@
-"""Our experts as an `experts_implementation` of transformers: for plain models, without DeepSpeed or conversion."""
+"""Our kernels as an `experts_implementation` of transformers, for plain models without DeepSpeed or conversion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def register() -> None:
 
 
 def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers calls in place of the forward of a module of experts.
+    """Compute experts; transformers calls this in place of the forward of their module.
 
     Args:
         experts: has `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F).
@@ -33,7 +33,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         top_k_weights: (T, K).
 
     Raises:
-        ValueError: experts of another form than SiLU-gated, without biases, gate rows above up rows.
+        ValueError: experts that are not SiLU-gated, that have biases, or whose gate rows do not lie above the up rows.
     """
     plain = experts.has_gate and experts.is_concatenated and is_silu(experts.act_fn)
     other = experts.has_bias, experts.is_transposed, experts.has_post_expert_norm, experts._is_expert_parallel
@@ -41,7 +41,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         raise ValueError(
             f"experts_implementation {NAME!r} computes SiLU-gated experts only, not {type(experts).__name__}"
         )
-    with torch.autocast(hidden_states.device.type, enabled=False):  # it knows nothing of grouped products
+    with torch.autocast(hidden_states.device.type, enabled=False):  # autocast does not know grouped products
         rows_TD = hidden_states.to(experts.gate_up_proj.dtype)
         return _experts(experts, rows_TD, top_k_index, top_k_weights).to(hidden_states.dtype)
 

@@ -1,10 +1,10 @@
-"""Load a model of transformers, checked against its files, or only its config, or its outline without storage."""
+"""Load a model of transformers and check it against its files; or only its config, or an outline without storage."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -89,7 +89,7 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     """A model whose names and shapes fit its files. On the meta device they are compared too, but no weight is read."""
     try:
-        loaded: Any = model_class.from_pretrained(
+        loaded = model_class.from_pretrained(
             str(config.path),
             dtype=dtype,
             attn_implementation=config.attention,
@@ -106,7 +106,7 @@ def _from_pretrained(
         uneven = uneven_experts(files)[:5] if files is not None else []
         what = f"missing or misshapen experts: {uneven}" if uneven else error
         raise UserError(f"model.path {config.path!r} does not fit {model_class.__name__}: {what}") from error
-    model, report = loaded
+    model, report = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
     wrong = {kind: sorted(map(str, keys))[:5] for kind, keys in report.items() if keys}
     if wrong:
         raise UserError(f"model.path {config.path!r} does not fit {model_class.__name__}: {wrong}")

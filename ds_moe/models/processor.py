@@ -1,7 +1,8 @@
-"""Processors: what turns chat text and images into a model's inputs.
+"""Processors, which turn chat text and images into a model's inputs.
 
-A VL processor is a `Qwen3VLProcessor`; a text-only model's tokenizer is wrapped in `TextProcessor`, so that callers
-read `.tokenizer`, `.image_processor` and `.chat_template` of either. The tiny ones are built from code, offline.
+The processor of a vision-language (VL) model is a `Qwen3VLProcessor`. The tokenizer of a text-only model is wrapped in
+a `TextProcessor`, so that callers read `.tokenizer`, `.image_processor` and `.chat_template` of either. Those of the
+tiny presets are built from code, offline.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from tokenizers import AddedToken, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoProcessor, AutoTokenizer, Qwen2Tokenizer
 from transformers import Qwen3VLProcessor as HFQwen3VLProcessor
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -60,22 +62,27 @@ class Qwen3VLProcessor(HFQwen3VLProcessor):
     """Qwen3-VL's processor for images and text, without the video half, which cannot be built without torchvision.
 
     It keeps its parent's name: `save_pretrained` writes the class name, and a saved folder must name a class that
-    plain transformers knows. `video_config` is what the folder said of videos, carried along to the next save.
+    plain transformers knows. `video_config` holds what the folder says of videos, for the next save.
     """
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None):
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         self.image_token, self.video_token = IMAGE, VIDEO
         self.vision_start_token, self.vision_end_token = "<|vision_start|>", "<|vision_end|>"
         for name in ("image", "video", "vision_start", "vision_end"):
             setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(getattr(self, f"{name}_token")))
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         self.video_processor = None
-        self.video_config: dict[str, Any] | None = None
+        self.video_config: dict[str, object] | None = None
 
 
 @dataclass(eq=False)
 class TextProcessor:
-    """A tokenizer with the attributes of a VL processor; `image_processor` None says that it takes no images."""
+    """A tokenizer with the attributes of a VL processor; an `image_processor` of None says that it takes no images."""
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: None = None
@@ -104,9 +111,9 @@ def _digits_texts() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=2)
-def _tiny_vocabulary(texts: tuple[str, ...]) -> tuple[dict[str, int], Any]:
-    """Vocabulary and merges of a byte-level BPE over `texts`: any text encodes, these in few tokens."""
-    blank = Qwen2Tokenizer(vocab={PAD: 0}, merges=[])._tokenizer  # its normalizer and pre-tokenizer
+def _tiny_vocabulary(texts: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a byte-level BPE trained on `texts`: it encodes any text, and these in few tokens."""
+    blank = Qwen2Tokenizer(vocab={PAD: 0}, merges=[])._tokenizer  # made for its normalizer and pre-tokenizer
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     trainer = trainers.BpeTrainer(vocab_size=448, show_progress=False, initial_alphabet=sorted(ByteLevel.alphabet()))
@@ -117,10 +124,11 @@ def _tiny_vocabulary(texts: tuple[str, ...]) -> tuple[dict[str, int], Any]:
 
 def _tiny_tokenizer(texts: tuple[str, ...]) -> PreTrainedTokenizerBase:
     vocabulary, merges = _tiny_vocabulary(texts)
-    # The hub's class for this model family: a folder with a config.json reloads as it, whatever was saved there.
-    names: dict[str, Any] = {"unk_token": None, "eos_token": EOS, "pad_token": PAD}
-    tokenizer = Qwen2Tokenizer(vocab=dict(vocabulary), merges=list(merges), **names)
-    special: Any = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    # AutoTokenizer picks this class for these model families, whatever class was saved beside the config.json.
+    tokenizer = Qwen2Tokenizer(
+        vocab=dict(vocabulary), merges=list(merges), unk_token=None, eos_token=EOS, pad_token=PAD
+    )
+    special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -131,8 +139,11 @@ def tiny_processor(
 ) -> Processor:
     """The processor of the tiny presets, built offline and the same in every process: "vl" or "text".
 
-    A 16x16 image becomes 4x4 patches of 4x4 pixels, merged 2x2 into 4 image tokens. Other tiny models may have a
-    vocabulary made for other `texts` than the digits demo's, and larger patches.
+    A 16x16 image becomes 4x4 patches of 4x4 pixels, merged 2x2 into 4 image tokens.
+
+    Args:
+        texts: what the vocabulary is made for; None: the questions and answers about digits.
+        patch_size: pixels a side.
     """
     tokenizer = _tiny_tokenizer(texts or _digits_texts())
     if kind == "text":
@@ -141,8 +152,7 @@ def tiny_processor(
         raise ValueError(f"tiny_processor: kind {kind!r} is neither 'vl' nor 'text'")
     half = [0.5, 0.5, 0.5]
     patch = {**TINY_PATCH, "patch_size": patch_size}
-    settings: dict[str, Any] = {"size": dict(TINY_PIXELS), "image_mean": half, "image_std": half, **patch}
-    images = Qwen2VLImageProcessorPil(**settings)
+    images = Qwen2VLImageProcessorPil(size=dict(TINY_PIXELS), image_mean=half, image_std=half, **patch)
     processor = Qwen3VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
     processor.video_config = {"video_processor_type": "Qwen3VLVideoProcessor", **patch}
     return processor
@@ -157,9 +167,9 @@ def load_processor(path: str | Path) -> Processor:
         raise UserError(f"{path}: no such folder (give the folder of a saved model, or a hub id)")
     try:
         processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # often the video half, without torchvision; a broken folder may end in anything
+    except Exception as error:  # often because the video half needs torchvision; a broken folder may raise anything
         processor = _load_by_class(path, error)
-    if isinstance(processor, PreTrainedTokenizerBase):  # what AutoProcessor falls back to, silently
+    if isinstance(processor, PreTrainedTokenizerBase):  # AutoProcessor falls back to the tokenizer, without a word
         processor = _load_by_class(path, None) if _describes_images(path) else TextProcessor(processor)
     if not processor.chat_template:
         raise UserError(f"{path}: its processor has no chat template (add chat_template.jinja to the folder)")
@@ -175,7 +185,11 @@ def _describes_images(path: str | Path) -> bool:
 
 
 def _load_by_class(path: str | Path, cause: Exception | None) -> Processor:
-    """Image processor, tokenizer and template each read by class, as AutoProcessor would with torchvision."""
+    """A processor put together from its parts, as AutoProcessor would with torchvision.
+
+    Args:
+        cause: why AutoProcessor could not, for the message.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         if not _describes_images(path):
@@ -212,10 +226,10 @@ def save_processor(processor: Processor, path: str | Path) -> None:
 def special_token_ids(processor: Processor) -> dict[str, int]:
     """The ids that a model's config repeats: image, video, vision start and end, eos (<|im_end|>), pad.
 
-    A text-only model's vocabulary need not have the vision tokens: then those keys are absent.
+    The keys of vision tokens are absent where the vocabulary, of a text-only model, has no such tokens.
     """
-    tokenizer: Any = processor.tokenizer
+    tokenizer = processor.tokenizer
     vocabulary = tokenizer.get_vocab()
     names = {"image": IMAGE, "video": VIDEO, "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
     ids = {f"{name}_token_id": vocabulary[token] for name, token in names.items() if token in vocabulary}
-    return {**ids, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return {**ids, "eos_token_id": cast(int, tokenizer.eos_token_id), "pad_token_id": cast(int, tokenizer.pad_token_id)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,12 @@ def keep_vision_in_step(model: PreTrainedModel) -> None:
     """
 
     def hook(
-        decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[object, ...], dict[str, Any]]:
+        decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         generating = cache_of(kwargs) is not None
         if generating or kwargs.get("visual_pos_masks") is not None or not parallel():
             return args, kwargs
-        embeds_BSD: Tensor = kwargs["inputs_embeds"]
+        embeds_BSD = cast(Tensor, kwargs["inputs_embeds"])
         zero = encode_blank(model, embeds_BSD.device).to(embeds_BSD.dtype)
         return args, {**kwargs, "inputs_embeds": embeds_BSD + zero}
 

@@ -1,8 +1,8 @@
-"""Weights that are still in their files: a shape and a dtype, without memory and with NaN for every value.
+"""Weights that are still in their files: parameters with a shape and a dtype, but no memory, and NaN for every value.
 
-What is made beside a model's weights (adapters, biases, a router's noise) looks at shape, dtype and device alone, so a
-model may be frozen, given adapters and converted first. Tensors on the meta device would not do: what is made like them
-would have no values either.
+A model with unread weights can be frozen, given adapters and converted: what these steps make beside the weights
+(adapters, biases, a router's noise) depends on their shape, dtype and device alone. Weights on the meta device would
+not do, because tensors made like them would be on the meta device too and have no values.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_ONES = torch.full((8,), 255, dtype=torch.uint8)  # read as any float: NaN
+# The memory that all unread weights share. Its bits are ones, which is NaN in every floating-point dtype, so that a
+# weight which is used before it was read poisons the result. A weight is unread if its memory is this one.
+_ONES = torch.full((8,), 255, dtype=torch.uint8)
 
 
 def is_unread(weight: Tensor) -> bool:
-    """Whether a weight, or a part of one, is in its file only."""
+    """Whether the values of a weight, or of a view of one, are in its file only."""
     return weight.untyped_storage().data_ptr() == _ONES.untyped_storage().data_ptr()
 
 
@@ -30,15 +32,15 @@ def leave_unread(model: PreTrainedModel) -> None:
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                module._parameters[name] = unread[id(weight)]  # one for all that are tied
+                module._parameters[name] = unread[id(weight)]  # tied weights stay one parameter
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
-    """Rotary frequencies and the like, which no file holds, as `from_pretrained` computes them."""
+    """Compute buffers that no file holds, such as rotary frequencies, as `from_pretrained` does."""
     for module in model.modules():
         on_meta = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
         for name, buffer in on_meta.items():
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if on_meta:
             module._is_hf_initialized = False
-    model.initialize_weights()  # of what is not marked as initialized: these modules
+    model.initialize_weights()  # it initialises only modules whose `_is_hf_initialized` is False
