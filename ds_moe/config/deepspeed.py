@@ -67,6 +67,7 @@ def deepspeed_problems(
     resolved = without_switched_off(json.loads(json.dumps(source.values)))
     for value in _shared_values(config, accumulation, on_cpu):
         complaints += _fill(resolved, value, source, config)
+    _finish_data_types(resolved, accumulation)
     complaints += _other_optimizer(resolved, source)
     if complaints:
         return {}, complaints
@@ -107,7 +108,7 @@ def summed_in_bf16(config: RunConfig, zero: ZeroPlan, world_size: int) -> str | 
     fix = (
         "use stage 2 or 3, whose shipped JSONs sum in fp32"
         if zero.stage == 1
-        else 'set data_types.grad_accum_dtype to "fp32" in it'
+        else 'set data_types.grad_accum_dtype to "auto" or "fp32" in it'
     )
     return (
         f"{config.at('deepspeed')}: the gradients of {count} micro-batches are summed in bf16, where what is less than "
@@ -170,6 +171,21 @@ def _fill(resolved: dict[str, Plain], shared: _Shared, source: DeepSpeedJson, co
         theirs, ours = f"{key} is {json.dumps(given)}", f"{config.at(yaml_key)} {yaml_key} {what} {ours}{default}"
         return [f'{source.at(key)}: {theirs}, but {ours}; write "auto" in the JSON or make them agree']
     return []
+
+
+def _finish_data_types(resolved: dict[str, Plain], accumulation: int) -> None:
+    """Sum the gradients of several bf16 micro-batches in fp32, where the JSON leaves it to the run: "auto".
+
+    One micro-batch has no sums; ZeRO-1 has no optimizer of ours that keeps them in fp32.
+    """
+    types = section(resolved, "data_types")
+    if types.get("grad_accum_dtype") != AUTO:
+        return
+    stage, bf16 = section(resolved, "zero_optimization").get("stage"), section(resolved, "bf16").get("enabled") is True
+    if accumulation > 1 and bf16 and stage in (2, 3):
+        types["grad_accum_dtype"] = "fp32"
+    else:
+        del types["grad_accum_dtype"]
 
 
 def _other_optimizer(resolved: dict[str, Plain], source: DeepSpeedJson) -> list[str]:

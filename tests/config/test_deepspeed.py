@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe.config.deepspeed import deepspeed_problems, resolve_deepspeed, zero_plan
+from ds_moe.config.deepspeed import deepspeed_problems, resolve_deepspeed, summed_in_bf16, zero_plan
 from ds_moe.config.deepspeed_keys import ADAM_KEYS, FILLED, PASSED_ON, REFUSED, ZERO_KEYS, ZERO_REFUSED
 from ds_moe.config.divisors import accumulation_steps
 from ds_moe.config.run_file import load_run
@@ -223,6 +223,27 @@ def test_fp32_accumulation_is_refused_where_deepspeed_takes_another_optimizer_fo
     )
     assert problems(2) == problems(3) == problems(1, "fp32") == []
     assert problems(1, offload_optimizer={"device": "cpu"}) == []
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_micro_batches_are_summed_in_fp32_where_the_json_leaves_it_to_the_run(run, stage, precision, accumulation):
+    values = {"zero_optimization": {"stage": stage}, "data_types": {"grad_accum_dtype": "auto"}}
+    size = f"train.global_batch_size={8 * accumulation}"
+    config = run(values, f"train.precision={precision}", size)
+    resolved = resolve_deepspeed(config, 2, on_cpu=True)
+    sums = precision == "bf16" and accumulation > 1 and stage > 1
+    assert resolved["data_types"] == ({"grad_accum_dtype": "fp32"} if sums else {})
+    assert zero_plan(resolved).fp32_sums is sums
+    warned = precision == "bf16" and accumulation > 1 and stage == 1
+    assert (summed_in_bf16(config, zero_plan(resolved), 2) is not None) is warned
+
+
+def test_a_json_that_sums_in_bf16_is_warned_about(run):
+    config = run({}, "train.precision=bf16")
+    warning = summed_in_bf16(config, zero_plan(resolve_deepspeed(config, 2, on_cpu=True)), 2)
+    assert "the gradients of 4 micro-batches are summed in bf16" in warning and "grad_accum_dtype" in warning
 
 
 def test_fp32_optimizer_states_may_be_written(run):
