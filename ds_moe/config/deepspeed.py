@@ -26,6 +26,8 @@ from ds_moe.config.yaml_lines import Plain
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.errors import UserError
 
+SHOWN = 20  # complaints about a JSON in one error
+
 
 def resolve_deepspeed(
     config: RunConfig, world_size: int, on_cpu: bool, hidden_size: int | None = None
@@ -44,7 +46,8 @@ def resolve_deepspeed(
     """
     resolved, complaints = deepspeed_problems(config, world_size, on_cpu, hidden_size)
     if complaints:
-        raise UserError("\n".join(complaints))
+        more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
+        raise UserError("\n".join(complaints[:SHOWN] + more))
     return resolved
 
 

@@ -140,7 +140,11 @@ BROKEN = {
         2,
         "zero.json:5: train_micro_batch_size_per_gpu is 8, but run.yaml:11 train.micro_batch_size is 4;",
     ),
-    "AutoEP": (lambda: zero(expert_parallel={}), 2, "zero.json:5: expert_parallel is not supported: ds_moe installs"),
+    "AutoEP": (
+        lambda: zero(expert_parallel={"enabled": True}),
+        2,
+        "zero.json:5: expert_parallel is not supported: ds_moe installs",
+    ),
     "leaf module": (
         lambda: zero(zero_optimization={"stage": 3, "leaf_module": {"classes": ["Qwen3VLMoeTextSparseMoeBlock"]}}),
         2,
