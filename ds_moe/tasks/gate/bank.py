@@ -22,11 +22,10 @@ from typing import Literal
 import peft
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ds_moe.errors import UserError
 from ds_moe.tasks.gate.adapters import CONFIG, KEY, WEIGHTS, Adapter, Update, updates
+from ds_moe.weights.files import check_empty, write_tensors
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -133,7 +132,9 @@ class Bank:
         Raises:
             UserError: such a folder exists and is not empty.
         """
-        folders = [_empty(out / name) for name in self.names]
+        folders = [out / name for name in self.names]
+        for folder in folders:
+            check_empty(folder)
         tensors: list[dict[str, Tensor]] = [{} for _ in folders]
         for module, (A_RI, B_OR) in self._stacks(values):
             layer = self.layers[module]
@@ -148,7 +149,7 @@ class Bank:
         for folder, adapter, written in zip(folders, self.adapters, tensors, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(adapter.path / CONFIG, folder / CONFIG)
-            save_file(written, folder / WEIGHTS, metadata={"format": "pt"})
+            write_tensors(folder / WEIGHTS, written)
 
     def merged(self, weights_K: Tensor, out: Path, values: Values = Tensor.detach) -> None:
         """Write one PEFT folder that adds what the adapters add at constant weights (K,): fp32, of rank R, scaling 1.
@@ -156,7 +157,8 @@ class Bank:
         Raises:
             UserError: the folder exists and is not empty.
         """
-        _empty(out).mkdir(parents=True, exist_ok=True)
+        check_empty(out)
+        out.mkdir(parents=True, exist_ok=True)
         tensors, ranks = {}, {}
         for module, (A_RI, B_OR) in self._stacks(values):
             layer = self.layers[module]
@@ -170,7 +172,7 @@ class Bank:
         config.task_type, config.inference_mode = first.task_type, True
         config.base_model_name_or_path, config.revision = first.base_model_name_or_path, first.revision
         config.save_pretrained(str(out))
-        save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(out / WEIGHTS, tensors)
 
     def _stacks(self, values: Values) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         """Each layer's A (R, in) and B (out, R), on the CPU, in the shapes that sharded parameters have lost."""
@@ -179,12 +181,6 @@ class Bank:
             A_RI = values(layer.lora_A).cpu().reshape(R, layer.in_features)
             B_OR = values(layer.lora_B).cpu().reshape(layer.out_features, R)
             yield module, (A_RI, B_OR)
-
-
-def _empty(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty: choose another folder or remove it")
-    return folder
 
 
 def install(model: nn.Module, adapters: list[Adapter]) -> Bank:

@@ -28,7 +28,7 @@ from ds_moe.models.load import build_outline, model_config
 from ds_moe.tasks.gate.adapters import adapter_files
 from ds_moe.tasks.gate.bank import Bank
 from ds_moe.tasks.gate.model import ROUTER, GatedModel, hold_reference, install_gate
-from ds_moe.weights.files import write_tensors
+from ds_moe.weights.files import check_empty, write_tensors
 
 FORMAT = 1
 READS = ("text", "text_layer", "vision", "modalities", "per", "select", "top_k", "temperature")
@@ -188,8 +188,7 @@ def export_gate(source: Path, out: Path) -> SavedGate:
     Raises:
         UserError: `out` is not empty, or `source` holds no checkpoint of a gate.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty: choose another folder or remove it")
+    check_empty(out)
     saved = read_gate(source)
     if saved.reader is None:
         raise UserError(f"{source} is an exported gate already")
