@@ -10,7 +10,7 @@ from ds_moe.models.families import expert_state, family_of
 
 
 @dataclass
-class Layer:
+class LayerCounts:
     """Numbers of elements of one decoder or vision layer on a rank; experts of other ranks do not count.
 
     Attributes:
@@ -26,7 +26,7 @@ class Layer:
 
 
 @dataclass
-class Shares:
+class ParameterCounts:
     """Numbers of elements on one rank, and how many of them are trained.
 
     Attributes:
@@ -47,7 +47,7 @@ class Shares:
     gathered: float = 0.0
     table: float = 0.0
     table_trained: float = 0.0
-    layers: dict[str, Layer] = field(default_factory=dict)
+    layers: dict[str, LayerCounts] = field(default_factory=dict)
 
     @property
     def group(self) -> float:
@@ -58,23 +58,23 @@ class Shares:
         return max(self.dense_trained, self.owned_trained - self.dense_trained)
 
     @property
-    def largest(self) -> Layer:
+    def largest(self) -> LayerCounts:
         """The elementwise maximum over the layers."""
-        layers = list(self.layers.values()) or [Layer()]
-        return Layer(
+        layers = list(self.layers.values()) or [LayerCounts()]
+        return LayerCounts(
             max(layer.gathered for layer in layers),
             max(layer.passed for layer in layers),
             max(layer.trained for layer in layers),
         )
 
 
-def shares(model: PreTrainedModel, ep_size: int, world_size: int) -> Shares:
-    """The shares of each rank of an unconverted model whose frozen parameters are marked.
+def count_parameters(model: PreTrainedModel, ep_size: int, world_size: int) -> ParameterCounts:
+    """Count what one rank has of an unconverted model whose frozen parameters are marked.
 
     Args:
         ep_size: a divisor of `world_size`.
     """
-    found, lists = Shares(), family_of(model).layers
+    found, lists = ParameterCounts(), family_of(model).layers
     for name, parameter in model.named_parameters():
         expert, learns = expert_state(name), parameter.requires_grad
         here, owned = parameter.numel() / (ep_size if expert else 1), parameter.numel() / world_size
@@ -87,7 +87,7 @@ def shares(model: PreTrainedModel, ep_size: int, world_size: int) -> Shares:
         found.dense_trained += owned * (learns and not expert)
         path = _layer_path(name, lists)
         if path is not None:
-            layer = found.layers.setdefault(path, Layer())
+            layer = found.layers.setdefault(path, LayerCounts())
             layer.gathered += gathered
             layer.passed += here
             layer.trained += here * learns

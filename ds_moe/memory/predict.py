@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ds_moe.config.run import RunConfig
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.memory.activations import Activations, activations
-from ds_moe.memory.parameter_counts import Shares, shares
+from ds_moe.memory.parameter_counts import ParameterCounts, count_parameters
 
 GIB = 2**30
 BUSY = 0.9  # share of the memory that a run may plan with; the rest is for fragmentation
@@ -67,11 +67,11 @@ def predict_loading(
 ) -> LoadingMemory:
     """Memory of one rank at the start; arguments as for `predict`."""
     width, ep_size = zero.width, config.moe.ep_size if config.moe else 1
-    share = shares(model, ep_size, world_size)
+    counts = count_parameters(model, ep_size, world_size)
     if not (streams_weights and config.model.path is not None):
         complete = sum(parameter.numel() for parameter in model.parameters())
-        return LoadingMemory(width * complete, int(width * share.held))
-    own = width * (share.owned if zero.stage == 3 else share.held)
+        return LoadingMemory(width * complete, int(width * counts.held))
+    own = width * (counts.owned if zero.stage == 3 else counts.held)
     return LoadingMemory(int(own) + READING_BYTES, int(own), streamed=True)
 
 
@@ -94,14 +94,14 @@ def predict(
         streams_weights: whether the run's task lets ranks read their shares from the files of `model.path`.
     """
     ep_size = config.moe.ep_size if config.moe else 1
-    share, made = shares(model, ep_size, world_size), activations(model, config, zero.width, ep_size)
-    states, host = _states(share, zero)
-    moments = _moments(share, zero, made, config, world_size, on_cpu)
+    counts, made = count_parameters(model, ep_size, world_size), activations(model, config, zero.width, ep_size)
+    states, host = _states(counts, zero)
+    moments = _moments(counts, zero, made, config, world_size, on_cpu)
     moment, parts = max(moments.items(), key=lambda one: sum(one[1].values()))
     device = {**states, **parts}
     if on_cpu:
         streamed = streams_weights and config.model.path is not None
-        loaded = 0.0 if streamed else zero.width * share.held  # freed when ZeRO has copied it into its own buffers
+        loaded = 0.0 if streamed else zero.width * counts.held  # freed when ZeRO has copied it into its own buffers
         device[KEPT_FREE] = loaded + _kept_free(moments, parts)
     device["runtime"] = RUNTIME_BYTES["cpu" if on_cpu else "accelerator"]
     return Memory(_whole_bytes(device), _whole_bytes(host), moment)
@@ -111,22 +111,22 @@ def _whole_bytes(sizes: dict[str, float]) -> dict[str, int]:
     return {name: int(size) for name, size in sizes.items()}
 
 
-def _states(share: Shares, zero: ZeroPlan) -> tuple[dict[str, float], dict[str, float]]:
+def _states(counts: ParameterCounts, zero: ZeroPlan) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes that are in use all the time, on the device and on the host."""
-    weights = zero.width * (share.owned if zero.stage == 3 else share.held)
-    device: dict[str, float] = {"weights": weights, "optimizer": ADAM_BYTES * share.owned_trained}
+    weights = zero.width * (counts.owned if zero.stage == 3 else counts.held)
+    device: dict[str, float] = {"weights": weights, "optimizer": ADAM_BYTES * counts.owned_trained}
     host: dict[str, float] = {}
     if zero.offload_optimizer:
         host["optimizer"] = device.pop("optimizer")
-        host["gradients"] = zero.sum_width * share.owned_trained
-        host["fp32 gradient of step"] = 4 * share.owned_trained
+        host["gradients"] = zero.sum_width * counts.owned_trained
+        host["fp32 gradient of step"] = 4 * counts.owned_trained
     if zero.offload_param:
         host["weights"] = device.pop("weights")
     return device, host
 
 
 def _moments(
-    share: Shares,
+    counts: ParameterCounts,
     zero: ZeroPlan,
     made: Activations,
     config: RunConfig,
@@ -136,16 +136,16 @@ def _moments(
     """Bytes that are in use on top of the states, by moment and purpose."""
     stage, width = zero.stage, zero.width
     accumulates = config.train.global_batch_size > config.train.micro_batch_size * world_size
-    owned = 0.0 if zero.offload_optimizer else zero.sum_width * share.owned_trained
-    unreduced = width * max(share.largest.trained, share.table_trained)
-    buffer, copy = _buckets(share, zero, on_cpu)
-    gathered = width * _gathered(share, zero, config.train.gradient_checkpointing) if stage == 3 else 0.0
+    owned = 0.0 if zero.offload_optimizer else zero.sum_width * counts.owned_trained
+    unreduced = width * max(counts.largest.trained, counts.table_trained)
+    buffer, copy = _buckets(counts, zero, on_cpu)
+    gathered = width * _gathered(counts, zero, config.train.gradient_checkpointing) if stage == 3 else 0.0
     # Gradients accumulated by earlier micro-batches. ZeRO-1 keeps them whole until it reduces them in the last one;
     # ZeRO-2 keeps its partition of them, and so does ZeRO-3, which allocates it at the start.
-    before = {1: accumulates * width * share.held_trained, 2: accumulates * owned, 3: owned}[stage]
+    before = {1: accumulates * width * counts.held_trained, 2: accumulates * owned, 3: owned}[stage]
     # ZeRO-1 copies its partition out of the whole gradients. On a CPU the copy takes the place of those freed by then.
     copied = 0.0 if on_cpu else owned
-    after = {1: width * share.held_trained + copied, 2: before + owned + unreduced, 3: owned + unreduced}[stage]
+    after = {1: width * counts.held_trained + copied, 2: before + owned + unreduced, 3: owned + unreduced}[stage]
     work = {"layer at work": made.work, "all-to-all buffers": made.exchange}
     always = buffer if stage == 3 else 0.0
     return {
@@ -173,7 +173,7 @@ def _moments(
         "the optimizer steps": {
             "gradients": owned,
             "gradient buckets": always,
-            "fp32 gradient of step": 0.0 if zero.offload_optimizer else _flat_gradient(share, zero),
+            "fp32 gradient of step": 0.0 if zero.offload_optimizer else _flat_gradient(counts, zero),
         },
     }
 
@@ -189,25 +189,25 @@ def _kept_free(moments: dict[str, dict[str, float]], parts: dict[str, float]) ->
     return sum(max(moment.get(name, 0.0) for moment in moments.values()) for name in purposes) - sum(parts.values())
 
 
-def _flat_gradient(share: Shares, zero: ZeroPlan) -> float:
+def _flat_gradient(counts: ParameterCounts, zero: ZeroPlan) -> float:
     """Bytes of the flat gradient that Adam is given, in the dtype that gradients are summed in and again in fp32.
 
     It is that of one optimizer group at a time, and under ZeRO-3 of at most `sub_group_size` elements.
     """
-    elements = min(share.group, zero.sub_group) if zero.stage == 3 else share.group
+    elements = min(counts.group, zero.sub_group) if zero.stage == 3 else counts.group
     return elements * (4 + zero.sum_width if zero.sum_width < 4 else 4)
 
 
-def _buckets(share: Shares, zero: ZeroPlan, on_cpu: bool) -> tuple[float, float]:
+def _buckets(counts: ParameterCounts, zero: ZeroPlan, on_cpu: bool) -> tuple[float, float]:
     """Bytes of the buffer that gradients are collected in, and of the copy that is reduced.
 
     On a CPU, memory that was never written to takes no room, so only the part of the buffer that is filled counts.
     """
-    filled = min(zero.reduce_bucket, share.held_trained)
+    filled = min(zero.reduce_bucket, counts.held_trained)
     return zero.width * (filled if on_cpu else zero.reduce_bucket), zero.width * filled
 
 
-def _gathered(share: Shares, zero: ZeroPlan, repeats: bool) -> float:
+def _gathered(counts: ParameterCounts, zero: ZeroPlan, repeats: bool) -> float:
     """Elements that ZeRO-3 holds gathered at once.
 
     These are two layers, one of which is fetched while the other computes, or else the largest table; and the layers
@@ -215,8 +215,8 @@ def _gathered(share: Shares, zero: ZeroPlan, repeats: bool) -> float:
     of its trace. Between the two uses of the i-th layer from the end lie both passes of the output layer and of the i
     layers behind it, and with gradient checkpointing their repeated forward pass.
     """
-    largest, passes = share.largest, 3 if repeats else 2
-    room = zero.reuse_distance - 2 * share.table
+    largest, passes = counts.largest, 3 if repeats else 2
+    room = zero.reuse_distance - 2 * counts.table
     kept = max(0.0, room / (passes * largest.passed)) if largest.passed else 0.0
-    wanted = kept * largest.gathered + max(2 * largest.gathered, share.table)
-    return min(share.gathered, wanted, zero.max_live + share.table)
+    wanted = kept * largest.gathered + max(2 * largest.gathered, counts.table)
+    return min(counts.gathered, wanted, zero.max_live + counts.table)

@@ -9,7 +9,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.memory import predict as memories
 from ds_moe.memory.activations import LOGIT_BYTES, activations
-from ds_moe.memory.parameter_counts import shares
+from ds_moe.memory.parameter_counts import count_parameters
 from ds_moe.memory.predict import predict, predict_loading
 from ds_moe.models.convert import convert
 from ds_moe.models.families import family_of
@@ -77,8 +77,8 @@ def test_the_step_holds_gradients_and_the_largest_group_in_fp32(stage, bf16, cop
 
 def _moments(config: RunConfig, ds: ZeroPlan, model, on_cpu: bool = True, world_size: int = 4) -> dict:
     ep_size = config.moe.ep_size
-    share, made = shares(model, ep_size, world_size), activations(model, config, ds.width, ep_size)
-    return memories._moments(share, ds, made, config, world_size, on_cpu)
+    mine, made = count_parameters(model, ep_size, world_size), activations(model, config, ds.width, ep_size)
+    return memories._moments(mine, ds, made, config, world_size, on_cpu)
 
 
 def test_gradients_at_the_end_of_backward_by_stage():
@@ -86,8 +86,8 @@ def test_gradients_at_the_end_of_backward_by_stage():
     config, model = run(), outline(run())
     experts, rest = counts(model)
     held, owned = rest + experts / 2, (experts + rest) / 4
-    share = shares(model, 2, 4)
-    unreduced = max(share.largest.trained, share.table_trained)
+    mine = count_parameters(model, 2, 4)
+    unreduced = max(mine.largest.trained, mine.table_trained)
     wanted = {1: held, 2: owned + unreduced, 3: owned + unreduced}
     for stage, elements in wanted.items():
         assert _moments(config, zero(stage), model)["the backward pass ends"]["gradients"] == 4 * elements
@@ -101,7 +101,7 @@ def test_gradients_at_the_end_of_backward_by_stage():
 
 def test_buckets_are_whole_on_accelerators_and_filled_on_cpus():
     model, ds = outline(run()), zero(3, reduce_bucket_size=10**7)
-    held = shares(model, 2, 4).held
+    held = count_parameters(model, 2, 4).held
     assert _moments(run(), ds, model)["the backward pass ends"]["gradient buckets"] == 8 * held
     whole = _moments(run(), ds, model, on_cpu=False)["the backward pass ends"]["gradient buckets"]
     assert whole == 4 * (10**7 + held)
@@ -110,17 +110,17 @@ def test_buckets_are_whole_on_accelerators_and_filled_on_cpus():
 def test_experts_without_a_replica_are_not_gathered():
     model = outline(run())
     experts, rest = counts(model)
-    assert shares(model, 2, 2).gathered == rest
-    assert shares(model, 2, 4).gathered == rest + experts / 2
+    assert count_parameters(model, 2, 2).gathered == rest
+    assert count_parameters(model, 2, 4).gathered == rest + experts / 2
 
 
 def test_zero3_keeps_what_it_reuses_soon():
     model, experts_rest = outline(run()), sum(counts(outline(run(moe={"ep_size": 1}))))
-    share = shares(model, 1, 4)
-    everything = memories._gathered(share, zero(), repeats=False)
-    assert everything == share.gathered == experts_rest
-    nothing = memories._gathered(share, zero(stage3_max_reuse_distance=0), repeats=False)
-    assert nothing == max(2 * share.largest.gathered, share.table) < everything
+    mine = count_parameters(model, 1, 4)
+    everything = memories._gathered(mine, zero(), repeats=False)
+    assert everything == mine.gathered == experts_rest
+    nothing = memories._gathered(mine, zero(stage3_max_reuse_distance=0), repeats=False)
+    assert nothing == max(2 * mine.largest.gathered, mine.table) < everything
 
 
 def test_offloaded_states_are_on_the_host():
@@ -213,7 +213,7 @@ def test_freed_memory_is_kept_on_cpus_alone():
     from_files = run()
     from_files.model.preset, from_files.model.path = None, "somewhere"  # read into place: no copy is left behind
     streamed = predict(outline(config), from_files, ds, 4, on_cpu=True).device[memories.KEPT_FREE]
-    assert on_cpu.device[memories.KEPT_FREE] - streamed == 4 * shares(outline(config), 2, 4).held
+    assert on_cpu.device[memories.KEPT_FREE] - streamed == 4 * count_parameters(outline(config), 2, 4).held
     moments = {"early": {"a": 5.0, "b": 1.0}, "late": {"b": 4.0, "c": 2.0}}
     assert memories._kept_free(moments, moments["late"]) == 5 + 4 + 2 - 6
 
