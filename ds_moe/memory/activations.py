@@ -87,8 +87,8 @@ def _learns(model: PreTrainedModel) -> dict[str, bool]:
     """
     family = family_of(model)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    learns = {kind: any(re.search(pattern, name) for name in names) for kind, pattern in family.readers.items()}
-    return {**learns, "vision": any(family.is_vision(name) for name in names)}
+    kinds = {**family.readers, "head": family.parts["embeddings"], "vision": family.parts["vision"]}
+    return {kind: any(re.search(pattern, name) for name in names) for kind, pattern in kinds.items()}
 
 
 def _norm(features: int, width: int, learns: bool) -> int:

@@ -74,7 +74,8 @@ class Family:
         dense: `model_type` whose checkpoints can be assembled into a model of this family.
         layers: names of the lists whose members are layers, of the decoder and of the vision tower.
         embeddings, head: names of the input embedding and of the output layer.
-        readers: for each kind of module, a pattern of the weights that make it keep its input while they are trained.
+        readers: for each kind of module in a layer, a pattern of the weights that make it keep its input for the
+            backward pass if they are trained.
     """
 
     class_name: str
@@ -91,7 +92,6 @@ class Family:
             "attention": r"\.self_attn\.[qkvo]_proj\.",
             "mlp": r"\.mlp\.(gate|gate_proj|up_proj|down_proj)\.",
             "norms": r"layernorm\.|[qk]_norm\.",
-            "head": r"lm_head\.|embed_tokens\.",  # a tied head has the embedding's name
         }
     )
 
@@ -101,7 +101,10 @@ class Family:
 
     @property
     def parts(self) -> dict[str, str]:
-        """Part of the model that a run may freeze -> pattern of its parameters' names."""
+        """Part of the model that a run may freeze -> pattern of its parameters' names.
+
+        Input embedding and output layer are one part: tied, they are one weight, which has the embedding's name.
+        """
         return {
             "vision": rf"^{re.escape(self.vision)}\." if self.vision else NOTHING,
             "router": self.moe.router if self.moe else NOTHING,
