@@ -123,7 +123,10 @@ CONFIGS = {
     "a method of 1 MB": ({"peft_type": "x" * 10**6}, "peft_type is 'xxx"),
     "an unknown key of 1 MB": ({"later": "x" * 10**6}, "later='xxx"),
     "a module to import": ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "megatron_config={'a': 1} is more"),
-    "a custom module": ({"corda_config": None, "modules_to_save": ["evil"]}, "modules_to_save=['evil'] is more"),
+    "a custom module": (
+        {"corda_config": None, "modules_to_save": ["evil"]},
+        "modules_to_save names 'evil', of which adapter_model.safetensors holds nothing",
+    ),
     "custom code": ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map={'AutoModel': 'evil.Model'} is more"),
     "weights elsewhere": ({"layer_replication": [[0, 10**9]]}, "layer_replication=[[0, 1000000000]] is more"),
 }

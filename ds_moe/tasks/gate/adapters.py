@@ -1,5 +1,8 @@
 """Finds and reads LoRA adapters that PEFT has written, and refuses those that are more than low-rank updates.
 
+Trainers save more beside the updates: a head or embeddings, for `modules_to_save` or a grown vocabulary, or layers of
+the base. What equals the base's own weights is passed over.
+
 Shapes: r is the rank of an adapter in a layer; `in` and `out` are the sizes of the layer.
 """
 
@@ -10,9 +13,11 @@ import dataclasses
 import json
 import math
 import re
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -30,6 +35,18 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 KEY = "base_model.model.{module}.lora_{side}.weight"
 _PEFT_NAME = "default"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# What stands before a layer's own path, which differs between versions of transformers and between trainers.
+_PREFIX = re.compile(r"(?:(?:base_model|model|language_model)\.)*")
+_WRAPPER = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.default)?)(?=\.)")
+_EXPERTS = re.compile(r"\.experts\b")
+# Of names that are none of the above: how the adapter was trained or saved.
+_OTHER_LORA = {
+    r"lora_[AB]\.\w+\.weight": "the name of a state dict: save the adapter with PEFT's save_pretrained",
+    r"^(?!base_model\.model\.).*lora_[AB]\.weight": "PEFT's prefix is missing: save with its save_pretrained",
+    r"lora_magnitude_vector": "DoRA: train the adapter without it",
+    r"lora_[AB]\.bias": "a bias: train the adapter without lora_bias",
+    r"lora_|trainable_tokens_": "train the adapter on linear layers only",
+}
 
 # Keys that may differ from PEFT's default, because they say where the updates are, how large, or how they were trained.
 # Any other key is refused: it changes what is computed (DoRA, a bias, trained embeddings, ...) or is unknown.
@@ -50,16 +67,22 @@ class Adapter:
     path: Path
     config: peft.LoraConfig
     tensors: dict[str, Tensor]  # by PEFT's key: lora_A (r, in) and lora_B (out, r) of each layer, on the CPU
+    others: dict[str, Tensor] = field(default_factory=dict)  # what else its file holds: copies of the base's weights?
+    paths: dict[str, str] = field(default_factory=dict)  # path in a model -> in the file, where they differ (`placed`)
 
     @property
     def modules(self) -> list[str]:
         """The module paths of the layers that it updates, in the order of the file."""
         found = (_KEY.fullmatch(key) for key in self.tensors)
-        return [match["module"] for match in found if match and match["side"] == "A"]
+        here = {path: module for module, path in self.paths.items()}
+        return [here.get(match["module"], match["module"]) for match in found if match and match["side"] == "A"]
+
+    def key(self, module: str, side: str) -> str:
+        return KEY.format(module=self.paths.get(module, module), side=side)
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
         """lora_A (r, in) and lora_B (out, r) of a layer that it updates."""
-        return self.tensors[KEY.format(module=module, side="A")], self.tensors[KEY.format(module=module, side="B")]
+        return self.tensors[self.key(module, "A")], self.tensors[self.key(module, "B")]
 
 
 @dataclass
@@ -128,7 +151,9 @@ def read_adapter(name: str, path: Path) -> Adapter:
         tensors = load(file.read_bytes())  # not mapped, because somebody may overwrite the file during the run
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); save the adapter again") from error
-    adapter = Adapter(name, path, config, tensors)
+    updates = {key: tensor for key, tensor in tensors.items() if _KEY.fullmatch(key)}
+    others = {key: tensor for key, tensor in tensors.items() if key not in updates}
+    adapter = Adapter(name, path, config, updates, others)
     _check_tensors(adapter)
     return adapter
 
@@ -153,7 +178,8 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
     # An empty value switches a feature off, whatever its type and its default.
     defaults = {field.name: field.default for field in dataclasses.fields(peft.LoraConfig)}
     for key, value in values.items():
-        if key not in _PLAIN and value and value != defaults.get(key, False):
+        saved = key == "modules_to_save" and isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if key not in _PLAIN and not saved and value and value != defaults.get(key, False):
             raise UserError(
                 f"{file}: {key}={shown(value)} is more than the plain low-rank update of linear layers that a "
                 "gate can mix: train the adapter without it"
@@ -168,12 +194,19 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
 
 def _check_tensors(adapter: Adapter) -> None:
     file = adapter.path / WEIGHTS
+    for key, tensor in chain(adapter.others.items(), adapter.tensors.items()):
+        reason = next((why for other, why in _OTHER_LORA.items() if re.search(other, key)), None)
+        if reason is not None and key in adapter.others:
+            raise UserError(f"{file}: {key[:120]} is no LoRA weight of a linear layer ({reason})")
+        if not tensor.numel():
+            fix = "gather it when you save (stage3_gather_16bit_weights_on_model_save)"
+            raise UserError(f"{file}: {key[:120]} is empty, as a shard under ZeRO-3 is: {fix}")
+    for name in adapter.config.modules_to_save or ():
+        if not any(f".{name}." in _WRAPPER.sub("", f".{key}") for key in adapter.others):
+            lack = f"modules_to_save names {shown(name)}, of which {WEIGHTS} holds nothing"
+            raise UserError(f"{adapter.path / CONFIG}: {lack}: the file is incomplete; save the adapter again")
     for key, tensor in adapter.tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise UserError(
-                f"{file}: {key[:120]} is no LoRA weight of a linear layer: train the adapter on linear layers only"
-            )
+        match = cast(re.Match[str], _KEY.fullmatch(key))
         other = KEY.format(module=match["module"], side="B" if match["side"] == "A" else "A")
         if other not in adapter.tensors:
             raise UserError(f"{file}: {key} without {other}: the file is incomplete; save the adapter again")
@@ -183,29 +216,43 @@ def _check_tensors(adapter: Adapter) -> None:
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise UserError(f"{file}: {key} ({tensor.dtype}) holds more than finite floats: train the adapter anew")
     if not adapter.tensors:
-        raise UserError(f"{file}: holds no weights; save the adapter again")
+        lack = "low-rank updates" if adapter.others else "weights"
+        raise UserError(f"{file}: holds no {lack}; save the adapter again")
 
 
 def updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
     """The update of each nn.Linear of `model` that the adapter targets, by module path. PEFT finds rank and scaling.
 
     Raises:
-        UserError: the adapter does not fit the model, or updates its vision tower.
+        UserError: the adapter does not fit the model, updates its vision tower, or holds weights that are neither
+            updates nor the model's own.
     """
+    adapter = placed(adapter, model)
     modules = dict(model.named_modules())
     for name in adapter.modules:
         _check_target(adapter, name, modules, reads_screens=family_of(model).is_vision(name))
+    _compare_with_base(adapter, model)
     outline = nn.Module()
+    prefixes = {_prefix(name): _prefix(path) for name, path in adapter.paths.items()}
     for name, module in modules.items():
-        if type(module) is nn.Linear:
-            _place(outline, name, nn.Linear(module.in_features, module.out_features, device="meta"))
+        if type(module) is nn.Linear:  # called as in the file, since the config's patterns are for these names
+            path = prefixes.get(_prefix(name), _prefix(name)) + _without_prefix(name)
+            _place(outline, path, nn.Linear(module.in_features, module.out_features, device="meta"))
     try:
         # On meta, because a config may claim any rank, and nothing of that size should be allocated.
         with torch.device("meta"):
-            peft.inject_adapter_in_model(copy.deepcopy(adapter.config), outline, _PEFT_NAME)
+            config = copy.deepcopy(adapter.config)
+            config.modules_to_save = None
+            peft.inject_adapter_in_model(config, outline, _PEFT_NAME)
     except Exception as error:  # the config may hold values of another type than PEFT expects, or a broken regex
         raise UserError(f"adapter {adapter.path}: PEFT cannot place it in this model ({_reason(error)})") from error
-    made = {name: module for name, module in outline.named_modules() if isinstance(module, LoraLayer)}
+    here = {path: name for name, path in adapter.paths.items()}
+    layers = {path: module for path, module in outline.named_modules() if isinstance(module, LoraLayer)}
+    for pattern in adapter.config.alpha_pattern or ():
+        if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in layers):  # as PEFT reads it
+            lack = f"alpha_pattern names {shown(pattern)}, which is none of the adapter's layers"
+            raise UserError(f"{adapter.path / CONFIG}: {lack}, so a scaling would be lost: remove it or save it again")
+    made = {here.get(path, path): module for path, module in layers.items()}
     if differ := sorted(made.keys() ^ set(adapter.modules)):
         lacks = "weights for it" if differ[0] in made else "target_modules that name it"
         raise UserError(f"adapter {adapter.path}: {differ[0]}: the folder has no {lacks}; save the adapter again")
@@ -215,6 +262,57 @@ def updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
         if not math.isfinite(module.scaling[_PEFT_NAME]):
             raise UserError(f"{adapter.path / CONFIG}: lora_alpha is no finite number: train the adapter anew")
     return {name: Update(*adapter.pair(name), module.scaling[_PEFT_NAME]) for name, module in made.items()}
+
+
+def placed(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter with its layers called as in `model`, where only what stands before their own paths differs.
+
+    Raises:
+        UserError: two of its layers are one of the model.
+    """
+    modules = {_without_prefix(name): name for name, _ in model.named_modules()}
+    known = set(modules.values())
+    paths: dict[str, str] = {}
+    for path in adapter.modules:
+        name = path if path in known else modules.get(_without_prefix(path), path)
+        if name in paths:
+            raise UserError(f"adapter {adapter.path}: {paths[name]} and {path} are one layer: save the adapter again")
+        paths[name] = path
+    differ = {name: path for name, path in paths.items() if name != path}
+    if not differ:
+        return adapter
+    name, path = next(iter(differ.items()))
+    warnings.warn(f"adapter {adapter.path}: {path} is read as {name} ({len(differ)} layers)", stacklevel=2)
+    return replace(adapter, paths=differ)
+
+
+def _without_prefix(name: str) -> str:
+    return _PREFIX.sub("", name, count=1)
+
+
+def _prefix(name: str) -> str:
+    return name[: len(name) - len(_without_prefix(name))]
+
+
+def _compare_with_base(adapter: Adapter, model: nn.Module) -> None:
+    """Refuse what the file holds beside updates, unless it is the model's own. On the meta device values may be any."""
+    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    here = {_without_prefix(name): tensor for name, tensor in named} if adapter.others else {}
+    for key, value in adapter.others.items():
+        where = f"{adapter.path / WEIGHTS}: {key[:120]}"
+        base = here.get(_without_prefix(_WRAPPER.sub("", key)))
+        if base is None:
+            what = "neither a low-rank update of a linear layer nor a weight of this model"
+            raise UserError(f"{where} is {what}: give the base that the adapter was trained on, or leave it out")
+        if value.shape != base.shape:
+            sizes = f"{tuple(value.shape)}, in this model {tuple(base.shape)}"
+            raise UserError(f"{where} is {sizes}: give the base that the adapter was trained on (its vocabulary grew?)")
+        dtype = min(value.dtype, base.dtype, key=lambda one: one.itemsize)
+        if not base.is_meta and not torch.equal(value.to(base.device, dtype), base.to(dtype)):
+            raise UserError(
+                f"{where} differs from the model's own: the adapter trained it beside its low-rank updates, which are "
+                "all that a gate can mix; train the adapter without it (modules_to_save), or give the base that has it"
+            )
 
 
 def _reason(error: Exception) -> str:
@@ -229,6 +327,11 @@ def _check_target(adapter: Adapter, name: str, modules: dict[str, nn.Module], re
             "for all adapters; train adapters on the language model only"
         )
     module = modules.get(name)
+    if module is None and _EXPERTS.search(name):
+        raise UserError(
+            f"{where} is of single experts, which transformers keeps fused, and a gate mixes updates of linear layers "
+            "only: train the adapter without the experts"
+        )
     if module is None:
         raise UserError(f"{where} is no module of this model: give the base that the adapter was trained on")
     if type(module) is not nn.Linear:

@@ -12,10 +12,11 @@ Shapes, besides the legend of ds_moe/moe/decision.py: K adapters, L all layers o
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_moe.tasks.gate.adapters import CONFIG, KEY, WEIGHTS, Adapter, Update, updates
+from ds_moe.checkpoint.files import write_json
+from ds_moe.tasks.gate.adapters import CONFIG, KEY, WEIGHTS, Adapter, Update, placed, updates
 from ds_moe.weights.files import check_empty, write_tensors
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -145,10 +147,14 @@ class Bank:
                     for side, value, original in mine:
                         # Compare in the model's dtype: a tensor that was only rounded to bf16 was not trained.
                         same = torch.equal(value.to(layer.lora_A.dtype), original.to(layer.lora_A.dtype))
-                        tensors[index][KEY.format(module=module, side=side)] = original if same else value.contiguous()
+                        tensors[index][adapter.key(module, side)] = original if same else value.contiguous()
         for folder, adapter, written in zip(folders, self.adapters, tensors, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(adapter.path / CONFIG, folder / CONFIG)
+            if adapter.config.modules_to_save:  # copies of the base, which `written` leaves out
+                config = json.loads((adapter.path / CONFIG).read_text(encoding="utf-8"))
+                write_json(folder / CONFIG, config | {"modules_to_save": None})
+            else:
+                shutil.copyfile(adapter.path / CONFIG, folder / CONFIG)
             write_tensors(folder / WEIGHTS, written)
 
     def merged(self, weights_K: Tensor, out: Path, values: Values = Tensor.detach) -> None:
@@ -190,6 +196,7 @@ def install(model: nn.Module, adapters: list[Adapter]) -> Bank:
         UserError: an adapter that does not fit the model, or updates its vision tower. The model then is unchanged.
     """
     plans = [updates(adapter, model) for adapter in adapters]
+    adapters = [replace(placed(adapter, model), others={}) for adapter in adapters]
     bank = Bank(adapters, {}, Gates())
     for name, linear in list(model.named_modules()):
         parts = {index: plan[name] for index, plan in enumerate(plans) if name in plan}

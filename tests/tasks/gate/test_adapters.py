@@ -143,7 +143,7 @@ def changed(folder: Path, out: Path, config: dict | None = None, tensors: dict |
         ("use_dora", True),
         ("lora_bias", True),
         ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", "lm_head"),
         ("trainable_token_indices", [1]),
         ("target_parameters", ["mlp.experts.down_proj"]),
         ("layer_replication", [[0, 1]]),
@@ -172,7 +172,7 @@ def test_more_than_plain_lora_is_refused(folder, tmp_path, key, value):
         (
             {},
             {"base_model.model.x.lora_embedding_A": torch.ones(2, 2)},
-            "lora_embedding_A is no LoRA weight of a linear",
+            "lora_embedding_A is no LoRA weight of a linear layer .train the adapter on linear layers only",
         ),
         ({}, {B: None}, f"{A} without {B}: the file is incomplete"),
         ({}, {B: torch.ones(64, 3)}, r"\(4, 64\) does not fit|\(64, 3\) does not fit"),
