@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ds_moe.checkpoint.files import write_json
-from ds_moe.tasks.gate.adapters import CONFIG, PICKLE, WEIGHTS, find_adapters, read_adapter, updates
+from ds_moe.tasks.gate.adapters import CONFIG, PICKLE, WEIGHTS, find_adapters, read_adapter
 from ds_moe.tasks.gate.files import GATE, READS, ROUTER_FILE, read_gate
+from ds_moe.tasks.gate.placement import updates
 from ds_moe.tasks.gate.serving import read_manifest
 from ds_moe.weights.files import write_tensors
 from tests.tasks.gate.lora_folders import DECODER, base, write

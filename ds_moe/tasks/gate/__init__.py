@@ -6,6 +6,7 @@ network.py   the gate's network
 features.py  what the gate sees of request and screen
 bank.py      linear layers with several adapters, mixed by weights
 adapters.py  reads the adapters' folders
+placement.py where their updates belong in a model
 records.py   conversations that name an adapter
 evaluate.py  asks the gate about held-out records
 scores.py    accuracy, calibration and baselines

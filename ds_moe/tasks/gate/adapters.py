@@ -8,37 +8,27 @@ Shapes: r is the rank of an adapter in a layer; `in` and `out` are the sizes of 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-import math
 import re
-import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import peft
-import torch
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_moe.config.tasks import GateConfig
 from ds_moe.data.chat import TAKEN_KINDS
 from ds_moe.errors import UserError, shown
-from ds_moe.models.families import family_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KEY = "base_model.model.{module}.lora_{side}.weight"
-_PEFT_NAME = "default"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-# What stands before a layer's own path, which differs between versions of transformers and between trainers.
-_PREFIX = re.compile(r"(?:(?:base_model|model|language_model)\.)*")
-_WRAPPER = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.default)?)(?=\.)")
-_EXPERTS = re.compile(r"\.experts\b")
+WRAPPER = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.default)?)(?=\.)")
 # Of names that are none of the above: how the adapter was trained or saved.
 _OTHER_LORA = {
     r"lora_[AB]\.\w+\.weight": "the name of a state dict: save the adapter with PEFT's save_pretrained",
@@ -83,15 +73,6 @@ class Adapter:
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
         """lora_A (r, in) and lora_B (out, r) of a layer that it updates."""
         return self.tensors[self.key(module, "A")], self.tensors[self.key(module, "B")]
-
-
-@dataclass
-class Update:
-    """What an adapter adds to one layer: scale * B A x."""
-
-    A: Tensor  # (r, in)
-    B: Tensor  # (out, r)
-    scale: float
 
 
 def find_adapters(explicit: dict[str, str], folder: str | None) -> dict[str, Path]:
@@ -171,7 +152,7 @@ def _read_config(file: Path) -> peft.LoraConfig:
     try:
         return peft.LoraConfig(**{key: value for key, value in values.items() if key in known})
     except Exception as error:  # PEFT uses values before it checks their types, so it may raise anything
-        raise UserError(f"{file}: PEFT {peft.__version__} refuses it ({_reason(error)})") from error
+        raise UserError(f"{file}: PEFT {peft.__version__} refuses it ({reason(error)})") from error
 
 
 def _check_values(file: Path, values: dict[str, Any]) -> None:
@@ -195,14 +176,14 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
 def _check_tensors(adapter: Adapter) -> None:
     file = adapter.path / WEIGHTS
     for key, tensor in chain(adapter.others.items(), adapter.tensors.items()):
-        reason = next((why for other, why in _OTHER_LORA.items() if re.search(other, key)), None)
-        if reason is not None and key in adapter.others:
-            raise UserError(f"{file}: {key[:120]} is no LoRA weight of a linear layer ({reason})")
+        reasons = [why for other, why in _OTHER_LORA.items() if key in adapter.others and re.search(other, key)]
+        if reasons:
+            raise UserError(f"{file}: {key[:120]} is no LoRA weight of a linear layer ({reasons[0]})")
         if not tensor.numel():
             fix = "gather it when you save (stage3_gather_16bit_weights_on_model_save)"
             raise UserError(f"{file}: {key[:120]} is empty, as a shard under ZeRO-3 is: {fix}")
     for name in adapter.config.modules_to_save or ():
-        if not any(f".{name}." in _WRAPPER.sub("", f".{key}") for key in adapter.others):
+        if not any(f".{name}." in WRAPPER.sub("", f".{key}") for key in adapter.others):
             lack = f"modules_to_save names {shown(name)}, of which {WEIGHTS} holds nothing"
             raise UserError(f"{adapter.path / CONFIG}: {lack}: the file is incomplete; save the adapter again")
     for key, tensor in adapter.tensors.items():
@@ -220,133 +201,5 @@ def _check_tensors(adapter: Adapter) -> None:
         raise UserError(f"{file}: holds no {lack}; save the adapter again")
 
 
-def updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
-    """The update of each nn.Linear of `model` that the adapter targets, by module path. PEFT finds rank and scaling.
-
-    Raises:
-        UserError: the adapter does not fit the model, updates its vision tower, or holds weights that are neither
-            updates nor the model's own.
-    """
-    adapter = placed(adapter, model)
-    modules = dict(model.named_modules())
-    for name in adapter.modules:
-        _check_target(adapter, name, modules, reads_screens=family_of(model).is_vision(name))
-    _compare_with_base(adapter, model)
-    outline = nn.Module()
-    prefixes = {_prefix(name): _prefix(path) for name, path in adapter.paths.items()}
-    for name, module in modules.items():
-        if type(module) is nn.Linear:  # called as in the file, since the config's patterns are for these names
-            path = prefixes.get(_prefix(name), _prefix(name)) + _without_prefix(name)
-            _place(outline, path, nn.Linear(module.in_features, module.out_features, device="meta"))
-    try:
-        # On meta, because a config may claim any rank, and nothing of that size should be allocated.
-        with torch.device("meta"):
-            config = copy.deepcopy(adapter.config)
-            config.modules_to_save = None
-            peft.inject_adapter_in_model(config, outline, _PEFT_NAME)
-    except Exception as error:  # the config may hold values of another type than PEFT expects, or a broken regex
-        raise UserError(f"adapter {adapter.path}: PEFT cannot place it in this model ({_reason(error)})") from error
-    here = {path: name for name, path in adapter.paths.items()}
-    layers = {path: module for path, module in outline.named_modules() if isinstance(module, LoraLayer)}
-    for pattern in adapter.config.alpha_pattern or ():
-        if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in layers):  # as PEFT reads it
-            lack = f"alpha_pattern names {shown(pattern)}, which is none of the adapter's layers"
-            raise UserError(f"{adapter.path / CONFIG}: {lack}, so a scaling would be lost: remove it or save it again")
-    made = {here.get(path, path): module for path, module in layers.items()}
-    if differ := sorted(made.keys() ^ set(adapter.modules)):
-        lacks = "weights for it" if differ[0] in made else "target_modules that name it"
-        raise UserError(f"adapter {adapter.path}: {differ[0]}: the folder has no {lacks}; save the adapter again")
-    for name, module in made.items():
-        if (rank := len(adapter.pair(name)[0])) != (said := module.r[_PEFT_NAME]):
-            raise UserError(f"adapter {adapter.path}: {name} has rank {rank}, its {CONFIG} says {said}; save it again")
-        if not math.isfinite(module.scaling[_PEFT_NAME]):
-            raise UserError(f"{adapter.path / CONFIG}: lora_alpha is no finite number: train the adapter anew")
-    return {name: Update(*adapter.pair(name), module.scaling[_PEFT_NAME]) for name, module in made.items()}
-
-
-def placed(adapter: Adapter, model: nn.Module) -> Adapter:
-    """The adapter with its layers called as in `model`, where only what stands before their own paths differs.
-
-    Raises:
-        UserError: two of its layers are one of the model.
-    """
-    modules = {_without_prefix(name): name for name, _ in model.named_modules()}
-    known = set(modules.values())
-    paths: dict[str, str] = {}
-    for path in adapter.modules:
-        name = path if path in known else modules.get(_without_prefix(path), path)
-        if name in paths:
-            raise UserError(f"adapter {adapter.path}: {paths[name]} and {path} are one layer: save the adapter again")
-        paths[name] = path
-    differ = {name: path for name, path in paths.items() if name != path}
-    if not differ:
-        return adapter
-    name, path = next(iter(differ.items()))
-    warnings.warn(f"adapter {adapter.path}: {path} is read as {name} ({len(differ)} layers)", stacklevel=2)
-    return replace(adapter, paths=differ)
-
-
-def _without_prefix(name: str) -> str:
-    return _PREFIX.sub("", name, count=1)
-
-
-def _prefix(name: str) -> str:
-    return name[: len(name) - len(_without_prefix(name))]
-
-
-def _compare_with_base(adapter: Adapter, model: nn.Module) -> None:
-    """Refuse what the file holds beside updates, unless it is the model's own. On the meta device values may be any."""
-    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    here = {_without_prefix(name): tensor for name, tensor in named} if adapter.others else {}
-    for key, value in adapter.others.items():
-        where = f"{adapter.path / WEIGHTS}: {key[:120]}"
-        base = here.get(_without_prefix(_WRAPPER.sub("", key)))
-        if base is None:
-            what = "neither a low-rank update of a linear layer nor a weight of this model"
-            raise UserError(f"{where} is {what}: give the base that the adapter was trained on, or leave it out")
-        if value.shape != base.shape:
-            sizes = f"{tuple(value.shape)}, in this model {tuple(base.shape)}"
-            raise UserError(f"{where} is {sizes}: give the base that the adapter was trained on (its vocabulary grew?)")
-        dtype = min(value.dtype, base.dtype, key=lambda one: one.itemsize)
-        if not base.is_meta and not torch.equal(value.to(base.device, dtype), base.to(dtype)):
-            raise UserError(
-                f"{where} differs from the model's own: the adapter trained it beside its low-rank updates, which are "
-                "all that a gate can mix; train the adapter without it (modules_to_save), or give the base that has it"
-            )
-
-
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _check_target(adapter: Adapter, name: str, modules: dict[str, nn.Module], reads_screens: bool) -> None:
-    where = f"adapter {adapter.path}: {name}"
-    if reads_screens:
-        raise UserError(
-            f"{where}: the gate reads the screen through the vision tower, which therefore has to stay the same "
-            "for all adapters; train adapters on the language model only"
-        )
-    module = modules.get(name)
-    if module is None and _EXPERTS.search(name):
-        raise UserError(
-            f"{where} is of single experts, which transformers keeps fused, and a gate mixes updates of linear layers "
-            "only: train the adapter without the experts"
-        )
-    if module is None:
-        raise UserError(f"{where} is no module of this model: give the base that the adapter was trained on")
-    if type(module) is not nn.Linear:
-        kind = type(module).__name__
-        raise UserError(f"{where} is a {kind}, no plain nn.Linear: leave it out of the adapter's target_modules")
-    A, B = adapter.pair(name)
-    here, there = f"{module.in_features} to {module.out_features}", f"{A.shape[1]} to {B.shape[0]}"
-    if here != there:
-        raise UserError(f"{where} maps {here} in this model and {there} in the adapter: it is of another base")
-
-
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        if parent not in root._modules:
-            root.add_module(parent, nn.Module())
-        root = root.get_submodule(parent)
-    root.add_module(name, module)

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_moe.checkpoint.files import write_json
-from ds_moe.tasks.gate.adapters import CONFIG, KEY, WEIGHTS, Adapter, Update, placed, updates
+from ds_moe.tasks.gate.adapters import CONFIG, KEY, WEIGHTS, Adapter
+from ds_moe.tasks.gate.placement import Update, placed, updates
 from ds_moe.weights.files import check_empty, write_tensors
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ds_moe.errors import UserError
 from ds_moe.models.presets import build_preset
-from ds_moe.tasks.gate.adapters import CONFIG, WEIGHTS, read_adapter, updates
+from ds_moe.tasks.gate.adapters import CONFIG, WEIGHTS, read_adapter
 from ds_moe.tasks.gate.bank import install
+from ds_moe.tasks.gate.placement import updates
 from tests.hostile.limits import refusal
 from tests.tasks.gate.lora_folders import ADAPTERS, DECODER, base, difference, logits, of_peft, write
 
@@ -140,11 +140,11 @@ def test_an_alpha_for_no_layer_is_refused(adapter):
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"alpha_pattern": {"experts.1.up_proj": 64}}])
 @pytest.mark.parametrize("module", ["mlp.experts.1.up_proj", "mlp.experts.base_layer", "mlp.experts"])
-def test_updates_of_single_experts_are_refused_by_name(adapter, config, module):
+def test_updates_of_experts_are_refused_by_name(adapter, config, module):
     layer = f"{DECODER}.0.{module}"
     tensors = {f"{ROOT}{layer}.lora_A.weight": torch.ones(4, 64), f"{ROOT}{layer}.lora_B.weight": torch.ones(48, 4)}
     path = adapter(config=config, tensors=tensors)
-    says = f"{layer} is of single experts, which transformers keeps fused"
+    says = f"{layer} is of experts, which transformers keeps fused"
     refusal(lambda: updates(read_adapter("mail", path), build_preset("tiny-vl-moe")), path, says)
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_moe.tasks.gate.adapters import Update
 from ds_moe.tasks.gate.bank import Bank, BankedLinear, Gates, install
+from ds_moe.tasks.gate.placement import Update
 from tests.tasks.gate.lora_folders import ADAPTERS, DECODER, base, difference, logits, of_peft, read, write
 
 K, B, S, L = 4, 3, 7, 2

@@ -39,8 +39,9 @@ import transformers
 from rich.table import Table
 from torch import Tensor, nn
 
-from ds_moe.tasks.gate.adapters import Update, read_adapter
+from ds_moe.tasks.gate.adapters import read_adapter
 from ds_moe.tasks.gate.bank import BankedLinear, Gates, install
+from ds_moe.tasks.gate.placement import Update
 from tools.results import command_line, new_table, show, write_json
 
 BASE, FIRST_PASS, OURS, STACK, XLORA = "base", "base, forward only", "ds_moe bank", "loop-and-stack", "PEFT X-LoRA"
