@@ -4,7 +4,6 @@ over_ranks      every rank gets the values of all ranks
 raise_together  if one rank has found an error, all ranks raise it
 together        all ranks run an action, get all results, and raise if it failed on any of them
 parallel        whether there are other ranks at all
-to_device       move a batch to this rank's device
 
 The first three are collective: every rank must call them, in the same order.
 """
@@ -17,7 +16,6 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ds_moe.errors import UserError
 
@@ -80,10 +78,3 @@ def together(topology: Topology, what: str, action: Callable[[], T]) -> list[T]:
         failure = f"rank {topology.rank} could not {what}: {type(error).__name__}: {error}"
     raise_together(failure)
     return over_ranks(cast(T, result))
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move the tensors of a batch to a device; on CUDA the copies run while the device computes."""
-    if device.type == "cuda":
-        batch = {key: value.pin_memory() for key, value in batch.items()}  # only pinned memory is copied asynchronously
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -25,6 +25,7 @@ from ds_moe.checkpoint.save import Saving
 from ds_moe.config.deepspeed import precision
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import dump, dump_yaml, load_run
+from ds_moe.data.batch import Batch
 from ds_moe.engine.start import on_cpu
 from ds_moe.errors import UserError
 from ds_moe.faults.signals import Stopped, agreed
@@ -32,7 +33,6 @@ from ds_moe.models.processor import save_processor
 from ds_moe.monitor import EvalReport, RoutingReport
 from ds_moe.monitor.meters import max_vio
 from ds_moe.tasks.registry import task_kind
-from ds_moe.tasks.task import Batch
 from ds_moe.training.expert_load import reduce_load
 from ds_moe.training.run import Run
 from ds_moe.training.set_up import set_up

@@ -94,5 +94,4 @@ def _inputs(records: Records, index: int, processor: Processor) -> dict[str, Ten
         encoded = records.record_kind.encode(records.sample(index), processor, limits.max_length, limits.max_pixels)
     except RecordError as error:
         raise UserError(f"{records.where(index)}: {error}") from error
-    batch = records.record_kind.collate([encoded], processor)
-    return {key: value for key, value in batch.items() if key != "labels"}
+    return records.record_kind.collate([encoded], processor).inputs

@@ -11,14 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample
 from ds_moe.data.chat_template import tokenize
 from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.data.processor import Processor
 from ds_moe.errors import one_line
-
-Batch = dict[str, Tensor]  # exactly the keyword arguments of a model's forward
-NO_LOSS = -100
 
 
 @dataclass(frozen=True)
@@ -84,31 +82,31 @@ def filler(processor: Processor) -> Encoded:
 
 
 def collate(encoded: list[Encoded], processor: Processor, side: Literal["right", "left"] = "right") -> Batch:
-    """A padded micro-batch: input_ids, attention_mask, labels (B, S) int64; for a VL model also mm_token_type_ids
-    (B, S), 1 on image tokens, and, only if there is an image, pixel_values and image_grid_thw (I, 3)."""
+    """A micro-batch of padded rows, one sample each.
+
+    Its inputs are input_ids and attention_mask (B, S) int64; for a VL model also mm_token_type_ids (B, S), 1 on image
+    tokens, and, only if there is an image, pixel_values (P, D) and image_grid_thw (I, 3).
+    """
     length = max(len(one.input_ids) for one in encoded)
     pad_id = processor.tokenizer.pad_token_id
-    batch = {
+    inputs = {
         "input_ids": torch.stack([padded(one.input_ids, length, pad_id, side) for one in encoded]),
         "attention_mask": torch.stack([padded(torch.ones_like(one.input_ids), length, 0, side) for one in encoded]),
-        "labels": torch.stack([padded(one.labels, length, NO_LOSS, side) for one in encoded]),
     }
-    if processor.image_processor is None:
-        return batch
-    batch["mm_token_type_ids"] = (batch["input_ids"] == processor.image_token_id).long()
-    pixels = [one.pixel_values for one in encoded if one.pixel_values is not None]
-    grids = [one.image_grid_thw for one in encoded if one.image_grid_thw is not None]
-    if pixels:
-        batch["pixel_values"], batch["image_grid_thw"] = torch.cat(pixels), torch.cat(grids)
-    return batch
+    if processor.image_processor is not None:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).long()
+        pixels = [one.pixel_values for one in encoded if one.pixel_values is not None]
+        grids = [one.image_grid_thw for one in encoded if one.image_grid_thw is not None]
+        if pixels:
+            inputs["pixel_values"], inputs["image_grid_thw"] = torch.cat(pixels), torch.cat(grids)
+    labels_BS = torch.stack([padded(one.labels, length, NO_LOSS, side) for one in encoded])
+    return Batch.of_rows(inputs, labels_BS, torch.tensor([one.real for one in encoded]))
 
 
 def collate_prompts(encoded: list[Encoded], processor: Processor) -> Batch:
-    """Left-padded prompts of the last answers, ready for `generate`: no labels."""
+    """Left-padded prompts of the last answers, ready for `generate`."""
     prompts = [replace(one, input_ids=one.input_ids[: one.prompt], labels=one.labels[: one.prompt]) for one in encoded]
-    batch = collate(prompts, processor, side="left")
-    del batch["labels"]
-    return batch
+    return collate(prompts, processor, side="left")
 
 
 def padded(values: Tensor, length: int, fill: int, side: str) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from ds_moe.data.batch import Batch
 from ds_moe.data.chat import BadRecord, Sample, parse_record
-from ds_moe.data.encode import Batch, Encoded, collate, encode
+from ds_moe.data.encode import Encoded, collate, encode
 from ds_moe.data.images import ImageSource, image_size
 from ds_moe.data.processor import Processor
 

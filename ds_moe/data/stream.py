@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BadRecordLog
+from ds_moe.data.batch import Batch
 from ds_moe.data.chat import BadRecord, Sample
-from ds_moe.data.encode import Batch, collate_prompts
+from ds_moe.data.encode import collate_prompts
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.order import FILLER, EpochOrder
 from ds_moe.data.processor import Processor
@@ -58,17 +59,16 @@ class _StepDataset(Dataset):
     def _fill(self, step: Step, indices: list[int]) -> None:
         for one in self.slices:
             encoded, _, bad = self.encoder.encode(indices[one])
-            real = torch.tensor([sample.real for sample in encoded])
-            kind = torch.tensor([self.kind_ids.get(sample.kind, -1) for sample in encoded])
-            step.micro_batches.append(self.record_kind.collate(encoded, self.processor) | {"real": real, "kind": kind})
+            batch = self.record_kind.collate(encoded, self.processor)
+            batch.kind_B = torch.tensor([self.kind_ids.get(sample.kind, -1) for sample in encoded])
+            step.micro_batches.append(batch)
             step.bad += bad
 
 
 class TrainStream:
     """Endless optimizer steps for one rank: each a list of `accumulation` micro-batches.
 
-    A micro-batch is what the model's forward takes and, to be taken out before, "real": (B,) bool, False for fillers,
-    and "kind": (B,) int64, index into `kinds`, -1 for none.
+    The `kind_B` of a micro-batch are indices into `kinds`.
     `skipped` are the bad records so far: of structure (the same on every rank) and, found while loading, of this rank;
     `<output_dir>/bad_records.jsonl` lists those of all ranks. Raises `UserError` for bad data, as config.data says.
 
@@ -223,7 +223,7 @@ class EvalBatch:
     """B samples of one rank. `weights` are 0 for fillers, whose labels are all without loss and answers empty."""
 
     batch: Batch
-    prompt: Batch  # left-padded, without labels
+    prompt: Batch  # left-padded
     answers: list[str]
     weights: list[int]
     samples: list[Sample]

@@ -17,9 +17,9 @@ class ForwardContext:
     """
 
     token_V: Tensor | None = None  # int64 indices of the real tokens; None: every token is real
-    real_B: Tensor | None = None  # of the next forward: bool, false for samples that only fill up its batch
+    real_BS: Tensor | None = None  # of the next forward: bool, false for padding and samples that only fill up
     image_T: Tensor | None = None  # bool, true at image tokens; None: there is none
-    kind_B: Tensor | None = None  # of the next forward: int64 kind of record of each sample, -1 none
+    kind_BS: Tensor | None = None  # of the next forward: int64 kind of record of each token, -1 none
     kind_T: Tensor | None = None  # int64 kind of record of each token; None: not known
     routing_BSLK: Tensor | None = None  # of the next forward: experts to replay, -1 where the router decides
     replayed_TLK: Tensor | None = None  # the same for the forward that runs; None: the router decides everywhere
@@ -28,15 +28,14 @@ class ForwardContext:
 
     def begin(self, mask_BS: Tensor | None, image_BS: Tensor | None) -> None:
         """Start a forward: `mask_BS` is non-zero at real tokens, `image_BS` is true at image tokens."""
-        real_B, self.real_B = self.real_B, None
-        if real_B is not None and mask_BS is not None:
-            mask_BS = mask_BS.bool() & real_B.unsqueeze(1)
+        real_BS, self.real_BS = self.real_BS, None
+        if real_BS is not None:
+            mask_BS = real_BS if mask_BS is None else mask_BS.bool() & real_BS
         real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
         self.token_V = None if real_T is None or bool(real_T.all()) else real_T.nonzero().squeeze(1)
         self.image_T = None if image_BS is None else image_BS.reshape(-1)
-        kind_B, self.kind_B = self.kind_B, None
-        known = kind_B is not None and mask_BS is not None
-        self.kind_T = kind_B.unsqueeze(1).expand_as(mask_BS).reshape(-1) if known else None
+        kind_BS, self.kind_BS = self.kind_BS, None
+        self.kind_T = None if kind_BS is None else kind_BS.reshape(-1)
         routing_BSLK, self.routing_BSLK = self.routing_BSLK, None
         self.replayed_TLK = None if routing_BSLK is None else routing_BSLK.flatten(0, 1)
         self.aux_losses = []

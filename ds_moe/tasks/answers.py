@@ -8,20 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from ds_moe.data.batch import Batch
 from ds_moe.data.processor import Processor
 from ds_moe.data.stream import EvalSet
-from ds_moe.distributed import over_ranks, parallel, raise_together, to_device
+from ds_moe.distributed import over_ranks, parallel, raise_together
 from ds_moe.models.generation import own_generation_config
 from ds_moe.models.vision import encode_blank, has_vision
 from ds_moe.monitor import EvalReport, ShownSample
 
 if TYPE_CHECKING:
     import deepspeed
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,12 @@ def evaluate(
     samples: list[ShownSample] = []
     for batch in eval_set.batches(limit):
         each_batch()
-        inputs = to_device(batch.batch, engine.device)
-        loss_sum += engine(**inputs, use_cache=False, num_items_in_batch=1).loss.item()
-        label_tokens += int((inputs["labels"][:, 1:] != -100).sum())
+        labelled = batch.batch.to(engine.device)
+        loss_sum += engine(**labelled.with_labels, use_cache=False, num_items_in_batch=1).loss.item()
+        label_tokens += int(labelled.label_tokens)
         if answering is None:
             continue
-        predictions = generate_answers(engine.module, to_device(batch.prompt, engine.device), answering)
+        predictions = generate_answers(engine.module, batch.prompt.to(engine.device), answering)
         for sample, answer, prediction, weight in zip(
             batch.samples, batch.answers, predictions, batch.weights, strict=True
         ):
@@ -82,8 +80,8 @@ def evaluate(
 
 def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering) -> list[str]:
     """Greedy answers to left-padded prompts. Ranks keep step until the last one has finished its longest answer."""
-    if parallel() and has_vision(model) and "pixel_values" not in prompt:
-        encode_blank(model, prompt["input_ids"].device)  # `generate` encodes the other ranks' images at this point
+    if parallel() and has_vision(model) and "pixel_values" not in prompt.inputs:
+        encode_blank(model, prompt.labels.device)  # `generate` encodes the other ranks' images at this point
     own = model.generation_config
     greedy = GenerationConfig(
         max_new_tokens=answering.max_new_tokens,
@@ -92,8 +90,8 @@ def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering
         pad_token_id=own.pad_token_id,
     )
     with own_generation_config(model):
-        tokens = model.generate(**prompt, generation_config=greedy, use_cache=True, synced_gpus=parallel())
-    answers = tokens[:, prompt["input_ids"].shape[1] :]
+        tokens = model.generate(**prompt.inputs, generation_config=greedy, use_cache=True, synced_gpus=parallel())
+    answers = tokens[:, prompt.labels.shape[1] :]
     return [text.strip() for text in answering.processor.batch_decode(answers, skip_special_tokens=True)]
 
 

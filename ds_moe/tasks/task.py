@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.run import RunConfig
+from ds_moe.data.batch import Batch
 from ds_moe.data.processor import Processor
 from ds_moe.data.stream import EvalSet, TrainStream
 from ds_moe.distributed import Topology
@@ -20,7 +21,6 @@ from ds_moe.moe.loss_free import LossFreeBalancing, loss_free
 from ds_moe.monitor import EvalReport
 from ds_moe.tasks.answers import Answering, evaluate
 
-Batch = dict[str, Tensor]
 DEFAULT_NEW_TOKENS = 16
 
 
@@ -71,11 +71,11 @@ class Task:
 
     def weight(self, batch: Batch) -> Tensor:
         """What the micro-batch counts in the mean over the global batch, an integer scalar."""
-        return (batch["labels"][:, 1:] != -100).sum()
+        return batch.label_tokens
 
     def loss(self, batch: Batch, share: float) -> Tensor:
         """The micro-batch's loss, with grad: a sum divided by `share`, the global count over ranks x accumulation."""
-        return self.parts.engine(**batch, use_cache=False, num_items_in_batch=share).loss
+        return self.parts.engine(**batch.with_labels, use_cache=False, num_items_in_batch=share).loss
 
     def metrics(self, progress: Progress) -> dict[str, float]:
         """What else the optimizer step is reported by, over all ranks (collective)."""

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe.checkpoint.progress import Progress
-from ds_moe.distributed import over_ranks, raise_together, to_device
+from ds_moe.data.batch import Batch
+from ds_moe.distributed import over_ranks, raise_together
 from ds_moe.errors import UserError
 from ds_moe.faults.signals import agreed
 from ds_moe.moe import ExpertParallel
 from ds_moe.moe.loss_free import check_biases_agree, update_biases
 from ds_moe.monitor import StepReport
-from ds_moe.tasks.task import Batch, Task, TrainingParts
+from ds_moe.tasks.task import Task, TrainingParts
 from ds_moe.training.expert_load import counts_so_far
 from ds_moe.training.run import SKIPPED_STEPS, Run
 
@@ -66,7 +67,7 @@ def optimizer_step(
     and biases stay; the schedule and `progress` go on.
 
     Args:
-        micro_batches: of this rank, on its device; their entries for the task are taken out of them.
+        micro_batches: of this rank, on its device.
         bad_record: what this rank met while loading, which ends the run on every rank.
         extra: numbers of the caller that are summed over ranks in the same reduction; called after the last backward.
         at: is told what the rank does next.
@@ -116,7 +117,7 @@ def train_step(run: Run, steps: Iterator[list[Batch]]) -> StepReport:
     began = time.perf_counter()
     parts, progress = run.parts, run.progress
     run.watch.at("data", step=progress.step + 1)
-    micro_batches = [to_device(batch, parts.topology.device) for batch in next(steps)]
+    micro_batches = [batch.to(parts.topology.device) for batch in next(steps)]
     data_wait_s = time.perf_counter() - began - run.task.scoring_s
     run.load_before_step = counts_so_far(parts.layers)
 
@@ -152,9 +153,8 @@ def _forward_backward(
 ) -> Tensor:
     """(2,) the micro-batch's language and auxiliary loss."""
     context = parts.context
-    real_B, kind_B = batch.pop("real"), batch.pop("kind", None)
     if context is not None:
-        context.real_B, context.kind_B = real_B, kind_B
+        context.real_BS, context.kind_BS = batch.real_of_token, batch.kind_of_token
     language = task.loss(batch, share)
     auxiliary = sum(context.aux_losses) if context is not None and context.aux_losses else None
     total = language if auxiliary is None else language + auxiliary
@@ -175,7 +175,7 @@ def _global_counts(
         UserError: on every rank, when any of them met a bad record.
     """
     labels = sum(task.weight(batch) for batch in micro_batches)
-    tokens = sum((batch["attention_mask"] * batch["real"].unsqueeze(1)).sum() for batch in micro_batches)
+    tokens = sum(batch.tokens for batch in micro_batches)
     counts = torch.tensor([0, 0, int(bad_record is not None)], device=device)
     counts[0] += labels
     counts[1] += tokens

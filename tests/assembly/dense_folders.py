@@ -12,7 +12,7 @@ from ds_moe.assembly.assemble import assemble
 from ds_moe.assembly.plan import Assembly
 from ds_moe.config.moe import MoEConfig
 from ds_moe.data.digits import digits_samples
-from ds_moe.data.encode import Batch, collate, encode
+from ds_moe.data.encode import collate, encode
 from ds_moe.models.convert import convert
 from ds_moe.models.families import family_of
 from ds_moe.models.presets import preset_config
@@ -37,12 +37,11 @@ def write_dense(
 
 
 @cache
-def images(samples: int = 24) -> Batch:
-    """Held-out scans with questions of several lengths."""
+def images(samples: int = 24) -> dict[str, Tensor]:
+    """Held-out scans with questions of several lengths, as arguments of a forward."""
     processor = tiny_processor()
-    return collate(
-        [encode(sample, processor, 128, 10**6) for sample in digits_samples("held-out")[:samples]], processor
-    )
+    encoded = [encode(sample, processor, 128, 10**6) for sample in digits_samples("held-out")[:samples]]
+    return collate(encoded, processor).with_labels
 
 
 def load(folder: str | Path) -> Any:

@@ -24,42 +24,51 @@ def mixed(processor, folder):
 
 def test_mixed_batch_right_padded(mixed, processor):
     batch = collate(mixed, processor)
-    assert sorted(batch) == [
+    given = batch.with_labels
+    assert sorted(given) == [
         "attention_mask", "image_grid_thw", "input_ids", "labels", "mm_token_type_ids", "pixel_values"]  # fmt: skip
     longest = max(len(one.input_ids) for one in mixed)
     for row, one in enumerate(mixed):
         size = len(one.input_ids)
-        assert batch["input_ids"][row, :size].equal(one.input_ids) and batch["labels"][row, :size].equal(one.labels)
-        assert batch["attention_mask"][row].tolist() == [1] * size + [0] * (longest - size)
-        assert (batch["labels"][row, size:] == NO_LOSS).all()
-        assert (batch["input_ids"][row, size:] == processor.tokenizer.pad_token_id).all()
-    assert all(batch[key].dtype == torch.int64 for key in batch if key != "pixel_values")
-    assert batch["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 8], [1, 4, 8]]
-    assert batch["pixel_values"].shape == (16 + 32 + 32, 3 * 2 * 4 * 4)
-    assert batch["pixel_values"][:48].equal(mixed[0].pixel_values)
+        assert batch.inputs["input_ids"][row, :size].equal(one.input_ids) and batch.labels[row, :size].equal(one.labels)
+        assert batch.inputs["attention_mask"][row].tolist() == [1] * size + [0] * (longest - size)
+        assert (batch.labels[row, size:] == NO_LOSS).all()
+        assert (batch.inputs["input_ids"][row, size:] == processor.tokenizer.pad_token_id).all()
+    assert all(given[key].dtype == torch.int64 for key in given if key != "pixel_values")
+    assert batch.inputs["image_grid_thw"].tolist() == [[1, 4, 4], [1, 4, 8], [1, 4, 8]]
+    assert batch.inputs["pixel_values"].shape == (16 + 32 + 32, 3 * 2 * 4 * 4)
+    assert batch.inputs["pixel_values"][:48].equal(mixed[0].pixel_values)
+    for row, one in enumerate(mixed):
+        size = len(one.input_ids)
+        assert batch.sequence_of_token[row].tolist() == [row] * size + [-1] * (longest - size)
+    assert batch.real_B.tolist() == [True] * 3 and batch.tokens == batch.inputs["attention_mask"].sum()
     # One image token for each 2x2 patches, where the processor itself says image.
-    assert batch["mm_token_type_ids"].sum(1).tolist() == [12, 0, 8]
-    own = processor.create_mm_token_type_ids(batch["input_ids"].tolist())
-    assert batch["mm_token_type_ids"].tolist() == own
+    assert batch.inputs["mm_token_type_ids"].sum(1).tolist() == [12, 0, 8]
+    own = processor.create_mm_token_type_ids(batch.inputs["input_ids"].tolist())
+    assert batch.inputs["mm_token_type_ids"].tolist() == own
 
 
 def test_prompts_left_padded_without_labels(mixed, processor):
     batch = collate_prompts(mixed, processor)
-    assert "labels" not in batch and batch["image_grid_thw"].shape == (3, 3)
+    assert "labels" not in batch.inputs and batch.inputs["image_grid_thw"].shape == (3, 3)
     for row, one in enumerate(mixed):
-        missing = batch["input_ids"].shape[1] - one.prompt
-        assert batch["input_ids"][row, missing:].equal(one.input_ids[: one.prompt])
-        assert batch["attention_mask"][row].tolist() == [0] * missing + [1] * one.prompt
-    ends = processor.tokenizer.batch_decode(batch["input_ids"])
+        missing = batch.inputs["input_ids"].shape[1] - one.prompt
+        assert batch.inputs["input_ids"][row, missing:].equal(one.input_ids[: one.prompt])
+        assert batch.inputs["attention_mask"][row].tolist() == [0] * missing + [1] * one.prompt
+    ends = processor.tokenizer.batch_decode(batch.inputs["input_ids"])
     assert all(end.endswith("<|im_start|>assistant\n") for end in ends)
 
 
 def test_without_images_there_are_none_but_token_types_for_a_vl_model(processor, text_processor):
     samples = {model: [encode(parse_record(chat("Hi"), "test:1", Path("/")), model, 99, 1)]
                for model in (processor, text_processor)}  # fmt: skip
-    assert sorted(collate(samples[processor], processor)) == [
+    assert sorted(collate(samples[processor], processor).with_labels) == [
         "attention_mask", "input_ids", "labels", "mm_token_type_ids"]  # fmt: skip
-    assert sorted(collate(samples[text_processor], text_processor)) == ["attention_mask", "input_ids", "labels"]
+    assert sorted(collate(samples[text_processor], text_processor).with_labels) == [
+        "attention_mask",
+        "input_ids",
+        "labels",
+    ]
 
 
 def test_over_long_is_refused_at_exactly_one_token_too_many(processor, folder):
@@ -72,6 +81,6 @@ def test_over_long_is_refused_at_exactly_one_token_too_many(processor, folder):
 
 def test_filler_has_no_label_and_no_image(processor):
     batch = collate([filler(processor)], processor)
-    assert batch["labels"].tolist() == [[NO_LOSS]] and batch["attention_mask"].tolist() == [[1]]
+    assert batch.labels.tolist() == [[NO_LOSS]] and batch.inputs["attention_mask"].tolist() == [[1]]
     assert not filler(processor).real
-    assert "pixel_values" not in batch and batch["mm_token_type_ids"].tolist() == [[0]]
+    assert "pixel_values" not in batch.inputs and batch.inputs["mm_token_type_ids"].tolist() == [[0]]

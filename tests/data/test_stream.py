@@ -38,7 +38,7 @@ def path(write_jsonl):
 def answers(batch, processor):
     """The answer of each row of a micro-batch; None for a row without labels."""
     rows = []
-    for labels in batch["labels"]:
+    for labels in batch.labels:
         kept = labels[labels != NO_LOSS]
         rows.append(processor.tokenizer.decode(kept).removesuffix("<|im_end|>") if len(kept) else None)
     return rows
@@ -84,7 +84,7 @@ def test_every_record_once_an_epoch_fillers_last_and_another_order_next_epoch(pa
     assert [sorted(map(str, flat(step))) for step in steps[:STEPS]] != [
         sorted(map(str, flat(step))) for step in steps[STEPS:]
     ]
-    assert all(len(batch["input_ids"]) == 2 for step in islice(stream, 3) for batch in step)
+    assert all(len(batch.labels) == 2 for step in islice(stream, 3) for batch in step)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -92,10 +92,10 @@ def test_real_marks_what_is_no_filler(with_bad, run_config, processor, workers):
     config = run_config(with_bad, {**LIMITS, "num_workers": workers}, micro_batch_size=4)
     stream = TrainStream(config, processor, rank=0, world_size=1)
     batches = sum(islice(stream, STEPS), [])
-    assert all(batch["real"].dtype == torch.bool and batch["real"].shape == (4,) for batch in batches)
+    assert all(batch.real_B.dtype == torch.bool and batch.real_B.shape == (4,) for batch in batches)
     for batch in batches:  # fillers of the last batch and those for bad records alike
-        assert batch["real"].tolist() == [answer is not None for answer in answers(batch, processor)]
-    assert sum(int(batch["real"].sum()) for batch in batches) == RECORDS - 3
+        assert batch.real_B.tolist() == [answer is not None for answer in answers(batch, processor)]
+    assert sum(int(batch.real_B.sum()) for batch in batches) == RECORDS - 3
 
 
 def test_kinds_of_records_travel_as_numbers(write_jsonl, run_config, text_processor):
@@ -105,7 +105,7 @@ def test_kinds_of_records_travel_as_numbers(write_jsonl, run_config, text_proces
     stream = TrainStream(config, text_processor, rank=0, world_size=1)
     assert stream.kinds == ("books", "web")
     [[batch]] = islice(stream, 1)
-    kinds = dict(zip(answers(batch, text_processor), batch["kind"].tolist(), strict=True))
+    kinds = dict(zip(answers(batch, text_processor), batch.kind_B.tolist(), strict=True))
     assert kinds == {"0": -1, "1": 1, "2": 0, "3": 1, None: -1}  # a filler has none either
 
 
@@ -120,7 +120,7 @@ def test_seed_decides_the_order_and_without_shuffle_it_is_the_file_s(path, run_c
 def test_grouping_puts_samples_of_like_length_together(path, run_config, processor):
     def padded(grouping):
         stream = TrainStream(run_config(path, {"length_grouping": grouping}), processor, rank=0, world_size=1)
-        return sum(int((batch["attention_mask"] == 0).sum()) for step in islice(stream, STEPS) for batch in step)
+        return sum(int((batch.inputs["attention_mask"] == 0).sum()) for step in islice(stream, STEPS) for batch in step)
 
     assert padded(True) < 0.6 * padded(False)
 
@@ -265,7 +265,7 @@ def test_stop_without_raising_yields_the_step_and_keeps_the_error(with_bad, run_
     assert stream.error is None
     errors, real = [], 0
     for step in islice(stream, STEPS):
-        real += sum(int(batch["real"].sum()) for batch in step)
+        real += sum(int(batch.real_B.sum()) for batch in step)
         errors.append(stream.error)
     first = next(error for error in errors if error)
     assert first.startswith((f"{with_bad}:4: truncated", f"{with_bad}:8: over-long")) and "\n" not in first
@@ -314,7 +314,7 @@ def test_text_only_model_and_image_less_micro_batches(write_jsonl, run_config, t
     path = write_jsonl([chat("hi", f"number {n}") for n in range(8)])
     for model, keys in [(text_processor, 3), (processor, 4)]:
         [step] = islice(TrainStream(run_config(path), model, rank=0, world_size=1), 1)
-        assert all(len(batch) == keys + 2 and "pixel_values" not in batch for batch in step)  # real, kind
+        assert all(len(batch.with_labels) == keys and "pixel_values" not in batch.inputs for batch in step)
 
 
 def test_encoded_samples_are_kept_and_unchanged(path, run_config, processor):
@@ -325,7 +325,7 @@ def test_encoded_samples_are_kept_and_unchanged(path, run_config, processor):
     again = list(islice(stream, STEPS))
     assert len(stream._encoder._cache) == RECORDS + 1
     for one, other in zip(sum(first, []), sum(again, []), strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert all(torch.equal(value, other.with_labels[key]) for key, value in one.with_labels.items())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -338,12 +338,12 @@ def test_evaluation_gives_every_sample_once_in_equally_many_batches(path, run_co
     assert sorted(real) == sorted(f"number {n}" for n in range(RECORDS))
     for batch in (b for rank in batches for b in rank):
         given = [answer or "" for answer in answers(batch.batch, processor)]
-        assert "real" not in batch.batch and "real" not in batch.prompt
+        assert batch.batch.real_B.tolist() == [bool(weight) for weight in batch.weights]
         assert batch.answers == given == [sample.answer for sample in batch.samples]
         assert [int(answer != "") for answer in given] == batch.weights
-        ends = processor.tokenizer.batch_decode(batch.prompt["input_ids"])
+        ends = processor.tokenizer.batch_decode(batch.prompt.inputs["input_ids"])
         assert all(end.endswith("assistant\n") for end, w in zip(ends, batch.weights, strict=True) if w)
-        assert len(batch.prompt["input_ids"]) == len(batch.weights) == 4
+        assert len(batch.prompt.inputs["input_ids"]) == len(batch.weights) == 4
 
 
 def test_evaluation_limit_is_a_fixed_choice_that_ranks_share(run_config, processor):
@@ -373,5 +373,5 @@ def test_digits_stream_trains_on_no_held_out_image(run_config, processor):
     )
     assert stream.steps_per_epoch == -(-1437 * 3 // 64) and not stream.skipped
     [[batch]] = islice(stream, 1)
-    assert batch["image_grid_thw"].tolist() == [[1, 4, 4]] * 64
+    assert batch.inputs["image_grid_thw"].tolist() == [[1, 4, 4]] * 64
     assert set(map(str.strip, answers(batch, processor))) <= {*"0123456789", "even", "odd", "yes", "no"}

@@ -18,6 +18,7 @@ from ds_moe.checkpoint.progress import Progress
 from ds_moe.checkpoint.save import persistent_buffers
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import load_run
+from ds_moe.data.batch import Batch
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import start_distributed
@@ -78,7 +79,12 @@ def step(parts, progress, everything):
 
 def own_share(everything, topology):
     """This rank's micro-batches, in the order of accumulation: those of all ranks at one time are neighbours."""
-    return [{**batch, "real": torch.ones(SAMPLES).bool()} for batch in everything[topology.rank :: topology.world_size]]
+    own = everything[topology.rank :: topology.world_size]
+    return [Batch.of_rows(without_labels(batch), batch["labels"]) for batch in own]
+
+
+def without_labels(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def recording(moves):

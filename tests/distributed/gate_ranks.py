@@ -81,8 +81,7 @@ def reference(config, joined):
     install_gate(model, config.gate)
     start_gate(model, config.gate)
     move(model.adapter_gate)
-    labels_B = joined["adapter"]
-    inputs = {name: value for name, value in joined.items() if name != "adapter"}
+    labels_B, inputs = joined.adapter_B, joined.with_labels
     if config.gate.stage == "supervised":
         weights_K = torch.tensor([9 / (4 * count) for count in (5, 2, 1, 1)])  # of the 9 labels of LABELS
         losses = F.cross_entropy(model(**inputs, gate_only=True).logits, labels_B, weights_K, reduction="sum")
@@ -118,11 +117,11 @@ def compare(config, zero, own, expected, breakage=None):
     }
     engine = build_engine(model, config, ds_config, 1, gate.adapter_lr(config))
     engine.train()
-    labels = SimpleNamespace(kept=LABELS if breakage != "class weights" else NAMES)
+    labels = SimpleNamespace(remembered=LABELS if breakage != "class weights" else NAMES)
     task = GateTask(TrainingParts(config, topology, engine, None, stream=labels))
-    labelled = task.weight(own).clone()
+    labelled = task.weight(own)
     dist.all_reduce(labelled)
-    loss = task.loss(dict(own), labelled.item() / topology.world_size)
+    loss = task.loss(own, labelled.item() / topology.world_size)
     engine.backward(loss)
     total = loss.detach().clone()
     dist.all_reduce(total)

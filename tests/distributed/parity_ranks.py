@@ -30,7 +30,7 @@ EXPERTS = {  # name -> ZeRO stage, checkpointing, section moe: other ways to com
 
 
 def batches(world_size):
-    """Real scans and questions; with several ranks the second has none (text only), and lengths differ."""
+    """Arguments of forwards over real scans; with several ranks the second has none (text only), and lengths differ."""
     processor = tiny_processor()
     samples = digits_samples("train")
     result = []
@@ -38,7 +38,7 @@ def batches(world_size):
         encoded = [encode(sample, processor, 256, 2**20) for sample in samples[rank * 7 : rank * 7 + SAMPLES]]
         if rank == 1:
             encoded = [_without_image(one, processor.image_token_id) for one in encoded]
-        result.append(collate(encoded, processor))
+        result.append(collate(encoded, processor).with_labels)
     return result
 
 

@@ -96,8 +96,8 @@ def plain_loss(export, data):
     total, labels = 0.0, 0
     for batch in EvalSet(run, load_processor(str(export)), rank=0, world_size=1).batches():
         with torch.no_grad():
-            total += model(**batch.batch, num_items_in_batch=1).loss.item()
-        labels += int((batch.batch["labels"][:, 1:] != -100).sum())
+            total += model(**batch.batch.with_labels, num_items_in_batch=1).loss.item()
+        labels += int(batch.batch.label_tokens)
     return total / labels
 
 

@@ -133,7 +133,7 @@ def test_all_of_them_are_skipped_and_listed_by_a_loading_process(stream, folder,
     (folder / "train.jsonl").write_bytes(b"\n".join([*map(line, IMAGES), line("good.png")]))
     made = stream(folder / "train.jsonl", batch=len(IMAGES) + 1, num_workers=1, on_bad_record="skip")
     [[batch]] = islice(made, 1)
-    assert int(batch["real"].sum()) == 1
+    assert int(batch.real_B.sum()) == 1
     assert sorted(int(bad.where.rpartition(":")[2]) for bad in made.skipped) == list(range(1, len(IMAGES) + 1))
     listed = [json.loads(line) for line in (tmp_path / "run/bad_records.jsonl").read_text().splitlines()]
     assert len(listed) == len(IMAGES) and all("\n" not in one["reason"] for one in listed)

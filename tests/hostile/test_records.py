@@ -198,7 +198,7 @@ def test_a_record_that_breaks_after_the_check_is_skipped_in_a_loading_process(st
     (folder / "train.jsonl").write_bytes(line("gone.png") + b"\n" + line())
     made = stream(folder / "train.jsonl", num_workers=1, on_bad_record="skip")
     (folder / "gone.png").unlink()
-    first, second = (batch["real"].tolist() for [batch] in islice(made, 2))
+    first, second = (batch.real_B.tolist() for [batch] in islice(made, 2))
     assert (first, second) == ([False], [True])
     assert [bad.where for bad in made.skipped] == [f"{folder}/train.jsonl:1"]
 

@@ -210,7 +210,7 @@ def test_they_are_skipped_and_listed_by_a_loading_process(stream, folder):
     path.write_text("".join(f"{json.dumps(value)}\n" for value in values))
     made = stream(path, Rollouts(SHAPE), batch=len(values), num_workers=1, on_bad_record="skip")
     [batch] = next(iter(made))
-    assert int(batch["real"].sum()) == 1 and len(made.skipped) == len(ROLLOUTS)
+    assert int(batch.real_B.sum()) == 1 and len(made.skipped) == len(ROLLOUTS)
 
 
 # --- files of traces
@@ -248,4 +248,4 @@ def test_good_traces_pass(tmp_path, stream, folder):
         assert align(decode(value, kind=kind), SHAPE, 5)[:4].tolist() == IDS.tolist()
     (folder / "rollouts.jsonl").write_text(json.dumps(rollout(advantage=1.0)))
     [batch] = next(iter(stream(folder / "rollouts.jsonl", Rollouts(SHAPE))))
-    assert batch["routing"].shape == (1, 5, 2, 2)
+    assert batch.inputs["routing"].shape == (1, 5, 2, 2)

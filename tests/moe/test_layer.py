@@ -130,7 +130,7 @@ def test_loads_tell_kinds_of_records_apart():
     layer = make_layer(top_k=2)
     layer.load.kinds = 2
     x = torch.randn(3, 4, D)
-    layer.context.kind_B = torch.tensor([1, -1, 0])  # the second record has no kind
+    layer.context.kind_BS = torch.tensor([1, -1, 0])[:, None].expand(3, 4)  # the second record has no kind
     layer.context.begin(torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]), None)
     layer(x)
     of_kind_GE = layer.load.take().kind_GE
@@ -224,11 +224,11 @@ def test_impossible_top_k_is_refused(top_k):
 
 def test_samples_that_fill_up_a_batch_neither_route_nor_count_nor_weigh_in_the_aux_loss():
     layer = make_layer(balancers=[AuxLoss(1.0)])
-    layer.context.real_B = torch.tensor([True, False])
+    layer.context.real_BS = torch.tensor([True, False])[:, None].expand(2, 4)
     layer.context.begin(torch.ones(2, 4), None)
     y = layer(torch.randn(2, 4, D))
     assert y[1].abs().max() == 0 and layer.load.take().counts_E.sum() == 2 * 4
-    layer.context.real_B = torch.tensor([False, False])
+    layer.context.real_BS = torch.zeros(2, 4).bool()
     layer.context.begin(torch.ones(2, 4), None)
     layer(torch.randn(2, 4, D))
     assert layer.load.take().counts_E.sum() == 0 and layer.context.aux_losses[0] == 0

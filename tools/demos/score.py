@@ -37,8 +37,8 @@ def score(folder: Path, data: str, max_new_tokens: int, batch_size: int) -> dict
     asked, hits = Counter(), Counter()
     for batch in EvalSet(run, processor, rank=0, world_size=1).batches():
         with torch.inference_mode():
-            tokens = model.generate(**batch.prompt, max_new_tokens=max_new_tokens, do_sample=False)
-        answers = processor.batch_decode(tokens[:, batch.prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+            tokens = model.generate(**batch.prompt.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers = processor.batch_decode(tokens[:, batch.prompt.labels.shape[1] :], skip_special_tokens=True)
         for sample, expected, answer, weight in zip(batch.samples, batch.answers, answers, batch.weights, strict=True):
             kind = sample.kind or "all"
             asked[kind] += weight

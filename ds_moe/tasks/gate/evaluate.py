@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ds_moe.data.encode import NO_LOSS
 from ds_moe.data.stream import EvalSet
-from ds_moe.distributed import over_ranks, raise_together, to_device
+from ds_moe.distributed import over_ranks, raise_together
 from ds_moe.monitor import ShownSample
 from ds_moe.tasks.gate.network import gate_loss
 from ds_moe.tasks.gate.scores import RoutingScores, routing_scores
@@ -92,10 +92,10 @@ def survey(
     rows, samples = _Rows(), []
     for batch in eval_set.batches(limit):
         each_batch()
-        decision = model(**to_device(batch.prompt, inner.device), gate_only=True)
+        decision = model(**batch.prompt.to(inner.device).inputs, gate_only=True)
         mask_BS = inner.features.mask_BS
         probabilities_BK = per_sample(decision.logits, mask_BS).cpu()
-        labels_B = batch.batch["adapter"]
+        labels_B = batch.batch.adapter_B
         rows.loss += float(gate_loss(decision, labels_B.to(decision.logits.device), mask_BS))
         text_BD, vision_BD = inner.features.text_BD.cpu().numpy(), inner.features.vision_BD.cpu().numpy()
         for index in [at for at, weight in enumerate(batch.weights) if weight]:

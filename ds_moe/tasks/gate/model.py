@@ -112,10 +112,7 @@ def hold_reference(model: GatedModel) -> None:
 
 def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     @wraps(base.forward)  # `generate` reads the signature
-    def forward(
-        self: GatedModel, *args: object, gate_only: bool = False, adapter: Tensor | None = None, **kwargs: Any
-    ) -> GateDecision | ModelOutput:
-        """`adapter`, a label that a batch may hold, is accepted and not used: the gate must not see it."""
+    def forward(self: GatedModel, *args: object, gate_only: bool = False, **kwargs: Any) -> GateDecision | ModelOutput:
         cache = cache_of(kwargs)
         if cache is None or cache.get_seq_length() == 0:
             self.features, kwargs = read(self, kwargs)

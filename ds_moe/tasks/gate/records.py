@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, parse_record
-from ds_moe.data.encode import NO_LOSS, Batch, Encoded, collate, encode
+from ds_moe.data.encode import Encoded, collate, encode
 from ds_moe.data.images import RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind
@@ -27,6 +29,13 @@ class RoutedSample(Sample):
 @dataclass(frozen=True)
 class RoutedEncoded(Encoded):
     adapter: int = NO_LOSS  # index of the adapter, NO_LOSS for none
+
+
+@dataclass(kw_only=True)
+class RoutedBatch(Batch):
+    """Conversations, and in `adapter_B` (B,) int64 the index of the adapter of each, NO_LOSS for none."""
+
+    adapter_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,9 @@ class Routed(RecordKind[RoutedSample]):
         index = NO_LOSS if parsed.adapter is None else self.names.index(parsed.adapter)
         return RoutedEncoded(**values, adapter=index)
 
-    def collate(self, encoded: list[Encoded], processor: Processor) -> Batch:
-        """A micro-batch with "adapter", (B,) int64, beside what the model takes."""
+    def collate(self, encoded: list[Encoded], processor: Processor) -> RoutedBatch:
         adapters = [one.adapter if isinstance(one, RoutedEncoded) else NO_LOSS for one in encoded]  # a filler has none
-        return collate(encoded, processor) | {"adapter": torch.tensor(adapters)}
+        return RoutedBatch(**vars(collate(encoded, processor)), adapter_B=torch.tensor(adapters))
 
     def remember(self, parsed: RoutedSample) -> str | None:
         """The adapter that the record names."""

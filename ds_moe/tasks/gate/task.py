@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe.checkpoint.progress import Progress
-from ds_moe.data.encode import NO_LOSS
-from ds_moe.distributed import to_device
+from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.monitor import EvalReport
 from ds_moe.tasks.gate.evaluate import Survey, per_sample, survey
 from ds_moe.tasks.gate.network import GateDecision, divergence, entropy, gate_loss
+from ds_moe.tasks.gate.records import RoutedBatch
 from ds_moe.tasks.gate.scores import RoutingScores
-from ds_moe.tasks.task import Batch, Task, TrainingParts
+from ds_moe.tasks.task import Task, TrainingParts
 
 
 class GateTask(Task):
@@ -54,9 +54,9 @@ class GateTask(Task):
         scales = (router.text_scale, router.vision_scale)
         sums = [torch.zeros(1 + 2 * len(scale.mean), device=device) for scale in scales]
         for batch in micro_batches:
-            real_B = batch["real"].to(device)
-            inputs = {key: value for key, value in batch.items() if key not in ("real", "kind", "adapter")}
-            engine(**to_device(inputs, device), gate_only=True)
+            batch = batch.to(device)
+            real_B = batch.real_B
+            engine(**batch.with_labels, gate_only=True)
             seen = model.features
             text = seen.text_BD[real_B] if seen.token_BSD is None else seen.token_BSD[seen.mask_BS & real_B[:, None]]
             for row, values in zip(sums, (text.float(), seen.vision_BD[real_B & seen.present_B]), strict=True):
@@ -65,18 +65,18 @@ class GateTask(Task):
             dist.all_reduce(row)
             scale.fit(row[0], *row[1:].chunk(2))
 
-    def weight(self, batch: Batch) -> Tensor:
-        return (batch["adapter"] != NO_LOSS).sum() if self._supervised else super().weight(batch)
+    def weight(self, batch: RoutedBatch) -> Tensor:
+        return (batch.adapter_B != NO_LOSS).sum() if self._supervised else super().weight(batch)
 
     @property
     def _supervised(self) -> bool:
         return self.config.stage == "supervised"
 
-    def loss(self, batch: Batch, share: float) -> Tensor:
-        labels_B, real_B = batch.pop("adapter"), (batch["labels"] != NO_LOSS).any(1)  # fillers have no labels
+    def loss(self, batch: RoutedBatch, share: float) -> Tensor:
+        labels_B, real_B = batch.adapter_B, batch.real_B
         model = self.parts.engine.module
         if self._supervised:
-            decision = self.parts.engine(**batch, gate_only=True)
+            decision = self.parts.engine(**batch.with_labels, gate_only=True)
             mask_BS = model.features.mask_BS
             loss = gate_loss(decision, labels_B, mask_BS, self.class_weights) / share
         else:

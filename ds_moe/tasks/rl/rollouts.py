@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_moe.data.encode import NO_LOSS, Batch, Encoded, check_length, collate, encode, encode_images, padded
+from ds_moe.data.batch import NO_LOSS, Batch
+from ds_moe.data.encode import Encoded, check_length, collate, encode, encode_images, padded
 from ds_moe.data.images import RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records, image_tokens
@@ -43,6 +44,29 @@ class EncodedRollout(Encoded):
     def nbytes(self) -> int:
         extra = (self.completion, self.engine, self.reference, self.routing)
         return super().nbytes + sum(tensor.nbytes for tensor in extra if tensor is not None)
+
+
+@dataclass(kw_only=True)
+class RolloutBatch(Batch):
+    """Rollouts; `labels` are unused. A filler completes nothing.
+
+    Attributes:
+        completion_BS: bool, tokens of the completions.
+        engine_BS: fp32 log-probs by the inference engine, 0 outside the completions.
+        advantage_B: fp32, 0 for fillers.
+        reward_B: fp32, NaN where it is not told.
+        reference_BS: fp32 log-probs by the reference policy; None: the objective needs none.
+        old_BS: fp32 log-probs by the trainer's old policy; None: that is the live one.
+        old_expert_BSLK: fp32 log-probs of the replayed experts under the old policy's routers.
+    """
+
+    completion_BS: Tensor
+    engine_BS: Tensor
+    advantage_B: Tensor
+    reward_B: Tensor
+    reference_BS: Tensor | None = None
+    old_BS: Tensor | None = None
+    old_expert_BSLK: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,33 +117,35 @@ class Rollouts(RecordKind[Rollout]):
         except UserError as error:
             raise RecordError(str(error)) from error
 
-    def collate(self, encoded: list[Encoded], processor: Processor) -> Batch:
-        """A padded micro-batch without labels; beside what the model takes: completion_mask (B, S) bool,
-        engine_logprobs (B, S), advantage and reward (B,), if needed reference_logprobs (B, S), and for a model with
-        experts routing (B, S, L, K). A filler completes nothing."""
+    def collate(self, encoded: list[Encoded], processor: Processor) -> RolloutBatch:
+        """Padded rows; for a model with experts `inputs` has their routing (B, S, L, K) int16, LIVE where it is not
+        told."""
         batch = collate(encoded, processor)
-        length = batch["input_ids"].shape[1]
-        del batch["labels"]
+        length = batch.labels.shape[1]
 
         def stacked(name: str, default: bool | float) -> Tensor:
             values = (getattr(one, name, None) for one in encoded)
             rows = [torch.tensor([default]) if value is None else value for value in values]
             return torch.stack([padded(row, length, default, "right") for row in rows])
 
-        batch["completion_mask"] = stacked("completion", False)
-        batch["engine_logprobs"] = stacked("engine", 0.0)
-        for name, missing in (("advantage", 0.0), ("reward", UNKNOWN)):
-            batch[name] = torch.tensor([getattr(one, name, missing) for one in encoded], dtype=torch.float32)
-        if self.need_reference:
-            batch["reference_logprobs"] = stacked("reference", 0.0)
+        def numbers(name: str, default: float) -> Tensor:
+            return torch.tensor([getattr(one, name, default) for one in encoded], dtype=torch.float32)
+
         if self.shape is not None:
             size = (len(encoded), length, len(self.shape.moe_layers), self.shape.top_k)
             routing = torch.full(size, LIVE, dtype=torch.int16)
             for row, one in zip(routing, encoded, strict=True):
                 if isinstance(one, EncodedRollout) and one.routing is not None:
                     row[: len(one.routing)] = one.routing
-            batch["routing"] = routing
-        return batch
+            batch.inputs["routing"] = routing
+        return RolloutBatch(
+            **vars(batch),
+            completion_BS=stacked("completion", False),
+            engine_BS=stacked("engine", 0.0),
+            advantage_B=numbers("advantage", 0.0),
+            reward_B=numbers("reward", UNKNOWN),
+            reference_BS=stacked("reference", 0.0) if self.need_reference else None,
+        )
 
     def remember(self, parsed: Rollout) -> Outcome:
         return Outcome(parsed.reward, parsed.group, parsed.advantage, parsed.routing is not None)

@@ -152,7 +152,7 @@ def _complete(
     model: PreTrainedModel, processor: Processor, prompts: list[Encoded], temperature: float, max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
     """One completion of each prompt: tokens, completion_mask, logprobs, its text, and if it has any its routing."""
-    batch = {key: value.to(model.device) for key, value in collate_prompts(prompts, processor).items()}
+    batch = collate_prompts(prompts, processor).to(model.device).inputs
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     ends = list(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -16,15 +17,13 @@ from torch import Tensor
 
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.tasks import RLConfig
-from ds_moe.distributed import to_device
 from ds_moe.replay.metrics import means, metrics
 from ds_moe.replay.objective import OBJECTIVES, Objective, PolicyInputs, policy_loss
 from ds_moe.replay.ratios import token_logprobs
+from ds_moe.tasks.rl.rollouts import RolloutBatch
 from ds_moe.tasks.rl.router_watch import RouterWatch
-from ds_moe.tasks.task import Batch, Task, TrainingParts
+from ds_moe.tasks.task import Task, TrainingParts
 
-FACTS = ("completion_mask", "engine_logprobs", "advantage", "reward", "reference_logprobs")  # of the rollouts
-OLD = ("old_logprobs", "old_expert_logprobs")  # computed here
 SUSPICIOUS = 0.2  # share of tokens: engines of one model differ in a few, other models in most
 NOT_OF_THE_OBJECTIVE = {"objective", "normalize_std", "updates_per_batch", "temperature"}
 
@@ -53,7 +52,7 @@ class PolicyOptimization(Task):
         """The old policy is not saved: a checkpoint waits for the last step that refers to it."""
         return self._waiting == 0
 
-    def steps(self, progress: Progress) -> Iterator[list[Batch]]:
+    def steps(self, progress: Progress) -> Iterator[list[RolloutBatch]]:
         """Takes `updates_per_batch` steps at a time and scores them under the policy of that moment."""
         stream = iter(self.parts.stream)
         while progress.step < progress.total_steps:
@@ -67,31 +66,34 @@ class PolicyOptimization(Task):
                 yield step
                 self.scoring_s = 0.0
 
-    def weight(self, batch: Batch) -> Tensor:
-        mask_BS = batch["completion_mask"]
+    def weight(self, batch: RolloutBatch) -> Tensor:
+        mask_BS = batch.completion_BS
         how = self.objective.aggregate or OBJECTIVES[self.objective.kind].aggregate
         return mask_BS.sum() if how == "token_mean" else mask_BS.any(1).sum()
 
-    def loss(self, batch: Batch, share: float) -> Tensor:
-        facts = {name: batch.pop(name) for name in FACTS + OLD if name in batch}
+    def loss(self, batch: RolloutBatch, share: float) -> Tensor:
         logprob_BS, expert_BSLK, routed_BS = self._score(batch)
-        mask_BS = facts["completion_mask"]
+        mask_BS, old_BS, old_expert_BSLK = batch.completion_BS, batch.old_BS, batch.old_expert_BSLK
+        if old_BS is None:
+            old_BS = logprob_BS.detach()
+        if old_expert_BSLK is None and expert_BSLK is not None:
+            old_expert_BSLK = expert_BSLK.detach()
         if self.router is not None:
             self._add(self.router.differences(mask_BS))
         inputs = PolicyInputs(
-            logprob_BS,
-            facts.get("old_logprobs", logprob_BS.detach()),
-            facts["engine_logprobs"],
-            mask_BS,
-            facts["advantage"],
-            expert_BSLK,
-            facts.get("old_expert_logprobs", None if expert_BSLK is None else expert_BSLK.detach()),
-            routed_BS,
-            facts.get("reference_logprobs"),
+            logprob_BS=logprob_BS,
+            old_BS=old_BS,
+            engine_BS=batch.engine_BS,
+            mask_BS=mask_BS,
+            advantage=batch.advantage_B,
+            expert_BSLK=expert_BSLK,
+            old_expert_BSLK=old_expert_BSLK,
+            routed_BS=routed_BS,
+            reference_BS=batch.reference_BS,
         )
         loss, stats = policy_loss(self.objective, inputs, normalizer=share)
         self._add(metrics(inputs, stats))
-        self._add(_rewards(facts["reward"], mask_BS))
+        self._add(_rewards(batch.reward_B, mask_BS))
         return loss
 
     def metrics(self, progress: Progress) -> dict[str, float]:
@@ -107,33 +109,30 @@ class PolicyOptimization(Task):
             )
         return found
 
-    def _score(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probs of the tokens (B, S) and of the replayed experts that predict them (B, S, L, K), and which tokens
         have a routing (B, S)."""
         if self.router is None:
-            logits_BSV = self.parts.engine(**batch, use_cache=False).logits
-            return token_logprobs(logits_BSV, batch["input_ids"], self.config.temperature), None, None
-        routing_BSLK = batch["routing"]
+            logits_BSV = self.parts.engine(**batch.inputs, use_cache=False).logits
+            return token_logprobs(logits_BSV, batch.inputs["input_ids"], self.config.temperature), None, None
+        routing_BSLK = batch.inputs["routing"]
         self.router.begin(routing_BSLK)
-        logits_BSV = self.parts.engine(**batch, use_cache=False).logits
+        logits_BSV = self.parts.engine(**batch.inputs, use_cache=False).logits
         self.router.end()
         expert_BSLK = None
         if self.objective.router != "none":
-            expert_BSLK = _of_next_token(self.router.logprobs(batch["input_ids"].shape[0]))
+            expert_BSLK = _of_next_token(self.router.logprobs(batch.inputs["input_ids"].shape[0]))
         routed_BS = _of_next_token((routing_BSLK >= 0).flatten(2).all(-1))
-        return token_logprobs(logits_BSV, batch["input_ids"], self.config.temperature), expert_BSLK, routed_BS
+        return token_logprobs(logits_BSV, batch.inputs["input_ids"], self.config.temperature), expert_BSLK, routed_BS
 
     @torch.no_grad()
-    def _with_old(self, batch: Batch) -> Batch:
+    def _with_old(self, batch: RolloutBatch) -> RolloutBatch:
         """The micro-batch with its log-probs under the policy as it stands (collective)."""
         self.parts.engine.eval()  # nothing is counted, no loss of a balancer is made
-        inputs = {name: value for name, value in batch.items() if name not in (*FACTS, "real", "kind")}
-        old_BS, old_expert_BSLK, _ = self._score(to_device(inputs, self.parts.topology.device))
+        old_BS, old_expert_BSLK, _ = self._score(batch.to(self.parts.topology.device))
         self.parts.engine.train()
-        old = {"old_logprobs": old_BS.cpu()}
-        if old_expert_BSLK is not None:
-            old["old_expert_logprobs"] = old_expert_BSLK.cpu()
-        return batch | old
+        old_expert_BSLK = None if old_expert_BSLK is None else old_expert_BSLK.cpu()
+        return replace(batch, old_BS=old_BS.cpu(), old_expert_BSLK=old_expert_BSLK)
 
     def _add(self, sums: dict[str, Tensor]) -> None:
         for name, value in sums.items():

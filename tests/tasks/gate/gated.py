@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ds_moe.config.tasks import GateConfig
 from ds_moe.data.chat import Sample, Turn
 from ds_moe.data.digits import digits_samples
-from ds_moe.data.encode import Batch, Encoded, collate, encode
+from ds_moe.data.encode import Encoded, collate, encode
 from ds_moe.models.processor import tiny_processor
 from ds_moe.tasks.gate.model import install_gate
 from ds_moe.tasks.gate.network import GateDecision
@@ -73,6 +73,6 @@ def encoded(samples: list[Sample] = SAMPLES) -> list[Encoded]:
     return [encode(one, PROCESSOR, 512, 10**6) for one in samples]
 
 
-def batch(samples: list[Sample] = SAMPLES) -> Batch:
-    """For training: right-padded, with labels."""
-    return collate(encoded(samples), PROCESSOR)
+def batch(samples: list[Sample] = SAMPLES) -> dict[str, Tensor]:
+    """Arguments of a forward as training gives them: right-padded, with labels."""
+    return collate(encoded(samples), PROCESSOR).with_labels

@@ -56,7 +56,7 @@ def test_the_request_is_read_where_it_is_said_to_be(folder, keys):
     for name, layer in layers.items():
         layer.register_forward_hook(lambda _, args, out, name=name: hidden.update({name: out}))
     for one, text_D, vision_D in zip(encoded(), model.features.text_BD, model.features.vision_BD, strict=True):
-        inputs = collate([one], PROCESSOR)
+        inputs = collate([one], PROCESSOR).inputs
         plain(**inputs)
         about_screen = [PROCESSOR.image_token_id, PROCESSOR.vision_start_token_id, PROCESSOR.vision_end_token_id]
         rows_SD = hidden[keys["text"]][0][~torch.isin(one.input_ids, torch.tensor(about_screen))]
@@ -86,7 +86,7 @@ def spread(decision):
 
 
 def generate(model, samples):
-    prompt = collate_prompts(encoded(samples), PROCESSOR)
+    prompt = collate_prompts(encoded(samples), PROCESSOR).inputs
     options = {"max_new_tokens": STEPS, "suppress_tokens": CONTROL, "do_sample": False, "use_cache": True}
     made = model.generate(**prompt, **options, output_logits=True, return_dict_in_generate=True)
     return prompt, made.sequences, torch.stack(made.logits, 1)
@@ -189,7 +189,7 @@ def test_training_and_serving_decide_alike(folder, keys):
     assert spread(trained) > 0.1
     generate(model, SAMPLES)
     torch.testing.assert_close(model.decision.logits, trained.logits, atol=1e-5, rtol=1e-5)
-    prompt = collate_prompts(encoded(), PROCESSOR)
+    prompt = collate_prompts(encoded(), PROCESSOR).inputs
     with torch.no_grad():
         served = model(**prompt, gate_only=True)
     torch.testing.assert_close(served.logits, trained.logits, atol=1e-5, rtol=1e-5)

@@ -75,12 +75,13 @@ def test_a_micro_batch_has_the_index_of_each_adapter(processor, folder):
     samples = [record_kind.parse(record, "file:1", folder) for record in records]
     encoded = [*(record_kind.encode(sample, processor, 512, 10**6) for sample in samples), filler(processor)]
     batch = record_kind.collate(encoded, processor)
-    labels_B = batch.pop("adapter")
+    labels_B = batch.adapter_B
     assert labels_B.dtype == torch.int64 and labels_B.tolist() == [2, NO_LOSS, 0, NO_LOSS]
     plain = [*(encode(sample, processor, 512, 10**6) for sample in samples), filler(processor)]
-    expected = collate(plain, processor)
-    assert batch.keys() == expected.keys() and all(batch[key].equal(value) for key, value in expected.items())
-    assert encoded[0].kind == "notes" and "adapter" not in collate_prompts(encoded, processor)
+    given, expected = batch.with_labels, collate(plain, processor).with_labels
+    assert given.keys() == expected.keys() and all(given[key].equal(value) for key, value in expected.items())
+    assert batch.real_B.tolist() == [True, True, True, False]
+    assert encoded[0].kind == "notes" and collate_prompts(encoded, processor).inputs.keys() == batch.inputs.keys()
     with pytest.raises(RecordError, match="over-long"):
         record_kind.encode(samples[0], processor, 5, 10**6)
 
@@ -92,10 +93,10 @@ def test_streams_and_evaluations_bring_the_labels(write_jsonl, run_config, proce
     config.train.global_batch_size = 2
     record_kind = Routed(NAMES, labelled=True)
     stream = TrainStream(config, processor, rank=0, world_size=1, record_kind=record_kind)
-    steps = [[batch["adapter"].tolist() for batch in step] for step in islice(stream, 1)]
+    steps = [[batch.adapter_B.tolist() for batch in step] for step in islice(stream, 1)]
     assert steps == [[[1, 2]]] and stream.remembered == ["maps", "notes", "mail"]
     held_out = list(EvalSet(config, processor, rank=0, world_size=1, record_kind=record_kind).batches())
-    assert [batch.batch["adapter"].tolist() for batch in held_out] == [[1, 2], [0, NO_LOSS]]
+    assert [batch.batch.adapter_B.tolist() for batch in held_out] == [[1, 2], [0, NO_LOSS]]
     assert [batch.weights for batch in held_out] == [[1, 1], [1, 0]]
 
 
@@ -142,4 +143,4 @@ def test_data_workers_can_pickle_all_of_it(record_kind, processor):
     sample = parse(again, routed("notes"))
     assert pickle.loads(pickle.dumps(sample)) == sample == parse(record_kind, routed("notes"))
     encoded = pickle.loads(pickle.dumps(again.encode(sample, processor, 512, 10**6)))
-    assert again.collate([encoded], processor)["adapter"].tolist() == [2] and again.remember(sample) == "notes"
+    assert again.collate([encoded], processor).adapter_B.tolist() == [2] and again.remember(sample) == "notes"

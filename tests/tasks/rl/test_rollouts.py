@@ -56,11 +56,11 @@ def first_step(write_jsonl, run_config, processor):
 def test_a_micro_batch_of_rollouts(first_step):
     longer = rollout(tokens=[5, 6, 7, 8, 9, 10], completion_mask=[0, 0, 0, 0, 0, 1], logprobs=[-2.0], routing=None)
     batch = first_step([rollout(), longer])
-    assert "labels" not in batch
-    assert batch["input_ids"][0].tolist()[:5] == PROMPT + COMPLETION
-    assert batch["completion_mask"].tolist() == [[False] * 3 + [True] * 2 + [False], [False] * 5 + [True]]
-    assert batch["engine_logprobs"].tolist() == [[0, 0, 0, -0.5, -1.5, 0], [0, 0, 0, 0, 0, -2]]
-    routing = batch["routing"]
+    assert "labels" not in batch.inputs
+    assert batch.inputs["input_ids"][0].tolist()[:5] == PROMPT + COMPLETION
+    assert batch.completion_BS.tolist() == [[False] * 3 + [True] * 2 + [False], [False] * 5 + [True]]
+    assert batch.engine_BS.tolist() == [[0, 0, 0, -0.5, -1.5, 0], [0, 0, 0, 0, 0, -2]]
+    routing = batch.inputs["routing"]
     assert routing.shape == (2, 6, 2, 2) and routing.dtype == torch.int16
     assert (routing[0, :4] >= 0).all()
     assert (routing[0, 4:] == -1).all() and (routing[1] == -1).all()  # the last token, padding, a record without
@@ -71,8 +71,8 @@ def test_advantages_are_the_groups_or_the_records_own(first_step):
     records = [rollout(group=group, reward=reward) for group, reward in rewards] + [rollout(advantage=0.25)]
     batch = first_step(records, normalize_std=False)
     expected = [1 - 0.5, -0.5, -0.5, 0.0, 0.25]  # the fifth belongs to group a, too, with reward 1
-    assert batch["advantage"].tolist() == expected and batch["reward"].tolist() == [1, 0, 0, 1, 1]
-    scaled = first_step(records)["advantage"]
+    assert batch.advantage_B.tolist() == expected and batch.reward_B.tolist() == [1, 0, 0, 1, 1]
+    scaled = first_step(records).advantage_B
     deviation = np.std([1, 0, 0, 1], ddof=1)
     np.testing.assert_allclose(scaled[:3], np.array([0.5, -0.5, -0.5]) / deviation, rtol=1e-5)
 
@@ -82,20 +82,20 @@ def test_messages_give_the_completion_of_their_last_answer(first_step, processor
     again = [*messages, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "3"}]
     record = rollout(tokens=None, completion_mask=None, routing=None, messages=again, logprobs=[-1.0, -2.0])
     batch = first_step([record], shape=None)
-    completed = batch["input_ids"][batch["completion_mask"]]
+    completed = batch.inputs["input_ids"][batch.completion_BS]
     assert processor.tokenizer.decode(completed) == "3<|im_end|>"
-    assert batch["engine_logprobs"][batch["completion_mask"]].tolist() == [-1.0, -2.0]
+    assert batch.engine_BS[batch.completion_BS].tolist() == [-1.0, -2.0]
 
 
 def test_the_routing_of_messages_ends_with_the_completion(first_step, processor):
     """Templates write on behind the last answer, which the engine has not seen."""
     messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     plain = rollout(tokens=None, completion_mask=None, routing=None, messages=messages, logprobs=[-1.0, -2.0])
-    mask = first_step([plain], shape=None)["completion_mask"][0]
+    mask = first_step([plain], shape=None).completion_BS[0]
     seen = int(mask.nonzero()[-1]) + 1
     assert seen < len(mask)
     ids = np.tile([3, 1], (seen - 1, 2, 1))
-    routing = first_step([{**plain, "routing": to_record(RoutingTrace(ids))}])["routing"][0]
+    routing = first_step([{**plain, "routing": to_record(RoutingTrace(ids))}]).inputs["routing"][0]
     np.testing.assert_array_equal(routing[: seen - 1], ids)
     assert (routing[seen - 1 :] == -1).all()
 
@@ -103,17 +103,21 @@ def test_the_routing_of_messages_ends_with_the_completion(first_step, processor)
 def test_a_file_without_any_routing_is_refused_where_it_is_to_be_replayed(first_step):
     with pytest.raises(UserError, match="not one rollout has a 'routing' to replay"):
         first_step([rollout(routing=None), rollout(routing=None)])
-    assert "routing" not in first_step([rollout(routing=None)], shape=None)
+    assert "routing" not in first_step([rollout(routing=None)], shape=None).inputs
 
 
 def test_a_reward_that_is_not_known_is_no_zero(first_step):
     records = [rollout(), rollout(), rollout(reward=None, advantage=0.5)]
-    assert first_step(records)["advantage"].tolist() == [0, 0, 0.5]
+    assert first_step(records).advantage_B.tolist() == [0, 0, 0.5]
 
 
 def test_kinds_of_records_travel_to_data_workers(write_jsonl, run_config, processor):
     for record_kind in (Rollouts(SHAPE, need_reference=True), CHAT):
         assert pickle.loads(pickle.dumps(record_kind)).remember(None if record_kind is CHAT else parsed()) is not False
+
+
+def tensors(batch):
+    return {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
 
 
 def parsed():
@@ -124,18 +128,18 @@ def test_a_dense_model_reads_no_routing_and_a_filler_completes_nothing(write_jso
     config = run_config(write_jsonl([rollout()]), micro_batch_size=2, global_batch_size=2)
     stream = TrainStream(config, processor, rank=0, world_size=1, record_kind=Rollouts(None))
     [[batch]] = islice(stream, 1)
-    assert "routing" not in batch and batch["real"].tolist() == [True, False]
-    assert batch["completion_mask"].any(1).tolist() == [True, False] and batch["advantage"][1] == 0
+    assert "routing" not in batch.inputs and batch.real_B.tolist() == [True, False]
+    assert batch.completion_BS.any(1).tolist() == [True, False] and batch.advantage_B[1] == 0
 
 
 def test_reference_logprobs_are_read_where_they_are_used(first_step, processor):
     record = rollout(reference_logprobs=[-3.0, -4.0])
-    assert "reference_logprobs" not in first_step([record])
+    assert first_step([record]).reference_BS is None
     batch = first_step([record], need_reference=True)
-    assert batch["reference_logprobs"].tolist() == [[0, 0, 0, -3, -4]]
+    assert batch.reference_BS.tolist() == [[0, 0, 0, -3, -4]]
     record_kind = Rollouts(SHAPE, need_reference=True)
     fillers = record_kind.collate([filler(processor)], processor)  # on every rank the same keys, whatever its share
-    assert fillers.keys() == batch.keys() - {"real", "kind"}
+    assert fillers.inputs.keys() == batch.inputs.keys() and fillers.reference_BS is not None
 
 
 def test_parquet_brings_the_same_micro_batch(first_step, folder, run_config, processor):
@@ -148,7 +152,8 @@ def test_parquet_brings_the_same_micro_batch(first_step, folder, run_config, pro
     stream = TrainStream(config, processor, rank=0, world_size=1, record_kind=Rollouts(SHAPE))
     [[batch]] = islice(stream, 1)
     expected = first_step(records)
-    assert batch.keys() == expected.keys() and all(torch.equal(batch[key], expected[key]) for key in expected)
+    own, given = ({**one.inputs, **tensors(one)} for one in (batch, expected))
+    assert own.keys() == given.keys() and all(torch.equal(own[key], given[key]) for key in given)
 
 
 @pytest.mark.parametrize("name", ["vllm", "sglang", "megatron"])
@@ -156,7 +161,7 @@ def test_the_routing_of_an_engine_is_read_as_it_came(first_step, name):
     ids = np.random.default_rng(1).permuted(np.tile(np.arange(8), (4, 2, 1)), axis=-1)[..., :2]
     raw = base64.b64encode(ids.astype("<i4").tobytes()).decode() if name == "sglang" else ids.tolist()
     batch = first_step([rollout(routing=raw, routing_format=name)])
-    np.testing.assert_array_equal(batch["routing"][0, :4], ids)
+    np.testing.assert_array_equal(batch.inputs["routing"][0, :4], ids)
 
 
 def of_engine(rows: int, seed: int = 1) -> list:

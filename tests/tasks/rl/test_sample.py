@@ -59,18 +59,17 @@ def test_log_probs_and_routing_are_those_of_a_forward_over_the_record(model, pro
     assert len({record["completion"] for record in records}) > 5  # sampled
     shape = RoutingShape.of(model.config)
     batch = read_back(records, tmp_path, processor, shape)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "mm_token_type_ids")}
-    inputs |= {key: batch[key] for key in ("pixel_values", "image_grid_thw")}
+    inputs = {key: value for key, value in batch.inputs.items() if key != "routing"}
     with torch.no_grad(), RoutingRecorder(model) as recorder:
         logits = model(**inputs).logits
     scored = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
-    mask = batch["completion_mask"]
+    mask = batch.completion_BS
     assert mask.sum() == sum(len(record["logprobs"]) for record in records)
-    torch.testing.assert_close(batch["engine_logprobs"][mask], scored[mask[:, 1:]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch.engine_BS[mask], scored[mask[:, 1:]], rtol=1e-4, atol=1e-4)
     whole = joined(recorder.take(), len(records))
-    routed = batch["routing"][..., 0, 0] >= 0
-    assert torch.equal(routed.sum(1), batch["attention_mask"].sum(1) - 1)  # all but the last token
-    same = (whole.sort(-1).values == batch["routing"].sort(-1).values).all(-1)[routed]
+    routed = batch.inputs["routing"][..., 0, 0] >= 0
+    assert torch.equal(routed.sum(1), batch.inputs["attention_mask"].sum(1) - 1)  # all but the last token
+    same = (whole.sort(-1).values == batch.inputs["routing"].sort(-1).values).all(-1)[routed]
     assert same.float().mean() > 0.99  # rounding may flip a tie
 
 

@@ -1,6 +1,7 @@
 """The RL task on one process without an engine: what it scores, where routing and log-probs belong, what it reports."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ import torch
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.moe import MoEConfig
 from ds_moe.config.run import RunConfig
+from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.distributed import Topology
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.presets import build_preset
 from ds_moe.moe import checkpoint_contexts
 from ds_moe.replay.record import RoutingRecorder, joined
+from ds_moe.tasks.rl.rollouts import RolloutBatch
 from ds_moe.tasks.rl.task import PolicyOptimization
 from ds_moe.tasks.task import TrainingParts
 
@@ -64,15 +67,19 @@ def rollouts(seed=0):
     routing[:, -1] = -1
     routing[1, 6:] = -1
     routing[2] = -1
-    return {
-        "input_ids": ids,
-        "attention_mask": attention,
-        "completion_mask": completion,
-        "engine_logprobs": -torch.rand(3, 9, generator=generator),
-        "advantage": torch.tensor([1.0, -0.5, 2.0]),
-        "reward": torch.tensor([1.0, 0.0, float("nan")]),
-        "routing": routing,
-    }
+    inputs = {"input_ids": ids, "attention_mask": attention, "routing": routing}
+    return RolloutBatch(
+        **vars(Batch.of_rows(inputs, torch.full_like(ids, NO_LOSS))),
+        completion_BS=completion,
+        engine_BS=-torch.rand(3, 9, generator=generator),
+        advantage_B=torch.tensor([1.0, -0.5, 2.0]),
+        reward_B=torch.tensor([1.0, 0.0, float("nan")]),
+    )
+
+
+def routed(batch, routing):
+    """The same batch with another routing."""
+    return replace(batch, inputs={**batch.inputs, "routing": routing})
 
 
 def gradients(model):
@@ -83,13 +90,16 @@ def slow(model, batch, weight):
     """REINFORCE token by token on unpadded sequences, with the expert term of `joint`: the on-policy gradient."""
     total = 0.0
     for row in range(3):
-        length = int(batch["attention_mask"][row].sum())
-        ids, routing = batch["input_ids"][row : row + 1, :length], batch["routing"][row : row + 1, :length]
+        length = int(batch.inputs["attention_mask"][row].sum())
+        ids, routing = (
+            batch.inputs["input_ids"][row : row + 1, :length],
+            batch.inputs["routing"][row : row + 1, :length],
+        )
         output = model(input_ids=ids, routing=routing, output_router_logits=True)
         logits, router_logits = output.logits[0], output.router_logits
         values = []
         for t in range(1, length):
-            if not batch["completion_mask"][row, t]:
+            if not batch.completion_BS[row, t]:
                 continue
             value = logits[t - 1].log_softmax(-1)[ids[0, t]]
             if weight and routing[0, t - 1, 0, 0] >= 0:
@@ -98,7 +108,7 @@ def slow(model, batch, weight):
                     for layer, k in itertools.product(range(LAYERS), range(TOP_K))
                 ]
                 value = value + weight * torch.stack(expert).mean()
-            values.append(value * batch["advantage"][row])
+            values.append(value * batch.advantage_B[row])
         total = total - torch.stack(values).mean()
     (total / 3).backward()
     return gradients(model)
@@ -112,7 +122,7 @@ def test_the_gradient_on_policy_is_the_policy_gradient_under_the_replayed_routin
     policy = task(model, router=router, **joint)
     batch = rollouts()
     assert int(policy.weight(batch)) == 3
-    policy.loss(dict(batch), share=3.0).backward()
+    policy.loss(batch, share=3.0).backward()
     expected = slow(reference, batch, joint.get("joint_lambda", 0.0))
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -122,7 +132,7 @@ def test_a_routing_shifted_by_one_is_another_gradient():
     """Negative control of the alignment above."""
     model, reference = Model(), Model()
     batch = rollouts()
-    shifted = {**batch, "routing": batch["routing"].roll(1, dims=1)}
+    shifted = routed(batch, batch.inputs["routing"].roll(1, dims=1))
     task(model).loss(shifted, share=3.0).backward()
     expected = slow(reference, batch, 0.0)
     worst = max((grad - expected[name]).abs().max() for name, grad in gradients(model).items())
@@ -136,10 +146,10 @@ def test_what_is_reported(monkeypatch):
     policy = task(model, router="router_shift", note=notes.append)
     batch = rollouts()
     with torch.no_grad():
-        logits = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "routing")}).logits
-    logprobs = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
-    difference = (logprobs - batch["engine_logprobs"][:, 1:])[batch["completion_mask"][:, 1:]]
-    policy.loss(dict(batch), share=3.0)
+        logits = model(**batch.inputs).logits
+    logprobs = logits[:, :-1].log_softmax(-1).gather(-1, batch.inputs["input_ids"][:, 1:, None])[..., 0]
+    difference = (logprobs - batch.engine_BS[:, 1:])[batch.completion_BS[:, 1:]]
+    policy.loss(batch, share=3.0)
     found = policy.metrics(FIRST_STEP)
     assert len(notes) == 1 and "was data.train sampled from this model at rl.temperature?" in notes[0]  # it was not
     assert found["reward"] == 0.5  # of the two that are known
@@ -152,9 +162,9 @@ def test_what_is_reported(monkeypatch):
     assert found["mismatch_k3"] == pytest.approx((difference.exp() - difference - 1).mean().item(), rel=1e-4)
     assert 0.5 < found["routers_changed"] <= 1  # random experts
     with RoutingRecorder(model.module) as recorder:
-        model(**{key: batch[key] for key in ("input_ids", "attention_mask")})
+        model(**{key: batch.inputs[key] for key in ("input_ids", "attention_mask")})
     first = joined(recorder.take(), 3)[:, :, :1]  # the first layer sees the same input live and replayed
-    replayed = dict(batch, routing=torch.cat([first, batch["routing"][:, :, 1:]], dim=2))
+    replayed = routed(batch, torch.cat([first, batch.inputs["routing"][:, :, 1:]], dim=2))
     policy.loss(replayed, share=3.0)
     assert policy.metrics(FIRST_STEP)["routers_changed"] <= 0.5
 
@@ -163,10 +173,10 @@ def test_forwards_of_an_evaluation_are_not_watched():
     model = Model()
     policy = task(model, router="joint")
     batch = rollouts()
-    policy.loss(dict(batch), share=3.0)
+    policy.loss(batch, share=3.0)
     kept = len(policy.router._logprob_TLK)
     model.module.eval()
-    model(input_ids=batch["input_ids"])
+    model(input_ids=batch.inputs["input_ids"])
     assert kept == LAYERS == len(policy.router._logprob_TLK)
 
 
@@ -187,9 +197,9 @@ def test_several_updates_share_one_old_policy_and_checkpoints_wait_for_the_last(
     scored = task(fresh, updates_per_batch=3, router="router_shift")
     for number, batch in enumerate(taken[:3]):
         alone = scored._with_old(rollouts(number))
-        assert torch.equal(alone["old_logprobs"], batch["old_logprobs"])  # of the first weights, for all three
-        assert torch.equal(alone["old_expert_logprobs"], batch["old_expert_logprobs"])
-    assert not torch.equal(scored._with_old(rollouts(3))["old_logprobs"], taken[3]["old_logprobs"])
+        assert torch.equal(alone.old_BS, batch.old_BS)  # of the first weights, for all three
+        assert torch.equal(alone.old_expert_BSLK, batch.old_expert_BSLK)
+    assert not torch.equal(scored._with_old(rollouts(3)).old_BS, taken[3].old_BS)
     assert model.module.training and all(layer.load.take() is None for layer in moe_layers(model.module))
 
 
@@ -197,6 +207,6 @@ def test_a_dense_policy_needs_no_routing():
     model = Model()
     model.module = build_preset("tiny-vl-dense").train()
     batch = rollouts()
-    del batch["routing"]
+    del batch.inputs["routing"]
     policy = task(model, replay=False)
     assert torch.isfinite(policy.loss(batch, share=3.0))

@@ -28,7 +28,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.deepspeed import resolve_deepspeed
 from ds_moe.config.run import RunConfig
-from ds_moe.distributed import Topology, to_device
+from ds_moe.data.batch import Batch
+from ds_moe.distributed import Topology
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import on_cpu, start_distributed
@@ -90,20 +91,19 @@ def windows(text: np.ndarray, starts: np.ndarray) -> Tensor:
     return torch.from_numpy(text[starts[:, None] + np.arange(SEQUENCE)].astype(np.int64))
 
 
-def as_batch(ids_BS: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS), "labels": ids_BS}
+def as_batch(ids_BS: Tensor) -> Batch:
+    return Batch.of_rows({"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)}, labels=ids_BS)
 
 
-def training_steps(text: np.ndarray, seed: int, topology: Topology) -> Iterator[list[dict[str, Tensor]]]:
+def training_steps(text: np.ndarray, seed: int, topology: Topology) -> Iterator[list[Batch]]:
     """One micro-batch a step and rank. The global batch depends on the seed and the step only."""
     for step in itertools.count():
         random = np.random.default_rng([seed, step])
         starts = random.integers(len(text) - SEQUENCE, size=MICRO_BATCH * topology.world_size)
-        batch = as_batch(windows(text, starts[topology.rank :: topology.world_size]))
-        yield [{**batch, "real": torch.ones(MICRO_BATCH).bool()}]
+        yield [as_batch(windows(text, starts[topology.rank :: topology.world_size]))]
 
 
-def held_out_batches(text: np.ndarray, topology: Topology) -> list[dict[str, Tensor]]:
+def held_out_batches(text: np.ndarray, topology: Topology) -> list[Batch]:
     """This rank's share of the held-out windows, the same for every method and seed."""
     per_rank = HELD_OUT_WINDOWS // topology.world_size // MICRO_BATCH * MICRO_BATCH
     starts = np.linspace(0, len(text) - SEQUENCE, per_rank * topology.world_size).astype(np.int64)
@@ -112,7 +112,7 @@ def held_out_batches(text: np.ndarray, topology: Topology) -> list[dict[str, Ten
 
 
 @torch.no_grad()
-def evaluate(engine: deepspeed.DeepSpeedEngine, batches: list[dict[str, Tensor]]) -> tuple[float, np.ndarray]:
+def evaluate(engine: deepspeed.DeepSpeedEngine, batches: list[Batch]) -> tuple[float, np.ndarray]:
     """Held-out loss in nats a byte, and counts_LE: assignments of every expert over the whole set and all ranks."""
     layers = moe_layers(engine.module)
     counts_LE = torch.zeros(len(layers), MODEL["num_experts"], dtype=torch.int64)
@@ -122,7 +122,7 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: list[dict[str, Tensor]]
 
     hooks = [layer.gate.register_forward_hook(partial(count, layer.index)) for layer in layers]
     engine.eval()
-    loss = torch.stack([engine(**batch, use_cache=False).loss for batch in batches]).mean()
+    loss = torch.stack([engine(**batch.with_labels, use_cache=False).loss for batch in batches]).mean()
     engine.train()
     for hook in hooks:
         hook.remove()
@@ -172,7 +172,7 @@ def measure(plan: dict[str, Any], method: str, seed: int, texts: tuple[np.ndarra
     record: dict[str, Any] = {"method": method, "seed": seed, "points": [], "train_s": 0.0}
     while progress.step < plan["steps"]:
         step_began = time.perf_counter()
-        micro_batches = [to_device(batch, topology.device) for batch in next(batches)]
+        micro_batches = [batch.to(topology.device) for batch in next(batches)]
         outcome = optimizer_step(parts, task, micro_batches, progress)
         record["train_s"] += time.perf_counter() - step_began
         if progress.step in plan["evaluate_at"]:

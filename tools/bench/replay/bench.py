@@ -35,6 +35,7 @@ from ds_moe.config.moe import MoEConfig
 from ds_moe.config.run_file import load_run
 from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import Encoded, collate, collate_prompts, encode
+from ds_moe.data.processor import Processor
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.families import family_of
 from ds_moe.models.presets import preset_config
@@ -138,7 +139,7 @@ def build(preset: str, seed: int, scale: float, options: argparse.Namespace) -> 
     return model
 
 
-def prompts(kind: str, processor: Any, seed: int, count: int) -> list[Encoded]:
+def prompts(kind: str, processor: Processor, seed: int, count: int) -> list[Encoded]:
     """Real ones: questions about handwritten digits, or 48 to 80 tokens of Python's standard library."""
     rng = np.random.default_rng(seed)
     if kind == "vl":
@@ -154,23 +155,25 @@ def prompts(kind: str, processor: Any, seed: int, count: int) -> list[Encoded]:
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, processor: Any, begins: list[Encoded], tokens: int, seed: int) -> list[Rollout]:
+def generate(
+    model: PreTrainedModel, processor: Processor, begins: list[Encoded], tokens: int, seed: int
+) -> list[Rollout]:
     """The engine: a bf16 copy of the model with transformers' expert loop samples `tokens` tokens of each prompt."""
     engine = copy.deepcopy(model).to(torch.bfloat16)
     engine.set_experts_implementation("eager")
-    batch = collate_prompts(begins, processor)
+    prompt = collate_prompts(begins, processor).inputs
     control = processor.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)  # an image token without image is no input
     sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens, "suppress_tokens": control}
     returns = {"output_logits": True, "return_dict_in_generate": True}
     how = GenerationConfig(**sampling, **returns, pad_token_id=processor.tokenizer.pad_token_id)
     torch.manual_seed(seed)
     with RoutingRecorder(engine) as recorder:
-        made = engine.generate(**batch, generation_config=how)
+        made = engine.generate(**prompt, generation_config=how)
     ids_BSLK = joined(recorder.take(), len(begins)).numpy()
     logits_BNV = torch.stack(made.logits, 1).float()
     completion_BN = made.sequences[:, -tokens:]
     logprob_BN = logits_BNV.log_softmax(-1).gather(-1, completion_BN.unsqueeze(-1)).squeeze(-1)
-    width = batch["input_ids"].shape[1]
+    width = prompt["input_ids"].shape[1]
     rollouts = []
     for row, begin in enumerate(begins):
         ids = torch.cat([begin.input_ids[: begin.prompt], completion_BN[row]])
@@ -194,12 +197,11 @@ def replays(rollouts: list[Rollout], shape: RoutingShape, length: int) -> dict[s
 
 
 @torch.no_grad()
-def compare(trainer: PreTrainedModel, processor: Any, rollouts: list[Rollout]) -> dict[str, Any]:
+def compare(trainer: PreTrainedModel, processor: Processor, rollouts: list[Rollout]) -> dict[str, Any]:
     """Each mode's mismatch of a converted model, and how many of its live routers differ from the engine's."""
     shape = RoutingShape.of(trainer.config)
-    batch = collate([one.sequence for one in rollouts], processor)
-    del batch["labels"]
-    ids_BS = batch["input_ids"]
+    inputs = collate([one.sequence for one in rollouts], processor).inputs
+    ids_BS = inputs["input_ids"]
     engine_BS, mask_BS = torch.zeros(ids_BS.shape), torch.zeros(ids_BS.shape, dtype=torch.bool)
     for row, one in enumerate(rollouts):
         span = slice(one.sequence.prompt, len(one.sequence.input_ids))
@@ -211,7 +213,7 @@ def compare(trainer: PreTrainedModel, processor: Any, rollouts: list[Rollout]) -
     modes, logprobs, routings = {}, {}, replays(rollouts, shape, ids_BS.shape[1])
     with RoutingRecorder(trainer) as recorder:
         for mode, routing in routings.items():
-            logits_BSV = trainer(**batch, use_cache=False, routing=routing).logits
+            logits_BSV = trainer(**inputs, use_cache=False, routing=routing).logits
             logprobs[mode] = token_logprobs(logits_BSV, ids_BS)
             d = (logprobs[mode] - engine_BS)[mask_BS]
             k3 = kl_estimate(engine_BS, logprobs[mode], mask_BS)[mask_BS].mean().item()

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ds_moe.data.encode import Batch
 from ds_moe.data.stream import EvalSet
 from ds_moe.export.model import export_adapter, export_checkpoint
 from ds_moe.models.families import family_of
@@ -36,7 +35,12 @@ from ds_moe.tasks.answers import Answering, generate_answers
 from ds_moe.tasks.gate.commands import load_gated
 from ds_moe.tasks.gate.features import Features
 from ds_moe.tasks.gate.network import GateDecision, GateSettings
+<<<<<<< HEAD
 from ds_moe.tasks.gate.records import Routed
+=======
+from ds_moe.tasks.gate.records import Routed, RoutedBatch
+from tools.demos.gate.plot import write_figure
+>>>>>>> a9adc7f (Batch is one dataclass: inputs, labels, which sample each token belongs to; a task's own tensors in a subclass)
 from tools.demos.gate.screens import ADAPTERS, words, write_screens
 from tools.demos.running import EXECUTABLE, finish, run, start_anew
 from tools.results import Claim, command_line, judged
@@ -165,10 +169,10 @@ def answer_accuracy(stage: str) -> dict[str, float]:
         return right / asked
 
     def constant(weights_K: Tensor) -> Any:
-        return lambda batch: weights_K.expand(len(batch["adapter"]), -1)
+        return lambda batch: weights_K.expand(len(batch.adapter_B), -1)
 
-    def oracle(batch: Batch) -> Tensor:
-        return every[batch["adapter"]]
+    def oracle(batch: RoutedBatch) -> Tensor:
+        return every[batch.adapter_B]
 
     with torch.no_grad():
         found = {"routed": accuracy(router, oracle), "oracle": accuracy(fixed, oracle)}
