@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +24,7 @@ from ds_moe.data.records import open_records
 from ds_moe.errors import UserError
 from ds_moe.faults.signals import leave_to_parent
 
+DataPosition = dict[str, int | str]  # as a checkpoint's state.json holds it
 PREFETCH = 2  # steps a worker prepares ahead, unless the run file says otherwise
 
 
@@ -113,7 +113,7 @@ class TrainStream:
         self.skipped = self._log.records
 
     @property
-    def remembered(self) -> list[Any]:
+    def remembered(self) -> list[object]:
         """What the kind of record remembers of every record of the file (`RecordKind.remember`)."""
         return self._records.remembered
 
@@ -173,16 +173,16 @@ class TrainStream:
             for slices in self._slices_by_rank
         ]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> DataPosition:
         """JSON-able: the place after the last yielded step, and what decided the order up to it."""
         epoch, step = divmod(self._position, self.steps_per_epoch)
         return {"epoch": epoch, "step": step, **self._identity()}
 
-    def is_file_of(self, state: dict[str, Any]) -> bool:
+    def is_file_of(self, state: DataPosition) -> bool:
         """Whether a saved position is one in this stream's file."""
         return state.get("data.train sha256") == self._records.sha256
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: DataPosition) -> None:
         """Go on after the saved step. Raises `UserError` if the order would not be the one that was saved."""
         missing = [key for key in ("epoch", "step", *self._identity()) if key not in state]
         if missing:
@@ -200,7 +200,7 @@ class TrainStream:
                 )
         self._position = state["epoch"] * self.steps_per_epoch + state["step"]
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> DataPosition:
         """All that the order of the data depends on, under the names that the run file gives it."""
         order = self._order
         return {

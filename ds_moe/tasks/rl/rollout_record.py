@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -138,7 +138,7 @@ def parse_rollout(record: object, where: str, root: Path, need_reference: bool =
     )
 
 
-def _tokens(record: dict[str, Any]) -> tuple[list[int], list[bool]]:
+def _tokens(record: dict[str, object]) -> tuple[list[int], list[bool]]:
     tokens, mask = record["tokens"], record.get("completion_mask")
     if not _all(tokens, int) or not tokens or max(map(abs, tokens)) >= 2**31:
         raise RecordError("'tokens' is no list of token ids (write all input ids, image tokens expanded)")
@@ -152,11 +152,12 @@ def _tokens(record: dict[str, Any]) -> tuple[list[int], list[bool]]:
     return tokens, [bool(value) for value in mask]
 
 
-def _all(values: object, kind: type | tuple[type, ...]) -> bool:
+def _all(values: object, kind: type | tuple[type, ...]) -> TypeGuard[list]:
+    """Whether this is a list of such values; JSON's true and false are no numbers."""
     return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
 
 
-def _number(record: dict[str, Any], key: str) -> float:
+def _number(record: dict[str, object], key: str) -> float:
     value = record.get(key, UNKNOWN)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RecordError(f"{key!r} is {type_of(value)} (write a number)")
@@ -165,7 +166,7 @@ def _number(record: dict[str, Any], key: str) -> float:
     return float(value)
 
 
-def _numbers(record: dict[str, Any], key: str, count: int | None) -> list[float] | None:
+def _numbers(record: dict[str, object], key: str, count: int | None) -> list[float] | None:
     if key not in record:
         return None
     values = record[key]
@@ -176,7 +177,7 @@ def _numbers(record: dict[str, Any], key: str, count: int | None) -> list[float]
     return [float(value) for value in values]
 
 
-def _routing(record: dict[str, Any]) -> EngineRouting | None:
+def _routing(record: dict[str, object]) -> EngineRouting | None:
     if "routing" not in record:
         lone = [key for key in OF_ROUTING if key in record]
         if lone:

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +91,7 @@ def generate_rollouts(
     reward: Callable[[str, str], float] = REWARDS["exact"],
     max_length: int = 4096,
     max_pixels: int = 16_777_216,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """`per_prompt` completions of each sample's prompt, as records; `images` still holds the sources. A completion
     that contains an image token, which no model can read back, is left out.
 
@@ -111,7 +110,7 @@ def generate_rollouts(
         except RecordError as error:
             raise UserError(f"{sample.where}: {error}") from error
     jobs = [number for number in range(len(samples)) for _ in range(per_prompt)]
-    completions: list[dict[str, Any]] = []
+    completions: list[dict[str, object]] = []
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), own_generation_config(model):
         torch.manual_seed(seed)
         for start in range(0, len(jobs), batch_size):
@@ -150,7 +149,7 @@ class _SampledLogProbs(LogitsProcessor):
 
 def _complete(
     model: PreTrainedModel, processor: Processor, prompts: list[Encoded], temperature: float, max_new_tokens: int
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, object]]:
     """One completion of each prompt: tokens, completion_mask, logprobs, its text, and if it has any its routing."""
     batch = collate_prompts(prompts, processor).to(model.device).inputs
     if "pixel_values" in batch:
@@ -189,7 +188,7 @@ def _completion_length(new_N: Tensor, ends: list[int]) -> int:
     return int(found[0]) + 1 if len(found) else len(new_N)
 
 
-def write_rollouts(records: list[dict[str, Any]], file: Path) -> None:
+def write_rollouts(records: list[dict[str, object]], file: Path) -> None:
     """JSON lines, complete or not at all; images as PNG, each once, below `images/` beside the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")

@@ -35,12 +35,7 @@ from ds_moe.tasks.answers import Answering, generate_answers
 from ds_moe.tasks.gate.commands import load_gated
 from ds_moe.tasks.gate.features import Features
 from ds_moe.tasks.gate.network import GateDecision, GateSettings
-<<<<<<< HEAD
-from ds_moe.tasks.gate.records import Routed
-=======
 from ds_moe.tasks.gate.records import Routed, RoutedBatch
-from tools.demos.gate.plot import write_figure
->>>>>>> a9adc7f (Batch is one dataclass: inputs, labels, which sample each token belongs to; a task's own tensors in a subclass)
 from tools.demos.gate.screens import ADAPTERS, words, write_screens
 from tools.demos.running import EXECUTABLE, finish, run, start_anew
 from tools.results import Claim, command_line, judged
