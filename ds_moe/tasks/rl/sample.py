@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -51,6 +52,26 @@ REWARDS: dict[str, Callable[[str, str], float]] = {  # of (completion, right ans
     "exact": lambda completion, answer: float(completion.strip() == answer.strip()),
     "contains": lambda completion, answer: float(answer.strip() in completion),
 }
+
+
+class Completion(TypedDict):
+    """What the engine says of one sequence, by the keys of a rollout file."""
+
+    tokens: list[int]
+    completion_mask: list[int]
+    logprobs: list[float]  # of the completion's tokens
+    completion: str
+    routing: NotRequired[dict[str, object]]
+
+
+class SampledRollout(Completion):
+    """A record before it is written: its images are still the sources."""
+
+    reward: float
+    group: str
+    answer: str
+    images: list[ImageSource]
+    kind: NotRequired[str]
 
 
 def load_policy(folder: Path, dtype: torch.dtype, experts: str | None = None) -> tuple[PreTrainedModel, Processor]:
@@ -91,7 +112,7 @@ def generate_rollouts(
     reward: Callable[[str, str], float] = REWARDS["exact"],
     max_length: int = 4096,
     max_pixels: int = 16_777_216,
-) -> list[dict[str, object]]:
+) -> list[SampledRollout]:
     """`per_prompt` completions of each sample's prompt, as records; `images` still holds the sources. A completion
     that contains an image token, which no model can read back, is left out.
 
@@ -110,7 +131,7 @@ def generate_rollouts(
         except RecordError as error:
             raise UserError(f"{sample.where}: {error}") from error
     jobs = [number for number in range(len(samples)) for _ in range(per_prompt)]
-    completions: list[dict[str, object]] = []
+    completions: list[Completion] = []
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), own_generation_config(model):
         torch.manual_seed(seed)
         for start in range(0, len(jobs), batch_size):
@@ -149,7 +170,7 @@ class _SampledLogProbs(LogitsProcessor):
 
 def _complete(
     model: PreTrainedModel, processor: Processor, prompts: list[Encoded], temperature: float, max_new_tokens: int
-) -> Iterator[dict[str, object]]:
+) -> Iterator[Completion]:
     """One completion of each prompt: tokens, completion_mask, logprobs, its text, and if it has any its routing."""
     batch = collate_prompts(prompts, processor).to(model.device).inputs
     if "pixel_values" in batch:
@@ -173,13 +194,15 @@ def _complete(
         tokens = one.input_ids[: one.prompt].tolist() + new
         first = width - one.prompt  # behind the padding on the left
         trace = None if routing_BSLK is None else RoutingTrace(routing_BSLK[row, first : first + len(tokens) - 1])
-        yield {
+        made: Completion = {
             "tokens": tokens,
             "completion_mask": [0] * one.prompt + [1] * length,
             "logprobs": [min(value, 0.0) for value in logprob_BN[row, :length].tolist()],
-            "completion": processor.tokenizer.decode(new, skip_special_tokens=True),
-            **({} if trace is None else {"routing": to_record(trace)}),
+            "completion": str(processor.tokenizer.decode(new, skip_special_tokens=True)),
         }
+        if trace is not None:
+            made["routing"] = to_record(trace)
+        yield made
 
 
 def _completion_length(new_N: Tensor, ends: list[int]) -> int:
@@ -188,7 +211,7 @@ def _completion_length(new_N: Tensor, ends: list[int]) -> int:
     return int(found[0]) + 1 if len(found) else len(new_N)
 
 
-def write_rollouts(records: list[dict[str, object]], file: Path) -> None:
+def write_rollouts(records: list[SampledRollout], file: Path) -> None:
     """JSON lines, complete or not at all; images as PNG, each once, below `images/` beside the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
