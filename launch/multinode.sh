@@ -58,6 +58,7 @@ if [[ -n $hostfile ]]; then
     mapfile -t hosts < <(awk '{sub(/.*@/, "", $1); print $1}' <<<"$listed")  # [user@]name slots
     every_host=$(printf '%s,' "${hosts[@]}")
     if [[ ${DS_ACCELERATOR:-} == cpu ]]; then cpu_settings; fi
+    if [[ -n ${OMP_NUM_THREADS:-} ]]; then settings+=("OMP_NUM_THREADS=$OMP_NUM_THREADS"); fi
     settings+=("${network[@]}")
     # Every rank is started through on_node.sh. DeepSpeed's own choice of an address for the master is the first that
     # `hostname -I` prints there, which may be that of a bridge.

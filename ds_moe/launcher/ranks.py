@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shlex
 import signal
@@ -48,7 +50,7 @@ def _below(launcher: int) -> list[psutil.Process]:
 def _is_pdsh(process: psutil.Process) -> bool:
     """Whether a process is the pdsh of DeepSpeed's launcher."""
     with suppress(psutil.Error):
-        return process.name() == "pdsh" and ON_HOST in process.cmdline()
+        return process.name().startswith("pdsh") and ON_HOST in process.cmdline()  # Debian's is named pdsh.bin
     return False
 
 
@@ -72,7 +74,10 @@ def _signal_hosts(pdsh: psutil.Process, number: int) -> int:
     except psutil.Error:  # it has ended, and they with it
         return 0
     path = os.pathsep.join(filter(None, (folder, environment.get("PYTHONPATH"))))
-    hosts, job = words[words.index("-w") + 1], [word for word in words if word.startswith(JOB)]
+    job = [word for word in words if word.startswith(JOB)]
+    # Its -w does not tell the hosts: pdsh cuts that word into pieces where it stands.
+    world_info = next(word for word in job if word.startswith(JOB[0])).removeprefix(JOB[0])
+    hosts = ",".join(json.loads(base64.urlsafe_b64decode(world_info)))
     there = ["env", f"PYTHONPATH={path}", sys.executable, "-m", "ds_moe.launcher.ranks", str(number), *job]
     remote = f"cd {shlex.quote(folder)} && {shlex.join(there)}".replace("%", "%%")  # pdsh replaces %h, %n and %u
     environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} -o ConnectTimeout=10"
@@ -102,7 +107,7 @@ def signal_job(number: int, job: list[str]) -> int:
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             words = process.cmdline()
-            if ON_HOST in words and set(job) <= set(words) and not _is_pdsh(process):
+            if words[1:4] == ["-u", "-m", ON_HOST] and set(job) <= set(words):
                 ranks = process.children(recursive=True)
                 if number == signal.SIGKILL:
                     process.kill()

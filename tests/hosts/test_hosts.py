@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from tests.distributed.test_resume import LAST, RUN, bit_equal, checkpoints, position, tensors
 from tests.hosts import network as hosts
 from tests.hosts.network import Network, network
-from tests.launcher import ROOT, run_ranks
+from tests.launcher import HANGS_S, ROOT, run_ranks
 
 LACKING = hosts.lacking()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(LACKING is not None, reason=str(LACKING))]
@@ -158,13 +159,83 @@ def start_ssh(net: Network, folder: Path) -> None:
         host.start(shutil.which("sshd"), "-D", "-e", "-f", folder / "sshd_config", log=folder / f"sshd-{host.name}")
 
 
-@pytest.mark.skipif(not all(map(shutil.which, ("sshd", "ssh", "pdsh"))), reason="needs sshd, ssh and pdsh")
+NEEDS_SSH = pytest.mark.skipif(not all(map(shutil.which, ("sshd", "ssh", "pdsh"))), reason="needs sshd, ssh and pdsh")
+
+
+@NEEDS_SSH
 def test_hostfile_through_pdsh_and_ssh_equals_one_host_bit_for_bit(tmp_path):
-    (tmp_path / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
+    """The words have what pdsh would replace, or read beyond the end of."""
+    (tmp_path / "hosts").write_text("  # rack 1\r\nnode0 slots=1 # %h\r\nnode1 slots=1\r\n")
     words = ["bash", "launch/multinode.sh", "--hostfile", tmp_path / "hosts", RUN]
     with network(2) as net:
         start_ssh(net, tmp_path)
-        net.hosts[0].run(*words, f"train.output_dir={tmp_path}/run", cwd=ROOT, env=ENV, timeout=START_S)
+        net.hosts[0].run(*words, f"train.output_dir={tmp_path}/%h_100%", cwd=ROOT, env=ENV, timeout=HANGS_S)
     run_ranks("ds_moe.train", 2, [RUN, f"train.output_dir={tmp_path}/one"])
-    ours, theirs = (checkpoints(tmp_path / name) / LAST for name in ("run", "one"))
+    ours, theirs = (checkpoints(tmp_path / name) / LAST for name in ("%h_100%", "one"))
     assert bit_equal(tensors(ours), tensors(theirs))
+
+
+@contextmanager
+def through_pdsh(folder: Path, program: str, *overrides: str) -> Iterator[tuple[Network, subprocess.Popen]]:
+    """Two hosts and the command on the first that trains on both through pdsh and ssh, in its fifth step."""
+    (folder / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
+    # DeepSpeed hands no other variables on. Of a host's addresses ds-moe takes the first, so there must be one only.
+    (folder / "env").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")
+    words = {"ds-moe": [Path(sys.executable).with_name("ds-moe"), "train"]}.get(program, ["bash", program])
+    words += ["--hostfile", folder / "hosts", RUN, f"train.output_dir={folder}/run", "checkpoint.every=1000"]
+    with network(2) as net:
+        start_ssh(net, folder)
+        for host in net.hosts:
+            host.run("ip", "link", "delete", "docker0")
+        env = ENV | {"DS_ENV_FILE": str(folder / "env")}
+        log = folder / "log"
+        process = net.hosts[0].start(*words, "train.steps=2000", *overrides, log=log, cwd=ROOT, env=env)
+        deadline = time.monotonic() + HANGS_S
+        while not re.search("step +5/2000", log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.1)
+        yield net, process
+
+
+@NEEDS_SSH
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("program", ["ds-moe", "launch/multinode.sh"])
+def test_a_signal_through_pdsh_ends_the_job_on_all_hosts_with_a_checkpoint(tmp_path, program, number):
+    with through_pdsh(tmp_path, program) as (net, process):
+        for one in net.hosts[0].processes(program):
+            one.send_signal(number)
+        code, output = process.wait(HANGS_S), (tmp_path / "log").read_text()
+        assert code == 128 + number and not [host for host in net.hosts if host.processes("ds_moe.train")], output
+    for rank in range(2):
+        assert f"node{rank}: rank {rank}: received SIGTERM in step" in output
+    assert len(list(checkpoints(tmp_path / "run").glob("step_*"))) == 1, output
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + HANGS_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@NEEDS_SSH
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("program", ["ds-moe", "launch/multinode.sh"])
+def test_a_second_signal_through_pdsh_leaves_nothing_of_the_job_and_all_of_others(tmp_path, program):
+    """A job whose ranks are stuck, and another one of the same user on the same host."""
+    other = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--world_info=eyJub2RlMSI6IFswXX0="]
+    other += ["--no_python", "--no_local_rank", "sleep", "infinity"]
+    with through_pdsh(tmp_path, program) as (net, process):
+        net.hosts[1].start(*other, log=tmp_path / "other", cwd=ROOT, env=ENV)
+        wait_until(lambda: net.hosts[1].processes("infinity"))
+        for host in net.hosts:
+            for rank in host.processes("ds_moe.train"):
+                rank.suspend()
+        for _ in range(2):
+            for one in net.hosts[0].processes(program):
+                one.send_signal(signal.SIGINT)
+            time.sleep(15)
+        assert process.wait(HANGS_S) == 130
+        wait_until(lambda: not any(host.processes("ds_moe.train") for host in net.hosts))
+        assert net.hosts[1].processes("infinity")

@@ -85,6 +85,15 @@ def test_multinode_reads_a_hostfile_as_deepspeed_does(tmp_path, lines):
     assert hosts.replace("\\", "") == "node-a,node-b"
 
 
+def test_multinode_hands_on_the_threads_that_the_user_has_chosen(tmp_path):
+    (tmp_path / "hosts").write_text("node-a slots=8\nnode-b slots=8\n")
+    for chosen in ("", "3"):
+        for kind in ("", "cpu"):
+            env = {"OMP_NUM_THREADS": chosen, "DS_ACCELERATOR": kind}
+            words = dry_run(tmp_path, "launch/multinode.sh", "--hostfile", "hosts", RUN, env=env)
+            assert [word for word in words if "OMP_NUM_THREADS" in word] == (["OMP_NUM_THREADS=3"] if chosen else [])
+
+
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [

@@ -43,7 +43,8 @@ KillWait=15
 MessageTimeout=5
 SchedulerParameters=sched_interval=2,batch_sched_delay=1,bf_interval=2
 OverTimeLimit=0
-NodeName=node[0-1] CPUs=4 RealMemory=4000 State=UNKNOWN
+GresTypes=gpu
+NodeName=node[0-1] CPUs=4 Gres=gpu:2 RealMemory=4000 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -122,6 +123,9 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     (folder / "state").mkdir()
     conf = folder / "slurm.conf"
     conf.write_text(CONF.format(folder=folder, silent=SILENT_S))
+    (folder / "gres.conf").write_text(f"NodeName=node[0-1] Name=gpu File={folder}/gpu[0-1]\n")
+    for number in range(2):  # SLURM counts and deals out what need not be a GPU
+        (folder / f"gpu{number}").touch()
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)

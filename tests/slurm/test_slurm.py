@@ -137,8 +137,11 @@ def test_a_signal_while_ranks_still_start_is_neither_lost_nor_does_it_kill_the_l
     job.wait_for_launchers()
     two_nodes.command("scancel", "--batch", "--signal=USR1", job.id)
     job.wait_for("PENDING")
-    two_nodes.command("scancel", job.id)
     assert "received SIGUSR1 before the first step" in job.output and "exitcode  : 138" in job.output
+    two_nodes.start_soon(job.id)  # it has no more to go on from than before, and says so
+    assert job.wait_for(*ENDED) == "FAILED"
+    said = r"requeued near its time limit \(TimeLimit=.*\) with no checkpoint after the start: .* --time\n"
+    assert re.search(said, job.output)
 
 
 def test_a_lost_node_requeues_the_job_which_resumes_resharded_on_the_other(two_nodes, tmp_path, show):
@@ -181,3 +184,50 @@ def test_a_cancelled_run_is_not_requeued_and_leaves_nothing_behind(two_nodes, tm
     two_nodes.wait_for_nodes(timeout=START_S)
     assert job.starts == 1
     assert not [host for host in two_nodes.net.hosts if host.processes("ds_moe.train")]
+
+
+PRINTING_TORCHRUN = """#!/bin/bash
+echo "node $SLURM_NODEID: $SLURM_CPUS_ON_NODE cores, ${SLURM_GPUS_ON_NODE:-0} GPUs, $RANKS_PER_NODE ranks"
+"""
+
+
+def all_of_a_node(two_nodes, folder, *options):
+    """(state, output) of a job whose torchrun prints what it has."""
+    binaries = folder / "venv/bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").symlink_to(sys.executable)
+    (binaries / "torchrun").write_text(PRINTING_TORCHRUN)
+    (binaries / "torchrun").chmod(0o755)
+    env = {"VIRTUAL_ENV": str(folder / "venv"), "LOG_DIR": f"{folder}/logs", "RANKS_PER_NODE": "", "DS_ACCELERATOR": ""}
+    job = two_nodes.submit("--output", folder / "output", *options, "launch/slurm.sbatch", RUN, cwd=ROOT, env=env)
+    state = two_nodes.wait_for(job, *ENDED, timeout=START_S)
+    return state, (folder / "output").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "cores"),
+    [
+        (["--gpus-per-node=2"], 1),
+        (["--gres=gpu:2", "--cpus-per-task=4"], 4),
+        (["--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=2"], 4),
+        (["--ntasks-per-node=2", "--cpus-per-task=2", "--gpus-per-task=1"], 4),
+        (["--gpus-per-node=2", "--ntasks-per-gpu=1"], 2),
+        (["--gpus-per-node=2", "--cpus-per-gpu=2", "--gpu-bind=single:1"], 4),
+        (["--exclusive"], 4),
+        (["--gpus=4", "--mem-per-gpu=100"], 1),
+        (["--export=VIRTUAL_ENV,LOG_DIR", "--gpus-per-node=2"], 1),
+        (["--hint=nomultithread", "--gpus-per-node=2", "--cpus-per-task=2"], 2),
+    ],
+    ids=" ".join,
+)
+def test_a_node_has_all_that_sbatch_was_asked_for_a_task_of_each_rank(two_nodes, tmp_path, options, cores):
+    state, output = all_of_a_node(two_nodes, tmp_path, *options)
+    assert state == "COMPLETED", output
+    lines = sorted(line for line in output.splitlines() if line.startswith("node "))
+    assert lines == [f"node {node}: {cores} cores, 2 GPUs, 2 ranks" for node in range(NODES)], output
+
+
+def test_gpus_that_are_not_the_same_on_each_node_are_refused_in_one_line(two_nodes, tmp_path):
+    state, output = all_of_a_node(two_nodes, tmp_path, "--gpus=3")
+    assert state == "FAILED" and output.count("\n") == 1
+    assert re.match(r"slurm.sbatch: sbatch --gpus=3 put [12] GPUs on this one of 2 nodes: give --gpus-per-node", output)
