@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.distributed.test_resume import LAST, RUN, bit_equal, checkpoints, position, tensors
 from tests.hosts import network as hosts
-from tests.hosts.network import Network, network
+from tests.hosts.network import Host, Network, network
 from tests.launcher import HANGS_S, ROOT, run_ranks
 
 LACKING = hosts.lacking()
@@ -212,6 +213,11 @@ def test_a_signal_through_pdsh_ends_the_job_on_all_hosts_with_a_checkpoint(tmp_p
     assert len(list(checkpoints(tmp_path / "run").glob("step_*"))) == 1, output
 
 
+def ranks_of(host: Host) -> list[psutil.Process]:
+    """Not those that start them, whose command lines hold the rank's."""
+    return [one for one in host.processes("ds_moe.train") if one.cmdline()[1:4] == ["-u", "-m", "ds_moe.train"]]
+
+
 def wait_until(true: Callable[[], object]) -> None:
     deadline = time.monotonic() + HANGS_S
     while not true():
@@ -229,9 +235,10 @@ def test_a_second_signal_through_pdsh_leaves_nothing_of_the_job_and_all_of_other
     with through_pdsh(tmp_path, program) as (net, process):
         net.hosts[1].start(*other, log=tmp_path / "other", cwd=ROOT, env=ENV)
         wait_until(lambda: net.hosts[1].processes("infinity"))
-        for host in net.hosts:
-            for rank in host.processes("ds_moe.train"):
-                rank.suspend()
+        ranks = [rank for host in net.hosts for rank in ranks_of(host)]
+        assert len(ranks) == 2
+        for rank in ranks:
+            rank.suspend()
         for _ in range(2):
             for one in net.hosts[0].processes(program):
                 one.send_signal(signal.SIGINT)
