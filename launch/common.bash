@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Shared by the launch scripts; sourced, not run. Everything stays in arrays: no word of the user is ever evaluated.
 
-die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit 2; }
+die() { printf '%s: %s\n' "${program:-${0##*/}}" "$1" >&2; exit 2; }
 
 # The comment block at the top of the calling script is its help.
 show_help() { awk 'NR > 1 && !/^#/ {exit} NR > 1 && !/^#SBATCH/ {sub(/^# ?/, ""); print}' "$1"; }

@@ -218,7 +218,7 @@ def all_of_a_node(two_nodes, folder, *options):
         (["--export=VIRTUAL_ENV,LOG_DIR", "--gpus-per-node=2"], 1),
         (["--hint=nomultithread", "--gpus-per-node=2", "--cpus-per-task=2"], 2),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_a_node_has_all_that_sbatch_was_asked_for_a_task_of_each_rank(two_nodes, tmp_path, options, cores):
     state, output = all_of_a_node(two_nodes, tmp_path, *options)
