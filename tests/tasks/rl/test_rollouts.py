@@ -203,7 +203,7 @@ READ = {  # a record's keys -> the first input token that is replayed, and how m
 @pytest.mark.parametrize("name", READ)
 def test_rows_that_a_record_explains_are_read(first_step, name):
     changes, first, rows = READ[name]
-    routing = first_step([rollout(**changes)])["routing"][0, :5]
+    routing = first_step([rollout(**changes)]).inputs["routing"][0, :5]
     assert (routing >= 0).all((1, 2)).tolist() == [first <= token < first + rows for token in range(5)]
     np.testing.assert_array_equal(routing[first : first + rows], np.array(of_engine(5))[:rows].reshape(rows, 2, 2))
 
@@ -233,7 +233,7 @@ BAD = {
     "an advice of the errors, misread": ({"extra_row": "live"}, "'extra_row' is 'live' (write refuse or drop)"),
     "a choice that is a list": ({"short": ["live"]}, "'short' is ['live'] (write refuse or live)"),
     "a choice alone": ({"routing": None, "short": "live"}, "'short' without 'routing'"),
-    "a routing in an unknown record_kind": ({"routing_format": "magic"}, "kind is 'magic'"),
+    "a routing in an unknown form": ({"routing_format": "magic"}, "kind is 'magic'"),
     "a format alone": ({"routing": None, "routing_format": "vllm"}, "'routing_format' without 'routing'"),
 }
 
