@@ -187,3 +187,8 @@ def full_shape(name: str, parameter: Tensor, ep_size: int) -> torch.Size:
     """The shape of a parameter over all ranks (ZeRO-3's `ds_shape` is the shape on one EP rank)."""
     shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
     return torch.Size([shape[0] * ep_size, *shape[1:]]) if expert_state(name) else shape
+
+
+def in_vision_tower(name: str) -> bool:
+    """Whether a module or parameter of this name is of any family's vision tower; for models of others too."""
+    return any(family.is_vision(name) for family in FAMILIES.values())

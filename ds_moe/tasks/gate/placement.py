@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ds_moe.errors import UserError, shown
-from ds_moe.models.families import family_of
+from ds_moe.models.families import in_vision_tower
 from ds_moe.tasks.gate.adapters import CONFIG, WEIGHTS, WRAPPER, Adapter, reason
 
 _PEFT_NAME = "default"
@@ -46,7 +46,7 @@ def updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
     adapter = placed(adapter, model)
     modules = dict(model.named_modules())
     for name in adapter.modules:
-        _check_target(adapter, name, modules, reads_screens=family_of(model).is_vision(name))
+        _check_target(adapter, name, modules, reads_screens=in_vision_tower(name))
     _compare_with_base(adapter, model)
     outline = nn.Module()
     prefixes = {_prefix(name): _prefix(path) for name, path in adapter.paths.items()}
