@@ -58,7 +58,8 @@ def launch(world_size: int, cases: list) -> None:
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory) -> Path:
     """Output folder of the run; beside it `dropped`, which resumed from its step 16 without the data position."""
-    output, dropped = (tmp_path_factory.mktemp("never-stopped") / name for name in ("run", "dropped"))
+    folder = tmp_path_factory.mktemp("never-stopped")
+    output, dropped = folder / "run", folder / "dropped"
     resume = f"train.resume={checkpoints(output)}/step_00000016"
     cases = [["never stopped", [f"train.output_dir={output}"], "train"]]
     cases.append(["dropped", [f"train.output_dir={dropped}", resume], "drop the data position"])
