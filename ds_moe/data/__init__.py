@@ -4,7 +4,7 @@ records.py   files, by position             record_kind.py     what a record is
 chat.py      conversations in any dialect   chat_template.py   which tokens are learned
 images.py    pixels, within limits          encode.py          tokens and batches
 encoder.py   records into samples           bad_records.py     those that cannot be used
-order.py     the order of an epoch          stream.py          batches of a rank, with an exact position
-batch.py     a micro-batch                  processor.py       what is needed of a processor
-digits.py    the bundled data set
+order.py     the order of an epoch          stream.py          what a rank trains on, with an exact position
+batch.py     a micro-batch                  eval_set.py        what a rank is evaluated on
+digits.py    the bundled data set           processor.py       what the data need of a processor
 """

@@ -1,4 +1,4 @@
-"""Samples to tensors: `encode` makes one sample's ids, labels and patches, `collate` a micro-batch of them.
+"""Samples become tensors: `encode` makes ids, labels and patches of one sample, `collate` a micro-batch of several.
 
 Shapes: B samples, S tokens (padded to the longest of the micro-batch), P patches of all its images, I images.
 """
@@ -21,11 +21,11 @@ from ds_moe.errors import one_line
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample, unpadded. The first `prompt` ids are what generation of the last answer starts from."""
+    """The tensors of one sample, unpadded."""
 
     input_ids: Tensor  # (S,) int64
     labels: Tensor  # (S,) int64, NO_LOSS outside assistant turns
-    prompt: int
+    prompt: int  # so many ids precede the last answer: its generation starts from them
     pixel_values: Tensor | None = None  # (P, channels * temporal_patch * patch * patch) float32
     image_grid_thw: Tensor | None = None  # (I, 3) int64, patches a side
     real: bool = True  # False for a filler
@@ -38,10 +38,11 @@ class Encoded:
 
 
 def encode(sample: Sample, processor: Processor, max_length: int, max_pixels: int) -> Encoded:
-    """Decode the images of `sample`, tokenize it and mark every assistant turn, its <|im_end|> included, as label.
+    """Decode the images of a sample and tokenize it. Every assistant turn is a label, its end token included.
 
-    Raises `RecordError` for an image that does not decode or exceeds `max_pixels`, for more than `max_length`
-    tokens (image tokens included; nothing is ever cut off), and for images given to a text-only model.
+    Raises:
+        RecordError: an image that does not decode or has more than `max_pixels` pixels, images for a text-only model,
+            or more than `max_length` tokens, image tokens included: nothing is ever cut off.
     """
     sources = sample.images
     pixel_values, grid, image_tokens = encode_images(sources, processor, max_pixels)
@@ -55,7 +56,11 @@ def encode(sample: Sample, processor: Processor, max_length: int, max_pixels: in
 def encode_images(
     sources: list[ImageSource], processor: Processor, max_pixels: int
 ) -> tuple[Tensor | None, Tensor | None, list[int]]:
-    """(pixel_values, image_grid_thw, tokens of each image); None, None, [] without images. Raises `RecordError`."""
+    """(pixel_values, image_grid_thw, number of tokens of each image); (None, None, []) without images.
+
+    Raises:
+        RecordError: as `encode` does for images.
+    """
     if not sources:
         return None, None, []
     if processor.image_processor is None:
@@ -63,21 +68,21 @@ def encode_images(
     images = [load_image(source, max_pixels) for source in sources]
     try:
         patches = processor.image_processor(images=images, return_tensors="pt")
-    except Exception as error:  # an aspect ratio beyond 200; whatever a broken processor ends in
+    except Exception as error:  # such as an aspect ratio above 200; a broken processor may raise anything
         raise RecordError(f"an image is refused by the model's processor: {one_line(error)} (crop it)") from error
     grid = patches["image_grid_thw"]
     return patches["pixel_values"], grid, (grid.prod(-1) // processor.image_processor.merge_size**2).tolist()
 
 
 def check_length(tokens: int, of_images: int, max_length: int) -> None:
-    """Raises `RecordError` for more than `max_length` tokens: nothing is ever cut off."""
+    """Raise `RecordError` for a sample of more than `max_length` tokens, `of_images` of them image tokens."""
     if tokens > max_length:
         reason = f"over-long: {tokens} tokens, {of_images} of them of images, beyond data.max_length"
         raise RecordError(f"{reason} {max_length} (shorten the record, or raise the limit)")
 
 
 def filler(processor: Processor) -> Encoded:
-    """A sample of one token that adds nothing to the loss: it fills up a last batch or stands for a bad record."""
+    """A sample of one token without a label: it fills up the last batch, or replaces a bad record."""
     return Encoded(torch.tensor([processor.tokenizer.eos_token_id]), torch.tensor([NO_LOSS]), prompt=1, real=False)
 
 
@@ -104,11 +109,12 @@ def collate(encoded: list[Encoded], processor: Processor, side: Literal["right",
 
 
 def collate_prompts(encoded: list[Encoded], processor: Processor) -> Batch:
-    """Left-padded prompts of the last answers, ready for `generate`."""
+    """Each sample's prompt of its last answer, padded on the left, for `generate`."""
     prompts = [replace(one, input_ids=one.input_ids[: one.prompt], labels=one.labels[: one.prompt]) for one in encoded]
     return collate(prompts, processor, side="left")
 
 
-def padded(values: Tensor, length: int, fill: int, side: str) -> Tensor:
+def padded(values: Tensor, length: int, fill: float, side: Literal["right", "left"]) -> Tensor:
+    """(length,): the values (S,), and `fill` on one side of them."""
     missing = length - len(values)
     return torch.nn.functional.pad(values, (missing, 0) if side == "left" else (0, missing), value=fill)

@@ -1,4 +1,4 @@
-"""What a record of a data file is, and how it becomes tensors: conversations here, other kinds in tasks."""
+"""What a record of a data file is and how it becomes tensors. Conversations are defined here, other kinds by tasks."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from ds_moe.data.encode import Encoded, collate, encode
 from ds_moe.data.images import ImageSource, image_size
 from ds_moe.data.processor import Processor
 
-PIXELS_A_TOKEN = 32 * 32  # of Qwen3-VL; like the next it only ranks samples by length
+# Rough figures of Qwen3-VL: they only rank samples by length.
+PIXELS_A_TOKEN = 32 * 32
 CHARACTERS_A_TOKEN = 4
 
 
 class ParsedRecord(Protocol):
-    """What every kind of record has, once parsed."""
+    """What a parsed record of any kind tells."""
 
     @property
     def where(self) -> str:
-        """file:line"""
+        """file:line of the record."""
         ...
 
     @property
     def kind(self) -> str | None:
-        """The record's own label."""
+        """The label that the record gives itself, for figures per kind; None: it gives none."""
         ...
 
 
@@ -36,45 +37,45 @@ Parsed = TypeVar("Parsed", bound=ParsedRecord)
 
 
 class RecordKind(ABC, Generic[Parsed]):
-    """One kind of record: `parse`, `encode` and `collate` run in data workers, which pickle it."""
+    """One kind of record. Loading processes get a pickled copy, which parses, encodes and collates."""
 
     @abstractmethod
     def parse(self, record: object, where: str, root: Path) -> Parsed:
-        """A record as JSON or Arrow gives it, its structure checked.
+        """Check the structure of a record that JSON or Arrow has given.
 
         Args:
-            where: file:line, for messages.
-            root: resolved folder that images must lie below.
+            where: file:line of the record.
+            root: the folder below which images must be, symlinks resolved.
 
         Raises:
-            RecordError: what is wrong with the record, and the fix.
+            RecordError: the message says what is wrong and ends with the fix.
         """
 
     @abstractmethod
     def estimate(self, parsed: Parsed, max_pixels: int) -> int:
-        """Tokens, roughly: they only rank records by length. Raises `RecordError` for an image's header."""
+        """About how many tokens it has, which ranks records by length. Raises `RecordError` for an unreadable image."""
 
     @abstractmethod
     def encode(self, parsed: Parsed, processor: Processor, max_length: int, max_pixels: int) -> Encoded:
-        """Tokens and patches. Raises `RecordError` for what only decoding or tokenizing shows."""
+        """Tokens and patches. Raises `RecordError` for what only decoding or tokenizing can show."""
 
     @abstractmethod
     def collate(self, encoded: list[Encoded], processor: Processor) -> Batch:
-        """A micro-batch of records and fillers; a filler is a plain `Encoded`, whatever the kind."""
+        """A micro-batch of records and fillers. A filler is a plain `Encoded`, whatever the kind of record."""
 
     def remember(self, parsed: Parsed) -> object:
-        """What of every record stays in memory, as `remembered` of the records."""
+        """What is kept in memory of every record, in `Records.remembered`."""
         return None
 
     def complete(self, records: Records[Parsed]) -> Records[Parsed]:
-        """The records of a file, once all of them have been parsed and remembered."""
+        """Called once all records of a file have been parsed and remembered; returns the records to use."""
         return records
 
 
 class Records(Protocol[Parsed]):
-    """What a stream reads: only records whose structure is good are counted by `len` and given by `sample`."""
+    """The records of a file whose structure is good, by index; `bad` are the others."""
 
-    sha256: str  # of the content: a resume refuses to go on with other data
+    sha256: str  # of the file's content: a run does not resume with other data
     lengths: np.ndarray  # (len(self),) int64, estimated tokens
     bad: list[BadRecord]
     kinds: tuple[str, ...]  # labels of its records, sorted: the same on every rank
@@ -114,5 +115,5 @@ CHAT = Chat()
 
 
 def image_tokens(images: list[ImageSource], max_pixels: int) -> int:
-    """Tokens of these images, roughly, from their headers."""
+    """About how many tokens these images have. Only their headers are read."""
     return sum(width * height for width, height in (image_size(one, max_pixels) for one in images)) // PIXELS_A_TOKEN

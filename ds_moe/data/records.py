@@ -25,6 +25,7 @@ from ds_moe.errors import UserError, shown
 if TYPE_CHECKING:
     from datasets import Dataset
 
+DATA_CACHE = "data_cache"  # in a run's output folder: the memory maps of Parquet files
 MAX_LINE = 2**27  # bytes; twice what a rollout of 64k tokens takes with the routing of 48 layers
 
 

@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ds_moe.data.batch import Batch
+from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
-from ds_moe.data.stream import EvalSet
 from ds_moe.distributed import over_ranks, parallel, raise_together
 from ds_moe.models.generation import own_generation_config
 from ds_moe.models.vision import encode_blank, has_vision

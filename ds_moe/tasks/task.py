@@ -12,8 +12,9 @@ from torch import Tensor
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.run import RunConfig
 from ds_moe.data.batch import Batch
+from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
-from ds_moe.data.stream import EvalSet, TrainStream
+from ds_moe.data.stream import TrainStream
 from ds_moe.distributed import Topology
 from ds_moe.models.convert import moe_layers
 from ds_moe.moe import ForwardContext, MoELayer

@@ -16,8 +16,9 @@ from ds_moe.config.deepspeed import precision, resolve_deepspeed, summed_in_bf16
 from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.data.chat_template import end_token
+from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
-from ds_moe.data.stream import EvalSet, TrainStream
+from ds_moe.data.stream import TrainStream
 from ds_moe.distributed import Topology, raise_together
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model, read_weights

@@ -14,8 +14,9 @@ from ds_moe.data.chat import BadRecord
 from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import NO_LOSS
 from ds_moe.data.encoder import check_samples
+from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.records import open_records
-from ds_moe.data.stream import EvalSet, TrainStream
+from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.training.set_up import forget_earlier_run
 from tests.records import chat

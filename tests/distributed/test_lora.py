@@ -11,7 +11,7 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 
 from ds_moe.checkpoint.files import newest_complete
 from ds_moe.config.run_file import load_run
-from ds_moe.data.stream import EvalSet
+from ds_moe.data.eval_set import EvalSet
 from ds_moe.errors import UserError
 from ds_moe.export.model import export_adapter, export_checkpoint
 from ds_moe.models.lora import update_of

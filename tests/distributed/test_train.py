@@ -12,7 +12,7 @@ from safetensors import safe_open
 from ds_moe.checkpoint.files import Reader, newest_complete
 from ds_moe.config.run import RunConfig
 from ds_moe.data.digits import write_digits
-from ds_moe.data.stream import EvalSet
+from ds_moe.data.eval_set import EvalSet
 from ds_moe.errors import UserError
 from ds_moe.export.model import export_checkpoint
 from ds_moe.models.families import TRANSPOSED_ON_HUB

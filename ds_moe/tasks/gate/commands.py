@@ -14,9 +14,9 @@ from transformers.utils.logging import disable_progress_bar
 from ds_moe.config.deepspeed import precision, trains_on_cpu
 from ds_moe.config.run import RunConfig, other_task
 from ds_moe.config.run_file import load_run
+from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import RecordKind
-from ds_moe.data.stream import EvalSet
 from ds_moe.errors import UserError
 from ds_moe.models.load import load_model
 from ds_moe.models.processor import processor_of

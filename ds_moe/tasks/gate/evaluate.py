@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe.data.encode import NO_LOSS
-from ds_moe.data.stream import EvalSet
+from ds_moe.data.eval_set import EvalSet
 from ds_moe.distributed import over_ranks, raise_together
 from ds_moe.monitor import ShownSample
 from ds_moe.tasks.gate.network import gate_loss

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from ds_moe.data.encode import NO_LOSS, collate, collate_prompts, encode, filler
+from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.images import RecordError
 from ds_moe.data.record_kind import CHAT
 from ds_moe.data.records import read_records
-from ds_moe.data.stream import EvalSet, TrainStream
+from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.tasks.gate.records import Requests, Routed
 from tests.records import chat

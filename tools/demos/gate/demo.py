@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ds_moe.data.stream import EvalSet
+from ds_moe.data.eval_set import EvalSet
 from ds_moe.export.model import export_adapter, export_checkpoint
 from ds_moe.models.families import family_of
 from ds_moe.models.presets import preset_config

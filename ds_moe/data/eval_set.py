@@ -1,0 +1,94 @@
+"""Held-out samples of one rank, for losses and generated answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_moe.config.run import RunConfig
+from ds_moe.data.bad_records import BadRecordLog
+from ds_moe.data.batch import Batch
+from ds_moe.data.chat import Sample
+from ds_moe.data.encode import collate_prompts
+from ds_moe.data.encoder import Encoder
+from ds_moe.data.order import FILLER
+from ds_moe.data.processor import Processor
+from ds_moe.data.record_kind import CHAT, RecordKind
+from ds_moe.data.records import DATA_CACHE, open_records
+from ds_moe.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """B samples of one rank. A filler has the weight 0, no label and an empty answer."""
+
+    batch: Batch
+    prompt: Batch  # left-padded, for `generate`; each ends where the last answer begins
+    answers: list[str]
+    weights: list[int]
+    samples: list[Sample]
+
+
+class EvalSet:
+    """The records of data.eval, dealt out to the ranks in the order of the file.
+
+    `skipped`, `raise_errors` and `error` mean what they mean in `TrainStream`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        processor: Processor,
+        *,
+        rank: int,
+        world_size: int,
+        raise_errors: bool = True,
+        record_kind: RecordKind = CHAT,
+    ):
+        if config.data.eval is None:
+            raise UserError('data.eval: is not set (give a JSONL or Parquet file, or "digits")')
+        cache_dir = Path(config.train.output_dir) / DATA_CACHE
+        records = open_records(config.data.eval, "held-out", config.data, cache_dir, record_kind)
+        self._record_kind = record_kind
+        self._size = config.train.eval_batch_size or config.train.micro_batch_size
+        self._rank, self._world_size, self._count = rank, world_size, len(records)
+        self._processor, self._encoder = processor, Encoder(config, records, processor)
+        self._log = BadRecordLog(config, records.bad, rank, raise_errors)
+        self.skipped = self._log.records
+
+    @property
+    def error(self) -> str | None:
+        """See `TrainStream.error`."""
+        return self._log.error
+
+    def __len__(self) -> int:
+        """The number of samples of all ranks together."""
+        return self._count
+
+    def batches(self, limit: int | None = None) -> Iterator[EvalBatch]:
+        """This rank's batches, equally many on every rank.
+
+        Args:
+            limit: samples of all ranks to use, a random choice that is always the same; None: all.
+        """
+        indices = list(range(self._count))
+        if limit is not None and limit < self._count:
+            indices = sorted(random.Random(0).sample(indices, limit))
+        stride = self._size * self._world_size
+        indices += [FILLER] * (-len(indices) % stride)
+        for start in range(self._rank * self._size, len(indices), stride):
+            yield self._batch(indices[start : start + self._size])
+
+    def _batch(self, indices: list[int]) -> EvalBatch:
+        encoded, used, bad = self._encoder.encode(indices)
+        self._log.note(bad)
+        samples = [self._encoder.sample(index) for index in used]
+        return EvalBatch(
+            batch=self._record_kind.collate(encoded, self._processor),
+            prompt=collate_prompts(encoded, self._processor),
+            answers=[sample.answer.strip() for sample in samples],
+            weights=[int(index != FILLER) for index in used],
+            samples=samples,
+        )
