@@ -128,9 +128,13 @@ class TrainStream:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         for step in self._steps():
-            if step.error is not None:
-                raise UserError(step.error)
-            self._log.note(step.bad)
+            try:
+                if step.error is not None:
+                    raise UserError(step.error)
+                self._log.note(step.bad)
+            except UserError:
+                self.close()
+                raise
             self._position += 1  # before the yield: a checkpoint that is taken after this step must count it
             yield step.micro_batches
 
