@@ -1,6 +1,6 @@
-"""A micro-batch: what the model's forward takes, and which sample each of its tokens belongs to.
+"""A micro-batch: what the model's forward takes, and which sample each token belongs to.
 
-Shapes: R rows of S tokens; B samples, whose tokens lie in the rows: one sample a row where rows are padded.
+Shapes: B samples lie in R rows of S tokens; where rows are padded, each holds one sample, and R is B.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ NO_LOSS = -100  # the label of a token on which no loss is taken
 
 @dataclass(kw_only=True)
 class Batch:
-    """Samples of one rank. A task that needs more of them has a subclass, with tensors of its own as further fields.
+    """The samples that one rank's forward takes. A task that needs more of them adds tensors in a subclass.
 
     Attributes:
         inputs: arguments of the model's forward: input_ids, attention_mask (R, S) int64 and, as the model has it,
             mm_token_type_ids (R, S), pixel_values (P, D), image_grid_thw (I, 3), routing (R, S, L, K).
         labels: (R, S) int64, NO_LOSS where no loss is taken.
         sequence_of_token: (R, S) int64, the sample that each token belongs to, -1 for padding.
-        real_B: (B,) bool, False for samples that only fill up the batch.
-        kind_B: (B,) int64, index of the record's kind, -1 for none; None: not told.
+        real_B: (B,) bool, false for samples that only fill up the batch.
+        kind_B: (B,) int64, index of the record's kind, -1 for a record without one; None: kinds are not told apart.
     """
 
     inputs: dict[str, Tensor]
@@ -49,12 +49,12 @@ class Batch:
 
     @property
     def real_of_token(self) -> Tensor:
-        """(R, S) bool: False for padding and for the tokens of samples that only fill up."""
+        """(R, S) bool: false at padding and at the tokens of samples that only fill up the batch."""
         return (self.sequence_of_token >= 0) & self.real_B[self.sequence_of_token.clamp(min=0)]
 
     @property
     def kind_of_token(self) -> Tensor | None:
-        """(R, S) int64: the kind of each token's sample, -1 for none and for padding; None: not told."""
+        """(R, S) int64: the kind of each token's sample, -1 for none and at padding; None: as for `kind_B`."""
         if self.kind_B is None:
             return None
         return torch.where(self.sequence_of_token >= 0, self.kind_B[self.sequence_of_token.clamp(min=0)], -1)
@@ -66,7 +66,7 @@ class Batch:
 
     @property
     def label_tokens(self) -> Tensor:
-        """Integer scalar: the number of tokens on which a loss is taken. The first of a row is predicted by none."""
+        """Integer scalar: the number of tokens with a loss. Nothing predicts the first token of a row."""
         return (self.labels[:, 1:] != NO_LOSS).sum()
 
     def to(self, device: torch.device) -> Self:

@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
@@ -172,7 +172,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return values
 
 
-class ParquetRecords(_FileRecords[dict[str, Any], Parsed]):
+class ParquetRecords(_FileRecords[dict[str, object], Parsed]):
     """One record a row; its key is the index of the row."""
 
     def __init__(
@@ -193,8 +193,8 @@ class ParquetRecords(_FileRecords[dict[str, Any], Parsed]):
         with file.open("rb") as stream:
             self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
 
-    def _walk(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    def _walk(self) -> Iterator[tuple[int, int, dict[str, object]]]:
         return ((row, row + 1, self._read(row)) for row in range(len(self._table)))
 
-    def _read(self, key: int) -> dict[str, Any]:
+    def _read(self, key: int) -> dict[str, object]:
         return self._table[key : key + 1].to_pylist()[0]

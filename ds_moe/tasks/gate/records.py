@@ -1,4 +1,4 @@
-"""Records of a gate: conversations that name the adapter which should answer, `"adapter": "<name>"`."""
+"""Records of a gate: conversations that name the adapter which should answer them, `"adapter": "<name>"`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ds_moe.data.images import RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind
 
-UNANSWERED = {"role": "assistant", "content": "-"}  # never read: what a request is given where an answer must stand
+# Added to a request because a conversation must end with an answer; the gate does not read answers.
+UNANSWERED = {"role": "assistant", "content": "-"}
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class RoutedEncoded(Encoded):
 
 @dataclass(kw_only=True)
 class RoutedBatch(Batch):
-    """Conversations, and in `adapter_B` (B,) int64 the index of the adapter of each, NO_LOSS for none."""
+    """Conversations; `adapter_B` (B,) int64 holds the index of the adapter that each names, NO_LOSS for none."""
 
     adapter_B: Tensor
 
 
 @dataclass(frozen=True)
 class Routed(RecordKind[RoutedSample]):
-    """Conversations for a gate over the adapters `names`. With `labelled` each must name one of them."""
+    """Conversations for a gate over the adapters `names`; with `labelled` each must name one of these."""
 
     names: Sequence[str]
     labelled: bool
@@ -65,7 +66,9 @@ class Routed(RecordKind[RoutedSample]):
         return RoutedEncoded(**values, adapter=index)
 
     def collate(self, encoded: list[Encoded], processor: Processor) -> RoutedBatch:
-        adapters = [one.adapter if isinstance(one, RoutedEncoded) else NO_LOSS for one in encoded]  # a filler has none
+        adapters = [
+            one.adapter if isinstance(one, RoutedEncoded) else NO_LOSS for one in encoded
+        ]  # a filler names none
         return RoutedBatch(**vars(collate(encoded, processor)), adapter_B=torch.tensor(adapters))
 
     def remember(self, parsed: RoutedSample) -> str | None:
@@ -74,7 +77,7 @@ class Routed(RecordKind[RoutedSample]):
 
 
 class Requests(Routed):
-    """Requests to be routed: an adapter need not be named, and the last turn may be the user's."""
+    """Requests to be routed: they need not name an adapter, and their last turn may be the user's."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names, labelled=False)

@@ -24,28 +24,27 @@ KEYS = {"tokens", "completion_mask", "messages", "images", "logprobs", "referenc
 OF_ROUTING = ("routing_format", "routing_start", "extra_row", "short")  # how to read `routing`, see `align`
 KEYS |= {"group", "routing", *OF_ROUTING, "kind"}
 KEYS |= {"completion", "answer"}  # texts for people
-UNKNOWN = float("nan")
-LARGEST = 1e9  # of a number, either way: what is computed from it must be finite in fp32
+UNKNOWN = float("nan")  # a number that the record does not tell
+LARGEST = 1e9  # the largest number accepted, of either sign: what is computed from it must be finite in fp32
 
 
 @dataclass(frozen=True)
 class EngineRouting:
-    """What an engine returned about the experts it used: not decoded before the record is used."""
+    """The experts that an engine says it has used. They are decoded, and checked, when the record is encoded."""
 
     value: object  # of the form `format`
     format: str  # a key of `ds_moe.replay.traces.FORMATS`
     start: int | None  # index of the input token that the first row routes; None: not told
-    extra_row: str  # the last two arguments of `ds_moe.replay.align.align`
+    extra_row: str  # this and the next are arguments of `ds_moe.replay.align.align`
     short: str
 
     def aligned(self, shape: RoutingShape, completion_S: Tensor) -> Tensor:
         """(tokens up to the end of the completion, L, K): the experts that each of them replays.
 
-        Templates write on behind the last answer, which no engine sees: those tokens are live, like padding.
+        A chat template may write more after the last answer. No engine sees those tokens; like padding they are live.
 
         Raises:
-            UserError: for what is not of this form, or cannot be of this sequence and model; a record may have
-                written anything.
+            UserError: the value is not of its format, or cannot be of this sequence and model.
         """
         first, last = (int(token) for token in completion_S.nonzero()[[0, -1]])
         start = 0 if self.start is None else self.start
@@ -56,37 +55,41 @@ class EngineRouting:
         return align(trace, shape, last + 1, extra_row=self.extra_row, short=self.short)
 
     def _of_completion(self, more: int) -> bool:
-        """Whether rows, so many more than the completion has, are its own: vLLM before 0.22 gave a choice only these
-        (some clients add a row for the last token)."""
+        """Whether the rows are those of the completion alone, when there are `more` of them than it has.
+
+        vLLM before 0.22 returned only these for a choice, and some clients add a row for the last token.
+        """
         return self.format in ("vllm", "vllm_http") and more in (0, 1)
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One record, checked as far as it can be without a model."""
+    """One record, checked as far as that is possible without a model."""
 
-    where: str
+    where: str  # file:line
     kind: str | None
-    prompt: Sample | None  # the form with messages; or
-    tokens: list[int]  # all input ids, image tokens expanded
-    mask: list[bool]  # of the completion's tokens
+    prompt: Sample | None  # of a record with `messages`: the conversation; None: the record has `tokens`
+    tokens: list[int]  # all input ids, image tokens expanded; empty with `prompt`
+    mask: list[bool]  # true at the completion's tokens; empty with `prompt`
     images: list[ImageSource]
-    logprobs: list[float]  # of the completion's tokens, by the engine
-    reference: list[float] | None  # the same, by a reference policy
-    reward: float  # NaN: not told
-    group: str
-    advantage: float  # NaN until rewards of the group are known
+    logprobs: list[float]  # by the engine, of the completion's tokens
+    reference: list[float] | None  # by a reference policy, of the same tokens
+    reward: float  # NaN: the record does not tell it
+    group: str  # rollouts of one prompt
+    advantage: float  # NaN until the rewards of the group are known
     routing: EngineRouting | None
 
 
 def parse_rollout(record: object, where: str, root: Path, need_reference: bool = False) -> Rollout:
-    """A record as JSON or Arrow gives it.
+    """Check a record that JSON or Arrow has given.
 
     Args:
-        need_reference: whether the record must have `reference_logprobs`; if not, they are not read.
+        where: file:line of the record.
+        root: the folder below which images must be, symlinks resolved.
+        need_reference: whether the record must have `reference_logprobs`; if not, they are not kept.
 
     Raises:
-        RecordError: the reason and the fix.
+        RecordError: the message says what is wrong and ends with the fix.
     """
     if not isinstance(record, dict):
         raise RecordError(f"a record is {type_of(record)}, not an object (write one {{...}} a line)")
@@ -97,19 +100,9 @@ def parse_rollout(record: object, where: str, root: Path, need_reference: bool =
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
         raise RecordError(f"'kind' is {type_of(kind)}, not a string (quote it)")
-    if ("tokens" in record) == ("messages" in record):
-        found = "both 'tokens' and" if "tokens" in record else "neither 'tokens' nor"
-        raise RecordError(f"the record has {found} 'messages' (write one of them)")
-    prompt, tokens, mask, images = None, [], [], []
-    if "messages" in record:
-        if "completion_mask" in record:
-            raise RecordError("'completion_mask' beside 'messages', whose last answer is the completion (remove it)")
-        chat = {key: record[key] for key in ("messages", "images", "kind") if key in record}
-        prompt = parse_record(chat, where, root)
-        images = prompt.images
-    else:
-        tokens, mask = _tokens(record)
-        images = image_pool(record, root)
+    prompt = _conversation(record, where, root)
+    tokens, mask = _tokens(record) if prompt is None else ([], [])
+    images = image_pool(record, root) if prompt is None else prompt.images
     reward = _number(record, "reward")
     advantage = _number(record, "advantage")
     if math.isnan(advantage) and (math.isnan(reward) or "group" not in record):
@@ -138,7 +131,20 @@ def parse_rollout(record: object, where: str, root: Path, need_reference: bool =
     )
 
 
+def _conversation(record: dict[str, object], where: str, root: Path) -> Sample | None:
+    """The conversation of a record with `messages`; None for one with `tokens`."""
+    if ("tokens" in record) == ("messages" in record):
+        found = "both 'tokens' and" if "tokens" in record else "neither 'tokens' nor"
+        raise RecordError(f"the record has {found} 'messages' (write one of them)")
+    if "tokens" in record:
+        return None
+    if "completion_mask" in record:
+        raise RecordError("'completion_mask' beside 'messages', whose last answer is the completion (remove it)")
+    return parse_record({key: record[key] for key in ("messages", "images", "kind") if key in record}, where, root)
+
+
 def _tokens(record: dict[str, object]) -> tuple[list[int], list[bool]]:
+    """All input ids, and which of them are the completion's."""
     tokens, mask = record["tokens"], record.get("completion_mask")
     if not _all(tokens, int) or not tokens or max(map(abs, tokens)) >= 2**31:
         raise RecordError("'tokens' is no list of token ids (write all input ids, image tokens expanded)")
@@ -153,7 +159,7 @@ def _tokens(record: dict[str, object]) -> tuple[list[int], list[bool]]:
 
 
 def _all(values: object, kind: type | tuple[type, ...]) -> TypeGuard[list]:
-    """Whether this is a list of such values; JSON's true and false are no numbers."""
+    """Whether `values` is a list of such numbers. JSON's true and false are no numbers, but Python's are."""
     return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
 
 

@@ -1,4 +1,4 @@
-"""Rollouts as a kind of record: their tensors, and the advantages that the rewards of a file's groups give."""
+"""Rollouts as a kind of record: how they become tensors, and the advantages that rewards of a group give them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ds_moe.tasks.rl.rollout_record import UNKNOWN, Rollout, parse_rollout
 
 
 class Outcome(NamedTuple):
-    """What of a rollout stays in memory until the advantages of its group are known."""
+    """What is kept in memory of every rollout, to compute the advantages of its group."""
 
-    reward: float  # NaN: not told
+    reward: float  # NaN: the record does not tell it
     group: str
-    advantage: float  # NaN: to be computed from the rewards of the group
-    routed: bool  # whether the record brings a routing
+    advantage: float  # NaN: it follows from the rewards of the group
+    routed: bool  # whether the record has a routing
 
 
 @dataclass(frozen=True)
 class EncodedRollout(Encoded):
-    """`labels` are unused."""
+    """The tensors of one rollout, unpadded; `labels` are not used."""
 
-    completion: Tensor | None = None  # (S,) bool
-    engine: Tensor | None = None  # (S,) fp32, 0 outside the completion
-    reference: Tensor | None = None  # (S,) fp32
-    routing: Tensor | None = None  # (S, L, K) int16, -1 where the live router decides
+    completion: Tensor | None = None  # (S,) bool, true at the completion's tokens
+    engine: Tensor | None = None  # (S,) fp32 log-probs, 0 outside the completion
+    reference: Tensor | None = None  # (S,) fp32 log-probs, 0 outside the completion
+    routing: Tensor | None = None  # (tokens up to the completion's end, L, K) int16, LIVE where the router decides
     advantage: float = 0.0
     reward: float = UNKNOWN
 
@@ -48,16 +48,16 @@ class EncodedRollout(Encoded):
 
 @dataclass(kw_only=True)
 class RolloutBatch(Batch):
-    """Rollouts; `labels` are unused. A filler completes nothing.
+    """Rollouts; `labels` are not used, and a filler has no completion.
 
     Attributes:
-        completion_BS: bool, tokens of the completions.
+        completion_BS: bool, true at the completions' tokens.
         engine_BS: fp32 log-probs by the inference engine, 0 outside the completions.
         advantage_B: fp32, 0 for fillers.
-        reward_B: fp32, NaN where it is not told.
-        reference_BS: fp32 log-probs by the reference policy; None: the objective needs none.
-        old_BS: fp32 log-probs by the trainer's old policy; None: that is the live one.
-        old_expert_BSLK: fp32 log-probs of the replayed experts under the old policy's routers.
+        reward_B: fp32, NaN where no record tells it.
+        reference_BS: fp32 log-probs by the reference policy, 0 outside the completions; None: none are needed.
+        old_BS: fp32 log-probs by the trainer's old policy; None: the live policy is the old one.
+        old_expert_BSLK: fp32 log-probs of the replayed experts by the old policy's routers; None: as for `old_BS`.
     """
 
     completion_BS: Tensor
@@ -71,11 +71,17 @@ class RolloutBatch(Batch):
 
 @dataclass(frozen=True)
 class Rollouts(RecordKind[Rollout]):
-    """Rollouts for one model."""
+    """Rollouts for one model.
 
-    shape: RoutingShape | None  # of the model whose routing is replayed; None: no routing is read
-    normalize_std: bool = True  # whether advantages are divided by the standard deviation of their group's rewards
-    need_reference: bool = False  # whether every record must bring the log-probs of a reference policy
+    Attributes:
+        shape: the model's, where a routing is to be replayed; None: routings of records are not used.
+        normalize_std: whether advantages are divided by the standard deviation of their group's rewards.
+        need_reference: whether every record must have the log-probs of a reference policy.
+    """
+
+    shape: RoutingShape | None
+    normalize_std: bool = True
+    need_reference: bool = False
 
     def parse(self, record: object, where: str, root: Path) -> Rollout:
         return parse_rollout(record, where, root, self.need_reference)
@@ -83,11 +89,11 @@ class Rollouts(RecordKind[Rollout]):
     def estimate(self, parsed: Rollout, max_pixels: int) -> int:
         if parsed.prompt is not None:
             return CHAT.estimate(parsed.prompt, max_pixels)
-        image_tokens(parsed.images, max_pixels)  # their headers must be readable; `tokens` counts them already
+        image_tokens(parsed.images, max_pixels)  # only to refuse unreadable ones: `tokens` includes their tokens
         return len(parsed.tokens)
 
     def encode(self, parsed: Rollout, processor: Processor, max_length: int, max_pixels: int) -> EncodedRollout:
-        """Tokens, images and an aligned routing. Raises `RecordError` for what does not fit together or the model."""
+        """Tokens, images and an aligned routing. Raises `RecordError` for what does not fit together or this model."""
         if parsed.prompt is not None:
             encoded = encode(parsed.prompt, processor, max_length, max_pixels)
             completion = (encoded.labels != NO_LOSS) & (torch.arange(len(encoded.labels)) >= encoded.prompt)
@@ -118,8 +124,7 @@ class Rollouts(RecordKind[Rollout]):
             raise RecordError(str(error)) from error
 
     def collate(self, encoded: list[Encoded], processor: Processor) -> RolloutBatch:
-        """Padded rows; for a model with experts `inputs` has their routing (B, S, L, K) int16, LIVE where it is not
-        told."""
+        """Padded rows. With a `shape`, `inputs` has "routing", (B, S, L, K) int16, LIVE where the router decides."""
         batch = collate(encoded, processor)
         length = batch.labels.shape[1]
 
@@ -155,10 +160,10 @@ class Rollouts(RecordKind[Rollout]):
 
 
 class RolloutRecords:
-    """The rollouts of a file (`ds_moe.data.record_kind.Records`), their advantages filled in from the rewards."""
+    """The rollouts of a file, with the advantages that follow from rewards; satisfies `Records`."""
 
     def __init__(self, records: Records[Rollout], normalize_std: bool, need_routing: bool = False) -> None:
-        """Raises `UserError` if not one record brings the routing that is to be replayed."""
+        """Raises `UserError` if a routing is to be replayed and no record has one."""
         self._records = records
         self.sha256, self.lengths, self.bad = records.sha256, records.lengths, records.bad
         self.kinds, self.record_kind = records.kinds, records.record_kind
@@ -181,7 +186,7 @@ class RolloutRecords:
 
 
 def _advantages(outcomes: list[Outcome], normalize_std: bool) -> Tensor:
-    """(B,) float64: the record's own where it has one, else how its reward stands out in its group."""
+    """(B,) float64: each record's own advantage, or the one that its reward has within its group."""
     numbers = {group: number for number, group in enumerate(dict.fromkeys(one.group for one in outcomes))}
     group_B = torch.tensor([numbers[one.group] for one in outcomes])
     reward_B = torch.tensor([one.reward for one in outcomes], dtype=torch.float64)
@@ -208,5 +213,5 @@ def _encode_tokens(rollout: Rollout, processor: Processor, max_length: int, max_
 
 
 def _at_completion(values: list[float], mask_S: Tensor) -> Tensor:
-    """(S,) fp32: the values at the tokens of the mask, zeros elsewhere."""
+    """(S,) fp32: the values in turn where the mask is true, zeros elsewhere."""
     return torch.zeros(len(mask_S)).masked_scatter(mask_S, torch.tensor(values))
