@@ -97,6 +97,7 @@ def test_resharded(never_stopped, tmp_path, world_size):
         assert bit_equal(tensors(checkpoints(folder) / source.name), tensors(source))
 
 
+@pytest.mark.slow
 def test_another_base_is_refused(never_stopped, tmp_path):
     """The updates of one model are no good on another, whose tensors have the same names and shapes."""
     build_preset("tiny-vl-moe", seed=6).save_pretrained(tmp_path / "other")

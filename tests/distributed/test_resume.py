@@ -206,6 +206,7 @@ def test_resume_passes_over_a_flipped_bit_and_never_starts_anew_among_checkpoint
     assert sorted(path.name for path in two_checkpoints.glob("step_*")) == ["step_00000016", LAST]
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_write_ends_the_run_everywhere_and_leaves_what_was_saved(two_checkpoints):
     output = two_checkpoints.parent
     before = sorted(path.name for path in two_checkpoints.iterdir())

@@ -86,6 +86,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, tmp_path):
     assert all(torch.equal(ours.read(key), theirs.read(key)) for key in ours.tensors)
 
 
+@pytest.mark.slow
 def test_rollouts_of_another_policy_are_noticed(folder, tmp_path):
     """Negative control: the second round's rollouts scored by the weights that the first began with."""
     other = build_preset("tiny-vl-moe", seed=9)
