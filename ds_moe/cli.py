@@ -1,7 +1,5 @@
 """The `ds-moe` command. Heavy libraries are imported by the command that needs them, so that --help is instant."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

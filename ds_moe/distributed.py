@@ -8,8 +8,6 @@ parallel        whether there are other ranks at all
 The first three are collective: every rank must call them, in the same order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast

@@ -4,8 +4,6 @@ Exit status: 0 the run is complete; 1 it crashed; 2 it cannot go on as it is wri
 has ended it; 128 + a signal: stopped by it, with a checkpoint.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ A rule is a function from sources (path from the repository's root -> text) to i
 has a planted violation (`PLANTED`) that it must find. `python -m tests.test_architecture` lists what is long.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """What the commands of tools share: options, tables, claims about figures, and the files that hold them."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

@@ -10,8 +10,6 @@ A weight is made when its file is written, so that memory holds one output file 
 is made of. Only a router that is made from hidden means needs a whole source model in memory.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

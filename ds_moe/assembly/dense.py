@@ -1,7 +1,5 @@
 """Dense Qwen3-VL checkpoints that a MoE is made of: opened, compared with each other, read tensor by tensor."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

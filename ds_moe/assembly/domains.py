@@ -1,7 +1,5 @@
 """Routers from data: each expert's row points to the mean hidden state of that expert's domain."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Plan every weight of the new model from a spec: sources are opened and checked, but no tensor is read yet."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

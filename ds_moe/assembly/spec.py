@@ -1,7 +1,5 @@
 """The file `ds-moe assemble` reads: which model is made of which checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal

@@ -3,8 +3,6 @@
 E experts, I width of the dense FFN, F width of an expert, H hidden size.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable

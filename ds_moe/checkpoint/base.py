@@ -1,7 +1,5 @@
 """Identifies the frozen model that a run builds on: its checkpoints leave it out, and fit no other model."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -11,8 +11,6 @@
 No file is a pickle, which could run code.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

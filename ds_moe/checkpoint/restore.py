@@ -1,7 +1,5 @@
 """Resumes from checkpoints: chooses one that is complete and undamaged, and loads it into an engine of any topology."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Callable

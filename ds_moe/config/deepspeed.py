@@ -4,8 +4,6 @@ The JSON says how DeepSpeed works (ZeRO stage, buckets, offload), the run file w
 hold is "auto" in the JSON, or the same in both.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from typing import NamedTuple

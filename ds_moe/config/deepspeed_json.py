@@ -1,7 +1,5 @@
 """The DeepSpeed JSON on its own: read with the line of each key, and refused where ds_moe cannot train with it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Numbers that must divide others: the EP size divides ranks and experts, a micro-batch of all ranks the batch."""
 
-from __future__ import annotations
-
 from ds_moe.config.run import RunConfig
 from ds_moe.errors import UserError
 

@@ -1,7 +1,5 @@
 """The keys of `moe`: routers, balancers, dispatch, experts, replay."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator

@@ -1,7 +1,5 @@
 """`RunConfig`, the root of a run file."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from ds_moe.config.moe import MoEConfig

@@ -3,8 +3,6 @@
 Runs start from `load_run`, which raises the first complaint; `parse_run` gives the doctor all of them.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

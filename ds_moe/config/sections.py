@@ -4,8 +4,6 @@ The comment of a key says what it means and in which unit. `run_file.py` reads Y
 classes; `check.py` refuses keys that a run would not use.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Literal
 

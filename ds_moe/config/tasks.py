@@ -1,7 +1,5 @@
 """The keys of the sections that one task reads: `rl` and `gate`."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

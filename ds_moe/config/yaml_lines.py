@@ -1,7 +1,5 @@
 """What a complaint about a YAML or JSON file needs: the line of each key, and the known key nearest to a wrong one."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a run's DeepSpeed JSON says about where weights, gradients and optimizer state are kept, as typed values."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Records that cannot be used: each ends the run, or becomes a line of a file in the output folder."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Shapes: B samples lie in R rows of S tokens; where rows are padded, each holds one sample, and R is B.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Self
 

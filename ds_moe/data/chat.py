@@ -7,8 +7,6 @@ Three forms are read, which LLaMA-Factory, ms-swift and TRL write:
   replace `<image>` in string contents, or {"type": "image"} parts without a path, in their order.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ wording varies. The split is by image, so that no held-out scan is ever trained 
 samples as PNG files and JSONL, the form in which users bring their own images.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

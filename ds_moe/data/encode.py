@@ -3,8 +3,6 @@
 Shapes: B samples, S tokens (padded to the longest of the micro-batch), P patches of all its images, I images.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Literal
 

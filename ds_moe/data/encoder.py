@@ -1,7 +1,5 @@
 """Records become encoded samples; one that cannot be encoded is replaced and reported."""
 
-from __future__ import annotations
-
 from ds_moe.config.run import RunConfig
 from ds_moe.data.chat import BadRecord, Sample, Turn
 from ds_moe.data.encode import Encoded, filler

@@ -1,7 +1,5 @@
 """Held-out samples of one rank, for losses and generated answers."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass

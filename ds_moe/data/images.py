@@ -4,8 +4,6 @@ Nothing in a data file is trusted: no path may leave the data root (symlinks are
 from its header before any pixel is decoded, and only formats that PIL decodes in this process are opened.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

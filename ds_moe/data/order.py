@@ -5,8 +5,6 @@ and neighbours go to the ranks of the same micro-step, so that little is padded 
 never crosses global batches: each optimizer step stays an unbiased draw from the data.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -4,8 +4,6 @@ JSONL is indexed by line, because Arrow wants one type for `content` and does no
 memory-mapped through `datasets`. Offsets, length estimates and bad records stay in memory, but no text and no pixel.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

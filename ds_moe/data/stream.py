@@ -1,7 +1,5 @@
 """The training data of one rank: endless optimizer steps of micro-batches, with an exact position."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count

@@ -1,7 +1,5 @@
 """Which kernels compute the experts, and what CPU ranks get from the launcher."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

@@ -7,8 +7,6 @@
 A plan fits if it needs no more than 90% of a GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

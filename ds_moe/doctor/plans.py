@@ -1,7 +1,5 @@
 """Plans to train a model on a number of GPUs, each turned into the run file that stands for it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

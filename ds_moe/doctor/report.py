@@ -1,7 +1,5 @@
 """What would fail or be slow in a run, said before an accelerator is booked: one line a finding."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

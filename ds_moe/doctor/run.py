@@ -1,7 +1,5 @@
 """Checks that need the run file, the DeepSpeed JSON and this machine only."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

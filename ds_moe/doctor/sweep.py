@@ -1,7 +1,5 @@
 """The memory of every way to train a model on some numbers of GPUs, and which way to choose."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from rich.table import Table

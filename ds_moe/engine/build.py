@@ -1,7 +1,5 @@
 """Builds a DeepSpeed engine from a model and a run's settings, and checks what must hold before the first step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NotRequired, TypedDict, cast
 

@@ -5,8 +5,6 @@ a build is killed, it leaves a lock that every later run waits for, without a me
 builds the op beforehand, says what it does, and removes such a lock. If the op is up to date it does almost nothing.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

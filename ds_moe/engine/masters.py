@@ -5,8 +5,6 @@ checkpoints independent of ZeRO stage and world size. DeepSpeed gathers an exper
 same experts, so a value here always has the experts of one EP rank.
 """
 
-from __future__ import annotations
-
 import deepspeed
 import torch
 import torch.nn.functional as F

@@ -5,8 +5,6 @@ DeepSpeed's engine recognises expert layers by inheritance from `AutoEPMoELayer`
 The construction, router, experts and checkpoint code of `AutoEPMoELayer` are not used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import deepspeed

@@ -1,7 +1,5 @@
 """Turns a loaded model into one that DeepSpeed can wrap: sets trainable parts, converts MoE blocks, reads weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

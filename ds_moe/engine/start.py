@@ -1,7 +1,5 @@
 """Joins the job that the launcher started, and binds this process to its device."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """LoRA checkpoints -> what plain libraries load: the base with the updates merged in, or a PEFT adapter."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -3,8 +3,6 @@
 Reads our checkpoint files tensor by tensor; needs no GPU, no process group and no DeepSpeed.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -5,8 +5,6 @@ ranks tell each other what they have received, and so all stop after the same st
 as in shells.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """The command that starts the ranks of a run: DeepSpeed's launcher, here or on the hosts of a hostfile."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

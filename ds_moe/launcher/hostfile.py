@@ -3,8 +3,6 @@
 `python -m ds_moe.launcher.hostfile FILE` prints a line `host slots` for each.
 """
 
-from __future__ import annotations
-
 import re
 import socket
 import sys

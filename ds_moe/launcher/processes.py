@@ -1,7 +1,5 @@
 """Run a launcher, and leave none of its ranks behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

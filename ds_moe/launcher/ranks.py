@@ -3,8 +3,6 @@
 `python -m ds_moe.launcher.ranks NUMBER PID` sends signal NUMBER to the ranks of the launcher with process id PID.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os

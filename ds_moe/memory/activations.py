@@ -5,8 +5,6 @@ padding. Tokens are assumed to be routed evenly, and half of them to be image to
 of shapes are explained in `ds_moe/moe/decision.py`.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """How many of a model's parameters one rank has: in its copy of the model, in its ZeRO partition, in a layer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel

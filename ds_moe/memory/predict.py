@@ -6,8 +6,6 @@ added up by purpose, and the largest sum is the prediction. A benchmark compares
 CPUs, which are within 15%.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel

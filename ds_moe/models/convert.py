@@ -4,8 +4,6 @@ The converted model keeps its parameter names and, with all experts on one rank,
 ordinary transformers model: forward, generate and the recording of router logits work as before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NoReturn
 

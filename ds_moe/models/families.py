@@ -4,8 +4,6 @@ Other rooms ask `family_of` a model or a config. Of a parameter whose model is n
 `expert_state` and `BIAS_SUFFIX` tell by its name what it is.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Which parameters a run does not train, and how many it does."""
 
-from __future__ import annotations
-
 import re
 
 from torch import nn

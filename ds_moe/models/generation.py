@@ -1,7 +1,5 @@
 """How a model generates: where it stops, and what a folder's generation config may not decide."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast

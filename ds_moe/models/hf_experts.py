@@ -1,7 +1,5 @@
 """Our kernels as an `experts_implementation` of transformers, for plain models without DeepSpeed or conversion."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation

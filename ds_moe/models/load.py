@@ -1,7 +1,5 @@
 """Load a model of transformers and check it against its files; or only its config, or an outline without storage."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast

@@ -4,8 +4,6 @@
 In files both kinds of update are one PEFT adapter: `update_of` and `peft_value` translate names and values.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from typing import Literal, NamedTuple

@@ -3,8 +3,6 @@
 Their experts are not square, so that no mistake in the layout of a weight goes unnoticed.
 """
 
-from __future__ import annotations
-
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 

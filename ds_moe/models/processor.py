@@ -5,8 +5,6 @@ a `TextProcessor`, so that callers read `.tokenizer`, `.image_processor` and `.c
 tiny presets are built from code, offline.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Fill a model whose weights are unread (`weights/unread.py`): each rank reads from files what it keeps, no more."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """What a run trains of a model: all but what is frozen, or low-rank updates of a frozen model."""
 
-from __future__ import annotations
-
 from transformers import PreTrainedModel
 
 from ds_moe.config.run import RunConfig

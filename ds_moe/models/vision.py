@@ -1,7 +1,5 @@
 """Ranks without images run the vision tower too, so that all ranks run the same collectives."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

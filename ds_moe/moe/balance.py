@@ -4,8 +4,6 @@ A new kind is one class and one line in `BALANCERS`. No balancer is the empty li
 the loss, because it is part of the router (`loss_free.py`).
 """
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple, Protocol
 
 import torch

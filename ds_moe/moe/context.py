@@ -1,7 +1,5 @@
 """The forward context: what all MoE layers of a model must know about the micro-batch that runs through it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor

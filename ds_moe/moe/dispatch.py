@@ -5,8 +5,6 @@ through its experts; `combine` sums what comes back per token. A `DispatchPlan` 
 recompute moves its rows exactly as its forward did.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol

@@ -1,7 +1,5 @@
 """Low-rank updates (LoRA) of the experts that a rank owns, sharded and multiplied by expert as the experts are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

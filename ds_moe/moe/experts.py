@@ -1,7 +1,5 @@
 """The experts a rank owns: weights in the layout that transformers keeps in memory, multiplied by a backend."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

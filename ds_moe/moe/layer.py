@@ -1,7 +1,5 @@
 """The MoE layer: route -> dispatch -> experts -> combine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

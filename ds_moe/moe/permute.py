@@ -3,8 +3,6 @@
 Forward and backward are both gathers. There is no scatter-add, so sums have one order and the same bits every time.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable

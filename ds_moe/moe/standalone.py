@@ -3,8 +3,6 @@
 They wrap the same code that the trainer uses. Nothing else in this package uses them.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

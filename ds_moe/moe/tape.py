@@ -1,7 +1,5 @@
 """The tape: what the MoE layers of a gradient-checkpointed region decided in forward, kept for the recompute."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """The TensorBoard files of a run: scalars, pictures, text and hparams, written while the training loop goes on."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """Which experts of a layer serve the same tokens, as a picture."""
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """FLOPs of a token, and the peak of a device, for the share of the peak that a run reaches."""
 
-from __future__ import annotations
-
 import torch
 from transformers import PreTrainedModel
 

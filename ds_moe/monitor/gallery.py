@@ -1,7 +1,5 @@
 """Evaluated samples as one picture: image, question, prediction, and the expected answer where they differ."""
 
-from __future__ import annotations
-
 import functools
 import textwrap
 import unicodedata

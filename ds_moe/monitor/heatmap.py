@@ -4,8 +4,6 @@ It is drawn on matplotlib's Agg canvas, without pyplot, whose global state is no
 with any common colour blindness can tell its blue, white and red apart; a dead expert is black.
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Numbers that are computed from the reports: balance of the experts, averages over a window, memory, time left."""
 
-from __future__ import annotations
-
 import re
 import resource
 import sys

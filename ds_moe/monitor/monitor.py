@@ -4,8 +4,6 @@ Rank 0 has a `RunMonitor`, every other rank a `Monitor`, which does nothing. The
 it needs no `if rank == 0`.
 """
 
-from __future__ import annotations
-
 import atexit
 import copy
 import time

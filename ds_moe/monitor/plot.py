@@ -6,8 +6,6 @@ Examples:
     python -m ds_moe.monitor.plot runs/demo --json curves.json    # every scalar of the run: {tag: [[step, value], ...]}
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

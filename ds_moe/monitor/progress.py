@@ -1,7 +1,5 @@
 """What people see of a run: a bar on a terminal, plain lines in a log file, and a table at the end."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Protocol

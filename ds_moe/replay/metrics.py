@@ -1,7 +1,5 @@
 """Figures of an RL step: sums that can be added up over micro-batches and ranks, and their means at the end."""
 
-from __future__ import annotations
-
 import math
 
 import torch

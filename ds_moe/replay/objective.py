@@ -3,8 +3,6 @@
 A new objective is one function that returns a `Surrogate`, and one line in `OBJECTIVES`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

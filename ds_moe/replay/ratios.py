@@ -7,8 +7,6 @@ tensor may hold anything, even NaN: it is replaced before any arithmetic, so tha
 gradient. A NaN at a completion token is an error and is not replaced.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -4,8 +4,6 @@ Engines return expert ids only, and the trainer computes the combine weights fro
 weights as well; they are checked and kept.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -4,8 +4,6 @@ The only place that asks which task a run has. What a row needs of PEFT and scik
 other tasks start seconds earlier without them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run minimises: the loop is the same for every task, the loss of a micro-batch is not."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property

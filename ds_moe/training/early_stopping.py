@@ -1,7 +1,5 @@
 """`train.patience`: end a run when its held-out loss no longer falls; the newest checkpoint is then the best one."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
 

@@ -1,7 +1,5 @@
 """What the layers counted on each rank, added up over the ranks for the monitor."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

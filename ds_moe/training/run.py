@@ -1,7 +1,5 @@
 """Everything the loop works with."""
 
-from __future__ import annotations
-
 import signal
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Everything a run needs, made in the order in which mistakes are cheapest to find."""
 
-from __future__ import annotations
-
 import random
 import tempfile
 from pathlib import Path

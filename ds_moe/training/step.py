@@ -1,7 +1,5 @@
 """One optimizer step: accumulation, the loss over the global batch, and steps that must not be taken."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """What a run is about to do, on one screen: topology, parameters, memory, batch arithmetic."""
 
-from __future__ import annotations
-
 from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.models.freeze import parameter_table
 from ds_moe.models.lora import coverage

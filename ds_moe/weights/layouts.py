@@ -4,8 +4,6 @@ In memory transformers keeps the E experts of a layer stacked, gate rows above u
 `down_proj` (E, H, I). Files hold them like that, stacked and transposed, or one tensor an expert and projection.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping

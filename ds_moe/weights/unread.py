@@ -5,8 +5,6 @@ A model with unread weights can be frozen, given adapters and converted: what th
 not do, because tensors made like them would be on the meta device too and have no values.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel

@@ -1,7 +1,5 @@
 """For every test here: a canary that must not appear; data folders, streams and one tiny processor."""
 
-from __future__ import annotations
-
 import importlib
 import json
 

@@ -1,7 +1,5 @@
 """What every refusal of hostile input has to be: one short line, soon, and at little cost in memory."""
 
-from __future__ import annotations
-
 import os
 import re
 import time

@@ -1,7 +1,5 @@
 """Safetensors files whose headers lie: for whatever reads such files."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import struct

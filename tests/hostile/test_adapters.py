@@ -1,7 +1,5 @@
 """PEFT adapters, exported gates and routing manifests from somebody else."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Checkpoints from somebody else, whose manifest vouches for whatever they hold; and damaged ones of our own."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

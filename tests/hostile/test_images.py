@@ -1,7 +1,5 @@
 """Images: bombs, broken files, pixels without a known range, paths that leave the data root. None is ever executed."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

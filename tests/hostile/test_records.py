@@ -1,7 +1,5 @@
 """Data files: lines that are no record, files that are no data; each named by file, line and fix."""
 
-from __future__ import annotations
-
 import gzip
 import os
 import pickle

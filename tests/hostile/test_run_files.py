@@ -1,7 +1,5 @@
 """Run files, overrides and DeepSpeed JSONs: nothing in them is executed, followed for ever, or passed over."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Routing traces and rollouts from an engine that is wrong, or that is none."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import io

@@ -6,8 +6,6 @@ system is shared, but for /dev/shm and /etc/hosts. Nothing outside the namespace
 ends, however it does, the hosts go with all that runs on them.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The monitor's numbers, what it writes, what it prints, and what it costs."""
 
-from __future__ import annotations
-
 import io
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """A run's TensorBoard page: its plugins list what was logged, and a browser draws it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import socket

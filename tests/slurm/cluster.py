@@ -1,7 +1,5 @@
 """A private SLURM: a controller and two nodes, each on a host of its own (tests/hosts/network.py)."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

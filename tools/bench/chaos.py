@@ -11,8 +11,6 @@ interval (two where the newest checkpoint itself was damaged), and the final wei
 position equal to the undisturbed run's.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Ranks of a benchmark on this machine, under DeepSpeed's launcher: they get a plan and leave what they found."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import json

@@ -1,7 +1,5 @@
 """What the demos share: programs that they run, and how they end."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

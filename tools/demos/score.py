@@ -5,8 +5,6 @@
 ds_moe only reads the questions; the model is what `from_pretrained` of its own class gives, in one process.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections import Counter

@@ -4,8 +4,6 @@ Each figure is the median of several repetitions in the slowest process. Collect
 fitted to the formulas that the estimate uses. A busy machine gives low figures: measure when nothing else runs.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 import tempfile

@@ -1,7 +1,5 @@
 """Estimated against measured steps: results of the step's benchmark, whose contenders all train under ZeRO-3."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

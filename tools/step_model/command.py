@@ -11,8 +11,6 @@ counted: the vision tower, kernel launches and Python, the reading of data, cont
 and links are from data sheets; the fractions of them that are reached are assumptions and options.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import asdict, fields, replace

@@ -5,8 +5,6 @@ reading of its weights. The backward pass of a matrix product is two products of
 is counted as transformers' modules do it, one kernel after another, nothing fused. Launches and Python are not counted.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

@@ -4,8 +4,6 @@ Rank r stands on node r // devices_per_node. EP groups are consecutive ranks; ex
 ranks that own the same experts, `ep_size` apart; data parallelism (DP) takes all ranks. DeepSpeed builds them so.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Machines that steps are estimated for: named ones from data sheets, others from a file of figures."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -3,8 +3,6 @@
 The vision tower of a Qwen3-VL-MoE is left out: its cost depends on the images.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,8 +7,6 @@
 Real runs lie between the two.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Time and memory of one topology, of every EP size of some numbers of devices, the best of each, and their figure."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Rules about `task: gate` and its section `gate`."""
 
-from __future__ import annotations
-
 from ds_moe.config.rules.rule import Complaint, Contradiction, Unused, in_task, needs
 from ds_moe.config.run import RunConfig, other_task, task_is
 

@@ -1,7 +1,5 @@
 """Rules about `lora`, and about what it takes the place of."""
 
-from __future__ import annotations
-
 from ds_moe.config.rules.rule import Complaint, Contradiction, Unused
 from ds_moe.config.run import RunConfig
 

@@ -1,7 +1,5 @@
 """Rules about `moe`, but for replay, and about `train.stage: router_only`, which needs routers that learn."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from ds_moe.config.moe import RouterConfig, TopKRouting

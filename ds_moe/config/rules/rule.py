@@ -1,7 +1,5 @@
 """What a rule of a run file is, and what all of them use."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 

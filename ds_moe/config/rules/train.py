@@ -1,7 +1,5 @@
 """Rules about `train`, `data`, `monitor` and `checkpoint`, and those about `model` that need no model."""
 
-from __future__ import annotations
-
 from ds_moe.config.rules.gate import no_answers
 from ds_moe.config.rules.rule import Complaint, Contradiction, Unused, needs, value_of
 from ds_moe.config.run import RunConfig

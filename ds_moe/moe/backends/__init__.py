@@ -10,8 +10,6 @@ megablocks_ops.py  torch code in place of the parts of megablocks that are not c
 optional.py        whether a package of Triton kernels can be used
 """
 
-from __future__ import annotations
-
 import logging
 from functools import cache
 

@@ -5,8 +5,6 @@ A backend's kernels have no gradients. Those are written once, in terms of the k
 own gradients overrides `multiply` and `swiglu`.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """liger-kernel's fused experts: grouped products, activation and combine weight in its own Triton kernels."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from functools import cache

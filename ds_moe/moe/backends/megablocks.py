@@ -1,7 +1,5 @@
 """megablocks' sort and its Triton kernels that move rows; with grouped_gemm, also its CUDA product of bf16."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib.metadata import version
 

@@ -5,8 +5,6 @@ megablocks imports two CUDA extensions: `megablocks_ops`, which a wheel built wi
 `sort` and `histogram`; the others are for megablocks' own layers, with which benchmarks and tests compare ours.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import sys

@@ -1,7 +1,5 @@
 """Packages of Triton kernels are optional: why one cannot be used, and how its kernels run on CPU tensors in tests."""
 
-from __future__ import annotations
-
 import os
 import sys
 from importlib.util import find_spec

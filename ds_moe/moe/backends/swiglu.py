@@ -1,7 +1,5 @@
 """SiLU-gated experts as one autograd function: what it saves, and its gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Literal
 

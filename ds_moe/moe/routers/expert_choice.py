@@ -1,7 +1,5 @@
 """Each expert chooses its tokens."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from ds_moe.moe.decision import Assignments

@@ -1,7 +1,5 @@
 """Routers that learn nothing, for benchmarks to compare with. Their weight is not used and gets no gradient."""
 
-from __future__ import annotations
-
 import math
 
 import torch

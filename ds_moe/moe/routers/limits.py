@@ -3,8 +3,6 @@
 Both are masks over the N assignments, true where one is kept, without a gradient.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

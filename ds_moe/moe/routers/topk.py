@@ -1,7 +1,5 @@
 """Each token chooses its K best experts."""
 
-from __future__ import annotations
-
 from typing import Literal, Unpack
 
 import torch

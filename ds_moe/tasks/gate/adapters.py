@@ -6,8 +6,6 @@ the base. What equals the base's own weights is passed over.
 Shapes: r is the rank of an adapter in a layer; `in` and `out` are the sizes of the layer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

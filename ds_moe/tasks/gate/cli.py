@@ -1,7 +1,5 @@
 """The options of `ds-moe gate train | eval | predict | export | freeze`. A command imports what it needs when run."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

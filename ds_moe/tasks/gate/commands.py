@@ -1,7 +1,5 @@
 """What the commands of `ds-moe gate` do, except for training. Each is one process without DeepSpeed."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,8 +7,6 @@ Shape suffixes of this folder, where they differ from the legend in `ds_moe/moe/
 D is the width of the text embeddings, which is also what the vision tower projects to. Features are fp32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ As in `monitor/heatmap.py`, they are drawn on matplotlib's Agg canvas without py
 and nothing to close. People with any common colour blindness can tell blue (right) and orange (wrong) apart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

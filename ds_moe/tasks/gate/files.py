@@ -4,8 +4,6 @@ An exported gate is gate.json (adapters, settings, what it reads), router.safete
 plain PEFT folder. Writing one does not load the base model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -6,8 +6,6 @@
 needs no DeepSpeed, but if there are several ranks, it keeps them in step.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from functools import wraps

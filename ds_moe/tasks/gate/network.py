@@ -3,8 +3,6 @@
 All arithmetic is fp32, also under autocast and if an engine has cast the parameters to another dtype.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 

@@ -4,8 +4,6 @@ Names of layers are compared without what stands before a layer's own path, whic
 transformers and between trainers (`language_model.`); PEFT itself finds rank and scaling, under the names of the file.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import re

@@ -1,7 +1,5 @@
 """Records of a gate: conversations that name the adapter which should answer them, `"adapter": "<name>"`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -3,8 +3,6 @@
 Functions import scikit-learn when they need it. Shapes: N requests, K adapters, D features, M bins of confidence.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass

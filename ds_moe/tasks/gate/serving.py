@@ -9,8 +9,6 @@ vLLM's `LoRARequest(**entry)` takes an entry of `adapters`, and its server takes
 these are not allowed in names; a path that contains one needs the server's JSON form.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable

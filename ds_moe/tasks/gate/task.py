@@ -5,8 +5,6 @@ end_to_end   from the loss of the answers, through frozen adapters, with an entr
 joint        the same, while the adapters learn too, with a learning rate of their own
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import chain
 

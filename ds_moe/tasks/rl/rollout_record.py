@@ -5,8 +5,6 @@
 and `group`; optionally `routing` (and how to read it), `images`, `reference_logprobs`, `kind`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the routers of a forward made of the experts that were replayed."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -7,8 +7,6 @@ engine shares nothing with the trainer: unconverted model, transformers' expert 
 of the full softmax at --temperature, without top-k or top-p: their log-probs are those of the policy that is trained.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

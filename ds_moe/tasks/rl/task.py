@@ -4,8 +4,6 @@ Ratios refer to the *old* policy, this trainer's own before the first of `rl.upd
 to the engine, whose log-probs only measure (and, with `rl.correction`, correct for) the mismatch.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import replace

@@ -10,8 +10,6 @@ MaxVio_global is the fullest expert's load over the mean, minus 1, over the whol
 arXiv 2408.15664).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

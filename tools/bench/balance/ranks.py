@@ -4,8 +4,6 @@ Everything a run draws comes from its seed: methods of one seed start from the s
 The result is written anew after every run, so that a benchmark that was stopped leaves what it has measured.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

@@ -18,8 +18,6 @@ A stack is a large allocation, and half of its cost on a CPU is the system handi
 measured twice: with glibc's allocator as it is ("default"), and told to reuse its memory as a GPU's does ("reused").
 """
 
-from __future__ import annotations
-
 import copy
 import ctypes
 import itertools

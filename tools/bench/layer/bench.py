@@ -19,8 +19,6 @@ at once in a forward and backward, gradients included.
 Routing: uniform; zipf (expert i is drawn in proportion to 1 / (i + 1)); one_hot (all tokens choose the same experts).
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

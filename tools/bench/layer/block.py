@@ -1,7 +1,5 @@
 """What is measured: shapes, inputs that a router sends where a routing says, weights, and blocks made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

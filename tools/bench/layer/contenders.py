@@ -4,8 +4,6 @@ The router renormalises the softmax of the K chosen logits, as Qwen3-MoE and Qwe
 transformers' layout share the weight tensors; the others copy them once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

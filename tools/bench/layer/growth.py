@@ -1,7 +1,5 @@
 """How time and saved memory of a layer grow with tokens, experts and top-k: ours against its rival."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import sys

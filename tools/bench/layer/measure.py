@@ -1,7 +1,5 @@
 """What the benchmark measures of one layer: its results, its time, and the memory its backward waits for."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 import weakref

@@ -14,8 +14,6 @@ trained those are fp32 masters, gradients and Adam's moments, five times this ra
 with the routers alone next to nothing, so that the difference of the two is training's, not loading's.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

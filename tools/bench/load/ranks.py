@@ -1,7 +1,5 @@
 """The benchmark's ranks: one model, loaded and sharded in one way, weighed as it grows, and its loss."""
 
-from __future__ import annotations
-
 import threading
 import time
 from typing import Any

@@ -7,8 +7,6 @@ Models of 44 to 60 million parameters are trained for a step; the command exits 
 than 15%.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path

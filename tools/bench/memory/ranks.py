@@ -4,8 +4,6 @@ The peak is VmHWM of /proc/self/status, the largest resident memory of the proce
 first step. Model, engine and loss are those of a run (`ds_moe.train`); tokens and pixels are random.
 """
 
-from __future__ import annotations
-
 import gc
 from importlib import import_module
 from pathlib import Path

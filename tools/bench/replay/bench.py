@@ -12,8 +12,6 @@ that should be one. Weights are random, of variance 1 / inputs; routers' times t
 decides how much of a token the last of its experts still carries, and so what a flipped router costs.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

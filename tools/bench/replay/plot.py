@@ -1,7 +1,5 @@
 """What the benchmark makes of its figures: the summary, the claims, the tables, the picture."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 from typing import Any

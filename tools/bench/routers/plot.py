@@ -4,8 +4,6 @@ python -m tools.bench.routers.plot --out docs/images/routers.png
 python -m tools.bench.routers.plot --json loads.json       # {router: load of each expert in fair shares}
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -15,8 +15,6 @@ its loss and the norm of its gradients must be those of plain transformers. Spee
 Peak memory is the largest rank's, engine by engine in processes of its own, since three in one cannot be told apart.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

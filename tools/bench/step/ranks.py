@@ -4,8 +4,6 @@ The learning rate is so small that no weight changes. The optimizer does all of 
 is the first step, with the same loss, gradients and routing, and can be held against plain transformers.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

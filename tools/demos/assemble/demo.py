@@ -8,8 +8,6 @@ side by side, a short run trains the routers and nothing else. Plain transformer
 with every model, with the mean of the branches (model averaging) as the rival. All training is `ds-moe train`, ZeRO-3.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys

@@ -4,8 +4,6 @@ transformers read the held-out images from the exported folder in a fresh proces
     python -m tools.demos.digits.demo [--procs N] [key=value ...]     overrides of ds_configs/runs/demo.yaml
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

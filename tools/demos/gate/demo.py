@@ -8,8 +8,6 @@ task each, then the gate learns which of them a request needs: supervised, and f
 model against the oracle choice, every single adapter and the even blend.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -10,8 +10,6 @@ texts of its own, so that a wrong one is heard. OUT gets images/*.png and, in th
   records pair themes with layouts, and verbs with objects, that are never together in training.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

@@ -8,8 +8,6 @@ bf16 with a KV cache, the trainer works in fp32, and the reward is 1 for a right
 weights and seeds.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
