@@ -8,14 +8,7 @@ import json
 import os
 from typing import NamedTuple
 
-from ds_moe.config.deepspeed_json import (
-    AUTO,
-    DeepSpeedJson,
-    check_keys,
-    read_json,
-    section,
-    without_switched_off,
-)
+from ds_moe.config.deepspeed_json import AUTO, DeepSpeedJson, check_keys, read_json, section, without_switched_off
 from ds_moe.config.deepspeed_keys import FP32_NAMES
 from ds_moe.config.divisors import accumulation_steps, ep_size_problem
 from ds_moe.config.rules.rule import written

@@ -8,10 +8,10 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from ds_moe.config.check import problems, used_keys
+from ds_moe.config.check import problems, unused_keys
 from ds_moe.config.complaints import Schema, descend, read_mapping
 from ds_moe.config.run import RunConfig
-from ds_moe.config.yaml_lines import Plain, compose_lines
+from ds_moe.config.yaml_lines import Plain, compose_lines, join
 from ds_moe.errors import UserError, shown
 
 SCHEMA = Schema(RunConfig, "run file")
@@ -60,8 +60,18 @@ def parse_run(path: str | Path, overrides: list[str] | None = None) -> tuple[Run
 
 
 def dump(config: RunConfig) -> dict[str, Plain]:
-    """The resolved tree as plain data: every key this run uses, defaults filled in. `load_run` reads it back."""
-    return used_keys(config)
+    """The tree as plain data: every key this run uses, defaults filled in, without keys that are not set."""
+    unused = unused_keys(config)
+
+    def prune(section: dict[str, Plain], key: str) -> dict[str, Plain]:
+        kept = {}
+        for name, value in section.items():
+            dotted = join(key, name)
+            if dotted not in unused and value is not None:
+                kept[name] = prune(value, dotted) if isinstance(value, dict) else value
+        return kept
+
+    return prune(config.model_dump(mode="json"), "")
 
 
 def dump_yaml(config: RunConfig) -> str:

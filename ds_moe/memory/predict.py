@@ -124,12 +124,7 @@ def _states(counts: ParameterCounts, zero: ZeroPlan) -> tuple[dict[str, float], 
 
 
 def _moments(
-    counts: ParameterCounts,
-    zero: ZeroPlan,
-    made: Activations,
-    config: RunConfig,
-    world_size: int,
-    on_cpu: bool,
+    counts: ParameterCounts, zero: ZeroPlan, made: Activations, config: RunConfig, world_size: int, on_cpu: bool
 ) -> dict[str, dict[str, float]]:
     """Bytes that are in use on top of the states, by moment and purpose."""
     stage, width = zero.stage, zero.width

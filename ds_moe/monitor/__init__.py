@@ -16,12 +16,4 @@ from ds_moe.monitor.monitor import Monitor, make_monitor
 from ds_moe.monitor.progress import print_table
 from ds_moe.monitor.reports import EvalReport, RoutingReport, ShownSample, StepReport
 
-__all__ = [
-    "EvalReport",
-    "Monitor",
-    "RoutingReport",
-    "ShownSample",
-    "StepReport",
-    "make_monitor",
-    "print_table",
-]
+__all__ = ["EvalReport", "Monitor", "RoutingReport", "ShownSample", "StepReport", "make_monitor", "print_table"]

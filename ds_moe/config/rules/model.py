@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ds_moe.config.divisors import ep_size_problem
@@ -17,6 +17,11 @@ if TYPE_CHECKING:  # `ds-moe train` reads a run file without torch and transform
 def expert_count(model_config: PretrainedConfig) -> int | None:
     """Experts of each MoE block (attribute_map hides two spellings), or None for a dense model."""
     return getattr(model_config.get_text_config(), "num_experts", None)
+
+
+def contradictions(config: RunConfig, model_config: PretrainedConfig) -> Iterator[Complaint]:
+    yield from _moe_section(config, model_config)
+    yield from _vision(config, model_config)
 
 
 def _moe_section(config: RunConfig, model_config: PretrainedConfig) -> Iterator[Complaint]:
@@ -68,6 +73,3 @@ def _vision(config: RunConfig, model_config: PretrainedConfig) -> Iterator[Compl
     for key in ("data.root", "data.max_pixels"):
         if written(config, key):
             yield key, f"{key} would not be used: {kind} takes no images; remove it"
-
-
-CONTRADICTIONS: list[Callable[[RunConfig, PretrainedConfig], Iterator[Complaint]]] = [_moe_section, _vision]

@@ -1,9 +1,10 @@
 """Rules about `moe`, but for replay, and about `train.stage: router_only`, which needs routers that learn."""
 
 from collections import Counter
+from collections.abc import Iterator
 
-from ds_moe.config.moe import RouterConfig, TopKRouting
-from ds_moe.config.rules.rule import Complaint, Contradiction, Unused
+from ds_moe.config.moe import MoEConfig, RouterConfig, TopKRouting
+from ds_moe.config.rules.rule import Complaint, Unused
 from ds_moe.config.run import RunConfig
 
 # --- keys without effect
@@ -27,11 +28,6 @@ def _no_drop(config: RunConfig) -> str | None:
     return "moe.router.capacity_factor is not set, so nothing is dropped" if dropless else None
 
 
-def _no_chunks(config: RunConfig) -> str | None:
-    alone = config.moe is not None and config.moe.ep_size == 1
-    return "moe.ep_size is 1, so no rows travel" if alone else None
-
-
 def _no_recompute(config: RunConfig) -> str | None:
     if config.moe is not None and config.moe.experts.backend in ("reference", "liger"):
         return f"moe.experts.backend {config.moe.experts.backend} decides that itself"
@@ -43,46 +39,12 @@ UNUSED: dict[str, Unused] = {
     "moe.router.order": _no_order,
     "moe.router.normalize": _no_normalize,
     "moe.router.drop": _no_drop,
-    "moe.dispatch.chunks": _no_chunks,
+    "moe.dispatch.chunks": lambda c: "moe.ep_size is 1, so no rows travel" if c.moe and c.moe.ep_size == 1 else None,
     "moe.experts.recompute": _no_recompute,
 }
 
 
 # --- contradictions
-
-
-def _dispatch(config: RunConfig) -> Complaint | None:
-    if config.moe is None or config.moe.dispatch.kind == "auto":
-        return None
-    ep_size, kind = config.moe.ep_size, config.moe.dispatch.kind
-    if (kind == "local") == (ep_size == 1):
-        return None
-    need = "1" if kind == "local" else "more than 1"
-    key = "moe.dispatch.kind"
-    return key, f"{key} {kind} needs moe.ep_size {need}, which is {ep_size}; write auto"
-
-
-def _balance(config: RunConfig) -> Complaint | None:
-    kinds = Counter(balance.kind for balance in config.moe.balance) if config.moe else Counter()
-    twice = [kind for kind, count in kinds.items() if count > 1]
-    if twice:
-        return "moe.balance", f"moe.balance lists {twice[0]} {kinds[twice[0]]} times; list each kind once"
-    if "none" in kinds and len(kinds) > 1:
-        others = ", ".join(kind for kind in kinds if kind != "none")
-        return "moe.balance", f"moe.balance lists none beside {others}; remove none"
-    return None
-
-
-def _useless_balance(config: RunConfig) -> Complaint | None:
-    if config.moe is None:
-        return None
-    router = config.moe.router
-    useless = [balance.kind for balance in config.moe.balance if balance.kind in router.useless_balances]
-    if not useless:
-        return None
-    reason = "gives all experts the same load" if router.learns else "learns nothing"
-    text = f"moe.balance {useless[0]} would not be used: moe.router.kind {router.kind} {reason}; remove it"
-    return "moe.balance", text
 
 
 def noncausal(router: RouterConfig) -> str | None:
@@ -96,43 +58,40 @@ def noncausal(router: RouterConfig) -> str | None:
     )
 
 
-def _causal(config: RunConfig) -> Complaint | None:
-    router = config.moe.router if config.moe else None
-    if router is None or router.causal:
-        return None
-    if leak := noncausal(router):
-        return "moe.router.kind", leak
-    if config.data.eval is None or not config.train.eval_generate:
-        return None
-    text = f"moe.router.kind {router.kind} cannot generate answers; set train.eval_generate to false"
-    return "train.eval_generate", text
+def contradictions(config: RunConfig) -> Iterator[Complaint]:
+    moe = config.moe
+    if moe is None:
+        if config.train.stage != "all":
+            yield "train.stage", "train.stage router_only needs routers, and there is no moe section"
+        return
+    kind, router = moe.dispatch.kind, moe.router
+    if kind != "auto" and (kind == "local") != (moe.ep_size == 1):
+        key, need = "moe.dispatch.kind", "1" if kind == "local" else "more than 1"
+        yield key, f"{key} {kind} needs moe.ep_size {need}, which is {moe.ep_size}; write auto"
+    yield from _balance(moe)
+    if not router.causal:
+        if leak := noncausal(router):
+            yield "moe.router.kind", leak
+        elif config.data.eval is not None and config.train.eval_generate:
+            text = f"moe.router.kind {router.kind} cannot generate answers; set train.eval_generate to false"
+            yield "train.eval_generate", text
+    if isinstance(router, TopKRouting) and (router.groups is None) != (router.top_groups is None):
+        there, lacking = ("groups", "top_groups") if router.top_groups is None else ("top_groups", "groups")
+        text = f"moe.router.{there} is {getattr(router, there)} and moe.router.{lacking} is not set; set both or none"
+        yield f"moe.router.{there}", text
+    if config.train.stage != "all" and not router.learns:
+        text = f"train.stage router_only would train nothing: moe.router.kind {router.kind} learns nothing"
+        yield "train.stage", text
 
 
-def _groups(config: RunConfig) -> Complaint | None:
-    router = config.moe.router if config.moe else None
-    if not isinstance(router, TopKRouting) or (router.groups is None) == (router.top_groups is None):
-        return None
-    there, lacking = ("groups", "top_groups") if router.top_groups is None else ("top_groups", "groups")
-    text = f"moe.router.{there} is {getattr(router, there)} and moe.router.{lacking} is not set; set both or none"
-    return f"moe.router.{there}", text
-
-
-def _router_only(config: RunConfig) -> Complaint | None:
-    if config.train.stage == "all":
-        return None
-    if config.moe is None:
-        return "train.stage", "train.stage router_only needs routers, and there is no moe section"
-    if config.moe.router.learns:
-        return None
-    kind = config.moe.router.kind
-    return "train.stage", f"train.stage router_only would train nothing: moe.router.kind {kind} learns nothing"
-
-
-CONTRADICTIONS: list[Contradiction] = [
-    _dispatch,
-    _balance,
-    _useless_balance,
-    _causal,
-    _groups,
-    _router_only,
-]
+def _balance(moe: MoEConfig) -> Iterator[Complaint]:
+    router, kinds = moe.router, Counter(balance.kind for balance in moe.balance)
+    if twice := [kind for kind, count in kinds.items() if count > 1]:
+        yield "moe.balance", f"moe.balance lists {twice[0]} {kinds[twice[0]]} times; list each kind once"
+    elif "none" in kinds and len(kinds) > 1:
+        others = ", ".join(kind for kind in kinds if kind != "none")
+        yield "moe.balance", f"moe.balance lists none beside {others}; remove none"
+    if useless := [kind for kind in kinds if kind in router.useless_balances]:
+        reason = "gives all experts the same load" if router.learns else "learns nothing"
+        text = f"moe.balance {useless[0]} would not be used: moe.router.kind {router.kind} {reason}; remove it"
+        yield "moe.balance", text

@@ -1,16 +1,13 @@
 """What a rule of a run file is, and what all of them use."""
 
 from collections.abc import Callable
-from typing import TypeVar
 
 from pydantic import BaseModel
 
-from ds_moe.config.run import RunConfig, task_is
+from ds_moe.config.run import RunConfig, other_task, task_is
 
 Complaint = tuple[str, str]  # the dotted key at fault, and what is wrong with it
-Contradiction = Callable[[RunConfig], Complaint | None]  # what is wrong with a run; None: nothing, for this rule
 Unused = Callable[[RunConfig], str | None]  # why a run would not use a key; None: it uses it
-Found = TypeVar("Found")
 
 
 def written(config: BaseModel, key: str) -> bool:
@@ -40,6 +37,15 @@ def needs(key: str, *values: object) -> Unused:
     return rule
 
 
-def in_task(name: str, rule: Callable[[RunConfig], Found | None]) -> Callable[[RunConfig], Found | None]:
-    """`rule` for the runs of one task, which finds nothing wrong with those of another."""
+def in_task(name: str, rule: Unused) -> Unused:
+    """`rule` for the runs of one task; those of another use the key, as far as it is concerned."""
     return lambda config: rule(config) if task_is(config, name) else None
+
+
+def read_in(task: str) -> Unused:
+    """The rule of a section that runs of one task read."""
+    return lambda config: f"task is {other}" if (other := other_task(config, task)) else None
+
+
+def no_moe(config: RunConfig) -> str | None:
+    return None if config.moe else "there is no moe section"

@@ -1,7 +1,9 @@
 """Rules about `train`, `data`, `monitor` and `checkpoint`, and those about `model` that need no model."""
 
+from collections.abc import Iterator
+
 from ds_moe.config.rules.gate import no_answers
-from ds_moe.config.rules.rule import Complaint, Contradiction, Unused, needs, value_of
+from ds_moe.config.rules.rule import Complaint, Unused, needs, no_moe, value_of
 from ds_moe.config.run import RunConfig
 
 # --- keys without effect
@@ -29,10 +31,6 @@ def _no_generation(config: RunConfig) -> str | None:
     return _no_answers(config) or (None if config.train.eval_generate else "train.eval_generate is false")
 
 
-def _no_experts(config: RunConfig) -> str | None:
-    return None if config.moe else "there is no moe section"
-
-
 def _no_tensorboard(config: RunConfig) -> str | None:
     return None if config.monitor.tensorboard else "monitor.tensorboard is false"
 
@@ -52,8 +50,8 @@ UNUSED: dict[str, Unused] = {
     "train.eval_samples": _no_periodic_eval,
     "train.eval_generate": _no_answers,
     "train.max_new_tokens": _no_generation,
-    "monitor.dead_alarm_steps": _no_experts,
-    "monitor.heatmap_every": lambda c: _no_tensorboard(c) or _no_experts(c),
+    "monitor.dead_alarm_steps": no_moe,
+    "monitor.heatmap_every": lambda c: _no_tensorboard(c) or no_moe(c),
     "monitor.sample_images": _no_samples,
 }
 
@@ -61,34 +59,33 @@ UNUSED: dict[str, Unused] = {
 # --- contradictions
 
 
-def _one_of(first: str, second: str) -> Contradiction:
-    """A run file sets exactly one of these two keys of a section."""
-
-    def rule(config: RunConfig) -> Complaint | None:
+def alternatives(config: RunConfig) -> Iterator[Complaint]:
+    """Pairs of keys of which a run sets exactly one. Without these there is no run to look at."""
+    for first, second in (("model.path", "model.preset"), ("train.steps", "train.epochs")):
         a, b = value_of(config, first), value_of(config, second)
         if a is None and b is None:
-            return first.partition(".")[0], f"neither {first} nor {second} is set; set one of them"
-        if a is None or b is None:
-            return None
-        later = first if config.at(first).startswith("override ") else second
-        return later, f"{first} is {a!r} and {second} is {b!r}; set only one of them"
-
-    return rule
+            yield first.partition(".")[0], f"neither {first} nor {second} is set; set one of them"
+        elif a is not None and b is not None:
+            later = first if config.at(first).startswith("override ") else second
+            yield later, f"{first} is {a!r} and {second} is {b!r}; set only one of them"
 
 
-def _patience(config: RunConfig) -> Complaint | None:
+def contradictions(config: RunConfig) -> Iterator[Complaint]:
     train = config.train
-    if train.patience is None:
-        return None
-    if train.eval_every is None:
-        return "train.patience", "train.patience counts periodic evaluations; set train.eval_every (and data.eval)"
-    if train.eval_samples is not None:
-        text = "train.patience compares evaluations of all of data.eval; remove train.eval_samples"
-        return "train.eval_samples", text
-    if config.checkpoint.every is None:
-        return None
-    text = "checkpoint.every beside train.patience: the run keeps its best evaluation's checkpoint; remove one of them"
-    return "checkpoint.every", text
+    if train.patience is not None:
+        if train.eval_every is None:
+            yield "train.patience", "train.patience counts periodic evaluations; set train.eval_every (and data.eval)"
+        elif train.eval_samples is not None:
+            text = "train.patience compares evaluations of all of data.eval; remove train.eval_samples"
+            yield "train.eval_samples", text
+        elif config.checkpoint.every is not None:
+            text = "checkpoint.every beside train.patience: the run keeps its best evaluation's checkpoint"
+            yield "checkpoint.every", f"{text}; remove one of them"
+    if too_long := warmup(config, train.steps):
+        yield too_long
+    if config.model.attention == "flash_attention_2" and train.precision == "fp32":
+        text = "model.attention flash_attention_2 has no fp32 kernels; set train.precision to bf16 or attention to sdpa"
+        yield "model.attention", text
 
 
 def warmup(config: RunConfig, steps: int | None) -> Complaint | None:
@@ -97,21 +94,3 @@ def warmup(config: RunConfig, steps: int | None) -> Complaint | None:
     if steps is None or length < steps:
         return None
     return "train.warmup_steps", f"train.warmup_steps {length} takes all of the run's {steps} steps; make it smaller"
-
-
-def _flash_attention(config: RunConfig) -> Complaint | None:
-    if config.model.attention != "flash_attention_2" or config.train.precision != "fp32":
-        return None
-    text = "model.attention flash_attention_2 has no fp32 kernels; set train.precision to bf16 or attention to sdpa"
-    return "model.attention", text
-
-
-ALTERNATIVES: list[Contradiction] = [  # without these there is no run to look at: their complaints come first
-    _one_of("model.path", "model.preset"),
-    _one_of("train.steps", "train.epochs"),
-]
-CONTRADICTIONS: list[Contradiction] = [
-    _patience,
-    lambda config: warmup(config, config.train.steps),
-    _flash_attention,
-]
