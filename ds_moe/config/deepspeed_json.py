@@ -6,29 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_moe.config.deepspeed_keys import (
-    ADAM_KEYS,
-    ANY_STAGE,
-    DEVICES,
-    FILLED,
-    KINDS,
-    OFF,
-    OFF_OTHERWISE,
-    OFFLOAD_KEYS,
-    OFFLOAD_REFUSED,
-    OFFLOADS,
-    PASSED_ON,
-    REFUSED,
-    REFUSED_VALUES,
-    STAGE_3_ONLY,
-    ZERO_KEYS,
-    ZERO_REFUSED,
-)
+from ds_moe.config import deepspeed_keys as keys
 from ds_moe.config.yaml_lines import Plain, compose_lines, join, nearest, read_text
 from ds_moe.errors import UserError, shown
 
 AUTO = "auto"
-FITS: dict[str, Callable[[object], bool]] = {  # a key of KINDS -> whether a value is of this kind
+FITS: dict[str, Callable[[object], bool]] = {  # a key of `KINDS` -> whether a value is of this kind
     "an object": lambda value: isinstance(value, dict),
     "a number above 0": lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value > 0,
     "true or false": lambda value: isinstance(value, bool),
@@ -70,14 +53,14 @@ def read_json(path: str | Path) -> DeepSpeedJson:
 def check_keys(source: DeepSpeedJson) -> list[str]:
     """Complaints about keys that ds_moe does not pass on, and about values that it cannot train with."""
     values = source.values
-    found = _check_names(source, "", values, FILLED + PASSED_ON, REFUSED)
+    found = _check_names(source, "", values, keys.FILLED + keys.PASSED_ON, keys.REFUSED)
     fp16 = section(values, "fp16").get("enabled", False)
     if fp16 not in (False, AUTO):
         found.append(f"{source.at('fp16.enabled')}: fp16.enabled is {fp16!r}; ds_moe trains in bf16 or fp32")
     found += _wrong_kinds(source)
     found += _check_optimizer(source)
     zero = section(values, "zero_optimization")
-    found += _check_names(source, "zero_optimization", zero, ZERO_KEYS, ZERO_REFUSED)
+    found += _check_names(source, "zero_optimization", zero, keys.ZERO_KEYS, keys.ZERO_REFUSED)
     stage = zero.get("stage")
     if stage not in (1, 2, 3) or isinstance(stage, bool):
         where = source.at("zero_optimization.stage" if "stage" in zero else "zero_optimization")
@@ -95,7 +78,7 @@ def check_keys(source: DeepSpeedJson) -> list[str]:
 def _check_optimizer(source: DeepSpeedJson) -> list[str]:
     optimizer = section(source.values, "optimizer")
     found = _check_names(source, "optimizer", optimizer, ["type", "params"], {})
-    found += _check_names(source, "optimizer.params", section(optimizer, "params"), ADAM_KEYS, {})
+    found += _check_names(source, "optimizer.params", section(optimizer, "params"), keys.ADAM_KEYS, {})
     kind = optimizer.get("type", "AdamW")
     if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
         found.append(f"{source.at('optimizer.type')}: optimizer.type is {kind!r}; must be 'AdamW' or 'Adam'")
@@ -104,17 +87,17 @@ def _check_optimizer(source: DeepSpeedJson) -> list[str]:
 
 def _check_offload(source: DeepSpeedJson) -> list[str]:
     zero, found = section(source.values, "zero_optimization"), []
-    for name in OFFLOADS:
+    for name in keys.OFFLOADS:
         key, offload = f"zero_optimization.{name}", section(zero, name)
-        found += _check_names(source, key, offload, OFFLOAD_KEYS, OFFLOAD_REFUSED)
-        if (device := offload.get("device", "none")) not in DEVICES:
-            devices = " or ".join(filter(None, DEVICES))
+        found += _check_names(source, key, offload, keys.OFFLOAD_KEYS, keys.OFFLOAD_REFUSED)
+        if (device := offload.get("device", "none")) not in keys.DEVICES:
+            devices = " or ".join(filter(None, keys.DEVICES))
             found.append(f"{source.at(key + '.device')}: {key}.device is {shown(device)}; must be {devices}")
     return found
 
 
 def _needs_stage_3(key: str) -> bool:
-    return (key.startswith("stage3_") and key not in ANY_STAGE) or key in STAGE_3_ONLY
+    return (key.startswith("stage3_") and key not in keys.ANY_STAGE) or key in keys.STAGE_3_ONLY
 
 
 def without_switched_off(values: dict[str, Plain]) -> dict[str, Plain]:
@@ -122,10 +105,10 @@ def without_switched_off(values: dict[str, Plain]) -> dict[str, Plain]:
 
     The section of an offload to no device goes too.
     """
-    kept = {key: value for key, value in values.items() if key not in REFUSED}
+    kept = {key: value for key, value in values.items() if key not in keys.REFUSED}
     zero = section(values, "zero_optimization")
-    dropped = {*ZERO_REFUSED, *ANY_STAGE}
-    dropped |= {key for key in OFFLOADS if _off(f"zero_optimization.{key}", zero.get(key))}
+    dropped = {*keys.ZERO_REFUSED, *keys.ANY_STAGE}
+    dropped |= {key for key in keys.OFFLOADS if _off(f"zero_optimization.{key}", zero.get(key))}
     kept["zero_optimization"] = {key: value for key, value in zero.items() if key not in dropped}
     return kept
 
@@ -133,18 +116,18 @@ def without_switched_off(values: dict[str, Plain]) -> dict[str, Plain]:
 def _off(key: str, value: Plain) -> bool:
     """Whether a value switches off what its key is for, so that the key says nothing."""
     if isinstance(value, dict):
-        if key.rpartition(".")[2] in OFFLOADS:
+        if key.rpartition(".")[2] in keys.OFFLOADS:
             return value.get("device", "none") in ("none", None)
         return value.get("enabled") is False or not any(value.values())
-    of_its_kind = [off for off in OFF.get(key, OFF_OTHERWISE) if isinstance(off, bool) == isinstance(value, bool)]
-    return value is None or value in of_its_kind
+    offs = keys.OFF.get(key, keys.OFF_OTHERWISE)
+    return value is None or any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in offs)
 
 
 def _wrong_kinds(source: DeepSpeedJson) -> list[str]:
     found = []
-    for kind, key in [(kind, key) for kind, keys in KINDS.items() for key in keys.split()]:
+    for kind, key in [(kind, key) for kind, names in keys.KINDS.items() for key in names.split()]:
         value = _value(source, key)
-        if value is None and key not in (*FILLED, "optimizer.params"):
+        if value is None and key not in (*keys.FILLED, "optimizer.params"):
             continue  # DeepSpeed reads null as if the key were not there
         if value != AUTO and not FITS[kind](value):
             found.append(f"{source.at(key)}: {key} is {shown(value)}; must be {kind}")
@@ -162,7 +145,7 @@ def _value(source: DeepSpeedJson, key: str) -> Plain:
 
 def _refused_values(source: DeepSpeedJson) -> list[str]:
     found = []
-    for key, (value, reason) in REFUSED_VALUES.items():
+    for key, (value, reason) in keys.REFUSED_VALUES.items():
         if _value(source, key) == value:
             found.append(f"{source.at(key)}: {key} {json.dumps(value)} is not supported: {reason}")
     return found

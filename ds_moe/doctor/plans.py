@@ -26,17 +26,13 @@ BUNDLED = {"qwen3-vl-30b-a3b": _SMALL, "qwen3-vl-235b-a22b": _LARGE}
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to train a model.
-
-    Attributes:
-        lora: rank of the updates of attention and experts, the model being frozen; 0: all is trained.
-    """
+    """One way to train a model."""
 
     gpus: int
     ep_size: int
     stage: int
     offload: bool = False
-    lora: int = 0
+    lora: int = 0  # rank of the updates of attention and experts, the model being frozen; 0: all is trained
 
 
 def read_model(name: str) -> PretrainedConfig:

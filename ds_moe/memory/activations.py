@@ -21,35 +21,22 @@ ASSIGNMENT_BYTES = 80  # int64 indices of token, expert, sorted order and its in
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one rank.
+    """Bytes of one rank."""
 
-    Attributes:
-        kept: what all layers save from forward to backward; with gradient checkpointing only the input of each layer.
-        layer: what one text layer saves.
-        repeated: `layer` where gradient checkpointing computes it again, on top of what is kept; otherwise 0.
-        work: gradients of rows in the layer whose backward pass runs.
-        exchange: rows packed for other ranks and rows received from them, in one layer.
-        logits: logits and what the loss makes of them.
-        vision: the largest layer of a frozen vision tower while it computes; it saves nothing.
-    """
-
-    kept: int
-    layer: int
-    repeated: int
-    work: int
-    exchange: int
-    logits: int
-    vision: int
+    kept: int  # what all layers save from forward to backward; with gradient checkpointing only each layer's input
+    layer: int  # what one text layer saves
+    repeated: int  # `layer` where gradient checkpointing computes it again, on top of what is kept; otherwise 0
+    work: int  # gradients of rows in the layer whose backward pass runs
+    exchange: int  # rows packed for other ranks and rows received from them, in one layer
+    logits: int  # logits and what the loss makes of them
+    vision: int  # the largest layer of a frozen vision tower while it computes; it saves nothing
 
 
 def activations(model: PreTrainedModel, config: RunConfig, width: int, ep_size: int) -> Activations:
-    """The activations of one micro-batch.
+    """Of one micro-batch, of an outline (`models/load.py`) whose frozen parameters are marked.
 
     Args:
-        model: an outline (`models/load.py`) with the frozen parameters marked.
-        config: the run.
         width: bytes of a weight, and of an element of what one layer hands to the next.
-        ep_size: that of the run.
     """
     text = model.config.get_text_config()
     T, D = config.train.micro_batch_size * config.data.max_length, text.hidden_size

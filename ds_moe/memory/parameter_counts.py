@@ -9,43 +9,26 @@ from ds_moe.models.families import expert_state, family_of
 
 @dataclass
 class LayerCounts:
-    """Numbers of elements of one decoder or vision layer on a rank; experts of other ranks do not count.
+    """Numbers of elements of one decoder or vision layer on a rank; experts of other ranks do not count."""
 
-    Attributes:
-        gathered: elements that ZeRO-3 gathers. It need not gather experts of which there is one copy only: the rank
-            that uses them holds them whole.
-        passed: elements that ZeRO-3's trace counts, which is all of them.
-        trained: elements whose gradients exist until they are reduced.
-    """
-
-    gathered: float = 0.0
-    passed: float = 0.0
-    trained: float = 0.0
+    gathered: float = 0.0  # by ZeRO-3, which need not gather experts of which there is one copy only
+    passed: float = 0.0  # that ZeRO-3's trace counts, which is all of them
+    trained: float = 0.0  # whose gradients exist until they are reduced
 
 
 @dataclass
 class ParameterCounts:
-    """Numbers of elements on one rank, and how many of them are trained.
+    """Numbers of elements on one rank, and how many of them are trained."""
 
-    Attributes:
-        held, held_trained: in its copy of the model, which lacks only the experts of other ranks.
-        owned, owned_trained: in its ZeRO partition. Experts are spread over EP x EDP ranks and all else over DP ranks,
-            and either way that is all ranks.
-        dense_trained: the part of `owned_trained` that is not experts; it forms an optimizer group of its own.
-        gathered: the part of `held` that ZeRO-3 gathers.
-        table, table_trained: in the largest weight outside of layers, the embedding or the output layer.
-        layers: of each layer, by its path.
-    """
-
-    held: float = 0.0
+    held: float = 0.0  # in its copy of the model, which lacks only the experts of other ranks
     held_trained: float = 0.0
-    owned: float = 0.0
+    owned: float = 0.0  # in its ZeRO partition: experts are spread over EP x EDP ranks, all else over DP: all ranks
     owned_trained: float = 0.0
-    dense_trained: float = 0.0
-    gathered: float = 0.0
-    table: float = 0.0
+    dense_trained: float = 0.0  # of `owned_trained`, what is not experts; it forms an optimizer group of its own
+    gathered: float = 0.0  # of `held`, what ZeRO-3 gathers
+    table: float = 0.0  # in the largest weight outside of layers, the embedding or the output layer
     table_trained: float = 0.0
-    layers: dict[str, LayerCounts] = field(default_factory=dict)
+    layers: dict[str, LayerCounts] = field(default_factory=dict)  # by path
 
     @property
     def group(self) -> float:
@@ -59,11 +42,8 @@ class ParameterCounts:
     def largest(self) -> LayerCounts:
         """The elementwise maximum over the layers."""
         layers = list(self.layers.values()) or [LayerCounts()]
-        return LayerCounts(
-            max(layer.gathered for layer in layers),
-            max(layer.passed for layer in layers),
-            max(layer.trained for layer in layers),
-        )
+        most = (max(getattr(layer, name) for layer in layers) for name in ("gathered", "passed", "trained"))
+        return LayerCounts(*most)
 
 
 def count_parameters(model: PreTrainedModel, ep_size: int, world_size: int) -> ParameterCounts:

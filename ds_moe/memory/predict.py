@@ -25,17 +25,11 @@ KEPT_FREE = "freed, kept by malloc"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank by purpose.
+    """Bytes of one rank by purpose."""
 
-    Attributes:
-        device: on the device that computes.
-        host: on the host, for what is offloaded to it.
-        moment: the moment of a step at which the device needs most.
-    """
-
-    device: dict[str, int]
-    host: dict[str, int]
-    moment: str
+    device: dict[str, int]  # on the device that computes
+    host: dict[str, int]  # on the host, for what is offloaded to it
+    moment: str  # of a step, at which the device needs most
 
     def table(self) -> list[str]:
         """Lines of purpose and GiB, with the totals."""
@@ -49,14 +43,12 @@ class Memory:
 class LoadingMemory:
     """Bytes of one rank while the model is loaded, before the first step.
 
-    Attributes:
-        host: if weights are streamed from their files, the rank's share and what is being read; else the whole model.
-        device: if weights are streamed, the share; else the model without other ranks' experts, also under ZeRO-3,
-            which shards weights only after they were moved to the device.
+    Not streamed, the host holds the whole model and the device all but other ranks' experts, also under ZeRO-3, which
+    shards weights only after they were moved to the device.
     """
 
-    host: int
-    device: int
+    host: int  # if weights are streamed from their files, the rank's share and what is being read
+    device: int  # if weights are streamed, the share
     streamed: bool = False
 
 
@@ -85,8 +77,6 @@ def predict(
 
     Args:
         model: an outline (`models/load.py`), unconverted, with the frozen parameters marked.
-        config: the run.
-        zero: of the run's DeepSpeed JSON.
         world_size: number of ranks, a multiple of `moe.ep_size`.
         on_cpu: whether the ranks train on CPUs, where all memory is that of the host.
         streams_weights: whether the run's task lets ranks read their shares from the files of `model.path`.

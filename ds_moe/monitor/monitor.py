@@ -17,7 +17,7 @@ from rich.console import Console
 from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import MonitorConfig
 from ds_moe.monitor.meters import Clock, DeadExperts, Throughput, Window, routing_scalars, tag
-from ds_moe.monitor.progress import Display, Lines, make_display, print_table
+from ds_moe.monitor.progress import Lines, make_display, print_table
 from ds_moe.monitor.reports import EvalReport, RoutingReport, StepReport
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class RunMonitor(Monitor):
         self._throughput = throughput
         self._run_dir = run_dir
         self._console = console
-        self._display: Display = Lines(console, total_steps)  # `start` replaces it
+        self._display = Lines(console, total_steps)  # `start` replaces it
         self._board: Board | None = None
         self._window = Window()
         self._dead = DeadExperts(config.dead_alarm_steps)

@@ -2,29 +2,11 @@
 
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
-
-
-class Display(Protocol):
-    """Shows steps, window averages and remarks."""
-
-    def step(self, step: int, loss: float, seconds_left: float) -> None: ...
-    def window(self, step: int, scalars: Mapping[str, float], seconds_left: float) -> None: ...
-    def evaluated(self, step: int, loss: float, accuracy: Mapping[str, float]) -> None: ...
-    def say(self, text: str) -> None: ...
-    def close(self) -> None: ...
-
-
-def make_display(console: Console, first_step: int, total_steps: int) -> Display:
-    """A bar if the console can redraw it, else lines (files, pipes, CI, SLURM logs, dumb terminals)."""
-    if console.is_terminal and not console.is_dumb_terminal:
-        return Bar(console, first_step, total_steps)
-    return Lines(console, total_steps)
 
 
 class Lines:
@@ -57,11 +39,11 @@ class Lines:
         pass
 
 
-class Bar:
+class Bar(Lines):
     """A bar in the last line of the terminal. A thread of rich redraws it twice a second; remarks scroll above it."""
 
     def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
-        self._console = console
+        super().__init__(console, total_steps)
         count = 2 * len(str(total_steps)) + 1
         self._progress = Progress(
             BarColumn(None, table_column=Column(min_width=4)),
@@ -88,13 +70,20 @@ class Bar:
     def evaluated(self, step: int, loss: float, accuracy: Mapping[str, float]) -> None:
         if "mean" in accuracy:
             self._accuracy = f"  accuracy {accuracy['mean']:.3f}"
-        self.say(f"eval at step {step}  {describe(loss, accuracy)}")
+        super().evaluated(step, loss, accuracy)
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
+
+
+def make_display(console: Console, first_step: int, total_steps: int) -> Lines:
+    """A bar if the console can redraw it, else lines (files, pipes, CI, SLURM logs, dumb terminals)."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        return Bar(console, first_step, total_steps)
+    return Lines(console, total_steps)
 
 
 def describe(loss: float, accuracy: Mapping[str, float]) -> str:
