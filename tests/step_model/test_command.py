@@ -23,11 +23,11 @@ def run(capsys, *words):
 
 def test_one_topology(capsys, tmp_path):
     file = tmp_path / "estimate.json"
-    status, out, err = run(capsys, "--ep-size", 8, "--checkpointing", "--inter-bandwidth", 25, "--json", file)
+    status, out, err = run(capsys, "--ep-size", 8, "--checkpointing", "--json", file)
     assert status == 0 and not err
     assert all(word in out for word in ("estimated", "all-to-all of rows", "experts", "full overlap", "MFU", "GiB"))
     report = json.loads(file.read_text())
-    assert report["machine"]["inter"] == {"bandwidth": 25e9, "latency_s": 15e-6}
+    assert report["machine"]["inter"] == {"bandwidth": 40e9, "latency_s": 15e-6}
     assert report["estimated"]["step_s"] >= report["estimated"]["step_overlap_s"] > 0
 
 
@@ -57,11 +57,9 @@ def test_sweep_and_plot(capsys, tmp_path):
         (("--tokens", 0), "--tokens 0: must be at least 1"),
         (("--tokens", 64, "--sequence", 65), "--sequence 65 exceeds the 64 --tokens"),
         (("--max-vio", -1), "--max-vio"),
-        (("--ep-size", 8, "--chunks", 3), "--chunks 3 does not divide the 16 experts of a rank"),
         (("--model", "qwen"), "neither one of qwen3-vl-30b-a3b"),
         (("--machine", "cpu"), "--calibrate FILE.json"),
         (("--machine", "tpu"), "neither one of h100-8x"),
-        (("--dense", 0), "--dense 0: must be above 0"),
         (("--plot", "a.png"), "add --sweep"),
         (("--sweep", "--devices", 12), "--devices 12"),
     ],

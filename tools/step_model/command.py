@@ -8,12 +8,12 @@
 Everything printed is estimated, but for the columns named measured. What each term counts stands beside this file:
 `costs.py` (computing), `links.py` (collectives), `step_time.py` (what a step has of them, overlap). Not
 counted: the vision tower, kernel launches and Python, the reading of data, contention of jobs. Of named machines peaks
-and links are from data sheets; the fractions of them that are reached are assumptions and options.
+and links are from data sheets, the fractions of them that are reached are assumptions; --machine FILE takes others.
 """
 
 import argparse
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ds_moe.memory.predict import GIB
 from tools.results import command_line, new_table, refusing, show, write_json
 from tools.step_model.check import check, check_table
 from tools.step_model.costs import WIDTHS, Topology
-from tools.step_model.machines import GB, MACHINES, Machine, read_machine, write_machine
+from tools.step_model.machines import MACHINES, Machine, read_machine, write_machine
 from tools.step_model.shapes import PRESETS, active_parameters, parameters, read_decoder
 from tools.step_model.sweep import DEVICES, Point, best, point, sweep, write_figure
 
@@ -44,52 +44,14 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=WIDTHS, help="default bf16, or what the file of figures was measured in")
     add("--checkpointing", action="store_true", help="gradient checkpointing of every layer")
     add("--max-vio", type=float, default=0.0, metavar="X", help="rows of the busiest rank above its share (default 0)")
-    add("--chunks", default=1, **whole, help="parts of an all-to-all, hidden behind the experts (default 1)")
-    figures = parser.add_argument_group("figures of the machine, instead of its own")
-    for option, (_, _, described) in FIGURES.items():
-        figures.add_argument(f"--{option}", type=float, metavar="X", help=described)
     modes = parser.add_argument_group("modes")
     modes.add_argument("--sweep", action="store_true", help="the best EP size of each number of devices")
     modes.add_argument("--devices", type=int, nargs="+", default=DEVICES, metavar="N", help="of --sweep")
-    modes.add_argument("--overlap", action="store_true", help="--sweep compares by full overlap instead of none")
     modes.add_argument("--plot", type=Path, metavar="PNG", help="with --sweep: tokens/s of a device over EP size")
     modes.add_argument("--check", type=Path, metavar="FILE", help="compare with results of tools.bench.step.bench")
     modes.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this machine's CPU, write its figures")
     modes.add_argument("--processes", default=2, **whole, help="of --calibrate (default 2)")
     return parser
-
-
-FIGURES = {  # option: field of Machine (and of its Link), the option's unit, help
-    "peak-tflops": ("peak_flops", 1e12, "TFLOP/s in --dtype"),
-    "dense": ("dense", 1, "fraction of the peak that dense GEMMs reach"),
-    "grouped": ("grouped", 1, "fraction of the peak that grouped GEMMs reach"),
-    "attention": ("attention", 1, "fraction of the peak that attention scores reach"),
-    "memory-bandwidth": ("memory_bandwidth", GB, "GB/s that elementwise work reaches"),
-    "memory": ("memory", GB, "GB of a device"),
-    "intra-bandwidth": ("intra.bandwidth", GB, "GB/s of a device in each direction within a node, reached"),
-    "inter-bandwidth": ("inter.bandwidth", GB, "GB/s of a device in each direction between nodes, reached"),
-    "intra-latency": ("intra.latency_s", 1e-6, "microseconds of a hop within a node"),
-    "inter-latency": ("inter.latency_s", 1e-6, "microseconds of a hop between nodes"),
-}
-
-
-def chosen_machine(options: argparse.Namespace, dtype: str, machine: Machine) -> Machine:
-    for option, (path, unit, _) in FIGURES.items():
-        value = getattr(options, option.replace("-", "_"))
-        if value is None:
-            continue
-        if value <= 0:
-            raise UserError(f"--{option} {value:g}: must be above 0")
-        field, _, of_link = path.partition(".")
-        figure = value * unit
-        if field == "peak_flops":
-            figure = machine.peak_flops | {dtype: figure}
-        elif of_link:
-            figure = replace(getattr(machine, field), **{of_link: figure})
-        machine = replace(machine, **{field: figure})
-        if field == "intra":
-            machine = replace(machine, collectives={})  # measured ones would hide it
-    return machine
 
 
 def setting(topology: Topology) -> str:
@@ -101,7 +63,6 @@ def setting(topology: Topology) -> str:
         f"gradient checkpointing {'on' if topology.checkpointing else 'off'}",
     ]
     parts += [f"MaxVio {topology.max_vio:g}"] if topology.max_vio else []
-    parts += [f"{topology.chunks} chunks"] if topology.chunks > 1 else []
     return ", ".join(parts)
 
 
@@ -144,20 +105,18 @@ def summary(result: Point) -> str:
     return "\n".join(lines)
 
 
-def sweep_table(points: dict[int, list[Point]], overlap: bool) -> Table:
-    how = "full overlap" if overlap else "no overlap"
+def sweep_table(points: dict[int, list[Point]]) -> Table:
     columns = ("step ms", "tokens/s", "a device", "MFU", "MFU, full\noverlap", "GiB a\ndevice")
-    table = new_table(["devices", "best EP"], columns, f"estimated; the best EP size by tokens/s, {how}")
+    table = new_table(["devices", "best EP"], columns, "estimated; the best EP size by tokens/s, no overlap")
     table.add_column("largest parts, no overlap")
     for count, row in points.items():
-        winner = best(row, overlap)
+        winner = best(row)
         if winner is None:
             least = min(sum(p.memory.values()) for p in row) / GIB
             table.add_row(str(count), "none fits", *[""] * 5, f"{least:,.1f}", "memory")
             continue
-        figures, speed = winner.estimate, winner.tokens_per_s(overlap)
-        step_s = figures.step_overlap_s if overlap else figures.step_s
-        cells = [f"{step_s * 1e3:,.0f}", f"{speed:,.0f}", f"{speed / count:,.0f}", f"{figures.mfu:.1%}"]
+        figures, speed = winner.estimate, winner.estimate.tokens_per_s
+        cells = [f"{figures.step_s * 1e3:,.0f}", f"{speed:,.0f}", f"{speed / count:,.0f}", f"{figures.mfu:.1%}"]
         cells += [f"{figures.mfu_overlap:.1%}", f"{sum(winner.memory.values()) / GIB:,.1f}"]
         parts = list(figures.bounds(winner.topology.accumulation).items())[:3]
         bounds = ", ".join(f"{name} {seconds / figures.step_s:.0%}" for name, seconds in parts)
@@ -183,7 +142,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return {"machine": asdict(machine)}
     machine = read_machine(options.machine)
     options.dtype = options.dtype or next(iter(machine.peak_flops))
-    machine = chosen_machine(options, options.dtype, machine)
     if options.check:
         rows = check(options.check, machine)
         show(check_table(rows))
@@ -198,12 +156,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     facts = {"model": asdict(decoder), "machine": asdict(machine)}
     if options.sweep:
         points = sweep(topology, decoder, machine, options.devices)
-        show(sweep_table(points, options.overlap))
+        show(sweep_table(points))
         if options.plot:
-            how = "full overlap" if options.overlap else "no overlap"
             load = f"ZeRO-{topology.zero_stage}, {topology.tokens:,} tokens a rank"
-            title = f"{decoder.name} on {machine.name}, {load}, {how}"
-            write_figure(points, title, options.plot, options.overlap)
+            title = f"{decoder.name} on {machine.name}, {load}, no overlap"
+            write_figure(points, title, options.plot)
         return facts | {"sweep": {count: [as_json(p) for p in row] for count, row in points.items()}}
     result = point(topology, decoder, machine)
     show(term_table(result), memory_table(result, machine))

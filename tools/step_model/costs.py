@@ -32,7 +32,6 @@ class Topology:
     dtype: str = "bf16"
     checkpointing: bool = False
     max_vio: float = 0.0  # rows of the busiest rank above its fair share, as a share of it; no effect at ep_size 1
-    chunks: int = 1  # parts of an exchange, all but one of which hide behind the experts (or the other way round)
 
     @property
     def world(self) -> int:
@@ -45,16 +44,13 @@ class Topology:
 
 
 def check_topology(topology: Topology, decoder: Decoder) -> None:
-    for option in ("nodes", "devices_per_node", "ep_size", "tokens", "sequence", "accumulation", "chunks"):
+    for option in ("nodes", "devices_per_node", "ep_size", "tokens", "sequence", "accumulation"):
         if getattr(topology, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(topology, option)}: must be at least 1")
-    local = decoder.E // topology.ep_size
     if decoder.E % topology.ep_size:
         raise UserError(f"--ep-size {topology.ep_size} does not divide the {decoder.E} experts of {decoder.name}")
     if topology.world % topology.ep_size:
         raise UserError(f"--ep-size {topology.ep_size} does not divide the {topology.world} ranks")
-    if local % topology.chunks:
-        raise UserError(f"--chunks {topology.chunks} does not divide the {local} experts of a rank")
     if topology.zero_stage not in (1, 2, 3):
         raise UserError(f"--zero {topology.zero_stage}: 1, 2 or 3")
     if topology.dtype not in WIDTHS:

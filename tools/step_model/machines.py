@@ -43,7 +43,7 @@ class Machine:
 
 
 # Peaks: NVIDIA's data sheets of the SXM5 and SXM4 80 GB cards, without sparsity; fp32 without TF32. The fractions (of
-# peak, 0.85 of memory bandwidth, 0.8 of links) and latencies are assumptions, not measurements: all are options.
+# peak, 0.85 of memory bandwidth, 0.8 of links) and latencies are assumptions, not measurements.
 _ASSUMED = {"dense": 0.7, "grouped": 0.5, "attention": 0.45, "memory": 80 * GB, "devices_per_node": 8}
 _SHEETS = {  # FLOP/s; GB/s of the memory, of NVLink 4 or 3, and of InfiniBand
     "h100-8x": ({"bf16": 989e12, "fp32": 67e12}, 3350, 450, 50),

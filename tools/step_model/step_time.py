@@ -2,8 +2,8 @@
 
 - no overlap: the sum of all terms.
 - full overlap: in each pass of a micro-step ZeRO's collectives hide behind what is computed, or the other way round:
-  max(computed, ZeRO) + all-to-all. The all-to-all waits for rows and is waited for, and shares the links; only
-  `chunks` above 1 hides a part of it behind the experts. The optimizer and the gather after it hide behind nothing.
+  max(computed, ZeRO) + all-to-all, which waits for rows and is waited for, and shares the links. The optimizer and the
+  gather after it hide behind nothing.
 Real runs lie between the two.
 """
 
@@ -11,17 +11,11 @@ import math
 from dataclasses import dataclass, replace
 
 from ds_moe.config.zero_plan import ZeroPlan
+from tools.step_model import shapes
 from tools.step_model.costs import Topology, busiest_rows, check_topology, operations, roofline_s
 from tools.step_model.links import all_reduce_s, all_to_all_s, dp_group, edp_group, ep_group, gather_s
 from tools.step_model.machines import Machine
-from tools.step_model.shapes import (
-    Decoder,
-    expert_parameters,
-    layer_parameters,
-    model_flops,
-    other_parameters,
-    parameters,
-)
+from tools.step_model.shapes import Decoder
 
 COMPUTE, TRAFFIC, EXCHANGE, ZERO, OPTIMIZER = "FLOPs", "memory traffic", "all-to-all", "ZeRO", "optimizer"
 REUSE_DISTANCE = ZeroPlan.reuse_distance  # DeepSpeed's default
@@ -69,16 +63,16 @@ class Estimate:
 def estimate(topology: Topology, decoder: Decoder, machine: Machine) -> Estimate:
     check_topology(topology, decoder)
     terms = compute_terms(topology, decoder, machine)
-    terms += exchange_terms(topology, decoder, machine, terms)
+    terms += exchange_terms(topology, decoder, machine)
     terms += zero_terms(topology, decoder, machine)
-    owned = parameters(decoder) / topology.world  # elements whose optimizer state is this rank's
+    owned = shapes.parameters(decoder) / topology.world  # elements whose optimizer state is this rank's
     # The gradient becomes fp32, the new weights become `dtype`.
     adam_s = owned * (machine.adam_bytes + 2 * topology.width + 4) / machine.memory_bandwidth
     terms.append(Term("optimizer", OPTIMIZER, step_s=adam_s))
     step_s = sum(term.total_s(topology.accumulation) for term in terms)
     overlap_s = overlapped_s(terms, topology.accumulation)
     tokens = topology.tokens * topology.accumulation
-    ideal_s = model_flops(decoder, tokens, topology.sequence) / machine.peak_flops[topology.dtype]
+    ideal_s = shapes.model_flops(decoder, tokens, topology.sequence) / machine.peak_flops[topology.dtype]
     all_tokens = tokens * topology.world
     speeds = (all_tokens / step_s, all_tokens / overlap_s)
     return Estimate(terms, step_s, overlap_s, *speeds, ideal_s / step_s, ideal_s / overlap_s)
@@ -114,26 +108,19 @@ def compute_terms(topology: Topology, decoder: Decoder, machine: Machine) -> lis
     return list(terms.values())
 
 
-def exchange_terms(topology: Topology, decoder: Decoder, machine: Machine, computed: list[Term]) -> list[Term]:
+def exchange_terms(topology: Topology, decoder: Decoder, machine: Machine) -> list[Term]:
     """The EP all-to-all: counts once a layer (a repeated forward keeps its plan), rows there and back in every pass."""
-    group, layers, chunks = ep_group(topology), decoder.moe_layers, topology.chunks
+    group, layers = ep_group(topology), decoder.moe_layers
     if group.size == 1:
         return []
     counts_s = layers * all_to_all_s(COUNT_BYTES * decoder.E, group, machine)
     row_bytes, rows = decoder.D * topology.width, busiest_rows(topology, decoder)
-    there_s = all_to_all_s(rows * (row_bytes + WEIGHT_BYTES), group, machine, 2 * chunks)  # weights on their own
-    rows_s = layers * (there_s + all_to_all_s(rows * row_bytes, group, machine, chunks))
-
-    def visible_s(experts_s: float) -> float:
-        return rows_s - min(rows_s, experts_s) * (1 - 1 / chunks)
-
-    experts = [term for term in computed if term.name.startswith("experts")]
-    forward_s = visible_s(sum(term.forward_s for term in experts))
-    again_s = visible_s(sum(term.again_s for term in experts)) if topology.checkpointing else 0
-    backward_s = visible_s(sum(term.backward_s for term in experts))
+    there_s = all_to_all_s(rows * (row_bytes + WEIGHT_BYTES), group, machine, 2)  # weights on their own
+    rows_s = layers * (there_s + all_to_all_s(rows * row_bytes, group, machine))
+    again_s = rows_s if topology.checkpointing else 0
     return [
         Term("all-to-all of counts", EXCHANGE, counts_s),
-        Term("all-to-all of rows", EXCHANGE, forward_s, again_s, backward_s),
+        Term("all-to-all of rows", EXCHANGE, rows_s, again_s, rows_s),
     ]
 
 
@@ -151,7 +138,7 @@ def layers_kept(topology: Topology, decoder: Decoder) -> int:
     DeepSpeed keeps what is used again within `stage3_max_reuse_distance` elements of its trace: for layer i from the
     end both passes of the output layer and of the i layers behind it, and their repetition.
     """
-    passes, layer = 3 if topology.checkpointing else 2, layer_parameters(decoder, decoder.E / topology.ep_size)
+    passes, layer = 3 if topology.checkpointing else 2, shapes.layer_parameters(decoder, decoder.E / topology.ep_size)
     room = REUSE_DISTANCE - 2 * decoder.vocabulary * decoder.D
     return 0 if room <= 0 else min(decoder.layers, math.ceil(room / (passes * layer)))
 
@@ -164,8 +151,8 @@ def zero_terms(topology: Topology, decoder: Decoder, machine: Machine) -> list[T
     updated weights.
     """
     width, layers = topology.width, decoder.layers
-    other = other_parameters(decoder)
-    experts = decoder.moe_layers * decoder.E / topology.ep_size * expert_parameters(decoder)
+    other = shapes.other_parameters(decoder)
+    experts = decoder.moe_layers * decoder.E / topology.ep_size * shapes.expert_parameters(decoder)
     bucket = max(SMALLEST_BUCKET, decoder.D**2)
     terms = []
     again = 1 - layers_kept(topology, decoder) / layers  # share that the backward pass gathers again

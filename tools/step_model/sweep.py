@@ -33,9 +33,6 @@ class Point:
     memory: dict[str, float]
     fits: bool
 
-    def tokens_per_s(self, overlap: bool) -> float:
-        return self.estimate.tokens_overlap_per_s if overlap else self.estimate.tokens_per_s
-
 
 def memory(topology: Topology, decoder: Decoder, machine: Machine) -> dict[str, float]:
     """Bytes by purpose at the moment of a step that needs most, their sum the peak; rows are routed evenly.
@@ -104,12 +101,12 @@ def sweep(
     return points
 
 
-def best(points: list[Point], overlap: bool = False) -> Point | None:
+def best(points: list[Point]) -> Point | None:
     """The fastest that fits the memory; None if none does."""
-    return max((p for p in points if p.fits), key=lambda p: p.tokens_per_s(overlap), default=None)
+    return max((p for p in points if p.fits), key=lambda p: p.estimate.tokens_per_s, default=None)
 
 
-def write_figure(points: dict[int, list[Point]], title: str, file: Path, overlap: bool = False) -> None:
+def write_figure(points: dict[int, list[Point]], title: str, file: Path) -> None:
     """PNG: tokens/s of one device against EP size, a line for each number of devices; hollow: exceeds the memory."""
     figure = Figure(figsize=(7.6, 4.6), dpi=150, facecolor="white", layout="constrained")
     axes = figure.subplots()
@@ -117,7 +114,7 @@ def write_figure(points: dict[int, list[Point]], title: str, file: Path, overlap
     for position, (count, row) in enumerate(points.items()):
         color = colors(position)
         sizes = [p.topology.ep_size for p in row]
-        speeds = [p.tokens_per_s(overlap) / count for p in row]
+        speeds = [p.estimate.tokens_per_s / count for p in row]
         axes.plot(sizes, speeds, color=color, linewidth=1.5, label=str(count))
         for size, speed, p in zip(sizes, speeds, row, strict=True):
             axes.plot(size, speed, "o", color=color, markersize=5, markerfacecolor=color if p.fits else "white")
