@@ -1,7 +1,7 @@
 """Dense Qwen3-VL checkpoints that a MoE is made of: opened, compared with each other, read tensor by tensor."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,9 @@ from transformers import PretrainedConfig
 from ds_moe.config.rules.model import expert_count
 from ds_moe.errors import UserError
 from ds_moe.models.families import ASSEMBLED
-from ds_moe.models.load import build_outline, read_model_config
+from ds_moe.models.folder import read_model_config
+from ds_moe.models.load import build_outline
+from ds_moe.models.ties import equal_values, ties_of
 from ds_moe.weights.files import SafetensorsFiles
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # of a hub repository
@@ -59,20 +61,19 @@ def open_dense(path: str) -> DenseModel:
         UserError: the path is neither, the model is of another kind, or weights do not fit its config, by name.
     """
     folder = _folder(path)
-
-    def refusal(reason: str) -> str:
-        hint = "it is a run's output folder; ds-moe export it first" if (folder / "checkpoints").is_dir() else reason
-        return f"{path} cannot be read as a transformers checkpoint: {hint}"
-
-    config = read_model_config(folder, refusal)
+    config = read_model_config(folder, path)
     if config.model_type not in ASSEMBLED:
         experts, dense = expert_count(config), " and ".join(ASSEMBLED)
         kind = f", which has {experts} experts already" if experts else ""
         raise UserError(f"{path} is a {config.model_type}{kind}; only dense {dense} checkpoints can be assembled")
     weights = SafetensorsFiles.of_folder(folder)
     shapes = _expected(config)
-    tied = config.tie_word_embeddings
-    problems = list(_misfits(weights.shapes, shapes, {"lm_head.weight"} if tied else set()))
+    ties = ties_of(config)
+    problems = list(_misfits(weights.shapes, shapes, ties.keys())) or [
+        f"tie_word_embeddings is true, but {head} differs from {embedding}; set it to false in its config.json"
+        for head, embedding in ties.items()
+        if head in weights.shapes and not equal_values(weights, head, embedding, weights.dtype(embedding))
+    ]
     if problems:
         raise UserError(f"{path} does not fit its own config: {_some(problems)}")
     return DenseModel(path, folder, config, weights, shapes)
@@ -98,12 +99,13 @@ def _folder(path: str) -> Path:
 
 
 def _expected(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    state = build_outline(config).state_dict()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
+    state, ties = build_outline(config).state_dict(), ties_of(config)
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in ties}
 
 
-def _misfits(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], allowed: set[str]) -> Iterator[str]:
+def _misfits(
+    found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], allowed: Collection[str]
+) -> Iterator[str]:
     yield from (f"{name} is missing" for name in wanted if name not in found)
     yield from (f"{name} is unexpected" for name in found if name not in wanted and name not in allowed)
     for name, shape in wanted.items():

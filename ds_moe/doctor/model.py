@@ -25,7 +25,7 @@ SLOW_EXPERTS = {"batched_mm": "about 100 times slower than grouped_mm", "eager":
 def find_model(case: Case) -> Iterator[Finding]:
     """Read the model's config; sets `case.model`, and `case.folder` for a checkpoint."""
     from ds_moe.models.families import FAMILIES
-    from ds_moe.models.load import read_model_config
+    from ds_moe.models.folder import read_model_config
     from ds_moe.models.presets import preset_config
 
     config = case.config
@@ -49,11 +49,7 @@ def find_model(case: Case) -> Iterator[Finding]:
             yield Finding("warning", f"{where}: {text} not checked; fetch it first: hf download {path}")
             return
         try:
-            found = read_model_config(
-                case.folder,
-                lambda reason: f"{where}: model.path {path} has no config that can be read ({reason})",
-                offline=True,
-            )
+            found = read_model_config(path, f"{where}: model.path {path}", offline=True)
         except UserError as error:
             yield Finding("error", str(error))
             return
@@ -88,7 +84,7 @@ def check_files(case: Case) -> Iterator[Finding]:
     """Weights of a checkpoint folder: all shards there and readable, and in which layout the experts lie."""
     if case.folder is None or case.model is None:
         return
-    from ds_moe.weights.files import SafetensorsFiles
+    from ds_moe.weights.files import INDEX, WEIGHTS, SafetensorsFiles
 
     folder, where = Path(case.folder), case.config.at("model.path")
     try:
@@ -96,6 +92,9 @@ def check_files(case: Case) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("error", f"{where}: {error}")
         return
+    if (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        text = f"{folder} holds {WEIGHTS} and {INDEX}: the first is read, as transformers does; remove what is stale"
+        yield Finding("warning", f"{where}: {text}")
     layout, square = _expert_layout(shapes, case.model.get_text_config())
     if square and layout == "hub layout":
         fix = "transformers would load them untransposed; convert the checkpoint to memory layout"

@@ -24,7 +24,8 @@ from ds_moe.errors import UserError, shown
 from ds_moe.export.lora import MergedReader, write_adapter
 from ds_moe.models.convert import EXPERT_BIAS
 from ds_moe.models.families import BIAS_SUFFIX, TRANSPOSED_ON_HUB, expert_state, family_of
-from ds_moe.models.load import read_model_config
+from ds_moe.models.folder import read_model_config
+from ds_moe.models.ties import ties_of
 from ds_moe.weights.files import SHARD_BYTES, check_empty, dtype_name, make_folder, shards, write_tensors, write_weights
 from ds_moe.weights.layouts import LAYOUTS, ExpertLayout, choose_layout, in_layout
 
@@ -56,7 +57,8 @@ def export_checkpoint(
         max_shard_bytes: size of one weight file at most (a single larger tensor has a file of its own).
 
     Raises:
-        UserError: an incomplete checkpoint, a folder in the way, or a layout this model cannot be stored in.
+        UserError: an incomplete checkpoint, a folder in the way, a layout this model cannot be stored in, or a config
+            that contradicts the weights.
     """
     checkpoint = find_checkpoint(source)
     check_empty(out)
@@ -65,6 +67,7 @@ def export_checkpoint(
     layout = choose_layout(config, layout, TRANSPOSED_ON_HUB)
     dtype = _dtype(checkpoint, state)
     reader = _reader(checkpoint, state, dtype)
+    _check_ties(config, reader, checkpoint)
     moe = family_of(config).moe
     bias_name = moe.selection_bias if moe else None
     biases = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
@@ -112,10 +115,7 @@ def _dtype(checkpoint: Path, state: dict[str, object]) -> torch.dtype:
 
 
 def _model_config(checkpoint: Path) -> PretrainedConfig:
-    folder = checkpoint / "model"
-    return read_model_config(
-        folder, lambda reason: f"{folder / 'config.json'} is no config of a model that we know ({reason})"
-    )
+    return read_model_config(checkpoint / "model", str(checkpoint / "model"))
 
 
 def _reader(checkpoint: Path, state: dict[str, object], dtype: torch.dtype) -> Reader | MergedReader:
@@ -128,6 +128,16 @@ def _reader(checkpoint: Path, state: dict[str, object], dtype: torch.dtype) -> R
     if base_identity(config) != state["base"]:
         raise UserError(f"{checkpoint}: the model it was trained upon ({config.model.path}) has changed since")
     return MergedReader(reader, config, config.lora, dtype)
+
+
+def _check_ties(config: PretrainedConfig, reader: Reader | MergedReader, checkpoint: Path) -> None:
+    """Refuse two weights that the config ties: vLLM and others would load one of them for both."""
+    for pair in ties_of(config).items():
+        if all(f"weight/{name}" in reader.tensors for name in pair):
+            raise UserError(
+                f"{checkpoint}: its config.json has tie_word_embeddings: true, but {' and '.join(pair)} were trained "
+                "apart; set it to false in the config.json of model.path, resume the run for a step and export that"
+            )
 
 
 def _sizes(reader: Reader | MergedReader, dtype: torch.dtype) -> dict[str, int]:

@@ -1,10 +1,12 @@
 """Models of transformers: from a folder or a preset to a model with expert layers of ours.
 
 families.py     all that is known of a model family by name
+folder.py       the config in a folder, and folders that no run can train
 load.py         a checked model, its config, its outline
 presets.py      tiny models built from code
 processor.py    tokens and pixels
 streaming.py    weights from files to where a rank keeps them
+ties.py         an output layer that is the input embedding, or is not
 convert.py      MoE blocks become our layers
 trainable.py    what a run trains
 freeze.py       what it does not train

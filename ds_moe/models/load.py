@@ -1,35 +1,19 @@
 """Load a model of transformers and check it against its files; or only its config, or an outline without storage."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.config.sections import ModelConfig
 from ds_moe.errors import UserError, one_line
 from ds_moe.models.families import FAMILIES, family_of
+from ds_moe.models.folder import read_model_config
 from ds_moe.models.presets import build_preset, preset_config
+from ds_moe.models.ties import tie_as_stored, untie_config
 from ds_moe.weights.files import SafetensorsFiles
 from ds_moe.weights.layouts import stored_rows, uneven_experts
 from ds_moe.weights.unread import leave_unread
-
-
-def read_model_config(path: str | Path, refusal: Callable[[str], str], offline: bool = False) -> PretrainedConfig:
-    """The transformers config of a folder or hub id, of whatever family; no code of its own is run.
-
-    Args:
-        refusal: makes the whole message out of what transformers says, on one line.
-        offline: of a hub id, only take what is on this machine.
-
-    Raises:
-        UserError: with `refusal`, for a config that cannot be read.
-    """
-    try:
-        return AutoConfig.from_pretrained(str(path), local_files_only=offline, trust_remote_code=False)
-    except Exception as error:  # transformers looks into values before it looks at their types
-        raise UserError(refusal(one_line(error))) from error
 
 
 def model_config(config: ModelConfig) -> PretrainedConfig:
@@ -41,9 +25,7 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     if config.preset is not None:
         return preset_config(config.preset)
     where = f"model.path {config.path!r}"
-    found = read_model_config(
-        str(config.path), lambda reason: f"{where} cannot be read as a transformers checkpoint: {reason}"
-    )
+    found = read_model_config(str(config.path), where)
     if found.model_type not in FAMILIES:
         raise UserError(f"{where} is a {found.model_type!r}; supported: {sorted(FAMILIES)}")
     return found
@@ -71,11 +53,15 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0, unread: b
     files = SafetensorsFiles.find(str(config.path))
     if files is not None and unread:
         model = _from_pretrained(config, family.model_class, dtype, files, device="meta")
+        tie_as_stored(model, files)
         weights = model.named_parameters()
         if all(stored_rows(files, name, weight.shape, family.projections) for name, weight in weights):
             leave_unread(model)
+            untie_config(model)
             return model
-    return _from_pretrained(config, family.model_class, dtype, files)
+    model = _from_pretrained(config, family.model_class, dtype, files)
+    untie_config(model)
+    return model
 
 
 def _from_pretrained(

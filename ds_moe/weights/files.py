@@ -165,11 +165,13 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _weight_paths(folder: Path) -> list[Path]:
+    """One file where it is there, whatever an index says: so transformers chooses too."""
     index = folder / INDEX
-    names = shard_names(index) if index.is_file() else [WEIGHTS]
+    sharded = index.is_file() and not (folder / WEIGHTS).is_file()
+    names = shard_names(index) if sharded else [WEIGHTS]
     for name in names:
         if not (folder / name).is_file():
-            raise UserError(f"{folder} lacks {name}" + (f", which {INDEX} names" if index.is_file() else ""))
+            raise UserError(f"{folder} lacks {name}" + (f", which {INDEX} names" if sharded else ""))
     return [folder / name for name in names]
 
 

@@ -186,7 +186,7 @@ CHANGES = {
     ),
     "a config of nothing": (
         lambda folder: ((folder / "model/config.json").write_text("{}"), seal(folder)),
-        "is no config of a model that we know",
+        "cannot be read as a transformers checkpoint",
     ),
     "a run file that calls": (
         lambda folder: ((folder / "run.yaml").write_text("moe: !!python/name:os.mkdir"), seal(folder)),
@@ -225,7 +225,7 @@ def test_code_beside_a_model_is_not_run(checkpoint, canary, monkeypatch):
     (checkpoint / "model/evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass Evil: pass\n")
     write_json(checkpoint / "model/config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}})
     seal(checkpoint)
-    refusal(lambda: export(checkpoint), checkpoint, "is no config of a model that we know")
+    refusal(lambda: export(checkpoint), checkpoint, "cannot be read as a transformers checkpoint")
 
 
 def test_latest_is_for_people_and_leads_nowhere(checkpoint, tmp_path):

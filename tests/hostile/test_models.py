@@ -22,6 +22,12 @@ from .limits import Payload, refusal
 from .safetensors_lies import LIES
 
 ZERO = Path(__file__).parents[2] / "ds_configs/zero3.json"
+RUN = f"""
+model: {{{{path: {{model}}}}}}
+data: {{{{train: {{folder}}/train.jsonl}}}}
+train: {{{{steps: 2, global_batch_size: 1, output_dir: {{folder}}/run}}}}
+deepspeed: {ZERO}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +93,68 @@ def test_a_run_refuses_code_of_an_unknown_family(model, tmp_path):
 
 def test_the_doctor_refuses_code_of_an_unknown_family(model, canary, tmp_path):
     with_code(model, canary, "config.json", **UNKNOWN)
-    assert "has no config that can be read" in one_error(model, tmp_path)
+    assert "cannot be read as a transformers checkpoint" in one_error(model, tmp_path)
 
 
 def one_error(model: Path, tmp_path: Path) -> str:
     """What the doctor finds wrong with a run on this model."""
     (tmp_path / "train.jsonl").write_bytes(line())
-    (tmp_path / "run.yaml").write_text(
-        f"model: {{path: {model}}}\ndata: {{train: {tmp_path}/train.jsonl}}\n"
-        f"train: {{steps: 2, global_batch_size: 1, output_dir: {tmp_path}/run}}\ndeepspeed: {ZERO}\n"
-    )
+    (tmp_path / "run.yaml").write_text(RUN.format(model=model, folder=tmp_path))
     [error] = [one.text for one in diagnose(str(tmp_path / "run.yaml"), [], 1, 1, None) if one.level == "error"]
     assert "\n" not in error
     return error
+
+
+# --- folders that plain transformers loads and a run does not train
+
+QUANTIZED = {
+    "bitsandbytes": ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "bitsandbytes"),
+    "bitsandbytes of old": ({"load_in_8bit": True}, "bitsandbytes (load_in_8bit)"),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq"),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, "gptq"),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
+    "of a kind to come": ({"quant_method": "one bit"}, "one bit"),
+    "without a kind": ({"bits": 4}, "a method that its quantization_config does not name"),
+}
+
+
+@pytest.mark.parametrize("settings, kind", QUANTIZED.values(), ids=QUANTIZED)
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_quantized_weights_are_refused_with_their_kind_and_twin(model, tmp_path, settings, kind, part):
+    folder = model.rename(model.parent / "Tiny-Instruct-FP8-dynamic")
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    (values[part] if part else values)["quantization_config"] = settings
+    file.write_text(json.dumps(values))
+    wanted = f"quantized by {kind}, which cannot be trained"
+    refusal(lambda: model_config(of(folder)), folder, wanted)
+    found = one_error(folder, tmp_path)
+    assert wanted in found and found.endswith(f"usually {model.parent}/Tiny-Instruct")
+
+
+def test_an_adapter_beside_the_model_is_refused(model, tmp_path):
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somebody/else"}))
+    refusal(lambda: model_config(of(model)), model, "holds a PEFT adapter beside the model")
+    assert "move adapter_config.json away" in one_error(model, tmp_path)
+
+
+def test_weights_in_a_file_that_only_transformers_would_look_for(model, tmp_path):
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | {"transformers_weights": "other.safetensors"}))
+    refusal(lambda: model_config(of(model)), model, "transformers_weights: 'other.safetensors'")
+    assert "call the file model.safetensors" in one_error(model, tmp_path)
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(model, tmp_path):
+    (model / INDEX).write_text(index("model-00001-of-00001.safetensors"))  # left over: its shard is gone
+    assert len(SafetensorsFiles.of_folder(model).shapes) == len(SafetensorsFiles.find(str(model)).shapes)
+    plain = load_model(of(model), torch.float32)
+    assert sum(one.numel() for one in plain.parameters()) == SafetensorsFiles.of_folder(model).parameters
+    (tmp_path / "train.jsonl").write_bytes(line())
+    (tmp_path / "run.yaml").write_text(RUN.format(model=model, folder=tmp_path))
+    found = [one.text for one in diagnose(str(tmp_path / "run.yaml"), [], 1, 1, None) if one.level == "warning"]
+    assert sum("the first is read, as transformers does" in text for text in found) == 1
 
 
 # --- weights

@@ -17,6 +17,8 @@ FORMS = {  # name -> preset, transposed experts, one file, dtype of the files
     "dense": ("tiny-vl-dense", False, False, torch.float32),
     "tied": ("tiny-vl-moe", False, False, torch.float32),
 }
+HEAD = "lm_head.weight"
+EMBEDDING = {"tiny-moe": "model.embed_tokens.weight", "tiny-vl-dense": "model.language_model.embed_tokens.weight"}
 
 
 def write(folder, form, seed=5):
@@ -31,6 +33,25 @@ def write(folder, form, seed=5):
         save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     for file in folder.glob("*.safetensors") if transposed else ():
         change(file, lambda name, value: value.transpose(1, 2) if ".experts." in name else value)
+    return folder
+
+
+def tied_folder(folder, preset, stored):
+    """A checkpoint whose config ties its output layer and whose file holds it nevertheless."""
+    model = build_preset(preset, 3)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    head = weights[EMBEDDING[preset]].bfloat16().float()
+    weights[EMBEDDING[preset]] = head.clone()
+    if stored == "other":
+        head = head.flip(0)
+    elif stored == "last row":
+        head[-1, -1] += 1
+    elif stored == "close":
+        head = head * (1 + 2**-12)  # the same in bf16
+    save_file(weights | {HEAD: head.contiguous()}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
