@@ -85,7 +85,7 @@ def differing(found: dict[str, list], expected: dict[str, list]) -> list[str]:
 def far_apart(found: dict[str, list], expected: dict[str, list]) -> list[str]:
     """Names whose norms differ by more than rounding, or that only one side has."""
     missing = found.keys() ^ expected.keys()
-    norms = {key: (found[key][1], expected[key][1]) for key in found.keys() & expected.keys()}
+    norms = {key: (found[key][1], expected[key][1]) for key in found.keys() & expected.keys() if expected[key]}
     return sorted(missing | {key for key, (one, other) in norms.items() if abs(one - other) > DRIFT * abs(other)})
 
 
@@ -125,7 +125,10 @@ def test_exports_the_same_model(copied, expected, tmp_path):
 
     source = shutil.copytree(KEPT / "output", tmp_path / "output")
     export_checkpoint(source, tmp_path / "exported")
-    assert not differing(exported(tmp_path / "exported"), expected["exported"])
+    found, wanted = exported(tmp_path / "exported"), expected["exported"]
+    assert not far_apart(found, wanted)
+    if machine() == expected["machine"]:  # the low-rank updates that it merges are matrix products
+        assert not differing(found, wanted)
 
 
 def test_a_flipped_digest_and_a_changed_norm_are_noticed(expected):
