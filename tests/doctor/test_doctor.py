@@ -103,6 +103,7 @@ def missing_shard() -> None:
     checkpoint()
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     Path("model/model.safetensors.index.json").write_text(json.dumps(index))
+    Path("model/model.safetensors").unlink()  # it would be read, whatever the index says
 
 
 def broken_shard() -> None:

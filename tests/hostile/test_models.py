@@ -108,13 +108,13 @@ def one_error(model: Path, tmp_path: Path) -> str:
 # --- folders that plain transformers loads and a run does not train
 
 QUANTIZED = {
-    "bitsandbytes": ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "bitsandbytes"),
+    "bitsandbytes": ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "'bitsandbytes'"),
     "bitsandbytes of old": ({"load_in_8bit": True}, "bitsandbytes (load_in_8bit)"),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq"),
-    "gptq": ({"quant_method": "gptq", "bits": 4}, "gptq"),
-    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
-    "of a kind to come": ({"quant_method": "one bit"}, "one bit"),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128}, "'awq'"),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors", "config_groups": {}}, "'compressed-tensors'"),
+    "of a kind to come": ({"quant_method": "one bit"}, "'one bit'"),
     "without a kind": ({"bits": 4}, "a method that its quantization_config does not name"),
 }
 
