@@ -50,12 +50,17 @@ class ModelConfig(Section):
         return freeze
 
 
+ContentToken = Annotated[str, Field(min_length=1)]
+
+
 class DataConfig(Section):
     train: str  # JSONL or Parquet file, or "digits" (bundled scans as chats); in task rl rollouts
     eval: str | None = None  # as train; here "digits" is the held-out split
     root: str | None = None  # folder that images must lie in; default: that of the data file
     max_length: int = Field(default=2048, gt=0)  # tokens a sample, image tokens included
     max_pixels: int = Field(default=16_777_216, gt=0)  # of one image as stored; a larger one is a bad record
+    train_on: Literal["last", "all"] = "all"  # which answers of a conversation are learned
+    content_tokens: list[ContentToken] = []  # special tokens that texts may write, such as "<|box_start|>"
     on_bad_record: Literal["stop", "skip"] = "stop"
     shuffle: bool = True
     length_grouping: bool = True  # samples of similar length share a micro-batch

@@ -6,5 +6,6 @@ images.py    pixels, within limits          encode.py          tokens and batche
 encoder.py   records into samples           bad_records.py     those that cannot be used
 order.py     the order of an epoch          stream.py          what a rank trains on, with an exact position
 batch.py     a micro-batch                  eval_set.py        what a rank is evaluated on
+marks.py     texts found in a rendering     message_keys.py   thoughts, tools, weights
 digits.py    the bundled data set           processor.py       what the data need of a processor
 """

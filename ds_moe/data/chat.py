@@ -5,24 +5,40 @@ Three forms are read, which LLaMA-Factory, ms-swift and TRL write:
   {"type": "image", "image": path} parts;
 - `messages` or `conversations` ([{"from", "value"}], ShareGPT) plus an `images` column (LLaVA: `image`), whose entries
   replace `<image>` in string contents, or {"type": "image"} parts without a path, in their order.
+
+Answers may have a thought and tool calls, see `message_keys.py`; the results are messages of the role "tool".
 """
 
+import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 
 from PIL import Image
 
 from ds_moe.data.images import ImageSource, RecordError, image_source, load_image
+from ds_moe.data.message_keys import (
+    OF_ANSWERS,
+    OF_RESULTS,
+    WEIGHTS,
+    Json,
+    check_text,
+    read_calls,
+    read_reasoning,
+    read_result,
+    read_tools,
+    read_weight,
+)
 from ds_moe.errors import shown
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 PLACEHOLDER = "<image>"
 # Names of an evaluation's own rows: the accuracy of records without a kind, and the mean over all kinds.
 TAKEN_KINDS = ("all", "mean")
-UNSUPPORTED = ("videos", "video", "audios", "audio", "tools")  # a record with one of these is refused
+UNSUPPORTED = ("videos", "video", "audios", "audio")  # a record with one of these is refused
 
 
 class ImagePlace(Enum):
@@ -36,14 +52,31 @@ Part = str | ImageSource | ImagePlace
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: its role, and its texts and images in order."""
+    """One message: its role, and its texts and images in order.
 
-    role: str  # "system", "user" or "assistant"
+    Attributes:
+        reasoning: the thought before an answer, where it stands apart from the text; None: it does not.
+        calls: tool calls of an answer, each {"type", "function": {"name", "arguments"}}.
+        result: "name" and "tool_call_id" of a tool's result, as far as it has them.
+        weight: whether an answer is learned.
+    """
+
+    role: str  # "system", "user", "assistant" or "tool"
     parts: tuple[str | ImageSource, ...]
+    reasoning: str | None = None
+    calls: tuple[dict[str, Json], ...] = ()
+    result: dict[str, str] = field(default_factory=dict)
+    weight: bool = True
 
     @property
     def text(self) -> str:
         return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def written(self) -> str:
+        """All that the message says, in one string: for estimates and searches."""
+        calls = json.dumps(self.calls, ensure_ascii=False) if self.calls else ""
+        return "\n".join(part for part in (self.reasoning, self.text, calls) if part)
 
 
 @dataclass(frozen=True)
@@ -53,11 +86,13 @@ class Sample:
     Attributes:
         where: file:line of its record.
         kind: the record's own label; evaluations report an accuracy for each kind.
+        tools: descriptions of the tools that answers may call.
     """
 
     turns: tuple[Turn, ...]
     where: str
     kind: str | None = None
+    tools: tuple[dict[str, Json], ...] = ()
 
     @property
     def images(self) -> list[ImageSource]:
@@ -74,8 +109,8 @@ class Sample:
 
     @property
     def answer(self) -> str:
-        """The text of the last turn, which is always the assistant's. An evaluation generates it."""
-        return self.turns[-1].text
+        """The text of the last turn, which is always the assistant's, without its thought."""
+        return final_answer(self.turns[-1].text)
 
 
 @dataclass(frozen=True)
@@ -87,6 +122,11 @@ class BadRecord:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
+
+
+def final_answer(text: str) -> str:
+    """What stands behind the thought of an answer; all of it where it has none, or one that does not end."""
+    return text.rpartition("</think>")[2].strip() if "</think>" in text else text
 
 
 def parse_record(record: object, where: str, root: Path) -> Sample:
@@ -107,6 +147,7 @@ def parse_record(record: object, where: str, root: Path) -> Sample:
             raise RecordError(f"{key!r} is not supported (only images and text are; remove the record)")
     written = [_turn(message, number, root) for number, message in enumerate(_messages(record), start=1)]
     pool = image_pool(record, root)
+    tools = read_tools(record["tools"]) if record.get("tools") else ()
     places = sum(part is ImagePlace.NEXT for _, parts in written for part in parts)
     if places != len(pool):
         reason = f"{places} {PLACEHOLDER} placeholders for {len(pool)} images"
@@ -119,7 +160,9 @@ def parse_record(record: object, where: str, root: Path) -> Sample:
     if kind in TAKEN_KINDS:
         raise RecordError(f"'kind' is {kind!r}, the name of an evaluation's own row (choose another)")
     answers = [number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"]
-    return Sample(turns[: answers[-1]], where, kind)  # no loss is taken on turns after the last answer
+    if not any(turn.weight for turn in turns if turn.role == "assistant"):
+        raise RecordError("no answer is learned: all have the weight 0 (remove the record)")
+    return Sample(turns[: answers[-1]], where, kind, tools)  # no loss is taken on turns after the last answer
 
 
 def _messages(record: dict[str, object]) -> list[dict[str, object]]:
@@ -146,20 +189,26 @@ def _as_role_and_content(value: object, number: int) -> dict[str, object]:
     if "from" in message:
         names = {"from": "role", "value": "content"}
         message = {names.get(key, key): value for key, value in message.items()}
+    if message.get("tool_calls"):
+        message.setdefault("content", "")
     for key in ("role", "content"):
         if key not in message:
             raise RecordError(f"message {number} has no {key!r} (add it)")
-    extra = sorted(set(message) - {"role", "content"})
-    if extra:  # ignoring a loss switch or a tool call would look as if it had worked
+    role = ROLES.get(message["role"]) if isinstance(message["role"], str) else None
+    read = {"role", "content", *WEIGHTS, *{"assistant": OF_ANSWERS, "tool": OF_RESULTS}.get(str(role), ())}
+    extra = sorted(set(message) - read)
+    if role is not None and extra:  # ignoring a loss switch or a tool call would look as if it had worked
         raise RecordError(f"message {number} has {shown(extra[0])}, which is not read (remove it)")
     return message
 
 
-def _turn(message: dict[str, object], number: int, root: Path) -> tuple[str, list[Part]]:
-    """Role and parts of a message."""
+def _turn(message: dict[str, object], number: int, root: Path) -> tuple[Turn, list[Part]]:
+    """A message without its parts, and these."""
     role = ROLES.get(message["role"]) if isinstance(message["role"], str) else None
     if role is None:
-        raise RecordError(f"message {number}: unknown role {shown(message['role'])} (use system, user or assistant)")
+        raise RecordError(
+            f"message {number}: unknown role {shown(message['role'])} (use system, user, assistant or tool)"
+        )
     content = message["content"]
     if isinstance(content, str):
         parts: list[Part] = []
@@ -170,14 +219,18 @@ def _turn(message: dict[str, object], number: int, root: Path) -> tuple[str, lis
     else:
         raise RecordError(f"message {number}: content is {type_of(content)}, not a string or a list (quote it)")
     parts = _joined(parts)
-    if not any(isinstance(part, ImageSource | ImagePlace) or part.strip() for part in parts):
+    calls = read_calls(message, number) if role == "assistant" else ()
+    may_be_empty = bool(calls) or role == "tool"
+    if not may_be_empty and not any(isinstance(part, ImageSource | ImagePlace) or part.strip() for part in parts):
         raise RecordError(f"message {number} ({role}) is empty (give it text, or remove the record)")
     for part in parts:
         if isinstance(part, str):
-            _check_text(part, number)
-        elif role != "user":
+            check_text(part, number)
+        elif role not in ("user", "tool"):
             raise RecordError(f"message {number}: an image in the {role} turn (images belong in user turns)")
-    return role, parts
+    reasoning = read_reasoning(message, number) if role == "assistant" else None
+    result = read_result(message, number) if role == "tool" else {}
+    return Turn(role, (), reasoning, calls, result, read_weight(message, role, number)), parts
 
 
 def _joined(parts: list[Part]) -> list[Part]:
@@ -220,11 +273,11 @@ def image_pool(record: dict[str, object], root: Path) -> list[ImageSource]:
     return [image_source(value, root) for value in values]
 
 
-def _fill(written: list[tuple[str, list[Part]]], pool: Iterator[ImageSource]) -> tuple[Turn, ...]:
+def _fill(written: list[tuple[Turn, list[Part]]], pool: Iterator[ImageSource]) -> tuple[Turn, ...]:
     """The turns, with an image of the pool in each place for one."""
     return tuple(
-        Turn(role, tuple(next(pool) if isinstance(part, ImagePlace) else part for part in parts))
-        for role, parts in written
+        replace(turn, parts=tuple(next(pool) if isinstance(part, ImagePlace) else part for part in parts))
+        for turn, parts in written
     )
 
 
@@ -237,13 +290,9 @@ def _check_order(turns: tuple[Turn, ...]) -> None:
         raise RecordError("a system turn that is not the first message (move it to the front)")
     if "user" not in roles[: roles.index("assistant")]:
         raise RecordError("an assistant turn before any user turn (start with the question)")
-
-
-def _check_text(text: str, number: int) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RecordError(f"message {number}: text holds a lone surrogate (write valid Unicode)") from error
+    for before, role in pairwise(["no", *roles]):
+        if role == "tool" and before not in ("assistant", "tool"):
+            raise RecordError(f"a tool turn behind a {before} turn (results follow the answer that asks for them)")
 
 
 def type_of(value: object) -> str:

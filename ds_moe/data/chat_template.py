@@ -1,62 +1,47 @@
 """Conversations become token ids, together with the exact spans that the loss is taken on.
 
-The chat template is rendered once for each *shape* of conversation, with a marker in place of every text. That tells
-what the template wrote from what a record says: only the template's text may become control tokens (<|im_start|>,
-<|image_pad|> ...), text of a record that imitates them stays text, and answers are found by position.
+The chat template is rendered three times whatever the number of turns: plainly, with marks in the record's texts (see
+`marks.py`), and up to the last answer with a generation prompt. That tells what the template wrote from what a record
+says: only the template's text may become control tokens (<|im_start|>, <|image_pad|> ...), text of a record that
+imitates them stays text, and answers are found by position.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count, pairwise
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
 
 from ds_moe.data.chat import Turn
-from ds_moe.data.images import ImageSource, RecordError
+from ds_moe.data.images import RecordError
+from ds_moe.data.marks import Marks, Message, Rendered, in_order, missing, plain_message
+from ds_moe.data.message_keys import Json
 from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Shape = tuple[tuple[str, tuple[bool, ...]], ...]  # of each turn: its role, and for each part whether it is an image
+Tools = tuple[dict[str, Json], ...]
 
-Message = dict[str, str | list[dict[str, str]]]  # role and content, as templates take them
-
-
-@dataclass(frozen=True)
-class Control:
-    """A special token written by the template."""
-
-    token: str
-    token_id: int
-    label: bool  # the loss is taken on it
+THINK_TAGS = ("<think>", "</think>")  # templates look for them in texts, also where they are special tokens
+THE_TEMPLATE = "the model's chat template"
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """Plain text written by the template."""
+class TokenRules:
+    """What a run file says about tokens and labels, see `config.sections.DataConfig`."""
 
-    text: str
-    label: bool
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of the conversation's `index`-th text part."""
-
-    index: int
-    label: bool
+    train_on: Literal["last", "all"] = "all"
+    content_tokens: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class TurnLayout:
-    """What the template writes for a shape; the labels of the last assistant turn begin with item number `answer`."""
-
-    items: tuple[Control | Fixed | Slot, ...]
-    answer: int
+DEFAULT_RULES = TokenRules()
 
 
 @dataclass(frozen=True)
@@ -68,75 +53,233 @@ class Tokens:
     prompt: int
 
 
-def tokenize(turns: tuple[Turn, ...], processor: Processor, image_tokens: list[int]) -> Tokens:
-    """Ids of a conversation, with labels on every assistant turn and its end token.
+@dataclass(frozen=True)
+class Template:
+    """What a conversation of one question and one answer shows of a model's template."""
+
+    end: str | None  # the token that ends an answer; None: the template refuses such a conversation
+    opened: str  # what a generation prompt writes of the answer itself, such as "<think>\n"
+    shows_reasoning: bool  # whether `reasoning_content` is written anywhere
+
+
+def tokenize(
+    turns: tuple[Turn, ...],
+    processor: Processor,
+    image_tokens: list[int],
+    tools: Tools = (),
+    rules: TokenRules = DEFAULT_RULES,
+) -> Tokens:
+    """Ids of a conversation, with labels on what the model writes: thoughts, answers, calls and their end tokens.
 
     Args:
         image_tokens: the number of ids that each image takes.
+        tools: descriptions for the template.
 
     Raises:
-        RecordError: the template changes a text of this record, or leaves out an image.
+        RecordError: the template refuses this conversation, leaves something of it out, or writes its beginning
+            differently when an answer is to be generated.
         UserError: the template cannot be trained with at all.
     """
-    layout = _layout(processor, _shape(turns))
-    texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
-    written = "".join(_text(item, texts) for item in layout.items)
-    if written != _render(processor, _messages(turns)):
-        raise RecordError("the model's chat template rewrites this record's text (strip spaces and <think> markup)")
-    places = sum(isinstance(item, Control) and item.token_id == processor.image_token_id for item in layout.items)
-    if places != len(image_tokens):
-        raise RecordError(f"the model's chat template shows {places} of the record's {len(image_tokens)} images")
-    runs = _runs(layout, texts)
-    plain = [run for run, _, _ in runs if isinstance(run, str)]
-    encoded = iter(_encode(processor.tokenizer, plain))
-    counts = iter(image_tokens)
-    ids: list[int] = []
-    label: list[bool] = []
-    prompt = 0
-    for run, labelled, starts_answer in runs:
-        if starts_answer:
-            prompt = len(ids)
-        if isinstance(run, str):
-            new = next(encoded)
-        else:
-            new = [run.token_id] * (next(counts) if run.token_id == processor.image_token_id else 1)
-        ids += new
-        label += [labelled] * len(new)
-    return Tokens(ids, label, prompt)
+    template = _template(processor)
+    conversation = _Conversation(turns, tools, processor, rules.content_tokens)
+    conversation.check_complete(template)
+    learned = [index for index in conversation.answers if turns[index].weight]
+    if rules.train_on == "last":
+        learned = [index for index in learned if index == conversation.answers[-1]]
+    if not learned:
+        raise RecordError("the last answer has the weight 0, and data.train_on is 'last' (remove the record)")
+    spans = [conversation.span(index, template) for index in learned]
+    return _tokens(conversation.whole, spans, len(conversation.prompt), processor, image_tokens)
 
 
 def end_token(processor: Processor) -> int | None:
     """The token with which the template ends an answer, and which labels teach; None where it writes none."""
-    layout = _layout(processor, (("user", (False,)), ("assistant", (False,))))
-    last = [item for item in layout.items if item.label][-1]
-    return last.token_id if isinstance(last, Control) else None
+    end = _template(processor).end
+    return None if end is None else _special_ids(processor)[end]
 
 
-def _runs(layout: TurnLayout, texts: list[str]) -> list[tuple[str | Control, bool, bool]]:
-    """The items as (text or token, labelled, begins the last answer), neighbouring texts joined.
+def special_tokens(processor: Processor) -> re.Pattern[str]:
+    """Matches the special tokens of the tokenizer in a text."""
+    return _pattern(tuple(_special_ids(processor)))
 
-    A tokenizer sees joined texts as one. They stay apart where labels begin or end, because generation too starts from
+
+def check_content_tokens(processor: Processor, tokens: Sequence[str]) -> None:
+    """Raise `UserError` for a token that the tokenizer does not have, or that texts must never write."""
+    known = {str(token) for token in processor.tokenizer.added_tokens_decoder.values()}
+    for token in tokens:
+        if token not in known:
+            reason = "no added token of the model's tokenizer (add it to the tokenizer and the model, or remove it)"
+            raise UserError(f"data.content_tokens: {token!r} is {reason}")
+        if use := control_use(processor, token):
+            raise UserError(f"data.content_tokens: {token!r} is {use}, which texts must not write (remove it)")
+
+
+def control_use(processor: Processor, token: str) -> str | None:
+    """What the model or its chat template uses a token for; None: nothing, so that texts may write it."""
+    tokenizer = processor.tokenizer
+    own = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    for name in ("image", "video", "audio", "vision_start", "vision_end"):
+        if getattr(processor, f"{name}_token_id", None) == tokenizer.convert_tokens_to_ids(token):
+            return "a placeholder of images or videos"
+    templates = tokenizer.chat_template, getattr(processor, "chat_template", None)
+    if token not in THINK_TAGS and any(token in str(template) for template in templates):
+        return "a control token of the chat template"
+    ends = [name for name, value in own.items() if value == token and name.endswith("_token")]
+    return f"the tokenizer's {ends[0]}" if ends else None
+
+
+class _Conversation:
+    """A conversation as its template writes it, and where in it the answers stand."""
+
+    def __init__(self, turns: tuple[Turn, ...], tools: Tools, processor: Processor, content: tuple[str, ...] = ()):
+        special = tuple(_special_ids(processor))
+        guarded = _pattern(tuple(token for token in special if token not in (*content, *THINK_TAGS)))
+        self.turns, self.answers = turns, [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        self._processor, self._content = processor, content
+        self._marks = Marks(turns, tools, guarded, _pattern(special))
+        self._marked, self._tools = self._marks.messages(), self._marks.descriptions()
+        self.whole = self._marks.read(_render(processor, self._marked, self._tools))
+        plain = [plain_message(turn) for turn in turns]
+        if self.whole.text != _render(processor, plain, list(tools)):
+            reason = "decides by special tokens or tags in this record's text, which cannot be followed (remove them)"
+            raise RecordError(f"{THE_TEMPLATE} {reason}")
+        self._of_message: dict[int, list[int]] = {}  # marks that were written
+        for number, mark in enumerate(self._marks.marks):
+            if number in self.whole.at:
+                self._of_message.setdefault(mark.message, []).append(number)
+        self._positions = sorted(self.whole.at.values())
+        self._tails: dict[tuple[str, str, int], str] = {}
+        last = self.answers[-1]
+        self.prompt = _render(processor, plain[:last], list(tools), add_generation_prompt=True)
+        if (anchor := self._anchor(last)) is not None:
+            self._tails[anchor[0]] = self.prompt[self.whole.at[anchor[1]] :]
+
+    def check_complete(self, template: Template | None) -> None:
+        """Raise `RecordError` where the template leaves out or moves anything but thoughts of earlier answers, or asks
+        for the last answer with another text than it writes before it."""
+        for mark in missing(self.whole, self._marks):
+            earlier = mark.message < self.answers[-1]
+            shown = template is not None and template.shows_reasoning
+            if earlier and (mark.what == "thought" or (mark.what == "reasoning" and shown)):
+                continue
+            role = "" if mark.message < 0 else f"message {mark.message + 1} ({self.turns[mark.message].role})"
+            names = {"tool": "'tools'", "call": f"the tool calls of {role}", "thought": f"the thought of {role}"}
+            names["reasoning"] = f"the 'reasoning_content' of {role}"
+            raise RecordError(f"{THE_TEMPLATE} leaves out {names.get(mark.what, role)} (remove it, or use another one)")
+        in_order(self.whole, self._marks)
+        if self.whole.text.startswith(self.prompt) and len(self.prompt) <= self._first(self.answers[-1]):
+            return
+        closed = self.prompt.removesuffix(template.opened) if template else self.prompt
+        if closed != self.prompt and self.whole.text.startswith(closed):
+            reason = "opens a thought where it asks for an answer, and writes none before this record's last one"
+            raise RecordError(f"{THE_TEMPLATE} {reason} (write the thought as <think>...</think> before the answer)")
+        raise self._differs(self.answers[-1])
+
+    def span(self, index: int, template: Template) -> tuple[int, int]:
+        """[start, end) of an answer: from where its generation starts to the end of its end token."""
+        start = len(self.prompt) if index == self.answers[-1] else self._start(index, template.opened)
+        return start, self._end(index, template.end)
+
+    def _first(self, index: int) -> int:
+        """Where the first text of a message stands, which the message must have."""
+        numbers = self._of_message.get(index)
+        if not numbers:
+            role = self.turns[index].role
+            raise RecordError(f"{THE_TEMPLATE} leaves out message {index + 1} ({role}) (remove it)")
+        return min(self.whole.at[number] for number in numbers)
+
+    def _anchor(self, index: int) -> tuple[tuple[str, str, int], int] | None:
+        """The last mark of the message before `index`, and what decides about the text behind it; None: unknown."""
+        numbers = self._of_message.get(index - 1)
+        if not numbers:
+            return None
+        number = max(numbers, key=lambda one: (self.whole.at[one], one))
+        mark = self._marks.marks[number]
+        if mark.behind is None or self.turns[index - 1].calls:
+            return None
+        return (self.turns[index - 1].role, mark.behind, mark.images), number
+
+    def _start(self, index: int, opened: str) -> int:
+        """Where the generation of an earlier answer starts: behind its prompt, or behind as much of it as is written.
+
+        Prompts of answers that follow a message of the same kind end alike, so that few of them are rendered.
+        """
+        anchor = self._anchor(index)
+        if anchor is not None and anchor[0] in self._tails:
+            begins, written = self.whole.at[anchor[1]], self._tails[anchor[0]]
+        else:
+            prompt = self._marks.read(_render(self._processor, self._marked[:index], self._tools, True))
+            begins, written = 0, prompt.text
+            if anchor is not None and anchor[1] in prompt.at:
+                begins, written = self.whole.at[anchor[1]], prompt.text[prompt.at[anchor[1]] :]
+                self._tails[anchor[0]] = written
+        for ending in dict.fromkeys((written, written.removesuffix(opened))):
+            if self.whole.text.startswith(ending, begins) and begins + len(ending) <= self._first(index):
+                return begins + len(ending)
+        raise self._differs(index)
+
+    def _end(self, index: int, token: str | None) -> int:
+        """Behind the end token of an answer; behind its first control token where it does not end as others do."""
+        last = max(self.whole.at[number] for number in self._of_message[index])
+        following = bisect_left(self._positions, last + 1)
+        before = self._positions[following] if following < len(self._positions) else len(self.whole.text)
+        ends = []
+        for number in range(bisect_left(self.whole.special, (last, last)), len(self.whole.special)):
+            start, end = self.whole.special[number]
+            if start >= before:
+                break
+            written = self.whole.text[start:end]
+            if written == token:
+                return end
+            if written not in self._content:
+                ends.append(end)
+        if not ends:
+            raise RecordError(f"{THE_TEMPLATE} writes no end token behind message {index + 1} (use another one)")
+        return ends[0]
+
+    def _differs(self, index: int) -> RecordError:
+        return RecordError(
+            f"{THE_TEMPLATE} renders the turns before answer {self.answers.index(index) + 1} differently on their own "
+            "than within the conversation, so training and generation would see other prompts (use another one)"
+        )
+
+
+def _tokens(
+    whole: Rendered, spans: list[tuple[int, int]], prompt: int, processor: Processor, image_tokens: list[int]
+) -> Tokens:
+    """Ids of a text, cut where special tokens, labels or the last answer begin or end.
+
+    A tokenizer sees the text between two cuts as one. It is cut where labels begin because generation too starts from
     the ids of the prompt alone.
     """
-    runs: list[tuple[str | Control, bool, bool]] = []
-    for index, item in enumerate(layout.items):
-        starts = index == layout.answer
-        if isinstance(item, Control):
-            runs.append((item, item.label, starts))
-            continue
-        text = _text(item, texts)
-        last = runs[-1] if runs else None
-        if last and isinstance(last[0], str) and last[1] == item.label and not starts:
-            runs[-1] = (last[0] + text, item.label, last[2])
+    known, image = _special_ids(processor), processor.image_token_id
+    special = {start: known[whole.text[start:end]] for start, end in whole.special}
+    places = sum(token == image for token in special.values()) if image is not None else 0
+    if places != len(image_tokens):
+        raise RecordError(f"{THE_TEMPLATE} shows {places} of the record's {len(image_tokens)} images")
+    cuts = {0, len(whole.text), prompt}
+    for start, end in (*spans, *whole.special):
+        cuts |= {start, end}
+    pieces = list(pairwise(sorted(cuts)))
+    plain = {whole.text[start:end]: None for start, end in pieces if start not in special}  # few differ
+    encoded = dict(zip(plain, _encode(processor.tokenizer, list(plain)), strict=True))
+    counts, left = iter(image_tokens), iter(spans)
+    ids: list[int] = []
+    label: list[bool] = []
+    of_prompt = 0
+    first, last = next(left)
+    for start, end in pieces:
+        if start == prompt:
+            of_prompt = len(ids)
+        if start >= last:
+            first, last = next(left, (len(whole.text), len(whole.text)))
+        if start in special:
+            new = [special[start]] * (next(counts) if special[start] == image else 1)
         else:
-            runs.append((text, item.label, starts))
-    return runs
-
-
-def _text(item: Control | Fixed | Slot, texts: list[str]) -> str:
-    if isinstance(item, Control):
-        return item.token
-    return item.text if isinstance(item, Fixed) else texts[item.index]
+            new = encoded[whole.text[start:end]]
+        ids += new
+        label += [first <= start < last] * len(new)
+    return Tokens(ids, label, of_prompt)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -144,95 +287,63 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
 
 
-def _render(processor: Processor, messages: list[Message], add_generation_prompt: bool = False) -> str:
+def _render(
+    processor: Processor, messages: list[Message], tools: list[dict[str, Json]], add_generation_prompt: bool = False
+) -> str:
     try:
-        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, tools=tools or None
+        )
     except Exception as error:  # a template is a program, which may fail in any way beside its own refusals
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise RecordError(f"the model's chat template refuses this conversation: {reason}") from error
+        raise RecordError(f"{THE_TEMPLATE} refuses this conversation: {reason}") from error
 
 
-def _messages(turns: tuple[Turn, ...]) -> list[Message]:
-    return [_message(turn.role, [part if isinstance(part, str) else None for part in turn.parts]) for turn in turns]
-
-
-def _message(role: str, parts: list[str | None]) -> Message:
-    """A message as templates take it. None stands for an image; without images the content is one string."""
-    if None not in parts:
-        return {"role": role, "content": "".join(part for part in parts if part)}
-    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-    return {"role": role, "content": content}
-
-
-def _marker(index: int) -> str:
-    """What stands for the text part number `index`, between characters for private use, which no template writes."""
-    return f"\ue000{index}\ue001"
-
-
-def _control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+@lru_cache(maxsize=64)
+def _special_ids(processor: Processor) -> dict[str, int]:
     """Special tokens and their ids. The longest comes first, because a regex takes the first alternative that fits."""
-    special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    decoder = processor.tokenizer.added_tokens_decoder
+    special = {str(token): index for index, token in decoder.items() if token.special}
     return dict(sorted(special.items(), key=lambda item: -len(item[0])))
 
 
-def _shape(turns: tuple[Turn, ...]) -> Shape:
-    return tuple((turn.role, tuple(isinstance(part, ImageSource) for part in turn.parts)) for turn in turns)
+@lru_cache(maxsize=64)
+def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
-@lru_cache(maxsize=4096)
-def _layout(processor: Processor, shape: Shape) -> TurnLayout:
-    """Render the template with a marker in place of every text, and cut the result into items."""
-    markers = count()
-    messages = [
-        _message(role, [None if is_image else _marker(next(markers)) for is_image in parts]) for role, parts in shape
-    ]
-    whole = _render(processor, messages)
-    controls = _control_ids(processor.tokenizer)
-    pattern = re.compile("|".join([_marker(0).replace("0", r"\d+"), *map(re.escape, controls)]))
-    spans = _answer_spans(processor, shape, messages, whole, pattern)
-    cuts = {0, len(whole), *(start for start, _ in spans)}
-    cuts |= {position for match in pattern.finditer(whole) for position in match.span()}
-    items: list[Control | Fixed | Slot] = []
-    answer = 0
-    for start, end in pairwise(sorted(cuts)):
-        text, label = whole[start:end], any(first <= start < last for first, last in spans)
-        if start == spans[-1][0]:
-            answer = len(items)
-        if text in controls:
-            items.append(Control(text, controls[text], label))
-        elif pattern.fullmatch(text):
-            items.append(Slot(int(text[1:-1]), label))
-        else:
-            items.append(Fixed(text, label))
-    if [item.index for item in items if isinstance(item, Slot)] != list(range(next(markers))):
-        roles = ", ".join(role for role, _ in shape)
-        raise UserError(f"model: its chat template drops or moves turns of a conversation of {roles} (use another one)")
-    return TurnLayout(tuple(items), answer)
+@lru_cache(maxsize=64)
+def _template(processor: Processor) -> Template:
+    """Raises `UserError` for a template that shows not even one question and one answer as it will be asked."""
+    question, answer = Turn("user", ("a",)), Turn("assistant", ("b",))
+    try:
+        probe = _Conversation((question, answer), (), processor)
+        probe.check_complete(None)
+        _, ends = probe.span(1, Template(None, "", False))
+    except RecordError as error:
+        if "refuses this conversation" in str(error):
+            return Template(None, "", False)
+        raise UserError(str(error).replace(THE_TEMPLATE, "model: its chat template", 1)) from error
+    end = next(probe.whole.text[start:last] for start, last in probe.whole.special if last == ends)
+    return Template(end, _opened(processor, question, answer), _shows_reasoning(processor, question))
 
 
-def _answer_spans(
-    processor: Processor, shape: Shape, messages: list[Message], whole: str, pattern: re.Pattern[str]
-) -> list[tuple[int, int]]:
-    """[start, end) in `whole` of every assistant turn, from where generation starts to the end of its end token.
+def _opened(processor: Processor, question: Turn, answer: Turn) -> str:
+    """What a generation prompt writes that is not written before the answer of an earlier turn."""
+    marks = Marks((question, answer) * 2, (), _pattern(()), _pattern(()))
+    messages = marks.messages()
+    try:
+        prompt, whole = _render(processor, messages[:1], [], True), _render(processor, messages, [])
+    except RecordError:
+        return ""
+    return prompt[len(os.path.commonprefix([prompt, whole])) :]
 
-    Raises:
-        UserError: the turns before an answer, rendered with a generation prompt, are not how the whole rendering
-            begins, so that the model would be trained on other prompts than it is asked with.
-    """
-    spans = []
-    texts = 0
-    for index, (role, parts) in enumerate(shape):
-        texts += parts.count(False)
-        if role != "assistant":
-            continue
-        prompt = _render(processor, messages[:index], add_generation_prompt=True)
-        marker = _marker(texts - 1)
-        position = whole.find(marker)
-        end = pattern.search(whole, position + len(marker))
-        if not whole.startswith(prompt) or position < len(prompt) or end is None:
-            raise UserError(
-                f"model: its chat template renders the turns before answer {len(spans) + 1} differently on their own "
-                "than within the conversation, so training and generation would see other prompts (use another one)"
-            )
-        spans.append((len(prompt), end.end()))
-    return spans
+
+def _shows_reasoning(processor: Processor, question: Turn) -> bool:
+    turns = (question, Turn("assistant", ("b",), reasoning="c"))
+    marks = Marks(turns, (), _pattern(()), _pattern(()))
+    try:
+        whole = marks.read(_render(processor, marks.messages(), []))
+    except RecordError:
+        return False
+    return not any(mark.what == "reasoning" for mark in missing(whole, marks))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ds_moe.data.batch import NO_LOSS, Batch
-from ds_moe.data.chat import Sample
-from ds_moe.data.chat_template import tokenize
+from ds_moe.data.chat import Sample, final_answer
+from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules, tokenize
 from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.data.processor import Processor
 from ds_moe.errors import one_line
@@ -35,20 +35,28 @@ class Encoded:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def encode(sample: Sample, processor: Processor, max_length: int, max_pixels: int) -> Encoded:
-    """Decode the images of a sample and tokenize it. Every assistant turn is a label, its end token included.
+def encode(
+    sample: Sample, processor: Processor, max_length: int, max_pixels: int, rules: TokenRules = DEFAULT_RULES
+) -> Encoded:
+    """Decode the images of a sample and tokenize it. What the model writes is a label, end tokens included.
 
     Raises:
-        RecordError: an image that does not decode or has more than `max_pixels` pixels, images for a text-only model,
-            or more than `max_length` tokens, image tokens included: nothing is ever cut off.
+        RecordError: what `tokenize` refuses; an image that does not decode or has more than `max_pixels` pixels,
+            images for a text-only model, or more than `max_length` tokens, image tokens included: nothing is cut off.
     """
     sources = sample.images
     pixel_values, grid, image_tokens = encode_images(sources, processor, max_pixels)
-    tokens = tokenize(sample.turns, processor, image_tokens)
+    tokens = tokenize(sample.turns, processor, image_tokens, sample.tools, rules)
     check_length(len(tokens.ids), sum(image_tokens), max_length)
     input_ids = torch.tensor(tokens.ids)
     labels = torch.where(torch.tensor(tokens.label), input_ids, NO_LOSS)
     return Encoded(input_ids, labels, tokens.prompt, pixel_values, grid, kind=sample.kind)
+
+
+def answer_text(encoded: Encoded, processor: Processor) -> str:
+    """The last answer as its template writes it, tool calls too, without its thought and special tokens."""
+    ids = encoded.input_ids[encoded.prompt :].unsqueeze(0)
+    return final_answer(processor.batch_decode(ids, skip_special_tokens=True)[0]).strip() if encoded.real else ""
 
 
 def encode_images(

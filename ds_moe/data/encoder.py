@@ -2,11 +2,13 @@
 
 from ds_moe.config.run import RunConfig
 from ds_moe.data.chat import BadRecord, Sample, Turn
+from ds_moe.data.chat_template import TokenRules, check_content_tokens
 from ds_moe.data.encode import Encoded, filler
 from ds_moe.data.images import RecordError
 from ds_moe.data.order import FILLER
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
+from ds_moe.errors import UserError
 
 CACHE_BYTES = 128 * 2**20  # of encoded samples that a process keeps, so that small data are encoded once
 FILLER_SAMPLE = Sample((Turn("user", ("",)), Turn("assistant", ("",))), where="filler")
@@ -17,6 +19,11 @@ class Encoder:
 
     def __init__(self, config: RunConfig, records: Records, processor: Processor):
         self._data, self._records, self._processor = config.data, records, processor
+        try:
+            check_content_tokens(processor, config.data.content_tokens)
+        except UserError as error:
+            raise UserError(f"{config.at('data.content_tokens')}: {error}") from error
+        self._rules = TokenRules(config.data.train_on, tuple(config.data.content_tokens))
         self._cache: dict[int, Encoded] = {FILLER: filler(processor)}
         self._cached_bytes = 0
 
@@ -41,7 +48,7 @@ class Encoder:
         kind = self._records.record_kind
         try:
             sample = self._records.sample(index)
-            encoded = kind.encode(sample, self._processor, self._data.max_length, self._data.max_pixels)
+            encoded = kind.encode(sample, self._processor, self._data.max_length, self._data.max_pixels, self._rules)
         except RecordError as error:
             return BadRecord(self._records.where(index), str(error))
         if self._cached_bytes + encoded.nbytes <= CACHE_BYTES:

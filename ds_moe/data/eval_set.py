@@ -9,7 +9,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import Sample
-from ds_moe.data.encode import collate_prompts
+from ds_moe.data.encode import answer_text, collate_prompts
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.order import FILLER
 from ds_moe.data.processor import Processor
@@ -86,7 +86,7 @@ class EvalSet:
         return EvalBatch(
             batch=self._record_kind.collate(encoded, self._processor),
             prompt=collate_prompts(encoded, self._processor),
-            answers=[sample.answer.strip() for sample in samples],
+            answers=[answer_text(one, self._processor) for one in encoded],
             weights=[int(index != FILLER) for index in used],
             samples=samples,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -10,6 +11,7 @@ import numpy as np
 
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import BadRecord, Sample, parse_record
+from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
 from ds_moe.data.encode import Encoded, collate, encode
 from ds_moe.data.images import ImageSource, image_size
 from ds_moe.data.processor import Processor
@@ -56,7 +58,14 @@ class RecordKind(ABC, Generic[Parsed]):
         """About how many tokens it has, which ranks records by length. Raises `RecordError` for an unreadable image."""
 
     @abstractmethod
-    def encode(self, parsed: Parsed, processor: Processor, max_length: int, max_pixels: int) -> Encoded:
+    def encode(
+        self,
+        parsed: Parsed,
+        processor: Processor,
+        max_length: int,
+        max_pixels: int,
+        rules: TokenRules = DEFAULT_RULES,
+    ) -> Encoded:
         """Tokens and patches. Raises `RecordError` for what only decoding or tokenizing can show."""
 
     @abstractmethod
@@ -100,12 +109,20 @@ class Chat(RecordKind[Sample]):
         return parse_record(record, where, root)
 
     def estimate(self, parsed: Sample, max_pixels: int) -> int:
-        characters = sum(len(turn.text) for turn in parsed.turns)
+        characters = sum(len(turn.written) for turn in parsed.turns)
+        characters += len(json.dumps(parsed.tools)) if parsed.tools else 0
         of_images = image_tokens(parsed.images, max_pixels)
         return 4 * len(parsed.turns) + characters // CHARACTERS_A_TOKEN + of_images
 
-    def encode(self, parsed: Sample, processor: Processor, max_length: int, max_pixels: int) -> Encoded:
-        return encode(parsed, processor, max_length, max_pixels)
+    def encode(
+        self,
+        parsed: Sample,
+        processor: Processor,
+        max_length: int,
+        max_pixels: int,
+        rules: TokenRules = DEFAULT_RULES,
+    ) -> Encoded:
+        return encode(parsed, processor, max_length, max_pixels, rules)
 
     def collate(self, encoded: list[Encoded], processor: Processor) -> Batch:
         return collate(encoded, processor)

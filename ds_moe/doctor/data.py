@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ds_moe.doctor.case import Case, Finding
+from ds_moe.data.images import RecordError
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ def check_data(case: Case) -> Iterator[Finding]:
         processor = None
     if processor is not None and case.folder is not None:
         yield from _end_token(case, processor)
+    if processor is not None and (problem := _content_tokens(case, processor)):
+        yield Finding("error", problem)
+        processor = None
     for split in ("train", "eval"):
         if getattr(config.data, split) is not None:
             yield from _check_split(case, split, processor)
@@ -55,6 +60,51 @@ def _end_token(case: Case, processor: Processor) -> Iterator[Finding]:
         text = f"generation of {case.folder} stops at {own}, while its chat template ends answers with {name(taught)}"
         where = case.config.at("model.path")
         yield Finding("warning", f"{where}: {text}: evaluations, checkpoints and exports of this run stop at both")
+
+
+def _content_tokens(case: Case, processor: Processor) -> str | None:
+    """What is wrong with data.content_tokens."""
+    from ds_moe.data.chat_template import check_content_tokens
+
+    try:
+        check_content_tokens(processor, case.config.data.content_tokens)
+    except UserError as error:
+        return f"{case.config.at('data.content_tokens')}: {error}"
+    return None
+
+
+def _special_in_texts(case: Case, split: str, records: Records, processor: Processor) -> Iterator[Finding]:
+    """Special tokens that texts write and that become several tokens: wanted ones, and imitated control tokens."""
+    from ds_moe.data.chat_template import control_use, special_tokens
+
+    config, where = case.config, case.config.at(f"data.{split}")
+    found: dict[str, list[str]] = {}
+    for index in range(min(case.samples, len(records))):
+        try:
+            turns = _conversation(records.sample(index))
+        except RecordError:
+            continue  # check_samples has named it
+        for match in special_tokens(processor).finditer("\n".join(turns)):
+            if match[0] not in config.data.content_tokens:
+                found.setdefault(match[0], []).append(records.where(index))
+    wanted = [token for token in found if control_use(processor, token) is None]
+    for tokens, fix in (
+        (wanted, f"data.content_tokens: {json.dumps(wanted)} keeps them whole"),
+        ([token for token in found if token not in wanted], "the chat template uses them, so they stay text"),
+    ):
+        if tokens:
+            named = ", ".join(f"{token} {len(found[token])} times" for token in tokens[:SHOWN])
+            more = f" and {len(tokens) - SHOWN} more" if len(tokens) > SHOWN else ""
+            text = f"special tokens in texts are split into pieces: {named}{more} (first at {found[tokens[0]][0]})"
+            yield Finding("warning", f"{where}: data.{split}: {text}; {fix}")
+
+
+def _conversation(parsed: object) -> list[str]:
+    """The texts of a parsed record; none where it holds tokens instead."""
+    from ds_moe.data.chat import Sample
+
+    sample = getattr(parsed, "prompt", parsed)
+    return [turn.written for turn in sample.turns] if isinstance(sample, Sample) else []
 
 
 def _processor(case: Case) -> Processor | None:
@@ -84,6 +134,7 @@ def _check_split(case: Case, split: str, processor: Processor | None) -> Iterato
     if processor is not None:
         found, lengths = check_samples(config, records, processor, case.samples)
         bad += map(str, found)
+        yield from _special_in_texts(case, split, records, processor)
     level = "warning" if config.data.on_bad_record == "skip" else "error"
     yield from (Finding(level, line) for line in bad[:SHOWN])
     if len(bad) > SHOWN:

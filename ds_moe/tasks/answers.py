@@ -1,4 +1,7 @@
-"""Held-out loss, and the share of generated answers that match exactly, per kind of question."""
+"""Held-out loss, and the share of generated answers that match exactly, per kind of question.
+
+The thought of an answer is generated but not compared.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ds_moe.data.batch import Batch
+from ds_moe.data.chat import final_answer
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
 from ds_moe.distributed import over_ranks, parallel, raise_together
@@ -67,6 +71,7 @@ def evaluate(
         for sample, answer, prediction, weight in zip(
             batch.samples, batch.answers, predictions, batch.weights, strict=True
         ):
+            prediction = final_answer(prediction).strip()
             asked[sample.kind or "all"] += weight
             hits[sample.kind or "all"] += weight * (prediction == answer)
             if weight and len(samples) < shown:

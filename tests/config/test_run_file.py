@@ -253,6 +253,7 @@ RULES = {
         "flash_attention_2 has no fp32 kernels",
     ),
     "data.root": (["data.root=images"], 'data.root would not be used: the data is "digits"'),
+    "data.train_on": ([*RL, "data.train_on=last"], "task rl learns completions, not answers"),
     "data.length_grouping": (["data.length_grouping=true", "train.global_batch_size=1"], "global_batch_size is 1"),
     "data.prefetch_factor": (
         ["data.prefetch_factor=2"],

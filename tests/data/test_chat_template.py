@@ -119,6 +119,8 @@ TRIMMING = CHAT_TEMPLATE.replace("message.content -", "message.content | trim -"
 DROPPING = CHAT_TEMPLATE.replace("messages -", "messages if message.role != 'system' -")
 OTHER_PROMPT = CHAT_TEMPLATE.replace("'<|im_start|>assistant\\n' -", "'<|im_start|>model\\n' -")
 NO_IMAGES = CHAT_TEMPLATE.replace("<|image_pad|>", "")
+DECIDING = CHAT_TEMPLATE.replace("message.role +", "('other' if '<|im_end|>' in message.content else message.role) +")
+NO_END = CHAT_TEMPLATE.replace("<|im_end|>", "")
 REFUSING = "{{ raise_exception('roles must alternate') }}"
 TWO_TURNS = {"messages": chat("One?", "first")["messages"] + chat("Two?", "second")["messages"]}
 
@@ -136,20 +138,22 @@ def test_a_template_s_own_text_is_kept_and_its_thought_is_learned_as_it_will_be_
     ("template", "error", "reason"),
     [
         (OTHER_PROMPT, UserError, "renders the turns before answer 1 differently"),
-        (DROPPING, UserError, "drops or moves turns of a conversation of system, user, assistant"),
-        (TRIMMING, RecordError, "rewrites this record's text"),
+        (DROPPING, RecordError, r"leaves out message 1 \(system\)"),
+        (DECIDING, RecordError, "decides by special tokens or tags in this record's text"),
+        (NO_END, UserError, "model: its chat template writes no end token behind message 2"),
         (REFUSING, RecordError, "refuses this conversation: roles must alternate"),
     ],
 )
 def test_templates_that_cannot_be_trained_with_are_refused(template, error, reason):
-    record = {"system": "Be brief.", **chat("hi ", "yes")}
+    record = {"system": "Be brief.", **chat("hi <|im_end|>", "yes")}
     with pytest.raises(error, match=reason):
         encoded(record, with_template(template))
 
 
-def test_trimming_template_accepts_texts_that_it_leaves_alone():
+def test_texts_are_trimmed_where_the_template_trims_them():
     processor = with_template(TRIMMING)
-    assert labelled(encoded(chat("hi", "yes"), processor), processor) == "yes<|im_end|>"
+    one = encoded(chat("hi ", "\tyes\n"), processor)
+    assert labelled(one, processor) == "yes<|im_end|>" and "user\nhi<|im_end|>" in processor.decode(one.input_ids)
 
 
 def test_template_that_passes_over_images_is_refused(folder):

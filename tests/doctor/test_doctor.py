@@ -312,6 +312,26 @@ def test_what_is_slow_or_odd_is_a_warning_and_no_error(healthy, capsys, name):
     assert [line for line in lines if line.startswith(f"warning  {expected}")], lines
 
 
+def test_special_tokens_in_texts_are_named_with_the_key_that_keeps_them_whole(healthy, capsys, monkeypatch):
+    processor = with_template(CHAT_TEMPLATE, "vl", special=("<|box_start|>", "<|box_end|>"))
+    monkeypatch.setattr("ds_moe.models.processor.tiny_processor", lambda kind: processor)
+    records()
+    path = Path("bad/data.jsonl")
+    path.write_text(path.read_text().replace('"7"', '"<|box_start|>7<|box_start|>"', 1))
+    code, lines, _ = doctor(capsys)
+    assert code == 0 and len(lines) == 1
+    assert "<|box_start|> 2 times (first at bad/data.jsonl:1)" in lines[0]
+    assert lines[0].endswith('; data.content_tokens: ["<|box_start|>"] keeps them whole')
+    edit("max_length: 64", 'max_length: 64\n  content_tokens: ["<|box_start|>"]')
+    assert doctor(capsys)[:2] == (0, [])
+    path.write_text(path.read_text().replace("Which digit", "<|im_start|>Which digit", 1))
+    _, [line], _ = doctor(capsys)
+    assert "<|im_start|> 1 times" in line and line.endswith("; the chat template uses them, so they stay text")
+    edit('["<|box_start|>"]', '["<|im_end|>"]')
+    code, lines, _ = doctor(capsys)
+    assert code == 1 and "data.content_tokens: '<|im_end|>' is a control token of the chat template" in lines[0]
+
+
 def test_slow_expert_implementations_are_warned_about(healthy, capsys):
     checkpoint()
     values = json.loads(Path("model/config.json").read_text())

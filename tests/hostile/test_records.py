@@ -32,6 +32,11 @@ def user(content: bytes) -> bytes:
     return messages(b'[{"role": "user", "content": ' + content + b'}, {"role": "assistant", "content": "a"}]')
 
 
+def answer(keys: bytes) -> bytes:
+    """A record whose answer also has these keys."""
+    return messages(b'[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", ' + keys + b"}]")
+
+
 # name -> (line 2 of a file whose other lines are good, what its error says)
 LINES = {
     "cut off": (line()[:40], "broken JSON"),
@@ -60,7 +65,91 @@ LINES = {
     ),
     "a part of a megabyte": (user(b'[{"type": "' + MEGABYTE + b'"}]'), "content part of type 'xxx"),
     "an image of a megabyte": (line("x" * 10**6), "missing image 'xxx"),
+    # thoughts, tools and weights
+    "a weight of a half": (answer(b'"weight": 0.5'), "message 2: 'weight' is 0.5 (write 0 or 1"),
+    "a weight of NaN": (answer(b'"weight": NaN'), "message 2: 'weight' is nan"),
+    "a weight as text": (answer(b'"weight": "1"'), "message 2: 'weight' is '1'"),
+    "two weights": (answer(b'"weight": 1, "loss": 0'), "message 2 has 'weight' and 'loss'"),
+    "a question to learn": (
+        messages(b'[{"role": "user", "content": "q", "loss": true}, {"role": "assistant", "content": "a"}]'),
+        "message 1: 'loss' is True on a user turn",
+    ),
+    "no answer to learn": (answer(b'"loss": false'), "no answer is learned: all have the weight 0"),
+    "a thought that is a list": (answer(b'"reasoning_content": ["x"]'), "message 2: 'reasoning_content' is ['x']"),
+    "half a surrogate in a thought": (answer(b'"reasoning_content": "\\ud800"'), "message 2: text holds a lone surr"),
+    "a thought of a question": (
+        messages(b'[{"role": "user", "content": "q", "reasoning_content": "x"}]'),
+        "message 1 has 'reasoning_content', which is not read",
+    ),
+    "calls that are no list": (answer(b'"tool_calls": {"name": "f"}'), "message 2: 'tool_calls' is {'name': 'f'}"),
+    "a call without a name": (answer(b'"tool_calls": [{"arguments": {}}]'), "message 2: tool call 1 has no 'name'"),
+    "a call of something else": (
+        answer(b'"tool_calls": [{"type": "shell", "function": {"name": "f"}}]'),
+        "message 2: tool call 1 is no call of a function",
+    ),
+    "a call with a key more": (
+        answer(b'"tool_calls": [{"function": {"name": "f", "run": "rm"}}]'),
+        "message 2: tool call 1 has 'run', which is not read",
+    ),
+    "arguments that are no JSON": (
+        answer(b'"tool_calls": [{"name": "f", "arguments": "{"}]'),
+        "message 2: tool call 1: 'arguments' is a string that is no JSON",
+    ),
+    "arguments that are a list": (
+        answer(b'"tool_calls": [{"name": "f", "arguments": [1]}]'),
+        "message 2: tool call 1: 'arguments' is [1]",
+    ),
+    "arguments 400 deep": (
+        answer(b'"tool_calls": [{"name": "f", "arguments": {"x": ' + b"[" * 400 + b"]" * 400 + b"}}]"),
+        "message 2: tool call 1 is nested more than 64 deep",
+    ),
+    "arguments 100,000 deep, as text": (
+        answer(b'"tool_calls": [{"name": "f", "arguments": "' + b"[" * 100_000 + b'"}]'),
+        "message 2: tool call 1: 'arguments' is a string that is no JSON: maximum recursion depth",
+    ),
+    "NaN among arguments": (
+        answer(b'"tool_calls": [{"name": "f", "arguments": {"x": NaN}}]'),
+        "message 2: tool call 1 holds a number that is not finite",
+    ),
+    "a surrogate among arguments": (
+        answer(b'"tool_calls": [{"name": "f", "arguments": {"\\udfff": 1}}]'),
+        "message 2: tool call 1: text holds a lone surrogate",
+    ),
+    "tools of a number": (b'{"tools": 7, ' + line()[1:], "'tools' is 7, not a list"),
+    "a tool without a name": (b'{"tools": [{"function": {}}], ' + line()[1:], "tool 1 has no name"),
+    "a result that nothing asked for": (
+        messages(b'[{"role": "user", "content": "q"}, {"role": "tool", "content": "7"},'
+                 b'{"role": "assistant", "content": "a"}]'),
+        "a tool turn behind a user turn",
+    ),
+    "a result with an id of a number": (
+        messages(b'[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},'
+                 b'{"role": "tool", "content": "7", "tool_call_id": 7}]'),
+        "message 3: 'tool_call_id' is 7, not a string",
+    ),
+}  # fmt: skip
+
+
+# What only the chat template shows: the tiny model's has no thoughts and no tools.
+SHAPES = {
+    "a thought that is not shown": (answer(b'"reasoning_content": "x"'), "leaves out the 'reasoning_content' of mess"),
+    "a call that is not shown": (answer(b'"tool_calls": [{"name": "f"}]'), "leaves out the tool calls of message 2"),
+    "a tool that is not shown": (b'{"tools": [{"name": "f"}], ' + line()[1:], "leaves out 'tools'"),
 }
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_record_that_the_template_cannot_show_is_named(stream, folder, name, workers):
+    content, says = SHAPES[name]
+    path = folder / "train.jsonl"
+    path.write_bytes(b"\n".join([line(), content, line()]))
+    loading = iter(stream(path, num_workers=workers))
+    next(loading)
+    refusal(lambda: next(loading), f"{path}:2: ", says)
+    rest = stream(path, on_bad_record="skip", num_workers=workers)
+    assert [batch.real_B.tolist() for [batch] in islice(rest, 3)] == [[True], [False], [True]]
+    assert [bad.where for bad in rest.skipped] == [f"{path}:2"]
 
 
 @pytest.mark.parametrize("name", LINES)

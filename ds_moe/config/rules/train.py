@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from ds_moe.config.rules.gate import no_answers
 from ds_moe.config.rules.rule import Complaint, Unused, needs, no_moe, value_of
-from ds_moe.config.run import RunConfig
+from ds_moe.config.run import RunConfig, task_is
 
 # --- keys without effect
 
@@ -40,8 +40,14 @@ def _no_samples(config: RunConfig) -> str | None:
     return _no_tensorboard(config) or _no_eval(config) or (None if no_answers(config) else _no_generation(config))
 
 
+def _no_answers_to_learn(config: RunConfig) -> str | None:
+    completions = task_is(config, "rl") and not config.data.eval
+    return "task rl learns completions, not answers" if completions else None
+
+
 UNUSED: dict[str, Unused] = {
     "data.root": _no_files,
+    "data.train_on": _no_answers_to_learn,
     "data.length_grouping": lambda c: None if c.train.global_batch_size > 1 else "train.global_batch_size is 1",
     "data.prefetch_factor": lambda c: None if c.data.num_workers else "data.num_workers is 0",
     "train.min_lr_ratio": needs("train.schedule", "cosine"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, parse_record
+from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
 from ds_moe.data.encode import Encoded, collate, encode
 from ds_moe.data.images import RecordError
 from ds_moe.data.processor import Processor
@@ -39,13 +40,16 @@ class RoutedBatch(Batch):
 
 @dataclass(frozen=True)
 class Routed(RecordKind[RoutedSample]):
-    """Conversations for a gate over the adapters `names`; with `labelled` each must name one of these."""
+    """Conversations for a gate over the adapters `names`; with `labelled` each must name one of these.
+
+    Labelled records may end with a question: a gate that learns from labels reads no answer.
+    """
 
     names: Sequence[str]
     labelled: bool
 
     def parse(self, record: object, where: str, root: Path) -> RoutedSample:
-        sample = parse_record(record, where, root)
+        sample = parse_record(_answered(record) if self.labelled else record, where, root)
         adapter = record.get("adapter") if isinstance(record, dict) else None
         if adapter is None and self.labelled:
             raise RecordError(f"no 'adapter' (name the one that should answer: {', '.join(self.names)})")
@@ -57,8 +61,15 @@ class Routed(RecordKind[RoutedSample]):
     def estimate(self, parsed: RoutedSample, max_pixels: int) -> int:
         return CHAT.estimate(parsed, max_pixels)
 
-    def encode(self, parsed: RoutedSample, processor: Processor, max_length: int, max_pixels: int) -> RoutedEncoded:
-        encoded = encode(parsed, processor, max_length, max_pixels)
+    def encode(
+        self,
+        parsed: RoutedSample,
+        processor: Processor,
+        max_length: int,
+        max_pixels: int,
+        rules: TokenRules = DEFAULT_RULES,
+    ) -> RoutedEncoded:
+        encoded = encode(parsed, processor, max_length, max_pixels, rules)
         values = {field.name: getattr(encoded, field.name) for field in fields(encoded)}
         index = NO_LOSS if parsed.adapter is None else self.names.index(parsed.adapter)
         return RoutedEncoded(**values, adapter=index)
@@ -74,6 +85,18 @@ class Routed(RecordKind[RoutedSample]):
         return parsed.adapter
 
 
+def _answered(record: object) -> object:
+    """The record, with an answer that nobody reads behind a question that has none."""
+    if not isinstance(record, dict):
+        return record
+    key = next((key for key in ("messages", "conversations") if key in record), None)
+    turns = record[key] if key is not None else None
+    if not isinstance(turns, list) or not turns or not isinstance(turns[-1], dict):
+        return record
+    asks = (turns[-1].get("role") or turns[-1].get("from")) in ("user", "human", "tool")
+    return {**record, key: [*turns, UNANSWERED]} if asks else record
+
+
 class Requests(Routed):
     """Requests to be routed: they need not name an adapter, and their last turn may be the user's."""
 
@@ -81,10 +104,4 @@ class Requests(Routed):
         super().__init__(names, labelled=False)
 
     def parse(self, record: object, where: str, root: Path) -> RoutedSample:
-        if isinstance(record, dict):
-            key = next((key for key in ("messages", "conversations") if key in record), None)
-            turns = record[key] if key is not None else None
-            if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-                if (turns[-1].get("role") or turns[-1].get("from")) in ("user", "human"):
-                    record = {**record, key: [*turns, UNANSWERED]}
-        return super().parse(record, where, root)
+        return super().parse(_answered(record), where, root)

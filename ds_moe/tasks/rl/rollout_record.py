@@ -1,8 +1,8 @@
 """One rollout record: a completion that an inference engine sampled, with its log-probs, its routing and its reward.
 
 `python -m ds_moe.tasks.rl.sample` or an orchestrator writes them, one a line (or row). Keys: `tokens` and
-`completion_mask`, or `messages` whose last answer is the completion; `logprobs` of its tokens; `advantage`, or `reward`
-and `group`; optionally `routing` (and how to read it), `images`, `reference_logprobs`, `kind`.
+`completion_mask`, or `messages` (and `tools`) whose last answer is the completion; `logprobs` of its tokens;
+`advantage`, or `reward` and `group`; optionally `routing` (and how to read it), `images`, `reference_logprobs`, `kind`.
 """
 
 import math
@@ -18,9 +18,9 @@ from ds_moe.errors import shown
 from ds_moe.replay.align import EXTRA_ROW, SHORT, RoutingShape, align
 from ds_moe.replay.traces import decode
 
-KEYS = {"tokens", "completion_mask", "messages", "images", "logprobs", "reference_logprobs", "advantage", "reward"}
+KEYS = {"tokens", "completion_mask", "messages", "tools", "images", "logprobs", "reference_logprobs", "advantage"}
 OF_ROUTING = ("routing_format", "routing_start", "extra_row", "short")  # how to read `routing`, see `align`
-KEYS |= {"group", "routing", *OF_ROUTING, "kind"}
+KEYS |= {"reward", "group", "routing", *OF_ROUTING, "kind"}
 KEYS |= {"completion", "answer"}  # texts for people
 UNKNOWN = float("nan")  # a number that the record does not tell
 LARGEST = 1e9  # the largest number accepted, of either sign: what is computed from it must be finite in fp32
@@ -138,7 +138,9 @@ def _conversation(record: dict[str, object], where: str, root: Path) -> Sample |
         return None
     if "completion_mask" in record:
         raise RecordError("'completion_mask' beside 'messages', whose last answer is the completion (remove it)")
-    return parse_record({key: record[key] for key in ("messages", "images", "kind") if key in record}, where, root)
+    return parse_record(
+        {key: record[key] for key in ("messages", "tools", "images", "kind") if key in record}, where, root
+    )
 
 
 def _tokens(record: dict[str, object]) -> tuple[list[int], list[bool]]:

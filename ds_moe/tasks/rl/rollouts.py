@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_moe.data.batch import NO_LOSS, Batch
+from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
 from ds_moe.data.encode import Encoded, check_length, collate, encode, encode_images, padded
 from ds_moe.data.images import RecordError
 from ds_moe.data.processor import Processor
@@ -92,10 +93,17 @@ class Rollouts(RecordKind[Rollout]):
         image_tokens(parsed.images, max_pixels)  # only to refuse unreadable ones: `tokens` includes their tokens
         return len(parsed.tokens)
 
-    def encode(self, parsed: Rollout, processor: Processor, max_length: int, max_pixels: int) -> EncodedRollout:
+    def encode(
+        self,
+        parsed: Rollout,
+        processor: Processor,
+        max_length: int,
+        max_pixels: int,
+        rules: TokenRules = DEFAULT_RULES,
+    ) -> EncodedRollout:
         """Tokens, images and an aligned routing. Raises `RecordError` for what does not fit together or this model."""
         if parsed.prompt is not None:
-            encoded = encode(parsed.prompt, processor, max_length, max_pixels)
+            encoded = encode(parsed.prompt, processor, max_length, max_pixels, rules)
             completion = (encoded.labels != NO_LOSS) & (torch.arange(len(encoded.labels)) >= encoded.prompt)
         else:
             encoded = _encode_tokens(parsed, processor, max_length, max_pixels)

@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ds_moe.config.sections import DataConfig, ModelConfig
-from ds_moe.data.chat import Sample
+from ds_moe.data.chat import Sample, final_answer
 from ds_moe.data.chat_template import end_token
-from ds_moe.data.encode import Encoded, collate_prompts, encode
+from ds_moe.data.encode import Encoded, answer_text, collate_prompts, encode
 from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.data.processor import Processor
 from ds_moe.data.records import open_records
@@ -139,9 +139,9 @@ def generate_rollouts(
     for number, record in zip(jobs, completions, strict=True):
         if image_token in record["tokens"][encoded[number].prompt :]:
             continue
-        sample = samples[number]
-        facts = {"reward": reward(record["completion"], sample.answer), "group": f"{number} {sample.where}"}
-        facts |= {"answer": sample.answer, "images": sample.images}
+        sample, answer = samples[number], answer_text(encoded[number], processor)
+        facts = {"reward": reward(final_answer(record["completion"]), answer), "group": f"{number} {sample.where}"}
+        facts |= {"answer": answer, "images": sample.images}
         records.append(record | facts | ({"kind": sample.kind} if sample.kind else {}))
     return records
 

@@ -133,6 +133,19 @@ def test_what_is_no_request_is_refused_as_any_record(record, why):
         parse(Requests(NAMES), record)
 
 
+@pytest.mark.parametrize("last", ["user", "tool"])
+def test_labels_are_learned_from_questions_without_an_answer(processor, last):
+    record_kind = Routed(NAMES, labelled=True)
+    turns = [*QUESTION["messages"]]
+    if last == "tool":
+        turns += [{"role": "assistant", "content": "I look."}, {"role": "tool", "content": "7"}]
+    sample = parse(record_kind, {"messages": turns, "adapter": "maps"})
+    encoded = record_kind.encode(sample, processor, 512, 10**6)
+    shown = processor.decode(encoded.input_ids[: encoded.prompt])
+    assert encoded.adapter == 1 and shown.endswith(f"{turns[-1]['content']}<|im_end|>\n<|im_start|>assistant\n")
+    assert [turn.role for turn in sample.turns] == [turn["role"] for turn in turns] + ["assistant"]
+
+
 def test_answers_are_needed_where_none_is_made_up():
     with pytest.raises(RecordError, match="no assistant turn"):
         parse(Routed(NAMES, labelled=False), QUESTION)
