@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ds_moe.doctor.case import Case, Finding
 from ds_moe.data.images import RecordError
+from ds_moe.doctor.case import Case, Finding
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
