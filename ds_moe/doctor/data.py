@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ds_moe.data.images import RecordError
 from ds_moe.doctor.case import Case, Finding
 from ds_moe.errors import UserError
 
@@ -76,6 +75,7 @@ def _content_tokens(case: Case, processor: Processor) -> str | None:
 def _special_in_texts(case: Case, split: str, records: Records, processor: Processor) -> Iterator[Finding]:
     """Special tokens that texts write and that become several tokens: wanted ones, and imitated control tokens."""
     from ds_moe.data.chat_template import control_use, special_tokens
+    from ds_moe.data.images import RecordError
 
     config, where = case.config, case.config.at(f"data.{split}")
     found: dict[str, list[str]] = {}

@@ -23,8 +23,9 @@ from ds_moe.doctor.run import check_intervals, versions
 from ds_moe.memory.predict import LoadingMemory, predict_loading
 from ds_moe.models.load import build_outline
 from ds_moe.models.presets import PRESETS, preset_config
-from ds_moe.models.processor import save_processor, tiny_processor
+from ds_moe.models.processor import CHAT_TEMPLATE, save_processor, tiny_processor
 from ds_moe.weights.files import SafetensorsFiles
+from tests.data.templates import with_template
 
 DEMO = Path("ds_configs/runs/demo.yaml").resolve()
 ZERO3 = {"zero_optimization": {"stage": 3}}
