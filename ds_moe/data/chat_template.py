@@ -314,18 +314,24 @@ def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 @lru_cache(maxsize=64)
 def _template(processor: Processor) -> Template:
-    """Raises `UserError` for a template that shows not even one question and one answer as it will be asked."""
+    """Raises `UserError` for a template that shows not even one question and one answer as it will be asked, be it
+    with a thought."""
     question, answer = Turn("user", ("a",)), Turn("assistant", ("b",))
-    try:
-        probe = _Conversation((question, answer), (), processor)
-        probe.check_complete(None)
-        _, ends = probe.span(1, Template(None, "", False))
-    except RecordError as error:
-        if "refuses this conversation" in str(error):
-            return Template(None, "", False)
-        raise UserError(str(error).replace(THE_TEMPLATE, "model: its chat template", 1)) from error
-    end = next(probe.whole.text[start:last] for start, last in probe.whole.special if last == ends)
-    return Template(end, _opened(processor, question, answer), _shows_reasoning(processor, question))
+    unknown = Template(None, "", False)
+    failures: list[RecordError] = []
+    for tried in (answer, Turn("assistant", ("<think>\nc\n</think>\n\nb",))):
+        try:
+            probe = _Conversation((question, tried), (), processor)
+            probe.check_complete(None)
+            _, ends = probe.span(1, unknown)
+        except RecordError as error:
+            failures.append(error)
+            continue
+        end = next(probe.whole.text[start:last] for start, last in probe.whole.special if last == ends)
+        return Template(end, _opened(processor, question, answer), _shows_reasoning(processor, question))
+    if any("refuses this conversation" in str(error) for error in failures):
+        return unknown
+    raise UserError(str(failures[0]).replace(THE_TEMPLATE, "model: its chat template", 1)) from failures[0]
 
 
 def _opened(processor: Processor, question: Turn, answer: Turn) -> str:

@@ -268,8 +268,15 @@ def test_a_template_that_drops_the_last_thought_is_refused():
 def test_an_open_prompt_wants_a_thought():
     opening = CHAT_TEMPLATE.replace("assistant\\n' -}}\n{%- endif", "assistant\\n<think>\\n' -}}\n{%- endif")
     assert opening != CHAT_TEMPLATE
-    with pytest.raises(UserError, match="renders the turns before answer 1 differently"):
-        encoded([user("?"), answer("x")], with_template(opening))
+    processor = with_template(opening)
+    assert labelled(encoded([user("?"), FORMS["in the content"]], processor), processor).startswith(
+        "It is so.\n</think>"
+    )
+    with pytest.raises(RecordError, match="writes none before this record's last one"):
+        encoded([user("?"), answer("x")], processor)
+    other = opening.replace("assistant\\n<think>", "model\\n<think>")
+    with pytest.raises(UserError, match="model: its chat template renders the turns before answer 1 differently"):
+        encoded([user("?"), FORMS["in the content"]], with_template(other))
 
 
 def test_a_thought_is_taken_off_answers():
