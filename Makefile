@@ -51,6 +51,7 @@ $(NEWEST_TRANSFORMERS): $(READY)
 
 test-transformers: $(NEWEST_TRANSFORMERS)  ## tests of models, experts, parity, resume, gate, rl with the newest transformers
 	@PYTHONPATH=$(NEWEST_TRANSFORMERS) $(PYTEST) -m "not slow and not gpu" tests/moe tests/models tests/tasks tests/replay \
+		tests/libraries/test_transformers.py \
 		$(addprefix tests/distributed/test_,parity.py resume.py lora.py rl.py gate.py end_token.py) $(ARGS)
 
 lint: $(READY)  ## ruff, its formatter and pyright; fails on any finding

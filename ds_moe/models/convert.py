@@ -180,7 +180,7 @@ def _owned_experts(experts: nn.Module, ep: ExpertParallel, config: ExpertsConfig
 def _take_routing(
     context: ForwardContext, layers: int, top_k: int
 ) -> Callable[[nn.Module, Arguments, Keywords], tuple[Arguments, Keywords]]:
-    """A hook that gives the model's argument `routing` to our layers; the forward of transformers would refuse it."""
+    """A hook that gives the model's argument `routing` to our layers; transformers would pass over it in silence."""
 
     def hook(module: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
         routing_BSLK = kwargs.pop("routing", None)

@@ -122,7 +122,7 @@ def _tiny_vocabulary(texts: tuple[str, ...]) -> tuple[dict[str, int], list[tuple
 
 def _tiny_tokenizer(texts: tuple[str, ...]) -> PreTrainedTokenizerBase:
     vocabulary, merges = _tiny_vocabulary(texts)
-    # AutoTokenizer picks this class for these model families, whatever class was saved beside the config.json.
+    # The class that folders of these families name on the hub; AutoTokenizer gives back the class that a folder names.
     tokenizer = Qwen2Tokenizer(
         vocab=dict(vocabulary), merges=list(merges), unk_token=None, eos_token=EOS, pad_token=PAD
     )

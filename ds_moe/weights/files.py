@@ -259,7 +259,7 @@ def write_weights(
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         write_tensors(path, tensors)
-    except (OSError, RuntimeError) as error:  # safetensors wraps a full disk in an error of its own
+    except (OSError, SafetensorError) as error:  # of a full disk safetensors makes the second
         raise UserError(f"{path} cannot be written ({error})") from error
 
 

@@ -89,3 +89,4 @@ def test_each_rank_takes_its_share_of_the_cores_under_every_launcher(launcher, c
     env = {"OMP_NUM_THREADS": chosen, "SLURM_CPUS_ON_NODE": None}
     run = run_ranks("tests/engine/threads.py", 2, env=env, launcher=launcher)
     assert [rank["threads"] for rank in run.json_by_rank] == [threads, threads]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer*_{run.json['port']}_*"))  # DeepSpeed leaves it

@@ -9,5 +9,5 @@ from tests.launcher import leave, report
 
 os.sched_getaffinity = lambda _: set(range(8))
 start_distributed(1)
-report(threads=torch.get_num_threads())
+report(threads=torch.get_num_threads(), port=os.environ["MASTER_PORT"])
 leave()

@@ -1,0 +1,313 @@
+"""What transformers does that a reader of its manual would not expect. A failing test here means that a guard may go.
+
+`docs/libraries.md` lists them all. `make test-transformers` runs this file with the newest version too.
+"""
+
+import json
+from importlib.metadata import version
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLVideoProcessor,
+)
+from transformers.utils import is_torchvision_available
+
+from ds_moe.models.processor import tiny_processor
+
+IDS = torch.arange(6).unsqueeze(0)
+NORM, QUERY = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def text_model():
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**TEXT)).eval()
+
+
+def vl_model(processor, hidden_size=16):
+    torch.manual_seed(0)
+    names = ("image", "video", "vision_start", "vision_end")
+    ids = {f"{name}_token_id": getattr(processor, f"{name}_token_id") for name in names}
+    text = {**TEXT, "hidden_size": hidden_size, "rope_parameters": ROPE}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config={**VISION, "out_hidden_size": hidden_size}, **ids)
+    return Qwen3VLMoeForConditionalGeneration(config).eval()
+
+
+def with_an_image(processor):
+    text = "<|vision_start|><|image_pad|><|vision_end|>hi"
+    return processor(text=[text], images=[Image.new("RGB", (16, 16))], return_tensors="pt")
+
+
+def changed(folder, change):
+    """The folder of a text model whose weights `change` has rewritten."""
+    text_model().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+# --- loading
+
+
+def test_a_missing_and_an_unexpected_weight_are_no_error_and_another_shape_names_no_weight(tmp_path):
+    """Guard: `_from_pretrained` of models/load.py reads the report, and refuses whatever is in it."""
+
+    def change(weights):
+        weights["extra"] = torch.ones(2)
+        del weights[NORM]
+
+    def shorten(weights):
+        change(weights)
+        weights[QUERY] = weights[QUERY][:8].clone()
+
+    Qwen3MoeForCausalLM.from_pretrained(changed(tmp_path / "names", change))
+    folder = changed(tmp_path / "shapes", shorten)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes") as raised:
+        Qwen3MoeForCausalLM.from_pretrained(folder)
+    assert QUERY not in str(raised.value)
+    more = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    for device in (None, "meta"):  # relied on: on meta nothing is read, and the report is the same
+        _, report = Qwen3MoeForCausalLM.from_pretrained(folder, device_map=device, **more)
+        assert report["missing_keys"] == {NORM} and report["unexpected_keys"] == {"extra"}
+        assert [name for name, *_ in report["mismatched_keys"]] == [QUERY]
+
+
+def test_experts_of_unequal_shapes_are_an_error_that_names_no_weight(tmp_path):
+    """Guard: `uneven_experts` of weights/layouts.py."""
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    folder = changed(tmp_path, lambda weights: weights.update({name: weights[name][:4].clone()}))
+    with pytest.raises(RuntimeError, match="automatic conversion") as raised:
+        Qwen3MoeForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert name not in str(raised.value)
+
+
+@pytest.mark.parametrize(("hidden_size", "right"), [(16, True), (24, False)], ids=["told by shape", "square"])
+def test_transposed_experts_are_told_by_their_shape(processor, tmp_path, hidden_size, right):
+    """Guards: `hub_layout_problem` of weights/layouts.py, `check_files` of the doctor. Nothing is said of a square."""
+    model = vl_model(processor, hidden_size)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    hub = {name: one.mT.contiguous() if ".experts." in name else one for name, one in weights.items()}
+    save_file(hub, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    assert torch.equal(loaded.get_parameter(name), model.get_parameter(name)) == right
+
+
+def test_casting_a_model_rounds_rotary_frequencies_and_loading_it_does_not(tmp_path):
+    """Guard: `load_model` of models/load.py casts the parameters of a preset alone."""
+    text_model().save_pretrained(tmp_path)
+    loaded = Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {one.dtype for one in loaded.buffers()} == {torch.float32}
+    assert {one.dtype for one in text_model().to(torch.bfloat16).buffers()} == {torch.bfloat16}
+
+
+def test_values_of_a_config_are_used_before_their_types_are_looked_at(tmp_path):
+    """Guard: `read_model_config` of models/load.py takes any exception for a config that cannot be read."""
+    for values in ({"model_type": "qwen3_moe", "layer_types": 3}, {"model_type": ["qwen3_moe"]}):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(TypeError):
+            AutoConfig.from_pretrained(tmp_path)
+
+
+def test_weights_are_initialised_only_where_a_module_is_not_marked_as_done():
+    """Relied on: `_compute_buffers` of weights/unread.py takes the mark off modules with buffers."""
+    model = text_model()
+    before, rotary = model.lm_head.weight.clone(), model.model.rotary_emb
+    kept, rotary.inv_freq = rotary.inv_freq.clone(), torch.zeros_like(rotary.inv_freq)
+    model.initialize_weights()
+    assert not rotary.inv_freq.any()
+    rotary._is_hf_initialized = False
+    model.initialize_weights()
+    assert torch.equal(rotary.inv_freq, kept) and torch.equal(model.lm_head.weight, before)
+
+
+# --- configs
+
+
+def test_the_width_and_the_number_of_experts_have_many_names(processor):
+    """Guards: `get_hidden_size` of tasks/gate/features.py, `expert_count` of config/rules/model.py."""
+    config = vl_model(processor).config
+    assert not hasattr(config, "hidden_size") and config.get_text_config().hidden_size == 16
+    assert MixtralConfig(num_local_experts=4).num_experts == 4
+
+
+def test_a_config_with_several_text_models_tells_none():
+    """Guard: `get_hidden_size` of tasks/gate/features.py asks the input embeddings then."""
+    config = PretrainedConfig()
+    config.text_config, config.decoder = PretrainedConfig(), PretrainedConfig()
+    with pytest.raises(ValueError, match="Multiple valid text configs"):
+        config.get_text_config()
+
+
+def test_the_end_of_a_generation_is_none_a_number_or_a_list():
+    """Guard: `stop_tokens` of models/generation.py."""
+    assert [GenerationConfig(eos_token_id=end).eos_token_id for end in (None, 1, [1, 2])] == [None, 1, [1, 2]]
+
+
+# --- forward
+
+
+def test_an_argument_that_a_model_does_not_know_is_passed_over(processor):
+    """Guard: `_take_routing` of models/convert.py takes `routing` out before a forward, which says nothing of it."""
+    assert text_model()(IDS, nonsense=1).logits.shape == vl_model(processor)(IDS, nonsense=1).logits.shape
+
+
+def test_router_logits_are_recorded_of_the_family_s_own_class_by_hooks_installed_once():
+    """Relied on: `_recordable` of models/convert.py makes routers subclasses, and converts before the first forward."""
+
+    class Other(nn.Module):
+        def __init__(self, gate):
+            nn.Module.__init__(self)
+            self.weight, self.original = gate.weight, [gate]  # in a list, so that it is no module of this one
+
+        def forward(self, x):
+            logits, *rest = self.original[0].forward(x)
+            return logits + 100, *rest
+
+    model = text_model()
+    first, second = (layer.mlp for layer in model.model.layers)
+    kept = second.gate
+    first.gate, second.gate = Other(first.gate), type("Ours", (Other, type(kept)), {})(kept)
+    [recorded] = model(IDS, output_router_logits=True).router_logits
+    assert recorded.min() > 50
+    second.gate = type("Ours", (Other, type(kept)), {})(kept)
+    assert not model(IDS, output_router_logits=True).router_logits
+
+
+def test_one_item_in_a_batch_makes_the_loss_a_sum(processor):
+    """Relied on: `evaluate` of tasks/answers.py and the loss of tasks/task.py. Qwen3-VL is no exception."""
+    for model in (text_model(), vl_model(processor)):
+        mean, total = (model(IDS, labels=IDS, **more).loss for more in ({}, {"num_items_in_batch": 1}))
+        torch.testing.assert_close(total, 5 * mean)
+
+
+def test_an_image_needs_token_types_and_the_decoder_is_told_where_it_is(processor):
+    """Guards: `collate` of data/encode.py; relied on: `_begin_forward` of models/convert.py, `keep_vision_in_step`."""
+    model, inputs, given = vl_model(processor), with_an_image(processor), {}
+    model.model.language_model.register_forward_pre_hook(lambda _, args, more: given.update(more), with_kwargs=True)
+    model(**inputs)
+    assert given["visual_pos_masks"].sum() == 4 and given["inputs_embeds"].shape[:2] == inputs["input_ids"].shape
+    del inputs["mm_token_type_ids"]
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        model(**inputs)
+
+
+def test_experts_say_how_their_weights_lie_and_a_function_can_take_their_place():
+    """Relied on: `experts_forward` of models/hf_experts.py."""
+    experts = text_model().model.layers[0].mlp.experts
+    assert experts.has_gate and experts.is_concatenated
+    names = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+    assert not any(getattr(experts, name) for name in names)
+    assert [name for name, _ in text_model().model.layers[0].mlp.named_parameters()][-1] == "gate.weight"
+
+
+# --- generate
+
+
+def test_generate_takes_what_a_call_leaves_open_from_the_model_s_own_config():
+    """Guard: `own_generation_config` of models/generation.py."""
+    model, answers = text_model(), []
+    for penalty in (1.0, 50.0):
+        model.generation_config = GenerationConfig(repetition_penalty=penalty)
+        call = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
+        answers.append(model.generate(IDS, generation_config=call).tolist())
+    assert answers[0] != answers[1]
+
+
+def test_generate_encodes_images_before_the_first_forward_and_hands_on_no_grid(processor):
+    """Guards: `generate_answers` of tasks/answers.py encodes a blank image; `_contextual` of tasks/gate/model.py."""
+    model, order, given = vl_model(processor), [], []
+    model.model.visual.register_forward_hook(lambda *_: order.append("vision"))
+    model.model.language_model.register_forward_hook(lambda *_: order.append("decoder"))
+    model.model.register_forward_pre_hook(lambda _, args, more: given.append(more), with_kwargs=True)
+    model.generate(**with_an_image(processor), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert order == ["vision", "decoder", "decoder"]
+    assert given[0].get("image_grid_thw") is None and given[0].get("pixel_values") is None
+    assert given[0]["mm_encoder_outputs"] and given[0]["position_ids"] is not None
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_decoder_gets_its_cache_by_a_name_that_depends_on_the_version(name):
+    """Guard: `cache_of` of models/generation.py."""
+    newer = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 24)
+    if newer != (name == "cache"):
+        pytest.skip(f"transformers {version('transformers')} has the other name")
+    model, given = text_model(), []
+    model.model.register_forward_pre_hook(lambda _, args, more: given.append(more), with_kwargs=True)
+    model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert all(one.get(name) is not None for one in given)
+
+
+# --- processors
+
+
+def test_text_that_imitates_a_special_token_becomes_one_unless_it_is_split(processor):
+    """Guard: `_encode` of data/chat_template.py."""
+    ids = [processor.tokenizer("<|im_end|>", **more)["input_ids"] for more in ({}, {"split_special_tokens": True})]
+    assert ids[0] == [processor.tokenizer.eos_token_id] and len(ids[1]) > 1
+
+
+def test_a_folder_of_a_text_model_gives_its_tokenizer_without_a_word_even_if_it_describes_images(processor, tmp_path):
+    """Guard: `load_processor` of models/processor.py."""
+    processor.tokenizer.save_pretrained(tmp_path)
+    Qwen3MoeConfig().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessorFast"}')
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is type(AutoTokenizer.from_pretrained(tmp_path))
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+def test_without_torchvision_there_is_no_video_processor():
+    """Guard: `Qwen3VLProcessor` and `_load_by_class` of models/processor.py, which do without."""
+    with pytest.raises(ImportError, match="Torchvision"):
+        Qwen3VLVideoProcessor()
+
+
+def test_an_image_two_hundred_times_as_long_as_wide_is_an_error(processor):
+    """Guard: `encode_images` of data/encode.py makes it a bad record."""
+    with pytest.raises(ValueError, match="aspect ratio"):
+        processor.image_processor([Image.new("RGB", (402, 2))], return_tensors="pt")
