@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -88,6 +89,12 @@ def judged(found: Iterable[tuple[str, Any]]) -> list[Claim]:
 def print_claims(claims: Iterable[Claim]) -> None:
     for claim in claims:
         print(f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
+
+
+def save(figure: Figure, file: Path) -> None:
+    """As PNG, into a folder that is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
 
 
 def write_json(figures: Any, file: Path | None, indent: int | None = None) -> None:

@@ -19,11 +19,7 @@ from ds_moe.errors import UserError, shown
 
 
 def read_mapping(path: Path, schema: Schema) -> tuple[dict[str, Plain], dict[str, str]]:
-    """Plain data of a YAML file, and "file:line" of every dotted key in it.
-
-    Raises:
-        UserError: a file that cannot be read, or does not hold a mapping.
-    """
+    """Plain data of a YAML file, and "file:line" of every dotted key in it; `UserError` where that is no mapping."""
     data, origins = compose_lines(read_text(path, schema.noun), str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: a {schema.noun} is a mapping with the sections {', '.join(schema.sections[''])}")
@@ -31,20 +27,12 @@ def read_mapping(path: Path, schema: Schema) -> tuple[dict[str, Plain], dict[str
 
 
 class Schema:
-    """The keys of a tree of sections.
-
-    Attributes:
-        noun: what messages call such a file.
-        sections: dotted name of each section -> names of its keys. "" is the root; all items of a list, and all kinds
-            of a section, are one section.
-        keys: every dotted key.
-        kinds: dotted name of each section that has a key `kind` -> the values that this key may have.
-    """
+    """The keys of a tree of sections. All items of a list, and all kinds of a section, are one section."""
 
     def __init__(self, root: type[BaseModel], noun: str) -> None:
-        self.noun = noun
-        self.sections: dict[str, list[str]] = {}
-        self.kinds: dict[str, list[str]] = {}
+        self.noun = noun  # what messages call such a file
+        self.sections: dict[str, list[str]] = {}  # dotted name of each section, "" of the root -> names of its keys
+        self.kinds: dict[str, list[str]] = {}  # name of each section that has a key `kind` -> its values
         for key, section in _sections(root):
             names = self.sections.setdefault(key, [])
             names += [name for name in section.model_fields if name not in names]
@@ -54,12 +42,7 @@ class Schema:
         self._tags = {kind for kinds in self.kinds.values() for kind in kinds}
 
     def complaints(self, error: ValidationError, origins: dict[str, str], file: str) -> list[str]:
-        """One line for each mistake that pydantic found, in the order of the file.
-
-        Args:
-            origins: where each dotted key was written.
-            file: the place named for keys that were not written.
-        """
+        """One line for each mistake that pydantic found, in the order of the file; keys not written are of `file`."""
         found = [self._complaint(detail, origins, file) for detail in error.errors(include_url=False)]
         return sorted(found, key=_line)
 

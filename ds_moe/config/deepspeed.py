@@ -23,13 +23,9 @@ SHOWN = 20  # complaints about a JSON in one error
 def resolve_deepspeed(
     config: RunConfig, world_size: int, on_cpu: bool, hidden_size: int | None = None
 ) -> dict[str, Plain]:
-    """The dictionary for `deepspeed.initialize`, with nothing "auto" left in it.
+    """The dictionary for `deepspeed.initialize`, with nothing "auto" left in it; `config` is from `load_run`.
 
-    Args:
-        config: from `load_run`, so that `config.deepspeed` is the path of an existing file.
-        world_size: number of ranks; each is a data-parallel rank, whatever `moe.ep_size` is.
-        on_cpu: whether the ranks train on CPUs.
-        hidden_size: width of the text model, by which "auto" buckets are sized; None: it is not known.
+    "auto" buckets are sized by `hidden_size`, the width of the text model, if it is known.
 
     Raises:
         UserError: broken JSON, an unknown or unsupported key, a contradiction with the run file, a batch size or an
@@ -72,11 +68,7 @@ def deepspeed_problems(
 
 
 def zero_plan(resolved: dict[str, Plain]) -> ZeroPlan:
-    """Where a dictionary for `deepspeed.initialize` keeps weights, gradients and optimizer state.
-
-    Args:
-        resolved: from `resolve_deepspeed`. A key that it lacks has DeepSpeed's default; without a stage that is 0.
-    """
+    """What a dictionary of `resolve_deepspeed` says. A key that it lacks has DeepSpeed's default; a stage's is 0."""
     zero = section(resolved, "zero_optimization")
     sizes = {
         "reduce_bucket": "reduce_bucket_size",

@@ -31,11 +31,7 @@ class DeepSpeedJson:
 
 
 def read_json(path: str | Path) -> DeepSpeedJson:
-    """Read a DeepSpeed JSON.
-
-    Raises:
-        UserError: a file that cannot be read or is not a JSON object, with the line.
-    """
+    """A DeepSpeed JSON; `UserError`, with the line, for a file that cannot be read or is no JSON object."""
     file = str(path)
     text = read_text(Path(path), "DeepSpeed JSON")
     try:

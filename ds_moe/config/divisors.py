@@ -13,11 +13,7 @@ def ep_size_problem(ep_size: int, count: int, what: str) -> str | None:
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """Micro-batches that one optimizer step accumulates on each rank: global / (micro x ranks).
-
-    Raises:
-        UserError: the global batch is no multiple of the micro-batches of all ranks.
-    """
+    """Micro-batches of a rank in an optimizer step: global / (micro x ranks), or a `UserError` if that is not whole."""
     micro, total = config.train.micro_batch_size, config.train.global_batch_size
     step = micro * world_size
     if total % step == 0:

@@ -28,9 +28,7 @@ class AnyRouter(Section):
     def settings(self, top_k: int, normalizes: bool) -> dict[str, object]:
         """Keyword arguments of this kind's router class: every key, where it is not set with its default.
 
-        Args:
-            top_k: experts a token in the model's own router.
-            normalizes: whether a token's weights sum to 1 there.
+        The model's own router chooses `top_k` experts a token, and `normalizes` where a token's weights sum to 1.
         """
         return {**self.model_dump(exclude={"kind", "allow_noncausal"}), "top_k": self.top_k or top_k}
 

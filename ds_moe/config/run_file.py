@@ -19,12 +19,9 @@ ALL_KEYS = SCHEMA.keys
 
 
 def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a run file, apply `key=value` overrides, check types and refuse keys that the run would not use.
+    """The config of a run file with `key=value` overrides, in which `deepspeed` is the path of an existing JSON.
 
-    In the config returned, `deepspeed` is the path of an existing JSON.
-
-    Raises:
-        UserError: the first complaint.
+    Raises `UserError` with the first complaint, also about a key that the run would not use.
     """
     config, complaints = parse_run(path, overrides)
     if config is None or complaints:

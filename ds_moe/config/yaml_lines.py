@@ -20,10 +20,9 @@ COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 def read_text(path: Path, noun: str) -> str:
-    """The text of a small file; `noun` is what messages call it.
+    """The text of a small file, which messages call `noun`.
 
-    Raises:
-        UserError: it is missing, not a regular file (reading a pipe would wait for a writer), too large, or not UTF-8.
+    Raises `UserError` where it is missing, no regular file (a pipe would wait for a writer), too large, or not UTF-8.
     """
     try:
         if path.exists() and not path.is_file():
@@ -56,8 +55,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 def compose_lines(text: str, file: str) -> tuple[Plain, dict[str, str]]:
     """Plain data of a YAML (or JSON) text, and "file:line" of every dotted key in it.
 
-    Raises:
-        UserError: broken YAML, a key written twice, a tag that asks for more than plain data, or too many values.
+    Raises `UserError` for broken YAML, a key written twice, a tag for more than plain data, or too many values.
     """
     try:
         loader = _Loader(text)

@@ -59,11 +59,7 @@ def settings_of(options: argparse.Namespace, model: PretrainedConfig) -> dict[st
 
 
 def counts(text: str) -> list[int]:
-    """The numbers of GPUs that `--gpus` lists.
-
-    Raises:
-        UserError: the text is no list of whole numbers above 0.
-    """
+    """The numbers of GPUs that `--gpus` lists."""
     if not all(part.isdecimal() and int(part) for part in text.split(",")):
         raise UserError(f"--gpus {text}: must be whole numbers above 0, separated by commas")
     return [int(part) for part in text.split(",")]

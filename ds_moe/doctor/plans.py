@@ -36,11 +36,7 @@ class Plan:
 
 
 def read_model(name: str) -> PretrainedConfig:
-    """A bundled geometry, or the config.json of a folder.
-
-    Raises:
-        UserError: neither, or a family that ds_moe does not train.
-    """
+    """A bundled geometry, or the config.json of a folder; `UserError` for neither, or a family that is not trained."""
     if name not in BUNDLED:
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"{name}: neither one of {', '.join(BUNDLED)} nor a folder with a config.json")
@@ -51,13 +47,9 @@ def read_model(name: str) -> PretrainedConfig:
 
 
 def run_of(plan: Plan, name: str, model: PretrainedConfig, settings: dict[str, Setting]) -> RunConfig:
-    """The run file that a plan stands for.
+    """The run file that a plan stands for, with `settings` (by dotted key) in place of its defaults.
 
-    Args:
-        settings: dotted keys of the run file, in place of its defaults.
-
-    Raises:
-        UserError: offload with another stage than 3, which DeepSpeed is given no JSON for here.
+    Raises `UserError` for offload with another stage than 3, which DeepSpeed is given no JSON for here.
     """
     if plan.offload and plan.stage != 3:
         raise UserError(f"--offload with ZeRO-{plan.stage}: optimizer state is offloaded with ZeRO-3 only")

@@ -37,9 +37,6 @@ def diagnose(
     """Yield findings about a run as the checks make them. A check is skipped where what it builds on is not known.
 
     Args:
-        path: the run file.
-        overrides: `key=value` on top of it.
-        world_size: number of ranks.
         samples: records of each data file to decode and tokenize.
         device_memory: GiB of one accelerator; None: that of this machine's accelerators, or of its CPUs without one.
     """

@@ -47,8 +47,7 @@ def _version(package: str) -> str | None:
 def find_device(world_size: int, device_memory: float | None) -> Device:
     """What the ranks would compute on: accelerators of `device_memory` GiB, else those of this machine, else its CPUs.
 
-    Raises:
-        UserError: this machine's accelerator does not tell its memory, or DS_ACCELERATOR names one that is not there.
+    Raises `UserError` where the accelerator does not tell its memory, or DS_ACCELERATOR names one that is not there.
     """
     if device_memory is not None:
         return Device(False, device_memory * GIB, "--device-memory")

@@ -37,9 +37,7 @@ def sweep(
 ) -> dict[int, list[Forecast]]:
     """For each number of GPUs: every EP size that is a power of two, with ZeRO 1, 2, 3, 3 with offload, 3 with LoRA.
 
-    Args:
-        memory: bytes of one GPU; a plan fits if it needs no more than the share `BUSY` of them.
-        lora: rank of the updates.
+    `memory` is that of a GPU in bytes, `lora` the rank of the updates.
     """
     outlines: dict[int, PreTrainedModel] = {}
     found = {}

@@ -37,8 +37,7 @@ def plan(
         nproc: ranks a machine. None: every accelerator (of the hostfile: every slot), or one CPU rank.
         port: where rank 0 listens. None: MASTER_PORT, else a free port, or DeepSpeed's default (29500) with a hostfile.
 
-    Raises:
-        UserError: DeepSpeed is missing, the hostfile is missing or wrong, or there are fewer accelerators than ranks.
+    Raises `UserError` without DeepSpeed, for a missing or wrong hostfile, and for more ranks than accelerators.
     """
     port = port or _port_from_environment()
     settings: dict[str, str] = {}
@@ -58,7 +57,7 @@ def plan(
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         settings, words = choose_devices(nproc, torch.accelerator.device_count(), visible)
     if hostfile is None or port:
-        words += ["--master_port", str(port or _free_port())]
+        words += ["--master_port", str(port or free_port())]
     options = ["--quiet", "--no_local_rank", "--module", "ds_moe.train"]
     return Launch([_deepspeed(), *words, *options, run, *overrides], settings)
 
@@ -81,11 +80,8 @@ def for_remote_shell(word: str) -> str:
 def choose_devices(nproc: int | None, devices: int, visible: str) -> tuple[dict[str, str], list[str]]:
     """(environment, launcher options) for `nproc` ranks on a machine that shows `devices` accelerators.
 
-    The ranks get the first `nproc` devices of CUDA_VISIBLE_DEVICES (`visible`), or all of them. DeepSpeed's launcher
-    starts a rank on each device that the variable lists, but ignores the variable when it is told a number of ranks.
-
-    Raises:
-        UserError: there are fewer devices than ranks, or the variable holds something else than device numbers.
+    They get the first `nproc` devices of CUDA_VISIBLE_DEVICES (`visible`), or all. DeepSpeed's launcher starts a rank
+    on each device that the variable lists, but ignores the variable when it is told a number of ranks.
     """
     if (nproc or 1) > devices:
         raise UserError(
@@ -113,7 +109,7 @@ def _port_from_environment() -> int | None:
     return int(text) if text else None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -22,11 +22,7 @@ FORM = 'write "name slots=N", N the number of its processes'
 
 
 def read_hostfile(path: str) -> dict[str, int]:
-    """Slots of each host, in the order of the file.
-
-    Raises:
-        UserError: DeepSpeed would refuse the file, or take it for something else than it seems to say.
-    """
+    """Slots of each host in the file's order; `UserError` for what DeepSpeed refuses, or takes for something else."""
     slots: dict[str, int] = {}
     line_of: dict[str, int] = {}
     for number, line in _lines(path):

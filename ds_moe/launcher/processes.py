@@ -22,11 +22,9 @@ FINAL = {0, 2, *(128 + number for number in (*STOPPING, signal.SIGUSR1))}
 
 
 def start(launch: Launch, stop_within_s: float) -> int:
-    """Run a launch, and return its exit code. CPU ranks need an op that DeepSpeed compiles: where it is missing it is
-    built first, because the ranks would wait for it without a word.
+    """Run a launch, given `train.stop_within_s` of the run, and return its exit code.
 
-    Args:
-        stop_within_s: `train.stop_within_s` of the run, in seconds.
+    CPU ranks need an op that DeepSpeed compiles: it is built first, because they would wait for it without a word.
     """
     environment = {**os.environ, **launch.settings}
     if "TORCH_EXTENSIONS_DIR" in launch.settings and not ops.ready(Path(launch.settings["TORCH_EXTENSIONS_DIR"])):

@@ -47,11 +47,7 @@ class ParameterCounts:
 
 
 def count_parameters(model: PreTrainedModel, ep_size: int, world_size: int) -> ParameterCounts:
-    """Count what one rank has of an unconverted model whose frozen parameters are marked.
-
-    Args:
-        ep_size: a divisor of `world_size`.
-    """
+    """Of one rank, of an unconverted model whose frozen parameters are marked; `ep_size` divides `world_size`."""
     found, lists = ParameterCounts(), family_of(model).layers
     for name, parameter in model.named_parameters():
         expert, learns = expert_state(name), parameter.requires_grad

@@ -1,9 +1,8 @@
 """Peak memory of one rank, predicted from configs alone: it needs no weights and no accelerator.
 
 Memory may be largest at four moments of a step: when the loss has been computed and all activations exist; when the
-backward pass begins; when it ends and all gradients exist; while the optimizer works. For each of them the memory is
-added up by purpose, and the largest sum is the prediction. A benchmark compares predictions with the peaks of runs on
-CPUs, which are within 15%.
+backward pass begins; when it ends and all gradients exist; while the optimizer works. The prediction is the largest of
+their sums over purposes; a benchmark finds it within 15% of the peaks of runs on CPUs.
 """
 
 from dataclasses import dataclass
@@ -73,10 +72,9 @@ def predict(
     on_cpu: bool,
     streams_weights: bool = True,
 ) -> Memory:
-    """Memory of one rank.
+    """Memory of one rank of a model's outline (`models/load.py`), unconverted, with the frozen parameters marked.
 
     Args:
-        model: an outline (`models/load.py`), unconverted, with the frozen parameters marked.
         world_size: number of ranks, a multiple of `moe.ep_size`.
         on_cpu: whether the ranks train on CPUs, where all memory is that of the host.
         streams_weights: whether the run's task lets ranks read their shares from the files of `model.path`.
@@ -164,9 +162,8 @@ def _moments(
 def _kept_free(moments: dict[str, dict[str, float]], parts: dict[str, float]) -> float:
     """Bytes that CPU ranks do not return when they free them: `cpu_settings` tells glibc so, for speed.
 
-    A flat buffer of the optimizer seldom fits into a hole that activations left, nor the reverse. So every purpose
-    ends up with the memory of its own largest moment, where otherwise all would share that of the peak. This is an
-    estimate.
+    An estimate: a flat buffer of the optimizer seldom fits into a hole that activations left, nor the reverse, so every
+    purpose ends up with the memory of its own largest moment, where otherwise all would share that of the peak.
     """
     purposes = {name for moment in moments.values() for name in moment}
     return sum(max(moment.get(name, 0.0) for moment in moments.values()) for name in purposes) - sum(parts.values())

@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 
 
 class Board:
-    """Event files of one run in `folder`.
+    """Event files of one run in `folder`. A background thread draws pictures; TensorBoard's writer has one for scalars.
 
-    TensorBoard's writer has a thread for scalars; one background thread of this class draws pictures. After a resume,
-    TensorBoard hides what an earlier process wrote from `first_step` on, so that no curve runs twice over a step.
+    After a resume, what an earlier process wrote from `first_step` on is hidden: no curve runs twice over a step.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

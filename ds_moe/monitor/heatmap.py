@@ -1,7 +1,6 @@
-"""The heat map of expert load: layers down, experts across.
+"""The heat map of expert load: layers down, experts across, in colours that the colour-blind can tell apart.
 
-It is drawn on matplotlib's Agg canvas, without pyplot, whose global state is not safe outside the main thread. People
-with any common colour blindness can tell its blue, white and red apart; a dead expert is black.
+It is drawn on matplotlib's Agg canvas, without pyplot, whose global state is not safe outside the main thread.
 """
 
 import functools
@@ -25,8 +24,7 @@ _LOG2_RANGE = 2.0  # the colours range from 1/4 to 4 times the fair share
 class LoadPanel:
     """The load of one kind of token, drawn on `axes`. A panel is made once and can `show` other counts later.
 
-    `numbers` writes the load into each cell of a small panel. That takes 0.7 ms a cell each time, which suits a figure
-    for a document and is too slow during a run.
+    `numbers` writes the load into each cell of a small panel: 0.7 ms a cell each time, too slow during a run.
     """
 
     def __init__(

@@ -21,8 +21,7 @@ def relative_load(counts_LE: np.ndarray) -> np.ndarray:
 def max_vio(counts_LE: np.ndarray) -> float:
     """MaxVio = max_e load / mean load - 1 of each layer, averaged over the layers (Wang et al. 2024, arXiv 2408.15664).
 
-    0 is perfect balance; E - 1 means that every token goes to one expert. Layers without assignments do not count; if
-    there is no other layer, the result is NaN.
+    0 is perfect balance, E - 1 all tokens at one expert. Layers without assignments do not count; NaN if no other is.
     """
     load_LE = relative_load(counts_LE)
     load_LE = load_LE[~np.isnan(load_LE[:, 0])]

@@ -1,7 +1,6 @@
 """The monitor of one run turns reports into curves, pictures, progress and a closing table.
 
-Rank 0 has a `RunMonitor`, every other rank a `Monitor`, which does nothing. The training loop calls both alike, so that
-it needs no `if rank == 0`.
+Rank 0 has a `RunMonitor`, others a `Monitor`, which does nothing: the training loop needs no `if rank == 0`.
 """
 
 import atexit
@@ -36,18 +35,14 @@ class Monitor:
     def is_log_step(self, step: int) -> bool:
         """Whether routing counts are to be reduced and reported at this step; the same on all ranks.
 
-        Log steps are the first, every `log_every`-th and the last. The first one shows a number soon in a long run, and
-        keeps the costs of its warm-up in a window of its own.
+        The first step shows a number soon in a long run, and keeps the costs of its warm-up in a window of its own.
         """
         return step in (1, self.total_steps) or step % self.config.log_every == 0
 
     def start(self, first_step: int, summary: str, hparams: Mapping[str, object]) -> None:
-        """Call it before the first step.
+        """Call it before the first step, whose number (the saved one + 1 after a resume) is `first_step`.
 
-        Args:
-            first_step: number of the coming step: 1 in a new run, the saved step + 1 after a resume.
-            summary: the topology and the table of parameters, shown unchanged.
-            hparams: the config, nested or flat.
+        `summary`, topology and table of parameters, is shown unchanged; `hparams` is the config, nested or flat.
         """
 
     def step(self, report: StepReport, routing: RoutingReport | None) -> None:
@@ -66,10 +61,7 @@ class Monitor:
         """Write everything out and release the terminal. Safe to call twice; also runs when the process exits."""
 
     def overhead(self) -> float:
-        """The time that monitoring took, as a share of the time of the training steps.
-
-        It counts the seconds spent in `step` and the processor time of the drawing thread.
-        """
+        """Seconds in `step` and processor time of the drawing thread, as a share of the time of the training steps."""
         return 0.0
 
 
@@ -214,13 +206,9 @@ def make_monitor(
     run_dir: Path,
     console: Console | None = None,
 ) -> Monitor:
-    """On rank 0 a monitor of the run, on other ranks one that does nothing.
+    """On rank 0 a monitor of the run, whose event files go to `run_dir`/tensorboard; on others one that does nothing.
 
-    Args:
-        flops_per_token: forward and backward, activated parameters only.
-        peak_flops: FLOP/s of all ranks together. MFU is reported only if this and `flops_per_token` are known.
-        run_dir: event files go to its folder `tensorboard`.
-        console: where progress is shown; None: standard output.
+    `flops_per_token` is forward and backward of activated parameters, `peak_flops` FLOP/s of all ranks; MFU needs both.
     """
     if rank != 0:
         return Monitor(config.monitor, total_steps)

@@ -15,7 +15,6 @@ from tools.bench.layer import block as layer_block
 from tools.bench.layer import contenders as layer_contenders
 from tools.bench.layer import growth as layer_growth
 from tools.bench.layer import measure as layer_measure
-from tools.bench.layer import plot as plot_growth
 
 ROOT = Path(__file__).resolve().parents[2]
 RIVALS = {"transformers eager", "transformers grouped_mm", "DeepSpeed AutoEP", "DeepSpeed MoE"}
@@ -205,7 +204,8 @@ def test_slope_is_the_exponent_of_a_power_law():
 
 
 def test_growth_is_measured_and_drawn(tmp_path, capsys):
-    status, report = bench(tmp_path, "--growth")
+    file = tmp_path / "figures/growth.png"
+    status, report = bench(tmp_path, "--growth", "--plot", str(file))
     assert status == 0 and "slope" in capsys.readouterr().out
     sweeps = report["growth"]["axes"]
     assert sweeps["T"]["sizes"] == [32, 64, 128] and set(sweeps) == {"T", "E", "K"}
@@ -216,8 +216,6 @@ def test_growth_is_measured_and_drawn(tmp_path, capsys):
         assert all(one["weight_traffic_s"] > 0 for one in sweep["points"])
     saved = {name: slopes["saved_bytes"] for name, slopes in sweeps["T"]["slopes"].items()}
     assert saved == pytest.approx({bench_layer.DEFAULT: 1, bench_layer.RIVAL: 1}, abs=0.05)
-    file = tmp_path / "figures/growth.png"
-    assert plot_growth.main([str(tmp_path / "new/bench.json"), str(file)]) == 0
     with Image.open(file) as picture:
         assert picture.size[0] > picture.size[1] > 500
 
@@ -266,6 +264,7 @@ def test_it_starts_again_under_the_allocator_of_choice(monkeypatch, choice, give
     [
         (["--suite", "smoke", "--shape", "Z"], "--shape Z: suite smoke has tiny"),
         (["--suite", "smoke", "--growth", "--routing", "zipf"], "leave out --shape and --routing"),
+        (["--suite", "smoke", "--plot", "a.png"], "--plot draws what --growth measures"),
         (["--suite", "smoke", "--repeats", "0"], "must be at least 1"),
     ],
 )

@@ -1,6 +1,4 @@
-"""What the types of the keys cannot say, a file for each section of a run file.
-
-Each has UNUSED, keys without effect, and `contradictions`; `check.py` puts them together.
+"""What the types of the keys cannot say; each file has UNUSED, keys without effect, and `contradictions`.
 
 rule.py    what a rule is
 train.py   train, data, monitor, checkpoint    moe.py    moe

@@ -27,7 +27,7 @@ from ds_moe.engine.cpu import cpu_settings
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.plot import finish_axes
 from tools.bench.launched import run_plan
-from tools.results import Claim, command_line, judged, markdown, print_claims, spread, spread_text, write_json
+from tools.results import Claim, command_line, judged, markdown, print_claims, save, spread, spread_text, write_json
 
 METHODS = ("none", "aux", "loss_free", "aux+loss_free")
 RANKS = 2
@@ -57,8 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     print_result(result)
     write_json(result, options.json)
     if options.plot:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
-        write_figure(result, options.plot, target=TARGET)
+        write_figure(result, options.plot)
     return 0
 
 
@@ -162,19 +161,18 @@ def print_result(result: dict[str, Any]) -> None:
     print_claims(result["claims"])
 
 
-def write_figure(result: dict[str, Any], file: Path, target: float) -> None:
-    """PNG of a result of the benchmark, with its `summary`; `target` is the MaxVio_global drawn as a line."""
+def write_figure(result: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(12, 3.7), dpi=150, facecolor="white", layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1.15, 1.15, 1))
-    draw_time(axes[0], result["runs"], target)
+    draw_time(axes[0], result["runs"])
     draw_layers(axes[1], result["summary"])
     draw_loss(axes[2], result["summary"])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.savefig(file)
+    save(figure, file)
 
 
-def draw_time(axes: Axes, runs: list[dict[str, Any]], target: float) -> None:
+def draw_time(axes: Axes, runs: list[dict[str, Any]]) -> None:
     for method in dict.fromkeys(run["method"] for run in runs):
         mine = [run["points"] for run in runs if run["method"] == method]
         steps = [point["step"] for point in mine[0]]
@@ -186,8 +184,8 @@ def draw_time(axes: Axes, runs: list[dict[str, Any]], target: float) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.axhline(target, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(f"target {target:g}", (0.01, target), (0, 2), ("axes fraction", "data"), "offset points", **SMALL)
+    axes.axhline(TARGET, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(f"target {TARGET:g}", (0.01, TARGET), (0, 2), ("axes fraction", "data"), "offset points", **SMALL)
     finish_axes(axes, "MaxVio_global on held-out text, mean over layers")
 
 

@@ -25,7 +25,6 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.deepspeed import resolve_deepspeed
-from ds_moe.config.run import RunConfig
 from ds_moe.data.batch import Batch
 from ds_moe.distributed import Topology
 from ds_moe.engine.build import build_engine
@@ -37,7 +36,7 @@ from ds_moe.monitor.meters import relative_load
 from ds_moe.tasks.task import Task, TrainingParts
 from ds_moe.training.set_up import seed_everything
 from ds_moe.training.step import optimizer_step
-from tools.bench.launched import ROOT, leave, read_plan, write_result
+from tools.bench.launched import leave, read_plan, run_config, write_result
 
 SEQUENCE = 256  # bytes
 MICRO_BATCH = 8  # sequences a rank
@@ -129,28 +128,10 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: list[Batch]) -> tuple[f
     return loss.item() / dist.get_world_size(), counts_LE.numpy()
 
 
-def run_config(balance: list[dict[str, Any]], seed: int, steps: int, topology: Topology) -> RunConfig:
-    """One run. Model and data stand here only because a run file must name some."""
-    return RunConfig(
-        model={"preset": "tiny-moe"},
-        data={"train": "standard library"},
-        moe={"ep_size": topology.ep_size, "balance": balance},
-        train={
-            **TRAIN,
-            "seed": seed,
-            "steps": steps,
-            "warmup_steps": min(TRAIN["warmup_steps"], steps - 1),
-            "micro_batch_size": MICRO_BATCH,
-            "global_batch_size": MICRO_BATCH * topology.world_size,
-            "precision": "fp32",
-        },
-        deepspeed=str(ROOT / "ds_configs/zero1.json"),
-    )
-
-
 def start_run(balance: list[dict[str, Any]], seed: int, steps: int, topology: Topology) -> TrainingParts:
     """The trainer's parts around the small language model, without those of images and files."""
-    config = run_config(balance, seed, steps, topology)
+    train = {**TRAIN, "warmup_steps": min(TRAIN["warmup_steps"], steps - 1), "precision": "fp32"}
+    config = run_config(topology, 1, MICRO_BATCH, moe={"balance": balance}, seed=seed, steps=steps, **train)
     seed_everything(seed)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MODEL))
     context = prepare_model(model, config, topology)

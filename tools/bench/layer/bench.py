@@ -2,8 +2,7 @@
 
     python -m tools.bench.layer.bench --suite cpu
     python -m tools.bench.layer.bench --suite cpu --shape B --routing zipf --repeats 9 --json bench.json
-    python -m tools.bench.layer.bench --suite cpu --growth --json growth.json
-    python -m tools.bench.layer.plot growth.json growth.png
+    python -m tools.bench.layer.bench --suite cpu --growth --json growth.json --plot growth.png
 
 Rivals: transformers (eager, grouped_mm), DeepSpeed (AutoEP, its first MoE layer), megablocks, liger-kernel. All get the
 same weights, input and routing; one whose output or gradients differ from transformers' eager layer is not timed, and
@@ -36,7 +35,7 @@ from ds_moe.errors import UserError
 from ds_moe.moe.backends import choose_backend
 from tools.bench.layer.block import ROUTINGS, SUITES, Case, Suite, Unavailable, draw_weights, routed_input
 from tools.bench.layer.contenders import DEFAULT, EAGER, RIVAL, contenders, dense, square
-from tools.bench.layer.growth import grow, growth_tables
+from tools.bench.layer.growth import grow, growth_tables, write_figure
 from tools.bench.layer.measure import difference, interleaved, peak_bytes, results, saved_bytes
 from tools.results import command_line, new_table, show, write_json
 
@@ -136,7 +135,7 @@ def settle_malloc(choice: str) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = command_line(__doc__, "--json")
+    parser = command_line(__doc__, "--json", "--plot")
     parser.add_argument("--suite", choices=SUITES, default="cpu", help="cpu and smoke: fp32; h100: bf16 (default cpu)")
     parser.add_argument("--shape", action="append", metavar="NAME", help="only this shape of the suite (repeatable)")
     parser.add_argument("--routing", action="append", choices=ROUTINGS, help="only this routing (repeatable)")
@@ -151,6 +150,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--shape {min(unknown)}: suite {options.suite} has {', '.join(suite.shapes)}")
     if options.growth and (options.shape or options.routing):
         parser.error("--growth has shapes of its own and uniform routing: leave out --shape and --routing")
+    if options.plot and not options.growth:
+        parser.error("--plot draws what --growth measures: add it")
     if min(options.repeats, options.threads) < 1:
         parser.error("--repeats and --threads must be at least 1")
     if suite.device == "cuda" and not torch.cuda.is_available():
@@ -210,6 +211,8 @@ def growing(options: argparse.Namespace, suite: Suite, facts: dict[str, Any]) ->
     except ArithmeticError as error:
         return [str(error)]
     show(*growth_tables(facts["growth"]), width=WIDTH)
+    if options.plot:
+        write_figure(facts["growth"], options.plot)
     return []
 
 

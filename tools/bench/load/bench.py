@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     runs = [measure(size, options) for size in options.size]
     facts = {
-        **{"dtype": options.dtype, "ranks": RANKS, "ep_size": RANKS, "zero": 3, "largest_file_bytes": FILE_BYTES},
+        **{"dtype": "float32", "ranks": RANKS, "ep_size": RANKS, "zero": 3, "largest_file_bytes": FILE_BYTES},
         **{"cores": len(os.sched_getaffinity(0)), "load_average": round(os.getloadavg()[0], 1)},
     }
     show(facts, *(table(run["results"], run["model_bytes"]) for run in runs if run["results"]))
@@ -74,33 +74,29 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__, "--suite", "--json")
     parser.add_argument("--size", type=float, action="append", metavar="GIB", help="default 4 (repeatable)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of files and training")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written, and removed (default: temporary)")
-    parser.add_argument("--path", choices=PATHS, action="append", help="only this way of loading")
     parser.add_argument("--trained", choices=TRAINED, action="append", help="only this (default: one after the other)")
     options = parser.parse_args(arguments)
-    options.size = options.size or [4.0]
-    options.path, options.trained = options.path or list(PATHS), options.trained or list(TRAINED)
+    options.size, options.trained = options.size or [4.0], options.trained or list(TRAINED)
     return options
 
 
 def measure(size: float, options: argparse.Namespace) -> dict[str, Any]:
     """What the ranks find of one checkpoint of `size` GiB; what this machine has no memory for is left out."""
-    dtype = getattr(torch, options.dtype)
     run: dict[str, Any] = {"results": [], "left_out": []}
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench_load_") as folder:
         if shutil.disk_usage(folder).free < 1.1 * size * GIB:
             sys.exit(f"error: {folder} has no room for {size:g} GiB: give another --folder")
-        run["model_bytes"], run["files"] = write_checkpoint(Path(folder, "model"), size * GIB, dtype)
-        for trained, path in product(options.trained, options.path):
+        run["model_bytes"], run["files"] = write_checkpoint(Path(folder, "model"), size * GIB, torch.float32)
+        for trained, path in product(options.trained, PATHS):
             needed = NEEDED.get((path, trained), NEEDED_TO_TRAIN) * size + LIBRARIES
             available = psutil.virtual_memory().available / GIB
             if available < needed:
                 case = f"{path}, {TRAINED[trained]} trained, {size:g} GiB"
                 run["left_out"].append(f"{case}: may need {needed:.1f} GiB of memory, {available:.1f} are available")
                 continue
-            plan = {"folder": str(Path(folder, "model")), "path": path, "trained": trained}
-            found = launch({**plan, "dtype": options.dtype, "ranks": RANKS}, Path(folder))
+            plan = {"folder": str(Path(folder, "model")), "path": path, "trained": trained, "ranks": RANKS}
+            found = launch(plan, Path(folder))
             run["results"].append({"path": path, "trained": trained, **most_of_ranks(found["ranks"])})
             run["environment"] = found["environment"]
     return {**run, "same_loss": len({tuple(result["loss"]) for result in run["results"]}) <= 1}

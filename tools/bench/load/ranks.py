@@ -2,19 +2,17 @@
 
 import threading
 import time
-from typing import Any
 
 import deepspeed
 import torch
 
 from ds_moe.config.deepspeed import resolve_deepspeed
-from ds_moe.config.run import RunConfig
 from ds_moe.distributed import over_ranks
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model, read_weights
 from ds_moe.engine.start import on_cpu, start_distributed
 from ds_moe.models.load import load_model
-from tools.bench.launched import ROOT, leave, new_peak, read_plan, resident, write_result
+from tools.bench.launched import leave, new_peak, read_plan, resident, run_config, write_result
 
 SEQUENCE = 32  # tokens of a rank
 INTERVAL_S = 0.005
@@ -24,13 +22,13 @@ def main() -> None:
     plan = read_plan()
     topology = start_distributed(plan["ranks"])
     deepspeed.utils.logger.setLevel("ERROR")
-    config = run_config(plan)
+    config = run_config(topology, 3, model={"path": plan["folder"]}, steps=1, stage=plan["trained"], precision="fp32")
     new_peak()
     imported = resident("VmRSS")  # what the interpreter and its libraries take
     anonymous = AnonymousPeak()
     began = time.perf_counter()
 
-    model = load_model(config.model, getattr(torch, plan["dtype"]), unread=plan["path"] == "streamed")
+    model = load_model(config.model, torch.float32, unread=plan["path"] == "streamed")
     hidden_size, vocabulary = (getattr(model.config.get_text_config(), key) for key in ("hidden_size", "vocab_size"))
     prepare_model(model, config, topology)
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
@@ -49,20 +47,6 @@ def main() -> None:
     environment = {module.__name__: module.__version__ for module in (torch, deepspeed)}
     write_result({"environment": environment, "ranks": over_ranks(mine)})
     leave()
-
-
-def run_config(plan: dict[str, Any]) -> RunConfig:
-    """A run of ds_moe on the checkpoint, ZeRO-3 and experts over all ranks."""
-    return RunConfig(
-        model={"path": plan["folder"]},
-        data={"train": "random tokens"},
-        moe={"ep_size": plan["ranks"]},
-        train={
-            **{"steps": 1, "micro_batch_size": 1, "global_batch_size": plan["ranks"], "stage": plan["trained"]},
-            "precision": {"float32": "fp32", "bfloat16": "bf16"}[plan["dtype"]],
-        },
-        deepspeed=str(ROOT / "ds_configs/zero3.json"),
-    )
 
 
 class AnonymousPeak:

@@ -41,10 +41,10 @@ from ds_moe.models.processor import SPECIAL_TOKENS, tiny_processor
 from ds_moe.moe.decision import RoutingDecision
 from ds_moe.replay import RoutingRecorder, RoutingShape, RoutingTrace, align, joined, pad
 from ds_moe.replay.ratios import kl_estimate, token_logprobs
+from tools.bench.launched import ROOT
 from tools.bench.replay.plot import COMPLETION, LIVE, REPLAY, SHIFTED, claims, print_result, summarize, write_figure
 from tools.results import command_line, write_json
 
-ROOT = Path(__file__).resolve().parents[3]
 RUN = ROOT / "ds_configs/runs/replay_bench.yaml"
 MODELS = {"Qwen3-VL-MoE": ("tiny-vl-moe", "vl"), "Qwen3-MoE": ("tiny-moe", "text")}  # preset, processor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the trainer
@@ -75,7 +75,6 @@ def main(arguments: list[str] | None = None) -> int:
     print_result(result)
     write_json(result, options.json)
     if options.plot:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
         write_figure(result["summary"], options.plot)
     return 0
 

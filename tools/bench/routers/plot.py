@@ -18,7 +18,7 @@ from ds_moe.moe import Router, RoutingDecision, make_router
 from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.meters import max_vio, relative_load
-from tools.results import command_line, write_json
+from tools.results import command_line, save, write_json
 
 T, D, E, K = 8192, 64, 16, 2
 BIAS_STEPS = 600
@@ -91,8 +91,7 @@ def main() -> int:
     figure.suptitle(
         f"Load of {E} experts, top-{K}, {T:,} random tokens with a common direction, untrained", color=INK, fontsize=10
     )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out)
+    save(figure, options.out)
     write_json({name: load_E.tolist() for name, load_E in loads.items()}, options.json, indent=1)
     print(options.out)
     return 0

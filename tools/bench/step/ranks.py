@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from ds_moe.config.deepspeed import resolve_deepspeed
-from ds_moe.config.run import RunConfig
 from ds_moe.distributed import Topology
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import on_cpu, start_distributed
-from tools.bench.launched import ROOT, leave, new_peak, read_plan, resident, write_result
+from tools.bench.launched import leave, new_peak, read_plan, resident, run_config, write_result
 
 BLOCK = "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock"
 NO_CHANGE = 1e-20  # a learning rate that rounds away
@@ -44,23 +43,10 @@ def build_model(plan: dict[str, Any], device: torch.device) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
 
 
-def run_config(plan: dict[str, Any], topology: Topology) -> RunConfig:
-    """The run file of ds_moe. It must name a model, data and a batch size, whatever the engine is given."""
-    return RunConfig(
-        model={"preset": "tiny-moe"},
-        data={"train": "random tokens"},
-        moe={"ep_size": topology.ep_size},
-        train={
-            **{"lr": NO_CHANGE, "schedule": "constant", "steps": 1, "precision": plan["dtype"]},
-            **{"micro_batch_size": 1, "global_batch_size": topology.world_size, "max_grad_norm": 1.0},
-        },
-        deepspeed=str(ROOT / "ds_configs/zero3.json"),
-    )
-
-
 def build(contender: str, plan: dict[str, Any], topology: Topology) -> deepspeed.DeepSpeedEngine:
     """The contender's engine. All get one DeepSpeed configuration, a run's own, and add what makes them contenders."""
-    config, model = run_config(plan, topology), build_model(plan, topology.device)
+    config = run_config(topology, 3, lr=NO_CHANGE, schedule="constant", steps=1, precision=plan["dtype"])
+    model = build_model(plan, topology.device)
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), plan["model"]["hidden_size"])
     if contender == "ds_moe":
         prepare_model(model, config, topology)
