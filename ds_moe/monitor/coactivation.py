@@ -10,8 +10,8 @@ from ds_moe.monitor.heatmap import INK, index_ticks
 def coactivation(pairs_EE: np.ndarray) -> np.ndarray:
     """Share of the tokens of expert i (row) that also use expert j (column), (E, E) float64.
 
-    The diagonal and rows of experts without tokens are NaN. Were experts chosen independently, an entry would be the column
-    expert's share of all tokens.
+    The diagonal and rows of experts without tokens are NaN. Were experts chosen independently, an entry would be the
+    column expert's share of all tokens.
     """
     own_E1 = np.diag(pairs_EE).astype(np.float64)[:, None]
     own_E1[own_E1 == 0] = np.nan

@@ -2,13 +2,10 @@
 
     python -m tools.bench.chaos --rounds 30 [--background] [--seed S] [--json FILE] [--keep FOLDER]
 
-Two processes on this machine's CPU. In each round the job is started (and resumes), trains some steps, and meets one
-fault at a random moment; then it is started again. Filling the disk needs a small tmpfs, which root alone can mount;
-without it that fault is left out and the table says so.
-
+In each round the job (two CPU processes) is started, resumes, trains some steps, and meets one fault at a random
+moment. Filling the disk needs a small tmpfs, which root alone can mount; without it that fault is left out.
 Exit status 0 only if every fault was survived: no hang, no damaged checkpoint loaded, no more steps lost than a save
-interval (two where the newest checkpoint itself was damaged), and the final weights, moments, random states and data
-position equal to the undisturbed run's.
+interval (two where the newest checkpoint was damaged), and a final checkpoint equal to the undisturbed run's.
 """
 
 import json

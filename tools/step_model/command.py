@@ -5,10 +5,9 @@
     python -m tools.step_model.command --calibrate cpu.json                # measures this machine's CPU
     python -m tools.step_model.command --machine cpu.json --check step.json    # against `tools.bench.step.bench --json`
 
-Everything printed is estimated, but for the columns named measured. What each term counts stands beside this file:
-`costs.py` (computing), `links.py` (collectives), `step_time.py` (what a step has of them, overlap). Not
-counted: the vision tower, kernel launches and Python, the reading of data, contention of jobs. Of named machines peaks
-and links are from data sheets, the fractions of them that are reached are assumptions; --machine FILE takes others.
+Everything printed is estimated, but for the columns named measured. Not counted: the vision tower, kernel launches and
+Python, the reading of data. Of named machines peaks and links are from data sheets, the fractions of them that are
+reached are assumptions; --machine FILE takes others.
 """
 
 import argparse

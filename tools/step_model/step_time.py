@@ -1,10 +1,8 @@
-"""Seconds of one optimizer step, term by term, without and with overlap of ZeRO's communication.
+"""Seconds of one optimizer step, term by term, without and with overlap of ZeRO's communication; real runs lie between.
 
 - no overlap: the sum of all terms.
 - full overlap: in each pass of a micro-step ZeRO's collectives hide behind what is computed, or the other way round:
-  max(computed, ZeRO) + all-to-all, which waits for rows and is waited for, and shares the links. The optimizer and the
-  gather after it hide behind nothing.
-Real runs lie between the two.
+  max(computed, ZeRO) + all-to-all, which waits for rows and is waited for. The optimizer hides behind nothing.
 """
 
 import math

@@ -1,13 +1,11 @@
 """Does loss-free balancing balance, and what does it cost? A small MoE language model on real text, method by method.
 
-    python -m tools.bench.balance.bench                             4 methods x 3 seeds: about 20 minutes on 2 cores
-    python -m tools.bench.balance.bench --seeds 0 --steps 150       a first look
+    python -m tools.bench.balance.bench --seeds 0 --steps 150       a first look (all: about 20 minutes on 2 cores)
     python -m tools.bench.balance.bench --show FILE --plot FILE     print and draw an earlier result
 
-Qwen3-MoE from a config (3 layers, 16 experts, top-2) learns the bytes of Python's standard library, on 2 processes
-with the experts spread over them, by the trainer's own step. Loss and load are measured on files held out.
-MaxVio_global is the fullest expert's load over the mean, minus 1, over the whole held-out set (Wang et al. 2024,
-arXiv 2408.15664).
+A Qwen3-MoE (3 layers, 16 experts, top-2) learns the bytes of Python's standard library, on 2 processes, by the
+trainer's own step. MaxVio_global is the fullest expert's load over the mean, minus 1, over the whole held-out set (Wang
+et al. 2024, arXiv 2408.15664).
 """
 
 import argparse

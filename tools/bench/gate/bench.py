@@ -1,21 +1,16 @@
 """What do K LoRA adapters under a gate cost on top of the model without them, in time and in memory for backward?
 
-    python -m tools.bench.gate.bench --suite cpu                    under 3 minutes on 1 core
-    python -m tools.bench.gate.bench --suite cpu --json gate.json
+    python -m tools.bench.gate.bench --json gate.json               under 3 minutes on 1 core
 
-All contenders are asked for the same: the base and the adapters are frozen, the input and the gate get gradients.
-Overhead is the time of a forward and backward minus that of the base alone in the same round; rounds are interleaved,
-so that a busy machine slows all alike, and a ratio is one of medians. Saved: bytes of the tensors that the forward
-saves for the backward, each storage once, parameters left out. Nothing is timed that computes something else.
-
-layer: one linear, gate weights of each sample given. The rival is loop-and-stack, what published gates do: each
-adapter's output, stacked (K, B, S, out), and their weighted sum: by einsum, the faster of its two common forms here.
-model: a whole Qwen3 with adapters on q, k, v and o. Ours takes the gate from the mean embedding of the prompt (a linear
-layer, softmax), X-LoRA of PEFT, the rival, that of each token, also by a linear layer and softmax, from a first pass of
-the base (no gradients, adapters off). Both gates start at zero: equal weights, so equal logits, which is checked.
-
-A stack is a large allocation, and half of its cost on a CPU is the system handing out pages anew each time. So all is
-measured twice: with glibc's allocator as it is ("default"), and told to reuse its memory as a GPU's does ("reused").
+Base and adapters are frozen, input and gate get gradients. Overhead is the time of a forward and backward minus the
+base's in the same round; rounds are interleaved, so that a busy machine slows all alike. Saved: bytes of what the
+forward saves for the backward, each storage once, parameters left out. Nothing is timed that computes something else.
+layer: one linear, the gate's weights given. The rival is loop-and-stack, what published gates do: each adapter's
+output, stacked (K, B, S, out), and their weighted sum by einsum.
+model: a whole Qwen3 with adapters on q, k, v and o. Ours takes the gate from the prompt's mean embedding, X-LoRA of
+PEFT, the rival, that of each token from a first pass of the base. Both gates start at zero: equal weights, so equal
+logits. All is measured with glibc's allocator as it is ("default"), which on a CPU is half of a stack's cost, and told
+to reuse its memory as a GPU's does ("reused").
 """
 
 import copy

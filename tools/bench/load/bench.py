@@ -2,16 +2,12 @@
 
     python -m tools.bench.load.bench --size 4 --size 2 --json docs/results/load_cpu.json
 
-Writes a Qwen3-VL-MoE checkpoint of random weights, as the hub has them (experts transposed, an index, files of half a
-GiB), and starts two ranks (EP 2, ZeRO-3, CPU) for each way of loading it. They must find the same loss to the bit.
-
-peak: VmHWM, the most memory the kernel has counted for a process from the imports on. Pages of mapped files that were
-touched and are still mapped count, though ranks share them and the system may take them back; `anonymous` leaves them
-out (the largest of samples 5 ms apart). `libraries` is what Python and its imports take, part of both.
+Two ranks (EP 2, ZeRO-3, CPU) load a Qwen3-VL-MoE of random weights as the hub has them: they must find one loss.
+peak: VmHWM from the imports on, which counts touched pages of mapped files; `anonymous` leaves them out (the largest of
+samples 5 ms apart); `libraries` is what Python and its imports take, part of both.
 loaded: the weights are where DeepSpeed finds them: streamed, in the shards; else complete, but for others' experts.
-engine: DeepSpeed has sharded what was not, and made what training needs before its first step. With all weights
-trained those are fp32 masters, gradients and Adam's moments, five times this rank's share of the fp32 weights in all;
-with the routers alone next to nothing, so that the difference of the two is training's, not loading's.
+engine: DeepSpeed has sharded what was not, and made what training needs before its first step: with all weights trained
+five times this rank's share of the fp32 weights, with the routers alone next to nothing.
 """
 
 import argparse

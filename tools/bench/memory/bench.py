@@ -1,10 +1,9 @@
-"""Predicted against measured peaks of memory: runs of two processes on this CPU, through DeepSpeed's launcher.
+"""Predicted against measured peaks of memory: a step of models of 44 to 60 million parameters on two CPU processes.
 
     python -m tools.bench.memory.bench --json check.json                  # 15 minutes
     python -m tools.bench.memory.bench --cases "images, ZeRO-3"           # those whose name has it
 
-Models of 44 to 60 million parameters are trained for a step; the command exits with 1 if a prediction is off by more
-than 15%.
+Exit status 1 if a prediction is off by more than 15%.
 """
 
 import sys

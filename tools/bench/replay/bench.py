@@ -1,15 +1,13 @@
 """What does routing replay leave of the mismatch between an inference engine and the trainer?
 
-    python -m tools.bench.replay.bench                              2 models x 3 scales x 3 seeds: 3 minutes on 1 core
-    python -m tools.bench.replay.bench --seeds 0 --router-scales 2  a first look
+    python -m tools.bench.replay.bench --seeds 0 --router-scales 2  a first look (all: 3 minutes on 1 core)
     python -m tools.bench.replay.bench --show FILE --plot FILE      print and draw an earlier result
 
-The engine is plain transformers in bf16 with another expert kernel and a KV cache, token by token: it samples
-completions, their log-probs and the experts. The trainer has the same fp32 weights under our layer, in fp32 and in
-bf16 (section moe of ds_configs/runs/replay_bench.yaml), and reads prompt and completion at once. With d = log p of the
-trainer - log p of the engine at a completion token, k3 = exp(d) - d - 1 estimates the KL divergence of two policies
-that should be one. Weights are random, of variance 1 / inputs; routers' times the square of the router scale, which
-decides how much of a token the last of its experts still carries, and so what a flipped router costs.
+The engine is plain transformers in bf16 with another expert kernel and a KV cache; the trainer has the same fp32
+weights under our layer, in fp32 and in bf16 (moe of ds_configs/runs/replay_bench.yaml). With d = log p of the trainer -
+log p of the engine at a completion token, k3 = exp(d) - d - 1 estimates the KL divergence of two policies that should
+be one. Weights are random, of variance 1 / inputs; routers' times the square of the router scale, which decides how
+much of a token the last of its experts still carries, and so what a flipped router costs.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """Time whole training steps, and measure their peak memory: ours against what DeepSpeed offers without us.
 
-    python -m tools.bench.step.bench                                 2 processes, 256, 1024 and 4096 tokens a rank
     python -m tools.bench.step.bench --tokens 256 --repeats 3        a first look
     python -m tools.bench.step.bench --scaling --tokens 1024         ours alone on 1, 2 and 4 processes
 
@@ -8,11 +7,9 @@ ds_moe    our converted model, experts spread over all processes, built as a run
 zero3     ZeRO-3 + transformers grouped_mm: the model as it is, each MoE block a ZeRO-3 leaf module
 autoep    DeepSpeed AutoEP, experts spread over all processes
 
-The model is a Qwen3-MoE from a config. A step is forward, backward and AdamW under ZeRO-3 with gradient clipping, one
-DeepSpeed configuration for all, on random tokens, each rank its own. All engines live in the same processes and take
-turns, so that a busy machine slows all alike; a step takes as long as its slowest rank. Before a contender is timed,
-its loss and the norm of its gradients must be those of plain transformers. Speeds are ratios of medians.
-Peak memory is the largest rank's, engine by engine in processes of its own, since three in one cannot be told apart.
+A step is forward, backward and AdamW of a Qwen3-MoE under ZeRO-3 on random tokens. Engines live in the same processes
+and take turns; a step takes as long as its slowest rank. A contender is timed only if its loss and the norm of its
+gradients are those of plain transformers. Peak memory is the largest rank's, in processes of the engine's own.
 """
 
 import argparse

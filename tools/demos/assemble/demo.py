@@ -1,11 +1,8 @@
 """`make assemble-demo`: two experts trained apart from one dense parent, assembled into one Qwen3-VL-MoE.
 
-    python -m tools.demos.assemble.demo [--plot FILE] [--json FILE]
-
-A small dense Qwen3-VL learns a little of everything about the digits. Two branches of it go on apart, in the FFNs:
-one only reads digits, the other only says whether they are even and at least five. `ds-moe assemble` puts their FFNs
-side by side, a short run trains the routers and nothing else. Plain transformers then answers the held-out questions
-with every model, with the mean of the branches (model averaging) as the rival. All training is `ds-moe train`, ZeRO-3.
+Two branches of a small dense Qwen3-VL go on apart, in the FFNs: one only reads digits, the other only says whether they
+are even and at least five. `ds-moe assemble` puts their FFNs side by side, a short run trains the routers. Plain
+transformers answers the held-out questions with every model and with the branches' mean, the rival. ZeRO-3 throughout.
 """
 
 import json

@@ -1,11 +1,8 @@
 """`make gate-demo`: a learned gate over four LoRA adapters, from what is asked and what the screen shows.
 
-    python -m tools.demos.gate.demo [--joint] [--plot FILE] [--json FILE]
-
-Screens are rendered (`tools.demos.gate.screens`), a small dense Qwen3-VL learns to caption them, four adapters learn a
-task each, then the gate learns which of them a request needs: supervised, and from the answers. All training is
-`ds-moe train`, 2 processes, ZeRO-3. Held-out layouts and phrasings judge the gate against its baselines, and the routed
-model against the oracle choice, every single adapter and the even blend.
+A small dense Qwen3-VL learns to caption rendered screens, four adapters learn a task each, then the gate learns which
+of them a request needs: supervised, and from the answers. All training is `ds-moe train`, 2 processes, ZeRO-3. Held-out
+layouts and phrasings judge the gate against its baselines, the routed model against oracle, adapters and even blend.
 """
 
 import json

@@ -1,8 +1,7 @@
 """Small application screens and requests about them: data for a gate that picks one of four LoRA adapters.
 
-A screen is a calendar, a list, a form or a chart of 64 x 64 pixels with one mark; a request reads what is marked, or
-acts on it, in words that name no kind of screen. Only both together say which adapter is right, and each answers in
-texts of its own, so that a wrong one is heard. OUT gets images/*.png and, in the form of `ds_moe.data.chat`:
+A calendar, list, form or chart of 64 x 64 pixels has one mark; a request reads what is marked, or acts on it, in words
+that name no screen. Only both together say which adapter is right, and each answers in texts of its own.
 - base.jsonl: kind "caption", the screen and the place of its mark, asked for in neutral words or as "caption:" before
   a request; and kind "echo", an adapter's answer to be repeated, which teaches a frozen output layer its tokens;
 - adapter-NAME.jsonl, what that adapter learns: kinds "<screen>-<request>";

@@ -1,11 +1,8 @@
 """`make replay-demo`: reinforcement on real images, with routing replay and without it.
 
-    python -m tools.demos.replay.demo [--rounds 6] [--prompts 128] [--plot FILE] [--json FILE]
-
-A tiny Qwen3-VL-MoE is taught a little, supervised. Then, once with `moe.replay.enabled` and once without, rounds of
-sampling (`ds_moe.tasks.rl.sample`) and `ds-moe train` (2 processes, EP 2, ZeRO-3): the engine is plain transformers in
-bf16 with a KV cache, the trainer works in fp32, and the reward is 1 for a right answer. Both start from the same
-weights and seeds.
+After a little supervised training of a tiny Qwen3-VL-MoE: rounds of sampling (`ds_moe.tasks.rl.sample`, plain
+transformers in bf16) and `ds-moe train` (2 processes, EP 2, ZeRO-3, fp32), once with `moe.replay.enabled` and once
+without, from the same weights and seeds. The reward is 1 for a right answer.
 """
 
 import argparse
