@@ -73,26 +73,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_training_options(train: argparse.ArgumentParser) -> None:
-    train.add_argument("run", metavar="RUN.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
-    train.add_argument(
-        "--nproc", type=_positive, metavar="N", help="ranks a host (default: all accelerators; 1 on CPU)"
-    )
-    train.add_argument("--hostfile", metavar="FILE", help='hosts, one "name slots=N" a line')
-    train.add_argument(
-        "--port",
-        type=_positive,
-        metavar="P",
-        help="of rank 0 (default: MASTER_PORT, a free one, or 29500 with a hostfile)",
-    )
-    train.add_argument(
+    add, port = train.add_argument, "of rank 0 (default: MASTER_PORT, a free one, or 29500 with a hostfile)"
+    add("run", metavar="RUN.yaml")
+    add("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    add("--nproc", type=_positive, metavar="N", help="ranks a host (default: all accelerators; 1 on CPU)")
+    add("--hostfile", metavar="FILE", help='hosts, one "name slots=N" a line')
+    add("--port", type=_positive, metavar="P", help=port)
+    add(
         "--max-restarts",
         type=int,
         default=0,
         metavar="N",
         help="of a run that crashed, each of which resumes (default 0)",
     )
-    train.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    add("--dry-run", action="store_true", help="print the command and stop")
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:

@@ -28,35 +28,28 @@ def find_model(case: Case) -> Iterator[Finding]:
     from ds_moe.models.folder import read_model_config
     from ds_moe.models.presets import preset_config
 
-    config = case.config
-    if (config.model.preset is None) == (config.model.path is None):
+    config, preset, path = case.config, case.config.model.preset, case.config.model.path
+    if (preset is None) == (path is None):
         return  # already a finding
-    if config.model.preset is not None:
-        try:
-            found = preset_config(config.model.preset)
-        except UserError as error:
-            yield Finding("error", f"{config.at('model.preset')}: {error}")
-            return
-    else:
-        path, where = str(config.model.path), config.at("model.path")
-        try:
+    where = config.at("model.path" if preset is None else "model.preset")
+    try:
+        if preset is not None:
+            found = preset_config(preset)
+        else:
             case.folder = _local_folder(path)
-        except UserError as error:
-            yield Finding("error", f"{where}: {error}")
-            return
-        if case.folder is None:
-            text = f"model.path {path} is not on this machine, so the model, its memory and the records' length were"
-            yield Finding("warning", f"{where}: {text} not checked; fetch it first: hf download {path}")
-            return
-        try:
-            found = read_model_config(path, f"{where}: model.path {path}", offline=True)
-        except UserError as error:
-            yield Finding("error", str(error))
-            return
+            if case.folder is None:
+                text = (
+                    f"model.path {path} is not on this machine, so the model, its memory and the records' length were"
+                )
+                yield Finding("warning", f"{where}: {text} not checked; fetch it first: hf download {path}")
+                return
+            found = read_model_config(path, f"model.path {path}", offline=True)
+    except UserError as error:
+        yield Finding("error", f"{where}: {error}")
+        return
     if found.model_type not in FAMILIES:
-        kinds = ", ".join(FAMILIES)
-        text = f"model.path {config.model.path} is a {found.model_type} model; must be one of {kinds}"
-        yield Finding("error", f"{config.at('model.path')}: {text}")
+        text = f"model.path {path} is a {found.model_type} model; must be one of {', '.join(FAMILIES)}"
+        yield Finding("error", f"{where}: {text}")
         return
     complaints = model_problems(config, found)
     yield from (Finding("error", complaint) for complaint in complaints)

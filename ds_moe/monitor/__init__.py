@@ -6,8 +6,7 @@ meters.py        the numbers that are computed from the reports
 flops.py         FLOPs of a token, and the peak of a device
 progress.py      the terminal and log files
 board.py         TensorBoard
-heatmap.py       picture: load of each layer's experts
-coactivation.py  picture: experts that serve the same tokens
+heatmap.py       pictures: load of each layer's experts, and experts that serve the same tokens
 gallery.py       picture: evaluated samples
 plot.py          picture: the curves of a finished run
 """

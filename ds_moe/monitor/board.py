@@ -13,9 +13,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
-from ds_moe.monitor.coactivation import draw_coactivation
 from ds_moe.monitor.gallery import sample_gallery
-from ds_moe.monitor.heatmap import LoadHeatMap
+from ds_moe.monitor.heatmap import LoadHeatMap, draw_coactivation
 from ds_moe.monitor.meters import relative_load, split_by_kind
 from ds_moe.monitor.reports import RoutingReport, ShownSample
 

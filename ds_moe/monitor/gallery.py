@@ -58,19 +58,8 @@ def _draw_sample(axes: Axes, sample: ShownSample) -> None:
         blocks.append((_wrapped(f"expected: {sample.answer.strip()}", 33, 2), FAINT, "normal"))
     below = 7.0  # points from the image's lower edge
     for lines, color, weight in blocks:
-        axes.annotate(
-            "\n".join(lines),
-            (0, 0),
-            (0, -below),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            va="top",
-            fontsize=8.5,
-            color=color,
-            weight=weight,
-            family=_font_families(),
-            parse_math=False,
-        )
+        how = {"va": "top", "fontsize": 8.5, "color": color, "weight": weight, "family": _font_families()}
+        axes.annotate("\n".join(lines), (0, 0), (0, -below), "axes fraction", "offset points", parse_math=False, **how)
         below += 12.5 * len(lines) + 3
 
 

@@ -93,27 +93,15 @@ class DeadExperts:
 
 
 @dataclass
-class Throughput:
-    """What is needed to turn tokens a second into MFU, a share of the hardware's peak. Without both there is no MFU."""
-
-    flops_per_token: float | None  # forward and backward, of the activated parameters
-    peak_flops: float | None  # FLOP/s of all ranks together
-
-    def mfu(self, tokens_per_s: float) -> float | None:
-        """Model FLOPs utilisation in 0 ... 1 (Chowdhery et al. 2022, PaLM)."""
-        if not self.flops_per_token or not self.peak_flops:
-            return None
-        return tokens_per_s * self.flops_per_token / self.peak_flops
-
-
-@dataclass
 class Window:
     """The steps since the last log step."""
 
     reports: list[StepReport] = field(default_factory=list)
 
-    def close(self, throughput: Throughput) -> dict[str, float]:
+    def close(self, peak_tokens_per_s: float | None) -> dict[str, float]:
         """Return the `train/*` and `perf/*` scalars of the window, and empty it.
+
+        MFU, model FLOPs utilisation in 0 ... 1 (Chowdhery et al. 2022, PaLM), needs the rate at the hardware's peak.
 
         Rates are over the time of the steps alone, so that evaluations and checkpoints in between do not lower them.
         """
@@ -135,9 +123,8 @@ class Window:
             scalars["perf/ep_sent_mib"] = sum(step.sent_bytes for step in steps) / len(steps) / 2**20
         of_task = mean_by_name([step.task for step in steps])
         scalars |= {f"{steps[-1].task_name}/{name}": value for name, value in of_task.items()}
-        mfu = throughput.mfu(tokens_per_s)
-        if mfu is not None:
-            scalars["perf/mfu"] = mfu
+        if peak_tokens_per_s:
+            scalars["perf/mfu"] = tokens_per_s / peak_tokens_per_s
         return scalars
 
 

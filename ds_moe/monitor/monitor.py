@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import MonitorConfig
-from ds_moe.monitor.meters import Clock, DeadExperts, Throughput, Window, routing_scalars, tag
+from ds_moe.monitor.meters import Clock, DeadExperts, Window, routing_scalars, tag
 from ds_moe.monitor.progress import Lines, make_display, print_table
 from ds_moe.monitor.reports import EvalReport, RoutingReport, StepReport
 
@@ -69,10 +69,10 @@ class RunMonitor(Monitor):
     """Rank 0's monitor."""
 
     def __init__(
-        self, config: MonitorConfig, total_steps: int, throughput: Throughput, run_dir: Path, console: Console
+        self, config: MonitorConfig, total_steps: int, peak: float | None, run_dir: Path, console: Console
     ) -> None:
         super().__init__(config, total_steps)
-        self._throughput = throughput
+        self._peak_tokens_per_s = peak
         self._run_dir = run_dir
         self._console = console
         self._display = Lines(console, total_steps)  # `start` replaces it
@@ -104,7 +104,7 @@ class RunMonitor(Monitor):
         seconds_left = self._clock.seconds_left(report.step, began_s, report.step_s)
         scalars = routing_scalars(routing) if routing is not None else {}
         if self.is_log_step(report.step):
-            scalars = self._window.close(self._throughput) | scalars
+            scalars = self._window.close(self._peak_tokens_per_s) | scalars
             self._display.window(report.step, scalars, seconds_left)
         self._display.step(report.step, report.loss, seconds_left)
         if routing is not None:
@@ -212,8 +212,8 @@ def make_monitor(
     """
     if rank != 0:
         return Monitor(config.monitor, total_steps)
-    throughput = Throughput(flops_per_token, peak_flops)
-    return RunMonitor(config.monitor, total_steps, throughput, Path(run_dir), console or Console())
+    peak = peak_flops / flops_per_token if peak_flops and flops_per_token else None
+    return RunMonitor(config.monitor, total_steps, peak, Path(run_dir), console or Console())
 
 
 def _preformatted(text: str) -> str:

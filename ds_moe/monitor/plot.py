@@ -71,13 +71,8 @@ def draw(curves: dict[str, Curve], load: tuple[int, np.ndarray, np.ndarray] | No
     draw_accuracy(axes_at(5.3, 0.4, 3.9, CURVES_IN), curves)
     if load:
         top = 0.45 + CURVES_IN + 1.1
-        figure.text(
-            0.65 / WIDTH_IN,
-            1 - (top - 0.36) / height_in,
-            f"Expert load relative to a fair share, at step {load[0]:,}",
-            fontsize=10,
-            color=INK,
-        )
+        title = f"Expert load relative to a fair share, at step {load[0]:,}"
+        figure.text(0.65 / WIDTH_IN, 1 - (top - 0.36) / height_in, title, fontsize=10, color=INK)
         span = WIDTH_IN - 0.65 - 1.35  # of the panels; the scale stands to their right
         width = (span - 0.3 * (len(kinds) - 1)) / len(kinds) if beside else span
         for i, (kind, counts_LE) in enumerate(kinds.items()):
@@ -119,11 +114,13 @@ def draw_accuracy(axes: Axes, curves: dict[str, Curve]) -> None:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="lower right")
 
 
-def finish_axes(axes: Axes, title: str) -> None:
+def finish_axes(axes: Axes, title: str, label: str | None = None) -> None:
+    """Title, grid and faint ticks; without a `label` x are optimizer steps."""
     axes.set_title(title, fontsize=10, color=INK, loc="left", pad=8)
-    axes.set_xlabel("optimizer step", fontsize=9, color=INK)
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel("optimizer step" if label is None else label, fontsize=9, color=INK)
+    if label is None:
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.tick_params(labelsize=8.5, colors=FAINT, length=0)
     axes.grid(color="#E4E4E4", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -17,9 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ds_moe.config.run import RunConfig
 from ds_moe.monitor import EvalReport, Monitor, RoutingReport, ShownSample, StepReport, make_monitor, plot, print_table
 from ds_moe.monitor.board import LOAD_TAG
-from ds_moe.monitor.coactivation import coactivation, draw_coactivation
 from ds_moe.monitor.gallery import sample_gallery
-from ds_moe.monitor.heatmap import LoadHeatMap
+from ds_moe.monitor.heatmap import LoadHeatMap, coactivation, draw_coactivation
 from ds_moe.monitor.meters import Clock, DeadExperts, max_vio, relative_load, routing_scalars, split_by_kind
 from ds_moe.monitor.monitor import RunMonitor
 

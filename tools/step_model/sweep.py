@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 from transformers import PreTrainedModel, Qwen3MoeConfig
 
 from ds_moe.config.deepspeed import resolve_deepspeed, zero_plan
@@ -119,14 +119,12 @@ def write_figure(points: dict[int, list[Point]], title: str, file: Path) -> None
         for size, speed, p in zip(sizes, speeds, row, strict=True):
             axes.plot(size, speed, "o", color=color, markersize=5, markerfacecolor=color if p.fits else "white")
     ticks = sorted({p.topology.ep_size for row in points.values() for p in row})
-    finish_axes(axes, title)
+    finish_axes(axes, title, "EP size (ranks that share one copy of the experts)")
     axes.set_xscale("log", base=2)
     axes.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("EP size (ranks that share one copy of the experts)", fontsize=9, color=INK)
     axes.set_ylabel("estimated tokens/s of one device", fontsize=9, color=INK)
     handles, labels = axes.get_legend_handles_labels()
     handles.append(Line2D([], [], color=FAINT, marker="o", markerfacecolor="white", linestyle="none"))

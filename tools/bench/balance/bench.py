@@ -28,6 +28,10 @@ from tools.bench.launched import run_plan
 from tools.results import Claim, command_line, judged, markdown, print_claims, save, spread, spread_text, write_json
 
 METHODS = ("none", "aux", "loss_free", "aux+loss_free")
+TERMS = {  # of a run file's moe.balance; Switch's weight
+    "aux": {"kind": "aux", "weight": 0.01},
+    "loss_free": {"kind": "loss_free", "update_rate": 0.005, "decay_from": 0.8},
+}
 RANKS = 2
 EVALUATIONS = 10  # evenly spaced, beside one after the first step
 TARGET, TARGET_RATIO = 0.20, 0.10  # MaxVio_global of loss_free: at most, and at most this share of none's
@@ -64,9 +68,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of a run (default %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
-    parser.add_argument("--aux-weight", type=float, default=0.01, help="of aux (default %(default)s, Switch's)")
-    parser.add_argument("--update-rate", type=float, default=0.005, help="u of loss_free (default %(default)s)")
-    parser.add_argument("--decay-from", type=float, default=0.8, help="share of a run after which u falls to 0")
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error("--steps must be at least 2")
@@ -75,16 +76,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     """What the ranks are told: every method as the `moe.balance` list of a run file."""
-    terms = {
-        "aux": {"kind": "aux", "weight": options.aux_weight},
-        "loss_free": {"kind": "loss_free", "update_rate": options.update_rate, "decay_from": options.decay_from},
-    }
     return {
         "seeds": options.seeds,
         "steps": options.steps,
         "ep_size": RANKS,
         "evaluate_at": sorted({1, *np.linspace(0, options.steps, EVALUATIONS + 1).astype(int).tolist()[1:]} - {0}),
-        "methods": {name: [terms[term] for term in name.split("+") if term != "none"] for name in options.methods},
+        "methods": {name: [TERMS[term] for term in name.split("+") if term != "none"] for name in options.methods},
     }
 
 
@@ -198,9 +195,8 @@ def draw_layers(axes: Axes, summary: dict[str, Any]) -> None:
         for x, values in zip(x_L, vio_SL.T, strict=True):
             above = (x, values.max())
             axes.annotate(f"{values.mean():.2f}", above, (0, 3), "data", "offset points", ha="center", **SMALL)
-    finish_axes(axes, "MaxVio_global by layer, last step")
+    finish_axes(axes, "MaxVio_global by layer, last step", "MoE layer")
     axes.set_axisbelow(True)
-    axes.set_xlabel("MoE layer", fontsize=9, color=INK)
     axes.set_xticks(range(vio_SL.shape[1]))
     axes.set_xlim(-0.5, vio_SL.shape[1] - 0.5)
     axes.grid(visible=False, axis="x")
@@ -214,8 +210,7 @@ def draw_loss(axes: Axes, summary: dict[str, Any]) -> None:
         color, marker = STYLES[method]
         axes.plot([position] * len(losses_S), losses_S, marker, color=color, markersize=5)
         axes.hlines(losses_S.mean(), position - 0.25, position + 0.25, color=color, linewidth=2)
-    finish_axes(axes, "Held-out loss, nats a byte, last step")
-    axes.set_xlabel("one mark a seed, joined by seed; bar: mean", fontsize=9, color=INK)
+    finish_axes(axes, "Held-out loss, nats a byte, last step", "one mark a seed, joined by seed; bar: mean")
     axes.set_xticks(range(len(summary)), list(summary), fontsize=8.5)
     axes.set_xlim(-0.5, len(summary) - 0.5)
     axes.grid(visible=False, axis="x")

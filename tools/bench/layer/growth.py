@@ -111,7 +111,7 @@ def draw(axes: Axes, axis: str, sweep: dict[str, Any], key: str) -> None:
         traffic = [scale * point["weight_traffic_s"] for point in points]
         axes.plot(sizes, traffic, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label="the weights' own traffic")
     fixed = ", ".join(f"{name} {value}" for name, value in points[0]["shape"].items() if name != axis)
-    finish_axes(axes, f"{title}\n{fixed}")
+    finish_axes(axes, f"{title}\n{fixed}", f"{NAMES[axis]} {axis}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlim(sizes[0] / 1.15, sizes[-1] * 1.15)
@@ -122,6 +122,5 @@ def draw(axes: Axes, axis: str, sweep: dict[str, Any], key: str) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low / 1.1, high * (high / low) ** 0.3 * 1.2)  # the legend stands above the lines
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel(f"{NAMES[axis]} {axis}", fontsize=9, color=INK)
     axes.set_ylabel(unit, fontsize=9, color=INK)
     axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="upper left")

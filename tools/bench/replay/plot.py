@@ -92,10 +92,12 @@ def write_figure(summary: list[Row], file: Path) -> None:
     models = list(dict.fromkeys(row["model"] for row in summary))
     axes = figure.subplots(1, len(models) + 1, width_ratios=[1.2] * len(models) + [1])
     for panel, model in zip(axes, models, strict=False):
+        finish_axes(panel, f"{model}: k3, engine to trainer", "replayed (a mark a seed; bar: mean)")
         draw_modes(panel, [row for row in summary if row["model"] == model and row["scale"] == SCALE])
-        finish_panel(panel, f"{model}: k3, engine to trainer", "replayed (a mark a seed; bar: mean)")
+    finish_axes(axes[-1], "k3 with replay, of k3 live", "router scale (weight of a token's last expert)")
     draw_scales(axes[-1], summary)
-    finish_panel(axes[-1], "k3 with replay, of k3 live", "router scale (weight of a token's last expert)")
+    for panel in axes:
+        panel.grid(visible=False, axis="x")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     save(figure, file)
@@ -140,13 +142,3 @@ def draw_scales(axes: Axes, summary: list[Row]) -> None:
     filled, empty = (", ".join(name for name, fill in FILLED.items() if fill == kind) for kind in ("full", "none"))
     legend = f"filled: {filled}\nempty: {empty}"
     axes.annotate(legend, (0.02, 0.86), xycoords="axes fraction", va="top", fontsize=8, color=INK)
-
-
-def finish_panel(axes: Axes, title: str, label: str) -> None:
-    """As `ds_moe.monitor.plot.finish_axes`, which sees steps along x, but with the ticks and limits as they were."""
-    ticks, limits = (axes.get_xticks(), [text.get_text() for text in axes.get_xticklabels()]), axes.get_xlim()
-    finish_axes(axes, title)
-    axes.set_xlabel(label, fontsize=9, color=INK)
-    axes.set_xticks(*ticks, fontsize=8)
-    axes.set_xlim(limits)
-    axes.grid(visible=False, axis="x")

@@ -136,10 +136,9 @@ def write_figure(accuracy: dict[str, dict[str, float]], file: Path) -> None:
         axes.bar(places, heights, width * 0.92, color=color, label=label)
         for place, height in zip(places, heights, strict=True):
             axes.text(place, height + 0.012, f"{height:.2f}".lstrip("0"), ha="center", fontsize=7)
-    finish_axes(axes, "Held-out answers exactly right")
+    finish_axes(axes, "Held-out answers exactly right", "")
     axes.set_axisbelow(True)
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel("")
     axes.set_xlim(-0.5, len(KINDS) - 0.5)
     axes.set_xticks(range(len(KINDS)), list(KINDS.values()), fontsize=9)
     axes.set_ylim(0, 1.08)

@@ -5,7 +5,6 @@ transformers in bf16) and `ds-moe train` (2 processes, EP 2, ZeRO-3, fp32), once
 without, from the same weights and seeds. The reward is 1 for a right answer.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -26,6 +25,8 @@ from tools.results import Claim, command_line, judged
 
 RUNS = ROOT / "ds_configs/runs"
 FOLDER = Path("runs/replay_demo")
+WARM_UP = 40  # supervised steps
+ROUNDS, PROMPTS = 6, 128  # of rollouts and training; of a round, 8 completions each
 NO_EVALUATION = ("train.eval_every=null", "train.eval_batch_size=null")
 ARMS = {"with replay": "true", "without": "false"}
 STYLES = {"with replay": ("#0072B2", "o"), "without": ("#D55E00", "s")}  # Okabe & Ito's colours, and a marker
@@ -33,31 +34,27 @@ PANELS = {"reward": "Mean reward of the rollouts", "mismatch_k3": "k3 between en
 
 
 def main() -> int:
-    parser = command_line(__doc__, "--plot", "--json")
-    parser.add_argument("--rounds", type=int, default=6, help="of rollouts and training (default %(default)s)")
-    parser.add_argument("--prompts", type=int, default=128, help="of a round, 8 completions each (default %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=40, help="supervised steps before (default %(default)s)")
-    options = parser.parse_args()
+    options = command_line(__doc__, "--plot", "--json").parse_args()
     disable_progress_bar()  # of loading, a line a round
     began = time.monotonic()
     start_anew(FOLDER)
-    train("demo.yaml", FOLDER / "supervised", f"train.steps={options.warm_up}", "data.eval=null", *NO_EVALUATION)
+    train("demo.yaml", FOLDER / "supervised", f"train.steps={WARM_UP}", "data.eval=null", *NO_EVALUATION)
     export_checkpoint(FOLDER / "supervised", FOLDER / "start")
-    rounds = {arm: reinforce(arm, options) for arm in ARMS}
-    result = {"rounds": rounds, "seconds": time.monotonic() - began, "prompts": options.prompts}
+    rounds = {arm: reinforce(arm) for arm in ARMS}
+    result = {"rounds": rounds, "seconds": time.monotonic() - began, "prompts": PROMPTS}
     result["claims"] = claims(rounds)
     rows = {f"{arm}, last round": figures(found[-1]) for arm, found in rounds.items()}
     title = "ds_moe: reinforcement with routing replay"
     return finish(options, result, rows, title, lambda file: write_figure(rounds, file))
 
 
-def reinforce(arm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def reinforce(arm: str) -> list[dict[str, Any]]:
     """The figures of every round: reward of its rollouts, and what the trainer made of them."""
     output, policy = FOLDER / arm.replace(" ", "_"), FOLDER / "start"
     found = []
-    for number in range(options.rounds):
+    for number in range(ROUNDS):
         file = output / f"rollouts_{number}.jsonl"
-        rollouts(policy, file, options.prompts, seed=number)
+        rollouts(policy, file, seed=number)
         overrides = [f"model.path={FOLDER / 'start'}", f"moe.replay.enabled={ARMS[arm]}", f"data.train={file}"]
         overrides += ["rl.router=none"] if ARMS[arm] == "false" else []
         train("replay_demo.yaml", output, *overrides)
@@ -65,16 +62,15 @@ def reinforce(arm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         found.append({"loss": result["loss"], **result["rl"]})
         policy = output / f"export_{number}"
         export_checkpoint(output, policy)
-        print(f"{arm}, round {number + 1}/{options.rounds}: " + figures(found[-1]), flush=True)
+        print(f"{arm}, round {number + 1}/{ROUNDS}: " + figures(found[-1]), flush=True)
     return found
 
 
-def rollouts(policy: Path, file: Path, prompts: int, seed: int) -> None:
+def rollouts(policy: Path, file: Path, seed: int) -> None:
     model, processor = load_policy(policy, dtype=torch.bfloat16)
-    samples = open_prompts("digits", prompts, seed)
-    records = generate_rollouts(
-        model, processor, samples, per_prompt=8, temperature=1.0, max_new_tokens=4, batch_size=256, seed=seed
-    )
+    samples = open_prompts("digits", PROMPTS, seed)
+    sampling = {"per_prompt": 8, "temperature": 1.0, "max_new_tokens": 4, "batch_size": 256, "seed": seed}
+    records = generate_rollouts(model, processor, samples, **sampling)
     write_rollouts(records, file)
 
 
@@ -107,8 +103,7 @@ def write_figure(rounds: dict[str, list[dict[str, Any]]], file: Path) -> None:
             color, marker = STYLES[arm]
             values = [one[name] for one in found]
             axes.plot(range(1, len(values) + 1), values, color=color, marker=marker, markersize=4, label=arm)
-        finish_axes(axes, title)
-        axes.set_xlabel("round", fontsize=9)
+        finish_axes(axes, title, "round")
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", scilimits=(-3, 3))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
