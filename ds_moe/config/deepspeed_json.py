@@ -62,12 +62,14 @@ def check_keys(source: DeepSpeedJson) -> list[str]:
         where = source.at("zero_optimization.stage" if "stage" in zero else "zero_optimization")
         return [*found, f"{where}: zero_optimization.stage is {stage!r}; must be 1, 2 or 3"]
     found += _check_offload(source)
-    found += _refused_values(source)
+    for key, (value, reason) in keys.REFUSED_VALUES.items():
+        if _value(source, key) == value:
+            found.append(f"{source.at(key)}: {key} {json.dumps(value)} is not supported: {reason}")
     found += [f"{source.at(key)}: {key} is {value}; must be finite" for key, value in _infinite(values)]
-    for key, value in zero.items():
-        if stage < 3 and value != AUTO and not _off(f"zero_optimization.{key}", value) and _needs_stage_3(key):
-            where = source.at(f"zero_optimization.{key}")
-            found.append(f"{where}: zero_optimization.{key} would not be used: it needs stage 3, this is {stage}")
+    for key, value in zero.items() if stage < 3 else ():
+        dotted, names_stage_3 = f"zero_optimization.{key}", key.startswith("stage3_") and key not in keys.ANY_STAGE
+        if (names_stage_3 or key in keys.STAGE_3_ONLY) and value != AUTO and not _off(dotted, value):
+            found.append(f"{source.at(dotted)}: {dotted} would not be used: it needs stage 3, this is {stage}")
     return found
 
 
@@ -90,10 +92,6 @@ def _check_offload(source: DeepSpeedJson) -> list[str]:
             devices = " or ".join(filter(None, keys.DEVICES))
             found.append(f"{source.at(key + '.device')}: {key}.device is {shown(device)}; must be {devices}")
     return found
-
-
-def _needs_stage_3(key: str) -> bool:
-    return (key.startswith("stage3_") and key not in keys.ANY_STAGE) or key in keys.STAGE_3_ONLY
 
 
 def without_switched_off(values: dict[str, Plain]) -> dict[str, Plain]:
@@ -137,14 +135,6 @@ def _value(source: DeepSpeedJson, key: str) -> Plain:
     for parent in parents:
         holder = section(holder, parent)
     return holder.get(name, AUTO)
-
-
-def _refused_values(source: DeepSpeedJson) -> list[str]:
-    found = []
-    for key, (value, reason) in keys.REFUSED_VALUES.items():
-        if _value(source, key) == value:
-            found.append(f"{source.at(key)}: {key} {json.dumps(value)} is not supported: {reason}")
-    return found
 
 
 def _infinite(values: dict[str, Plain], parent: str = "") -> Iterator[tuple[str, float]]:

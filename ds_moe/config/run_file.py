@@ -109,18 +109,16 @@ def _override(data: dict[str, Plain], origins: dict[str, str], override: str) ->
 
 
 def _find_json(config: RunConfig, run_file: Path) -> Path:
-    """The DeepSpeed JSON, whose path is relative to the run file's folder or else to the working directory."""
+    """The DeepSpeed JSON, whose path is relative to the run file's folder or else to the working directory.
+
+    It is given without "..", relative to the working directory if it lies below that.
+    """
     for folder in (run_file.parent, Path()):
-        found = Path(*(folder / config.deepspeed).parts)
+        found = folder / config.deepspeed
         if found.is_file():
-            return _shortest(found)
+            found = found.resolve()
+            return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
     raise UserError(
         f"{config.at('deepspeed')}: deepspeed is {config.deepspeed!r}, which is neither a file beside the run file "
         f"nor below the working directory {Path.cwd()}"
     )
-
-
-def _shortest(path: Path) -> Path:
-    """`path` without "..", relative to the working directory if it lies below that."""
-    resolved = path.resolve()
-    return resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved

@@ -11,7 +11,6 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL.Image import Image
 
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.reports import ShownSample
@@ -47,7 +46,9 @@ def _draw_sample(axes: Axes, sample: ShownSample) -> None:
         axes.set(facecolor="#F2F2F2")
         axes.text(0.5, 0.5, "text only", ha="center", va="center", fontsize=9, color=FAINT)
     else:
-        axes.imshow(np.asarray(_thumbnail(sample.image)), interpolation="nearest")
+        small = sample.image.convert("RGB")
+        small.thumbnail((320, 320))  # a photograph may have many millions of pixels, which would be slow to draw
+        axes.imshow(np.asarray(small), interpolation="nearest")
     right = sample.prediction.strip() == sample.answer.strip()
     verdict = f"{'right' if right else 'wrong'}: {sample.prediction.strip() or '(empty)'}"
     blocks = [
@@ -61,13 +62,6 @@ def _draw_sample(axes: Axes, sample: ShownSample) -> None:
         how = {"va": "top", "fontsize": 8.5, "color": color, "weight": weight, "family": _font_families()}
         axes.annotate("\n".join(lines), (0, 0), (0, -below), "axes fraction", "offset points", parse_math=False, **how)
         below += 12.5 * len(lines) + 3
-
-
-def _thumbnail(image: Image) -> Image:
-    """A small copy: a held-out photograph may have many millions of pixels, which would be slow to draw."""
-    small = image.convert("RGB")
-    small.thumbnail((320, 320))
-    return small
 
 
 def _wrapped(text: str, width: int, most: int) -> list[str]:

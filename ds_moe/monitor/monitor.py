@@ -5,6 +5,7 @@ Rank 0 has a `RunMonitor`, others a `Monitor`, which does nothing: the training 
 
 import atexit
 import copy
+import textwrap
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,7 +94,7 @@ class RunMonitor(Monitor):
             from ds_moe.monitor.board import Board  # imports matplotlib and tensorboard, which takes half a second
 
             self._board = Board(self._run_dir / "tensorboard", first_step)
-            self._board.text("run/summary", _preformatted(summary), self._step)
+            self._board.text("run/summary", textwrap.indent(summary, "    "), self._step)  # columns stay aligned
             self._board.hparams(hparams, self._step)
         atexit.register(self.close)
 
@@ -113,7 +114,10 @@ class RunMonitor(Monitor):
             self._board.scalars(scalars, report.step)
             if routing is not None:
                 self._add_load(routing)
-                self._draw_load_when_due()
+                every = self.config.heatmap_every
+                due = self._step // every > self._heat_map_step // every
+                if due and not self._board.drawing:  # else counts add up, so that pictures never queue
+                    self._draw_load()
         self._training_s += report.step_s
         self._own_s += time.perf_counter() - began_s
 
@@ -140,7 +144,8 @@ class RunMonitor(Monitor):
         if self._board is not None:
             if self._load is not None:  # the steps since the last heat map
                 self._draw_load()
-            self._board.text("run/result", _markdown_table(rows), self._step)
+            table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+            self._board.text("run/result", "\n".join(table), self._step)
         self._close(finished=True)
         print_table(rows, f"{self._run_dir} after {self._step:,} steps", self._console)
 
@@ -169,15 +174,6 @@ class RunMonitor(Monitor):
             self._load.kind_counts_LE[kind] += counts_LE
         if self._load.pairs_EE is not None and routing.pairs_EE is not None:
             self._load.pairs_EE += routing.pairs_EE
-
-    def _draw_load_when_due(self) -> None:
-        """Draw at the first routing report past every `heatmap_every`-th step.
-
-        If the last picture is not finished, the counts add up until the next report, so that pictures never queue.
-        """
-        every = self.config.heatmap_every
-        if self._step // every > self._heat_map_step // every and not self._board.drawing:
-            self._draw_load()
 
     def _draw_load(self) -> None:
         caption = f"Expert load relative to a fair share, steps {self._load_from:,} to {self._step:,}"
@@ -214,12 +210,3 @@ def make_monitor(
         return Monitor(config.monitor, total_steps)
     peak = peak_flops / flops_per_token if peak_flops and flops_per_token else None
     return RunMonitor(config.monitor, total_steps, peak, Path(run_dir), console or Console())
-
-
-def _preformatted(text: str) -> str:
-    """Markdown in which columns stay aligned."""
-    return "\n".join("    " + line for line in text.splitlines())
-
-
-def _markdown_table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

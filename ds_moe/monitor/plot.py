@@ -38,12 +38,6 @@ def read_events(run: Path) -> EventAccumulator:
     return EventAccumulator(str(files[-1].parent), {"scalars": 0, "tensors": 0, "images": 1}).Reload()
 
 
-def read_curves(events: EventAccumulator) -> dict[str, Curve]:
-    """Every scalar by tag, as a list of (step, value)."""
-    tags = sorted(events.Tags()["scalars"])
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
-
-
 def read_load(events: EventAccumulator) -> tuple[int, np.ndarray, np.ndarray] | None:
     """Step, counts_LE and image_counts_LE behind the last heat map; None for a model without experts."""
     if LOAD_TAG not in events.Tags()["tensors"]:
@@ -140,7 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    curves = read_curves(events)
+    tags = sorted(events.Tags()["scalars"])
+    curves = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(curves) + "\n")

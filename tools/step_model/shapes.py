@@ -142,8 +142,3 @@ def forward_flops(decoder: Decoder, tokens: int, sequence: int) -> float:
     embedding = 0 if decoder.tied else decoder.vocabulary * decoder.D
     weights = active_parameters(decoder) - norms - embedding
     return 2 * tokens * weights + decoder.layers * score_flops(decoder, tokens, sequence)
-
-
-def model_flops(decoder: Decoder, tokens: int, sequence: int) -> float:
-    """Forward and backward, the count behind MFU (PaLM, appendix B): 3 forwards; nothing that is recomputed."""
-    return 3 * forward_flops(decoder, tokens, sequence)

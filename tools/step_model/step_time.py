@@ -70,7 +70,8 @@ def estimate(topology: Topology, decoder: Decoder, machine: Machine) -> Estimate
     step_s = sum(term.total_s(topology.accumulation) for term in terms)
     overlap_s = overlapped_s(terms, topology.accumulation)
     tokens = topology.tokens * topology.accumulation
-    ideal_s = shapes.model_flops(decoder, tokens, topology.sequence) / machine.peak_flops[topology.dtype]
+    # MFU counts 3 forwards (PaLM, appendix B), and nothing that is recomputed.
+    ideal_s = 3 * shapes.forward_flops(decoder, tokens, topology.sequence) / machine.peak_flops[topology.dtype]
     all_tokens = tokens * topology.world
     speeds = (all_tokens / step_s, all_tokens / overlap_s)
     return Estimate(terms, step_s, overlap_s, *speeds, ideal_s / step_s, ideal_s / overlap_s)

@@ -32,15 +32,11 @@ ROUTES: dict[str, dict[str, Any]] = {  # kind of router, and what is said of it:
 }
 
 
-def skewed_states(generator: torch.Generator) -> torch.Tensor:
-    """(T, D): what all tokens share, beside what is each token's own, is what makes some experts popular."""
-    common_D, own_TD = torch.randn(D, generator=generator), torch.randn(T, D, generator=generator)
-    return 0.5 * common_D + own_TD
-
-
 def route(name: str) -> RoutingDecision:
     generator = torch.Generator().manual_seed(0)
-    x_TD = skewed_states(generator)
+    # What all tokens share, beside what is each token's own, is what makes some experts popular.
+    common_D, own_TD = torch.randn(D, generator=generator), torch.randn(T, D, generator=generator)
+    x_TD = 0.5 * common_D + own_TD
     weight_ED = nn.Parameter(torch.randn(E, D, generator=generator) * D**-0.5)
     torch.manual_seed(0)
     router = make_router(name.partition(",")[0], weight_ED, K, **ROUTES[name]).train()
@@ -88,9 +84,8 @@ def main() -> int:
         axes.set_ylabel("load, fair shares", color=INK, fontsize=9)
     for axes in panels[1]:
         axes.set_xlabel("expert", color=INK, fontsize=9)
-    figure.suptitle(
-        f"Load of {E} experts, top-{K}, {T:,} random tokens with a common direction, untrained", color=INK, fontsize=10
-    )
+    title = f"Load of {E} experts, top-{K}, {T:,} random tokens with a common direction, untrained"
+    figure.suptitle(title, color=INK, fontsize=10)
     save(figure, options.out)
     write_json({name: load_E.tolist() for name, load_E in loads.items()}, options.json, indent=1)
     print(options.out)

@@ -103,7 +103,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="only this one (repeatable)")
     parser.add_argument("--repeats", type=int, help="turns of each contender (default: the suite's)")
     parser.add_argument("--steps", type=int, help="timed steps of a turn (default: the suite's)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, a start for each contender")
     parser.add_argument("--scaling", action="store_true", help="ds_moe alone, on more and more processes; times only")
     options = parser.parse_args(arguments)
     suite = SUITES[options.suite]
@@ -114,8 +113,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--tokens must be a multiple of {suite.sequence}, the sequence of suite {options.suite}")
     if min(options.repeats, options.steps) < 1:
         parser.error("--repeats and --steps must be at least 1")
-    if options.scaling and (options.contender or options.no_memory):
-        parser.error("--scaling measures the times of ds_moe only: leave out --contender and --no-memory")
+    if options.scaling and options.contender:
+        parser.error("--scaling measures the times of ds_moe only: leave out --contender")
     if suite.device == "cuda" and (found := torch.cuda.device_count()) < suite.processes:
         parser.error(f"--suite {options.suite} needs {suite.processes} CUDA devices, and there are {found}")
     options.contender = list(dict.fromkeys(options.contender or CONTENDERS))
@@ -127,11 +126,9 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     if options.scaling:
         return [launch(["time"], [OURS], processes, options, folder) for processes in suite.scaling]
     runs = [launch(["time"], options.contender, suite.processes, options, folder)]
-    if not options.no_memory:
-        timed = {result["contender"] for result in runs[0]["results"] if "step_s" in result}
-        right = [one for one in options.contender if one in timed]
-        runs += [launch(["memory"], [one], suite.processes, options, folder) for one in right]
-    return runs
+    timed = {result["contender"] for result in runs[0]["results"] if "step_s" in result}
+    right = [one for one in options.contender if one in timed]
+    return runs + [launch(["memory"], [one], suite.processes, options, folder) for one in right]
 
 
 def launch(

@@ -51,7 +51,8 @@ def main() -> int:
     began = time.monotonic()
     start_anew(FOLDER)
     make_base()
-    make_adapters()
+    with ThreadPoolExecutor(2) as pool:  # two adapters at a time, a process each
+        list(pool.map(make_adapter, RANKS))
     train_gate()
     result = {"routing": evaluate("supervised"), "routing_end_to_end": evaluate("end_to_end")}
     result |= {
@@ -89,13 +90,8 @@ def build_model(processor: Any) -> PreTrainedModel:
     return family_of(config).model_class(config)
 
 
-def make_adapters() -> None:
-    """A PEFT folder for each task, of different ranks."""
-    with ThreadPoolExecutor(2) as pool:  # two at a time, a process each
-        list(pool.map(make_adapter, RANKS))
-
-
 def make_adapter(name: str) -> None:
+    """A PEFT folder of the rank that `RANKS` says."""
     output, rank = FOLDER / "adapter_runs" / name, RANKS[name]
     data = f"data.train={FOLDER}/data/adapter-{name}.jsonl"
     settings = [data, f"train.output_dir={output}", f"lora.rank={rank}", f"lora.alpha={2 * rank}"]
