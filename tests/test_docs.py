@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 from ds_moe.cli import _parser
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import ALL_KEYS, load_run
-from ds_moe.monitor.meters import Window, routing_scalars
+from ds_moe.monitor.meters import routing_scalars, window_scalars
 from ds_moe.monitor.reports import RoutingReport, StepReport
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,7 +251,7 @@ def test_the_table_of_tags_is_what_the_monitor_writes():
     counts_LE = np.array([[4, 4]])
     routing = RoutingReport(counts_LE, np.array([[1, 2]]), 0.5, aux_loss=2.0, last_step_LE=counts_LE, bias_norm=1.0)
     routing.kind_counts_LE = {"KIND": counts_LE}
-    tags = set(Window([step]).close(1.0)) | set(routing_scalars(routing))
+    tags = set(window_scalars([step], 1.0)) | set(routing_scalars(routing))
     tags = {re.sub(r"_layer_\d+$", "_layer_N", tag) for tag in tags}
     rows = [key for key, *_ in table(ROOT / "docs/monitoring.md", columns=2)]
     written = {tag for tag in rows if tag.startswith(("train/", "perf/", "moe/"))}

@@ -6,7 +6,6 @@ hold is "auto" in the JSON, or the same in both.
 
 import json
 import os
-from typing import NamedTuple
 
 from ds_moe.config.deepspeed_json import AUTO, DeepSpeedJson, check_keys, read_json, section, without_switched_off
 from ds_moe.config.deepspeed_keys import FP32_NAMES
@@ -55,8 +54,8 @@ def deepspeed_problems(
     if config.moe and (problem := ep_size_problem(config.moe.ep_size, world_size, f"the {world_size} ranks")):
         complaints.append(f"{config.at('moe.ep_size')}: {problem}")
     resolved = without_switched_off(json.loads(json.dumps(source.values)))
-    for value in _shared_values(config, accumulation, on_cpu):
-        complaints += _fill(resolved, value, source, config)
+    for key, yaml_key, value in _shared_values(config, accumulation, on_cpu):
+        complaints += _fill(resolved, key, yaml_key, value, source, config)
     _finish_data_types(resolved, accumulation)
     complaints += _other_optimizer(resolved, source)
     if complaints:
@@ -116,31 +115,25 @@ def trains_on_cpu() -> bool:
     return not torch.accelerator.is_available()
 
 
-class _Shared(NamedTuple):
-    """A value that the run file gives and the JSON may repeat."""
-
-    key: str  # of the JSON
-    yaml_key: str
-    value: Plain
-
-
-def _shared_values(config: RunConfig, accumulation: int, on_cpu: bool) -> list[_Shared]:
+def _shared_values(config: RunConfig, accumulation: int, on_cpu: bool) -> list[tuple[str, str, Plain]]:
+    """(key of the JSON, key of the run file, value) of what the run file gives and the JSON may repeat."""
     train = config.train
     return [
-        _Shared("train_batch_size", "train.global_batch_size", train.global_batch_size),
-        _Shared("train_micro_batch_size_per_gpu", "train.micro_batch_size", train.micro_batch_size),
-        _Shared("gradient_accumulation_steps", "train.global_batch_size", accumulation),
-        _Shared("gradient_clipping", "train.max_grad_norm", train.max_grad_norm),  # left out, DeepSpeed clips at 1.0
-        _Shared("bf16.enabled", "train.precision", precision(config, on_cpu) == "bf16"),
-        _Shared("optimizer.params.lr", "train.lr", train.lr),
-        _Shared("optimizer.params.betas", "train.betas", list(train.betas)),
-        _Shared("optimizer.params.weight_decay", "train.weight_decay", train.weight_decay),
+        ("train_batch_size", "train.global_batch_size", train.global_batch_size),
+        ("train_micro_batch_size_per_gpu", "train.micro_batch_size", train.micro_batch_size),
+        ("gradient_accumulation_steps", "train.global_batch_size", accumulation),
+        ("gradient_clipping", "train.max_grad_norm", train.max_grad_norm),  # left out, DeepSpeed clips at 1.0
+        ("bf16.enabled", "train.precision", precision(config, on_cpu) == "bf16"),
+        ("optimizer.params.lr", "train.lr", train.lr),
+        ("optimizer.params.betas", "train.betas", list(train.betas)),
+        ("optimizer.params.weight_decay", "train.weight_decay", train.weight_decay),
     ]
 
 
-def _fill(resolved: dict[str, Plain], shared: _Shared, source: DeepSpeedJson, config: RunConfig) -> list[str]:
+def _fill(
+    resolved: dict[str, Plain], key: str, yaml_key: str, value: Plain, source: DeepSpeedJson, config: RunConfig
+) -> list[str]:
     """Set a value where the JSON has "auto" or no such key; a complaint where it has another value."""
-    key, yaml_key, value = shared
     *parents, name = key.split(".")
     holder = resolved
     for parent in parents:

@@ -4,7 +4,7 @@ import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -92,40 +92,32 @@ class DeadExperts:
         return [(int(layer), int(expert)) for layer, expert in np.argwhere(dead_LE)]
 
 
-@dataclass
-class Window:
-    """The steps since the last log step."""
+def window_scalars(steps: Sequence[StepReport], peak_tokens_per_s: float | None) -> dict[str, float]:
+    """The `train/*` and `perf/*` scalars of the steps since the last log step.
 
-    reports: list[StepReport] = field(default_factory=list)
-
-    def close(self, peak_tokens_per_s: float | None) -> dict[str, float]:
-        """Return the `train/*` and `perf/*` scalars of the window, and empty it.
-
-        MFU, model FLOPs utilisation in 0 ... 1 (Chowdhery et al. 2022, PaLM), needs the rate at the hardware's peak.
-
-        Rates are over the time of the steps alone, so that evaluations and checkpoints in between do not lower them.
-        """
-        steps, self.reports = self.reports, []
-        taken = [step for step in steps if step.taken] or steps
-        seconds = max(sum(step.step_s for step in steps), 1e-9)
-        tokens_per_s = sum(step.tokens for step in steps) / seconds
-        scalars = {
-            "train/loss": sum(step.loss for step in taken) / len(taken),
-            "train/lr": steps[-1].lr,
-            "train/grad_norm": sum(step.grad_norm for step in taken) / len(taken),
-            "train/skipped_steps": sum(not step.taken for step in steps),
-            "perf/tokens_per_s": tokens_per_s,
-            "perf/step_s": seconds / len(steps),
-            "perf/data_wait_frac": sum(step.data_wait_s for step in steps) / seconds,
-            "perf/mem_gib": peak_memory_gib(),
-        }
-        if any(step.sent_bytes for step in steps):
-            scalars["perf/ep_sent_mib"] = sum(step.sent_bytes for step in steps) / len(steps) / 2**20
-        of_task = mean_by_name([step.task for step in steps])
-        scalars |= {f"{steps[-1].task_name}/{name}": value for name, value in of_task.items()}
-        if peak_tokens_per_s:
-            scalars["perf/mfu"] = tokens_per_s / peak_tokens_per_s
-        return scalars
+    Rates are over the time of the steps alone, so that evaluations and checkpoints in between do not lower them. MFU,
+    in 0 ... 1 (Chowdhery et al. 2022, PaLM), needs the rate at the hardware's peak.
+    """
+    taken = [step for step in steps if step.taken] or steps
+    seconds = max(sum(step.step_s for step in steps), 1e-9)
+    tokens_per_s = sum(step.tokens for step in steps) / seconds
+    scalars = {
+        "train/loss": sum(step.loss for step in taken) / len(taken),
+        "train/lr": steps[-1].lr,
+        "train/grad_norm": sum(step.grad_norm for step in taken) / len(taken),
+        "train/skipped_steps": sum(not step.taken for step in steps),
+        "perf/tokens_per_s": tokens_per_s,
+        "perf/step_s": seconds / len(steps),
+        "perf/data_wait_frac": sum(step.data_wait_s for step in steps) / seconds,
+        "perf/mem_gib": peak_memory_gib(),
+    }
+    if any(step.sent_bytes for step in steps):
+        scalars["perf/ep_sent_mib"] = sum(step.sent_bytes for step in steps) / len(steps) / 2**20
+    of_task = mean_by_name([step.task for step in steps])
+    scalars |= {f"{steps[-1].task_name}/{name}": value for name, value in of_task.items()}
+    if peak_tokens_per_s:
+        scalars["perf/mfu"] = tokens_per_s / peak_tokens_per_s
+    return scalars
 
 
 def peak_memory_gib() -> float:

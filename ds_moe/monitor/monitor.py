@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import MonitorConfig
-from ds_moe.monitor.meters import Clock, DeadExperts, Window, routing_scalars, tag
+from ds_moe.monitor.meters import Clock, DeadExperts, routing_scalars, tag, window_scalars
 from ds_moe.monitor.progress import Lines, make_display, print_table
 from ds_moe.monitor.reports import EvalReport, RoutingReport, StepReport
 
@@ -78,7 +78,7 @@ class RunMonitor(Monitor):
         self._console = console
         self._display = Lines(console, total_steps)  # `start` replaces it
         self._board: Board | None = None
-        self._window = Window()
+        self._window: list[StepReport] = []  # steps since the last log step
         self._dead = DeadExperts(config.dead_alarm_steps)
         self._load: RoutingReport | None = None  # summed since the last heat map
         self._load_from = self._heat_map_step = self._step = self._routing_step = 0
@@ -101,11 +101,12 @@ class RunMonitor(Monitor):
     def step(self, report: StepReport, routing: RoutingReport | None) -> None:
         began_s = time.perf_counter()
         self._step = report.step
-        self._window.reports.append(report)
+        self._window.append(report)
         seconds_left = self._clock.seconds_left(report.step, began_s, report.step_s)
         scalars = routing_scalars(routing) if routing is not None else {}
         if self.is_log_step(report.step):
-            scalars = self._window.close(self._peak_tokens_per_s) | scalars
+            scalars = window_scalars(self._window, self._peak_tokens_per_s) | scalars
+            self._window = []
             self._display.window(report.step, scalars, seconds_left)
         self._display.step(report.step, report.loss, seconds_left)
         if routing is not None:

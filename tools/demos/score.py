@@ -20,18 +20,14 @@ from ds_moe.monitor import print_table
 from tools.results import command_line, refusing, write_json
 
 
-def score(folder: Path, data: str, max_new_tokens: int, batch_size: int) -> dict[str, float]:
+def score(folder: Path, data: str, max_new_tokens: int) -> dict[str, float]:
     """Share of exact matches per kind of question, and their mean."""
     config = json.loads((folder / "config.json").read_text())
     model_class = getattr(transformers, config["architectures"][0])
     model = model_class.from_pretrained(folder).eval()
     processor = load_processor(str(folder))
-    run = RunConfig(
-        model={"path": str(folder)},
-        data={"train": data, "eval": data},
-        train={"steps": 1, "micro_batch_size": batch_size},
-        deepspeed="none",
-    )
+    train = {"steps": 1, "micro_batch_size": 120}
+    run = RunConfig(model={"path": str(folder)}, data={"train": data, "eval": data}, train=train, deepspeed="none")
     asked, hits = Counter(), Counter()
     for batch in EvalSet(run, processor, rank=0, world_size=1).batches():
         with torch.inference_mode():
@@ -51,9 +47,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="an exported model")
     parser.add_argument("--data", required=True, help='a JSONL or Parquet file, or "digits" (the held-out split)')
     parser.add_argument("--max-new-tokens", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=120)
     options = parser.parse_args()
-    accuracy = score(options.folder, options.data, options.max_new_tokens, options.batch_size)
+    accuracy = score(options.folder, options.data, options.max_new_tokens)
     print_table({kind: f"{share:.4f}" for kind, share in accuracy.items()}, f"plain transformers, {options.folder}")
     write_json(accuracy, options.json, indent=1)
     return 0

@@ -34,6 +34,11 @@ class Decoder:
         return self.layers - self.dense_layers
 
 
+KEYS = {  # field of `Decoder` -> key of a config
+    **{"D": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"},
+    **{"kv_heads": "num_key_value_heads", "F": "moe_intermediate_size", "K": "num_experts_per_tok"},
+    "vocabulary": "vocab_size",
+}
 # Figures of the models' config.json on the hub (the text_config of Qwen3-VL-MoE equals Qwen3-MoE's of the same name),
 # and of the model that `tools.bench.step.bench` trains on CPUs.
 _QWEN3 = {"kv_heads": 4, "head_dim": 128, "E": 128, "K": 8, "vocabulary": 151_936}
@@ -75,15 +80,9 @@ def from_config(config: dict[str, Any], name: str) -> Decoder:
         dense = sum(layer in only_mlp or (layer + 1) % step != 0 for layer in range(layers))
         return Decoder(
             name,
-            D=text["hidden_size"],
-            layers=layers,
-            heads=text["num_attention_heads"],
-            kv_heads=text["num_key_value_heads"],
+            **{field: text[key] for field, key in KEYS.items()},
             head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-            F=text["moe_intermediate_size"],
             E=experts,
-            K=text["num_experts_per_tok"],
-            vocabulary=text["vocab_size"],
             dense_layers=dense,
             dense_F=text["intermediate_size"] if dense else 0,
             tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),

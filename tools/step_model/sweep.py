@@ -20,7 +20,7 @@ from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.plot import finish_axes
 from tools.step_model.costs import Topology
 from tools.step_model.machines import Machine
-from tools.step_model.shapes import Decoder
+from tools.step_model.shapes import KEYS, Decoder
 from tools.step_model.step_time import Estimate, estimate
 
 DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -35,11 +35,7 @@ class Point:
 
 
 def memory(topology: Topology, decoder: Decoder, machine: Machine) -> dict[str, float]:
-    """Bytes by purpose at the moment of a step that needs most, their sum the peak; rows are routed evenly.
-
-    Args:
-        topology: one that `check_topology` has nothing against.
-    """
+    """Bytes by purpose at the moment of a step that needs most, their sum the peak; rows are routed evenly."""
     model, on_cpu = outline(decoder), machine.name == "cpu"
     settings = {
         # What a micro-step keeps depends on its tokens, not on how they are cut into sequences.
@@ -62,22 +58,10 @@ def fits(parts: dict[str, float], device_bytes: float) -> bool:
 @functools.cache
 def outline(decoder: Decoder) -> PreTrainedModel:
     """The decoder in transformers, without storage."""
-    return build_outline(
-        Qwen3MoeConfig(
-            hidden_size=decoder.D,
-            num_hidden_layers=decoder.layers,
-            num_attention_heads=decoder.heads,
-            num_key_value_heads=decoder.kv_heads,
-            head_dim=decoder.head_dim,
-            moe_intermediate_size=decoder.F,
-            num_experts=decoder.E,
-            num_experts_per_tok=decoder.K,
-            vocab_size=decoder.vocabulary,
-            mlp_only_layers=list(range(decoder.dense_layers)),
-            intermediate_size=decoder.dense_F,
-            tie_word_embeddings=decoder.tied,
-        )
-    )
+    keys = {key: getattr(decoder, field) for field, key in KEYS.items()}
+    dense = {"mlp_only_layers": list(range(decoder.dense_layers)), "intermediate_size": decoder.dense_F}
+    keys |= {"head_dim": decoder.head_dim, "num_experts": decoder.E, "tie_word_embeddings": decoder.tied}
+    return build_outline(Qwen3MoeConfig(**keys, **dense))
 
 
 def point(topology: Topology, decoder: Decoder, machine: Machine) -> Point:

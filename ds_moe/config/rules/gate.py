@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from ds_moe.config.rules.rule import Complaint, Unused, in_task, needs, read_in
 from ds_moe.config.run import RunConfig, task_is
 
-# --- keys without effect
-
 
 def no_answers(config: RunConfig) -> str | None:
     """Why evaluation generates no answers, where that is because of the gate's stage."""
@@ -32,9 +30,6 @@ UNUSED: dict[str, Unused] = {
     "gate.kl_weight": in_task("gate", needs("gate.stage", "end_to_end", "joint")),
     "gate.adapter_lr": in_task("gate", needs("gate.stage", "joint")),
 }
-
-
-# --- contradictions
 
 
 def contradictions(config: RunConfig) -> Iterator[Complaint]:

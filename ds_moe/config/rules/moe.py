@@ -7,8 +7,6 @@ from ds_moe.config.moe import MoEConfig, RouterConfig, TopKRouting
 from ds_moe.config.rules.rule import Complaint, Unused
 from ds_moe.config.run import RunConfig
 
-# --- keys without effect
-
 
 def _no_order(config: RunConfig) -> str | None:
     router = config.moe.router if config.moe else None
@@ -42,9 +40,6 @@ UNUSED: dict[str, Unused] = {
     "moe.dispatch.chunks": lambda c: "moe.ep_size is 1, so no rows travel" if c.moe and c.moe.ep_size == 1 else None,
     "moe.experts.recompute": _no_recompute,
 }
-
-
-# --- contradictions
 
 
 def noncausal(router: RouterConfig) -> str | None:

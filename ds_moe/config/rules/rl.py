@@ -7,8 +7,6 @@ from ds_moe.config.rules.rule import Complaint, Unused, needs, read_in
 from ds_moe.config.run import RunConfig, task_is
 from ds_moe.config.tasks import CORRECTION_BOUNDS
 
-# --- keys without effect
-
 
 def _no_second_update(config: RunConfig) -> str | None:
     reason = "rl.updates_per_batch is 1: the live policy is the old one, and every ratio is 1"
@@ -35,9 +33,6 @@ UNUSED: dict[str, Unused] = {
     "rl.correction_level": needs("rl.correction", *CORRECTION_BOUNDS),
     "rl.kl_kind": lambda config: None if config.rl.kl_weight else "rl.kl_weight is 0",
 }
-
-
-# --- contradictions
 
 
 def contradictions(config: RunConfig) -> Iterator[Complaint]:

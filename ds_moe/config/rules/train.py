@@ -6,8 +6,6 @@ from ds_moe.config.rules.gate import no_answers
 from ds_moe.config.rules.rule import Complaint, Unused, needs, no_moe, value_of
 from ds_moe.config.run import RunConfig, task_is
 
-# --- keys without effect
-
 
 def _no_files(config: RunConfig) -> str | None:
     bundled = {config.data.train, config.data.eval} <= {"digits", None}
@@ -60,9 +58,6 @@ UNUSED: dict[str, Unused] = {
     "monitor.heatmap_every": lambda c: _no_tensorboard(c) or no_moe(c),
     "monitor.sample_images": _no_samples,
 }
-
-
-# --- contradictions
 
 
 def alternatives(config: RunConfig) -> Iterator[Complaint]:

@@ -187,10 +187,8 @@ def main() -> None:
             if topology.rank == 0:
                 done = number + record["points"][-1]["step"] / plan["steps"]
                 left_s = (time.perf_counter() - began) * (len(todo) / done - 1)
-                print(
-                    f"run {number + 1}/{len(todo)}  {described(record, plan['steps'])}  ETA {left_s / 60:.0f} min",
-                    flush=True,
-                )
+                head = f"run {number + 1}/{len(todo)}  {described(record, plan['steps'])}"
+                print(f"{head}  ETA {left_s / 60:.0f} min", flush=True)
         result["runs"].append(record)
         result["seconds"] = time.perf_counter() - began
         write_result(result)
