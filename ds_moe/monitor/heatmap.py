@@ -41,9 +41,8 @@ class LoadPanel:
     ) -> None:
         small = layers * experts <= _SMALL_CELLS
         colors, norm = _load_colors()
-        self._cells = axes.pcolormesh(
-            np.zeros((layers, experts)), cmap=colors, norm=norm, edgecolors="white" if small else "none"
-        )
+        edges, cells = "white" if small else "none", np.zeros((layers, experts))
+        self._cells = axes.pcolormesh(cells, cmap=colors, norm=norm, edgecolors=edges)
         self._cells.set_linewidth(1.5 if small else 0)
         self._balance = axes.set_title("", fontsize=8.5, color=FAINT, loc="right", pad=5)
         self._numbers = [
@@ -96,9 +95,8 @@ class LoadHeatMap:
             self._panels[kind] = LoadPanel(axes, layers, experts, kind, expert_label=row == len(kinds) - 1)
         bar_height = float(np.clip(height, 1.0, 3.0))
         draw_load_scale(axes_at(total_width - right + 0.25, total_height - top - bar_height, 0.14, bar_height))
-        self._caption = self.figure.text(
-            0.16 / total_width, 1 - 0.26 / total_height, "", fontsize=10.5, color=INK, va="center"
-        )
+        x, y = 0.16 / total_width, 1 - 0.26 / total_height
+        self._caption = self.figure.text(x, y, "", fontsize=10.5, color=INK, va="center")
         self._changing = [self._caption, *(artist for panel in self._panels.values() for artist in panel.changing)]
         for artist in self._changing:
             artist.set_animated(True)  # so that canvas.draw() leaves it out

@@ -51,8 +51,6 @@ def check_topology(topology: Topology, decoder: Decoder) -> None:
         raise UserError(f"--ep-size {topology.ep_size} does not divide the {decoder.E} experts of {decoder.name}")
     if topology.world % topology.ep_size:
         raise UserError(f"--ep-size {topology.ep_size} does not divide the {topology.world} ranks")
-    if topology.zero_stage not in (1, 2, 3):
-        raise UserError(f"--zero {topology.zero_stage}: 1, 2 or 3")
     if topology.dtype not in WIDTHS:
         raise UserError(f"--dtype {topology.dtype}: one of {', '.join(WIDTHS)}")
     if topology.sequence > topology.tokens:

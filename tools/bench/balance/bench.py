@@ -148,10 +148,6 @@ def print_result(result: dict[str, Any]) -> None:
     heads = "method | MaxVio_global | of none's | by layer | held-out loss | dead | starved | s/step"
     print(f"\n{markdown(heads, rows)}")
     print(f"dead: experts of all layers with no held-out token; starved: below {STARVED:.0%} of the fair share")
-    for method, figures in summary.items():
-        if "aux" in summary and method != "aux":
-            gaps = [ours - theirs for ours, theirs in zip(figures["loss"], summary["aux"]["loss"], strict=True)]
-            print(f"held-out loss of {method} minus aux's, same seed: {', '.join(f'{gap:+.4f}' for gap in gaps)}")
     print()
     print_claims(result["claims"])
 

@@ -89,12 +89,8 @@ def autoep(case: Case, **settings: Any) -> Block:
     )
     source, config = hf_model(case, "eager").model.layers[0].mlp, AutoEPConfig(enabled=True, **settings)
     layer = AutoEPMoELayer(spec, source, ep_size=1, ep_rank=0, config=config).train()
-    experts = layer.experts
-    return Block(
-        layer,
-        [layer.router.gate.weight, experts.w1, experts.w3, experts.w2],
-        lambda grads: (grads[0], torch.cat(grads[1:3], dim=1), grads[3]),
-    )
+    parameters = [layer.router.gate.weight, layer.experts.w1, layer.experts.w3, layer.experts.w2]
+    return Block(layer, parameters, lambda grads: (grads[0], torch.cat(grads[1:3], dim=1), grads[3]))
 
 
 def deepspeed_moe(case: Case) -> Block:
@@ -118,15 +114,12 @@ def deepspeed_moe(case: Case) -> Block:
     experts: list[Any] = list(moe.deepspeed_moe.experts.deepspeed_experts)
     for expert, gate_up_OD, down_DF in zip(experts, weights.gate_up_EOD, weights.down_EDF, strict=True):
         expert.gate_up.weight, expert.down.weight = (nn.Parameter(view.detach()) for view in (gate_up_OD, down_DF))
-    return Block(
-        lambda x: moe(x)[0],
-        [
-            weights.router_ED,
-            *(expert.gate_up.weight for expert in experts),
-            *(expert.down.weight for expert in experts),
-        ],
-        lambda grads: (grads[0], torch.stack(grads[1 : shape.E + 1]), torch.stack(grads[shape.E + 1 :])),
-    )
+    gate_ups, downs = ([getattr(expert, name).weight for expert in experts] for name in ("gate_up", "down"))
+
+    def as_weights(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return grads[0], torch.stack(grads[1 : shape.E + 1]), torch.stack(grads[shape.E + 1 :])
+
+    return Block(lambda x: moe(x)[0], [weights.router_ED, *gate_ups, *downs], as_weights)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,7 +1,5 @@
 """`make demo`: train a tiny Qwen3-VL-MoE on real images with its experts on two processes, export it, and let plain
 transformers read the held-out images from the exported folder in a fresh process.
-
-    python -m tools.demos.digits.demo [--procs N] [key=value ...]     overrides of ds_configs/runs/demo.yaml
 """
 
 import json
@@ -9,34 +7,24 @@ import sys
 import time
 from pathlib import Path
 
-from ds_moe.config.run_file import load_run
 from ds_moe.monitor import print_table
-from tools.demos.running import EXECUTABLE, ROOT, run, start_anew
-from tools.results import command_line, refusing
-
-RUN = ROOT / "ds_configs/runs/demo.yaml"
+from tools.demos.running import EXECUTABLE, run, start_anew
+from tools.results import command_line
 
 
-@refusing
 def main() -> int:
-    parser = command_line(__doc__)
-    parser.add_argument("--procs", default="2", help="processes to train with (default 2)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args()
-    began = time.monotonic()
-    output = Path(load_run(RUN, options.overrides).train.output_dir)
+    command_line(__doc__).parse_args()
+    began, output = time.monotonic(), Path("runs/demo")
     start_anew(output)
     export, scores = output / "export", output / "export_accuracy.json"
-    run("launch/local.sh", RUN.relative_to(ROOT), options.procs, *options.overrides, settings={})
+    run("launch/local.sh", "ds_configs/runs/demo.yaml", "2", settings={})
     run(EXECUTABLE, "export", output, export, settings={})
     run(sys.executable, "-m", "tools.demos.score", export, "--data", "digits", "--json", scores, settings={})
     result, exported = json.loads((output / "result.json").read_text()), json.loads(scores.read_text())
+    accuracy = {kind: f"{share:.4f} / {exported[kind]:.4f}" for kind, share in result["accuracy"].items()}
     rows = {
         "loss, training / held out": f"{result['loss']:.4f} / {result['eval_loss']:.4f}",
-        **{
-            f"accuracy, {kind}: trained / exported": f"{result['accuracy'][kind]:.4f} / {exported[kind]:.4f}"
-            for kind in result["accuracy"]
-        },
+        **{f"accuracy, {kind}: trained / exported": shares for kind, shares in accuracy.items()},
         "tokens/s": f"{result['tokens_per_s']:,.0f}",
         "MaxVio": f"{result['max_vio']:.2f}",
         "checkpoint": result["checkpoint"],
