@@ -90,11 +90,9 @@ def summed_in_bf16(config: RunConfig, zero: ZeroPlan, world_size: int) -> str | 
     count = accumulation_steps(config, world_size)
     if count == 1 or zero.sum_width == 4:
         return None
-    fix = (
-        "use stage 2 or 3, whose shipped JSONs sum in fp32"
-        if zero.stage == 1
-        else 'set data_types.grad_accum_dtype to "auto" or "fp32" in it'
-    )
+    fix = 'set data_types.grad_accum_dtype to "auto" or "fp32" in it'
+    if zero.stage == 1:
+        fix = "use stage 2 or 3, whose shipped JSONs sum in fp32"
     return (
         f"{config.at('deepspeed')}: the gradients of {count} micro-batches are summed in bf16, where what is less than "
         f"1/256 of the sum is lost: {fix}, or make train.micro_batch_size larger"

@@ -12,6 +12,7 @@ from ds_moe.errors import UserError
 if TYPE_CHECKING:
     from ds_moe.data.processor import Processor
     from ds_moe.data.record_kind import Records
+    from ds_moe.tasks.registry import TaskKind
 
 SHOWN = 5  # bad records of a file given a line of their own
 
@@ -38,7 +39,7 @@ def check_data(case: Case) -> Iterator[Finding]:
         processor = None
     for split in ("train", "eval"):
         if getattr(config.data, split) is not None:
-            yield from _check_split(case, split, processor)
+            yield from _check_split(case, kind, split, processor)
 
 
 def _end_token(case: Case, processor: Processor) -> Iterator[Finding]:
@@ -117,15 +118,14 @@ def _processor(case: Case) -> Processor | None:
     return tiny_processor("vl" if hasattr(case.model, "vision_config") else "text")
 
 
-def _check_split(case: Case, split: str, processor: Processor | None) -> Iterator[Finding]:
+def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | None) -> Iterator[Finding]:
     from ds_moe.data.encoder import check_samples
-    from ds_moe.tasks.registry import task_kind
 
     config, path, where = case.config, getattr(case.config.data, split), case.config.at(f"data.{split}")
-    if split == "train" and case.model is None and task_kind(config).files_follow:
+    if split == "train" and case.model is None and kind.files_follow:
         return  # rollouts are read with the model's routing in mind
     try:
-        records = _records(case, split)
+        records = _records(case, kind, split)
     except UserError as error:
         yield Finding("error", f"{where}: {error}")
         return
@@ -150,11 +150,10 @@ def _check_split(case: Case, split: str, processor: Processor | None) -> Iterato
         yield Finding("ok", f"data.{split}: {len(records)} records{size}")
 
 
-def _records(case: Case, split: str) -> Records:
+def _records(case: Case, kind: TaskKind, split: str) -> Records:
     from ds_moe.data.records import open_records
-    from ds_moe.tasks.registry import task_kind
 
-    kind, data = task_kind(case.config), case.config.data.model_copy(update={"on_bad_record": "skip"})
+    data = case.config.data.model_copy(update={"on_bad_record": "skip"})
     if split == "train":
         return open_records(data.train, "train", data, record_kind=kind.train_records(case.config, case.model))
     assert data.eval is not None  # the caller has looked

@@ -115,7 +115,7 @@ def bench_file(folder, **changes):
     ]
     report = {"model": bench_step.SMALL, "sequence": 256, "environment": {"dtype": "fp32"}, "results": rows}
     file = folder / "bench.json"
-    file.write_text(json.dumps(report | changes))
+    file.write_text(json.dumps({key: value for key, value in (report | changes).items() if value is not None}))
     return file
 
 

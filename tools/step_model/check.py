@@ -10,7 +10,7 @@ from ds_moe.errors import UserError
 from tools.results import new_table
 from tools.step_model.costs import Topology
 from tools.step_model.machines import Machine
-from tools.step_model.shapes import from_config
+from tools.step_model.shapes import Decoder, from_config
 from tools.step_model.step_time import estimate, exchanged_bytes
 from tools.step_model.sweep import memory
 
@@ -21,30 +21,22 @@ WRITTEN = "give what tools.bench.step.bench --json wrote"
 Row = dict[str, Any]
 
 
-def value(row: Row, key: str, file: Path) -> Any:
-    if row.get(key) is None:
-        raise UserError(f"--check {file}: no {key} in {json.dumps(row)[:100]}; {WRITTEN}")
-    return row[key]
-
-
-def read_report(file: Path) -> Row:
-    try:
-        report = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--check {file}: {error}") from error
-    if not isinstance(report, dict) or not isinstance(report.get("results"), list):
-        raise UserError(f"--check {file}: no results; {WRITTEN}")
-    return report
-
-
 def check(file: Path, machine: Machine) -> list[Row]:
     """Every result that was timed, beside its estimate; `estimated_s` is without overlap."""
-    report = read_report(file)
-    decoder = from_config(value(report, "model", file), f"--check {file}, model")
-    sequence, dtype = value(report, "sequence", file), value(value(report, "environment", file), "dtype", file)
-    rows = []
+    try:
+        report = json.loads(file.read_text())
+        decoder = from_config(report["model"], f"--check {file}, model")
+        return compared(report, decoder, machine)
+    except KeyError as error:
+        raise UserError(f"--check {file}: no {error.args[0]}; {WRITTEN}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--check {file}: {error}; {WRITTEN}") from error
+
+
+def compared(report: Row, decoder: Decoder, machine: Machine) -> list[Row]:
+    sequence, dtype, rows = report["sequence"], report["environment"]["dtype"], []
     for result in report["results"]:
-        contender, processes, tokens = (value(result, key, file) for key in ("contender", "processes", "tokens"))
+        contender, processes, tokens = (result[key] for key in ("contender", "processes", "tokens"))
         if result.get("median_s") is None:
             continue  # computed something else
         if processes > machine.devices_per_node:

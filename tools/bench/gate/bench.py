@@ -1,16 +1,12 @@
 """What do K LoRA adapters under a gate cost on top of the model without them, in time and in memory for backward?
 
-    python -m tools.bench.gate.bench --json gate.json               under 3 minutes on 1 core
-
 Base and adapters are frozen, input and gate get gradients. Overhead is the time of a forward and backward minus the
-base's in the same round; rounds are interleaved, so that a busy machine slows all alike. Saved: bytes of what the
-forward saves for the backward, each storage once, parameters left out. Nothing is timed that computes something else.
+base's in the same round; saved are the bytes that the forward keeps for the backward, parameters left out.
 layer: one linear, the gate's weights given. The rival is loop-and-stack, what published gates do: each adapter's
 output, stacked (K, B, S, out), and their weighted sum by einsum.
 model: a whole Qwen3 with adapters on q, k, v and o. Ours takes the gate from the prompt's mean embedding, X-LoRA of
-PEFT, the rival, that of each token from a first pass of the base. Both gates start at zero: equal weights, so equal
-logits. All is measured with glibc's allocator as it is ("default"), which on a CPU is half of a stack's cost, and told
-to reuse its memory as a GPU's does ("reused").
+PEFT, the rival, that of each token from a first pass of the base. Both gates start at zero: equal weights and logits.
+memory: glibc's allocator as it is ("default"), half of a stack's cost on a CPU, or told to reuse its memory ("reused").
 """
 
 import copy

@@ -1,16 +1,14 @@
 """Time forward and backward of one MoE layer in one process: ours, its rivals, and two rooflines.
 
     python -m tools.bench.layer.bench --suite cpu --shape B --routing zipf --repeats 9 --json bench.json
-    python -m tools.bench.layer.bench --suite cpu --growth --json growth.json --plot growth.png
 
 Rivals: transformers (eager, grouped_mm), DeepSpeed (AutoEP, its first MoE layer), megablocks, liger-kernel; same
 weights, input and routing for all. One whose output or gradients differ from transformers' eager layer is not timed.
 Rooflines: one dense SwiGLU over as many rows, and a product of large square matrices, both with their backward.
-Repetitions (n) are interleaved, so that a busy machine slows all alike; a contender that takes 8 times the quickest's
-time gets a third of them. Speeds are ratios of medians; time against our default's is taken repetition by repetition.
-"ds_moe (default)" and the backend it stands for are one program: what lies between them is noise.
-Saved MiB: what autograd keeps after the forward, beside input and parameters. Peak MiB (CUDA only): the most allocated
-at once in a forward and backward. Routing: `routed_input` of `block.py` says what each is.
+Repetitions (n) are interleaved; a contender that takes 8 times the quickest's time gets a third of them. Speeds are
+ratios of medians; time against our default's is taken repetition by repetition. "ds_moe (default)" and the backend it
+stands for are one program: what lies between them is noise. Saved MiB: what autograd keeps after the forward, beside
+input and parameters. Peak MiB (CUDA only): the most allocated at once in a forward and backward.
 """
 
 import argparse

@@ -1,7 +1,5 @@
 """Host memory of loading: a checkpoint streamed into the shards of two ranks, and the same one loaded complete.
 
-    python -m tools.bench.load.bench --size 4 --size 2 --json docs/results/load_cpu.json
-
 Two ranks (EP 2, ZeRO-3, CPU) load a Qwen3-VL-MoE of random weights as the hub has them: they must find one loss.
 peak: VmHWM from the imports on, which counts touched pages of mapped files; `anonymous` leaves them out (the largest of
 samples 5 ms apart); `libraries` is what Python and its imports take, part of both.

@@ -1,8 +1,5 @@
 """Time whole training steps, and measure their peak memory: ours against what DeepSpeed offers without us.
 
-    python -m tools.bench.step.bench --tokens 256 --repeats 3        a first look
-    python -m tools.bench.step.bench --scaling --tokens 1024         ours alone on 1, 2 and 4 processes
-
 ds_moe    our converted model, experts spread over all processes, built as a run builds it
 zero3     ZeRO-3 + transformers grouped_mm: the model as it is, each MoE block a ZeRO-3 leaf module
 autoep    DeepSpeed AutoEP, experts spread over all processes
