@@ -16,8 +16,8 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from ds_moe.config.run_file import load_run
-from ds_moe.doctor.plans import BUNDLED, Plan, Setting, outline_of, predicted, read_model, run_of
-from ds_moe.doctor.sweep import NODE, Forecast, as_json, described, recommended, sweep, sweep_table
+from ds_moe.doctor import plans
+from ds_moe.doctor.plans import BUNDLED, NODE, Forecast, Plan, Setting
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import BUSY, GIB
 
@@ -72,12 +72,12 @@ def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console
         config = load_run(options.config)
         plan = Plan(gpus, config.moe.ep_size if config.moe else 1, 0)
     else:
-        config = run_of(plan, options.model, model, settings_of(options, model))
+        config = plans.run_of(plan, options.model, model, settings_of(options, model))
     if plan.gpus % plan.ep_size:
         raise UserError(f"--gpus {gpus}: EP {plan.ep_size} does not divide them")
-    memory = predicted(config, outline_of(config, model), gpus)
+    memory = plans.predicted(config, plans.outline_of(config, model), gpus)
     forecast = Forecast(plan, memory, sum(memory.device.values()) <= BUSY * options.memory * GIB)
-    named = str(options.config) if options.config else described(plan)
+    named = str(options.config) if options.config else plans.described(plan)
     console.print(f"{options.model} on {gpus} GPUs of {options.memory:g} GiB, {named}; predicted:", highlight=False)
     console.print(*memory.table(), "fits" if forecast.fits else "DOES NOT FIT", sep="\n", highlight=False)
     return forecast
@@ -88,15 +88,15 @@ def swept(options: argparse.Namespace, model: PretrainedConfig, gpus: list[int],
     if options.config:
         raise UserError("--sweep varies what --config would fix: give one of them")
     settings = settings_of(options, model)
-    found = sweep(options.model, model, settings, gpus, options.memory * GIB, options.lora or 16)
+    found = plans.sweep(options.model, model, settings, gpus, options.memory * GIB, options.lora or 16)
     shown = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
-    plans: dict[int, list[dict[str, object]]] = {}
+    written: dict[int, list[dict[str, object]]] = {}
     for count, forecasts in found.items():
-        console.print(sweep_table(count, forecasts, f"{options.model}, {shown}"))
-        best = recommended(forecasts)
+        console.print(plans.sweep_table(count, forecasts, f"{options.model}, {shown}"))
+        best = plans.recommended(forecasts)
         console.print(f"{count} GPUs: {advice(best, count)}\n", highlight=False)
-        plans[count] = [as_json(forecast) for forecast in forecasts]
-    return {"settings": settings, "memory_gib": options.memory, "gpus": plans}
+        written[count] = [plans.as_json(forecast) for forecast in forecasts]
+    return {"settings": settings, "memory_gib": options.memory, "gpus": written}
 
 
 def advice(best: Forecast | None, gpus: int) -> str:
@@ -104,15 +104,15 @@ def advice(best: Forecast | None, gpus: int) -> str:
     if best is None:
         return "nothing fits"
     host = sum(best.memory.host.values()) * min(gpus, NODE) / GIB
-    return described(best.plan) + (f"; a host of {min(gpus, NODE)} GPUs needs {host:,.0f} GiB" if host else "")
+    return plans.described(best.plan) + (f"; a host of {min(gpus, NODE)} GPUs needs {host:,.0f} GiB" if host else "")
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, object]:
     """Do what the options ask; the report for `--json`."""
-    model, gpus = read_model(options.model), counts(options.gpus)
+    model, gpus = plans.read_model(options.model), counts(options.gpus)
     if options.sweep:
         return {"model": options.model, **swept(options, model, gpus, console)}
-    return {"model": options.model, "plans": [as_json(one(options, model, count, console)) for count in gpus]}
+    return {"model": options.model, "plans": [plans.as_json(one(options, model, count, console)) for count in gpus]}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TextIO
 
 from ds_moe.config.run_file import parse_run
-from ds_moe.doctor import data, kernels, memory, model, run
+from ds_moe.doctor import data, memory, model, run
 from ds_moe.doctor.case import Case, Finding
 from ds_moe.errors import UserError
 
 COLOURS = {"ok": "32", "warning": "33", "error": "31"}  # ANSI green, yellow, red
 CHECKS = [  # the cheap and certain ones first; a later check uses what an earlier one has established
     run.check_device,
-    kernels.check_cores,
-    kernels.check_kernels,
+    run.check_cores,
+    run.check_kernels,
     run.check_resume,
     model.find_model,
     run.check_deepspeed,

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from ds_moe.doctor import plan_command, sweep
-from ds_moe.doctor import plans as runs
+from ds_moe.doctor import plan_command, plans
 from ds_moe.memory.predict import GIB
 from ds_moe.models.presets import preset_config
 
@@ -20,9 +19,9 @@ def command(capsys, *words) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize(("name", "billions"), [(SMALL, 31.07), ("qwen3-vl-235b-a22b", 235.7)])
 def test_bundled_models_have_their_parameters(name, billions):
-    model = runs.read_model(name)
-    config = runs.run_of(runs.Plan(8, 8, 3), name, model, {})
-    outline = runs.outline_of(config, model)
+    model = plans.read_model(name)
+    config = plans.run_of(plans.Plan(8, 8, 3), name, model, {})
+    outline = plans.outline_of(config, model)
     assert sum(p.numel() for p in outline.parameters()) / 1e9 == pytest.approx(billions, abs=0.05)
     assert {p.device.type for p in outline.parameters()} == {"meta"}
 
@@ -42,7 +41,7 @@ def test_one_plan(capsys, tmp_path):
 def test_a_folder_and_a_run_file(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     preset_config("tiny-vl-moe").save_pretrained("model")
-    (tmp_path / "zero.json").write_text((runs.ENGINE_FILES / "zero2.json").read_text())
+    (tmp_path / "zero.json").write_text((plans.ENGINE_FILES / "zero2.json").read_text())
     (tmp_path / "run.yaml").write_text(
         "model: {path: model}\ndata: {train: x.jsonl}\nmoe: {ep_size: 2}\ndeepspeed: zero.json\n"
         "train: {steps: 1, global_batch_size: 8, precision: bf16}\n"
@@ -68,7 +67,7 @@ def test_mistakes_are_one_line(capsys, words, complaint):
 
 
 def test_sweep_has_every_plan_and_one_recommendation(capsys, tmp_path):
-    file = tmp_path / "sweep.json"
+    file = tmp_path / "plans.json"
     status, out, _ = command(capsys, SMALL, "--gpus", "8,16", "--sweep", "--checkpointing", "--json", file)
     assert status == 0 and out.count("fits, recommended") == 2 and "does not fit" in out
     report = json.loads(file.read_text())["gpus"]
@@ -77,15 +76,15 @@ def test_sweep_has_every_plan_and_one_recommendation(capsys, tmp_path):
         assert all(one["fits"] == (one["total_bytes"] <= 0.9 * 80 * GIB) for one in forecasts)
 
 
-def forecast(total: float, fits: bool = True, **plan) -> sweep.Forecast:
-    memory = sweep.Memory({"weights": int(total)}, {}, "the loss is computed")
-    return sweep.Forecast(runs.Plan(**{"gpus": 16, "ep_size": 8, "stage": 3, **plan}), memory, fits)
+def forecast(total: float, fits: bool = True, **plan) -> plans.Forecast:
+    memory = plans.Memory({"weights": int(total)}, {}, "the loss is computed")
+    return plans.Forecast(plans.Plan(**{"gpus": 16, "ep_size": 8, "stage": 3, **plan}), memory, fits)
 
 
 def test_recommended_trains_all_without_offload_within_a_node_if_it_can():
     best = forecast(1, stage=1)
     others = [forecast(1, lora=16, stage=1), forecast(1, offload=True), forecast(1), forecast(1, ep_size=4, stage=1)]
     others += [forecast(1, ep_size=16, stage=1), forecast(1, fits=False, stage=1)]
-    assert sweep.recommended([*others, best]) is best
-    assert sweep.recommended(others[:2]) is others[1]
-    assert sweep.recommended([forecast(1, fits=False)]) is None
+    assert plans.recommended([*others, best]) is best
+    assert plans.recommended(others[:2]) is others[1]
+    assert plans.recommended([forecast(1, fits=False)]) is None

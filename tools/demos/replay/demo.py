@@ -104,6 +104,7 @@ def write_figure(rounds: dict[str, list[dict[str, Any]]], file: Path) -> None:
             values = [one[name] for one in found]
             axes.plot(range(1, len(values) + 1), values, color=color, marker=marker, markersize=4, label=arm)
         finish_axes(axes, title, "round")
+        axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", scilimits=(-3, 3))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
