@@ -104,20 +104,17 @@ def operations(topology: Topology, decoder: Decoder) -> list[Operation]:
     rotary = 10 * width  # rotate_half, two products, a sum
     swiglu = 3 * width + 36 + (12 if width < 4 else 0)  # silu, two products, a copy in fp32, and casts
     residual = 2 * 3 * width * D  # two sums
+    normed = T * (2 * D * norm + both_heads * C * (norm + rotary) + residual)
     # Each row copied, read again, the sums written; under EP also sorted twice by rank and expert.
     dispatched = D * width * (T * (decoder.K * 3 + 1) + (4 * rows if topology.ep_size > 1 else 0))
     attention_bytes = width * T * C * 2 * both_heads  # reads q, k, v, writes the output: nothing of size S x S
+    scores = score_flops(decoder, T, topology.sequence)
+    bucketed = 4 * width * held_parameters(topology, decoder)  # into a bucket and out of it, every micro-step
     work = [
         gemm("attention projections", "dense", T, D, C * (heads + 2 * decoder.kv_heads), width, layers),
         gemm("attention projections", "dense", T, C * heads, D, width, layers),
-        Operation(
-            *("attention scores", "attention", score_flops(decoder, T, topology.sequence), attention_bytes, layers),
-            backward=FLASH_BACKWARD,
-        ),
-        Operation(
-            *("norms, rotary, residuals", "elementwise", 0),
-            *(T * (2 * D * norm + both_heads * C * (norm + rotary) + residual), layers),
-        ),
+        Operation("attention scores", "attention", scores, attention_bytes, layers, backward=FLASH_BACKWARD),
+        Operation("norms, rotary, residuals", "elementwise", 0, normed, layers),
         gemm("router", "dense", T, D, decoder.E, width, moe),
         Operation("router", "elementwise", 0, 6 * 4 * T * decoder.E, moe),  # softmax, top-k, counts in fp32
         gemm("experts", "grouped", rows, D, 2 * decoder.F, width, moe, local),
@@ -125,10 +122,7 @@ def operations(topology: Topology, decoder: Decoder) -> list[Operation]:
         Operation("experts' activation", "elementwise", 0, rows * decoder.F * swiglu, moe),
         Operation("dispatch and combine", "elementwise", 0, dispatched, moe, backward=1),
         *head_operations(topology, decoder),
-        # Copied into a bucket and out of it, every micro-step.
-        Operation(
-            "gradient buckets", "elementwise", 0, 4 * width * held_parameters(topology, decoder), forward=0, backward=1
-        ),
+        Operation("gradient buckets", "elementwise", 0, bucketed, forward=0, backward=1),
     ]
     if decoder.dense_layers:
         F = decoder.dense_F

@@ -44,20 +44,10 @@ HELD_OUT_WINDOWS = 512  # of SEQUENCE bytes, spread evenly over the held-out tex
 HELD_OUT_SHARE = 10  # one file in ten, by the hash of its path
 TRAIN = {"lr": 3e-3, "warmup_steps": 20, "schedule": "cosine", "weight_decay": 0.01, "min_lr_ratio": 0.05}
 MODEL = {
-    "vocab_size": 257,  # bytes, and padding
-    "pad_token_id": 256,
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
-    "max_position_embeddings": SEQUENCE,
-    "num_experts": 16,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 80,
-    "norm_topk_prob": True,
-    "tie_word_embeddings": False,
+    **{"vocab_size": 257, "pad_token_id": 256, "max_position_embeddings": SEQUENCE},  # bytes, and padding
+    **{"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "tie_word_embeddings": False},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24},
+    **{"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 80, "norm_topk_prob": True},
 }
 NO_SOURCES = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 
