@@ -73,26 +73,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_training_options(train: argparse.ArgumentParser) -> None:
-    add, port = train.add_argument, "of rank 0 (default: MASTER_PORT, a free one, or 29500 with a hostfile)"
+    add = train.add_argument
+    port = "of rank 0 (default: MASTER_PORT, a free one, or 29500 with a hostfile)"
+    restarts = "of a run that crashed, each of which resumes (default 0)"
     add("run", metavar="RUN.yaml")
     add("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     add("--nproc", type=_positive, metavar="N", help="ranks a host (default: all accelerators; 1 on CPU)")
     add("--hostfile", metavar="FILE", help='hosts, one "name slots=N" a line')
     add("--port", type=_positive, metavar="P", help=port)
-    add(
-        "--max-restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of a run that crashed, each of which resumes (default 0)",
-    )
+    add("--max-restarts", type=int, default=0, metavar="N", help=restarts)
     add("--dry-run", action="store_true", help="print the command and stop")
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--layout", choices=("hub", "memory"), help="of the experts (default: hub where the model has it, else memory)"
-    )
+    described = "of the experts (default: hub where the model has it, else memory)"
+    parser.add_argument("--layout", choices=("hub", "memory"), help=described)
 
 
 def _positive(text: str) -> int:

@@ -38,10 +38,8 @@ def find_model(case: Case) -> Iterator[Finding]:
         else:
             case.folder = _local_folder(path)
             if case.folder is None:
-                text = (
-                    f"model.path {path} is not on this machine, so the model, its memory and the records' length were"
-                )
-                yield Finding("warning", f"{where}: {text} not checked; fetch it first: hf download {path}")
+                text = f"model.path {path} is not on this machine, so the model, its memory and the records' length"
+                yield Finding("warning", f"{where}: {text} were not checked; fetch it first: hf download {path}")
                 return
             found = read_model_config(path, f"model.path {path}", offline=True)
     except UserError as error:

@@ -147,12 +147,11 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
     case.zero = zero_plan(resolved)
     train, ep_size = config.train, config.moe.ep_size if config.moe else 1
     accumulation = resolved["gradient_accumulation_steps"]
-    yield Finding(
-        "ok",
-        f"batch: {train.micro_batch_size} x {case.world_size} ranks x {accumulation} accumulated = "
-        f"{train.global_batch_size} samples a step; EP {ep_size} x EDP {case.world_size // ep_size}, ZeRO "
-        f"{case.zero.stage}, {precision(config, case.device.on_cpu)}",
+    size = (
+        f"{train.micro_batch_size} x {case.world_size} ranks x {accumulation} accumulated = {train.global_batch_size}"
     )
+    split = f"EP {ep_size} x EDP {case.world_size // ep_size}, ZeRO {case.zero.stage}"
+    yield Finding("ok", f"batch: {size} samples a step; {split}, {precision(config, case.device.on_cpu)}")
     if warning := summed_in_bf16(config, case.zero, case.world_size):
         yield Finding("warning", warning)
 

@@ -91,9 +91,6 @@ def from_config(config: dict[str, Any], name: str) -> Decoder:
         raise UserError(f"{name}: no {error.args[0]} in its text model") from error
 
 
-# --- parameters (elements)
-
-
 def attention_parameters(decoder: Decoder) -> int:
     """Of one layer: q, k, v and o projections, the norms of q and k heads, the two norms of the layer."""
     width = decoder.head_dim * (2 * decoder.heads + 2 * decoder.kv_heads)
@@ -125,9 +122,6 @@ def parameters(decoder: Decoder) -> int:
 def active_parameters(decoder: Decoder) -> int:
     """Those that one token uses: K experts a layer, both tables."""
     return other_parameters(decoder) + decoder.moe_layers * decoder.K * expert_parameters(decoder)
-
-
-# --- FLOPs
 
 
 def score_flops(decoder: Decoder, tokens: int, sequence: int) -> float:

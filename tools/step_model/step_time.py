@@ -166,15 +166,11 @@ def zero_terms(topology: Topology, decoder: Decoder, machine: Machine) -> list[T
         if topology.zero_stage == 3:
             gather = gather_s(size, group, machine, tensors)
             scatter = gather_s(size, group, machine, buckets, "reduce_scatter")
-            terms += [
-                Term(f"all-gather of {part}", ZERO, gather, backward_s=again * gather),
-                Term(f"reduce-scatter of {part}", ZERO, backward_s=scatter),
-            ]
+            terms.append(Term(f"all-gather of {part}", ZERO, gather, backward_s=again * gather))
+            terms.append(Term(f"reduce-scatter of {part}", ZERO, backward_s=scatter))
         else:
             reduce = all_reduce_s(size, group, machine, buckets)
             every, last = (reduce, 0.0) if topology.zero_stage == 2 else (0.0, reduce)
-            terms += [
-                Term(f"all-reduce of {part}", ZERO, backward_s=every, last_s=last),
-                Term(f"all-gather of {part}", ZERO, step_s=gather_s(size, group, machine, buckets)),
-            ]
+            terms.append(Term(f"all-reduce of {part}", ZERO, backward_s=every, last_s=last))
+            terms.append(Term(f"all-gather of {part}", ZERO, step_s=gather_s(size, group, machine, buckets)))
     return terms

@@ -29,7 +29,5 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
     if lora.train_router and moe is not None and not moe.router.learns:
         yield "lora.train_router", f"moe.router.kind {moe.router.kind} learns nothing: set lora.train_router false"
     if lora.experts and moe is not None and moe.experts.backend == "liger":
-        text = (
-            "moe.experts.backend liger would not be used: experts with LoRA updates need torch's products; write auto"
-        )
-        yield "moe.experts.backend", text
+        text = "moe.experts.backend liger would not be used: experts with LoRA updates need torch's products"
+        yield "moe.experts.backend", f"{text}; write auto"

@@ -67,9 +67,8 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
 
 def _other_routing(moe: MoEConfig) -> Iterator[Complaint]:
     """The rollouts, and so the old policy, were routed without what a router does in training only."""
-    trained_only = [
-        name for name in ("expert_dropout", "jitter_noise", "capacity_factor") if getattr(moe.router, name, 0)
-    ]
+    names = ("expert_dropout", "jitter_noise", "capacity_factor")
+    trained_only = [name for name in names if getattr(moe.router, name, None)]
     if moe.router.noisy:
         text = f"moe.router.kind {moe.router.kind} routes otherwise than the rollouts were; choose topk"
         yield "moe.router.kind", text
