@@ -25,20 +25,20 @@ _LOG2_RANGE = 2.0  # the colours range from 1/4 to 4 times the fair share
 class LoadPanel:
     """The load of one kind of token, drawn on `axes`. A panel is made once and can `show` other counts later.
 
-    `numbers` writes the load into each cell of a small panel: 0.7 ms a cell each time, too slow during a run.
+    `shape` is (layers, experts). Panels at the `bottom` and `left` of a picture have labels there. `numbers` writes the
+    load into each cell of a small panel: 0.7 ms a cell each time, too slow during a run.
     """
 
     def __init__(
         self,
         axes: Axes,
-        layers: int,
-        experts: int,
+        shape: tuple[int, int],
         kind: str,
-        *,
-        expert_label: bool = True,
-        layer_label: bool = True,
+        bottom: bool = True,
+        left: bool = True,
         numbers: bool = False,
     ) -> None:
+        layers, experts = shape
         small = layers * experts <= _SMALL_CELLS
         colors, norm = _load_colors()
         edges, cells = "white" if small else "none", np.zeros((layers, experts))
@@ -54,10 +54,10 @@ class LoadPanel:
         axes.invert_yaxis()
         axes.set_xticks(*index_ticks(experts))
         axes.set_yticks(*index_ticks(layers))
-        axes.tick_params(length=0, labelsize=8, colors=INK, labelleft=layer_label)
+        axes.tick_params(length=0, labelsize=8, colors=INK, labelleft=left)
         axes.spines[:].set_visible(False)
-        axes.set_xlabel("expert" if expert_label else "", fontsize=9, color=INK)
-        axes.set_ylabel("MoE layer" if layer_label else "", fontsize=9, color=INK)
+        axes.set_xlabel("expert" if bottom else "", fontsize=9, color=INK)
+        axes.set_ylabel("MoE layer" if left else "", fontsize=9, color=INK)
         self.changing: list[Artist] = [self._cells, self._balance]
 
     def show(self, counts_LE: np.ndarray) -> None:
@@ -92,7 +92,7 @@ class LoadHeatMap:
         self._panels = {}
         for row, kind in enumerate(kinds):
             axes = axes_at(left, total_height - top - height - row * (height + gap), width, height)
-            self._panels[kind] = LoadPanel(axes, layers, experts, kind, expert_label=row == len(kinds) - 1)
+            self._panels[kind] = LoadPanel(axes, (layers, experts), kind, bottom=row == len(kinds) - 1)
         bar_height = float(np.clip(height, 1.0, 3.0))
         draw_load_scale(axes_at(total_width - right + 0.25, total_height - top - bar_height, 0.14, bar_height))
         x, y = 0.16 / total_width, 1 - 0.26 / total_height

@@ -74,7 +74,7 @@ def draw(curves: dict[str, Curve], load: tuple[int, np.ndarray, np.ndarray] | No
             last = beside or i == len(kinds) - 1
             axes = axes_at(x, y, width, panel_in)
             first = i == 0 or not beside
-            panel = LoadPanel(axes, layers, experts, kind, expert_label=last, layer_label=first, numbers=experts <= 8)
+            panel = LoadPanel(axes, (layers, experts), kind, bottom=last, left=first, numbers=experts <= 8)
             panel.show(counts_LE)
         draw_load_scale(axes_at(WIDTH_IN - 1.15, top, 0.12, max(panel_in, 0.9)))
     return figure
