@@ -45,6 +45,16 @@ class RoutingReport:
     kind_counts_LE: dict[str, np.ndarray] = field(default_factory=dict)  # int64, counts_LE by kind of record
     pairs_EE: np.ndarray | None = None  # int64, of the first layer: tokens that use both experts; diagonal: counts
 
+    def __post_init__(self) -> None:
+        """Raise ValueError if the two counts contradict each other."""
+        if self.counts_LE.ndim != 2 or self.counts_LE.shape != self.image_counts_LE.shape:
+            raise ValueError(
+                f"counts_LE {self.counts_LE.shape} and image_counts_LE {self.image_counts_LE.shape} "
+                "must both be (MoE layers, experts)"
+            )
+        if (self.image_counts_LE > self.counts_LE).any():
+            raise ValueError("image_counts_LE exceeds counts_LE: image tokens are counted among all tokens")
+
 
 @dataclass
 class ShownSample:
