@@ -2,10 +2,12 @@
 
 records.py   files, by position             record_kind.py     what a record is
 chat.py      conversations in any dialect   chat_template.py   which tokens are learned
-images.py    pixels, within limits          encode.py          tokens and batches
-encoder.py   records into samples           bad_records.py     those that cannot be used
-order.py     the order of an epoch          stream.py          what a rank trains on, with an exact position
-batch.py     a micro-batch                  eval_set.py        what a rank is evaluated on
-marks.py     texts found in a rendering     message_keys.py   thoughts, tools, weights
-digits.py    the bundled data set           processor.py       what the data need of a processor
+grounding.py names and boxes in texts       placeholders.py    <image>, <img>path</img> and others
+images.py    pixels, within limits          record_keys.py     keys that are refused or count as absent
+encode.py    tokens and batches             bad_records.py     records that cannot be used
+encoder.py   records into samples           stream.py          what a rank trains on, with an exact position
+order.py     the order of an epoch          eval_set.py        what a rank is evaluated on
+batch.py     a micro-batch                  processor.py       what the data need of a processor
+marks.py     texts found in a rendering     message_keys.py    thoughts, tools, weights
+digits.py    the bundled data set
 """

@@ -4,21 +4,21 @@ Three forms are read, which LLaMA-Factory, ms-swift and TRL write:
 - `messages`: [{"role", "content"}], content a string or a list of {"type": "text"} and
   {"type": "image", "image": path} parts;
 - `messages` or `conversations` ([{"from", "value"}], ShareGPT) plus an `images` column (LLaVA: `image`), whose entries
-  replace `<image>` in string contents, or {"type": "image"} parts without a path, in their order.
+  replace `<image>` in texts, or {"type": "image"} parts without a path, in their order.
 
 Answers may have a thought and tool calls, see `message_keys.py`; the results are messages of the role "tool".
+`placeholders.py` and `grounding.py` tell what else is filled in, `record_keys.py` which keys are refused.
 """
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 
 from PIL import Image
 
+from ds_moe.data.grounding import Objects
 from ds_moe.data.images import ImageSource, RecordError, image_source, load_image
 from ds_moe.data.message_keys import (
     OF_ANSWERS,
@@ -26,28 +26,20 @@ from ds_moe.data.message_keys import (
     WEIGHTS,
     Json,
     check_text,
+    mapped,
     read_calls,
     read_reasoning,
     read_result,
     read_tools,
     read_weight,
 )
+from ds_moe.data.placeholders import IMAGE, ImagePlace, Part, check_no_image, or_literal, pieces, read_literal
+from ds_moe.data.record_keys import part_fields, present
 from ds_moe.errors import shown
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
-PLACEHOLDER = "<image>"
 # Names of an evaluation's own rows: the accuracy of records without a kind, and the mean over all kinds.
 TAKEN_KINDS = ("all", "mean")
-UNSUPPORTED = ("videos", "video", "audios", "audio")  # a record with one of these is refused
-
-
-class ImagePlace(Enum):
-    """Stands among the parts of a turn for the next entry of `images`."""
-
-    NEXT = "next image"
-
-
-Part = str | ImageSource | ImagePlace
 
 
 @dataclass(frozen=True)
@@ -141,18 +133,11 @@ def parse_record(record: object, where: str, root: Path) -> Sample:
     """
     if not isinstance(record, dict):
         raise RecordError(f"a record is {type_of(record)}, not an object (write one {{...}} a line)")
-    record = {key: value for key, value in record.items() if value is not None}  # Arrow writes null for an absent field
-    for key in UNSUPPORTED:
-        if record.get(key):
-            raise RecordError(f"{key!r} is not supported (only images and text are; remove the record)")
-    written = [_turn(message, number, root) for number, message in enumerate(_messages(record), start=1)]
-    pool = image_pool(record, root)
-    tools = read_tools(record["tools"]) if record.get("tools") else ()
-    places = sum(part is ImagePlace.NEXT for _, parts in written for part in parts)
-    if places != len(pool):
-        reason = f"{places} {PLACEHOLDER} placeholders for {len(pool)} images"
-        raise RecordError(f"{reason} (write one {PLACEHOLDER} for each entry of 'images')")
-    turns = _fill(written, iter(pool))
+    record = present(record)
+    literal = read_literal(record.get("literal", []))
+    written = [_turn(message, number, literal, root) for number, message in enumerate(_messages(record), start=1)]
+    tools = read_tools(record["tools"]) if "tools" in record else ()
+    turns = _grounded(_fill(written, image_pool(record, root)), record.get("objects"), literal)
     _check_order(turns)
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
@@ -187,6 +172,9 @@ def _as_role_and_content(value: object, number: int) -> dict[str, object]:
         raise RecordError(f'message {number} is {type_of(value)}, not an object (write {{"role", "content"}})')
     message: dict[str, object] = {key: part for key, part in value.items() if part is not None}
     if "from" in message:
+        twice = [pair for pair in (("from", "role"), ("value", "content")) if set(pair) <= set(message)]
+        if twice:
+            raise RecordError(f"message {number} has both {twice[0][0]!r} and {twice[0][1]!r} (keep one of them)")
         names = {"from": "role", "value": "content"}
         message = {names.get(key, key): value for key, value in message.items()}
     if message.get("tool_calls"):
@@ -202,7 +190,7 @@ def _as_role_and_content(value: object, number: int) -> dict[str, object]:
     return message
 
 
-def _turn(message: dict[str, object], number: int, root: Path) -> tuple[Turn, list[Part]]:
+def _turn(message: dict[str, object], number: int, literal: frozenset[str], root: Path) -> tuple[Turn, list[Part]]:
     """A message without its parts, and these."""
     role = ROLES.get(message["role"]) if isinstance(message["role"], str) else None
     if role is None:
@@ -211,24 +199,25 @@ def _turn(message: dict[str, object], number: int, root: Path) -> tuple[Turn, li
         )
     content = message["content"]
     if isinstance(content, str):
-        parts: list[Part] = []
-        for text in content.split(PLACEHOLDER):
-            parts += [ImagePlace.NEXT, text] if parts else [text]
+        parts: list[Part] = [content]
     elif isinstance(content, list):
         parts = [_part(part, number, root) for part in content]
     else:
         raise RecordError(f"message {number}: content is {type_of(content)}, not a string or a list (quote it)")
-    parts = _joined(parts)
+    cut = [pieces(one, number, literal, root) if isinstance(one, str) else [one] for one in _joined(parts)]
+    parts = _joined([piece for one in cut for piece in one])
     calls = read_calls(message, number) if role == "assistant" else ()
-    may_be_empty = bool(calls) or role == "tool"
+    may_be_empty = bool(calls) or role in ("tool", "system")
     if not may_be_empty and not any(isinstance(part, ImageSource | ImagePlace) or part.strip() for part in parts):
         raise RecordError(f"message {number} ({role}) is empty (give it text, or remove the record)")
     for part in parts:
         if isinstance(part, str):
             check_text(part, number)
         elif role not in ("user", "tool"):
-            raise RecordError(f"message {number}: an image in the {role} turn (images belong in user turns)")
+            fix = or_literal(IMAGE, "images belong in user turns")
+            raise RecordError(f"message {number}: an image in the {role} turn ({fix})")
     reasoning = read_reasoning(message, number) if role == "assistant" else None
+    mapped([reasoning, *calls], lambda text: check_no_image(text, number, literal))
     result = read_result(message, number) if role == "tool" else {}
     return Turn(role, (), reasoning, calls, result, read_weight(message, role, number)), parts
 
@@ -251,16 +240,13 @@ def _part(part: object, number: int, root: Path) -> Part:
         raise RecordError(
             f'message {number}: a content part is {type_of(part)} (write {{"type": "text", "text": ...}})'
         )
-    kind, text, image = part.get("type"), part.get("text"), part.get("image")
-    if kind == "text":
-        if not isinstance(text, str):
-            raise RecordError(
-                f"message {number}: the 'text' of a text part is {type_of(text)}, not a string (quote it)"
-            )
-        return text
-    if kind == "image":
-        return ImagePlace.NEXT if image is None else image_source(image, root)
-    raise RecordError(f"message {number}: content part of type {shown(kind)} (use 'text' or 'image')")
+    fields = part_fields(part, number)
+    if fields["type"] == "image":
+        return image_source(fields["image"], root) if "image" in fields else ImagePlace.NEXT
+    text = fields.get("text")
+    if not isinstance(text, str):
+        raise RecordError(f"message {number}: the 'text' of a text part is {type_of(text)}, not a string (quote it)")
+    return text
 
 
 def image_pool(record: dict[str, object], root: Path) -> list[ImageSource]:
@@ -273,12 +259,34 @@ def image_pool(record: dict[str, object], root: Path) -> list[ImageSource]:
     return [image_source(value, root) for value in values]
 
 
-def _fill(written: list[tuple[Turn, list[Part]]], pool: Iterator[ImageSource]) -> tuple[Turn, ...]:
+def _fill(written: list[tuple[Turn, list[Part]]], pool: list[ImageSource]) -> tuple[Turn, ...]:
     """The turns, with an image of the pool in each place for one."""
+    places = sum(part is ImagePlace.NEXT for _, parts in written for part in parts)
+    if places != len(pool):
+        fix = or_literal(IMAGE, f"write one {IMAGE} for each entry of 'images'")
+        raise RecordError(f"{places} {IMAGE} placeholders for {len(pool)} images ({fix})")
+    images = iter(pool)
     return tuple(
-        replace(turn, parts=tuple(next(pool) if isinstance(part, ImagePlace) else part for part in parts))
+        replace(turn, parts=tuple(next(images) if isinstance(part, ImagePlace) else part for part in parts))
         for turn, parts in written
     )
+
+
+def _grounded(turns: tuple[Turn, ...], value: object, literal: frozenset[str]) -> tuple[Turn, ...]:
+    """The turns, with the names and boxes of a record's `objects` in their places: thought, text, calls of each."""
+    images = [part for turn in turns for part in turn.parts if isinstance(part, ImageSource)]
+    objects = Objects(value, images, literal)
+    filled = [
+        replace(
+            turn,
+            reasoning=None if turn.reasoning is None else objects.fill(turn.reasoning),
+            parts=tuple(objects.fill(part) if isinstance(part, str) else part for part in turn.parts),
+            calls=tuple(mapped(call, objects.fill) for call in turn.calls),
+        )
+        for turn in turns
+    ]
+    objects.check_all_used()
+    return tuple(filled)
 
 
 def _check_order(turns: tuple[Turn, ...]) -> None:

@@ -6,6 +6,7 @@ from its header before any pixel is decoded, and only formats that PIL decodes i
 
 import io
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ds_moe.errors import shown
+from ds_moe.errors import one_line, shown
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 GRAY_16 = ("I;16", "I;16L", "I;16B", "I;16N")  # converting these to RGB, PIL would clip them at 255
 # Modes whose pixels have a known range. PIL's F and I have none, and others (LAB) PIL cannot convert.
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", *GRAY_16)
 TIFF_TILE = (322, 323)  # tags for the width and height of tiles, each of which PIL decodes whole
+ORIENTATION = 0x0112  # a tag of EXIF
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
+PNG_CHUNKS = 10_000  # of a file that are looked at
 NETPBM_HEAD = 4096  # bytes of a PPM file in which its size must stand
 LARGE_TILE = 2**20  # pixels; a small image too may be stored as one tile of this size
 
@@ -47,6 +51,9 @@ def image_source(value: object, root: Path) -> ImageSource:
         RecordError: the path leaves the root, no file is there, or the value is of another type.
     """
     if isinstance(value, dict):
+        unread = sorted(key for key in value if key not in ("bytes", "path") and value[key] is not None)
+        if unread:
+            raise RecordError(f"an image has {shown(unread[0])}, which is not read (write its path alone)")
         data = value.get("bytes")
         if isinstance(data, bytes):
             return ImageSource(name=str(value.get("path") or "embedded image"), data=data)
@@ -74,8 +81,28 @@ def image_size(source: ImageSource, max_pixels: int) -> tuple[int, int]:
         return image.size
 
 
+def shown_size(source: ImageSource) -> tuple[int, int]:
+    """(width, height) once turned as the EXIF orientation says, from the header alone.
+
+    Raises:
+        RecordError: this is no image.
+    """
+    with _opened(source, sys.maxsize) as image:
+        try:
+            if image.format == "PNG" and "exif" not in image.info:
+                image.info["exif"] = _late_exif(source)
+            exif = Image.Image.getexif(image)  # that of a PNG file would decode the pixels
+        except Exception as error:  # decoders may raise anything for hostile bytes
+            raise RecordError(
+                f"image {shown(source.name)} has broken EXIF: {one_line(error)} (save it again)"
+            ) from error
+        width, height = image.size
+        sideways = exif.get(ORIENTATION) in SIDEWAYS and image.format != "TIFF"  # whose size PIL gives as turned
+        return (height, width) if sideways else (width, height)
+
+
 def load_image(source: ImageSource, max_pixels: int) -> Image.Image:
-    """The image in RGB, turned as its EXIF orientation says.
+    """The image in RGB, turned as its EXIF orientation says, what is transparent over white as engines show it.
 
     Raises:
         RecordError: this is no image, it has more than `max_pixels` pixels, or it is truncated.
@@ -83,13 +110,24 @@ def load_image(source: ImageSource, max_pixels: int) -> Image.Image:
     with _opened(source, max_pixels) as image:
         try:
             image.load()
-            turned = ImageOps.exif_transpose(image)
-            if turned.mode in GRAY_16:
-                turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
-            return turned.convert("RGB")
+            return _over_white(ImageOps.exif_transpose(image))
         except Exception as error:  # decoders may raise anything for hostile bytes
             reason = f"truncated image {shown(source.name)}: {error} (replace the file)"
             raise RecordError(reason) from error
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """In RGB: bit for bit what qwen-vl-utils, vLLM and transformers make of an RGBA image."""
+    if image.mode in GRAY_16:
+        gray = np.asarray(image)
+        clear = gray == image.info.get("transparency", -1)  # a PNG may call one of the gray values transparent
+        image = Image.fromarray(np.where(clear, 255, gray >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
 
 
 def _opened(source: ImageSource, max_pixels: int) -> Image.Image:
@@ -111,6 +149,21 @@ def _opened(source: ImageSource, max_pixels: int) -> Image.Image:
         image.close()
         raise RecordError(f"image {shown(source.name)} {problem}")
     return image
+
+
+def _late_exif(source: ImageSource) -> bytes | None:
+    """The EXIF data of a PNG file that has them behind its pixels, where PIL finds them only by decoding these."""
+    with source.path.open("rb") if source.path is not None else io.BytesIO(source.data or b"") as file:
+        file.seek(8)
+        for _ in range(PNG_CHUNKS):
+            head = file.read(8)
+            if len(head) < 8:
+                break
+            size = int.from_bytes(head[:4], "big")
+            if head[4:] == b"eXIf":
+                return file.read(size)
+            file.seek(size + 4, io.SEEK_CUR)  # its checksum, too
+    return None
 
 
 def _check_netpbm(source: ImageSource) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 from tokenizers import AddedToken, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoProcessor, AutoTokenizer, Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers import Qwen3VLProcessor as HFQwen3VLProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -29,6 +29,9 @@ from ds_moe.models.families import FAMILIES, PRESETS
 
 PAD, EOS, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 SPECIAL_TOKENS = [PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO]
+# The names that folders use for one image processor. Its class that resizes with PIL is always taken: AutoProcessor
+# would take the one that resizes with torchvision, to other pixels, wherever that is installed.
+IMAGE_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 VIDEO_CONFIG = "video_preprocessor_config.json"
 TINY_PATCH = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
 TINY_PIXELS = {"shortest_edge": 64, "longest_edge": 4096}  # least and most pixels of a resized image: 1 to 64 tokens
@@ -164,41 +167,35 @@ def load_processor(path: str | Path) -> Processor:
     if str(path).startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
         raise UserError(f"{path}: no such folder (give the folder of a saved model, or a hub id)")
     try:
-        processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # often because the video half needs torchvision; a broken folder may raise anything
-        processor = _load_by_class(path, error)
-    if isinstance(processor, PreTrainedTokenizerBase):  # AutoProcessor falls back to the tokenizer, without a word
-        processor = _load_by_class(path, None) if _describes_images(path) else TextProcessor(processor)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        images = _image_settings(path)
+        processor = TextProcessor(tokenizer) if images is None else _vl_processor(path, images, tokenizer)
+    except Exception as error:  # transformers looks into values before it looks at their types
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: no processor or tokenizer could be loaded from it ({reason})") from error
     if not processor.chat_template:
         raise UserError(f"{path}: its processor has no chat template (add chat_template.jinja to the folder)")
     return processor
 
 
-def _describes_images(path: str | Path) -> bool:
+def _image_settings(path: str | Path) -> dict[str, object] | None:
+    """What the folder says of images; None: nothing, so that the model reads text only."""
     try:
-        Qwen2VLImageProcessorPil.get_image_processor_dict(str(path))
+        return Qwen2VLImageProcessorPil.get_image_processor_dict(str(path))[0]
     except OSError:
-        return False
-    return True
+        return None
 
 
-def _load_by_class(path: str | Path, cause: Exception | None) -> Processor:
-    """A processor put together from its parts, as AutoProcessor would with torchvision.
-
-    Args:
-        cause: why AutoProcessor could not, for the message.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        if not _describes_images(path):
-            return TextProcessor(tokenizer)
-        images = Qwen2VLImageProcessorPil.from_pretrained(str(path))
-        settings, _ = ProcessorMixin.get_processor_dict(str(path))
-    except Exception as error:  # transformers looks into values before it looks at their types
-        reason = " ".join(str(cause or error).split())[:300]
-        raise UserError(f"{path}: no processor or tokenizer could be loaded from it ({reason})") from error
+def _vl_processor(path: str | Path, images: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> Qwen3VLProcessor:
+    """A processor put together from its parts: AutoProcessor cannot build the video half without torchvision."""
+    name = images.get("image_processor_type", IMAGE_PROCESSORS[0])
+    if name not in IMAGE_PROCESSORS:
+        raise ValueError(f"image_processor_type {name!r} is not read; ds_moe reads images with {IMAGE_PROCESSORS[0]}")
+    settings, _ = ProcessorMixin.get_processor_dict(str(path))
     processor = Qwen3VLProcessor(
-        images, tokenizer, chat_template=settings.get("chat_template") or tokenizer.chat_template
+        Qwen2VLImageProcessorPil.from_pretrained(str(path)),
+        tokenizer,
+        chat_template=settings.get("chat_template") or tokenizer.chat_template,
     )
     file = cached_file(str(path), VIDEO_CONFIG, _raise_exceptions_for_missing_entries=False)
     processor.video_config = settings.get("video_processor") or (json.loads(Path(file).read_text()) if file else None)

@@ -37,6 +37,16 @@ def answer(keys: bytes) -> bytes:
     return messages(b'[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", ' + keys + b"}]")
 
 
+def keyed(keys: bytes, content: bytes = b"?") -> bytes:
+    """A record with these keys beside its messages."""
+    return user(b'"' + content + b'"')[:-1] + b", " + keys + b"}"
+
+
+def boxed(boxes: bytes) -> bytes:
+    """A record with one image, one placeholder and these boxes."""
+    return keyed(b'"images": ["good.png"], "objects": {"bbox": ' + boxes + b"}", b"<image><bbox>")
+
+
 # name -> (line 2 of a file whose other lines are good, what its error says)
 LINES = {
     "cut off": (line()[:40], "broken JSON"),
@@ -127,6 +137,40 @@ LINES = {
                  b'{"role": "tool", "content": "7", "tool_call_id": 7}]'),
         "message 3: 'tool_call_id' is 7, not a string",
     ),
+    # placeholders, boxes and parts
+    "a path of a megabyte in a text": (user(b'"<img>' + MEGABYTE + b'</img>?"'), "missing image 'xxx"),
+    "a path in a text that leaves": (
+        user(b'"<img>../secret.png</img>?"'),
+        "image '../secret.png' leaves the data root",
+    ),
+    "a URL in a text": (user(b'"<img>http://169.254.169.254/</img>?"'), "is a URL (download it below the data root)"),
+    "300,000 open tags": (user(b'"' + b"<img>" * 300_000 + b'"'), "message 1: the placeholder <img> has no path"),
+    "300,000 images in a text": (user(b'"' + b"<image>" * 300_000 + b'"'), "300000 <image> placeholders for 0 images"),
+    "300,000 boxes in a text": (user(b'"' + b"<bbox>" * 300_000 + b'"'), "300000 <bbox> placeholders for 0 entries"),
+    "a part with a key of a megabyte": (
+        user(b'[{"type": "text", "text": "a", "' + MEGABYTE + b'": 1}]'),
+        "message 1: the text part has 'xxx",
+    ),
+    "an image part of a deep value": (
+        user(b'[{"type": "image", "image": {"path": {"path": {"path": 1}}}}]'),
+        "an image is {'path': {'path': 1}}, not a path",
+    ),
+    "literal of a megabyte": (keyed(b'"literal": ["' + MEGABYTE + b'"]'), "'literal' names 'xxx"),
+    "literal of other things": (keyed(b'"literal": [{"<bbox>": 1}]'), "'literal' is [{'<bbox>': 1}], not a list of"),
+    "a box of NaN": (boxed(b"[[NaN, 1]]"), "'objects.bbox', [nan, 1], holds a number that is not finite"),
+    "a box of infinities": (boxed(b"[[Infinity, -Infinity]]"), "[inf, -inf], holds a number that is not finite"),
+    "a box beyond all images": (boxed(b"[[1e308, 1]]"), "holds a number that is not finite"),
+    "a box of 300,000 numbers": (boxed(b"[[" + b"1," * 300_000 + b"1]]"), "is no point and no box"),
+    "a box 900 deep": (boxed(b"[" * 900 + b"]" * 900), "is no point and no box"),
+    "50,000 boxes": (boxed(b"[" + b"[1, 1]," * 50_000 + b"[1, 1]]"), "1 <bbox> placeholders for 50001 entries"),
+    "image numbers as floats": (boxed(b'[[1, 1]], "image_id": [0.0]'), "'objects.image_id' is [0.0] for 1 boxes"),
+    "an image number beyond 64 bits": (boxed(b'[[1, 1]], "image_id": [36893488147419103232]'), "'objects.image_id' is"),
+    "sizes of a wrong type": (boxed(b'[[1, 1]], "width": {"a": 1}'), "'objects.width' is {'a': 1}, but the images"),
+    "a name with half a character": (boxed(b'[], "ref": ["\\ud800"]'), "'objects.ref' holds a lone surrogate"),
+    "an endless header": (
+        keyed(b'"images": ["endless.ppm"], "objects": {"bbox": [[1, 1]]}', b"<image><bbox>"),
+        "cannot be opened: a PPM header without a size",
+    ),
 }  # fmt: skip
 
 
@@ -155,6 +199,7 @@ def test_a_record_that_the_template_cannot_show_is_named(stream, folder, name, w
 @pytest.mark.parametrize("name", LINES)
 def test_a_hostile_line_is_named(stream, folder, name):
     content, says = LINES[name]
+    (folder / "endless.ppm").write_bytes(b"P6" + b" " * 10**5)
     path = folder / "train.jsonl"
     path.write_bytes(b"\n".join([line(), content, line(), b""]))
     message = refusal(lambda: stream(path), f"{path}:2: ", says, "data.on_bad_record: skip goes on without")

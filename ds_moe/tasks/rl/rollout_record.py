@@ -22,6 +22,8 @@ KEYS = {"tokens", "completion_mask", "messages", "tools", "images", "logprobs", 
 OF_ROUTING = ("routing_format", "routing_start", "extra_row", "short")  # how to read `routing`, see `align`
 KEYS |= {"reward", "group", "routing", *OF_ROUTING, "kind"}
 KEYS |= {"completion", "answer"}  # texts for people
+OF_TURNS = ("messages", "tools", "images", "objects", "literal", "kind")  # what `parse_record` reads
+KEYS |= set(OF_TURNS)
 UNKNOWN = float("nan")  # a number that the record does not tell
 LARGEST = 1e9  # the largest number accepted, of either sign: what is computed from it must be finite in fp32
 
@@ -135,12 +137,13 @@ def _conversation(record: dict[str, object], where: str, root: Path) -> Sample |
         found = "both 'tokens' and" if "tokens" in record else "neither 'tokens' nor"
         raise RecordError(f"the record has {found} 'messages' (write one of them)")
     if "tokens" in record:
+        unread = [key for key in ("objects", "literal") if key in record]
+        if unread:
+            raise RecordError(f"{unread[0]!r} beside 'tokens', in which all is filled in (remove it)")
         return None
     if "completion_mask" in record:
         raise RecordError("'completion_mask' beside 'messages', whose last answer is the completion (remove it)")
-    return parse_record(
-        {key: record[key] for key in ("messages", "tools", "images", "kind") if key in record}, where, root
-    )
+    return parse_record({key: record[key] for key in OF_TURNS if key in record}, where, root)
 
 
 def _tokens(record: dict[str, object]) -> tuple[list[int], list[bool]]:
