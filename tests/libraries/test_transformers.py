@@ -6,6 +6,7 @@
 import json
 from importlib.metadata import version
 
+import peft
 import pytest
 import torch
 from PIL import Image
@@ -138,6 +139,44 @@ def test_transposed_experts_are_told_by_their_shape(processor, tmp_path, hidden_
     assert torch.equal(loaded.get_parameter(name), model.get_parameter(name)) == right
 
 
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "apart"])
+def test_weights_that_a_config_ties_are_tied_where_files_hold_equal_values_and_never_on_meta(tmp_path, equal):
+    """Guard: `tie_as_stored` of models/ties.py."""
+    model = text_model()
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    held["lm_head.weight"] = held["model.embed_tokens.weight"] + (0.0 if equal else 1.0)
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for device, tied in ((None, equal), ("meta", False)):
+        loaded = Qwen3MoeForCausalLM.from_pretrained(tmp_path, device_map=device)
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_one_file_goes_before_an_index(tmp_path):
+    """Guard: `_weight_paths` of weights/files.py chooses alike, `check_files` of the doctor warns."""
+    text_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "missing"}}')
+    Qwen3MoeForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_config_can_name_another_file_of_weights(tmp_path):
+    """Guard: `read_model_config` of models/folder.py refuses it."""
+    text_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "transformers_weights": "other.safetensors"}))
+    Qwen3MoeForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_adapter_beside_a_model_is_loaded_with_it(tmp_path):
+    """Guard: `read_model_config` of models/folder.py refuses it."""
+    peft.get_peft_model(text_model(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    text_model().save_pretrained(tmp_path)
+    loaded = Qwen3MoeForCausalLM.from_pretrained(tmp_path)
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())
+
+
 def test_casting_a_model_rounds_rotary_frequencies_and_loading_it_does_not(tmp_path):
     """Guard: `load_model` of models/load.py casts the parameters of a preset alone."""
     text_model().save_pretrained(tmp_path)
@@ -147,7 +186,7 @@ def test_casting_a_model_rounds_rotary_frequencies_and_loading_it_does_not(tmp_p
 
 
 def test_values_of_a_config_are_used_before_their_types_are_looked_at(tmp_path):
-    """Guard: `read_model_config` of models/load.py takes any exception for a config that cannot be read."""
+    """Guard: `read_model_config` of models/folder.py takes any exception for a config that cannot be read."""
     for values in ({"model_type": "qwen3_moe", "layer_types": 3}, {"model_type": ["qwen3_moe"]}):
         (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(TypeError):
