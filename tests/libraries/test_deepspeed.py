@@ -97,6 +97,11 @@ def test_an_unknown_key_is_refused_within_a_section_and_passed_over_at_the_root(
         DeepSpeedConfig({"train_batch_size": 1, "zero_optimization": {"stage": 2, "reduce_buket_size": 1}})
 
 
+def test_keys_of_stage_3_are_passed_over_at_stage_2():
+    """Guard: `check_keys` of config/deepspeed_json.py."""
+    DeepSpeedConfig({"train_batch_size": 1, "zero_optimization": {"stage": 2, "stage3_max_live_parameters": 5}})
+
+
 def test_fp32_sums_of_bf16_gradients_mean_another_optimizer_at_stage_1(monkeypatch):
     """Guards: `_other_optimizer` of config/deepspeed.py, `_check_invariants` of engine/build.py."""
     sums = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}

@@ -24,6 +24,7 @@ from transformers import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
     Qwen3VLVideoProcessor,
+    get_scheduler,
 )
 from transformers.utils import is_torchvision_available
 
@@ -256,6 +257,12 @@ def test_router_logits_are_recorded_of_the_family_s_own_class_by_hooks_installed
         first.gate = gate
         [recorded] = model(IDS, output_router_logits=True).router_logits
         assert recorded.min() > 50
+
+
+def test_a_constant_schedule_has_no_warm_up():
+    """Guard: `scheduler_factory` of engine/build.py."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    assert get_scheduler("constant", optimizer, num_warmup_steps=5).get_last_lr() == [1.0]
 
 
 def test_one_item_in_a_batch_makes_the_loss_a_sum(processor):

@@ -1,0 +1,18 @@
+"""ds_moe/engine/build.py: what needs no engine."""
+
+import torch
+
+from ds_moe.config.sections import TrainConfig
+from ds_moe.engine.build import scheduler_factory
+
+
+def test_a_constant_schedule_warms_up():
+    """transformers' own of this name does not (`tests/libraries/test_transformers.py`)."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    config = TrainConfig(steps=10, global_batch_size=1, schedule="constant", warmup_steps=2)
+    schedule, rates = scheduler_factory(config, 10)(optimizer), []
+    for _ in range(4):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates == [0.0, 0.5, 1.0, 1.0]
