@@ -12,10 +12,12 @@ from ds_moe.config.run import RunConfig
 from ds_moe.distributed import Topology
 from ds_moe.engine.moe_binding import BoundMoELayer, create_groups, zero3_home
 from ds_moe.models.convert import convert, load_expert_bias, moe_layers
+from ds_moe.models.freeze import set_trainable
 from ds_moe.models.streaming import read_unread
-from ds_moe.models.trainable import set_trainable
 from ds_moe.models.vision import has_vision, keep_vision_in_step
-from ds_moe.moe import ExpertParallel, ForwardContext, checkpoint_contexts
+from ds_moe.moe.all_to_all import ExpertParallel
+from ds_moe.moe.context import ForwardContext
+from ds_moe.moe.tape import checkpoint_contexts
 from ds_moe.weights.files import SafetensorsFiles
 from ds_moe.weights.unread import is_unread
 

@@ -8,8 +8,7 @@ processor.py    tokens and pixels
 streaming.py    weights from files to where a rank keeps them
 ties.py         an output layer that is the input embedding, or is not
 convert.py      MoE blocks become our layers
-trainable.py    what a run trains
-freeze.py       what it does not train
+freeze.py       what a run trains, and what not
 lora.py         low-rank updates
 vision.py       ranks without images
 generation.py   where a model stops

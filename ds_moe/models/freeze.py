@@ -1,4 +1,4 @@
-"""Which parameters a run does not train, and how many it does."""
+"""Which parameters a run trains: all but what is frozen, or low-rank updates of a frozen model."""
 
 import re
 
@@ -7,21 +7,29 @@ from transformers import PreTrainedModel
 
 from ds_moe.config.run import RunConfig
 from ds_moe.errors import UserError
-from ds_moe.models.families import Family, family_of
+from ds_moe.models.families import family_of
+from ds_moe.models.lora import add_lora
 
 
-def frozen(config: RunConfig, family: Family) -> list[str]:
-    """What a run does not train, as patterns for `freeze`."""
+def set_trainable(model: PreTrainedModel, config: RunConfig) -> None:
+    """Freeze what a run does not train of an unconverted model, and add the low-rank updates it trains instead.
+
+    Raises:
+        UserError: nothing is left to train, or a pattern or target matches nothing.
+    """
+    if config.lora is not None:
+        add_lora(model, config.lora, config.train.seed)
+        return
+    patterns = list(config.model.freeze)
     if config.train.stage == "router_only":
-        return [*config.model.freeze, rf"^(?!.*{family.parts['router']})"]
-    return list(config.model.freeze)
+        patterns.append(rf"^(?!.*{family_of(model).parts['router']})")
+    freeze(model, patterns)
 
 
 def freeze(model: PreTrainedModel, patterns: list[str]) -> None:
     """Stop training the parameters that a pattern names: a part of `Family.parts`, or a regex.
 
-    Raises:
-        UserError: a pattern that matches nothing, or nothing left to train.
+    Raises `UserError` for a pattern that matches nothing, or where nothing is left to train.
     """
     parts = family_of(model).parts
     for pattern in patterns:
@@ -33,18 +41,11 @@ def freeze(model: PreTrainedModel, patterns: list[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"model.freeze {patterns} leaves nothing to train")
-    if not _embeds_with_grad(model):
+    if not any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
+        # Hidden states must carry a gradient from the first layer on. Else ZeRO-3 partitions a trained router of that
+        # layer again before its gradient has arrived: DeepSpeed's hook for the end of a module's backward fires at its
+        # beginning when no input of the module needs a gradient.
         model.enable_input_require_grads()
-
-
-def _embeds_with_grad(model: PreTrainedModel) -> bool:
-    """Whether hidden states carry a gradient from the first layer on.
-
-    Where they do not, ZeRO-3 partitions a trained router of that layer again before its gradient has arrived:
-    DeepSpeed's hook for the end of a module's backward fires at its beginning when no input of the module needs a
-    gradient.
-    """
-    return any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
 
 
 def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:

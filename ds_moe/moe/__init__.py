@@ -18,37 +18,19 @@ standalone.py   routers and losses for use without the trainer
 """
 
 from ds_moe.moe.all_to_all import ExpertParallel
-from ds_moe.moe.balance import AuxLoss, Balancer, TokenStats, ZLoss
-from ds_moe.moe.context import ForwardContext
+from ds_moe.moe.balance import AuxLoss
 from ds_moe.moe.decision import RoutingDecision
-from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher
-from ds_moe.moe.experts import Experts
-from ds_moe.moe.layer import MoELayer
-from ds_moe.moe.loss_free import LossFreeBalancing
-from ds_moe.moe.routers import ROUTERS, Router
+from ds_moe.moe.routers import ROUTERS
 from ds_moe.moe.routers.topk import TopKRouter
-from ds_moe.moe.standalone import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss, make_router
-from ds_moe.moe.tape import checkpoint_contexts
+from ds_moe.moe.standalone import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss
 
 __all__ = [
     "ROUTERS",
-    "AllToAllDispatcher",
     "AuxLoss",
-    "Balancer",
     "ExpertChoiceRouter",
     "ExpertParallel",
     "ExpertRouter",
-    "Experts",
-    "ForwardContext",
     "LoadBalancingLoss",
-    "LocalDispatcher",
-    "LossFreeBalancing",
-    "MoELayer",
-    "Router",
     "RoutingDecision",
-    "TokenStats",
     "TopKRouter",
-    "ZLoss",
-    "checkpoint_contexts",
-    "make_router",
 ]

@@ -88,13 +88,8 @@ class RowCounts:
 
 
 class AllToAll:
-    """One differentiable all-to-all of tensors whose first dimension is rows.
-
-    Args:
-        ep: the ranks that take part.
-        send: rows for each rank.
-        receive: rows from each rank.
-    """
+    """One differentiable all-to-all of tensors whose first dimension is rows: `send[p]` of them to rank p of `ep`,
+    `receive[p]` from it."""
 
     def __init__(self, ep: ExpertParallel, send: list[int], receive: list[int]) -> None:
         self.ep, self.send, self.receive = ep, send, receive

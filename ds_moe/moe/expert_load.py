@@ -25,27 +25,12 @@ class LoadTotals(NamedTuple):
 
     def plus(self, other: LoadTotals) -> LoadTotals:
         """The sums over the tokens of both. Pairs are kept if only one of them has counted them."""
-        pairs_EE = self.pairs_EE if other.pairs_EE is None else other.pairs_EE
-        if self.pairs_EE is not None and other.pairs_EE is not None:
-            pairs_EE = self.pairs_EE + other.pairs_EE
-        return LoadTotals(
-            counts_E=self.counts_E + other.counts_E,
-            image_E=self.image_E + other.image_E,
-            kind_GE=self.kind_GE + other.kind_GE,
-            tokens=self.tokens + other.tokens,
-            uncovered=self.uncovered + other.uncovered,
-            dropped=self.dropped + other.dropped,
-            entropy=self.entropy + other.entropy,
-            pairs_EE=pairs_EE,
-        )
+        both = zip(self, other, strict=True)
+        return LoadTotals(*(one if two is None else two if one is None else one + two for one, two in both))
 
 
 class ExpertLoad:
-    """The load of one layer's experts by this rank's tokens, since the last `take`.
-
-    Args:
-        num_experts: E.
-    """
+    """The load of one layer's E experts by this rank's tokens, since the last `take`."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_moe.distributed import over_ranks
+
 Rule = Literal["sign", "proportional"]
 
 
@@ -22,18 +24,15 @@ class LossFreeBalancing(nn.Module):
     `b_i += u * sign(mean(c) - c_i)` (rule `sign`), or `u * (mean(c) - c_i) / mean(c)` (`proportional`), then the mean
     of b is subtracted, so that it never drifts. c_i counts the assignments of real tokens to expert i since the last
     update, without those that a capacity limit refused. u is in units of the score and must be small against the
-    differences between a token's scores (after a softmax of large logits, all but the first score are tiny). u is
-    constant at first and falls linearly to zero over the last part of a run: with a constant u the bias would
-    oscillate by u for ever.
+    differences between a token's scores (after a softmax of large logits, all but the first score are tiny).
 
     `bias_E` stays fp32 whatever the model is cast to, and is saved with it. Nothing here has a gradient.
 
     Args:
-        num_experts: E.
         update_rate: u.
         balance_factor: factor of the bias where it is added to the scores.
-        rule: whether a step depends on the sign of the excess load alone, or is proportional to it.
-        decay_from: share of the run after which u falls; 1: it never falls.
+        decay_from: share of the run after which u falls linearly to zero, because with a constant u the bias would
+            oscillate by u for ever; 1: it never falls.
     """
 
     def __init__(
@@ -62,11 +61,7 @@ class LossFreeBalancing(nn.Module):
         self.counts_E += counts_E
 
     def update(self, progress: float = 0.0) -> None:
-        """Move the bias by the counts of all ranks since the last update (collective).
-
-        Args:
-            progress: share of the run that is done, 0 ... 1, for the decay of u.
-        """
+        """Move this bias alone, see `update_biases` (collective)."""
         update_biases([self], progress)
 
     def rate(self, progress: float) -> float:
@@ -109,6 +104,9 @@ def update_biases(balancings: Sequence[LossFreeBalancing], progress: float = 0.0
     """Move the biases of all layers by the counts of all ranks; call it once an optimizer step (collective).
 
     One all-reduce over all ranks serves all layers. Routers are replicated on every rank, whatever the EP size.
+
+    Args:
+        progress: share of the run that is done, 0 ... 1, for the decay of u.
     """
     if not balancings:
         return
@@ -126,15 +124,11 @@ def check_biases_agree(balancings: Sequence[LossFreeBalancing], step: int) -> No
     Raises:
         RuntimeError: on every rank, naming the ranks that differ from rank 0.
     """
-    if not balancings or not dist.is_initialized():
+    if not balancings:
         return
     biases_LE = torch.stack([balancing.bias_E for balancing in balancings])
-    digest = hashlib.sha256(biases_LE.cpu().numpy().tobytes()).digest()[:8]
-    mine = torch.tensor([int.from_bytes(digest, "big", signed=True)], device=biases_LE.device)
-    hashes = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(hashes, mine)
-    values = [int(value) for value in hashes]
-    differing = [rank for rank, value in enumerate(values) if value != values[0]]
+    digests = over_ranks(hashlib.sha256(biases_LE.cpu().numpy().tobytes()).digest())
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if differing:
         raise RuntimeError(
             f"step {step}: the expert biases of rank {', '.join(map(str, differing))} differ from rank 0's; "

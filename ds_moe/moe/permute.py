@@ -3,12 +3,16 @@
 Forward and backward are both gathers. There is no scatter-add, so sums have one order and the same bits every time.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ds_moe.moe.backends import Backend, Permutation
 from ds_moe.moe.decision import count_experts
+
+MoveRows = Callable[[Tensor, Permutation], Tensor]  # `Backend.to_experts` or `Backend.sum_per_token`
 
 
 def sort_by_expert(
@@ -33,12 +37,12 @@ def sort_by_expert(
 
 def to_experts(backend: Backend, x_TD: Tensor, permutation: Permutation) -> Tensor:
     """(T, D) -> (N, D): the token of each assignment, in sorted order."""
-    return _ToExperts.apply(backend, x_TD, permutation)
+    return _Move.apply(backend.to_experts, backend.sum_per_token, x_TD, permutation)
 
 
 def sum_per_token(backend: Backend, rows_ND: Tensor, permutation: Permutation) -> Tensor:
     """(N, D) sorted rows -> (T, D) sums per token."""
-    return _SumPerToken.apply(backend, rows_ND, permutation)
+    return _Move.apply(backend.sum_per_token, backend.to_experts, rows_ND, permutation)
 
 
 def permute(rows: Tensor, order_R: Tensor) -> Tensor:
@@ -54,7 +58,7 @@ def inverse(order_N: Tensor) -> Tensor:
 class _Context(FunctionCtx):
     """What the functions below keep for backward."""
 
-    backend: Backend
+    back: MoveRows
     top_k: int | None
     saved_tensors: tuple[Tensor, ...]
 
@@ -72,39 +76,17 @@ class _Permute(torch.autograd.Function):
         return grads[0].index_select(0, inverse(order_R)), None
 
 
-class _ToExperts(torch.autograd.Function):
-    """Tokens to rows; in backward the gradients of a token's rows are summed."""
+class _Move(torch.autograd.Function):
+    """Tokens to rows, or rows to tokens: in backward the gradients take the other way, which is each one's gradient."""
 
     @staticmethod
-    def forward(ctx: _Context, backend: Backend, x_TD: Tensor, permutation: Permutation) -> Tensor:
-        _save(ctx, backend, permutation)
-        return backend.to_experts(x_TD, permutation)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[None, Tensor, None]:
-        return None, ctx.backend.sum_per_token(grads[0].contiguous(), _saved(ctx)), None
-
-
-class _SumPerToken(torch.autograd.Function):
-    """Rows to tokens; in backward the gradient of a token goes to each of its rows."""
-
-    @staticmethod
-    def forward(ctx: _Context, backend: Backend, rows_ND: Tensor, permutation: Permutation) -> Tensor:
-        _save(ctx, backend, permutation)
-        return backend.sum_per_token(rows_ND, permutation)
+    def forward(ctx: _Context, there: MoveRows, back: MoveRows, values: Tensor, permutation: Permutation) -> Tensor:
+        ctx.back, ctx.top_k = back, permutation.top_k
+        ctx.save_for_backward(*permutation[:-1])
+        return there(values, permutation)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[None, Tensor, None]:
-        return None, ctx.backend.to_experts(grads[0].contiguous(), _saved(ctx)), None
-
-
-def _save(ctx: _Context, backend: Backend, permutation: Permutation) -> None:
-    ctx.backend, ctx.top_k = backend, permutation.top_k
-    ctx.save_for_backward(*permutation[:-1])
-
-
-def _saved(ctx: _Context) -> Permutation:
-    order_N, token_N, counts_E, place_N, start_T = ctx.saved_tensors
-    return Permutation(order_N, token_N, counts_E, place_N, start_T, ctx.top_k)
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[None, None, Tensor, None]:
+        permutation = Permutation(*ctx.saved_tensors, ctx.top_k)
+        return None, None, ctx.back(grads[0].contiguous(), permutation), None

@@ -20,7 +20,6 @@ def make_router(kind: str, weight_ED: nn.Parameter, top_k: int, **settings: obje
     Args:
         kind: a key of `ROUTERS`.
         weight_ED: the router matrix, which becomes this module's `weight`.
-        top_k: experts a token, K.
         settings: arguments of the kind's class; those left out have the defaults of run files, and the weights of a
             token sum to 1.
     """
@@ -29,17 +28,13 @@ def make_router(kind: str, weight_ED: nn.Parameter, top_k: int, **settings: obje
 
 
 class ExpertRouter(nn.Module):
-    """Top-k router with its own weight: `TopKRouter` or `NoisyTopKRouter`, each token's weights summing to 1.
+    """Top-k router of D x E with its own weight: `TopKRouter` or `NoisyTopKRouter`, whose arguments the others are.
+
+    The weights of a token sum to 1.
 
     Args:
-        dim: model width, D.
-        num_experts: E.
-        top_k: experts a token, K.
         gating_type: `softmax`, `sigmoid`, or `noisy_top_k` (softmax with learned noise in training).
-        jitter_noise: in training the input is multiplied by uniform(1 - jitter_noise, 1 + jitter_noise).
         noise_std: factor of the learned noise (`noisy_top_k` only).
-        temperature: logits are divided by it.
-        expert_dropout: in training, probability of losing an assignment; a token always keeps one.
 
     Raises:
         ValueError: an unknown gating type, `noise_std` without `noisy_top_k`, or an impossible `top_k`.
@@ -91,12 +86,9 @@ class ExpertRouter(nn.Module):
 
 
 class ExpertChoiceRouter(nn.Module):
-    """Experts choose tokens: `ExpertChoice` with its own weight. Not causal: for encoders.
+    """Experts choose tokens: `ExpertChoice` of D x E with its own weight. Not causal: for encoders.
 
-    Args:
-        dim: model width, D.
-        num_experts: E.
-        capacity_factor: experts a token, on average; each expert takes C = ceil(capacity_factor * T / E) tokens.
+    Each expert takes C = ceil(capacity_factor * T / E) tokens, which is `capacity_factor` experts a token on average.
     """
 
     def __init__(self, dim: int, num_experts: int, capacity_factor: float = 1.0) -> None:
@@ -119,7 +111,6 @@ class LoadBalancingLoss(nn.Module):
     """A balancer as a module: `AuxLoss` or `ZLoss` on a router's logits and its choice.
 
     Args:
-        num_experts: E.
         loss_type: `standard` (aux loss over the batch), `sequence` (over each sequence, averaged) or `z_loss`.
         loss_weight: factor; perfectly balanced, `standard` and `sequence` are loss_weight * K.
     """
@@ -131,21 +122,18 @@ class LoadBalancingLoss(nn.Module):
         loss_weight: float = 1e-2,
     ) -> None:
         super().__init__()
-        kinds = {
-            "standard": lambda: AuxLoss(loss_weight),
-            "sequence": lambda: AuxLoss(loss_weight, scope="sequence"),
-            "z_loss": lambda: ZLoss(loss_weight),
-        }
+        aux, sequence = AuxLoss(loss_weight), AuxLoss(loss_weight, scope="sequence")
+        kinds = {"standard": aux, "sequence": sequence, "z_loss": ZLoss(loss_weight)}
         if loss_type not in kinds:
             raise ValueError(f"loss_type={loss_type!r} must be one of {', '.join(kinds)}")
         self.num_experts = num_experts
-        self.balancer = kinds[loss_type]()
+        self.balancer = kinds[loss_type]
 
     def forward(self, logits_BSE: Tensor, indices_BSK: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """A scalar with grad.
 
         Args:
-            logits_BSE: raw router logits (B, S, E); scores are their softmax.
+            logits_BSE: raw router logits; scores are their softmax.
             indices_BSK: the chosen experts, int64; -1 stands for no expert.
             mask_BS: non-zero at real tokens; None: all are real.
         """

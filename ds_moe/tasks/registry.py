@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ds_moe.checkpoint.base import base_identity
 from ds_moe.config.run import RunConfig
 from ds_moe.data.record_kind import CHAT, RecordKind
-from ds_moe.models.trainable import set_trainable
+from ds_moe.models.freeze import set_trainable
 from ds_moe.replay.align import RoutingShape
 from ds_moe.tasks.rl.rollouts import Rollouts
 from ds_moe.tasks.task import Task, TrainingParts

@@ -15,7 +15,8 @@ from ds_moe.data.processor import Processor
 from ds_moe.data.stream import TrainStream
 from ds_moe.distributed import Topology
 from ds_moe.models.convert import moe_layers
-from ds_moe.moe import ForwardContext, MoELayer
+from ds_moe.moe.context import ForwardContext
+from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing, loss_free
 from ds_moe.monitor import EvalReport
 from ds_moe.tasks.answers import Answering, evaluate

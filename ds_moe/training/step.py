@@ -14,7 +14,7 @@ from ds_moe.data.batch import Batch
 from ds_moe.distributed import over_ranks, raise_together
 from ds_moe.errors import UserError
 from ds_moe.faults.signals import agreed
-from ds_moe.moe import ExpertParallel
+from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.moe.loss_free import check_biases_agree, update_biases
 from ds_moe.monitor import StepReport
 from ds_moe.tasks.task import Task, TrainingParts

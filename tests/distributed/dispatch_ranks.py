@@ -8,15 +8,12 @@ import torch
 import torch.distributed as dist
 
 from ds_moe.engine.start import start_distributed
-from ds_moe.moe import (
-    AllToAllDispatcher,
-    ExpertParallel,
-    Experts,
-    ForwardContext,
-    LocalDispatcher,
-    MoELayer,
-    make_router,
-)
+from ds_moe.moe.all_to_all import ExpertParallel
+from ds_moe.moe.context import ForwardContext
+from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher
+from ds_moe.moe.experts import Experts
+from ds_moe.moe.layer import MoELayer
+from ds_moe.moe.standalone import make_router
 from tests.launcher import leave, report
 
 D, F, E = 24, 40, 8

@@ -13,10 +13,10 @@ from ds_moe.memory.parameter_counts import count_parameters
 from ds_moe.memory.predict import predict, predict_loading
 from ds_moe.models.convert import convert
 from ds_moe.models.families import family_of
+from ds_moe.models.freeze import set_trainable
 from ds_moe.models.load import build_outline
 from ds_moe.models.presets import preset_config
-from ds_moe.models.trainable import set_trainable
-from ds_moe.moe import ExpertParallel
+from ds_moe.moe.all_to_all import ExpertParallel
 
 
 def run(preset: str = "tiny-moe", **sections) -> RunConfig:

@@ -11,7 +11,7 @@ from ds_moe.errors import UserError
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.load import load_model
 from ds_moe.models.presets import build_preset
-from ds_moe.moe import ExpertParallel
+from ds_moe.moe.all_to_all import ExpertParallel
 
 
 def vl_batch(config, seed=0):

@@ -15,7 +15,7 @@ from ds_moe.models.families import expert_state, family_of
 from ds_moe.models.load import load_model
 from ds_moe.models.lora import add_lora
 from ds_moe.models.streaming import copy_range, read_unread
-from ds_moe.moe import ExpertParallel
+from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.weights import files as weight_files
 from ds_moe.weights.files import SafetensorsFiles
 from ds_moe.weights.layouts import stored_rows

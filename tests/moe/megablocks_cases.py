@@ -13,10 +13,15 @@ import torch.nn.functional as F
 from ds_moe.config.moe import ExpertsConfig, MoEConfig
 from ds_moe.models.convert import convert
 from ds_moe.models.presets import build_preset
-from ds_moe.moe import Experts, ForwardContext, LocalDispatcher, MoELayer, RoutingDecision, make_router
 from ds_moe.moe.backends.base import Backend
 from ds_moe.moe.backends.megablocks import Megablocks
 from ds_moe.moe.backends.megablocks_ops import active, load_megablocks
+from ds_moe.moe.context import ForwardContext
+from ds_moe.moe.decision import RoutingDecision
+from ds_moe.moe.dispatch import LocalDispatcher
+from ds_moe.moe.experts import Experts
+from ds_moe.moe.layer import MoELayer
+from ds_moe.moe.standalone import make_router
 from tests.launcher import report
 
 E = 6

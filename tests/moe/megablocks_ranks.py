@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 
 from ds_moe.engine.start import start_distributed
-from ds_moe.moe import AllToAllDispatcher, ExpertParallel, LocalDispatcher
+from ds_moe.moe.all_to_all import ExpertParallel
+from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from tests.distributed.dispatch_ranks import Case, D, E, build, run
 from tests.launcher import leave, report
 from tests.moe.megablocks_cases import difference, launches

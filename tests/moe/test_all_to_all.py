@@ -4,18 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from ds_moe.moe import (
-    AllToAllDispatcher,
-    ExpertParallel,
-    Experts,
-    ForwardContext,
-    LocalDispatcher,
-    MoELayer,
-    make_router,
-)
-from ds_moe.moe.all_to_all import RowCounts
-from ds_moe.moe.dispatch import regrouped
+from ds_moe.moe.all_to_all import ExpertParallel, RowCounts
+from ds_moe.moe.context import ForwardContext
+from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher, regrouped
 from ds_moe.moe.expert_lora import ExpertLoRA
+from ds_moe.moe.experts import Experts
+from ds_moe.moe.layer import MoELayer
+from ds_moe.moe.standalone import make_router
 
 D, F, E = 12, 20, 4
 

@@ -15,8 +15,7 @@ from ds_moe.config.moe import MoEConfig
 from ds_moe.config.run import RunConfig
 from ds_moe.errors import UserError
 from ds_moe.models.convert import EXPERT_BIAS, convert, load_expert_bias, moe_layers
-from ds_moe.models.families import family_of
-from ds_moe.models.freeze import freeze, frozen
+from ds_moe.models.freeze import set_trainable
 from ds_moe.models.presets import build_preset
 from ds_moe.moe.balance import AuxLoss, TokenStats, ZLoss, global_counts
 from ds_moe.moe.decision import RoutingDecision, count_experts
@@ -291,7 +290,7 @@ def test_the_run_file_refuses_a_bias_that_nothing_would_use():
 def test_router_only_trains_the_routers_and_nothing_else():
     config = run_with(train={"stage": "router_only"}, moe={"router": {"kind": "noisy_topk"}})
     model = build_preset("tiny-vl-moe")
-    freeze(model, frozen(config, family_of(model)))
+    set_trainable(model, config)
     convert(model, config.moe)
     trained = {name.split(".mlp.")[1] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"gate.weight", "gate.noise_weight"}

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ds_moe.moe import AuxLoss, Experts, ForwardContext, LocalDispatcher, MoELayer, checkpoint_contexts, make_router
+from ds_moe.moe.balance import AuxLoss
+from ds_moe.moe.context import ForwardContext
+from ds_moe.moe.dispatch import LocalDispatcher
+from ds_moe.moe.experts import Experts
+from ds_moe.moe.layer import MoELayer
+from ds_moe.moe.standalone import make_router
+from ds_moe.moe.tape import checkpoint_contexts
 
 D, F, E = 24, 20, 6  # never square: D != F, D != 2F
 

@@ -14,20 +14,15 @@ from ds_moe.config.moe import MoEConfig
 from ds_moe.errors import UserError
 from ds_moe.models.convert import convert
 from ds_moe.models.presets import build_preset
-from ds_moe.moe import (
-    AuxLoss,
-    ExpertChoiceRouter,
-    ExpertRouter,
-    Experts,
-    ForwardContext,
-    LoadBalancingLoss,
-    LocalDispatcher,
-    MoELayer,
-    checkpoint_contexts,
-    make_router,
-)
+from ds_moe.moe.balance import AuxLoss
+from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.decision import Assignments
+from ds_moe.moe.dispatch import LocalDispatcher
+from ds_moe.moe.experts import Experts
+from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.routers.limits import survives_dropout
+from ds_moe.moe.standalone import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss, make_router
+from ds_moe.moe.tape import checkpoint_contexts
 
 D = 12
 quick = settings(max_examples=60, deadline=None, derandomize=True)

@@ -9,7 +9,7 @@ from transformers import Qwen3MoeForCausalLM
 from ds_moe.config.moe import MoEConfig
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.presets import build_preset
-from ds_moe.moe import checkpoint_contexts
+from ds_moe.moe.tape import checkpoint_contexts
 from ds_moe.replay.record import RoutingRecorder, joined
 from tests.distributed.parity_ranks import batches
 

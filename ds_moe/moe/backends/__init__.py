@@ -26,12 +26,7 @@ from ds_moe.moe.backends.swiglu import Recompute
 
 __all__ = ["BACKENDS", "Backend", "Permutation", "Recompute", "backend_for", "choose_backend"]
 
-BACKENDS: dict[str, type[Backend]] = {
-    "grouped_mm": GroupedMM,
-    "megablocks": Megablocks,
-    "liger": Liger,
-    "reference": Reference,
-}
+BACKENDS = {"grouped_mm": GroupedMM, "megablocks": Megablocks, "liger": Liger, "reference": Reference}
 
 
 def choose_backend(device: str, dtype: torch.dtype) -> tuple[str, str]:

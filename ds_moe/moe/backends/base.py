@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ds_moe.moe.backends.swiglu import Recompute, swiglu
+from ds_moe.moe.backends.swiglu import Recompute, SwiGLU
 from ds_moe.moe.decision import count_experts
 
 
@@ -78,8 +78,18 @@ class Backend:
         weight_R: Tensor | None,
         recompute: Recompute,
     ) -> Tensor:
-        """(R, D): SiLU-gated experts, times each row's fp32 combine weight if given, with gradients."""
-        return swiglu(self.product, self.outer, rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, recompute)
+        """(R, D): SiLU-gated experts, `(SiLU(x Wg.T) * (x Wu.T) * weight) Wd.T`, with gradients.
+
+        Args:
+            rows_RD: `counts_e[i]` rows of expert i after those of expert i - 1; zeros are allowed.
+            gate_up_eOD: Wg above Wu, O = 2F.
+            down_eDF: Wd.
+            weight_R: combine weights in fp32 (or as wide as the rows); None: 1.
+            recompute: what backward computes again instead of keeping it from forward. It always keeps the rows;
+                beside them `none` keeps the first products (R, 2F) and the activation (R, F), `act` the first products,
+                and `all` nothing, so that one product of three is repeated.
+        """
+        return SwiGLU.apply(self.product, self.outer, recompute, rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R)
 
 
 class _Context(FunctionCtx):

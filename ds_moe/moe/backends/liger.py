@@ -61,11 +61,7 @@ class Liger(GroupedMM):
 
 @cache
 def load_liger(device: str) -> Callable[..., Tensor]:
-    """liger-kernel's fused expert function.
-
-    Raises:
-        UserError: the package cannot be used on this kind of device.
-    """
+    """liger-kernel's fused expert function. Raises `UserError` where the package cannot be used."""
     if reason := Liger.obstacle(device):
         raise UserError(f"moe.experts.backend=liger: {reason}")
     fused_moe = importlib.import_module("liger_kernel.ops.fused_moe")

@@ -51,11 +51,7 @@ def compiled(name: str) -> ModuleType | None:
 
 @cache
 def load_megablocks(device: str) -> ModuleType:
-    """The package megablocks with its `ops`, `backend.kernels` and layers, with stand-ins for what is not compiled.
-
-    Raises:
-        UserError: megablocks cannot be used on this kind of device.
-    """
+    """The package megablocks, with stand-ins for what is not compiled. Raises `UserError` where it cannot be used."""
     if reason := megablocks_obstacle(device):
         raise UserError(f"moe.experts.backend=megablocks: {reason}")
     install_stand_ins()

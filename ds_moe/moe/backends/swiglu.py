@@ -15,36 +15,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # `Backend.product` or `Bac
 BLOCK_BYTES = {"cpu": 2**21, "accelerator": 2**28}
 
 
-def swiglu(
-    product: Kernel,
-    outer: Kernel,
-    rows_RD: Tensor,
-    gate_up_eOD: Tensor,
-    down_eDF: Tensor,
-    counts_e: Tensor,
-    weight_R: Tensor | None = None,
-    recompute: Recompute = "act",
-) -> Tensor:
-    """`(SiLU(x Wg.T) * (x Wu.T) * weight) Wd.T` for rows grouped by expert: (R, D).
-
-    The combine weight multiplies the activation instead of the output, which is the same because the last product is
-    linear. It costs a pass over F columns instead of D, and the gradient of the weight needs no saved output.
-
-    Args:
-        product, outer: the kernels of a `Backend`.
-        rows_RD: `counts_e[i]` rows of expert i after those of expert i - 1; zeros are allowed.
-        gate_up_eOD: Wg above Wu, O = 2F.
-        down_eDF: Wd.
-        weight_R: combine weights in fp32 (or as wide as the rows); None: 1.
-        recompute: what backward computes again instead of keeping it from forward. It always keeps the rows; beside
-            them `none` keeps the first products (R, 2F) and the activation (R, F), `act` the first products, and `all`
-            nothing, so that one product of three is repeated.
-    """
-    return _SwiGLU.apply(product, outer, rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, recompute)
-
-
 class _Context(FunctionCtx):
-    """What `_SwiGLU` keeps for backward."""
+    """What `SwiGLU` keeps for backward."""
 
     product: Kernel
     outer: Kernel
@@ -52,25 +24,20 @@ class _Context(FunctionCtx):
     needs_input_grad: tuple[bool, ...]
 
 
-class _SwiGLU(torch.autograd.Function):
+class SwiGLU(torch.autograd.Function):
+    """`Backend.swiglu` in terms of its kernels.
+
+    The combine weight multiplies the activation instead of the output, which is the same because the last product is
+    linear. It costs a pass over F columns instead of D, and the gradient of the weight needs no saved output.
+    """
+
     @staticmethod
-    def forward(
-        ctx: _Context,
-        product: Kernel,
-        outer: Kernel,
-        rows_RD: Tensor,
-        gate_up_eOD: Tensor,
-        down_eDF: Tensor,
-        counts_e: Tensor,
-        weight_R: Tensor | None,
-        recompute: Recompute,
-    ) -> Tensor:
+    def forward(ctx: _Context, product: Kernel, outer: Kernel, recompute: Recompute, *tensors: Tensor | None) -> Tensor:
+        rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R = tensors
         both_RO = product(rows_RD, gate_up_eOD.transpose(-2, -1), counts_e)
         weighted_RF, act_RF = _activate(both_RO, weight_R, keep=recompute == "none")
         ctx.product, ctx.outer = product, outer
-        ctx.save_for_backward(
-            rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, None if recompute == "all" else both_RO, act_RF
-        )
+        ctx.save_for_backward(*tensors, None if recompute == "all" else both_RO, act_RF)
         return product(weighted_RF, down_eDF.transpose(-2, -1), counts_e)
 
     @staticmethod
@@ -78,7 +45,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, both_RO, act_RF = ctx.saved_tensors
         product, outer = ctx.product, ctx.outer
-        _, _, rows_wanted, gate_up_wanted, down_wanted, *_ = ctx.needs_input_grad
+        _, _, _, rows_wanted, gate_up_wanted, down_wanted, *_ = ctx.needs_input_grad
         grad_RD = grads[0].contiguous()  # autograd expands the gradient of a sum with stride 0
         if both_RO is None:
             both_RO = product(rows_RD, gate_up_eOD.transpose(-2, -1), counts_e)
@@ -88,7 +55,7 @@ class _SwiGLU(torch.autograd.Function):
         grad_down_eDF = outer(grad_RD, weighted_RF, counts_e) if down_wanted else None
         grad_gate_up_eOD = outer(grad_both_RO, rows_RD, counts_e) if gate_up_wanted else None
         grad_rows_RD = product(grad_both_RO, gate_up_eOD, counts_e) if rows_wanted else None
-        return None, None, grad_rows_RD, grad_gate_up_eOD, grad_down_eDF, None, grad_weight_R, None
+        return None, None, None, grad_rows_RD, grad_gate_up_eOD, grad_down_eDF, None, grad_weight_R
 
 
 def _blocks(rows_RO: Tensor) -> Iterator[slice]:

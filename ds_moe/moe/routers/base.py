@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,19 +14,10 @@ ROUTERS: dict[str, type[Router]] = {}  # moe.router.kind of a run file -> the cl
 TINY = 1e-20  # added to sums of scores that may be zero; too small to change any other (DeepSeek-V3 adds it too)
 
 
-class Limits(TypedDict):
-    """Arguments of `Router` that subclasses hand on to it."""
-
-    expert_dropout: float
-    jitter_noise: float
-    capacity_factor: float | None
-    drop: Drop
-
-
 class Router(nn.Module):
     """Base of all kinds: `class NewRouter(Router, kind="new")` is what `moe.router.kind: new` of a run file makes.
 
-    Routers have no defaults of their own: those of a run file stand in `ds_moe.config.moe`.
+    The defaults of a run file stand in `ds_moe.config.moe`; those here are for kinds that have no such key.
 
     The selection has no gradient; the combine weights are computed from the live scores of the selected experts. A
     forward that is given its selection (a recompute, a replay) therefore runs the same operations and saves the same
@@ -59,9 +48,9 @@ class Router(nn.Module):
         top_k: int,
         *,
         expert_dropout: float,
-        jitter_noise: float,
-        capacity_factor: float | None,
-        drop: Drop,
+        jitter_noise: float = 0.0,
+        capacity_factor: float | None = None,
+        drop: Drop = "position",
     ) -> None:
         nn.Module.__init__(self)  # not super(): a family's router class may follow in the MRO
         if not 1 <= top_k <= weight_ED.shape[0]:
@@ -81,10 +70,9 @@ class Router(nn.Module):
         chosen: Assignments | None = None,
         replayed_TK: Tensor | None = None,
     ) -> RoutingDecision:
-        """Route.
+        """Route hidden states.
 
         Args:
-            x_TD: hidden states.
             token_V: indices of the tokens to route; the others get no assignment. None: all.
             chosen: use these assignments, a token's beside each other, instead of selecting any.
             replayed_TK: use these experts instead of the selected ones (those of an inference engine, say), any integer
@@ -122,12 +110,7 @@ class Router(nn.Module):
         return torch.softmax(logits_TE, dim=-1, dtype=score_dtype(logits_TE))
 
     def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
-        """Select assignments, without a gradient.
-
-        Args:
-            ranked_TE: the scores, plus the loss-free bias if there is one.
-            token_V: as in `forward`.
-        """
+        """Select assignments, without a gradient, by the scores plus the loss-free bias if there is one."""
         raise NotImplementedError
 
     def weigh(self, scores_TE: Tensor, chosen: Assignments, tokens: int) -> Tensor:

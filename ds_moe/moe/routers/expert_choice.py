@@ -16,17 +16,8 @@ class ExpertChoice(Router, kind="expert_choice"):
     trained this way leaks the future and cannot generate.
     """
 
-    def __init__(
-        self,
-        weight_ED: nn.Parameter,
-        top_k: int,
-        *,
-        capacity_factor: float,
-        expert_dropout: float,
-        jitter_noise: float,
-    ) -> None:
-        noise = {"expert_dropout": expert_dropout, "jitter_noise": jitter_noise}
-        Router.__init__(self, weight_ED, top_k, **noise, capacity_factor=None, drop="position")
+    def __init__(self, weight_ED: nn.Parameter, top_k: int, *, capacity_factor: float, **noise: float) -> None:
+        Router.__init__(self, weight_ED, top_k, **noise)
         self.share = capacity_factor
 
     def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_moe.moe.decision import Assignments
 from ds_moe.moe.routers.base import Router, routed
@@ -11,12 +11,6 @@ from ds_moe.moe.routers.base import Router, routed
 
 class FixedRouter(Router):
     """Prefers no expert: logits 0, scores 1/E. Each of a token's n experts (K without drops) weighs 1/n."""
-
-    def __init__(
-        self, weight_ED: nn.Parameter, top_k: int, *, expert_dropout: float, capacity_factor: float | None
-    ) -> None:
-        limits = {"expert_dropout": expert_dropout, "capacity_factor": capacity_factor}
-        Router.__init__(self, weight_ED, top_k, **limits, jitter_noise=0.0, drop="position")
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return x_TD.new_zeros(x_TD.shape[0], self.weight.shape[0])

@@ -1,28 +1,16 @@
 """Each token chooses its K best experts."""
 
-from typing import Literal, Unpack
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_moe.moe.decision import Assignments
-from ds_moe.moe.routers.base import Limits, Router, routed, score_dtype, share_of_token
+from ds_moe.moe.routers.base import Router, routed, score_dtype, share_of_token
 
 Scores = Literal["softmax", "sigmoid"]
 Order = Literal["softmax_then_topk", "topk_then_softmax"]
-
-
-class TopKSettings(Limits):
-    """Arguments of `TopKRouter` that a subclass hands on to it."""
-
-    normalize: bool
-    scores: Scores
-    order: Order
-    route_scale: float
-    groups: int | None
-    top_groups: int | None
-    temperature: float
 
 
 class TopKRouter(Router, kind="topk"):
@@ -40,6 +28,7 @@ class TopKRouter(Router, kind="topk"):
         groups: split the experts into this many groups of neighbours (those of a node, say); a token chooses only from
             its best `top_groups` groups. A group's score is the sum of its two best experts' (or that of its only one).
         temperature: logits are divided by it before they are scored.
+        limits: the other arguments of `Router`.
 
     Raises:
         ValueError: groups that do not divide the experts, or hold fewer than K.
@@ -57,7 +46,7 @@ class TopKRouter(Router, kind="topk"):
         groups: int | None,
         top_groups: int | None,
         temperature: float,
-        **limits: Unpack[Limits],
+        **limits: object,
     ) -> None:
         Router.__init__(self, weight_ED, top_k, **limits)
         experts = weight_ED.shape[0]
@@ -102,9 +91,7 @@ class NoisyTopKRouter(TopKRouter, kind="noisy_topk"):
     the noise of every expert the standard deviation noise_std * ln 2. In evaluation there is no noise.
     """
 
-    def __init__(
-        self, weight_ED: nn.Parameter, top_k: int, *, noise_std: float, **settings: Unpack[TopKSettings]
-    ) -> None:
+    def __init__(self, weight_ED: nn.Parameter, top_k: int, *, noise_std: float, **settings: object) -> None:
         TopKRouter.__init__(self, weight_ED, top_k, **settings)
         self.noise_std = noise_std
         self.noise_weight = nn.Parameter(torch.zeros_like(weight_ED), requires_grad=weight_ED.requires_grad)

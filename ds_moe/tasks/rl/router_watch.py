@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_moe.moe import MoELayer, Router
 from ds_moe.moe.decision import RoutingDecision
+from ds_moe.moe.layer import MoELayer
+from ds_moe.moe.routers import Router
 from ds_moe.moe.tape import current_tape
 from ds_moe.replay.metrics import routing_difference
 from ds_moe.replay.ratios import expert_logprobs

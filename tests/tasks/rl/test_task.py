@@ -13,7 +13,7 @@ from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.distributed import Topology
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.presets import build_preset
-from ds_moe.moe import checkpoint_contexts
+from ds_moe.moe.tape import checkpoint_contexts
 from ds_moe.replay.record import RoutingRecorder, joined
 from ds_moe.tasks.rl.rollouts import RolloutBatch
 from ds_moe.tasks.rl.task import PolicyOptimization

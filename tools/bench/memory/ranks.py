@@ -22,8 +22,8 @@ from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import on_cpu, start_distributed
 from ds_moe.memory.predict import predict
 from ds_moe.models.families import family_of
+from ds_moe.models.freeze import set_trainable
 from ds_moe.models.load import build_outline
-from ds_moe.models.trainable import set_trainable
 from tools.bench.launched import leave, read_plan, resident, write_result
 
 import_module("ds_moe.train")  # its libraries belong to what a rank of a run has
