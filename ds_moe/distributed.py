@@ -1,11 +1,6 @@
-"""Where a process stands in its job, and the helpers for what its ranks must do alike.
+"""Where a process stands in its job, and helpers for what its ranks must do alike.
 
-over_ranks      every rank gets the values of all ranks
-raise_together  if one rank has found an error, all ranks raise it
-together        all ranks run an action, get all results, and raise if it failed on any of them
-parallel        whether there are other ranks at all
-
-The first three are collective: every rank must call them, in the same order.
+What is called collective must be called by every rank, in the same order.
 """
 
 from collections.abc import Callable

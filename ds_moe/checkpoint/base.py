@@ -14,8 +14,8 @@ SAMPLE = 2**16  # bytes to read at the start, in the middle and at the end of a 
 def base_identity(config: RunConfig, adapters: Mapping[str, Sequence[Path]] | None = None) -> dict[str, object]:
     """Identify the weights of model and adapters: a JSON-able value that is equal for equal weights.
 
-    It holds a hash of the size and of samples of each weight file, because hashing every byte of a large model would
-    take minutes at every save. Another checkpoint, dtype or layout of the same model has other samples.
+    It holds a hash of the size and of samples of each weight file; to hash every byte would take minutes at every save.
+    Another checkpoint, dtype or layout of the same model has other samples.
 
     Args:
         adapters: files of each adapter that the run uses unchanged, by name, in the order of the gate's outputs.
@@ -36,7 +36,7 @@ def _sampled(file: Path) -> str:
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
-        for start in (0, max(size // 2, 0), max(size - SAMPLE, 0)):
+        for start in (0, size // 2, max(size - SAMPLE, 0)):
             stream.seek(start)
             digest.update(stream.read(SAMPLE))
     return digest.hexdigest()

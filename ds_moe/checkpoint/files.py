@@ -60,11 +60,8 @@ def incomplete(path: Path) -> str | None:
 
 
 def _problem_of_files(path: Path, files: dict[str, Any]) -> str | None:
-    """Check presence and size of the files.
-
-    A checkpoint may come from somebody else. A manifest that names a file outside of the folder is refused, because
-    this program would open the file, and an export would copy it.
-    """
+    """Check presence and size of the files. One outside of the folder is refused: a checkpoint may come from somebody
+    else, this program would open the file, and an export would copy it."""
     for name, entry in files.items():
         size, sha256 = entry["size"], entry["sha256"]
         if not (path / name).resolve().is_relative_to(path.resolve()):
@@ -109,8 +106,7 @@ def damaged(path: Path, share: int = 0, shares: int = 1) -> str | None:
 def find_checkpoint(source: Path) -> Path:
     """`source` itself if it is a checkpoint, or the newest complete checkpoint of a run's output folder.
 
-    Raises:
-        UserError: `source` is neither, or the checkpoint is damaged.
+    Raises `UserError` where it is neither, or the checkpoint is damaged.
     """
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
     found = newest_complete(folder) or next(iter(step_folders(folder)), source)
@@ -146,11 +142,7 @@ class Reader:
         return [max(piece[2] for piece in pieces), *shape[1:]] if shape else shape
 
     def read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """Read the tensor `kind/name`, or its rows [start, stop) of the first dimension.
-
-        Raises:
-            UserError: the checkpoint lacks the tensor or some of the rows.
-        """
+        """Read the tensor `kind/name`, or its rows [start, stop). Raises `UserError` where the checkpoint lacks any."""
         pieces = sorted(self.tensors.get(key, []), key=lambda piece: piece[1])
         if not pieces:
             raise UserError(f"checkpoint {self.path} holds no {key}")

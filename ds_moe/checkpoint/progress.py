@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TypedDict
 
 
 @dataclass
@@ -27,25 +26,13 @@ class Figures:
 
     def as_json(self, task: str) -> dict[str, object]:
         """The known figures of a run of this task."""
-        known = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) is not None}
-        return {task if name == "task" else name: value for name, value in known.items()}
+        return {task if name == "task" else name: value for name, value in vars(self).items() if value is not None}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, object], task: str) -> Figures:
         """The inverse of `as_json`; figures of other tasks are left out."""
-        names = {one.name for one in fields(cls)} - {"task"}
-        known = {name: value for name, value in saved.items() if name in names}
-        return cls(**known, task=saved.get(task))
-
-
-class SavedProgress(TypedDict):
-    """The keys of a checkpoint's `state.json` that hold a `Progress`; there are others."""
-
-    step: int
-    file_from: int
-    result: dict[str, object]
-    evaluation_due: bool
-    best_loss: float | None
+        own = {one.name: saved.get(one.name) for one in fields(cls)}
+        return cls(**(own | {"task": saved.get(task)}))
 
 
 @dataclass
@@ -64,7 +51,8 @@ class Progress:
         """Whether the last step is done."""
         return self.step == self.total_steps
 
-    def as_json(self, task: str) -> SavedProgress:
+    def as_json(self, task: str) -> dict[str, object]:
+        """Keys of a checkpoint's `state.json`; there are others."""
         return {
             "step": self.step,
             "file_from": self.file_from,

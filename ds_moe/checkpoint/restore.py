@@ -56,16 +56,10 @@ def _problem(path: Path, topology: Topology) -> str | None:
 def load(
     engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path, base: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Load weights, Adam, schedule and random states from a checkpoint of any topology (collective).
-
-    Args:
-        base: the base of this run, as in `save.Saving`.
-
-    Returns:
-        The `state` that was saved.
+    """Load weights, Adam, schedule and random states from a checkpoint of any topology; its `state` (collective).
 
     Raises:
-        UserError: the checkpoint's tensors do not fit this model, or it was trained on another base.
+        UserError: the checkpoint's tensors do not fit this model, or it was trained on another `base` (of `Saving`).
     """
     manifest = read_manifest(path)
     state = json.loads((path / "state.json").read_text())

@@ -7,8 +7,8 @@ are stored by parameter rather than by ZeRO partition, so that any world size, E
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,38 +69,33 @@ class Saving:
             "base": base,
         }
         together(topology, f"prepare {self.partial}", self._prepare if topology.rank == 0 else lambda: None)
-        self._tensors = _collect(engine, topology, base is None, progress)
-        self._rng = _rng_states(topology)
-        self._share: _Share | None = None
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._write, name="checkpoint")
-        self._thread.start()
+        tensors = _collect(engine, topology, base is None, progress)
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self._share = thread.submit(_write_rank, self.partial, topology.rank, tensors, _rng_states(topology))
+        thread.shutdown(wait=False)  # it ends when it has written
 
     @property
     def written(self) -> bool:
-        """Whether the thread has ended: it has written this rank's files, or has failed."""
-        return not self._thread.is_alive()
+        """Whether the thread has written this rank's files, or has failed."""
+        return self._share.done()
 
     def finish(self, progress: Callable[[], None] = lambda: None) -> Path:
         """Wait for the files of all ranks and make them a checkpoint (collective).
 
-        Earlier complete checkpoints are deleted, except for the newest `keep` - 1.
-
-        Args:
-            progress: called whenever this rank's files have grown.
+        Earlier complete checkpoints are deleted, except for the newest `keep` - 1. `progress` is called whenever this
+        rank's files have grown.
 
         Raises:
             UserError: on every rank, if any rank could not write. Earlier checkpoints are not touched, and the files of
                 this one are removed.
         """
         size = 0
-        while self._thread.is_alive():
-            self._thread.join(POLL_S)
+        while wait([self._share], POLL_S).not_done:
             if (now := self._size()) > size:
                 size = now
                 progress()
         try:
-            shares = together(self.topology, f"write checkpoint {self.final}", self._own_share)
+            shares = together(self.topology, f"write checkpoint {self.final}", self._share.result)
             complete = (lambda: self._complete(shares)) if self.topology.rank == 0 else lambda: None
             together(self.topology, f"finish checkpoint {self.final}", complete)
         except UserError:
@@ -116,19 +111,6 @@ class Saving:
         for left in self.folder.glob(f"{PARTIAL}*"):  # a run that was killed has left these
             shutil.rmtree(left)
         self.partial.mkdir(parents=True)
-
-    def _write(self) -> None:
-        try:
-            self._share = _write_rank(self.partial, self.topology.rank, self._tensors, self._rng)
-        except Exception as error:  # of any kind; `finish` reports it to all ranks
-            self._failure = error
-        self._tensors = {}
-
-    def _own_share(self) -> _Share:
-        if self._failure is not None:
-            raise self._failure
-        assert self._share is not None
-        return self._share
 
     def _complete(self, shares: list[_Share]) -> None:
         self.write_extras(self.partial)

@@ -1,7 +1,7 @@
 """Builds a DeepSpeed engine from a model and a run's settings, and checks what must hold before the first step."""
 
 from collections.abc import Callable
-from typing import NotRequired, TypedDict, cast
+from typing import Any
 
 import deepspeed
 import torch.distributed as dist
@@ -20,31 +20,22 @@ from ds_moe.errors import UserError
 from ds_moe.models.convert import moe_layers
 
 
-class ParameterGroup(TypedDict):
-    """An optimizer group as DeepSpeed wants it, name included."""
-
-    name: str
-    params: list[nn.Parameter]
-    weight_decay: float
-    lr: NotRequired[float | None]
-
-
-def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | None = None) -> list[ParameterGroup]:
+def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | None = None) -> list[dict[str, Any]]:
     """The optimizer's groups, as DeepSpeed wants them.
 
-    Matrices have weight decay, vectors have none, and experts have groups of their own. With an `adapter_lr`, so do the
-    adapters of a gated model.
+    Matrices have weight decay, vectors have none, and experts have groups of their own. With an `adapter_lr`, their
+    learning rate, so do the adapters of a gated model.
     """
     banked = {id(one) for one in model.adapter_bank.parameters()} if adapter_lr is not None else set()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     others = [parameter for parameter in trained if id(parameter) not in banked]
     adapters = [parameter for parameter in trained if id(parameter) in banked]
-    groups: list[ParameterGroup] = [
+    groups = [
         {"name": "matrices", "params": [one for one in others if _dimensions(one) > 1], "weight_decay": weight_decay},
         {"name": "vectors", "params": [one for one in others if _dimensions(one) <= 1], "weight_decay": 0.0},
         {"name": "adapters", "params": adapters, "weight_decay": weight_decay, "lr": adapter_lr},
     ]
-    split = cast(list[ParameterGroup], split_params_into_different_moe_groups_for_optimizer(groups))
+    split = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in split if group["params"]]
 
 
@@ -59,13 +50,8 @@ def scheduler_factory(config: TrainConfig, total_steps: int) -> Callable[[Optimi
         kind, specific = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
     elif kind == "constant":
         kind = "constant_with_warmup"
-    return lambda optimizer: get_scheduler(
-        kind,
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=specific,
-    )
+    steps = {"num_warmup_steps": config.warmup_steps, "num_training_steps": total_steps}
+    return lambda optimizer: get_scheduler(kind, optimizer, **steps, scheduler_specific_kwargs=specific)
 
 
 def build_engine(
@@ -76,9 +62,6 @@ def build_engine(
     adapter_lr: float | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """Call `deepspeed.initialize` on a prepared model and check our invariants afterwards.
-
-    Args:
-        adapter_lr: learning rate of the adapters of a gated model; None: they have none of their own.
 
     Raises:
         UserError: a combination that DeepSpeed cannot train.
@@ -96,12 +79,8 @@ def build_engine(
         set_z3_leaf_modules(model, [BoundMoELayer])
     groups = parameter_groups(model, config.train.weight_decay, adapter_lr)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=groups,
-        config=ds_config,
-        lr_scheduler=scheduler_factory(config.train, total_steps),
-    )
+    schedule = scheduler_factory(config.train, total_steps)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config, lr_scheduler=schedule)
     _check_invariants(engine, layers, grouped, stage)
     return engine
 

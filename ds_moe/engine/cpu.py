@@ -1,8 +1,7 @@
 """Builds `deepspeed_shm_comm`, the op that DeepSpeed compiles for CPU runs, and sets the environment of CPU ranks.
 
-DeepSpeed compiles the op when the first CPU process group starts. For about 100 s the run then looks hung; and if such
-a build is killed, it leaves a lock that every later run waits for, without a message. `python -m ds_moe.engine.cpu`
-builds the op beforehand, says what it does, and removes such a lock. If the op is up to date it does almost nothing.
+Left to DeepSpeed, the first CPU process group compiles the op: the run looks hung for about 100 s, and a killed build
+leaves a lock that every later run waits for, without a message. `python -m ds_moe.engine.cpu` builds it beforehand.
 """
 
 import os
@@ -57,10 +56,9 @@ def ready(extensions: Path) -> bool:
 
 
 def lock_holder(lock: Path) -> int | None:
-    """The process that holds `lock`, or None. torch keeps the file open as long as it builds.
+    """The process of this machine that holds `lock`, or None. torch keeps the file open as long as it builds.
 
-    This finds processes of this machine only. If several machines share a home folder, give each its own
-    TORCH_EXTENSIONS_DIR.
+    Machines that share a home folder need a TORCH_EXTENSIONS_DIR each.
     """
     return next((pid for pid in psutil.pids() if str(lock) in _open_paths(pid)), None)
 
@@ -85,8 +83,7 @@ def remove_stale_lock(extensions: Path) -> bool:
 def build() -> None:
     """Build the op unless it is up to date, and say first how long that takes.
 
-    Raises:
-        UserError: the compiler or the headers of this Python are missing.
+    Raises `UserError` where the compiler or the headers of this Python are missing.
     """
     _check_tools()
     extensions = extensions_dir()
@@ -125,7 +122,7 @@ def _check_tools() -> None:
 
 
 def cores() -> int:
-    """CPUs that this job has on this machine: where it may run, or fewer, by SLURM's word or a container's quota."""
+    """CPUs of this job on this machine: where it may run, or fewer by SLURM's word or a container's quota."""
     counts = [len(os.sched_getaffinity(0))]
     if (given := os.environ.get("SLURM_CPUS_ON_NODE", "")).isdecimal():
         counts.append(int(given))
@@ -167,11 +164,8 @@ def cpu_settings(ranks: int) -> dict[str, str]:
     The MALLOC_ variables keep glibc from returning the experts' buffers to the system after every step, which would
     cost page faults.
     """
-    settings = {
-        "OMP_NUM_THREADS": str(threads_of_rank(ranks)),
-        "MALLOC_MMAP_THRESHOLD_": str(2**32),
-        "MALLOC_TRIM_THRESHOLD_": str(2**35),
-    }
+    malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**35)}
+    settings = {"OMP_NUM_THREADS": str(threads_of_rank(ranks)), **malloc}
     chosen = {name: os.environ.get(name) or value for name, value in settings.items()}
     return {"DS_ACCELERATOR": "cpu", **chosen, "TORCH_EXTENSIONS_DIR": str(extensions_dir())}
 

@@ -25,7 +25,9 @@ class BoundMoELayer(MoELayer, AutoEPMoELayer):
         self.ep_group_name = f"ep_size_{self.ep_size}"
         self.num_experts = self.gate.weight.shape[0]
         for parameter in self.experts.parameters():
-            _place_on_expert_ranks(parameter, self.ep_group_name)
+            parameter.allreduce = False
+            parameter.group_name = parameter.ds_zero_partition_group_name = self.ep_group_name
+            parameter.ds_zero_placement_family = "autoep_expert"
         for module in (self.gate, self.shared):
             for parameter in module.parameters() if module is not None else ():
                 parameter.ds_zero_placement_family = "replicated"
@@ -37,13 +39,6 @@ class BoundMoELayer(MoELayer, AutoEPMoELayer):
         create_groups(self.ep_size)
         if self.ep_size > 1:
             self.dispatcher.ep.group = groups._get_expert_parallel_group(self.ep_group_name)
-
-
-def _place_on_expert_ranks(parameter: nn.Parameter, group_name: str) -> None:
-    parameter.allreduce = False
-    parameter.group_name = group_name
-    parameter.ds_zero_placement_family = "autoep_expert"
-    parameter.ds_zero_partition_group_name = group_name
 
 
 def create_groups(ep_size: int) -> None:

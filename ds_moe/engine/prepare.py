@@ -58,12 +58,9 @@ def prepare_model(
 
 
 def read_weights(model: PreTrainedModel, config: RunConfig, topology: Topology, ds_config: dict[str, object]) -> int:
-    """Read the weights that `load_model` left in their files into this rank's memory.
+    """Read the weights that `load_model` left in their files into this rank's memory; returns the bytes read.
 
     A rank reads its own experts only, and under ZeRO-3 only its shards. A complete model is left as it is.
-
-    Returns:
-        Bytes read by this rank.
     """
     if not any(is_unread(parameter) for parameter in model.parameters()):
         return 0

@@ -23,8 +23,7 @@ def on_cpu() -> bool:
 def start_distributed(ep_size: int) -> Topology:
     """Join the job that the launcher started, or make one of a single process, and bind this process to its device.
 
-    Raises:
-        UserError: `ep_size` does not divide the number of processes.
+    Raises `UserError` where `ep_size` does not divide the number of processes.
     """
     ops.use_environment()
     ops.share_cores()

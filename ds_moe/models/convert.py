@@ -16,7 +16,7 @@ from ds_moe.config.moe import ExpertsConfig, LossFreeBalance, MoEConfig
 from ds_moe.config.rules.moe import noncausal
 from ds_moe.errors import UserError
 from ds_moe.models.families import BIAS_SUFFIX, FAMILIES, Family, moe_blocks
-from ds_moe.models.generation import cache_of
+from ds_moe.models.generation import Arguments, Keywords, cache_of
 from ds_moe.models.hf_experts import is_silu
 from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.moe.balance import BALANCERS
@@ -25,13 +25,10 @@ from ds_moe.moe.dispatch import DISPATCHERS
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing
-from ds_moe.moe.routers import ROUTERS
+from ds_moe.moe.routers import ROUTERS, Router
 from ds_moe.weights.unread import is_unread
 
 EXPERT_BIAS = "expert_bias.safetensors"  # where an export keeps the biases that its architecture has no place for
-
-Arguments = tuple[object, ...]  # of a forward of transformers, as torch hands them to hooks
-Keywords = dict[str, object]
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -40,15 +37,11 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def convert(
-    model: PreTrainedModel,
-    config: MoEConfig,
-    ep: ExpertParallel | None = None,
-    layer_class: type[MoELayer] = MoELayer,
+    model: PreTrainedModel, config: MoEConfig, ep: ExpertParallel | None = None, layer_class: type[MoELayer] = MoELayer
 ) -> ForwardContext:
     """Replace every MoE block of `model` in place, keeping only the experts of rank `ep.rank`.
 
     Args:
-        model: of transformers; its `config.model_type` is that of a row of `FAMILIES` with MoE blocks.
         config: the run's `moe` section.
         ep: this rank's place in expert parallelism; None: all experts here.
         layer_class: `MoELayer`, or the subclass that an engine recognises.
@@ -63,34 +56,20 @@ def convert(
     """
     ep = ep or ExpertParallel()
     family, blocks = _convertible(model, ep)
+    if leak := noncausal(config.router):
+        raise UserError(leak)
     text_config = model.config.get_text_config()
     context = ForwardContext(replay_moves_bias=config.replay.moves_bias)
     kind = config.dispatch.kind if config.dispatch.kind != "auto" else ("local" if ep.size == 1 else "all_to_all")
     dispatcher = DISPATCHERS[kind](ep, config.experts.backend, config.experts.apply_weight, config.dispatch.chunks)
-    balancers = [
-        BALANCERS[balance.kind](**balance.model_dump(exclude={"kind"}))
-        for balance in config.balance
-        if balance.kind in BALANCERS
-    ]
-    if leak := noncausal(config.router):
-        raise UserError(leak)
-    router = ROUTERS[config.router.kind]
+    balances = [balance for balance in config.balance if balance.kind in BALANCERS]
+    balancers = [BALANCERS[balance.kind](**balance.model_dump(exclude={"kind"})) for balance in balances]
+    of_all = {"dispatcher": dispatcher, "context": context, "balancers": balancers}
     settings = config.router.settings(text_config.num_experts_per_tok, family.moe.normalizes(text_config))
     for index, (name, block) in enumerate(blocks):
-        block.gate.weight.requires_grad_(config.router.learns and block.gate.weight.requires_grad)
-        layer = layer_class(
-            gate=_recordable(router, type(block.gate))(block.gate.weight, **settings),
-            experts=_owned_experts(block.experts, ep, config.experts),
-            dispatcher=dispatcher,
-            context=context,
-            index=index,
-            balancers=balancers,
-        )
-        for balance in config.balance:
-            if isinstance(balance, LossFreeBalance):
-                layer.gate.balancing = LossFreeBalancing(
-                    text_config.num_experts, **balance.model_dump(exclude={"kind"})
-                )
+        gate = _router(config, block.gate, settings)
+        experts = _owned_experts(block.experts, ep, config.experts)
+        layer = layer_class(gate=gate, experts=experts, index=index, **of_all)
         model.set_submodule(name, layer.train(model.training))
     text_config.num_experts_per_tok = settings["top_k"]
     model.register_forward_pre_hook(_take_routing(context, len(blocks), settings["top_k"]), with_kwargs=True)
@@ -103,11 +82,7 @@ def convert(
 
 
 def _convertible(model: PreTrainedModel, ep: ExpertParallel) -> tuple[Family, list[tuple[str, nn.Module]]]:
-    """The family of a model, and its MoE blocks with their paths.
-
-    Raises:
-        UserError: the model has no blocks, or blocks that our layer cannot replace.
-    """
+    """The family of a model and its MoE blocks with their paths. Raises `UserError` for none that we can replace."""
     model_type, text_config = model.config.model_type, model.config.get_text_config()
     family = FAMILIES.get(model_type)
     if family is None or family.moe is None:
@@ -138,11 +113,9 @@ def _refuse_cache(module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
 def load_expert_bias(model: nn.Module, path: str) -> None:
     """Fill the loss-free biases of a converted model from the export at `path`, if that has any and the run uses them.
 
-    Args:
-        path: local folder or hub id; `EXPERT_BIAS` in it holds one fp32 (E,) tensor a layer, by the bias's name here.
+    `EXPERT_BIAS` in this folder or hub id holds one fp32 (E,) tensor a layer, by the bias's name here.
 
-    Raises:
-        UserError: the file is of another model.
+    Raises `UserError` if it is of another model.
     """
     biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(BIAS_SUFFIX)}
     file = cached_file(path, EXPERT_BIAS, _raise_exceptions_for_missing_entries=False) if biases else None
@@ -156,9 +129,15 @@ def load_expert_bias(model: nn.Module, path: str) -> None:
         bias.copy_(saved[name])
 
 
-def _recordable(router: type[nn.Module], family_router: type[nn.Module]) -> type[nn.Module]:
+def _router(config: MoEConfig, gate: nn.Module, settings: dict[str, object]) -> Router:
     """Our router as a subclass of the family's, so that transformers' `output_router_logits` finds it."""
-    return type(router.__name__, (router, family_router), {})
+    kind = ROUTERS[config.router.kind]
+    gate.weight.requires_grad_(config.router.learns and gate.weight.requires_grad)
+    router = type(kind.__name__, (kind, type(gate)), {})(gate.weight, **settings)
+    for balance in config.balance:
+        if isinstance(balance, LossFreeBalance):
+            router.balancing = LossFreeBalancing(gate.weight.shape[0], **balance.model_dump(exclude={"kind"}))
+    return router
 
 
 def _owned_experts(experts: nn.Module, ep: ExpertParallel, config: ExpertsConfig) -> Experts:

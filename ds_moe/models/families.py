@@ -99,10 +99,8 @@ class Family:
 
     @property
     def parts(self) -> dict[str, str]:
-        """Part of the model that a run may freeze -> pattern of its parameters' names.
-
-        Input embedding and output layer are one part: tied, they are one weight, which has the embedding's name.
-        """
+        """Part that a run may freeze -> pattern of its parameters' names. Embedding and head may be one weight, so they
+        are one part."""
         return {
             "vision": rf"^{re.escape(self.vision)}\." if self.vision else NOTHING,
             "router": self.moe.router if self.moe else NOTHING,

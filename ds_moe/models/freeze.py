@@ -14,8 +14,7 @@ from ds_moe.models.lora import add_lora
 def set_trainable(model: PreTrainedModel, config: RunConfig) -> None:
     """Freeze what a run does not train of an unconverted model, and add the low-rank updates it trains instead.
 
-    Raises:
-        UserError: nothing is left to train, or a pattern or target matches nothing.
+    Raises `UserError` where nothing is left to train, or a pattern or target matches nothing.
     """
     if config.lora is not None:
         add_lora(model, config.lora, config.train.seed)

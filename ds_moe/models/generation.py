@@ -1,19 +1,19 @@
 """How a model generates: where it stops, and what a folder's generation config may not decide."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
+Arguments = tuple[object, ...]  # of a forward of transformers, as torch hands them to hooks
+Keywords = dict[str, object]
 
-def cache_of(arguments: Mapping[str, object]) -> Cache | None:
-    """The cache of earlier tokens among a forward's keyword arguments.
 
-    transformers 5.24 calls it `cache`; 5.23 called it `past_key_values` and already takes both.
-    """
-    found = (arguments.get(name) for name in ("cache", "past_key_values"))
-    return cast("Cache | None", next((cache for cache in found if cache is not None), None))
+def cache_of(arguments: Keywords) -> Cache | None:
+    """The cache of earlier tokens among a forward's keyword arguments, as transformers 5.24 or 5.23 calls it."""
+    found = arguments.get("cache")
+    return cast("Cache | None", found if found is not None else arguments.get("past_key_values"))
 
 
 def stop_tokens(config: GenerationConfig) -> list[int]:

@@ -26,9 +26,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
 
     Args:
         experts: has `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F).
-        hidden_states: (T, D).
-        top_k_index: (T, K) experts.
-        top_k_weights: (T, K).
+        hidden_states: (T, D); the other two are (T, K).
 
     Raises:
         ValueError: experts that are not SiLU-gated, that have biases, or whose gate rows do not lie above the up rows.

@@ -27,11 +27,8 @@ WRAPPED = {"gate_up": "base_layer.", "down": ""}
 def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
     """Freeze an unconverted `model` and give it the updates that `config` asks for.
 
-    Args:
-        seed: of the updates of the first MoE layer's experts; each further layer counts on from it.
-
-    Raises:
-        UserError: a target that is no linear layer of the model.
+    `seed` is of the updates of the first MoE layer's experts, and each further layer counts on from it. Raises
+    `UserError` for a target that is no linear layer of the model.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -48,14 +45,8 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
 
 
 def peft_config(config: LoRAConfig, targets: list[str], target_parameters: list[str] | None = None) -> peft.LoraConfig:
-    return peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        use_rslora=config.rslora,
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        target_parameters=target_parameters,
-    )
+    own = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.rslora, "lora_dropout": config.dropout}
+    return peft.LoraConfig(**own, target_modules=targets, target_parameters=target_parameters)
 
 
 def scaling(config: LoRAConfig) -> float:

@@ -37,11 +37,7 @@ _VISION = {
 
 
 def preset_config(name: str) -> PretrainedConfig:
-    """The transformers config of a preset.
-
-    Raises:
-        UserError: unknown name.
-    """
+    """The transformers config of a preset. Raises `UserError` for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"model.preset {name!r} is unknown; choose one of {sorted(PRESETS)}")
     model_type = PRESETS[name]

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ds_moe.distributed import parallel
 from ds_moe.models.families import family_of
-from ds_moe.models.generation import cache_of
+from ds_moe.models.generation import Arguments, Keywords, cache_of
 
 
 def has_vision(model: nn.Module) -> bool:
@@ -26,12 +26,10 @@ def keep_vision_in_step(model: PreTrainedModel) -> None:
     `encode_blank` itself.
     """
 
-    def hook(
-        decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> tuple[tuple[object, ...], dict[str, object]]:
+    def hook(decoder: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords] | None:
         generating = cache_of(kwargs) is not None
         if generating or kwargs.get("visual_pos_masks") is not None or not parallel():
-            return args, kwargs
+            return None
         embeds_BSD = cast(Tensor, kwargs["inputs_embeds"])
         zero = encode_blank(model, embeds_BSD.device).to(embeds_BSD.dtype)
         return args, {**kwargs, "inputs_embeds": embeds_BSD + zero}

@@ -51,10 +51,8 @@ class RowCounts:
     """How many rows each rank has for each expert: exchanged by an all-to-all, then copied to the host.
 
     An all-to-all of uneven sizes needs them on the host, which is the layer's only sync. It happens in `on_host`, so
-    the device works on what it was given before that call while the counts travel.
-
-    Args:
-        sent_Pne: int64 rows that this rank has for each rank P, chunk n of its experts, and expert e of the chunk.
+    the device works on what it was given before that call while the counts travel. `sent_Pne` are int64 rows that this
+    rank has for each rank P, chunk n of its experts, and expert e of the chunk.
     """
 
     def __init__(self, sent_Pne: Tensor, ep: ExpertParallel) -> None:
@@ -121,34 +119,28 @@ class AllToAll:
         return tuple(arrived for _, arrived, _ in in_flight)
 
 
-class _Context(FunctionCtx):
-    """What both functions keep for backward."""
-
-    all_to_all: AllToAll
-
-
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, all_to_all: AllToAll, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionCtx, all_to_all: AllToAll, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.all_to_all = all_to_all
         return all_to_all.launch(tensors, all_to_all.send, all_to_all.receive)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """`grads` are the placeholders that `_Wait.backward` returned; the real gradients are in flight since then."""
         return None, *ctx.all_to_all.complete()
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, all_to_all: AllToAll, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionCtx, all_to_all: AllToAll, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.all_to_all = all_to_all
         return tuple(arrived.view_as(arrived) for arrived in all_to_all.complete())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Send the gradients off, and return tensors of the shapes that autograd checks.
 
         Autograd fills in zeros for an output that nothing used, so every rank takes part in every all-to-all.

@@ -99,13 +99,7 @@ class ZLoss:
 
 
 def global_counts(token_V: Tensor | None, tokens: int, counts_E: Tensor) -> GlobalCounts:
-    """Sum the counts of all ranks (collective: a forward may call it, a recompute must not).
-
-    Args:
-        token_V: as in `TokenStats`.
-        tokens: T.
-        counts_E: int64, this rank's assignments of each expert.
-    """
+    """Sum the counts of all ranks (collective: a forward may call it, a recompute must not). `tokens` is T."""
     real = tokens if token_V is None else token_V.numel()
     sums = torch.cat([counts_E, counts_E.new_tensor([real])])
     ranks = 1
@@ -151,7 +145,6 @@ def normalized_scores(decision: RoutingDecision, stats: TokenStats) -> Tensor:
 
 
 def _real(values_TE: Tensor, stats: TokenStats) -> Tensor:
-    """The rows of the real tokens."""
     return values_TE if stats.token_V is None else values_TE.index_select(0, stats.token_V)
 
 

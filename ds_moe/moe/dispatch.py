@@ -7,7 +7,8 @@ recompute moves its rows exactly as its forward did.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from ds_moe.moe.permute import inverse, permute, sort_by_expert, sum_per_token, 
 
 ApplyWeight = Literal["before", "after"]
 RunExperts = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # rows, rows of each expert, combine weights -> rows
+# Rows for some of this rank's experts, which may still be travelling. Called with these experts, a chunk waits for its
+# rows, runs them and sends the results back. It returns a function that waits for those of this rank's own tokens.
+Chunk = Callable[[RunExperts], Callable[[], Tensor]]
 
 
 @dataclass
@@ -28,18 +32,6 @@ class DispatchPlan:
     permutation: Permutation
     counts_E: Tensor  # int64: this rank's assignments of every global expert
     row_counts: RowCounts | None = None  # how many rows travel between ranks; None: every expert is on this rank
-
-
-class Chunk(Protocol):
-    """Rows for some of this rank's experts, which may still be travelling."""
-
-    def run(self, experts: RunExperts) -> Callable[[], Tensor]:
-        """Wait for the rows, run them through the experts and send the results back.
-
-        Returns:
-            A function that waits until the results of this rank's own tokens are back, and returns them.
-        """
-        ...
 
 
 class Dispatcher:
@@ -76,7 +68,7 @@ class Dispatcher:
         return rows_ND, weight_N
 
     def combine(self, outputs: list[Callable[[], Tensor]], plan: DispatchPlan) -> Tensor:
-        """Wait for the results of all chunks, given what their `run` returned, and sum them per token: (T, D)."""
+        """Wait for the results of all chunks, given what they returned, and sum them per token: (T, D)."""
         rows = [output() for output in outputs]
         rows_ND = rows[0] if len(rows) == 1 else torch.cat(rows)
         return sum_per_token(backend_for(self.backend, rows_ND), rows_ND, plan.permutation)
@@ -93,18 +85,13 @@ class LocalDispatcher(Dispatcher):
         return DispatchPlan(permutation, permutation.counts_E)
 
     def dispatch(self, x_TD: Tensor, decision: RoutingDecision, plan: DispatchPlan) -> list[Chunk]:
-        return [_LocalChunk(*self.sorted_rows(x_TD, decision, plan), plan.counts_E)]
+        rows_ND, weight_N = self.sorted_rows(x_TD, decision, plan)
 
+        def run(experts: RunExperts) -> Callable[[], Tensor]:
+            results_ND = experts(rows_ND, plan.counts_E, weight_N)
+            return lambda: results_ND
 
-@dataclass
-class _LocalChunk:
-    rows_ND: Tensor
-    weight_N: Tensor | None
-    counts_E: Tensor
-
-    def run(self, experts: RunExperts) -> Callable[[], Tensor]:
-        rows_ND = experts(self.rows_ND, self.counts_E, self.weight_N)
-        return lambda: rows_ND
+        return [run]
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -147,25 +134,22 @@ class AllToAllDispatcher(Dispatcher):
         for i, (rows, weight) in enumerate(zip(rows_ND.split(sizes), weights, strict=True)):
             outward = AllToAll(self.ep, send_nP[i], receive_nP[i])
             travelling = outward.start(rows) if weight is None else outward.start(rows, weight)
-            chunks.append(_TravellingChunk(outward, travelling, plan.row_counts.received_Pne[:, i]))
+            chunks.append(partial(_run_received, outward, travelling, plan.row_counts.received_Pne[:, i]))
         return chunks
 
 
-@dataclass
-class _TravellingChunk:
-    outward: AllToAll
-    travelling: tuple[Tensor, ...]  # rows, and their weights if the experts apply them; by rank, then by expert
-    received_Pe: Tensor  # int64: how many from each rank for each expert
-
-    def run(self, experts: RunExperts) -> Callable[[], Tensor]:
-        rows_RD, *weights = self.outward.wait(*self.travelling)
-        by_expert_R = regrouped(self.received_Pe, rows_RD.shape[0])
-        weight_R = permute(weights[0], by_expert_R) if weights else None
-        rows_RD = experts(permute(rows_RD, by_expert_R), self.received_Pe.sum(0), weight_R)
-        by_rank_RD = permute(rows_RD, regrouped(self.received_Pe.T, rows_RD.shape[0]))
-        homeward = self.outward.reverse()
-        travelling = homeward.start(by_rank_RD)
-        return lambda: homeward.wait(*travelling)[0]
+def _run_received(
+    outward: AllToAll, travelling: tuple[Tensor, ...], received_Pe: Tensor, experts: RunExperts
+) -> Callable[[], Tensor]:
+    """A `Chunk` of rows by rank, then by expert, with their weights if the experts apply them."""
+    rows_RD, *weights = outward.wait(*travelling)
+    by_expert_R = regrouped(received_Pe, rows_RD.shape[0])
+    weight_R = permute(weights[0], by_expert_R) if weights else None
+    rows_RD = experts(permute(rows_RD, by_expert_R), received_Pe.sum(0), weight_R)
+    by_rank_RD = permute(rows_RD, regrouped(received_Pe.T, rows_RD.shape[0]))
+    homeward = outward.reverse()
+    returning = homeward.start(by_rank_RD)
+    return lambda: homeward.wait(*returning)[0]
 
 
 def regrouped(counts_AB: Tensor, rows: int) -> Tensor:

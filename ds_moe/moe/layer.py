@@ -19,11 +19,9 @@ class MoELayer(nn.Module):
 
     Args:
         gate: a router; transformers records its logits if the family's router class is among its bases.
-        experts: the experts this rank owns.
-        dispatcher: moves rows between tokens and experts.
-        context: which tokens of the micro-batch are padding or image, shared by the model's layers.
+        experts: those this rank owns.
+        context: shared by the model's layers.
         index: which MoE layer of the model this is, 0 ... L-1.
-        balancers: see `balance.py`.
         shared: an expert that every token uses; its result is added to the output. None if the family has none.
     """
 
@@ -53,7 +51,7 @@ class MoELayer(nn.Module):
         chunks = self.dispatcher.dispatch(x_TD, decision, plan)
         shared_TD = None if self.shared is None else self.shared(x_TD)  # while the rows travel
         experts_of_chunk = self.experts.split(self.dispatcher.chunks)
-        outputs = [chunk.run(experts) for chunk, experts in zip(chunks, experts_of_chunk, strict=True)]
+        outputs = [run(experts) for run, experts in zip(chunks, experts_of_chunk, strict=True)]
         y_TD = self.dispatcher.combine(outputs, plan)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD

@@ -119,11 +119,7 @@ def update_biases(balancings: Sequence[LossFreeBalancing], progress: float = 0.0
 
 
 def check_biases_agree(balancings: Sequence[LossFreeBalancing], step: int) -> None:
-    """Compare a hash of all biases between the ranks (collective).
-
-    Raises:
-        RuntimeError: on every rank, naming the ranks that differ from rank 0.
-    """
+    """Raise `RuntimeError` on every rank, naming those whose biases differ from rank 0's (collective)."""
     if not balancings:
         return
     biases_LE = torch.stack([balancing.bias_E for balancing in balancings])

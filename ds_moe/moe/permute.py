@@ -18,11 +18,9 @@ MoveRows = Callable[[Tensor, Permutation], Tensor]  # `Backend.to_experts` or `B
 def sort_by_expert(
     backend: Backend, token_N: Tensor, expert_N: Tensor, tokens: int, num_experts: int, top_k: int | None
 ) -> Permutation:
-    """Sort a list of (token, expert) by expert; assignments of one expert keep their order.
+    """Sort a list of (token, expert) of T `tokens` by expert; assignments of one expert keep their order.
 
-    Args:
-        tokens: T.
-        top_k: every token has this many assignments, beside each other, tokens in order; None: any list.
+    With `top_k` every token has this many, beside each other, tokens in order.
     """
     order_N, counts_E = backend.sort(expert_N, num_experts)
     place_N = inverse(order_N)
@@ -55,23 +53,15 @@ def inverse(order_N: Tensor) -> Tensor:
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
 
 
-class _Context(FunctionCtx):
-    """What the functions below keep for backward."""
-
-    back: MoveRows
-    top_k: int | None
-    saved_tensors: tuple[Tensor, ...]
-
-
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, rows: Tensor, order_R: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, rows: Tensor, order_R: Tensor) -> Tensor:
         ctx.save_for_backward(order_R)
         return rows.index_select(0, order_R)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
         (order_R,) = ctx.saved_tensors
         return grads[0].index_select(0, inverse(order_R)), None
 
@@ -80,13 +70,13 @@ class _Move(torch.autograd.Function):
     """Tokens to rows, or rows to tokens: in backward the gradients take the other way, which is each one's gradient."""
 
     @staticmethod
-    def forward(ctx: _Context, there: MoveRows, back: MoveRows, values: Tensor, permutation: Permutation) -> Tensor:
+    def forward(ctx: FunctionCtx, there: MoveRows, back: MoveRows, values: Tensor, permutation: Permutation) -> Tensor:
         ctx.back, ctx.top_k = back, permutation.top_k
         ctx.save_for_backward(*permutation[:-1])
         return there(values, permutation)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[None, None, Tensor, None]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, None, Tensor, None]:
         permutation = Permutation(*ctx.saved_tensors, ctx.top_k)
         return None, None, ctx.back(grads[0].contiguous(), permutation), None

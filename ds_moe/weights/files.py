@@ -31,21 +31,15 @@ class MappedFiles:
     """Safetensors files, mapped into memory: a tensor is a view of its file's pages, which are read when it is.
 
     Pages that were touched count as memory of this process for as long as anything refers to the file. Therefore this
-    object lets go of all its files after so many bytes, and a caller should not keep tensors that it has copied.
-    Several ranks may read the same files. Raises what the library raises: OSError and SafetensorError.
-
-    Args:
-        limit: bytes read before the files are let go of; they are opened again when they are needed.
-
-    Attributes:
-        bytes_read: of the tensors handed out so far.
+    object lets go of all its files after `limit` bytes, and opens them again when they are needed. A caller should not
+    keep tensors that it has copied. Raises what the library raises: OSError and SafetensorError.
     """
 
     def __init__(self, limit: int) -> None:
-        self.bytes_read = 0
+        self.bytes_read = 0  # of the tensors handed out so far
         self._limit = limit
         self._open: dict[Path, safe_open] = {}
-        self._mapped = 0
+        self._mapped = 0  # bytes, of the files that are open
 
     def _file(self, file: Path) -> safe_open:
         if file not in self._open:
@@ -74,21 +68,15 @@ class MappedFiles:
 
 
 class SafetensorsFiles:
-    """The tensors of one or several safetensors files. Making it reads the files' headers, and no tensor.
-
-    Args:
-        files: all that belong together; a tensor is in one of them.
-        refusal: the message for a file that cannot be read, made from the file and the library's error.
-
-    Attributes:
-        shapes: of every tensor, by name.
+    """The tensors of safetensors files that belong together. Making it reads the files' headers, and no tensor.
 
     Raises:
-        UserError: with `refusal`, for a file that is missing, cut short or no safetensors.
+        UserError: with the message that `refusal` makes of file and error, for one that is missing, cut short or no
+            safetensors.
     """
 
     def __init__(self, files: Iterable[Path], refusal: Callable[[Path, Exception], str]) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of every tensor, by name
         self._files = list(files)
         self._file_of: dict[str, Path] = {}
         self._mapped = MappedFiles(MAPPED)
@@ -104,32 +92,24 @@ class SafetensorsFiles:
 
     @classmethod
     def of_folder(cls, folder: Path) -> SafetensorsFiles:
-        """Those of a folder, one file or several with an index.
-
-        Raises:
-            UserError: no safetensors, or a shard that is missing or broken, by name.
-        """
+        """Those of a folder, one file or several with an index. Raises `UserError` for a missing or broken one."""
         return cls(_weight_paths(folder), lambda file, error: f"{file} is broken ({error}); fetch it again")
 
     @classmethod
     def find(cls, path: str) -> SafetensorsFiles | None:
         """Those of a run's `model.path`, a folder or a hub id (downloaded first); None for weights in another format.
 
-        Raises:
-            UserError: a file that cannot be read, with the key of the run file.
+        Raises `UserError` for a file that cannot be read, with the key of the run file.
         """
-
-        def refusal(file: Path, error: Exception) -> str:
-            return f"model.path {path!r}: {file.name} cannot be read: {error}"
-
         optional = {"_raise_exceptions_for_missing_entries": False}
         if single := cached_file(path, WEIGHTS, **optional):
-            return cls([Path(single)], refusal)
-        if index := cached_file(path, INDEX, **optional):
+            files = [single]
+        elif index := cached_file(path, INDEX, **optional):
             shard_names(Path(index))  # refuses an index that leads out of its folder
             files, _ = get_checkpoint_shard_files(path, index)
-            return cls(map(Path, files or []), refusal)
-        return None
+        else:
+            return None
+        return cls(map(Path, files), lambda file, error: f"model.path {path!r}: {file.name} cannot be read: {error}")
 
     @property
     def parameters(self) -> int:
@@ -142,7 +122,6 @@ class SafetensorsFiles:
 
     @property
     def bytes_read(self) -> int:
-        """Of the tensors handed out so far."""
         return self._mapped.bytes_read
 
     def dtype(self, name: str) -> torch.dtype:
@@ -154,7 +133,6 @@ class SafetensorsFiles:
         return self._mapped.read(self._file_of[name], name, start, stop)
 
     def close(self) -> None:
-        """Let go of the files; reading opens them again."""
         self._mapped.close()
 
 
@@ -242,25 +220,21 @@ def write_weights(
     weight_map: dict[str, str] = {}
     parameters = size = 0
     for number, keys in enumerate(plan, start=1):
-        file = WEIGHTS if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        file = out / (WEIGHTS if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors")
         tensors = {name: tensor.contiguous() for name, tensor in map(named, keys)}
-        _write(out / file, tensors)
-        weight_map |= dict.fromkeys(tensors, file)
+        try:
+            write_tensors(file, tensors)
+        except (OSError, SafetensorError) as error:  # of a full disk safetensors makes the second
+            raise UserError(f"{file} cannot be written ({error})") from error
+        weight_map |= dict.fromkeys(tensors, file.name)
         parameters += sum(tensor.numel() for tensor in tensors.values())
-        size += (out / file).stat().st_size
-        note(f"{file}: {(out / file).stat().st_size / 1e9:.3g} GB ({number} of {len(plan)})")
+        size += file.stat().st_size
+        note(f"{file.name}: {file.stat().st_size / 1e9:.3g} GB ({number} of {len(plan)})")
         del tensors  # before the next file's are made
     if len(plan) > 1:
         index = {"metadata": {"total_size": size, "total_parameters": parameters}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=2))
     return Written(sorted(set(weight_map.values())), parameters, size)
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        write_tensors(path, tensors)
-    except (OSError, SafetensorError) as error:  # of a full disk safetensors makes the second
-        raise UserError(f"{path} cannot be written ({error})") from error
 
 
 def dtype_name(dtype: torch.dtype) -> str:

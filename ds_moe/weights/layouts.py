@@ -36,11 +36,10 @@ def choose_layout(
 ) -> ExpertLayout:
     """The layout asked for; None: `hub` for a family that has it and where it is unambiguous, else `memory`.
 
+    Raises `UserError` for a layout this model cannot be stored in.
+
     Args:
         transposed_on_hub: each `model_type` whose checkpoints on the hub store experts transposed.
-
-    Raises:
-        UserError: a layout this model cannot be stored in.
     """
     problem = hub_layout_problem(config, transposed_on_hub)
     if layout == "hub" and problem is not None:
@@ -54,13 +53,11 @@ def hub_layout_problem(config: PretrainedConfig, transposed_on_hub: Collection[s
         return f"only {' and '.join(transposed_on_hub)} checkpoints have it, this is {config.model_type}"
     text = config.get_text_config()
     width = text.moe_intermediate_size
-    if text.hidden_size in (width, 2 * width):
-        times = "moe_intermediate_size" if text.hidden_size == width else "twice moe_intermediate_size"
-        return (
-            f"hidden_size {text.hidden_size} is {times}, so transformers could not tell the "
-            "transposed experts apart and would load them wrong"
-        )
-    return None
+    if text.hidden_size not in (width, 2 * width):
+        return None
+    times = "moe_intermediate_size" if text.hidden_size == width else "twice moe_intermediate_size"
+    alike = f"hidden_size {text.hidden_size} is {times}"
+    return f"{alike}, so transformers could not tell the transposed experts apart and would load them wrong"
 
 
 def in_layout(expert: Tensor, layout: ExpertLayout) -> Tensor:
@@ -69,12 +66,8 @@ def in_layout(expert: Tensor, layout: ExpertLayout) -> Tensor:
 
 
 def stored_rows(files: SafetensorsFiles, name: str, shape: torch.Size, projections: Projections) -> Rows | None:
-    """How to read the rows of a weight from files of any layout; None where they do not hold it.
-
-    Args:
-        shape: of the weight in memory, over all ranks.
-        projections: how files with one tensor an expert name these; empty for a model without experts.
-    """
+    """How to read the rows of a weight, of this shape over all ranks, from files of any layout; None where they do not
+    hold it. `projections` are empty for a model without experts."""
     if files.shapes.get(name) == shape:
         return lambda start, stop: files.read(name, start, stop)
     if len(shape) == 3 and files.shapes.get(name) == (shape[0], shape[2], shape[1]):

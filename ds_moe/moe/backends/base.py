@@ -92,24 +92,16 @@ class Backend:
         return SwiGLU.apply(self.product, self.outer, recompute, rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R)
 
 
-class _Context(FunctionCtx):
-    """What `_Multiply` keeps for backward."""
-
-    backend: Backend
-    saved_tensors: tuple[Tensor, Tensor, Tensor]
-    needs_input_grad: tuple[bool, ...]
-
-
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, backend: Backend, rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, backend: Backend, rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
         ctx.backend = backend
         ctx.save_for_backward(rows_RI, weight_eOI, counts_e)
         return backend.product(rows_RI, weight_eOI.transpose(-2, -1), counts_e)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
         rows_RI, weight_eOI, counts_e = ctx.saved_tensors
         grad_RO = grads[0].contiguous()  # autograd expands the gradient of a sum with stride 0
         grad_rows_RI = ctx.backend.product(grad_RO, weight_eOI, counts_e) if ctx.needs_input_grad[1] else None

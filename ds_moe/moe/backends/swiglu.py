@@ -15,15 +15,6 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # `Backend.product` or `Bac
 BLOCK_BYTES = {"cpu": 2**21, "accelerator": 2**28}
 
 
-class _Context(FunctionCtx):
-    """What `SwiGLU` keeps for backward."""
-
-    product: Kernel
-    outer: Kernel
-    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-    needs_input_grad: tuple[bool, ...]
-
-
 class SwiGLU(torch.autograd.Function):
     """`Backend.swiglu` in terms of its kernels.
 
@@ -32,7 +23,9 @@ class SwiGLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _Context, product: Kernel, outer: Kernel, recompute: Recompute, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, product: Kernel, outer: Kernel, recompute: Recompute, *tensors: Tensor | None
+    ) -> Tensor:
         rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R = tensors
         both_RO = product(rows_RD, gate_up_eOD.transpose(-2, -1), counts_e)
         weighted_RF, act_RF = _activate(both_RO, weight_R, keep=recompute == "none")
@@ -42,7 +35,7 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, both_RO, act_RF = ctx.saved_tensors
         product, outer = ctx.product, ctx.outer
         _, _, _, rows_wanted, gate_up_wanted, down_wanted, *_ = ctx.needs_input_grad

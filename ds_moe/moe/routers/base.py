@@ -22,7 +22,7 @@ class Router(nn.Module):
     The selection has no gradient; the combine weights are computed from the live scores of the selected experts. A
     forward that is given its selection (a recompute, a replay) therefore runs the same operations and saves the same
     tensors for backward. All random numbers of a forward come from one seed, which the decision keeps, so that a
-    recompute draws the same jitter and noise even if other code has used the random state in between.
+    recompute draws the same jitter and noise.
 
     Args:
         weight_ED: the router matrix, kept as this module's `weight` (the key transformers uses).
@@ -160,12 +160,7 @@ def routed(values_TE: Tensor, token_V: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def share_of_token(values_N: Tensor, token_N: Tensor, tokens_total: int, uniform_k: int | None) -> Tensor:
-    """Divide each token's values by their sum.
-
-    Args:
-        tokens_total: T.
-        uniform_k: every token has this many values, beside each other; None: any list.
-    """
+    """Divide each of T tokens' values by their sum. With `uniform_k` each has so many, beside each other."""
     if uniform_k is not None:
         values_VK = values_N.view(-1, uniform_k)
         return (values_VK / (values_VK.sum(-1, keepdim=True) + TINY)).flatten()
