@@ -143,7 +143,7 @@ def _entry(number: int, box: object) -> str:
 def _corners(box: object, number: int) -> list[float]:
     """[x, y], or [x1, y1, x2, y2] with the smaller ones first as ms-swift orders them."""
     values = box if isinstance(box, list) else []
-    numbers = [x for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
+    numbers: list[float] = [x for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
     if len(numbers) != len(values) or len(numbers) not in (2, 4):
         raise RecordError(f"{_entry(number, box)} is no point and no box (write [x, y] or [x1, y1, x2, y2])")
     if not all(-1e9 < x < 1e9 for x in numbers):  # NaN is not, either

@@ -67,7 +67,8 @@ class Family:
         class_name: of the model, in transformers.
         decoder: path of the text decoder, which is given the padding mask and the positions of image tokens.
         moe: its MoE blocks; None: the family is dense.
-        vision: path of the vision tower; None: it takes no images.
+        vision: path of the vision tower; None: it takes no images. Every family that has one reads and writes boxes in
+            thousandths of an image's sides, which `ds_moe.data.grounding` takes for granted; Qwen2.5-VL would not.
         preset: name of its tiny preset.
         dense: `model_type` whose checkpoints can be assembled into a model of this family.
         layers: names of the lists whose members are layers, of the decoder and of the vision tower.

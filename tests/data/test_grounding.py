@@ -59,6 +59,7 @@ def test_resizing_an_image_changes_no_coordinate(parsed, folder, processor):
     """wide.png has 40,000 pixels, ten times what the processor lets through."""
     sample = parse_record(grounded("<image>?", "<bbox>", ["wide.png"], bbox=[[100, 50, 200, 100]]), "test:1", folder)
     encoded = encode(sample, processor, 512, 10**6)
+    assert encoded.image_grid_thw is not None
     _, rows, columns = (encoded.image_grid_thw[0] * 4).tolist()  # pixels after resizing
     assert columns < 400 and rows < 100
     assert processor.tokenizer.decode(encoded.labels[encoded.labels >= 0]) == "[250, 500, 500, 1000]<|im_end|>"
