@@ -1,5 +1,6 @@
 """The training data of one rank: endless optimizer steps of micro-batches, with an exact position."""
 
+import atexit
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -140,14 +141,16 @@ class TrainStream:
         """End the loading processes; there are none where this process loads by itself.
 
         They ignore the signals of launchers, and Python's exit would wait for them for ever as long as anything, such
-        as a traceback, still refers to the loader.
+        as a traceback, still refers to the loader. Therefore they are ended at exit too.
         """
+        atexit.unregister(self.close)
         shut_down = getattr(self._loading, "_shutdown_workers", None)  # torch has no public way
         if shut_down is not None:
             shut_down()
 
     def _steps(self) -> Iterator[Step]:
         self._loading = iter(self._loader())
+        atexit.register(self.close)  # runs before multiprocessing's, which was registered when it was imported
         try:
             yield from self._loading
         except RuntimeError as error:

@@ -1,6 +1,8 @@
 """Order, sharding, resume and bad records of the training stream, and the evaluation set."""
 
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from itertools import islice
@@ -19,6 +21,7 @@ from ds_moe.data.records import open_records
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.training.set_up import forget_earlier_run
+from tests.launcher import HANGS_S, ROOT
 from tests.records import chat
 
 RECORDS = 21  # with a global batch of 8: three steps an epoch, the last with three fillers
@@ -376,3 +379,21 @@ def test_digits_stream_trains_on_no_held_out_image(run_config, processor):
     [[batch]] = islice(stream, 1)
     assert batch.inputs["image_grid_thw"].tolist() == [[1, 4, 4]] * 64
     assert set(map(str.strip, answers(batch, processor))) <= {*"0123456789", "even", "odd", "yes", "no"}
+
+
+CONSUMER = """
+from ds_moe.config.run_file import load_run
+from ds_moe.data.stream import TrainStream
+from ds_moe.models.processor import tiny_processor
+
+config = load_run("tests/runs/resume.yaml", ["data.num_workers=2", "train.micro_batch_size=2"])
+steps = iter(TrainStream(config, tiny_processor(), rank=0, world_size=1))
+next(steps)
+raise RuntimeError("the consumer's own")  # `steps`, and with it the loader, outlives the exception
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_fails_with_an_open_stream_ends():
+    found = subprocess.run([sys.executable, "-c", CONSUMER], cwd=ROOT, capture_output=True, text=True, timeout=HANGS_S)
+    assert found.returncode == 1 and "the consumer's own" in found.stderr
