@@ -339,7 +339,7 @@ def test_text_that_imitates_a_special_token_becomes_one_unless_it_is_split(proce
 
 
 def test_a_folder_of_a_text_model_gives_its_tokenizer_without_a_word_even_if_it_describes_images(processor, tmp_path):
-    """Guard: `load_processor` of models/processor.py."""
+    """Guard: `load_processor` of models/processor.py, which does not ask `AutoProcessor`."""
     processor.tokenizer.save_pretrained(tmp_path)
     Qwen3MoeConfig().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessorFast"}')
@@ -348,7 +348,7 @@ def test_a_folder_of_a_text_model_gives_its_tokenizer_without_a_word_even_if_it_
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
 def test_without_torchvision_there_is_no_video_processor():
-    """Guard: `Qwen3VLProcessor` and `_load_by_class` of models/processor.py, which do without."""
+    """Guard: `Qwen3VLProcessor` and `_vl_processor` of models/processor.py, which do without."""
     with pytest.raises(ImportError, match="Torchvision"):
         Qwen3VLVideoProcessor()
 
