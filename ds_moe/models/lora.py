@@ -40,8 +40,7 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
             weights = (block.experts.gate_up_proj, block.experts.down_proj)
             block.experts.lora = ExpertLoRA(*weights, config.rank, scaling(config), config.dropout, seed + index)
         block.gate.weight.requires_grad_(config.train_router)
-    # Hidden states need a gradient from the first layer on, see `freeze`. Those of images do not.
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    model.enable_input_require_grads()  # as `freeze` does where nothing before the first experts is trained
 
 
 def peft_config(config: LoRAConfig, targets: list[str], target_parameters: list[str] | None = None) -> peft.LoraConfig:
