@@ -149,13 +149,13 @@ def test_below_stage_3_experts_must_not_all_be_frozen():
 
 
 def test_optimizer_groups_need_a_name_where_there_are_experts():
-    """Guard: `ParameterGroup` of engine/build.py has one."""
+    """Guard: `parameter_groups` of engine/build.py gives each one."""
     with pytest.raises(KeyError, match="name"):
         split_params_into_different_moe_groups_for_optimizer([{"params": [ExpertLayer().weight]}])
 
 
 def test_a_leaf_whose_input_needs_no_gradient_is_partitioned_before_its_gradients_arrive():
-    """Guards: `_embeds_with_grad` of models/freeze.py, `add_lora` of models/lora.py: embeddings need a gradient."""
+    """Guards: `freeze` of models/freeze.py, `add_lora` of models/lora.py: embeddings need a gradient."""
 
     def first_step(x):
         model = nn.Sequential(Routed())

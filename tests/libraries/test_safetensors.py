@@ -28,7 +28,7 @@ def test_a_path_is_replaced_not_written_through(tmp_path):
 
 
 def test_what_the_system_refuses_is_no_os_error(tmp_path):
-    """Guard: `_write` of weights/files.py. A full disk raises the same."""
+    """Guard: `write_weights` of weights/files.py. A full disk raises the same."""
     with pytest.raises(SafetensorError, match="os error 2"):
         save_file(ONE, tmp_path / "missing" / "file")
     assert not issubclass(SafetensorError, OSError | RuntimeError)

@@ -146,7 +146,7 @@ def test_reentrant_checkpointing_goes_back_through_what_is_no_input_once_a_regio
 
 
 def test_a_full_backward_hook_fires_before_the_gradients_where_no_input_needs_one():
-    """What `_embeds_with_grad` of models/freeze.py and `add_lora` of models/lora.py guard against, below DeepSpeed."""
+    """What `freeze` of models/freeze.py and `add_lora` of models/lora.py guard against, below DeepSpeed."""
     order = []
     linear = nn.Linear(2, 2)
     linear.register_full_backward_hook(lambda *_: order.append("hook"))

@@ -238,7 +238,7 @@ def test_an_argument_that_a_model_does_not_know_is_passed_over(processor):
 
 
 def test_router_logits_are_recorded_of_the_family_s_own_class_by_hooks_installed_once():
-    """Relied on: `_recordable` of models/convert.py makes routers subclasses, and converts before the first forward."""
+    """Relied on: `_router` of models/convert.py makes routers subclasses, and converts before the first forward."""
 
     class Other(nn.Module):
         def __init__(self, gate):
