@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -149,6 +149,7 @@ class _Conversation:
                 self._of_message.setdefault(mark.message, []).append(number)
         self._positions = sorted(self.whole.at.values())
         self._tails: dict[tuple[str, str, int], str] = {}
+        self._calls_end: str | None = None
         last = self.answers[-1]
         self.prompt = _render(processor, plain[:last], list(tools), add_generation_prompt=True)
         if (anchor := self._anchor(last)) is not None:
@@ -169,7 +170,8 @@ class _Conversation:
         in_order(self.whole, self._marks)
         if self.whole.text.startswith(self.prompt) and len(self.prompt) <= self._first(self.answers[-1]):
             return
-        closed = self.prompt.removesuffix(template.opened) if template else self.prompt
+        open_thought = template is not None and THINK_TAGS[1] not in template.opened
+        closed = self.prompt.removesuffix(template.opened) if template and open_thought else self.prompt
         if closed != self.prompt and self.whole.text.startswith(closed):
             reason = "opens a thought where it asks for an answer, and writes none before this record's last one"
             raise RecordError(f"{THE_TEMPLATE} {reason} (write the thought as <think>...</think> before the answer)")
@@ -219,23 +221,36 @@ class _Conversation:
         raise self._differs(index)
 
     def _end(self, index: int, token: str | None) -> int:
-        """Behind the end token of an answer; behind its first control token where it does not end as others do."""
+        """Behind the end token of an answer. One that does not end as others do ends with its first control token; one
+        that calls tools may have control tokens within, so that its own end token is looked for."""
         last = max(self.whole.at[number] for number in self._of_message[index])
         following = bisect_left(self._positions, last + 1)
         before = self._positions[following] if following < len(self._positions) else len(self.whole.text)
-        ends = []
-        for number in range(bisect_left(self.whole.special, (last, last)), len(self.whole.special)):
-            start, end = self.whole.special[number]
-            if start >= before:
-                break
-            written = self.whole.text[start:end]
-            if written == token:
-                return end
-            if written not in self._content:
-                ends.append(end)
-        if not ends:
+        ends: dict[str, int] = {}  # control token -> where the first one behind the answer's text ends
+        for start, end in self._controls(self.whole, last, before):
+            ends.setdefault(self.whole.text[start:end], end)
+        if token not in ends:
+            token = self._end_of_calls(index) if self.turns[index].calls else next(iter(ends), None)
+        if token not in ends:
             raise RecordError(f"{THE_TEMPLATE} writes no end token behind message {index + 1} (use another one)")
-        return ends[0]
+        return ends[token]
+
+    def _controls(self, rendered: Rendered, first: int, before: int) -> Iterator[tuple[int, int]]:
+        """[start, end) of the control tokens that begin in [first, before)."""
+        for number in range(bisect_left(rendered.special, (first, first)), len(rendered.special)):
+            start, end = rendered.special[number]
+            if start >= before:
+                return
+            if rendered.text[start:end] not in self._content:
+                yield start, end
+
+    def _end_of_calls(self, index: int) -> str | None:
+        """The last token of a conversation that ends with these calls; all calls of a conversation end alike."""
+        if self._calls_end is None:
+            shown = self._marks.read(_render(self._processor, self._marked[: index + 1], self._tools))
+            controls = list(self._controls(shown, 0, len(shown.text)))
+            self._calls_end = shown.text[slice(*controls[-1])] if controls else None
+        return self._calls_end
 
     def _differs(self, index: int) -> RecordError:
         return RecordError(

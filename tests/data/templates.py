@@ -91,7 +91,23 @@ MISTRAL = """\
 {%- else -%}{{- ' ' + m.content + '</s>' -}}{%- endif -%}
 {%- endfor -%}
 """
+# gpt-oss: a call has control tokens within and an end token of its own, and the last answer ends as no other does.
+CHANNELS = """\
+{%- for m in messages -%}
+{%- if m.role == 'assistant' and m.tool_calls -%}
+{%- set call = m.tool_calls[0].function -%}
+{{- '<|start|>assistant to=' + call.name + '<|channel|>json<|message|>' + (call.arguments | tojson) + '<|call|>' -}}
+{%- elif m.role == 'assistant' -%}
+{%- if m.reasoning_content is string and loop.last -%}
+{{- '<|start|>assistant<|channel|>analysis<|message|>' + m.reasoning_content + '<|end|>' -}}
+{%- endif -%}
+{{- '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') -}}
+{%- else -%}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start|>assistant' -}}{%- endif -%}
+"""
 CONTROL = {
+    CHANNELS: ("<|start|>", "<|channel|>", "<|message|>", "<|call|>", "<|end|>", "<|return|>"),
     LLAMA: ("<|begin|>", "<|header|>", "<|/header|>", "<|eot|>", "<|eom|>"),
     MISTRAL: ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[ARGS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
 }

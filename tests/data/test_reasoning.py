@@ -13,7 +13,7 @@ from ds_moe.data.images import RecordError
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.models.processor import CHAT_TEMPLATE
-from tests.data.templates import HYBRID, LLAMA, MISTRAL, THINKING, answer, call, tool, user, with_template
+from tests.data.templates import CHANNELS, HYBRID, LLAMA, MISTRAL, THINKING, answer, call, tool, user, with_template
 
 TEMPLATES = {"hybrid": HYBRID, "thinking": THINKING, "instruct": CHAT_TEMPLATE}
 FORMS = {  # the same thought and answer
@@ -181,6 +181,20 @@ def test_a_mistral_like_template_is_followed():
     one = encoded(messages, processor)
     assert_as_rendered(one, processor, messages)
     assert labelled(one, processor) == ' yes</s>|[TOOL_CALLS]area[ARGS]{"of": "it"}</s>| Seven.</s>'
+
+
+def test_calls_with_control_tokens_within_are_learned_to_their_own_end():
+    processor = with_template(CHANNELS)
+    calling = answer("", tool_calls=[call("area", of="it")])
+    messages = [user("Is it?"), answer("yes"), user("Size?"), calling, tool("7"), calling, tool("7"),
+                answer("Seven.", reasoning_content="So it is.")]  # fmt: skip
+    one = encoded(messages, processor)
+    assert_as_rendered(one, processor, messages)
+    called = ' to=area<|channel|>json<|message|>{"of": "it"}<|call|>'
+    last = "<|channel|>analysis<|message|>So it is.<|end|><|start|>assistant<|channel|>final<|message|>Seven.<|return|>"
+    first = "<|channel|>final<|message|>yes<|end|>"
+    assert labelled(one, processor) == "|".join([first, called, called, last])
+    assert processor.tokenizer.convert_ids_to_tokens(end_token(processor)) == "<|return|>"
 
 
 # --- weights
