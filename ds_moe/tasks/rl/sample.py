@@ -15,7 +15,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -26,7 +26,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ds_moe.config.sections import DataConfig, ModelConfig
 from ds_moe.data.chat import Sample, final_answer
-from ds_moe.data.chat_template import end_token
+from ds_moe.data.chat_template import TokenRules, check_content_tokens, end_token
 from ds_moe.data.encode import Encoded, answer_text, collate_prompts, encode
 from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.data.processor import Processor
@@ -45,6 +45,7 @@ SAMPLING = (
     "batch_size",
     "seed",
     "max_length",
+    "content_tokens",
 )  # options of `generate_rollouts`
 REWARDS: dict[str, Callable[[str, str], float]] = {  # of (completion, right answer)
     "exact": lambda completion, answer: float(completion.strip() == answer.strip()),
@@ -110,6 +111,7 @@ def generate_rollouts(
     reward: Callable[[str, str], float] = REWARDS["exact"],
     max_length: int = 4096,
     max_pixels: int = 16_777_216,
+    content_tokens: Sequence[str] = (),
 ) -> list[SampledRollout]:
     """`per_prompt` completions of each sample's prompt, as records; `images` still holds the sources. A completion
     that contains an image token, which no model can read back, is left out.
@@ -117,15 +119,17 @@ def generate_rollouts(
     Args:
         temperature: 0 is greedy, with the log-probs of temperature 1.
         batch_size: sequences in one call of `generate`.
+        content_tokens: special tokens that stay whole in prompts, as data.content_tokens of a run file.
 
     Raises:
-        UserError: a sample that cannot be encoded.
+        UserError: a sample that cannot be encoded, or a token that texts must not write.
     """
-    image_token = processor.image_token_id
+    check_content_tokens(processor, content_tokens)
+    image_token, rules = processor.image_token_id, TokenRules(content_tokens=tuple(content_tokens))
     encoded = []
     for sample in samples:
         try:
-            encoded.append(encode(sample, processor, max_length, max_pixels))
+            encoded.append(encode(sample, processor, max_length, max_pixels, rules))
         except RecordError as error:
             raise UserError(f"{sample.where}: {error}") from error
     jobs = [number for number in range(len(samples)) for _ in range(per_prompt)]
@@ -243,6 +247,9 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences (default %(default)s)")
     parser.add_argument(
         "--max-length", type=int, default=4096, metavar="N", help="of a prompt with its reference answer"
+    )
+    parser.add_argument(
+        "--content-tokens", nargs="+", default=(), metavar="TOKEN", help="as data.content_tokens of the run file"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the engine (default %(default)s)")
     parser.add_argument("--experts-implementation", metavar="NAME", help="transformers' (default: the model's own)")

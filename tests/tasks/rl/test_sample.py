@@ -5,11 +5,13 @@ import json
 import shutil
 import sys
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 
 from ds_moe.config.run import RunConfig
+from ds_moe.data.chat import parse_record
 from ds_moe.data.encode import encode_images
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
@@ -18,6 +20,7 @@ from ds_moe.models.processor import save_processor, tiny_processor
 from ds_moe.replay import RoutingRecorder, RoutingShape, align, decode, joined
 from ds_moe.tasks.rl import sample as tool
 from ds_moe.tasks.rl.rollouts import Rollouts
+from tests.data.templates import THINKING, with_template
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +205,29 @@ def test_a_checkpoint_is_exported_first(model, processor, tmp_path, monkeypatch)
         loaded, _ = tool.load_policy(tmp_path / source, torch.float32, "eager")
         assert torch.equal(loaded.lm_head.weight.cpu(), model.lm_head.weight)
         assert "eager" in loaded.get_experts_implementation().values()
+
+
+def test_prompts_are_what_the_template_renders_to_be_continued(model):
+    """A model that thinks goes on inside the thought that its prompt opens; named tokens stay whole."""
+    thinking = with_template(THINKING, "vl", special=("<|action_7|>",))
+    messages = [{"role": "user", "content": "Do <|action_7|>?"}, {"role": "assistant", "content": "<think>a</think>b"}]
+    sample = parse_record({"messages": messages}, "here:1", Path("/"))
+    [record] = rollouts(model, thinking, [sample], per_prompt=1, content_tokens=("<|action_7|>",))
+    prompt = record["tokens"][: record["completion_mask"].index(1)]
+    rendered = thinking.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert rendered.endswith("<|im_start|>assistant\n<think>\n") and thinking.decode(prompt) == rendered
+    assert prompt.count(thinking.tokenizer.convert_tokens_to_ids("<|action_7|>")) == 1
+    assert record["answer"] == "b"
+    with pytest.raises(UserError, match="is a control token of the chat template"):
+        rollouts(model, thinking, [sample], content_tokens=("<|im_end|>",))
+
+
+def test_the_completion_of_a_conversation_begins_behind_an_opened_thought():
+    thinking = with_template(THINKING)
+    messages = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "So.\n</think>\n\nyes"}]
+    completion = "So.\n</think>\n\nyes<|im_end|>"
+    ids = thinking.tokenizer(completion, add_special_tokens=False)["input_ids"]
+    record = {"messages": messages, "logprobs": [-1.0] * len(ids), "advantage": 1.0}
+    kind = Rollouts(None)
+    encoded = kind.encode(kind.parse(record, "here:1", Path("/")), thinking, 512, 10**6)
+    assert encoded.input_ids[encoded.completion].tolist() == ids
