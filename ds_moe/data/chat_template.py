@@ -98,6 +98,13 @@ def end_token(processor: Processor) -> int | None:
     return None if end is None else _special_ids(processor)[end]
 
 
+def text_of(ids: list[int], processor: Processor, content_tokens: Sequence[str] = ()) -> str:
+    """What tokens say to a reader: special tokens are left out, but for those of texts and the tags of thoughts."""
+    kept = (*content_tokens, *THINK_TAGS)
+    hidden = {index for token, index in _special_ids(processor).items() if token not in kept}
+    return str(processor.tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False))
+
+
 def special_tokens(processor: Processor) -> re.Pattern[str]:
     """Matches the special tokens of the tokenizer in a text."""
     return _pattern(tuple(_special_ids(processor)))

@@ -3,6 +3,7 @@
 Shapes: B samples, S tokens (padded to the longest of the micro-batch), P patches of all its images, I images.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, final_answer
-from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules, tokenize
+from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules, text_of, tokenize
 from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.data.processor import Processor
 from ds_moe.errors import one_line
@@ -53,10 +54,10 @@ def encode(
     return Encoded(input_ids, labels, tokens.prompt, pixel_values, grid, kind=sample.kind)
 
 
-def answer_text(encoded: Encoded, processor: Processor) -> str:
-    """The last answer as its template writes it, tool calls too, without its thought and special tokens."""
-    ids = encoded.input_ids[encoded.prompt :].unsqueeze(0)
-    return final_answer(processor.batch_decode(ids, skip_special_tokens=True)[0]).strip() if encoded.real else ""
+def answer_text(encoded: Encoded, processor: Processor, content_tokens: Sequence[str] = ()) -> str:
+    """The last answer as its template writes it, tool calls too, without its thought and control tokens."""
+    ids = encoded.input_ids[encoded.prompt :].tolist()
+    return final_answer(text_of(ids, processor, content_tokens)).strip() if encoded.real else ""
 
 
 def encode_images(

@@ -49,7 +49,7 @@ class EvalSet:
             raise UserError('data.eval: is not set (give a JSONL or Parquet file, or "digits")')
         cache_dir = Path(config.train.output_dir) / DATA_CACHE
         records = open_records(config.data.eval, "held-out", config.data, cache_dir, record_kind)
-        self._record_kind = record_kind
+        self._record_kind, self._content_tokens = record_kind, config.data.content_tokens
         self._size = config.train.eval_batch_size or config.train.micro_batch_size
         self._rank, self._world_size, self._count = rank, world_size, len(records)
         self._processor, self._encoder = processor, Encoder(config, records, processor)
@@ -86,7 +86,7 @@ class EvalSet:
         return EvalBatch(
             batch=self._record_kind.collate(encoded, self._processor),
             prompt=collate_prompts(encoded, self._processor),
-            answers=[answer_text(one, self._processor) for one in encoded],
+            answers=[answer_text(one, self._processor, self._content_tokens) for one in encoded],
             weights=[int(index != FILLER) for index in used],
             samples=samples,
         )

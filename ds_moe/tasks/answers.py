@@ -6,7 +6,7 @@ The thought of an answer is generated but not compared.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import final_answer
+from ds_moe.data.chat_template import text_of
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
 from ds_moe.distributed import over_ranks, parallel, raise_together
@@ -32,6 +33,7 @@ class Answering:
 
     processor: Processor
     max_new_tokens: int
+    content_tokens: Sequence[str] = ()  # special tokens that belong to an answer
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering
     with own_generation_config(model):
         tokens = model.generate(**prompt.inputs, generation_config=greedy, use_cache=True, synced_gpus=parallel())
     answers = tokens[:, prompt.labels.shape[1] :]
-    return [text.strip() for text in answering.processor.batch_decode(answers, skip_special_tokens=True)]
+    return [text_of(ids, answering.processor, answering.content_tokens).strip() for ids in answers.tolist()]
 
 
 def _accuracy(totals: list[tuple[float, int, dict[str, int], dict[str, int]]]) -> dict[str, float]:

@@ -85,7 +85,11 @@ class Task:
         """On `limit` held-out samples, or all of them (collective). `each_batch` is called before every batch."""
         config, answering = self.parts.config.train, None
         if config.eval_generate:
-            answering = Answering(self.parts.processor, config.max_new_tokens or DEFAULT_NEW_TOKENS)
+            answering = Answering(
+                self.parts.processor,
+                config.max_new_tokens or DEFAULT_NEW_TOKENS,
+                self.parts.config.data.content_tokens,
+            )
         return evaluate(
             self.parts.engine,
             self.parts.eval_set,

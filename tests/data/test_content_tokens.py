@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from ds_moe.data.chat import parse_record
-from ds_moe.data.chat_template import TokenRules
+from ds_moe.data.chat_template import TokenRules, text_of
 from ds_moe.data.encode import encode
+from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.models.processor import CHAT_TEMPLATE
@@ -45,6 +46,17 @@ def test_named_tokens_are_whole_in_thoughts_and_calls_and_end_no_answer():
     names = processor.tokenizer.convert_ids_to_tokens(one.input_ids.tolist())
     assert [names.count(token) for token in TOKENS] == [3] * 5
     assert processor.decode(one.labels[one.labels != -100]).endswith("</tool_call><|im_end|>")
+
+
+def test_named_tokens_count_where_answers_are_compared(write_jsonl, run_config):
+    """Negative control in one: without the name all answers of one such token would read alike, as nothing."""
+    processor = with_template(CHAT_TEMPLATE, "vl", special=TOKENS)
+    file = write_jsonl([{"messages": [user("?"), answer(token)]} for token in TOKENS[:2]])
+    config = run_config(file, {"content_tokens": list(TOKENS), "eval": str(file)}, micro_batch_size=2)
+    [batch] = EvalSet(config, processor, rank=0, world_size=1).batches()
+    assert batch.answers == list(TOKENS[:2])
+    ids = processor.tokenizer.convert_tokens_to_ids(["<|action_7|>", "<|im_end|>"])
+    assert text_of(ids, processor, TOKENS) == "<|action_7|>" and text_of(ids, processor) == ""
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ds_moe.config.sections import DataConfig, ModelConfig
 from ds_moe.data.chat import Sample, final_answer
-from ds_moe.data.chat_template import TokenRules, check_content_tokens, end_token
+from ds_moe.data.chat_template import TokenRules, check_content_tokens, end_token, text_of
 from ds_moe.data.encode import Encoded, answer_text, collate_prompts, encode
 from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.data.processor import Processor
@@ -138,12 +138,12 @@ def generate_rollouts(
         torch.manual_seed(seed)
         for start in range(0, len(jobs), batch_size):
             prompts = [encoded[number] for number in jobs[start : start + batch_size]]
-            completions += _complete(model, processor, prompts, temperature, max_new_tokens)
+            completions += _complete(model, processor, prompts, temperature, max_new_tokens, content_tokens)
     records = []
     for number, record in zip(jobs, completions, strict=True):
         if image_token in record["tokens"][encoded[number].prompt :]:
             continue
-        sample, answer = samples[number], answer_text(encoded[number], processor)
+        sample, answer = samples[number], answer_text(encoded[number], processor, content_tokens)
         facts = {"reward": reward(final_answer(record["completion"]), answer), "group": f"{number} {sample.where}"}
         facts |= {"answer": answer, "images": sample.images}
         records.append(record | facts | ({"kind": sample.kind} if sample.kind else {}))
@@ -171,7 +171,12 @@ class _SampledLogProbs(LogitsProcessor):
 
 
 def _complete(
-    model: PreTrainedModel, processor: Processor, prompts: list[Encoded], temperature: float, max_new_tokens: int
+    model: PreTrainedModel,
+    processor: Processor,
+    prompts: list[Encoded],
+    temperature: float,
+    max_new_tokens: int,
+    content_tokens: Sequence[str],
 ) -> Iterator[Completion]:
     """One completion of each prompt: tokens, completion_mask, logprobs, its text, and if it has any its routing."""
     batch = collate_prompts(prompts, processor).to(model.device).inputs
@@ -200,7 +205,7 @@ def _complete(
             "tokens": tokens,
             "completion_mask": [0] * one.prompt + [1] * length,
             "logprobs": [min(value, 0.0) for value in logprob_BN[row, :length].tolist()],
-            "completion": str(processor.tokenizer.decode(new, skip_special_tokens=True)),
+            "completion": text_of(new, processor, content_tokens),
         }
         if trace is not None:
             made["routing"] = to_record(trace)
