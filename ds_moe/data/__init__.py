@@ -9,5 +9,6 @@ encoder.py   records into samples           stream.py          what a rank train
 order.py     the order of an epoch          eval_set.py        what a rank is evaluated on
 batch.py     a micro-batch                  processor.py       what the data need of a processor
 marks.py     texts found in a rendering     message_keys.py    thoughts, tools, weights
+special_tokens.py   which of them texts may write
 digits.py    the bundled data set
 """

@@ -9,9 +9,8 @@ imitates them stays text, and answers are found by position.
 from __future__ import annotations
 
 import os
-import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -22,6 +21,7 @@ from ds_moe.data.images import RecordError
 from ds_moe.data.marks import Marks, Message, Rendered, in_order, missing, plain_message
 from ds_moe.data.message_keys import Json
 from ds_moe.data.processor import Processor
+from ds_moe.data.special_tokens import THINK_TAGS, pattern_of, special_ids
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Tools = tuple[dict[str, Json], ...]
 
-THINK_TAGS = ("<think>", "</think>")  # templates look for them in texts, also where they are special tokens
 THE_TEMPLATE = "the model's chat template"
 
 
@@ -95,55 +94,18 @@ def tokenize(
 def end_token(processor: Processor) -> int | None:
     """The token with which the template ends an answer, and which labels teach; None where it writes none."""
     end = _template(processor).end
-    return None if end is None else _special_ids(processor)[end]
-
-
-def text_of(ids: list[int], processor: Processor, content_tokens: Sequence[str] = ()) -> str:
-    """What tokens say to a reader: special tokens are left out, but for those of texts and the tags of thoughts."""
-    kept = (*content_tokens, *THINK_TAGS)
-    hidden = {index for token, index in _special_ids(processor).items() if token not in kept}
-    return str(processor.tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False))
-
-
-def special_tokens(processor: Processor) -> re.Pattern[str]:
-    """Matches the special tokens of the tokenizer in a text."""
-    return _pattern(tuple(_special_ids(processor)))
-
-
-def check_content_tokens(processor: Processor, tokens: Sequence[str]) -> None:
-    """Raise `UserError` for a token that the tokenizer does not have, or that texts must never write."""
-    known = {str(token) for token in processor.tokenizer.added_tokens_decoder.values()}
-    for token in tokens:
-        if token not in known:
-            reason = "no added token of the model's tokenizer (add it to the tokenizer and the model, or remove it)"
-            raise UserError(f"data.content_tokens: {token!r} is {reason}")
-        if use := control_use(processor, token):
-            raise UserError(f"data.content_tokens: {token!r} is {use}, which texts must not write (remove it)")
-
-
-def control_use(processor: Processor, token: str) -> str | None:
-    """What the model or its chat template uses a token for; None: nothing, so that texts may write it."""
-    tokenizer = processor.tokenizer
-    own = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    for name in ("image", "video", "audio", "vision_start", "vision_end"):
-        if getattr(processor, f"{name}_token_id", None) == tokenizer.convert_tokens_to_ids(token):
-            return "a placeholder of images or videos"
-    templates = tokenizer.chat_template, getattr(processor, "chat_template", None)
-    if token not in THINK_TAGS and any(token in str(template) for template in templates):
-        return "a control token of the chat template"
-    ends = [name for name, value in own.items() if value == token and name.endswith("_token")]
-    return f"the tokenizer's {ends[0]}" if ends else None
+    return None if end is None else special_ids(processor)[end]
 
 
 class _Conversation:
     """A conversation as its template writes it, and where in it the answers stand."""
 
     def __init__(self, turns: tuple[Turn, ...], tools: Tools, processor: Processor, content: tuple[str, ...] = ()):
-        special = tuple(_special_ids(processor))
-        guarded = _pattern(tuple(token for token in special if token not in (*content, *THINK_TAGS)))
+        special = tuple(special_ids(processor))
+        guarded = pattern_of(tuple(token for token in special if token not in (*content, *THINK_TAGS)))
         self.turns, self.answers = turns, [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         self._processor, self._content = processor, content
-        self._marks = Marks(turns, tools, guarded, _pattern(special))
+        self._marks = Marks(turns, tools, guarded, pattern_of(special))
         self._marked, self._tools = self._marks.messages(), self._marks.descriptions()
         self.whole = self._marks.read(_render(processor, self._marked, self._tools))
         plain = [plain_message(turn) for turn in turns]
@@ -274,7 +236,7 @@ def _tokens(
     A tokenizer sees the text between two cuts as one. It is cut where labels begin because generation too starts from
     the ids of the prompt alone.
     """
-    known, image = _special_ids(processor), processor.image_token_id
+    known, image = special_ids(processor), processor.image_token_id
     special = {start: known[whole.text[start:end]] for start, end in whole.special}
     places = sum(token == image for token in special.values()) if image is not None else 0
     if places != len(image_tokens):
@@ -322,19 +284,6 @@ def _render(
 
 
 @lru_cache(maxsize=64)
-def _special_ids(processor: Processor) -> dict[str, int]:
-    """Special tokens and their ids. The longest comes first, because a regex takes the first alternative that fits."""
-    decoder = processor.tokenizer.added_tokens_decoder
-    special = {str(token): index for index, token in decoder.items() if token.special}
-    return dict(sorted(special.items(), key=lambda item: -len(item[0])))
-
-
-@lru_cache(maxsize=64)
-def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
-
-
-@lru_cache(maxsize=64)
 def _template(processor: Processor) -> Template:
     """Raises `UserError` for a template that shows not even one question and one answer as it will be asked, be it
     with a thought."""
@@ -358,7 +307,7 @@ def _template(processor: Processor) -> Template:
 
 def _opened(processor: Processor, question: Turn, answer: Turn) -> str:
     """What a generation prompt writes that is not written before the answer of an earlier turn."""
-    marks = Marks((question, answer) * 2, (), _pattern(()), _pattern(()))
+    marks = Marks((question, answer) * 2, (), pattern_of(()), pattern_of(()))
     messages = marks.messages()
     try:
         prompt, whole = _render(processor, messages[:1], [], True), _render(processor, messages, [])
@@ -369,7 +318,7 @@ def _opened(processor: Processor, question: Turn, answer: Turn) -> str:
 
 def _shows_reasoning(processor: Processor, question: Turn) -> bool:
     turns = (question, Turn("assistant", ("b",), reasoning="c"))
-    marks = Marks(turns, (), _pattern(()), _pattern(()))
+    marks = Marks(turns, (), pattern_of(()), pattern_of(()))
     try:
         whole = marks.read(_render(processor, marks.messages(), []))
     except RecordError:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, final_answer
-from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules, text_of, tokenize
+from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules, tokenize
 from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.data.processor import Processor
+from ds_moe.data.special_tokens import text_of
 from ds_moe.errors import one_line
 
 

@@ -2,12 +2,13 @@
 
 from ds_moe.config.run import RunConfig
 from ds_moe.data.chat import BadRecord, Sample, Turn
-from ds_moe.data.chat_template import TokenRules, check_content_tokens
+from ds_moe.data.chat_template import TokenRules
 from ds_moe.data.encode import Encoded, filler
 from ds_moe.data.images import RecordError
 from ds_moe.data.order import FILLER
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
+from ds_moe.data.special_tokens import check_content_tokens
 from ds_moe.errors import UserError
 
 CACHE_BYTES = 128 * 2**20  # of encoded samples that a process keeps, so that small data are encoded once

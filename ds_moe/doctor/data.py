@@ -64,7 +64,7 @@ def _end_token(case: Case, processor: Processor) -> Iterator[Finding]:
 
 def _content_tokens(case: Case, processor: Processor) -> str | None:
     """What is wrong with data.content_tokens."""
-    from ds_moe.data.chat_template import check_content_tokens
+    from ds_moe.data.special_tokens import check_content_tokens
 
     try:
         check_content_tokens(processor, case.config.data.content_tokens)
@@ -75,8 +75,8 @@ def _content_tokens(case: Case, processor: Processor) -> str | None:
 
 def _special_in_texts(case: Case, split: str, records: Records, processor: Processor) -> Iterator[Finding]:
     """Special tokens that texts write and that become several tokens: wanted ones, and imitated control tokens."""
-    from ds_moe.data.chat_template import control_use, special_tokens
     from ds_moe.data.images import RecordError
+    from ds_moe.data.special_tokens import control_use, special_tokens
 
     config, where = case.config, case.config.at(f"data.{split}")
     found: dict[str, list[str]] = {}

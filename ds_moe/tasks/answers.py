@@ -15,9 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import final_answer
-from ds_moe.data.chat_template import text_of
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
+from ds_moe.data.special_tokens import text_of
 from ds_moe.distributed import over_ranks, parallel, raise_together
 from ds_moe.models.generation import own_generation_config
 from ds_moe.models.vision import encode_blank, has_vision

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from ds_moe.data.chat import parse_record
-from ds_moe.data.chat_template import TokenRules, text_of
+from ds_moe.data.chat_template import TokenRules
 from ds_moe.data.encode import encode
 from ds_moe.data.eval_set import EvalSet
+from ds_moe.data.special_tokens import text_of
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.models.processor import CHAT_TEMPLATE

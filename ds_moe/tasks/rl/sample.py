@@ -26,11 +26,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ds_moe.config.sections import DataConfig, ModelConfig
 from ds_moe.data.chat import Sample, final_answer
-from ds_moe.data.chat_template import TokenRules, check_content_tokens, end_token, text_of
+from ds_moe.data.chat_template import TokenRules, end_token
 from ds_moe.data.encode import Encoded, answer_text, collate_prompts, encode
 from ds_moe.data.images import ImageSource, RecordError, load_image
 from ds_moe.data.processor import Processor
 from ds_moe.data.records import open_records
+from ds_moe.data.special_tokens import check_content_tokens, text_of
 from ds_moe.errors import UserError
 from ds_moe.export.model import DTYPES, export_checkpoint
 from ds_moe.models.generation import own_generation_config
