@@ -212,14 +212,16 @@ def test_prompts_are_what_the_template_renders_to_be_continued(model):
     thinking = with_template(THINKING, "vl", special=("<|action_7|>",))
     messages = [{"role": "user", "content": "Do <|action_7|>?"}, {"role": "assistant", "content": "<think>a</think>b"}]
     sample = parse_record({"messages": messages}, "here:1", Path("/"))
-    [record] = rollouts(model, thinking, [sample], per_prompt=1, content_tokens=("<|action_7|>",))
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(len(thinking.tokenizer))
+    [record] = rollouts(larger, thinking, [sample], per_prompt=1, content_tokens=("<|action_7|>",))
     prompt = record["tokens"][: record["completion_mask"].index(1)]
     rendered = thinking.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     assert rendered.endswith("<|im_start|>assistant\n<think>\n") and thinking.decode(prompt) == rendered
     assert prompt.count(thinking.tokenizer.convert_tokens_to_ids("<|action_7|>")) == 1
     assert record["answer"] == "b"
     with pytest.raises(UserError, match="is a control token of the chat template"):
-        rollouts(model, thinking, [sample], content_tokens=("<|im_end|>",))
+        rollouts(larger, thinking, [sample], content_tokens=("<|im_end|>",))
 
 
 def test_the_completion_of_a_conversation_begins_behind_an_opened_thought():
