@@ -6,31 +6,24 @@ has ended it; 128 + a signal: stopped by it, with a checkpoint.
 
 import json
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import NoReturn
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
-from ds_moe.checkpoint.restore import choose, load
-from ds_moe.checkpoint.save import Saving
-from ds_moe.config.deepspeed import precision
 from ds_moe.config.run import RunConfig
-from ds_moe.config.run_file import dump, dump_yaml, load_run
+from ds_moe.config.run_file import dump, load_run
 from ds_moe.data.batch import Batch
-from ds_moe.engine.start import on_cpu
 from ds_moe.errors import UserError
 from ds_moe.faults.signals import Stopped, agreed
-from ds_moe.models.processor import save_processor
 from ds_moe.monitor import EvalReport, RoutingReport
 from ds_moe.monitor.meters import max_vio
 from ds_moe.tasks.registry import task_kind
+from ds_moe.training.checkpoints import finish_saving, resume, save_checkpoint
 from ds_moe.training.expert_load import reduce_load
 from ds_moe.training.run import Run
 from ds_moe.training.set_up import set_up
@@ -147,33 +140,6 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def resume(run: Run) -> None:
-    """Go on from the checkpoint that `train.resume` means, whatever topology wrote it."""
-    parts, progress = run.parts, run.progress
-    path = choose(run.config.train.resume, run.folder / "checkpoints", parts.topology, note=run.monitor.note)
-    if path is None:
-        return
-    state = load(run.engine, parts.topology, path, run.base)
-    progress.resume(state, run.kind.name)
-    progress.figures.checkpoint = str(path)
-    progress.evaluation_due = progress.evaluation_due and parts.eval_set is not None
-    next_file = run.kind.files_follow and not parts.stream.is_file_of(state["data"])
-    if next_file:
-        progress.file_from = progress.step
-    else:
-        parts.stream.load_state_dict(state["data"])
-    if run.config.train.epochs is not None:
-        progress.total_steps += progress.file_from
-        run.monitor.total_steps = progress.total_steps
-    if run.patience is not None and progress.best_loss is not None:
-        run.patience.note(progress.best_loss, progress.figures)
-    topology = f"{state['world_size']} ranks with ep_size {state['ep_size']}"
-    run.monitor.note(
-        f"resumed from {path} at step {progress.step} (saved by {topology})"
-        + (", with the next rollout file" if next_file else "")
-    )
-
-
 def routing_report(run: Run) -> RoutingReport | None:
     """Expert loads since the last report, over all ranks (collective)."""
     parts, figures = run.parts, run.progress.figures
@@ -199,11 +165,7 @@ def run_evaluation(run: Run) -> bool:
 
 
 def evaluating(run: Run) -> None:
-    """Called before every batch of an evaluation (collective).
-
-    Raises:
-        Stopped: on every rank, when any has received a signal.
-    """
+    """Before every batch of an evaluation; raises `Stopped` on every rank when any has got a signal (collective)."""
     run.watch.at("evaluation")
     votes = torch.tensor(run.stop.votes(), device=run.parts.topology.device)
     dist.all_reduce(votes)
@@ -223,57 +185,9 @@ def best_so_far(run: Run, report: EvalReport) -> bool:
         progress.figures = replace(run.patience.figures, checkpoint=progress.figures.checkpoint)
     if run.patience.exhausted:
         best = f"held-out loss {run.patience.best:.4f} after step {progress.figures.step}"
-        run.monitor.note(
-            f"step {progress.step}: {run.patience.waited} evaluations without a better one than the {best}"
-        )
+        waited = f"{run.patience.waited} evaluations without a better one"
+        run.monitor.note(f"step {progress.step}: {waited} than the {best}")
     return better
-
-
-def save_checkpoint(run: Run) -> None:
-    """Save the run as it is after the last step; with `checkpoint.background` its files follow later, while one that
-    is still being written is waited for first (collective)."""
-
-    def write_extras(folder: Path) -> None:
-        shutil.copy(run.config.deepspeed, folder / "deepspeed.json")
-        (folder / "run.yaml").write_text(dump_yaml(run.config.model_copy(update={"deepspeed": "deepspeed.json"})))
-        model = run.engine.module
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder / "model")
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder / "model")
-        save_processor(run.parts.processor, folder / "model")
-
-    finish_saving(run)
-    run.watch.at("checkpoint")
-    state = {
-        **run.progress.as_json(run.kind.name),
-        "data": run.parts.stream.state_dict(),
-        "precision": precision(run.config, on_cpu()),
-        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
-    }
-    run.saving = Saving(
-        run.engine,
-        run.parts.topology,
-        run.folder / "checkpoints",
-        state,
-        write_extras,
-        run.config.checkpoint.keep,
-        run.base,
-        run.watch.pulse,
-    )
-    if not run.config.checkpoint.background:
-        finish_saving(run)
-
-
-def finish_saving(run: Run) -> None:
-    """Make the checkpoint that is in flight, if one is, whole (collective)."""
-    if run.saving is None:
-        return
-    run.watch.at("checkpoint's files")
-    path = run.saving.finish(run.watch.pulse)
-    run.saving = None
-    run.progress.figures.checkpoint = str(path)
-    run.monitor.note(f"checkpoint {path}")
 
 
 def finish(run: Run) -> None:

@@ -1,13 +1,10 @@
 """Dense Qwen3-VL checkpoints -> one Qwen3-VL-MoE for plain transformers and for ds_moe: `ds-moe assemble`.
 
-- upcycle: the experts are copies of the FFNs of one checkpoint (arXiv 2212.05055), or slices of these copies (arXiv
-  2410.07524), so that the new model computes what the dense one computes;
-- branches: each expert is the FFN of one of several checkpoints that were trained apart (branch-train-mix, arXiv
-  2403.07816);
-- average: a dense model, the mean of several.
+upcycle    experts are copies of one checkpoint's FFNs (arXiv 2212.05055), or slices of them (arXiv 2410.07524)
+branches   each expert is the FFN of one of several checkpoints that were trained apart (arXiv 2403.07816)
+average    a dense model, the mean of several
 
-A weight is made when its file is written, so that memory holds one output file at most and the tensors that one weight
-is made of. Only a router that is made from hidden means needs a whole source model in memory.
+A weight is made when its file is written: memory holds one output file at most, and what one weight is made of.
 """
 
 import shutil
@@ -24,7 +21,7 @@ from ds_moe.models.families import TRANSPOSED_ON_HUB, expert_state
 from ds_moe.weights.files import SHARD_BYTES, check_empty, dtype_name, make_folder, shards, write_weights
 from ds_moe.weights.layouts import LAYOUTS, ExpertLayout, choose_layout, in_layout
 
-NOT_COPIED = ("config.json", "*.index.json", "*.safetensors")
+NOT_COPIED = ("config.json", "*.index.json", "*.safetensors")  # but tokenizer, processor, template, generation config
 Note = Callable[[str], None]
 
 
@@ -73,15 +70,11 @@ def _write(assembly: Assembly, out: Path, layout: ExpertLayout, files: list[list
 
     make_folder(out)
     write_weights(out, files, stored, note)
-    _copy_processor(next(iter(assembly.sources.values())).folder, out)
-    assembly.config.save_pretrained(out)
-
-
-def _copy_processor(source: Path, out: Path) -> None:
-    """Copy tokenizer, processor, chat template and generation config."""
+    source = next(iter(assembly.sources.values())).folder
     for path in sorted(path for pattern in FILES for path in source.glob(pattern)):
         if not any(path.match(pattern) for pattern in NOT_COPIED):
             shutil.copy(path, out / path.name)
+    assembly.config.save_pretrained(out)
 
 
 def _model_card(assembly: Assembly, spec: AssemblySpec, title: str, layout: ExpertLayout) -> str:

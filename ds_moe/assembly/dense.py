@@ -21,30 +21,19 @@ from ds_moe.models.ties import equal_values, ties_of
 from ds_moe.weights.files import SafetensorsFiles
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # of a hub repository
-NO_EFFECT = (
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "_name_or_path",
-    "architectures",
-)  # on what a model computes
+NO_EFFECT = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"}  # on what is computed
 MANY = 5  # differences that a message names; it counts the others
 
 
 @dataclass
 class DenseModel:
-    """One checkpoint.
+    """One checkpoint."""
 
-    Attributes:
-        path: as the spec has it.
-        shapes: of every weight of a model with this config, by name and in its order; a tied lm_head is left out.
-    """
-
-    path: str
+    path: str  # as the spec has it
     folder: Path
     config: PretrainedConfig
     weights: SafetensorsFiles
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]  # of every weight that this config has, in its order, but for a tied lm_head
 
     def read(self, name: str) -> Tensor:
         return self.weights.read(name)
@@ -67,8 +56,8 @@ def open_dense(path: str) -> DenseModel:
         kind = f", which has {experts} experts already" if experts else ""
         raise UserError(f"{path} is a {config.model_type}{kind}; only dense {dense} checkpoints can be assembled")
     weights = SafetensorsFiles.of_folder(folder)
-    shapes = _expected(config)
-    ties = ties_of(config)
+    state, ties = build_outline(config).state_dict(), ties_of(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in ties}
     problems = list(_misfits(weights.shapes, shapes, ties.keys())) or [
         f"tie_word_embeddings is true, but {head} differs from {embedding}; set it to false in its config.json"
         for head, embedding in ties.items()
@@ -98,11 +87,6 @@ def _folder(path: str) -> Path:
         raise UserError(f"{path} is no folder, and no hub id that can be fetched ({reason})") from error
 
 
-def _expected(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    state, ties = build_outline(config).state_dict(), ties_of(config)
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in ties}
-
-
 def _misfits(
     found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], allowed: Collection[str]
 ) -> Iterator[str]:
@@ -116,7 +100,7 @@ def _misfits(
 def _differences(one: object, other: object, key: str = "") -> Iterator[str]:
     """Every key in which two configs differ, with both values."""
     if isinstance(one, dict) and isinstance(other, dict):
-        for name in sorted((one.keys() | other.keys()) - set(NO_EFFECT)):
+        for name in sorted((one.keys() | other.keys()) - NO_EFFECT):
             yield from _differences(one.get(name), other.get(name), f"{key}.{name}".lstrip("."))
     elif one != other:
         yield f"{key} is {one!r}, not {other!r}"

@@ -1,7 +1,7 @@
 """Routers from data: each expert's row points to the mean hidden state of that expert's domain."""
 
 import random
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +27,31 @@ def open_domain(path: str) -> Records:
 def hidden_means(model: DenseModel, domains: list[Records], samples: int, seed: int) -> Tensor:
     """(domains, layers, H) fp32: the mean input of each layer's FFN over all tokens of a domain, image tokens included.
 
-    The whole model is loaded, on the accelerator if there is one. Each sample is a forward of its own.
-
-    Args:
-        samples: how many of each domain are used, chosen by `seed`; all if there are fewer.
+    The whole model is loaded, on the accelerator if there is one. Each sample is a forward of its own; of a domain
+    `samples` are used, chosen by `seed`, or all if there are fewer.
     """
     processor = load_processor(model.folder)
     loaded = load_model(ModelConfig(path=str(model.folder)), model.dtype).eval()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     loaded.to(device)
     ffns = [layer.mlp for layer in loaded.get_submodule(f"{family_of(loaded).decoder}.layers").children()]
+    sums_LH = torch.zeros(len(ffns), loaded.config.get_text_config().hidden_size, dtype=torch.float64)
+
+    def add(layer: int, ffn: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sums_LH[layer] += args[0].flatten(0, -2).sum(0, dtype=torch.float64).cpu()
+
+    for layer, ffn in enumerate(ffns):
+        ffn.register_forward_pre_hook(partial(add, layer))
     means = []
     for records in domains:
-        sums = _Sums(ffns)
+        sums_LH.zero_()
+        tokens = 0
         chosen = random.Random(seed).sample(range(len(records)), min(samples, len(records)))
         for index in sorted(chosen):
-            loaded(**{key: value.to(device) for key, value in _inputs(records, index, processor).items()})
-        means.append(sums.mean())
+            inputs = _inputs(records, index, processor)
+            loaded(**{key: value.to(device) for key, value in inputs.items()})
+            tokens += inputs["input_ids"].numel()
+        means.append((sums_LH / tokens).float())
     return torch.stack(means)
 
 
@@ -61,28 +69,6 @@ def router_rows(means_DLH: Tensor, std: float) -> Tensor:
     if not rms_DL1.all():
         raise UserError("branches.router: the domains' hidden means do not differ; give each expert data of its own")
     return (directions_DLH / rms_DL1 * std).transpose(0, 1)
-
-
-class _Sums:
-    """Adds up what FFNs get as input, in every forward until the mean is asked for."""
-
-    def __init__(self, ffns: list[nn.Module]) -> None:
-        self._sums = [torch.zeros((), dtype=torch.float64)] * len(ffns)
-        self._tokens = 0
-        self._hooks = [ffn.register_forward_pre_hook(self._hook(layer)) for layer, ffn in enumerate(ffns)]
-
-    def _hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            hidden_TH = args[0].flatten(0, -2)
-            self._sums[layer] = self._sums[layer] + hidden_TH.sum(0, dtype=torch.float64).cpu()
-            self._tokens += hidden_TH.shape[0] if layer == 0 else 0
-
-        return add
-
-    def mean(self) -> Tensor:
-        for hook in self._hooks:
-            hook.remove()
-        return (torch.stack(self._sums) / self._tokens).float()
 
 
 def _inputs(records: Records, index: int, processor: Processor) -> dict[str, Tensor]:

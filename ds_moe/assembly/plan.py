@@ -9,21 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from ds_moe.assembly import weights as made
 from ds_moe.assembly.dense import DenseModel, check_sibling, open_dense
 from ds_moe.assembly.domains import hidden_means, open_domain, router_rows
 from ds_moe.assembly.spec import AssemblySpec, Average, Branches, Upcycle
-from ds_moe.assembly.weights import (
-    Weights,
-    average,
-    block_weights,
-    copied,
-    dense_weights,
-    down,
-    gate_up,
-    generator_of,
-    group_router,
-    moe_weights,
-)
+from ds_moe.assembly.weights import PlannedWeight, Weights, generator_of
 from ds_moe.errors import UserError
 from ds_moe.models.families import ASSEMBLED, FAMILIES, expert_state, family_of
 
@@ -69,11 +59,7 @@ class Assembly:
 
 
 def plan(spec: AssemblySpec) -> Assembly:
-    """The model that a spec asks for.
-
-    Raises:
-        UserError: a source that cannot be used or does not fit the others; the message names its place in the spec.
-    """
+    """The model that a spec asks for. Raises `UserError`, with the place in the spec, for an unfit source."""
     if spec.upcycle is not None:
         return _upcycle(spec, spec.upcycle)
     if spec.branches is not None:
@@ -86,10 +72,8 @@ def _upcycle(spec: AssemblySpec, recipe: Upcycle) -> Assembly:
     source = _open(spec, {"upcycle.source": ("source", recipe.source)})["source"]
     text = source.config.get_text_config()
     if text.intermediate_size % recipe.split:
-        raise UserError(
-            f"{spec.at('upcycle.split')}: upcycle.split {recipe.split} does not divide the FFN's width "
-            f"{text.intermediate_size}"
-        )
+        problem = f"{recipe.split} does not divide the FFN's width {text.intermediate_size}"
+        raise UserError(f"{spec.at('upcycle.split')}: upcycle.split {problem}")
     copies, width = recipe.experts // recipe.split, text.intermediate_size // recipe.split
     std = recipe.router_std or text.initializer_range
     shape_EFH = recipe.experts, width, text.hidden_size
@@ -97,17 +81,17 @@ def _upcycle(spec: AssemblySpec, recipe: Upcycle) -> Assembly:
     def block(prefix: str, layer: int) -> Weights:
         def copies_of(take: Callable[..., Tensor], name: str) -> Tensor:
             slices = take(source, prefix, recipe.split)
-            return copied(slices, copies, recipe.noise, generator_of(spec.seed, prefix + name))
+            return made.copied(slices, copies, recipe.noise, generator_of(spec.seed, prefix + name))
 
         def router() -> Tensor:
             generator = generator_of(spec.seed, f"{prefix}gate")
-            return group_router(copies, recipe.split, text.hidden_size, std, generator)
+            return made.group_router(copies, recipe.split, text.hidden_size, std, generator)
 
-        experts = partial(copies_of, gate_up, "gate_up"), partial(copies_of, down, "down")
-        return block_weights(prefix, shape_EFH, *experts, router)
+        experts = partial(copies_of, made.gate_up, "gate_up"), partial(copies_of, made.down, "down")
+        return made.block_weights(prefix, shape_EFH, *experts, router)
 
     config = moe_config(source.config, source.dtype, recipe.experts, recipe.top_k, width)
-    return Assembly(config, source.dtype, moe_weights(source, source.read, block), {"source": source})
+    return Assembly(config, source.dtype, made.moe_weights(source, source.read, block), {"source": source})
 
 
 def _branches(spec: AssemblySpec, recipe: Branches) -> Assembly:
@@ -124,17 +108,12 @@ def _branches(spec: AssemblySpec, recipe: Branches) -> Assembly:
         def side_by_side(take: Callable[..., Tensor]) -> Tensor:
             return torch.cat([take(expert, prefix).to(dtype) for expert in experts])
 
-        return block_weights(
-            prefix,
-            shape_EFH,
-            partial(side_by_side, gate_up),
-            partial(side_by_side, down),
-            lambda: rows_LEH()[layer],
-        )
+        gate_up, down = partial(side_by_side, made.gate_up), partial(side_by_side, made.down)
+        return made.block_weights(prefix, shape_EFH, gate_up, down, lambda: rows_LEH()[layer])
 
     config = moe_config(parent.config, dtype, len(experts), recipe.top_k, text.intermediate_size)
-    rest = parent.read if recipe.rest == "parent" else partial(average, experts)
-    return Assembly(config, dtype, moe_weights(parent, rest, block), sources)
+    rest = parent.read if recipe.rest == "parent" else partial(made.average, experts)
+    return Assembly(config, dtype, made.moe_weights(parent, rest, block), sources)
 
 
 def _average(spec: AssemblySpec, recipe: Average) -> Assembly:
@@ -143,18 +122,13 @@ def _average(spec: AssemblySpec, recipe: Average) -> Assembly:
     dtype = reduce(torch.promote_types, [model.dtype for model in models])
     config = type(models[0].config).from_dict(models[0].config.to_dict())
     config.dtype = dtype
-    return Assembly(config, dtype, dense_weights(models[0], partial(average, models)), sources)
+    shapes = models[0].shapes
+    weights = {name: PlannedWeight(shape, partial(made.average, models, name)) for name, shape in shapes.items()}
+    return Assembly(config, dtype, weights, sources)
 
 
 def _open(spec: AssemblySpec, paths: dict[str, tuple[str, str]]) -> dict[str, DenseModel]:
-    """Open the sources, of which the first is the one that all must fit.
-
-    Args:
-        paths: key in the spec -> name and path of a source.
-
-    Returns:
-        The sources by name.
-    """
+    """The sources by name, the first of which all must fit; `paths`: key in the spec -> name and path of a source."""
     sources = {}
     for key, (name, path) in paths.items():
         try:

@@ -61,11 +61,7 @@ WAYS = ("upcycle", "branches", "average")
 
 
 def load_spec(path: str | Path) -> AssemblySpec:
-    """Read a spec.
-
-    Raises:
-        UserError: the first mistake, with file and line.
-    """
+    """Read a spec. Raises `UserError` for the first mistake, with file and line."""
     data, origins = read_mapping(Path(path), SCHEMA)
     try:
         spec = AssemblySpec.model_validate(data)

@@ -29,11 +29,6 @@ class PlannedWeight:
 Weights = dict[str, PlannedWeight]  # by name
 
 
-def dense_weights(model: DenseModel, make: Callable[[str], Tensor]) -> Weights:
-    """All weights of a dense model."""
-    return {name: PlannedWeight(shape, partial(make, name)) for name, shape in model.shapes.items()}
-
-
 def moe_weights(model: DenseModel, rest: Callable[[str], Tensor], block: Callable[[str, int], Weights]) -> Weights:
     """All weights of a MoE model, in the order of the dense one.
 

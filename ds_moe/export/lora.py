@@ -25,12 +25,6 @@ class MergedReader:
 
     The base has the dtype it was trained in. Its weights stay in their files until they are read, and one that has an
     update is merged with it then. A preset, which has no files, is built complete.
-
-    Args:
-        reader: reads a checkpoint that leaves out its base.
-        config: the run that wrote the checkpoint.
-        lora: the section of that run.
-        dtype: of the base.
     """
 
     def __init__(self, reader: Reader, config: RunConfig, lora: LoRAConfig, dtype: torch.dtype) -> None:
@@ -84,16 +78,13 @@ def write_adapter(checkpoint: Path, out: Path, dtype: torch.dtype, family: Famil
     if lora is None:
         raise UserError(f"{checkpoint} is of a run without a lora section: there is no adapter in it")
     if lora.train_router:
-        raise UserError(
-            f"{checkpoint}: lora.train_router trained the routers in full, which no adapter holds; export the merged "
-            "model instead (without --adapter)"
-        )
+        why = "lora.train_router trained the routers in full, which no adapter holds"
+        raise UserError(f"{checkpoint}: {why}; export the merged model instead (without --adapter)")
     reader = Reader(checkpoint)
-    tensors = {
-        update.peft: peft_value(update, reader.read(key)).to(dtype).contiguous()
-        for key in reader.tensors
-        if (update := _update(key))
-    }
+    tensors = {}
+    for key in reader.tensors:
+        if update := _update(key):
+            tensors[update.peft] = peft_value(update, reader.read(key)).to(dtype).contiguous()
     experts = family.moe.lora_parameters if lora.experts and family.moe else None
     if experts is not None:  # PEFT's wrappers of parameters refuse dropout, which acts in training only
         lora = lora.model_copy(update={"dropout": 0.0})

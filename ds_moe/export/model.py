@@ -71,26 +71,32 @@ def export_checkpoint(
     moe = family_of(config).moe
     bias_name = moe.selection_bias if moe else None
     biases = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
-    sizes = _sizes(reader, dtype)
-    if bias_name is None:
-        sizes = {key: size for key, size in sizes.items() if key not in biases}
+    apart = {} if bias_name else biases  # the model has no place for them
+    model = [key for key in reader.tensors if key.startswith(("weight/", "buffer/")) and key not in apart]
+    sizes = {key: math.prod(reader.shape(key)) * dtype.itemsize for key in model if not key.endswith(TRAINING_ONLY)}
 
     def stored(key: str) -> tuple[str, Tensor]:
-        return _stored_name(key, bias_name), _stored(reader, key, dtype, layout)
+        name, tensor = key.split("/", 1)[1], reader.read(key)
+        if key in biases:  # fp32
+            return name.removesuffix(BIAS_SUFFIX) + bias_name, tensor
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        return name, in_layout(tensor, layout) if expert_state(key) else tensor
 
     make_folder(out)
     for name in map(Path, read_manifest(checkpoint)["files"]):  # no other file that may lie in the folder is copied
         if name.parent == Path("model"):
             shutil.copy(checkpoint / name, out / name.name)
-    _set_dtype(out / "config.json", dtype)
+    saved = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(saved | {"dtype": dtype_name(dtype)}, indent=2))
     written = write_weights(out, shards(sizes, max_shard_bytes), stored)
-    if biases and bias_name is None:
-        write_tensors(out / EXPERT_BIAS, {key.split("/", 1)[1]: bias for key, bias in biases.items()})
+    if apart:
+        write_tensors(out / EXPERT_BIAS, {key.split("/", 1)[1]: bias for key, bias in apart.items()})
     about = _model_card(checkpoint, state, config.get_text_config(), layout, written.parameters)
-    differs = _routing_that_differs(checkpoint)
-    notes = [BIAS_NOTE] if biases and bias_name is None else []
-    notes += [ROUTER_NOTE.format(settings=differs)] if differs else []
-    (out / "README.md").write_text(about + "".join(notes))
+    about += BIAS_NOTE if apart else ""
+    if differs := _routing_that_differs(checkpoint):
+        about += ROUTER_NOTE.format(settings=differs)
+    (out / "README.md").write_text(about)
     return Exported(out, layout, written.files, written.parameters, written.bytes)
 
 
@@ -138,30 +144,6 @@ def _check_ties(config: PretrainedConfig, reader: Reader | MergedReader, checkpo
                 f"{checkpoint}: its config.json has tie_word_embeddings: true, but {' and '.join(pair)} were trained "
                 "apart; set it to false in the config.json of model.path, resume the run for a step and export that"
             )
-
-
-def _sizes(reader: Reader | MergedReader, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each weight and persistent buffer by its key in the checkpoint, from the files' headers alone."""
-    keys = [key for key in reader.tensors if key.startswith(("weight/", "buffer/")) and not key.endswith(TRAINING_ONLY)]
-    return {key: math.prod(reader.shape(key)) * dtype.itemsize for key in keys}
-
-
-def _stored_name(key: str, bias_name: str | None) -> str:
-    name = key.split("/", 1)[1]
-    return name.removesuffix(BIAS_SUFFIX) + bias_name if bias_name and name.endswith(BIAS_SUFFIX) else name
-
-
-def _stored(reader: Reader | MergedReader, key: str, dtype: torch.dtype, layout: ExpertLayout) -> Tensor:
-    tensor = reader.read(key)
-    if tensor.is_floating_point() and not key.endswith(BIAS_SUFFIX):
-        tensor = tensor.to(dtype)
-    return in_layout(tensor, layout) if expert_state(key) else tensor
-
-
-def _set_dtype(path: Path, dtype: torch.dtype) -> None:
-    config = json.loads(path.read_text())
-    config["dtype"] = dtype_name(dtype)
-    path.write_text(json.dumps(config, indent=2))
 
 
 BIAS_NOTE = f"""

@@ -33,12 +33,7 @@ class StopRequest:
 
     Python runs its handlers only between two of its own instructions, which can be long after the signal, for example
     if the main thread waits in a collective. C code can wake another thread at once: Python's C handler writes the
-    number of the signal to a socket, and a thread of this class reads it.
-
-    Args:
-        rank: this rank, for messages.
-        deadline_s: seconds between the first signal and a forced end.
-        where: tells what the rank is doing, for messages.
+    number of the signal to a socket, and a thread of this class reads it. `where` says what the rank is doing.
     """
 
     def __init__(self, rank: int, deadline_s: float, where: Callable[[], str]) -> None:

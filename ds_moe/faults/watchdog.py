@@ -32,19 +32,13 @@ _runs = count()  # numbers the runs of this process, because each has its own ke
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank's training thread is.
+    """Where a rank's training thread is."""
 
-    Attributes:
-        turn: counts up. The ranks of a job take the same turns, so the ranks with the lowest turn are behind.
-        since: when it last moved, by `time.monotonic`.
-        timed: whether the limit applies to this place.
-    """
-
-    turn: int
+    turn: int  # counts up. The ranks of a job take the same turns, so the ranks with the lowest turn are behind
     step: int
     phase: str
-    since: float
-    timed: bool
+    since: float  # when it last moved, by `time.monotonic`
+    timed: bool  # whether the limit applies to this place
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.phase}" if self.step else self.phase

@@ -8,28 +8,10 @@ objective.py  policy-gradient losses
 metrics.py    figures of a reinforcement-learning step
 """
 
-from ds_moe.replay.align import RoutingShape, align, join, pack, pad
+from ds_moe.replay.align import RoutingShape, align
 from ds_moe.replay.objective import Objective, PolicyInputs, group_advantages, policy_loss
 from ds_moe.replay.record import RoutingRecorder, joined
-from ds_moe.replay.traces import RoutingTrace, check_weights, decode, load_traces, save_traces, to_record, with_weights
+from ds_moe.replay.traces import RoutingTrace, decode, to_record
 
-__all__ = [
-    "Objective",
-    "PolicyInputs",
-    "RoutingRecorder",
-    "RoutingShape",
-    "RoutingTrace",
-    "align",
-    "check_weights",
-    "decode",
-    "group_advantages",
-    "join",
-    "joined",
-    "load_traces",
-    "pack",
-    "pad",
-    "policy_loss",
-    "save_traces",
-    "to_record",
-    "with_weights",
-]
+__all__ = ["Objective", "PolicyInputs", "RoutingRecorder", "RoutingShape", "RoutingTrace", "align", "decode"]
+__all__ += ["group_advantages", "joined", "policy_loss", "to_record"]

@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PretrainedConfig
 
 from ds_moe.errors import UserError
@@ -49,7 +48,6 @@ def align(
     trace: RoutingTrace,
     shape: RoutingShape,
     tokens: int,
-    where: str = "",
     *,
     extra_row: Literal["refuse", "drop"] = "refuse",
     short: Literal["refuse", "live"] = "refuse",
@@ -60,7 +58,6 @@ def align(
     of -1. The trace may have all decoder layers, with zeros in the dense ones, or only the layers with experts.
 
     Args:
-        where: names the record in error messages, such as file:line.
         extra_row: "drop" ignores a row for the last token. Rows of nothing but 0 or -1 at the end are filler, and are
             always ignored.
         short: "live" lets the router decide for tokens at the end that have no row.
@@ -68,7 +65,7 @@ def align(
     Raises:
         UserError: a trace that cannot be of this sequence and model; the line names row, layer, value and fix.
     """
-    name = f"{where}: {trace.name}" if where else trace.name
+    name = trace.name
     layers = _layers(trace, shape, name)
     rows = _rows(trace, tokens, name, extra_row, short)
     _check_dense(trace.ids[:rows], layers, shape, name)
@@ -155,57 +152,3 @@ def _check_experts(ids_TLK: np.ndarray, shape: RoutingShape, name: str) -> None:
     sorted_TLK = np.sort(ids_TLK, axis=-1)
     twice_TLK = (sorted_TLK[..., 1:] == sorted_TLK[..., :-1]) & (sorted_TLK[..., 1:] != LIVE)
     refuse(twice_TLK, "one of them twice (a token takes K different experts; is this the engine's ids, unchanged?)")
-
-
-def join(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-    """Join the turns of one conversation; each turn's `start` counts from the conversation's first token.
-
-    Tokens that no turn has routed, such as the output of a tool, become rows of -1. If two turns route a token, both
-    must give it the same experts, and its weights are those of the later turn.
-
-    Raises:
-        UserError: turns that give a token different experts, differ in shape, or of which only some have weights.
-    """
-    name = traces[0].name
-    kinds = {(trace.ids.shape[1:], trace.weights is None) for trace in traces}
-    if len(kinds) > 1:
-        problem = "turns differ in layers or top_k, or only some have weights"
-        raise UserError(f"{name}: {problem} (join turns of one model and engine)")
-    [(cell, unweighted)] = kinds
-    first = min(trace.start for trace in traces)
-    rows = max(trace.start + len(trace.ids) for trace in traces) - first
-    ids = np.full((rows, *cell), LIVE, dtype=np.int16)
-    weights = None if unweighted else np.zeros((rows, *cell), dtype=np.float32)
-    for trace in traces:
-        span = slice(trace.start - first, trace.start - first + len(trace.ids))
-        given = trace.ids != LIVE
-        differs = given & (ids[span] != LIVE) & (ids[span] != trace.ids)
-        if differs.any():
-            row, layer, _ = np.argwhere(differs)[0]
-            both = f"experts {ids[span][row, layer].tolist()}, in a later turn {trace.ids[row, layer].tolist()}"
-            fix = "take only a turn's own rows: routed_experts_prompt_start"
-            raise UserError(f"{name}: token {trace.start + row}, layer {layer}: {both} ({fix})")
-        np.copyto(ids[span], trace.ids, where=given)
-        if weights is not None:
-            np.copyto(weights[span], trace.weights, where=given)
-    return RoutingTrace(ids, first, weights, traces[0].source)
-
-
-def pad(aligned: Sequence[Tensor], length: int, side: Literal["right", "left"] = "right") -> Tensor:
-    """Aligned sequences (T, L, K) as one batch (B, S=length, L, K); padding, which no expert gets, is -1."""
-    return torch.stack([_fill(one_TLK, length, side) for one_TLK in aligned])
-
-
-def pack(aligned: Sequence[Tensor], length: int | None = None) -> Tensor:
-    """Aligned sequences (T, L, K) one after the other: (1, S, L, K), filled up to `length` with -1 if it is given."""
-    packed_SLK = torch.cat(list(aligned))
-    return _fill(packed_SLK, len(packed_SLK) if length is None else length, "right").unsqueeze(0)
-
-
-def _fill(aligned_TLK: Tensor, length: int, side: str) -> Tensor:
-    missing = length - len(aligned_TLK)
-    if missing < 0:
-        fix = "truncate tokens and routing alike"
-        raise UserError(f"routing: {len(aligned_TLK)} tokens do not fit into {length} ({fix})")
-    before, after = (missing, 0) if side == "left" else (0, missing)
-    return F.pad(aligned_TLK, (0, 0, 0, 0, before, after), value=LIVE)

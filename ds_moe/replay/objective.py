@@ -10,17 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ds_moe.replay.ratios import (
-    KL,
-    Correction,
-    Level,
-    engine_weight,
-    joint_logprob,
-    kl_estimate,
-    log_ratio,
-    router_shift,
-    sequence_mean,
-)
+from ds_moe.replay import ratios
+from ds_moe.replay.ratios import KL, Correction, Level
 
 Aggregate = Literal["token_mean", "sequence_mean"]
 
@@ -84,16 +75,15 @@ def policy_loss(
     Args:
         normalizer: divisor of the sum over tokens (`token_mean`) or over sequence means (`sequence_mean`). Pass the
             count of completion tokens, or of sequences, of the whole optimizer step on all ranks, divided by (world
-            size * accumulation steps). DeepSpeed averages over ranks and accumulation, so the result is the mean over
-            the whole step, however it was split. Default: the count in this micro-batch, without sequences that have no
-            completion token.
+            size * accumulation steps), over which DeepSpeed averages. Default: the count in this micro-batch, without
+            sequences that have no completion token.
 
     Raises:
         ValueError: `inputs` lacks what the objective's router or KL term needs.
     """
     kind, mask_BS = OBJECTIVES[objective.kind], inputs.mask_BS
     live_BS, old_BS, gamma_BS = _with_router(objective, inputs)
-    ratio_BS = log_ratio(live_BS, old_BS, mask_BS)
+    ratio_BS = ratios.log_ratio(live_BS, old_BS, mask_BS)
     if gamma_BS is not None and objective.gamma_place == "before":
         ratio_BS = ratio_BS + gamma_BS.log()
     advantage_BS = inputs.advantage if inputs.advantage.dim() == 2 else inputs.advantage.unsqueeze(1)
@@ -102,10 +92,8 @@ def policy_loss(
     high = kind.clip_high if objective.clip_high is None else objective.clip_high
     surrogate = kind.surrogate(given, low, high)
 
-    bounds = objective.correction_low, objective.correction_high
-    weight_BS = engine_weight(
-        inputs.old_BS, inputs.engine_BS, mask_BS, objective.correction, *bounds, objective.correction_level
-    )
+    correction = objective.correction, objective.correction_low, objective.correction_high, objective.correction_level
+    weight_BS = ratios.engine_weight(inputs.old_BS, inputs.engine_BS, mask_BS, *correction)
     loss_BS = -weight_BS * surrogate.value_BS
     stats = {"ratio_BS": surrogate.ratio_BS.detach(), "clipped_BS": surrogate.clipped_BS, "weight_BS": weight_BS}
     if gamma_BS is not None:
@@ -113,7 +101,9 @@ def policy_loss(
         if objective.gamma_place == "after":
             loss_BS = gamma_BS * loss_BS
     if objective.kl_weight:
-        kl_BS = _kl(objective, inputs)
+        if inputs.reference_BS is None:
+            raise ValueError(f"kl_weight: {objective.kl_weight} needs reference_BS; or use 0")
+        kl_BS = ratios.kl_estimate(inputs.logprob_BS, inputs.reference_BS, mask_BS, objective.kl_kind)
         stats["kl_BS"] = kl_BS.detach()
         loss_BS = loss_BS + objective.kl_weight * kl_BS
     return _aggregate(loss_BS, mask_BS, objective.aggregate or kind.aggregate, normalizer), stats
@@ -146,7 +136,7 @@ def _token_clip(given: SurrogateInputs, low: float, high: float) -> Surrogate:
 
 def _sequence_clip(given: SurrogateInputs, low: float, high: float) -> Surrogate:
     """The same, where all tokens of a sequence have one ratio: the geometric mean over its tokens."""
-    mean_B1 = sequence_mean(given.log_ratio_BS, given.mask_BS).unsqueeze(1)
+    mean_B1 = ratios.sequence_mean(given.log_ratio_BS, given.mask_BS).unsqueeze(1)
     return _clip(mean_B1.exp().expand_as(given.log_ratio_BS), given.advantage_BS, low, high)
 
 
@@ -186,21 +176,15 @@ def _with_router(objective: Objective, inputs: PolicyInputs) -> tuple[Tensor, Te
         raise ValueError(f"router: {objective.router} needs expert_BSLK, old_expert_BSLK and routed_BS; or use none")
     routed_BS = routed_BS & inputs.mask_BS
     if objective.router == "router_shift":
-        gamma_BS = router_shift(live_BSLK, old_BSLK, routed_BS, objective.gamma_floor)
+        gamma_BS = ratios.router_shift(live_BSLK, old_BSLK, routed_BS, objective.gamma_floor)
         return inputs.logprob_BS, inputs.old_BS, gamma_BS
-    live_BS = joint_logprob(inputs.logprob_BS, live_BSLK, routed_BS, objective.joint_lambda)
-    return live_BS, joint_logprob(inputs.old_BS, old_BSLK, routed_BS, objective.joint_lambda), None
-
-
-def _kl(objective: Objective, inputs: PolicyInputs) -> Tensor:
-    if inputs.reference_BS is None:
-        raise ValueError(f"kl_weight: {objective.kl_weight} needs reference_BS; or use 0")
-    return kl_estimate(inputs.logprob_BS, inputs.reference_BS, inputs.mask_BS, objective.kl_kind)
+    live_BS = ratios.joint_logprob(inputs.logprob_BS, live_BSLK, routed_BS, objective.joint_lambda)
+    return live_BS, ratios.joint_logprob(inputs.old_BS, old_BSLK, routed_BS, objective.joint_lambda), None
 
 
 def _aggregate(loss_BS: Tensor, mask_BS: Tensor, how: Aggregate, normalizer: float | Tensor | None) -> Tensor:
     if how == "token_mean":
         total, count = torch.where(mask_BS, loss_BS, 0).sum(), mask_BS.sum()
     else:
-        total, count = sequence_mean(loss_BS, mask_BS).sum(), mask_BS.any(1).sum()
+        total, count = ratios.sequence_mean(loss_BS, mask_BS).sum(), mask_BS.any(1).sum()
     return total / (count.clamp_min(1) if normalizer is None else normalizer)

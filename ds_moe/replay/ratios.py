@@ -93,15 +93,13 @@ def engine_weight(
     """The weight (B, S), detached, that corrects for the engine rather than the old policy having sampled the tokens.
 
     It is made of w = p_old / p_engine of a token. With level `sequence`, w is the product over a completion's tokens,
-    and all of them get the same weight. By kind:
+    and all of them get the same weight. By kind, with the bounds of `CORRECTION_BOUNDS` where none are given:
 
     - `none`: 1.
     - `tis`: w clamped to the bounds; truncated importance sampling (Yao 2025, "Your efficient RL framework secretly
-      brings you off-policy RL training"). Default bounds 0, 2.
-    - `mis`: w between the bounds, else 0; masked importance sampling (Liu 2025, "When speed kills stability"). Default
-      bounds 0, 2.
-    - `icepop`: as `mis`, with a lower bound too; IcePop (Ling team 2025, Ring-1T, arXiv 2510.18855). Default bounds
-      0.5, 5.
+      brings you off-policy RL training").
+    - `mis`: w between the bounds, else 0; masked importance sampling (Liu 2025, "When speed kills stability").
+    - `icepop`: as `mis`, with a lower bound too; IcePop (Ling team 2025, Ring-1T, arXiv 2510.18855).
     """
     if kind == "none":
         return torch.ones_like(old_BS)

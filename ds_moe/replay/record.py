@@ -1,13 +1,11 @@
-"""Records which experts a model's own forwards use; the model may be converted, or a plain one of transformers.
+"""Records which experts a model's own forwards use, as an inference engine would report them.
 
-The result is what an inference engine would report. It serves for old-policy log-probabilities, for debugging, and to
-compare two backends or precisions under one routing.
+The model may be converted, or a plain one of transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import TracebackType
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +27,8 @@ class RoutingRecorder:
             model(**batch)
         [ids_TLK] = recorder.take()
 
-    Args:
-        model: converted, or plain with MoE blocks of a known family. Recomputes of a plain model are recorded too.
-
-    Raises:
-        ValueError: a model without MoE layers, or a router that does not give each token K experts.
+    Recomputes of a plain model are recorded too. Raises ValueError for a model without MoE layers of a known family,
+    and for a router that does not give each token K experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,14 +39,10 @@ class RoutingRecorder:
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> RoutingRecorder:
-        self._hooks = [
-            gate.register_forward_hook(self._recording_hook(layer)) for layer, gate in enumerate(self._gates)
-        ]
+        self._hooks = [gate.register_forward_hook(partial(self._record, i)) for i, gate in enumerate(self._gates)]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
@@ -61,13 +52,10 @@ class RoutingRecorder:
         self._ids = [[] for _ in self._gates]
         return forwards
 
-    def _recording_hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], RouterOutput], None]:
-        def hook(gate: nn.Module, args: tuple[Tensor, ...], output: RouterOutput) -> None:
-            tape = current_tape()
-            if tape is None or not tape.replaying:
-                self._ids[layer].append(chosen_experts(output))
-
-        return hook
+    def _record(self, layer: int, gate: nn.Module, args: tuple[Tensor, ...], output: RouterOutput) -> None:
+        tape = current_tape()
+        if tape is None or not tape.replaying:
+            self._ids[layer].append(chosen_experts(output))
 
 
 def chosen_experts(output: RouterOutput) -> Tensor:

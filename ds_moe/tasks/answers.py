@@ -5,7 +5,7 @@ The thought of an answer is generated but not compared.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -59,8 +59,7 @@ def evaluate(
     """
     engine.eval()
     loss_sum, label_tokens = 0.0, 0
-    hits: dict[str, int] = defaultdict(int)
-    asked: dict[str, int] = defaultdict(int)
+    asked, right = Counter(), Counter()  # answers by kind of question
     samples: list[ShownSample] = []
     for batch in eval_set.batches(limit):
         each_batch()
@@ -70,19 +69,24 @@ def evaluate(
         if answering is None:
             continue
         predictions = generate_answers(engine.module, batch.prompt.to(engine.device), answering)
-        for sample, answer, prediction, weight in zip(
-            batch.samples, batch.answers, predictions, batch.weights, strict=True
-        ):
+        compared = zip(batch.samples, batch.answers, predictions, batch.weights, strict=True)
+        for sample, answer, prediction, weight in compared:
             prediction = final_answer(prediction).strip()
             asked[sample.kind or "all"] += weight
-            hits[sample.kind or "all"] += weight * (prediction == answer)
+            right[sample.kind or "all"] += weight * (prediction == answer)
             if weight and len(samples) < shown:
                 samples.append(ShownSample(sample.first_image(), sample.last_question(), answer, prediction))
     engine.train()
     raise_together(eval_set.error)
-    totals = over_ranks((loss_sum, label_tokens, dict(hits), dict(asked)))
-    loss = sum(total[0] for total in totals) / max(sum(total[1] for total in totals), 1)
-    return EvalReport(step, loss, _accuracy(totals), samples)
+    losses, counts, all_asked, all_right = zip(*over_ranks((loss_sum, label_tokens, asked, right)), strict=True)
+    accuracy = accuracy_by_kind(sum(all_asked, Counter()), sum(all_right, Counter()))
+    return EvalReport(step, sum(losses) / max(sum(counts), 1), accuracy, samples)
+
+
+def accuracy_by_kind(asked: Counter[str], right: Counter[str]) -> dict[str, float]:
+    """The share of right answers to each kind of question, and as "mean" the mean over the kinds."""
+    shares = {kind: right[kind] / asked[kind] for kind in sorted(+asked)}
+    return shares | {"mean": sum(shares.values()) / len(shares)} if shares else {}
 
 
 def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering) -> list[str]:
@@ -100,14 +104,3 @@ def generate_answers(model: PreTrainedModel, prompt: Batch, answering: Answering
         tokens = model.generate(**prompt.inputs, generation_config=greedy, use_cache=True, synced_gpus=parallel())
     answers = tokens[:, prompt.labels.shape[1] :]
     return [text_of(ids, answering.processor, answering.content_tokens).strip() for ids in answers.tolist()]
-
-
-def _accuracy(totals: list[tuple[float, int, dict[str, int], dict[str, int]]]) -> dict[str, float]:
-    kinds = sorted({kind for total in totals for kind, count in total[3].items() if count})
-    accuracy = {
-        kind: sum(total[2].get(kind, 0) for total in totals) / sum(total[3].get(kind, 0) for total in totals)
-        for kind in kinds
-    }
-    if accuracy:
-        accuracy["mean"] = sum(accuracy.values()) / len(accuracy)
-    return accuracy

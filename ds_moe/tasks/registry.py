@@ -1,7 +1,6 @@
 """One row for each `task` of a run file: its records, what it trains, its loss and its reports.
 
-The only place that asks which task a run has. What a row needs of PEFT and scikit-learn is imported when it is used:
-other tasks start seconds earlier without them.
+The only place that asks which task a run has.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +14,13 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.record_kind import CHAT, RecordKind
 from ds_moe.models.freeze import set_trainable
 from ds_moe.replay.align import RoutingShape
+from ds_moe.tasks.gate.adapters import adapter_files, find_adapters
+from ds_moe.tasks.gate.files import start_gate
+from ds_moe.tasks.gate.model import install_gate
+from ds_moe.tasks.gate.records import Routed
+from ds_moe.tasks.gate.task import GateTask
 from ds_moe.tasks.rl.rollouts import Rollouts
+from ds_moe.tasks.rl.task import PolicyOptimization
 from ds_moe.tasks.task import Task, TrainingParts
 
 
@@ -43,7 +48,7 @@ class TaskKind:
     make: Callable[[TrainingParts], Task] = Task
     train_records: Callable[[RunConfig, PretrainedConfig], RecordKind] = lambda config, model_config: CHAT
     eval_records: Callable[[RunConfig], RecordKind] = lambda config: CHAT
-    set_trainable: Callable[[PreTrainedModel, RunConfig], None] = set_trainable
+    set_trainable: Callable[[PreTrainedModel, RunConfig], object] = set_trainable
     trainable_key: Callable[[RunConfig], str] = lambda config: "lora" if config.lora else "model.freeze"
     begin: Callable[[PreTrainedModel, RunConfig], None] = lambda model, config: None
     fixed_adapters: Callable[[RunConfig], Mapping[str, list[Path]] | None] = lambda config: None
@@ -70,9 +75,6 @@ def task_kind(config: RunConfig) -> TaskKind:
     return TASKS[config.task]
 
 
-# --- task: rl
-
-
 def _rollouts(config: RunConfig, model_config: PretrainedConfig) -> RecordKind:
     shape = None
     if config.moe is not None and config.moe.replay.enabled:
@@ -81,45 +83,9 @@ def _rollouts(config: RunConfig, model_config: PretrainedConfig) -> RecordKind:
     return Rollouts(shape, config.rl.normalize_std, need_reference=config.rl.kl_weight > 0)
 
 
-def _policy_optimization(parts: TrainingParts) -> Task:
-    from ds_moe.tasks.rl.task import PolicyOptimization
-
-    return PolicyOptimization(parts)
-
-
-# --- task: gate
-
-
-def _gate_task(parts: TrainingParts) -> Task:
-    from ds_moe.tasks.gate.task import GateTask
-
-    return GateTask(parts)
-
-
 def _labelled_chats(config: RunConfig) -> RecordKind:
-    from ds_moe.tasks.gate.adapters import find_adapters
-    from ds_moe.tasks.gate.records import Routed
-
     names = list(find_adapters(config.gate.adapters, config.gate.adapters_in))
     return Routed(names, labelled=config.gate.stage == "supervised")
-
-
-def _install_gate(model: PreTrainedModel, config: RunConfig) -> None:
-    from ds_moe.tasks.gate.model import install_gate
-
-    install_gate(model, config.gate)
-
-
-def _start_gate(model: PreTrainedModel, config: RunConfig) -> None:
-    from ds_moe.tasks.gate.files import start_gate
-
-    start_gate(model, config.gate)
-
-
-def _gated_adapters(config: RunConfig) -> Mapping[str, list[Path]]:
-    from ds_moe.tasks.gate.adapters import adapter_files
-
-    return adapter_files(config.gate)
 
 
 def _gate_summary(model: PreTrainedModel, config: RunConfig) -> list[str]:
@@ -136,20 +102,20 @@ TASKS = {
         TaskKind("sft"),
         TaskKind(
             "rl",
-            make=_policy_optimization,
+            make=PolicyOptimization,
             train_records=_rollouts,
             files_follow=True,
             closing={"reward": ("reward", "{:.3f}"), "mismatch k3, engine to trainer": ("mismatch_k3", "{:.2e}")},
         ),
         TaskKind(
             "gate",
-            make=_gate_task,
+            make=GateTask,
             train_records=lambda config, model_config: _labelled_chats(config),
             eval_records=_labelled_chats,
-            set_trainable=_install_gate,
+            set_trainable=lambda model, config: install_gate(model, config.gate),
             trainable_key=lambda config: "gate.adapters" if config.gate.adapters else "gate.adapters_in",
-            begin=_start_gate,
-            fixed_adapters=_gated_adapters,
+            begin=lambda model, config: start_gate(model, config.gate),
+            fixed_adapters=lambda config: adapter_files(config.gate),
             adapter_lr=lambda config: config.gate.adapter_lr,
             streams_weights=False,
             runs_vision_itself=True,

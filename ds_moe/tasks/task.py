@@ -26,21 +26,16 @@ DEFAULT_NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What training needs of a run. `optimizer_step` reads the first four; tasks read the others too.
-
-    Attributes:
-        context: of the expert layers; None for a dense model.
-        note: tells the person who runs the job one line.
-    """
+    """What training needs of a run. `optimizer_step` reads the first four; tasks read the others too."""
 
     config: RunConfig
     topology: Topology
     engine: deepspeed.DeepSpeedEngine
-    context: ForwardContext | None
+    context: ForwardContext | None  # of the expert layers; None for a dense model
     processor: Processor | None = None
     stream: TrainStream | None = None
     eval_set: EvalSet | None = None
-    note: Callable[[str], None] = print
+    note: Callable[[str], None] = print  # tells the person who runs the job one line
 
     @cached_property
     def layers(self) -> list[MoELayer]:

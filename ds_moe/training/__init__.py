@@ -1,6 +1,6 @@
 """One run from its set-up to its closing table; `ds_moe/train.py` has the loop.
 
-set_up.py    everything a run needs      run.py              what the loop works with
-step.py      one optimizer step          expert_load.py      expert loads over all ranks
-summary.py   opening and closing table   early_stopping.py   `train.patience`
+set_up.py    everything a run needs      run.py           what the loop works with
+step.py      one optimizer step          expert_load.py   expert loads over all ranks
+summary.py   opening and closing table   checkpoints.py   saving and resuming
 """

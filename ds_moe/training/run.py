@@ -1,14 +1,15 @@
 """Everything the loop works with."""
 
+import math
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import deepspeed
 from torch import Tensor
 
-from ds_moe.checkpoint.progress import Progress
+from ds_moe.checkpoint.progress import Figures, Progress
 from ds_moe.checkpoint.save import Saving
 from ds_moe.config.run import RunConfig
 from ds_moe.faults.signals import StopRequest
@@ -17,7 +18,6 @@ from ds_moe.memory.predict import Memory
 from ds_moe.monitor import Monitor, StepReport
 from ds_moe.tasks.registry import TaskKind, task_kind
 from ds_moe.tasks.task import Task, TrainingParts
-from ds_moe.training.early_stopping import EarlyStopping
 
 SKIPPED_STEPS = "skipped_steps.jsonl"  # in the output folder: steps that were not taken, with their samples
 
@@ -46,6 +46,29 @@ class Session:
     @property
     def task_means(self) -> dict[str, float]:
         return {name: total / self.task_steps for name, total in self.task_sums.items()}
+
+
+@dataclass
+class EarlyStopping:
+    """`train.patience`: ends a run when its held-out loss no longer falls; its newest checkpoint is the best one."""
+
+    patience: int  # evaluations without a better loss
+    best: float = math.inf
+    waited: int = 0
+    figures: Figures = field(default_factory=Figures)  # of the run, at its best evaluation
+
+    def note(self, loss: float, figures: Figures) -> bool:
+        """Whether this evaluation is the best so far."""
+        better = loss < self.best
+        if better:
+            self.best, self.waited, self.figures = loss, 0, replace(figures)
+        else:
+            self.waited += 1
+        return better
+
+    @property
+    def exhausted(self) -> bool:
+        return self.waited >= self.patience
 
 
 @dataclass

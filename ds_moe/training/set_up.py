@@ -1,4 +1,4 @@
-"""Everything a run needs, made in the order in which mistakes are cheapest to find."""
+"""Everything a run needs."""
 
 import random
 import tempfile
@@ -33,9 +33,8 @@ from ds_moe.monitor import make_monitor
 from ds_moe.monitor.flops import active_flops_per_token, peak_flops
 from ds_moe.tasks.registry import TaskKind, task_kind
 from ds_moe.tasks.task import TrainingParts
-from ds_moe.training.early_stopping import EarlyStopping
 from ds_moe.training.expert_load import watch as count_load
-from ds_moe.training.run import Run
+from ds_moe.training.run import EarlyStopping, Run
 
 
 def set_up(config: RunConfig) -> Run:
@@ -117,10 +116,7 @@ def seed_everything(seed: int) -> None:
 
 
 def forget_earlier_run(config: RunConfig) -> None:
-    """Remove the BAD_RECORDS of another run from the output folder. Without a checkpoint there is none to go on with.
-
-    For rank 0, before any rank loads samples.
-    """
+    """Remove another run's BAD_RECORDS, on rank 0 before any rank loads samples; with a checkpoint they are our own."""
     folder = Path(config.train.output_dir)
     if not step_folders(folder / "checkpoints"):
         (folder / BAD_RECORDS).unlink(missing_ok=True)

@@ -26,27 +26,16 @@ BIAS_CHECK_EVERY = 50  # steps; a comparison of 8 bytes a rank
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What an optimizer step came to, over all ranks but for `own_loss`.
+    """What an optimizer step came to, over all ranks but for `own_loss`."""
 
-    Attributes:
-        loss: mean over the global batch of what the task minimises.
-        aux_loss: the balancers' losses, mean over ranks and micro-batches.
-        sent_bytes: rows sent to other ranks' experts, mean over ranks.
-        lr: learning rate of the step.
-        tokens: real tokens; neither padding nor samples that only fill up a batch are counted.
-        taken: False where a NaN or infinity was met: weights, moments and biases are as before the step.
-        own_loss: of this rank's micro-batches, to tell who met a NaN.
-        extra: the caller's numbers, summed.
-    """
-
-    loss: float
-    aux_loss: float
-    sent_bytes: float
+    loss: float  # mean over the global batch of what the task minimises
+    aux_loss: float  # the balancers' losses, mean over ranks and micro-batches
+    sent_bytes: float  # rows sent to other ranks' experts, mean over ranks
     lr: float
-    tokens: int
-    taken: bool
-    own_loss: float
-    extra: list[float]
+    tokens: int  # neither padding nor samples that only fill up a batch are counted
+    taken: bool  # False where a NaN or infinity was met: weights, moments and biases are as before the step
+    own_loss: float  # of this rank's micro-batches, to tell who met a NaN
+    extra: list[float]  # the caller's numbers, summed
 
 
 def optimizer_step(
@@ -61,8 +50,8 @@ def optimizer_step(
 ) -> StepOutcome:
     """One optimizer step over `accumulation` micro-batches; the loss is the mean over the global batch's tokens.
 
-    With a NaN or an infinity in the loss or in a gradient of any rank no rank takes the step: weights, Adam's moments
-    and biases stay; the schedule and `progress` go on.
+    With a NaN or an infinity in the loss or in a gradient of any rank no rank takes the step; the schedule and
+    `progress` go on.
 
     Args:
         micro_batches: of this rank, on its device.
@@ -107,11 +96,7 @@ def optimizer_step(
 
 
 def train_step(run: Run, steps: Iterator[list[Batch]]) -> StepReport:
-    """The next step of a run, with what the loop must know of it: signals, written files, samples of a skipped step.
-
-    Raises:
-        UserError: on every rank, when any met a bad record.
-    """
+    """The next step of a run, with what the loop must know of it: signals, written files, samples of a skipped step."""
     began = time.perf_counter()
     parts, progress = run.parts, run.progress
     run.watch.at("data", step=progress.step + 1)
@@ -166,12 +151,7 @@ def _forward_backward(
 def _global_counts(
     task: Task, micro_batches: list[Batch], bad_record: str | None, device: torch.device
 ) -> tuple[int, int]:
-    """(what the loss is a mean over, real tokens) of this step over all ranks: padding is not real, nor are samples
-    that only fill up.
-
-    Raises:
-        UserError: on every rank, when any of them met a bad record.
-    """
+    """(what the loss is a mean over, real tokens) of this step over all ranks; raises if any met a bad record."""
     labels = sum(task.weight(batch) for batch in micro_batches)
     tokens = sum(batch.tokens for batch in micro_batches)
     counts = torch.tensor([0, 0, int(bad_record is not None)], device=device)
@@ -190,10 +170,8 @@ def _write_skipped(run: Run, own_loss: float) -> None:
     by_rank = over_ranks(own_loss)
     if run.parts.topology.rank == 0:
         samples = run.parts.stream.samples_of(step - 1 - run.progress.file_from)
-        ranks = [
-            {"rank": rank, "loss": str(loss), "samples": own}
-            for rank, (loss, own) in enumerate(zip(by_rank, samples, strict=True))
-        ]
+        both = enumerate(zip(by_rank, samples, strict=True))
+        ranks = [{"rank": rank, "loss": str(loss), "samples": own} for rank, (loss, own) in both]
         with file.open("a") as lines:
             lines.write(json.dumps({"step": step, "ranks": ranks}) + "\n")
     suspects = [rank for rank, loss in enumerate(by_rank) if not torch.tensor(loss).isfinite()]

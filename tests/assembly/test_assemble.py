@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ds_moe.assembly import plan as assembly_plan
+from ds_moe.assembly import weights as assembly_weights
 from ds_moe.cli import main
 from ds_moe.config.moe import MoEConfig, TopKRouting
 from ds_moe.export.model import export_checkpoint
@@ -77,8 +77,8 @@ def test_experts_are_the_slices_of_the_ffn(dense, tmp_path):
 
 
 def test_a_wrong_scale_is_caught(dense, tmp_path, monkeypatch):
-    right = assembly_plan.down
-    monkeypatch.setattr(assembly_plan, "down", lambda model, prefix, split: right(model, prefix, split) / split)
+    right = assembly_weights.down
+    monkeypatch.setattr(assembly_weights, "down", lambda model, prefix, split: right(model, prefix, split) / split)
     out, _ = make(tmp_path, upcycle(dense, 8, 2, 2))
     assert (logits(load(out)) - logits(load(dense))).abs().max() > 1e-2
 
@@ -87,7 +87,7 @@ def test_slices_with_rows_of_their_own_are_caught(dense, tmp_path, monkeypatch):
     def ungrouped(groups, split, hidden, std, generator):
         return torch.randn(groups * split, hidden, generator=generator) * std
 
-    monkeypatch.setattr(assembly_plan, "group_router", ungrouped)
+    monkeypatch.setattr(assembly_weights, "group_router", ungrouped)
     out, _ = make(tmp_path, upcycle(dense, 8, 2, 2))
     assert (logits(load(out)) - logits(load(dense))).abs().max() > 1e-2
 

@@ -28,7 +28,8 @@ from ds_moe.models.families import BIAS_SUFFIX
 from ds_moe.models.presets import build_preset
 from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.tasks.task import Task, TrainingParts
-from ds_moe.train import resume, save_checkpoint, train
+from ds_moe.train import train
+from ds_moe.training.checkpoints import resume, save_checkpoint
 from ds_moe.training.set_up import set_up
 from ds_moe.training.step import optimizer_step
 from tests.distributed.parity_ranks import SAMPLES, batches

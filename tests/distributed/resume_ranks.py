@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from ds_moe.config.run_file import load_run
 from ds_moe.data.stream import TrainStream
-from ds_moe.train import resume, save_checkpoint, train
+from ds_moe.train import train
+from ds_moe.training.checkpoints import resume, save_checkpoint
 from ds_moe.training.set_up import set_up
 from ds_moe.weights import files
 from tests.launcher import leave, report

@@ -25,7 +25,6 @@ from ds_moe.tasks.gate.commands import load_gated
 from ds_moe.tasks.gate.files import start_gate
 from ds_moe.tasks.gate.model import install_gate
 from ds_moe.tasks.gate.records import Routed
-from ds_moe.tasks.gate.serving import read_manifest
 from tests.distributed.gate_data import HELD_OUT, PROJECTIONS, make, screens, write_adapter
 from tests.distributed.gate_ranks import KL, NAMES, PARITY, RUN
 from tests.distributed.test_resume import LAST, bit_equal, checkpoints, differences, position, start_from, tensors
@@ -320,13 +319,14 @@ def test_export_holds_router_adapters_and_manifest(trained, tmp_path, capsys):
     made, _ = trained
     out, requests = tmp_path / "out", made / "data/requests-held_out.jsonl"
     assert main(["gate", "export", str(made / "joint"), str(out), "--manifest", str(requests)]) == 0
-    manifest = read_manifest(out / "manifest.json")
-    assert manifest.adapters == {name: out / "adapters" / name for name in NAMES}
+    manifest = json.loads((out / "manifest.json").read_text())
+    folders = {entry["lora_name"]: entry["lora_path"] for entry in manifest["adapters"]}
+    assert folders == {name: str(out / "adapters" / name) for name in NAMES}
     capsys.readouterr()
     run = overrides(made, "joint", *JOINT[:2])
     assert main(["gate", "predict", RUN, *run, "--requests", str(requests)]) == 0
     predicted = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(route.where, route.adapter) for route in manifest.routes] == [
+    assert [(entry["request"], entry["lora_name"]) for entry in manifest["requests"]] == [
         (line["request"], line["adapter"]) for line in predicted
     ]
     # The trained adapters are in it, and the gate routes as it did.

@@ -14,7 +14,6 @@ from ds_moe.checkpoint.files import write_json
 from ds_moe.tasks.gate.adapters import CONFIG, PICKLE, WEIGHTS, find_adapters, read_adapter
 from ds_moe.tasks.gate.files import GATE, READS, ROUTER_FILE, read_gate
 from ds_moe.tasks.gate.placement import updates
-from ds_moe.tasks.gate.serving import read_manifest
 from ds_moe.weights.files import write_tensors
 from tests.tasks.gate.lora_folders import DECODER, base, write
 
@@ -187,40 +186,3 @@ def test_broken_gates_are_refused(gate, name):
     change, says = GATES[name]
     change(gate)
     refusal(lambda: read_gate(gate), gate, says)
-
-
-# --- a routing manifest
-
-
-def manifest(**request) -> dict:
-    entry = {"request": "a.jsonl:1", "lora_name": "mail", "lora_int_id": 1, "probability": 0.5, **request}
-    adapters = [{"lora_name": "mail", "lora_int_id": 1, "lora_path": "/adapters/mail"}]
-    return {"format": 1, "adapters": adapters, "requests": [entry]}
-
-
-MANIFESTS = {
-    "NaN": (manifest(probability=float("nan")), "requests.0.probability=nan: expected 0 to 1"),
-    "a number of 400 digits": (manifest(probability=10**400), "requests.0.probability=1000"),
-    "a negative id": (manifest(lora_int_id=-1), "requests.0.lora_int_id=-1"),
-    "an unknown adapter": (manifest(lora_name="../../root"), "lora_name='../../root' is none of the adapters"),
-    "a name of 1 MB": (manifest(lora_name="x" * 10**6), "requests.0.lora_name='xxx"),
-    "an unknown key": (manifest(run="rm"), "requests.0.run is no key of a manifest"),
-    "a list": ([], "the manifest is a list"),
-}
-
-
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_broken_manifests_are_refused(tmp_path, name):
-    values, says = MANIFESTS[name]
-    path = tmp_path / "manifest.json"
-    path.write_text(json.dumps(manifest()))
-    assert len(read_manifest(path).routes) == 1  # positive control
-    path.write_text(json.dumps(values))
-    refusal(lambda: read_manifest(path), path, says)
-
-
-def test_manifests_that_are_no_json_are_refused(tmp_path):
-    path = tmp_path / "manifest.json"
-    for content in (b"", b"{", b"\xff", b"[" * 10**5, b"9" * 5000):
-        path.write_bytes(content)
-        refusal(lambda: read_manifest(path), path)

@@ -18,7 +18,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     MixtralConfig,
-    PretrainedConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     Qwen3VLMoeConfig,
@@ -210,18 +209,10 @@ def test_weights_are_initialised_only_where_a_module_is_not_marked_as_done():
 
 
 def test_the_width_and_the_number_of_experts_have_many_names(processor):
-    """Guards: `get_hidden_size` of tasks/gate/features.py, `expert_count` of config/rules/model.py."""
+    """Guards: `install_gate` of tasks/gate/model.py, `expert_count` of config/rules/model.py."""
     config = vl_model(processor).config
     assert not hasattr(config, "hidden_size") and config.get_text_config().hidden_size == 16
     assert MixtralConfig(num_local_experts=4).num_experts == 4
-
-
-def test_a_config_with_several_text_models_tells_none():
-    """Guard: `get_hidden_size` of tasks/gate/features.py asks the input embeddings then."""
-    config = PretrainedConfig()
-    config.text_config, config.decoder = PretrainedConfig(), PretrainedConfig()
-    with pytest.raises(ValueError, match="Multiple valid text configs"):
-        config.get_text_config()
 
 
 def test_the_end_of_a_generation_is_none_a_number_or_a_list():

@@ -14,21 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
 from ds_moe.errors import UserError
-from ds_moe.replay.traces import (
-    FORMATS,
-    RoutingTrace,
-    check_weights,
-    decode,
-    from_megatron,
-    from_prime_rl,
-    from_sglang,
-    from_vllm,
-    from_vllm_http,
-    load_traces,
-    save_traces,
-    to_record,
-    with_weights,
-)
+from ds_moe.replay.traces import FORMATS, RoutingTrace, decode, to_record
 
 IDS = [[[0, 0], [3, 1]], [[0, 0], [2, 7]]]  # two rows, a dense layer and one with experts, top-2
 SGLANG = "AAAAAAAAAAADAAAAAQAAAAAAAAAAAAAAAgAAAAcAAAA="  # the same, as sglang sends it
@@ -74,27 +60,20 @@ def test_every_form_gives_the_same_trace(kind):
 def test_ids_beyond_uint8(dtype):
     ids = np.array([[[511, 256]], [[255, 32767]]], dtype)
     raw = encoded(ids.astype("<i4").tobytes())
-    for trace in (
-        from_vllm(ids),
-        from_vllm_http(npy(ids)),
-        from_sglang(raw, 1, 2),
-        from_prime_rl(prime(ids, dtype)),
-        from_megatron(ids),
-    ):
-        assert trace.ids.tolist() == ids.tolist()
+    values = {"vllm": ids, "vllm_http": npy(ids), "sglang": raw, "prime_rl": prime(ids, dtype), "megatron": ids}
+    for kind, value in values.items():
+        assert decode(value, kind=kind, layers=1, top_k=2).ids.tolist() == ids.tolist()
 
 
 def test_padding_rows_of_sglang_stay():
     ids = np.array([[[3, 1]], [[-1, -1]]], "<i4")
-    assert from_sglang(encoded(ids.tobytes()), 1, 2).ids.tolist() == ids.tolist()
+    assert decode(encoded(ids.tobytes()), kind="sglang", layers=1, top_k=2).ids.tolist() == ids.tolist()
 
 
-def test_equality_is_of_routing_start_and_weights_not_of_source():
+def test_equality_is_of_routing_and_start_not_of_source():
     trace = RoutingTrace(IDS, 3, source="here")
-    halves = np.full((2, 2, 2), 0.5)
     assert trace == RoutingTrace(np.array(IDS), 3, source="there")
     assert trace != RoutingTrace(IDS, 4) and trace != RoutingTrace(IDS[:1], 3)
-    assert trace != with_weights(trace, halves) and with_weights(trace, halves) == with_weights(trace, halves)
     assert trace != IDS
 
 
@@ -153,7 +132,6 @@ class Exploit:
         (prime(start=-1), "prime_rl", "start is -1 .give the index"),
         (prime(start=None), "record", "start is None"),
         (prime(start=True), "record", "start is True"),
-        (prime(weights=prime()["data"]), "record", "record: weights: 8 bytes, where 2 x 2 x 2 float32 are 32"),
     ],
 )
 def test_refused(value, kind, message):
@@ -219,79 +197,18 @@ traces = st.builds(
 )
 
 
-def weighted(trace):
-    return with_weights(trace, np.random.default_rng(0).random(trace.ids.shape) + 0.1, renormalize=True)
-
-
 @settings(max_examples=40, deadline=None)
 @given(trace=traces)
 def test_records_come_back_from_json(trace):
-    for one in (trace, weighted(trace)):
-        record = json.loads(json.dumps(to_record(one)))
-        assert decode(record, kind="record") == one
-        assert decode(record, kind="prime_rl") == one
+    record = json.loads(json.dumps(to_record(trace)))
+    assert decode(record, kind="record") == decode(record, kind="prime_rl") == trace
     assert decode(trace.ids.tolist(), kind="record", start=trace.start) == trace
 
 
 def test_records_come_back_from_parquet(tmp_path):
-    plain, heavy = RoutingTrace(IDS, 2), weighted(RoutingTrace(IDS))
-    table = pa.Table.from_pylist([{"routing": to_record(one), "lists": one.ids.tolist()} for one in (plain, heavy)])
+    trace = RoutingTrace(IDS, 2)
+    table = pa.Table.from_pylist([{"routing": to_record(trace), "lists": IDS}])
     pq.write_table(table, tmp_path / "rollouts.parquet")
-    rows = pq.read_table(tmp_path / "rollouts.parquet").to_pylist()
-    assert [decode(row["routing"], kind="record") for row in rows] == [plain, heavy]
-    assert [decode(row["lists"], kind="record").ids.tolist() for row in rows] == [IDS, IDS]
-
-
-def test_one_file_holds_many_traces(tmp_path):
-    path = tmp_path / "traces.safetensors"
-    strided = np.asfortranarray(np.arange(24).reshape(4, 3, 2))[::2]
-    kept = {"b/1": RoutingTrace(strided, 4, source="vllm"), "a": weighted(RoutingTrace(IDS)), "": RoutingTrace(IDS)}
-    save_traces(path, kept)
-    loaded = load_traces(path)
-    assert loaded == kept
-    assert list(loaded) == list(kept) and loaded["b/1"].source == "vllm"
-    save_traces(path, {})
-    assert load_traces(path) == {}
-
-
-def test_no_file_of_traces(tmp_path):
-    path = tmp_path / "traces.safetensors"
-    with pytest.raises(UserError, match="traces.safetensors: no file of routing traces"):
-        load_traces(path)
-    path.write_bytes(b"something else")
-    with pytest.raises(UserError, match="no file of routing traces"):
-        load_traces(path)
-
-
-def test_weights():
-    weights = np.array([[[0.25, 0.75]], [[1.0, 0.0004]]])
-    assert check_weights(weights).dtype == np.float32
-    np.testing.assert_allclose(check_weights(weights * 3, renormalize=True).sum(-1), 1, atol=1e-6)
-
-
-def test_weights_of_padding_and_dense_layers_may_be_zero():
-    ids = [[[0, 0], [3, 1]], [[-1, -1], [-1, -1]]]
-    weights = [[[0, 0], [0.5, 0.5]], [[0, 0], [0, 0]]]
-    for renormalize in (False, True):
-        assert with_weights(RoutingTrace(ids), weights, renormalize).weights.tolist() == weights
-    with pytest.raises(UserError, match="row 0, layer 1: weights sum to 0"):
-        with_weights(RoutingTrace(ids), np.zeros((2, 2, 2)))
-
-
-@pytest.mark.parametrize(
-    ("weights", "renormalize", "message"),
-    [
-        ([[[0.5, 0.5]], [[0.5, 0.4]]], False, "row 1, layer 0: weights sum to 0.9 .give"),
-        ([[[0.5, 0.5]], [[0.5, 0.502]]], False, "weights sum to 1.002"),
-        ([[[0.5, 0.5]], [[np.nan, 1]]], True, "row 1, layer 0: weight nan"),
-        ([[[np.inf, 0.5]], [[0, 1]]], True, "row 0, layer 0: weight inf"),
-        ([[[1.5, -0.5]], [[0, 1]]], False, "weight -0.5"),
-        ([[[0.5, 0.5]], [[0, 0]]], True, "weights sum to 0 .they cannot be renormalized"),
-        ([[0.5, 0.5]], False, r"weights have the shape \(1, 2\)"),
-        ([[[0.5, 0.5]], [[1]]], False, "weights are no array of numbers"),
-        ([[[0.5, 0.5]]], False, r"weights \(1, 1, 2\), ids \(2, 1, 2\)"),
-    ],
-)
-def test_refused_weights(weights, renormalize, message):
-    with pytest.raises(UserError, match="here: .*" + message):
-        with_weights(RoutingTrace([[[3, 1]], [[2, 7]]], source="here"), weights, renormalize)
+    [row] = pq.read_table(tmp_path / "rollouts.parquet").to_pylist()
+    assert decode(row["routing"], kind="record") == trace
+    assert decode(row["lists"], kind="record").ids.tolist() == IDS

@@ -1,9 +1,9 @@
-"""ds_moe/training/early_stopping.py: what counts as better, when waiting ends, and which result stays."""
+"""EarlyStopping of ds_moe/training/run.py: what counts as better, when waiting ends, and which result stays."""
 
 import math
 
 from ds_moe.checkpoint.progress import Figures
-from ds_moe.training.early_stopping import EarlyStopping
+from ds_moe.training.run import EarlyStopping
 
 
 def test_it_waits_for_a_better_loss_and_no_longer():

@@ -118,11 +118,7 @@ def _check_files(name: str, path: Path) -> None:
 
 
 def read_adapter(name: str, path: Path) -> Adapter:
-    """Read one folder, to the CPU, in the precision of its file.
-
-    Raises:
-        UserError: a file is missing or unreadable, or the adapter is not plain LoRA on linear layers.
-    """
+    """Read one folder, to the CPU, in the precision of its file. Raises `UserError` for what is no plain LoRA."""
     _check_files(name, path)
     config = _read_config(path / CONFIG)
     file = path / WEIGHTS
@@ -159,16 +155,12 @@ def _check_values(file: Path, values: dict[str, Any]) -> None:
     for key, value in values.items():
         saved = key == "modules_to_save" and isinstance(value, list) and all(isinstance(name, str) for name in value)
         if key not in _PLAIN and not saved and value and value != defaults.get(key, False):
-            raise UserError(
-                f"{file}: {key}={shown(value)} is more than the plain low-rank update of linear layers that a "
-                "gate can mix: train the adapter without it"
-            )
+            what = "more than the plain low-rank update of linear layers that a gate can mix"
+            raise UserError(f"{file}: {key}={shown(value)} is {what}: train the adapter without it")
     init = values.get("init_lora_weights", True)
     if init not in _PLAIN_INIT:
-        raise UserError(
-            f"{file}: init_lora_weights={shown(init)} changed the base's own weights; turn it into a plain adapter "
-            "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
+        fix = "turn it into a plain adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        raise UserError(f"{file}: init_lora_weights={shown(init)} changed the base's own weights; {fix}")
 
 
 def _check_tensors(adapter: Adapter) -> None:

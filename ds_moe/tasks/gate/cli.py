@@ -23,24 +23,28 @@ def add_gate(
     evaluate = parts.add_parser("eval", help="routing accuracy, confusion, calibration and baselines on data.eval")
     _add_run(evaluate)
     evaluate.add_argument("--json", metavar="FILE", help="write everything there too")
-    evaluate.set_defaults(command=_evaluate)
+    evaluate.set_defaults(
+        command=_run, work=lambda do, given: do.evaluate_gate(given.run, given.overrides, given.source, given.json)
+    )
 
     predict = parts.add_parser("predict", help="one JSON line a request: its adapter and how probable that is")
     _add_run(predict)
     predict.add_argument("--requests", required=True, metavar="FILE", help="JSONL of messages; answers are not read")
-    predict.set_defaults(command=_predict)
+    predict.set_defaults(
+        command=_run, work=lambda do, given: do.predict(given.run, given.overrides, given.source, given.requests)
+    )
 
     export = parts.add_parser("export", help="write router, adapters and, if asked, a routing manifest for serving")
     export.add_argument("source", type=Path, metavar="RUN_FOLDER", help="output folder or checkpoint of a gate's run")
     export.add_argument("out", type=Path, metavar="OUT")
     export.add_argument("--manifest", metavar="REQUESTS", help="JSONL of requests to route into OUT/manifest.json")
-    export.set_defaults(command=_export)
+    export.set_defaults(command=_run, work=lambda do, given: do.export(given.source, given.out, given.manifest))
 
     freeze = parts.add_parser("freeze", help="write one plain PEFT adapter: the adapters at constant weights")
     freeze.add_argument("source", type=Path, metavar="RUN_FOLDER")
     freeze.add_argument("out", type=Path, metavar="OUT")
     freeze.add_argument("--weights", nargs="+", required=True, metavar="NAME=W", help="of each adapter; others have 0")
-    freeze.set_defaults(command=_freeze)
+    freeze.set_defaults(command=_run, work=lambda do, given: do.freeze(given.source, given.out, given.weights))
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -49,29 +53,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="checkpoint, run or exported gate")
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    from ds_moe.tasks.gate.commands import evaluate_gate
+def _run(options: argparse.Namespace) -> int:
+    """Run `options.work`, which gets commands.py and the options."""
+    from ds_moe.tasks.gate import commands
 
-    evaluate_gate(options.run, options.overrides, options.source, options.json)
-    return 0
-
-
-def _predict(options: argparse.Namespace) -> int:
-    from ds_moe.tasks.gate.commands import predict
-
-    predict(options.run, options.overrides, options.source, options.requests)
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    from ds_moe.tasks.gate.commands import export
-
-    export(options.source, options.out, options.manifest)
-    return 0
-
-
-def _freeze(options: argparse.Namespace) -> int:
-    from ds_moe.tasks.gate.commands import freeze
-
-    freeze(options.source, options.out, options.weights)
+    options.work(commands, options)
     return 0

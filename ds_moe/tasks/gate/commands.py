@@ -45,9 +45,8 @@ class Gated:
     def survey(self, path: str, record_kind: RecordKind, limit: int | None = None) -> Survey:
         """Ask the gate about the records of a data file."""
         data = self.config.data.model_copy(update={"eval": path, "on_bad_record": "stop"})
-        records = EvalSet(
-            self.config.model_copy(update={"data": data}), self.processor, rank=0, world_size=1, record_kind=record_kind
-        )
+        config = self.config.model_copy(update={"data": data})
+        records = EvalSet(config, self.processor, rank=0, world_size=1, record_kind=record_kind)
         return survey(self.model, records, self.names, limit)
 
 
@@ -103,19 +102,15 @@ def evaluate_gate(path: str, overrides: list[str], source: str | None, json_file
 
 def _routes(gated: Gated, requests: str) -> list[Route]:
     found = gated.survey(requests, Requests(gated.names))
-    best_N = found.probabilities_NK.argmax(1)
-    return [
-        Route(where, gated.names[best], float(np.clip(row[best], 0, 1)))
-        for where, best, row in zip(found.where, best_N, found.probabilities_NK, strict=True)
-    ]
+    rows = zip(found.where, found.probabilities_NK, strict=True)
+    return [Route(where, gated.names[row_K.argmax()], float(np.clip(row_K.max(), 0, 1))) for where, row_K in rows]
 
 
 def predict(path: str, overrides: list[str], source: str | None, requests: str) -> None:
     """Print one JSON line for each request: its file and line, the adapter, and the probability the gate gives it."""
     for route in _routes(load_gated(path, overrides, source), requests):
-        print(
-            json.dumps({"request": route.where, "adapter": route.adapter, "probability": round(route.probability, 4)})
-        )
+        answer = {"request": route.where, "adapter": route.adapter, "probability": round(route.probability, 4)}
+        print(json.dumps(answer))
 
 
 def export(source: Path, out: Path, requests: str | None) -> None:

@@ -1,10 +1,10 @@
 """Asks a gate about every record of a held-out set, from the prompt alone, as it would be asked in serving."""
 
-from __future__ import annotations
-
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from ds_moe.data.encode import NO_LOSS
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.distributed import over_ranks, raise_together
 from ds_moe.monitor import ShownSample
+from ds_moe.tasks.answers import accuracy_by_kind
 from ds_moe.tasks.gate.network import gate_loss
 from ds_moe.tasks.gate.scores import RoutingScores, routing_scores
 
@@ -45,26 +46,15 @@ class Survey:
         )
 
 
-@dataclass
-class _Rows:
-    """What a survey found on one rank, in the order of its records."""
+class _Row(NamedTuple):
+    """What a survey has found of one record."""
 
-    probabilities: list[np.ndarray] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    text: list[np.ndarray] = field(default_factory=list)
-    vision: list[np.ndarray] = field(default_factory=list)
-    where: list[str] = field(default_factory=list)
-    kinds: list[str | None] = field(default_factory=list)
-    loss: float = 0.0
-
-    def extend(self, other: _Rows) -> None:
-        self.probabilities += other.probabilities
-        self.labels += other.labels
-        self.text += other.text
-        self.vision += other.vision
-        self.where += other.where
-        self.kinds += other.kinds
-        self.loss += other.loss
+    probabilities_K: np.ndarray
+    label: int
+    text_D: np.ndarray
+    vision_D: np.ndarray
+    where: str
+    kind: str | None
 
 
 @torch.no_grad()
@@ -89,53 +79,35 @@ def survey(
     """
     inner, was_training = getattr(model, "module", model), model.training
     model.eval()
-    rows, samples = _Rows(), []
+    loss, rows, samples = 0.0, [], []
     for batch in eval_set.batches(limit):
         each_batch()
         decision = model(**batch.prompt.to(inner.device).inputs, gate_only=True)
         mask_BS = inner.features.mask_BS
         probabilities_BK = per_sample(decision.logits, mask_BS).cpu()
         labels_B = batch.batch.adapter_B
-        rows.loss += float(gate_loss(decision, labels_B.to(decision.logits.device), mask_BS))
+        loss += float(gate_loss(decision, labels_B.to(decision.logits.device), mask_BS))
         text_BD, vision_BD = inner.features.text_BD.cpu().numpy(), inner.features.vision_BD.cpu().numpy()
         for index in [at for at, weight in enumerate(batch.weights) if weight]:
             sample, label = batch.samples[index], int(labels_B[index])
-            rows.probabilities.append(probabilities_BK[index].numpy())
-            rows.labels.append(label)
-            rows.text.append(text_BD[index])
-            rows.vision.append(vision_BD[index])
-            rows.where.append(sample.where)
-            rows.kinds.append(sample.kind)
+            seen = text_BD[index], vision_BD[index]
+            rows.append(_Row(probabilities_BK[index].numpy(), label, *seen, sample.where, sample.kind))
             if len(samples) < shown and label != NO_LOSS:
                 predicted = names[int(probabilities_BK[index].argmax())]
                 samples.append(ShownSample(sample.first_image(), sample.last_question(), names[label], predicted))
     model.train(was_training)
     raise_together(eval_set.error)
-    return _gathered(over_ranks(rows), names, samples)
-
-
-def _gathered(ranks: list[_Rows], names: list[str], samples: list[ShownSample]) -> Survey:
-    rows = _Rows()
-    for one in ranks:
-        rows.extend(one)
-    labels_N = np.array(rows.labels, dtype=np.int64)
-    probabilities_NK, text_ND, vision_ND = map(np.stack, (rows.probabilities, rows.text, rows.vision))
-    found = Survey(names, probabilities_NK, labels_N, text_ND, vision_ND, rows.where, samples=samples)
-    labelled = int(found.labelled.sum())
-    if labelled:
-        found.loss = rows.loss / labelled
-        found.accuracy = _accuracy(found, rows.kinds)
+    losses, ranks = zip(*over_ranks((loss, rows)), strict=True)
+    probabilities, labels, text, vision, where, kinds = zip(*chain(*ranks), strict=True)
+    probabilities_NK, text_ND, vision_ND = map(np.stack, (probabilities, text, vision))
+    found = Survey(names, probabilities_NK, np.array(labels), text_ND, vision_ND, list(where), samples=samples)
+    if found.labelled.any():
+        found.loss = sum(losses) / int(found.labelled.sum())
+        right_N = probabilities_NK.argmax(1) == found.labels_N
+        asked = Counter(kind or "all" for kind, labelled in zip(kinds, found.labelled, strict=True) if labelled)
+        right = Counter(kind or "all" for kind, one in zip(kinds, right_N, strict=True) if one)
+        found.accuracy = accuracy_by_kind(asked, right)
     return found
-
-
-def _accuracy(found: Survey, kinds: list[str | None]) -> dict[str, float]:
-    hits: dict[str, list[bool]] = defaultdict(list)
-    right_N = found.probabilities_NK.argmax(1) == found.labels_N
-    for kind, right, labelled in zip(kinds, right_N, found.labelled, strict=True):
-        if labelled:
-            hits[kind or "all"].append(bool(right))
-    accuracy = {kind: sum(rights) / len(rights) for kind, rights in sorted(hits.items())}
-    return accuracy | {"mean": sum(accuracy.values()) / len(accuracy)}
 
 
 def per_sample(logits: Tensor, mask_BS: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_moe.data.encode import NO_LOSS
 
@@ -27,42 +27,12 @@ class Features:
     mask_BS: Tensor | None = None  # bool, the tokens of `token_BSD` that count; only for gates per token
 
 
-def get_hidden_size(model: nn.Module) -> int:
-    """D, the width of a model's text embeddings.
-
-    It is read from a nested config (Qwen3-VL has no `config.hidden_size`) or a plain one. A model without a usable
-    config is asked for its input embeddings, which also works under ZeRO-3, where their shape is (0,).
-
-    Raises:
-        TypeError: neither the config nor the input embeddings tell it.
-    """
-    config = getattr(model, "config", None)
-    if callable(text_config := getattr(config, "get_text_config", None)):
-        try:
-            config = text_config()
-        except ValueError:  # the model consists of several text models
-            config = None
-    size = getattr(config, "hidden_size", None)
-    if isinstance(size, int):
-        return size
-    try:
-        weight = model.get_input_embeddings().weight
-        return int(getattr(weight, "ds_shape", weight.shape)[1])
-    except (AttributeError, NotImplementedError, IndexError) as error:
-        name = type(model).__name__
-        raise TypeError(
-            f"{name} tells no hidden size: neither config.get_text_config().hidden_size nor a two-dimensional "
-            f"get_input_embeddings().weight (give the language model itself)"
-        ) from error
-
-
 def prompt_mask(
     input_ids_BS: Tensor, attention_mask_BS: Tensor | None, labels_BS: Tensor | None, not_text: Collection[int]
 ) -> Tensor:
     """(B, S) bool: true for the text tokens that a gate may look at. A row may have none.
 
     Args:
-        input_ids_BS: int64 token ids.
         attention_mask_BS: non-zero at real tokens, padding on either side; None: every token is real.
         labels_BS: unshifted labels. From a row's first label (!= -100) on, everything is hidden, because the gate must
             not read the answer that it helps to give. None: nothing is hidden, which only suits prompts.
@@ -108,6 +78,9 @@ def _pick(hidden_BSD: Tensor, mask_BS: Tensor, position_B: Tensor) -> Tensor:
     return picked_BD.masked_fill(~mask_BS.any(1, keepdim=True), 0.0)
 
 
+POOLS = {"embeddings": mean_text, "layer": mean_text, "last": last_text, "first": first_text}  # by `gate.text`
+
+
 def image_counts(input_ids_BS: Tensor, image_token_id: int, vision_start_id: int) -> Tensor:
     """(B,) int64: the number of images of each sample. Never waits for the device.
 
@@ -117,27 +90,23 @@ def image_counts(input_ids_BS: Tensor, image_token_id: int, vision_start_id: int
     return (starts & (input_ids_BS[:, 1:] == image_token_id)).sum(1)
 
 
-def mean_vision(pooled: Sequence[Tensor], counts_B: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+def mean_vision(pooled: Sequence[Tensor], counts_B: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """(features (B, D) fp32, present (B,) bool): the mean over all vision tokens of all images of each sample.
 
     A large image has more tokens and so weighs more. A sample without an image gets zeros. This waits for the device
     once, to check the counts. The sums have the same order in every run, because there are no atomic additions.
 
     Args:
-        pooled: a (tokens, D) tensor for each image of the micro-batch, in order: the `pooler_output` of
-            `get_image_features`.
+        pooled: (tokens, D) of each image of the micro-batch, in order: the `pooler_output` of `get_image_features`.
         counts_B: the images of each sample, from `image_counts`.
-        width: D, needed if `pooled` may be empty.
 
     Raises:
-        ValueError: the counts do not sum to the number of images, or there is neither an image nor a width.
+        ValueError: the counts do not sum to the number of images.
     """
     images = int(counts_B.sum())
     if images != len(pooled):
         raise ValueError(f"the prompts have {images} images, but the vision tower gave features of {len(pooled)}")
     if not pooled:
-        if width is None:
-            raise ValueError("mean_vision needs the width where there is no image at all")
         return counts_B.new_zeros(len(counts_B), width, dtype=torch.float32), counts_B > 0
     total_ID = torch.stack([image.sum(0, dtype=torch.float32) for image in pooled])
     tokens_I = torch.tensor([len(image) for image in pooled], device=total_ID.device)
@@ -151,17 +120,13 @@ def mean_vision(pooled: Sequence[Tensor], counts_B: Tensor, width: int | None = 
     return total_BD / tokens_B.clamp(min=1).unsqueeze(1), tokens_B > 0
 
 
-def vision_statistics(
-    pooled: Sequence[Tensor], counts_B: Tensor, width: int, deviation: bool = True
-) -> tuple[Tensor, Tensor]:
-    """(features, present (B,) bool): the means (B, D), and with `deviation` also the standard deviations: (B, 2 D).
+def vision_statistics(pooled: Sequence[Tensor], counts_B: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(features (B, 2 D), present (B,) bool): beside the means of `mean_vision` the standard deviations.
 
     A mean tells little about a screen's layout; the variation over the screen tells more (statistics pooling, Snyder et
-    al. 2018, x-vectors). The arguments are those of `mean_vision`.
+    al. 2018, x-vectors).
     """
     mean_BD, present_B = mean_vision(pooled, counts_B, width)
-    if not deviation:
-        return mean_BD, present_B
     owner_I = torch.arange(len(counts_B), device=counts_B.device).repeat_interleave(counts_B).tolist()
     away = [(image.float() - mean_BD[owner]).square() for image, owner in zip(pooled, owner_I, strict=True)]
     variance_BD, _ = mean_vision(away, counts_B, width)

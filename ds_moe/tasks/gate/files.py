@@ -32,7 +32,6 @@ FORMAT = 1
 READS = ("text", "text_layer", "vision", "modalities", "per", "select", "top_k", "temperature")
 MUST_AGREE = READS[:5]  # the other settings may change from stage to stage
 GATE, ROUTER_FILE = "gate.json", "router.safetensors"
-Reads = dict[str, str | int | None]  # key of the `gate` section -> its value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class SavedGate:
     path: Path
     adapters: list[str]  # names, in the order of the router's outputs
     router: dict[str, Tensor]
-    reads: Reads  # the keys READS of the run's `gate` section: what the gate looks at, and how
+    reads: dict[str, object]  # the keys READS of the run's `gate` section: what the gate looks at, and how
     reader: Reader | None = None  # reads the checkpoint, which may hold trained adapters; None: an exported gate
 
     def trained(self, name: str) -> Tensor | None:
@@ -65,25 +64,19 @@ def read_gate(source: Path) -> SavedGate:
     router = {match[1]: reader.read(key) for key in reader.tensors if (match := own.fullmatch(key))}
     if not router:
         raise UserError(f"{path} holds no gate: it is of a run of another task")
-    return SavedGate(path, _base_of(path)["order"], router, _reads(_run_of(path).gate), reader)
+    config = _run_of(path).gate
+    reads = {key: getattr(config, key) for key in READS}
+    return SavedGate(path, _base_of(path)["order"], router, reads, reader)
 
 
 def _base_of(path: Path) -> dict[str, Any]:
     """The base on which a checkpoint's gate was trained, see `base_identity`."""
     base = json.loads((path / STATE).read_text()).get("base")
-    if (
-        not isinstance(base, dict)
-        or not isinstance(base.get("adapters"), dict)
-        or not isinstance(base.get("order"), list)
-    ):
-        raise UserError(
-            f"{path / STATE}: base is {shown(base)}, which names no adapters: it is of a run of another task"
-        )
+    named = isinstance(base, dict) and isinstance(base.get("adapters"), dict) and isinstance(base.get("order"), list)
+    if not named:
+        lack = "which names no adapters: it is of a run of another task"
+        raise UserError(f"{path / STATE}: base is {shown(base)}, {lack}")
     return base
-
-
-def _reads(config: GateConfig) -> Reads:
-    return {key: getattr(config, key) for key in READS}
 
 
 def _read_exported(folder: Path) -> SavedGate:

@@ -23,20 +23,10 @@ from ds_moe.models.generation import cache_of
 from ds_moe.models.vision import encode_blank, has_vision
 from ds_moe.tasks.gate import bank
 from ds_moe.tasks.gate.adapters import find_adapters, read_adapter
-from ds_moe.tasks.gate.features import (
-    Features,
-    first_text,
-    get_hidden_size,
-    image_counts,
-    last_text,
-    mean_text,
-    prompt_mask,
-    vision_statistics,
-)
+from ds_moe.tasks.gate.features import POOLS, Features, image_counts, mean_vision, prompt_mask, vision_statistics
 from ds_moe.tasks.gate.network import GateDecision, GateNetwork, GateSettings
 
 ROUTER = "adapter_gate"  # the router's name in the model
-POOLS = {"embeddings": mean_text, "layer": mean_text, "last": last_text, "first": first_text}
 IMAGES = ("pixel_values", "image_grid_thw")
 Inputs = dict[str, Any]  # keyword arguments of a transformers forward: tensors, a cache, flags
 
@@ -51,22 +41,6 @@ class GatedModel(PreTrainedModel):
     decision: GateDecision  # of the last forward, as the next two
     features: Features
     reference_logits: Tensor | None
-
-
-def gate_settings(config: GateConfig, model: PreTrainedModel, adapters: int) -> GateSettings:
-    hidden_size = get_hidden_size(model)
-    return GateSettings(
-        adapters=adapters,
-        hidden_size=hidden_size,
-        vision_size=(2 if config.vision == "mean_std" else 1) * hidden_size,
-        width=config.width,
-        select=config.select,
-        top_k=config.top_k if config.select == "top_k" else None,
-        temperature=config.temperature,
-        per=config.per,
-        layers=model.config.get_text_config().num_hidden_layers if config.per == "layer" else 1,
-        modalities=config.modalities,
-    )
 
 
 def install_gate(model: PreTrainedModel, config: GateConfig) -> GatedModel:
@@ -93,7 +67,16 @@ def install_gate(model: PreTrainedModel, config: GateConfig) -> GatedModel:
     model.adapter_bank = bank.install(model, [read_adapter(name, path) for name, path in found.items()])
     model.adapter_bank.gates.per = config.per
     model.adapter_bank.train_adapters(config.stage == "joint")
-    model.adapter_gate = GateNetwork(gate_settings(config, model, len(found))).to(model.device)
+    hidden_size = model.config.get_text_config().hidden_size
+    settings = GateSettings(
+        adapters=len(found),
+        hidden_size=hidden_size,
+        vision_size=(2 if config.vision == "mean_std" else 1) * hidden_size,
+        top_k=config.top_k if config.select == "top_k" else None,
+        layers=layers if config.per == "layer" else 1,
+        **config.model_dump(include={"width", "select", "temperature", "per", "modalities"}),
+    )
+    model.adapter_gate = GateNetwork(settings).to(model.device)
     model.gate_reference = None
     model.reads = config
     model.decision, model.features, model.reference_logits = None, None, None
@@ -168,18 +151,11 @@ def read(model: GatedModel, inputs: Inputs) -> tuple[Features, Inputs]:
         hidden_BSD = embeds_BSD if kind == "embeddings" else _contextual(model, inputs, layer)
         counts_B = image_counts(input_ids, ids.image_token_id, ids.vision_start_token_id)
         pooled = encoded.pooler_output if encoded is not None else []
-        vision_BD, present_B = vision_statistics(
-            pooled, counts_B, embeds_BSD.shape[-1], model.reads.vision == "mean_std"
-        )
+        statistics = vision_statistics if model.reads.vision == "mean_std" else mean_vision
+        vision_BD, present_B = statistics(pooled, counts_B, embeds_BSD.shape[-1])
         per_token = model.adapter_gate.settings.per == "token"
-        features = Features(
-            POOLS[kind](hidden_BSD, read_BS),
-            vision_BD,
-            present_B,
-            embeds_BSD if per_token else None,
-            read_BS if per_token else None,
-        )
-    return features, inputs
+        of_tokens = (embeds_BSD, read_BS) if per_token else ()
+        return Features(POOLS[kind](hidden_BSD, read_BS), vision_BD, present_B, *of_tokens), inputs
 
 
 def _embed(model: PreTrainedModel, input_ids_BS: Tensor) -> Tensor:

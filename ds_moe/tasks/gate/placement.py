@@ -44,7 +44,7 @@ def updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
     adapter = placed(adapter, model)
     modules = dict(model.named_modules())
     for name in adapter.modules:
-        _check_target(adapter, name, modules, reads_screens=in_vision_tower(name))
+        _check_target(adapter, name, modules)
     _compare_with_base(adapter, model)
     outline = nn.Module()
     prefixes = {_prefix(name): _prefix(path) for name, path in adapter.paths.items()}
@@ -130,19 +130,15 @@ def _compare_with_base(adapter: Adapter, model: nn.Module) -> None:
             )
 
 
-def _check_target(adapter: Adapter, name: str, modules: dict[str, nn.Module], reads_screens: bool) -> None:
+def _check_target(adapter: Adapter, name: str, modules: dict[str, nn.Module]) -> None:
     where = f"adapter {adapter.path}: {name}"
-    if reads_screens:
-        raise UserError(
-            f"{where}: the gate reads the screen through the vision tower, which therefore has to stay the same "
-            "for all adapters; train adapters on the language model only"
-        )
+    if in_vision_tower(name):
+        why = "the gate reads the screen through the vision tower, which therefore has to stay the same"
+        raise UserError(f"{where}: {why} for all adapters; train adapters on the language model only")
     module = modules.get(name)
     if type(module) is not nn.Linear and _EXPERTS.search(name):
-        raise UserError(
-            f"{where} is of experts, which transformers keeps fused, and a gate mixes updates of linear layers only: "
-            "train the adapter without the experts"
-        )
+        why = "of experts, which transformers keeps fused, and a gate mixes updates of linear layers only"
+        raise UserError(f"{where} is {why}: train the adapter without the experts")
     if module is None:
         raise UserError(f"{where} is no module of this model: give the base that the adapter was trained on")
     if type(module) is not nn.Linear:

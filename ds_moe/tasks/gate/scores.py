@@ -39,10 +39,8 @@ class RoutingScores:
 
     def confusion_pairs(self) -> dict[str, int]:
         """{"true->predicted": requests}, including right predictions; pairs that do not occur are left out."""
-        pairs = np.argwhere(self.confusion_KK)
-        return {
-            f"{self.names[true]}->{self.names[found]}": int(self.confusion_KK[true, found]) for true, found in pairs
-        }
+        counts = np.ndenumerate(self.confusion_KK)
+        return {f"{self.names[true]}->{self.names[found]}": int(count) for (true, found), count in counts if count}
 
 
 def routing_scores(
@@ -50,19 +48,16 @@ def routing_scores(
 ) -> RoutingScores:
     """Score a gate that predicts the most probable adapter, or the first of equally probable ones.
 
-    Labels and training labels are indices into `names`. Raises ValueError for inputs that do not fit together.
+    Labels and training labels are indices into `names`. Raises ValueError as `check_probabilities` does.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
     probabilities_NK = check_probabilities(probabilities_NK, names)
     total, adapters = probabilities_NK.shape
-    labels_N = _check_labels(labels_N, adapters, "labels_N")
-    if len(labels_N) != total:
-        raise ValueError(f"{len(labels_N)} labels for {total} rows of probabilities")
-    seen = labels_N if train_labels is None else _check_labels(train_labels, adapters, "train_labels")
+    seen = labels_N if train_labels is None else train_labels
     majority, found_N, every = int(np.bincount(seen).argmax()), probabilities_NK.argmax(1), np.arange(adapters)
     confusion_KK = np.bincount(adapters * labels_N + found_N, minlength=adapters**2).reshape(adapters, adapters)
-    precision_K, recall_K, _, _ = precision_recall_fscore_support(
+    precision_K, recall_K, *_ = precision_recall_fscore_support(
         labels_N, found_N, labels=every, zero_division=ZERO_DIVISION
     )
     logs_NK = np.log(np.where(probabilities_NK > 0, probabilities_NK, 1))  # 0 log 0 = 0
@@ -177,15 +172,6 @@ def check_probabilities(probabilities_NK: np.ndarray, names: Sequence[str]) -> n
     if not fine_N.all():
         raise ValueError(f"row {fine_N.argmin()} is no distribution: {found_NK[fine_N.argmin()].tolist()}")
     return found_NK
-
-
-def _check_labels(labels: np.ndarray, adapters: int, name: str) -> np.ndarray:
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{name}: expected one integer for each of at least one request")
-    if labels.min() < 0 or labels.max() >= adapters:
-        raise ValueError(f"{name} reach from {labels.min()} to {labels.max()}: expected 0 to {adapters - 1}")
-    return labels.astype(np.int64)
 
 
 def _aligned(rows: list[list[str]]) -> str:

@@ -29,6 +29,7 @@ class GateTask(Task):
     def __init__(self, parts: TrainingParts) -> None:
         super().__init__(parts)
         self.config = parts.config.gate
+        self.supervised = self.config.stage == "supervised"
         self.names: list[str] = parts.engine.module.adapter_bank.names
         self.class_weights: Tensor | None = None
         if self.config.class_weights == "balanced":
@@ -64,16 +65,12 @@ class GateTask(Task):
             scale.fit(row[0], *row[1:].chunk(2))
 
     def weight(self, batch: RoutedBatch) -> Tensor:
-        return (batch.adapter_B != NO_LOSS).sum() if self._supervised else super().weight(batch)
-
-    @property
-    def _supervised(self) -> bool:
-        return self.config.stage == "supervised"
+        return (batch.adapter_B != NO_LOSS).sum() if self.supervised else super().weight(batch)
 
     def loss(self, batch: RoutedBatch, share: float) -> Tensor:
         labels_B, real_B = batch.adapter_B, batch.real_B
         model = self.parts.engine.module
-        if self._supervised:
+        if self.supervised:
             decision = self.parts.engine(**batch.with_labels, gate_only=True)
             mask_BS = model.features.mask_BS
             loss = gate_loss(decision, labels_B, mask_BS, self.class_weights) / share
@@ -118,19 +115,14 @@ class GateTask(Task):
         parts = self.parts
         shown = parts.config.monitor.sample_images
         found = survey(parts.engine, parts.eval_set, self.names, limit, shown=shown, each_batch=each_batch)
-        if self._supervised:
+        if self.supervised:
             report = EvalReport(progress.step, found.loss, found.accuracy, found.samples)
         else:
             report = super().evaluate(progress, limit, each_batch)
-        return _with_routing(report, found)
-
-
-def _with_routing(report: EvalReport, found: Survey) -> EvalReport:
-    scores = found.scores()
-    if scores is not None:
-        report.scalars = {"eval/routing_accuracy": scores.accuracy, "eval/routing_ece": scores.ece}
-        report.pictures = pictures(scores, found)
-    return report
+        if (scores := found.scores()) is not None:
+            report.scalars = {"eval/routing_accuracy": scores.accuracy, "eval/routing_ece": scores.ece}
+            report.pictures = pictures(scores, found)
+        return report
 
 
 def pictures(scores: RoutingScores, found: Survey) -> dict[str, Callable[[], np.ndarray]]:

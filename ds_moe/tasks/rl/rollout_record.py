@@ -33,7 +33,7 @@ class EngineRouting:
     """The experts that an engine says it has used. They are decoded, and checked, when the record is encoded."""
 
     value: object  # of the form `format`
-    format: str  # a key of `ds_moe.replay.traces.FORMATS`
+    format: str  # one of `ds_moe.replay.traces.FORMATS`
     start: int | None  # index of the input token that the first row routes; None: not told
     extra_row: str  # this and the next are arguments of `ds_moe.replay.align.align`
     short: str
@@ -50,16 +50,11 @@ class EngineRouting:
         start = 0 if self.start is None else self.start
         trace = decode(self.value, kind=self.format, layers=shape.layers, top_k=shape.top_k, start=start)
         found, alone = len(trace.ids), last - first  # rows, and those of the completion alone
-        if self.start is None and found < last and (found == alone == 0 or self._of_completion(found - alone)):
+        # vLLM before 0.22 returned the completion's rows alone for a choice; some clients add one for the last token.
+        of_completion = self.format in ("vllm", "vllm_http") and found - alone in (0, 1)
+        if self.start is None and found < last and (found == alone == 0 or of_completion):
             trace = replace(trace, start=first)
         return align(trace, shape, last + 1, extra_row=self.extra_row, short=self.short)
-
-    def _of_completion(self, more: int) -> bool:
-        """Whether the rows are those of the completion alone, when there are `more` of them than it has.
-
-        vLLM before 0.22 returned only these for a choice, and some clients add a row for the last token.
-        """
-        return self.format in ("vllm", "vllm_http") and more in (0, 1)
 
 
 @dataclass(frozen=True)
@@ -81,30 +76,20 @@ class Rollout:
 
 
 def parse_rollout(record: object, where: str, root: Path, need_reference: bool = False) -> Rollout:
-    """Check a record that JSON or Arrow has given.
+    """Check a record that JSON or Arrow has given; `where` is its file:line.
 
     Args:
-        where: file:line of the record.
         root: the folder below which images must be, symlinks resolved.
         need_reference: whether the record must have `reference_logprobs`; if not, they are not kept.
 
     Raises:
         RecordError: the message says what is wrong and ends with the fix.
     """
-    if not isinstance(record, dict):
-        raise RecordError(f"a record is {type_of(record)}, not an object (write one {{...}} a line)")
-    record = {key: value for key, value in record.items() if value is not None}
-    unknown = sorted(set(record) - KEYS)
-    if unknown:
-        raise RecordError(f"{shown(unknown[0])} is not read in a rollout (remove it; known: {', '.join(sorted(KEYS))})")
-    kind = record.get("kind")
-    if kind is not None and not isinstance(kind, str):
-        raise RecordError(f"'kind' is {type_of(kind)}, not a string (quote it)")
+    record = _of_known_keys(record)
     prompt = _conversation(record, where, root)
     tokens, mask = _tokens(record) if prompt is None else ([], [])
     images = image_pool(record, root) if prompt is None else prompt.images
-    reward = _number(record, "reward")
-    advantage = _number(record, "advantage")
+    reward, advantage = _number(record, "reward"), _number(record, "advantage")
     if math.isnan(advantage) and (math.isnan(reward) or "group" not in record):
         raise RecordError("the record has no 'advantage', nor 'reward' and 'group' (add them)")
     logprobs = _numbers(record, "logprobs", sum(mask) or None)
@@ -113,22 +98,32 @@ def parse_rollout(record: object, where: str, root: Path, need_reference: bool =
     reference = _numbers(record, "reference_logprobs", len(logprobs))
     if reference is None and need_reference:
         raise RecordError("the record has no 'reference_logprobs', which rl.kl_weight needs (add them, or set it to 0)")
-    if not need_reference:
-        reference = None
     return Rollout(
         where=where,
-        kind=kind,
+        kind=record.get("kind"),
         prompt=prompt,
         tokens=tokens,
         mask=mask,
         images=images,
         logprobs=logprobs,
-        reference=reference,
+        reference=reference if need_reference else None,
         reward=reward,
         group=str(record.get("group", where)),
         advantage=advantage,
         routing=_routing(record),
     )
+
+
+def _of_known_keys(record: object) -> dict[str, object]:
+    if not isinstance(record, dict):
+        raise RecordError(f"a record is {type_of(record)}, not an object (write one {{...}} a line)")
+    record = {key: value for key, value in record.items() if value is not None}
+    unknown = sorted(set(record) - KEYS)
+    if unknown:
+        raise RecordError(f"{shown(unknown[0])} is not read in a rollout (remove it; known: {', '.join(sorted(KEYS))})")
+    if not isinstance(record.get("kind", ""), str):
+        raise RecordError(f"'kind' is {type_of(record['kind'])}, not a string (quote it)")
+    return record
 
 
 def _conversation(record: dict[str, object], where: str, root: Path) -> Sample | None:
@@ -188,8 +183,7 @@ def _numbers(record: dict[str, object], key: str, count: int | None) -> list[flo
 
 def _routing(record: dict[str, object]) -> EngineRouting | None:
     if "routing" not in record:
-        lone = [key for key in OF_ROUTING if key in record]
-        if lone:
+        if lone := [key for key in OF_ROUTING if key in record]:
             raise RecordError(f"{lone[0]!r} without 'routing' (add it, or remove the key)")
         return None
     choices = {"extra_row": EXTRA_ROW, "short": SHORT}

@@ -49,40 +49,24 @@ class EncodedRollout(Encoded):
 
 @dataclass(kw_only=True)
 class RolloutBatch(Batch):
-    """Rollouts; `labels` are not used, and a filler has no completion.
+    """Rollouts; `labels` are not used, and a filler has no completion. Log-probs are fp32, 0 outside completions."""
 
-    Attributes:
-        completion_BS: bool, true at the completions' tokens.
-        engine_BS: fp32 log-probs by the inference engine, 0 outside the completions.
-        advantage_B: fp32, 0 for fillers.
-        reward_B: fp32, NaN where no record tells it.
-        reference_BS: fp32 log-probs by the reference policy, 0 outside the completions; None: none are needed.
-        old_BS: fp32 log-probs by the trainer's old policy; None: the live policy is the old one.
-        old_expert_BSLK: fp32 log-probs of the replayed experts by the old policy's routers; None: as for `old_BS`.
-    """
-
-    completion_BS: Tensor
-    engine_BS: Tensor
-    advantage_B: Tensor
-    reward_B: Tensor
-    reference_BS: Tensor | None = None
-    old_BS: Tensor | None = None
-    old_expert_BSLK: Tensor | None = None
+    completion_BS: Tensor  # bool, true at the completions' tokens
+    engine_BS: Tensor  # log-probs by the inference engine
+    advantage_B: Tensor  # fp32, 0 for fillers
+    reward_B: Tensor  # fp32, NaN where no record tells it
+    reference_BS: Tensor | None = None  # by the reference policy; None: none are needed
+    old_BS: Tensor | None = None  # by the trainer's old policy; None: the live policy is the old one
+    old_expert_BSLK: Tensor | None = None  # of the replayed experts, by the old policy's routers; None: as for `old_BS`
 
 
 @dataclass(frozen=True)
 class Rollouts(RecordKind[Rollout]):
-    """Rollouts for one model.
+    """Rollouts for one model."""
 
-    Attributes:
-        shape: the model's, where a routing is to be replayed; None: routings of records are not used.
-        normalize_std: whether advantages are divided by the standard deviation of their group's rewards.
-        need_reference: whether every record must have the log-probs of a reference policy.
-    """
-
-    shape: RoutingShape | None
-    normalize_std: bool = True
-    need_reference: bool = False
+    shape: RoutingShape | None  # the model's, where a routing is to be replayed; None: those of records are not used
+    normalize_std: bool = True  # whether advantages are divided by the standard deviation of their group's rewards
+    need_reference: bool = False  # whether every record must have the log-probs of a reference policy
 
     def parse(self, record: object, where: str, root: Path) -> Rollout:
         return parse_rollout(record, where, root, self.need_reference)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,39 +39,13 @@ from ds_moe.models.load import load_model
 from ds_moe.models.processor import load_processor
 from ds_moe.replay import RoutingRecorder, RoutingTrace, joined, to_record
 
-SAMPLING = (
-    "per_prompt",
-    "temperature",
-    "max_new_tokens",
-    "batch_size",
-    "seed",
-    "max_length",
-    "content_tokens",
-)  # options of `generate_rollouts`
+# Options of `generate_rollouts`.
+SAMPLING = ("per_prompt", "temperature", "max_new_tokens", "batch_size", "seed", "max_length", "content_tokens")
 REWARDS: dict[str, Callable[[str, str], float]] = {  # of (completion, right answer)
     "exact": lambda completion, answer: float(completion.strip() == answer.strip()),
     "contains": lambda completion, answer: float(answer.strip() in completion),
 }
-
-
-class Completion(TypedDict):
-    """What the engine says of one sequence, by the keys of a rollout file."""
-
-    tokens: list[int]
-    completion_mask: list[int]
-    logprobs: list[float]  # of the completion's tokens
-    completion: str
-    routing: NotRequired[dict[str, object]]
-
-
-class SampledRollout(Completion):
-    """A record before it is written: its images are still the sources."""
-
-    reward: float
-    group: str
-    answer: str
-    images: list[ImageSource]
-    kind: NotRequired[str]
+Record = dict[str, Any]  # as rollout_record.py reads it, but before it is written "images" holds the sources
 
 
 def load_policy(folder: Path, dtype: torch.dtype, experts: str | None = None) -> tuple[PreTrainedModel, Processor]:
@@ -113,9 +87,9 @@ def generate_rollouts(
     max_length: int = 4096,
     max_pixels: int = 16_777_216,
     content_tokens: Sequence[str] = (),
-) -> list[SampledRollout]:
-    """`per_prompt` completions of each sample's prompt, as records; `images` still holds the sources. A completion
-    that contains an image token, which no model can read back, is left out.
+) -> list[Record]:
+    """`per_prompt` completions of each sample's prompt. One that contains an image token, which no model can read
+    back, is left out.
 
     Args:
         temperature: 0 is greedy, with the log-probs of temperature 1.
@@ -126,7 +100,7 @@ def generate_rollouts(
         UserError: a sample that cannot be encoded, or a token that texts must not write.
     """
     check_content_tokens(processor, content_tokens)
-    image_token, rules = processor.image_token_id, TokenRules(content_tokens=tuple(content_tokens))
+    rules = TokenRules(content_tokens=tuple(content_tokens))
     encoded = []
     for sample in samples:
         try:
@@ -134,7 +108,7 @@ def generate_rollouts(
         except RecordError as error:
             raise UserError(f"{sample.where}: {error}") from error
     jobs = [number for number in range(len(samples)) for _ in range(per_prompt)]
-    completions: list[Completion] = []
+    completions: list[Record] = []
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), own_generation_config(model):
         torch.manual_seed(seed)
         for start in range(0, len(jobs), batch_size):
@@ -142,7 +116,7 @@ def generate_rollouts(
             completions += _complete(model, processor, prompts, temperature, max_new_tokens, content_tokens)
     records = []
     for number, record in zip(jobs, completions, strict=True):
-        if image_token in record["tokens"][encoded[number].prompt :]:
+        if processor.image_token_id in record["tokens"][encoded[number].prompt :]:
             continue
         sample, answer = samples[number], answer_text(encoded[number], processor, content_tokens)
         facts = {"reward": reward(final_answer(record["completion"]), answer), "group": f"{number} {sample.where}"}
@@ -178,14 +152,13 @@ def _complete(
     temperature: float,
     max_new_tokens: int,
     content_tokens: Sequence[str],
-) -> Iterator[Completion]:
+) -> Iterator[Record]:
     """One completion of each prompt: tokens, completion_mask, logprobs, its text, and if it has any its routing."""
     batch = collate_prompts(prompts, processor).to(model.device).inputs
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    ends = list(
-        dict.fromkeys(end for end in (end_token(processor), processor.tokenizer.eos_token_id) if end is not None)
-    )
+    own_end = processor.tokenizer.eos_token_id
+    ends = list(dict.fromkeys(end for end in (end_token(processor), own_end) if end is not None))
     pad = processor.tokenizer.pad_token_id
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling)
@@ -202,7 +175,7 @@ def _complete(
         tokens = one.input_ids[: one.prompt].tolist() + new
         first = width - one.prompt  # behind the padding on the left
         trace = None if routing_BSLK is None else RoutingTrace(routing_BSLK[row, first : first + len(tokens) - 1])
-        made: Completion = {
+        made = {
             "tokens": tokens,
             "completion_mask": [0] * one.prompt + [1] * length,
             "logprobs": [min(value, 0.0) for value in logprob_BN[row, :length].tolist()],
@@ -219,7 +192,7 @@ def _completion_length(new_N: Tensor, ends: list[int]) -> int:
     return int(found[0]) + 1 if len(found) else len(new_N)
 
 
-def write_rollouts(records: list[SampledRollout], file: Path) -> None:
+def write_rollouts(records: list[Record], file: Path) -> None:
     """JSON lines, complete or not at all; images as PNG, each once, below `images/` beside the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
@@ -251,9 +224,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="(default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences (default %(default)s)")
-    parser.add_argument(
-        "--max-length", type=int, default=4096, metavar="N", help="of a prompt with its reference answer"
-    )
+    parser.add_argument("--max-length", type=int, default=4096, metavar="N", help="of a prompt and its right answer")
     parser.add_argument(
         "--content-tokens", nargs="+", default=(), metavar="TOKEN", help="as data.content_tokens of the run file"
     )

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe.checkpoint.progress import Progress
-from ds_moe.config.tasks import RLConfig
 from ds_moe.replay.metrics import means, metrics
 from ds_moe.replay.objective import OBJECTIVES, Objective, PolicyInputs, policy_loss
 from ds_moe.replay.ratios import token_logprobs
@@ -26,10 +25,6 @@ SUSPICIOUS = 0.2  # share of tokens: engines of one model differ in a few, other
 NOT_OF_THE_OBJECTIVE = {"objective", "normalize_std", "updates_per_batch", "temperature"}
 
 
-def objective_of(config: RLConfig) -> Objective:
-    return Objective(kind=config.objective, **config.model_dump(exclude=NOT_OF_THE_OBJECTIVE))
-
-
 class PolicyOptimization(Task):
     """The task of a run with `task: rl`; a dense model has no routing to replay."""
 
@@ -37,11 +32,10 @@ class PolicyOptimization(Task):
         super().__init__(parts)
         moe = parts.config.moe
         self.config = parts.config.rl
-        self.objective = objective_of(self.config)
-        self.router: RouterWatch | None = None
-        if moe is not None and moe.replay.enabled:
-            self.router = RouterWatch(parts.layers, self.config.router)
-        self.scoring_s = 0.0
+        formula = self.config.model_dump(exclude=NOT_OF_THE_OBJECTIVE)
+        self.objective = Objective(kind=self.config.objective, **formula)
+        replays = moe is not None and moe.replay.enabled
+        self.router = RouterWatch(parts.layers, self.config.router) if replays else None
         self._sums: dict[str, Tensor] = {}
         self._waiting = 0  # optimizer steps of the batch that are still to come
 
@@ -110,18 +104,16 @@ class PolicyOptimization(Task):
     def _score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probs of the tokens (B, S) and of the replayed experts that predict them (B, S, L, K), and which tokens
         have a routing (B, S)."""
-        if self.router is None:
-            logits_BSV = self.parts.engine(**batch.inputs, use_cache=False).logits
-            return token_logprobs(logits_BSV, batch.inputs["input_ids"], self.config.temperature), None, None
-        routing_BSLK = batch.inputs["routing"]
-        self.router.begin(routing_BSLK)
+        input_ids, expert_BSLK, routed_BS = batch.inputs["input_ids"], None, None
+        if self.router is not None:
+            self.router.begin(batch.inputs["routing"])
         logits_BSV = self.parts.engine(**batch.inputs, use_cache=False).logits
-        self.router.end()
-        expert_BSLK = None
-        if self.objective.router != "none":
-            expert_BSLK = _of_next_token(self.router.logprobs(batch.inputs["input_ids"].shape[0]))
-        routed_BS = _of_next_token((routing_BSLK >= 0).flatten(2).all(-1))
-        return token_logprobs(logits_BSV, batch.inputs["input_ids"], self.config.temperature), expert_BSLK, routed_BS
+        if self.router is not None:
+            self.router.end()
+            routed_BS = _of_next_token((batch.inputs["routing"] >= 0).flatten(2).all(-1))
+            if self.objective.router != "none":
+                expert_BSLK = _of_next_token(self.router.logprobs(len(input_ids)))
+        return token_logprobs(logits_BSV, input_ids, self.config.temperature), expert_BSLK, routed_BS
 
     @torch.no_grad()
     def _with_old(self, batch: RolloutBatch) -> RolloutBatch:

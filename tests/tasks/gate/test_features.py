@@ -1,17 +1,14 @@
 """Features of the gate: what may change them (the request, the screen) and what must not (padding, images, answers)."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from ds_moe.data.encode import padded
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import special_token_ids, tiny_processor
 from ds_moe.tasks.gate import features as gate
-from ds_moe.tasks.gate.features import first_text, get_hidden_size, last_text, mean_text, mean_vision, prompt_mask
+from ds_moe.tasks.gate.features import first_text, last_text, mean_text, mean_vision, prompt_mask
 
 PAD, IMAGE, VIDEO, START, END = 0, 1, 2, 3, 4  # of the hand-made batches
 NOT_TEXT = {IMAGE, VIDEO, START, END}
@@ -132,7 +129,7 @@ def test_a_bf16_mean_is_summed_in_fp32():
     hidden = (torch.arange(3001) % 2 + 1.0).bfloat16().view(1, -1, 1)  # the sum, 4501, is no bf16 number
     mean = torch.tensor([[4501 / 3001]])
     assert mean_text(hidden, hidden[..., 0] > 0).equal(mean)
-    assert mean_vision([hidden[0]], torch.tensor([1]))[0].equal(mean)
+    assert mean_vision([hidden[0]], torch.tensor([1]), 1)[0].equal(mean)
 
 
 def test_first_text_is_the_same_for_every_prompt_and_the_others_are_not(model):
@@ -154,9 +151,9 @@ def test_real_images_are_counted_and_averaged_by_sample(model):
     made, _ = real_batch(["<image> or <image>?", "Hi", "<image>Which?"])
     counts = gate.image_counts(made["input_ids"], IDS["image_token_id"], IDS["vision_start_token_id"])
     pooled = model.model.get_image_features(made["pixel_values"], made["image_grid_thw"]).pooler_output
-    features, present = mean_vision(pooled, counts)
+    features, present = mean_vision(pooled, counts, 64)
     assert counts.tolist() == [2, 0, 1] and present.tolist() == [True, False, True]
-    assert [len(image) for image in pooled] == [4, 8, 4] and features.shape == (3, get_hidden_size(model))
+    assert [len(image) for image in pooled] == [4, 8, 4] and features.shape == (3, 64)
     torch.testing.assert_close(features[[0, 2]], torch.stack([torch.cat(pooled[:2]).mean(0), pooled[2].mean(0)]))
 
 
@@ -170,7 +167,7 @@ def test_images_are_counted_where_a_vision_start_precedes_them():
 @pytest.mark.parametrize("counts", [[1, 0, 3, 0], [0, 0, 4, 0], [2, 2, 0, 0], [0, 1, 1, 2]])
 def test_vision_means_against_a_loop(counts):
     pooled = [torch.randn(size, D, requires_grad=True) for size in (3, 9, 1, 4)]
-    features, present = mean_vision(pooled, torch.tensor(counts))
+    features, present = mean_vision(pooled, torch.tensor(counts), D)
     assert features.dtype == torch.float32 and present.tolist() == [count > 0 for count in counts]
     first = 0
     for row, count in enumerate(counts):
@@ -179,41 +176,12 @@ def test_vision_means_against_a_loop(counts):
         first += count
     features.sum().backward()
     assert all(image.grad.abs().min() > 0 for image in pooled)
-    broken, _ = mean_vision([*pooled[:3], pooled[3] * float("nan")], torch.tensor(counts))
+    broken, _ = mean_vision([*pooled[:3], pooled[3] * float("nan")], torch.tensor(counts), D)
     assert broken.isnan().any(1).sum() == 1  # and stays in its sample
 
 
 def test_no_image_at_all_and_counts_that_disagree():
-    features, present = mean_vision([], torch.tensor([0, 0]), width=D)
+    features, present = mean_vision([], torch.tensor([0, 0]), D)
     assert features.equal(torch.zeros(2, D)) and not present.any() and present.dtype == torch.bool
-    with pytest.raises(ValueError, match="width"):
-        mean_vision([], torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="2 images, but the vision tower gave features of 1"):
-        mean_vision([torch.randn(3, D)], torch.tensor([1, 1]))
-
-
-def only_embeddings(weight, **more):
-    model = nn.Module()
-    vars(model).update(get_input_embeddings=lambda: SimpleNamespace(weight=weight), **more)
-    return model
-
-
-def test_hidden_size_of_real_models(model):
-    for each in (model, model.model, model.model.language_model, build_preset("tiny-moe")):
-        assert get_hidden_size(each) == 64
-    assert not hasattr(model.config, "hidden_size")  # the reason for all this
-
-
-def test_hidden_size_without_a_usable_config():
-    sharded = torch.empty(0)
-    sharded.ds_shape = torch.Size((40, D))
-    for weight in (torch.empty(40, D), sharded):
-        assert get_hidden_size(only_embeddings(weight)) == D
-        for config in ({}, SimpleNamespace(hidden_size=None), SimpleNamespace(get_text_config=lambda: int("several"))):
-            assert get_hidden_size(only_embeddings(weight, config=config)) == D
-    plain = SimpleNamespace(hidden_size=5)
-    for config in (plain, SimpleNamespace(get_text_config=lambda: plain)):
-        assert get_hidden_size(only_embeddings(sharded, config=config)) == 5
-    for broken in (nn.Linear(3, 2), only_embeddings(torch.empty(0)), only_embeddings(None)):
-        with pytest.raises(TypeError, match=f"{type(broken).__name__} tells no hidden size"):
-            get_hidden_size(broken)
+        mean_vision([torch.randn(3, D)], torch.tensor([1, 1]), D)

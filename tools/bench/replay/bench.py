@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -37,7 +38,7 @@ from ds_moe.models.families import family_of
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import SPECIAL_TOKENS, tiny_processor
 from ds_moe.moe.decision import RoutingDecision
-from ds_moe.replay import RoutingRecorder, RoutingShape, RoutingTrace, align, joined, pad
+from ds_moe.replay import RoutingRecorder, RoutingShape, RoutingTrace, align, joined
 from ds_moe.replay.ratios import kl_estimate, token_logprobs
 from tools.bench.launched import ROOT
 from tools.bench.replay.plot import COMPLETION, LIVE, REPLAY, SHIFTED, claims, print_result, summarize, write_figure
@@ -187,7 +188,8 @@ def replays(rollouts: list[Rollout], shape: RoutingShape, length: int) -> dict[s
     made: dict[str, Any] = {LIVE: None}
     for mode, change in traces.items():
         changed = [(change(one.trace, one.sequence.prompt), len(one.sequence.input_ids)) for one in rollouts]
-        made[mode] = pad([align(trace, shape, tokens) for trace, tokens in changed], length)
+        aligned = [align(trace, shape, tokens) for trace, tokens in changed]
+        made[mode] = torch.stack([F.pad(one, (0, 0, 0, 0, 0, length - len(one)), value=-1) for one in aligned])
     return made
 
 

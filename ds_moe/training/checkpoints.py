@@ -1,0 +1,79 @@
+"""Saves a run, and goes on from what was saved."""
+
+import shutil
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from ds_moe.checkpoint.restore import choose, load
+from ds_moe.checkpoint.save import Saving
+from ds_moe.config.deepspeed import precision
+from ds_moe.config.run_file import dump_yaml
+from ds_moe.engine.start import on_cpu
+from ds_moe.models.processor import save_processor
+from ds_moe.training.run import Run
+
+
+def resume(run: Run) -> None:
+    """Go on from the checkpoint that `train.resume` means, whatever topology wrote it."""
+    parts, progress = run.parts, run.progress
+    path = choose(run.config.train.resume, run.folder / "checkpoints", parts.topology, note=run.monitor.note)
+    if path is None:
+        return
+    state = load(run.engine, parts.topology, path, run.base)
+    progress.resume(state, run.kind.name)
+    progress.figures.checkpoint = str(path)
+    progress.evaluation_due = progress.evaluation_due and parts.eval_set is not None
+    next_file = run.kind.files_follow and not parts.stream.is_file_of(state["data"])
+    if next_file:
+        progress.file_from = progress.step
+    else:
+        parts.stream.load_state_dict(state["data"])
+    if run.config.train.epochs is not None:
+        progress.total_steps += progress.file_from
+        run.monitor.total_steps = progress.total_steps
+    if run.patience is not None and progress.best_loss is not None:
+        run.patience.note(progress.best_loss, progress.figures)
+    saved_by = f"{state['world_size']} ranks with ep_size {state['ep_size']}"
+    also = ", with the next rollout file" if next_file else ""
+    run.monitor.note(f"resumed from {path} at step {progress.step} (saved by {saved_by}){also}")
+
+
+def save_checkpoint(run: Run) -> None:
+    """Save the run as it is after the last step; with `checkpoint.background` its files follow later, while one that
+    is still being written is waited for first (collective)."""
+
+    def write_extras(folder: Path) -> None:
+        shutil.copy(run.config.deepspeed, folder / "deepspeed.json")
+        (folder / "run.yaml").write_text(dump_yaml(run.config.model_copy(update={"deepspeed": "deepspeed.json"})))
+        model = run.engine.module
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder / "model")
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder / "model")
+        save_processor(run.parts.processor, folder / "model")
+
+    finish_saving(run)
+    run.watch.at("checkpoint")
+    state = {
+        **run.progress.as_json(run.kind.name),
+        "data": run.parts.stream.state_dict(),
+        "precision": precision(run.config, on_cpu()),
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+    }
+    folder, keep = run.folder / "checkpoints", run.config.checkpoint.keep
+    run.saving = Saving(run.engine, run.parts.topology, folder, state, write_extras, keep, run.base, run.watch.pulse)
+    if not run.config.checkpoint.background:
+        finish_saving(run)
+
+
+def finish_saving(run: Run) -> None:
+    """Make the checkpoint that is in flight, if one is, whole (collective)."""
+    if run.saving is None:
+        return
+    run.watch.at("checkpoint's files")
+    path = run.saving.finish(run.watch.pulse)
+    run.saving = None
+    run.progress.figures.checkpoint = str(path)
+    run.monitor.note(f"checkpoint {path}")
