@@ -25,7 +25,7 @@ setup(
     # Ranges say what the code is written for; constraints.txt pins what was tested. torch comes first: pick the build
     # for your CUDA (or CPU) and install it before this package, since DeepSpeed's source package imports it to build.
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.16",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.23,<5.25",
         "peft>=0.21.2,<0.22",
