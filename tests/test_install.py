@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ds_moe
 from tests.launcher import HANGS_S
 
@@ -48,6 +50,7 @@ def test_constraints_hold_for_every_requirement():
     assert needed <= pinned
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_triton_megablocks_or_cuda():
     # None in sys.modules makes an import of that name fail, whether it is installed here or not.
     missing = ["triton", "megablocks", "megablocks_ops", "stk", "grouped_gemm", "liger_kernel", "flash_attn"]

@@ -116,6 +116,7 @@ def small_h100(monkeypatch, device):
     monkeypatch.setitem(bench_layer.SUITES, "h100", bench_layer.SUITES["h100"]._replace(device=device, shapes=shapes))
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_agrees_in_bfloat16_on_a_cpu(monkeypatch, tmp_path):
     small_h100(monkeypatch, "cpu")
     status, report = bench(tmp_path, "--suite", "h100", "--routing", "zipf")

@@ -171,6 +171,7 @@ def test_killed_and_resumed_goes_on_bit_for_bit_with_its_bias(stopped, tmp_path)
     assert len(biases) == 2 and all(bias.dtype == torch.float32 and bias.abs().max() > 0.01 for bias in biases.values())
 
 
+@pytest.mark.slow
 def test_a_bias_left_out_of_the_checkpoint_is_noticed(stopped):
     """Negative control: without it the run that goes on is another one; a plain resume refuses the checkpoint."""
     assert not bias_tensors(stopped / "lost" / "checkpoints" / FIRST)
@@ -179,6 +180,7 @@ def test_a_bias_left_out_of_the_checkpoint_is_noticed(stopped):
     assert "does not fit this model: missing ['buffer/" in errors(stopped)["refused"]
 
 
+@pytest.mark.slow
 def test_the_bias_is_bit_identical_after_resharding(stopped):
     """Saved by EP 2 and ZeRO-3, loaded and saved again at once by EP 1 and ZeRO-1."""
     source, again = (stopped / name / "checkpoints" / FIRST for name in ("never", "resharded"))
@@ -201,6 +203,7 @@ def test_the_bias_is_bit_identical_on_another_world_size(stopped, tmp_path, worl
 # --- train.stage
 
 
+@pytest.mark.slow
 def test_router_only_moves_the_routers_and_nothing_else(stopped):
     one, other = (all_tensors(stopped / "router only" / "checkpoints" / step) for step in (FIRST, LAST))
     moved = {key for key in one if key.startswith("weight/") and not torch.equal(one[key], other[key])}
@@ -211,6 +214,7 @@ def test_router_only_moves_the_routers_and_nothing_else(stopped):
 # --- export
 
 
+@pytest.mark.slow
 def test_an_export_loads_with_plain_transformers_and_keeps_the_bias_beside_it(stopped, tmp_path):
     checkpoint = stopped / "never" / "checkpoints" / LAST
     export_checkpoint(checkpoint, tmp_path / "export")
@@ -226,6 +230,7 @@ def test_an_export_loads_with_plain_transformers_and_keeps_the_bias_beside_it(st
     assert bit_equal({name: ours.get_buffer(name) for name in expected}, expected)
 
 
+@pytest.mark.slow
 def test_an_architecture_with_a_place_for_the_bias_gets_it_among_its_weights(stopped, tmp_path, monkeypatch):
     checkpoint = stopped / "never" / "checkpoints" / LAST
     family = FAMILIES["qwen3_vl_moe"]

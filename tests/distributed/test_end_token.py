@@ -80,6 +80,7 @@ def answers_of(model: PreTrainedModel, processor) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_evaluation_checkpoint_and_export_stop_at_the_trained_end(base_model, run_file):
     run_ranks("ds_moe.train", 1, [str(run_file)])
     output = base_model.parent / "out"

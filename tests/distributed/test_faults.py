@@ -167,6 +167,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint_and_the_run_goes_on_bit
     assert same(tensors(tmp_path, 8), tensors(outputs["sound"], 8))
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_job_in_time_and_is_named(tmp_path):
     run = start_ranks("ds_moe.train", 2, [RUN, f"train.output_dir={tmp_path}", *LONG])
     run.wait_for("  3/4000  loss")

@@ -26,7 +26,7 @@ from ds_moe.tasks.gate.files import start_gate
 from ds_moe.tasks.gate.model import install_gate
 from ds_moe.tasks.gate.records import Routed
 from tests.distributed.gate_data import HELD_OUT, PROJECTIONS, make, screens, write_adapter
-from tests.distributed.gate_ranks import KL, NAMES, PARITY, RUN
+from tests.distributed.gate_ranks import FEW, KL, NAMES, PARITY, RUN
 from tests.distributed.test_resume import LAST, bit_equal, checkpoints, differences, position, start_from, tensors
 from tests.launcher import Ranks, run_ranks, start_ranks
 
@@ -87,7 +87,7 @@ def trained(made) -> tuple[Path, Ranks]:
             overrides(made, "learnable", f"data.train={learnable}", f"data.eval={learnable}", "train.steps=40"),
             "train",
         ],
-        ["parity", overrides(made, "none", start(made, "supervised")), "parity"],
+        ["parity", overrides(made, "none", start(made, "supervised")), "parity of a few"],
     ]
     return made, launch(2, cases)
 
@@ -108,14 +108,24 @@ def test_one_rank_has_images_where_the_other_has_none(made):
 
 
 def test_parity_with_one_plain_process(trained, show):
-    found = trained[1].json["parity"]
+    check_parity(trained[1].json["parity"], len(FEW), show)
+
+
+@pytest.mark.slow
+def test_parity_of_every_stage_with_one_plain_process(trained, show):
+    made, _ = trained
+    run = launch(2, [["parity", overrides(made, "none", start(made, "supervised")), "parity"]])
+    check_parity(run.json["parity"], len(PARITY), show)
+
+
+def check_parity(found, rows, show):
     lines = ["a gate, 2 ranks (one has images, the other none) against one plain process on the joined batch"]
     lines.append("  stage       ZeRO  text        checkpointing   loss difference   gradient difference / largest")
     for stage, zero, text, checkpointing, loss, gradient in found["rows"]:
         on = "on" if checkpointing else "off"
         lines.append(f"  {stage:<10}  {zero:>4}  {text:<10}  {on:>13}   {loss:15.1e}   {gradient:19.1e}")
     show("\n".join(lines))
-    assert len(found["rows"]) == len(PARITY)
+    assert len(found["rows"]) == rows
     for row in found["rows"]:
         assert row[-2] <= LOSS and row[-1] <= GRADIENT, row
     for breakage, (loss, gradient) in found["broken"].items():  # negative controls

@@ -45,6 +45,7 @@ def lora_run(folder: Path) -> list[str]:
     return [*model, lora, "data.eval=digits", "train.eval_generate=false", "train.lr=1e-2"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(never_stopped):
     saved = tensors(checkpoints(never_stopped / "run") / LAST)
     weights = {key.partition("/")[2] for key in saved if key.startswith("weight/")}
@@ -109,6 +110,7 @@ def test_another_base_is_refused(never_stopped, tmp_path):
     assert "Traceback" not in ranks.log(0)
 
 
+@pytest.mark.slow
 def test_both_exports_reproduce_the_trained_model(never_stopped, tmp_path, show):
     expected = json.loads((never_stopped / "run" / "result.json").read_text())["eval_loss"]
     losses = {"base": held_out_loss(Qwen3VLMoeForConditionalGeneration.from_pretrained(never_stopped / "base"))}

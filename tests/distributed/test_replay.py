@@ -5,7 +5,8 @@ import pytest
 from tests.launcher import run_ranks
 
 
-@pytest.mark.parametrize(("world_size", "sizes"), [(2, 2), pytest.param(4, 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "sizes"), [(2, 2), (4, 3)])
 def test_self_replay_is_bit_equal_for_every_ep_size(world_size, sizes, show):
     """EP 1, 2, 4; fp32 and bf16; checkpointing off and on; real images padded (one rank text-only), and packed text."""
     run = run_ranks("tests/distributed/replay_ranks.py", world_size)

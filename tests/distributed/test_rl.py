@@ -51,6 +51,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_round_of_rollouts_follows_the_other(folder):
     records = rollouts(folder / "start", folder / "rollouts_0.jsonl", seed=0)
     _, first = train(folder, 0, folder / "run", *STEPS_OF_8)

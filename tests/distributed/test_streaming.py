@@ -17,10 +17,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("world_size", "cases"),
-    [(2, "FEW"), pytest.param(2, "SHORT", marks=pytest.mark.slow), pytest.param(4, "LONG", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "cases"), [(2, "FEW"), (2, "SHORT"), (4, "LONG")])
 def test_streamed_equals_loaded_complete_and_sharded(folder, world_size, cases, show):
     run = run_ranks("tests/distributed/streaming_ranks.py", world_size, [folder, cases])
     lines = [f"streamed against loaded complete, {world_size} ranks: all weights, masters, buffers and the loss equal"]

@@ -38,6 +38,7 @@ def trained(folder: Path, stored: str) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_an_equal_head_is_trained_and_exported_once(tmp_path):
     export_checkpoint(trained(tmp_path, "equal"), tmp_path / "export")
     before, after = (SafetensorsFiles.of_folder(tmp_path / name) for name in ("model", "export"))

@@ -162,6 +162,7 @@ def test_export_refuses_the_hub_layout_where_a_square_would_be_loaded_wrong():
     assert "hidden_size 64 is moe_intermediate_size" in str(hub_layout_problem(config, TRANSPOSED_ON_HUB))
 
 
+@pytest.mark.slow
 def test_a_bad_record_on_one_rank_stops_every_rank_with_its_line(files, tmp_path):
     """The picture is found truncated while it is loaded, by one rank, in the middle of the run."""
     lines = Path(files["mixed"]).read_text().splitlines()

@@ -38,6 +38,12 @@ def one_rank():
         dist.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def own_linear(monkeypatch):
+    """Undo what stage 3 does to this process, see `test_stage_3_replaces_linear_in_the_whole_process`."""
+    monkeypatch.setattr(nn.functional, "linear", nn.functional.linear)
+
+
 def engine_of(model, parameters=None, schedule=None, **config):
     settings = {"train_micro_batch_size_per_gpu": 1, "optimizer": ADAM, "zero_optimization": {"stage": 2}, **config}
     parameters = parameters or [one for one in model.parameters() if one.requires_grad]
@@ -240,3 +246,21 @@ def test_the_shared_memory_of_ranks_on_a_cpu_outlives_them():
     launcher, which says how many are on the host, have such memory."""
     ended = run_ranks("tests/libraries/shared_memory.py", 2, launcher="deepspeed")
     assert all(rank["files"] for rank in ended.json_by_rank)
+
+
+def test_stage_3_replaces_linear_in_the_whole_process():
+    """No guard: a frozen linear then keeps its input for the backward pass, which the memory plan does not count. Tests
+    of what a layer keeps must run where no engine of stage 3 was built."""
+    x, weight, kept = torch.ones(2, 3, requires_grad=True), torch.ones(5, 3), []
+
+    def keeps() -> bool:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+            nn.functional.linear(x, weight)
+        return any(one.data_ptr() == x.data_ptr() for one in kept)
+
+    assert not keeps()
+    engine_of(nn.Linear(4, 4), zero_optimization={"stage": 3, "memory_efficient_linear": False})
+    assert not keeps()
+    engine_of(nn.Linear(4, 4), zero_optimization={"stage": 3})
+    assert keeps()
