@@ -66,13 +66,23 @@ def start(made: Path, run: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(made) -> tuple[Path, Ranks]:
-    """Everything that two ranks do anew: (folder, the launch)."""
+def supervised(made) -> tuple[Path, Ranks]:
+    """What two ranks do anew in `make test`: (folder, the launch)."""
+    few = [
+        ["supervised", overrides(made, "supervised"), "train"],
+        ["parity", overrides(made, "none", start(made, "supervised")), "parity of a few"],
+    ]
+    return made, launch(2, few)
+
+
+@pytest.fixture(scope="module")
+def trained(supervised) -> tuple[Path, Ranks]:
+    """All else that two ranks do anew, in the same folder."""
+    made, _ = supervised
     zero1, zero2 = "deepspeed=ds_configs/zero1.json", "deepspeed=ds_configs/zero2.json"
     joint, learnable = [start(made, "end_to_end"), *JOINT], made / "data/learnable.jsonl"
     answers = [f"gate.kl_weight={KL}", "gate.entropy_weight=0.05", GENERATE, "train.steps=8"]
     cases = [
-        ["supervised", overrides(made, "supervised"), "train"],
         [
             "end_to_end",
             overrides(made, "end_to_end", start(made, "supervised"), "gate.stage=end_to_end", *answers),
@@ -87,7 +97,7 @@ def trained(made) -> tuple[Path, Ranks]:
             overrides(made, "learnable", f"data.train={learnable}", f"data.eval={learnable}", "train.steps=40"),
             "train",
         ],
-        ["parity", overrides(made, "none", start(made, "supervised")), "parity of a few"],
+        ["parity", overrides(made, "none", start(made, "supervised")), "parity"],
     ]
     return made, launch(2, cases)
 
@@ -107,15 +117,13 @@ def test_one_rank_has_images_where_the_other_has_none(made):
             assert ("pixel_values" in one.inputs) != ("pixel_values" in other.inputs)
 
 
-def test_parity_with_one_plain_process(trained, show):
-    check_parity(trained[1].json["parity"], len(FEW), show)
+def test_parity_with_one_plain_process(supervised, show):
+    check_parity(supervised[1].json["parity"], len(FEW), show)
 
 
 @pytest.mark.slow
 def test_parity_of_every_stage_with_one_plain_process(trained, show):
-    made, _ = trained
-    run = launch(2, [["parity", overrides(made, "none", start(made, "supervised")), "parity"]])
-    check_parity(run.json["parity"], len(PARITY), show)
+    check_parity(trained[1].json["parity"], len(PARITY), show)
 
 
 def check_parity(found, rows, show):
@@ -132,14 +140,15 @@ def check_parity(found, rows, show):
         assert loss > LOSS and gradient > GRADIENT, breakage
 
 
-def test_the_stages_follow_one_another(trained):
+@pytest.mark.slow
+def test_the_stages_follow_one_another(supervised, trained):
     made, run = trained
-    supervised, end_to_end, joint = (run.json[name] for name in ("supervised", "end_to_end", "joint"))
-    assert "kl_to_supervised" not in supervised["gate"]
+    first, end_to_end, joint = supervised[1].json["supervised"], run.json["end_to_end"], run.json["joint"]
+    assert "kl_to_supervised" not in first["gate"]
     assert 0 < end_to_end["gate"]["kl_to_supervised"] and 0 < joint["gate"]["kl_to_supervised"]
     assert joint["gate"]["entropy"] == 0  # one adapter a sample
     kinds = {"text-read", "text-act", *(f"{screen}-{family}" for screen in screens.SCREENS for family in FAMILIES)}
-    for result in (supervised, end_to_end, joint, run.json["joint, ZeRO 2"]):
+    for result in (first, end_to_end, joint, run.json["joint, ZeRO 2"]):
         assert result["eval_loss"] > 0 and result["accuracy"].keys() == {*kinds, "mean"}
     # Each began where the one before it had ended: a gate that began anew would differ by far more.
     before = tensors(checkpoints(made / "supervised") / LAST)
@@ -148,6 +157,7 @@ def test_the_stages_follow_one_another(trained):
     assert 0 < max(moved.values()) < 8 * 1e-2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(trained):
     made, _ = trained
     for name, step in {"supervised": LAST, "end_to_end": "step_00000008"}.items():
@@ -171,11 +181,13 @@ def kept(checkpoint: Path) -> set[str]:
     return names["weight"]
 
 
+@pytest.mark.slow
 def test_a_supervised_gate_learns_from_text_and_screen_together(trained):
     """Two texts, two pictures, an adapter for each pair: either of them alone leaves one half to chance."""
     assert trained[1].json["learnable"]["accuracy"]["mean"] > 0.9
 
 
+@pytest.mark.slow
 def test_patience_keeps_the_best_evaluation(trained):
     made, run = trained
     result = json.loads((made / "patience/result.json").read_text())
@@ -277,6 +289,7 @@ def test_other_adapters_under_the_same_names_are_refused(alone, what):
     assert "was trained upon another model" in alone[1].get(what, "nothing was refused")
 
 
+@pytest.mark.slow
 def test_a_stage_that_keeps_the_adapters_does_not_start_where_others_trained_them(trained):
     """Its checkpoints would not hold them, nor its exports: the adapters must be named as they are exported."""
     made, _ = trained
@@ -287,8 +300,8 @@ def test_a_stage_that_keeps_the_adapters_does_not_start_where_others_trained_the
         start_gate(model, config.gate)
 
 
-def test_eval_prints_a_table_and_writes_json_and_figures(trained, tmp_path, capsys):
-    made, _ = trained
+def test_eval_prints_a_table_and_writes_json_and_figures(supervised, tmp_path, capsys):
+    made, _ = supervised
     run, file = overrides(made, "supervised", "monitor.tensorboard=true"), tmp_path / "eval.json"
     assert main(["gate", "eval", RUN, *run, "--json", str(file)]) == 0
     printed, found = capsys.readouterr().out, json.loads(file.read_text())
@@ -306,6 +319,7 @@ def test_eval_prints_a_table_and_writes_json_and_figures(trained, tmp_path, caps
     assert gated.survey(str(gated.config.data.eval), Routed(NAMES, labelled=True)).accuracy == of_run
 
 
+@pytest.mark.slow
 def test_eval_of_a_collapsed_gate_fails_after_the_table(trained, capsys):
     made, _ = trained
     run = overrides(made, "collapsed", "gate.text=first", "gate.modalities=text")
@@ -316,6 +330,7 @@ def test_eval_of_a_collapsed_gate_fails_after_the_table(trained, capsys):
     assert f"for all {HELD_OUT} requests" in printed.err and "the gate predicts" in printed.err
 
 
+@pytest.mark.slow
 def test_predict_answers_requests_with_and_without_an_answer(trained, capsys):
     made, _ = trained
     file = made / "data/requests-held_out.jsonl"
@@ -325,6 +340,7 @@ def test_predict_answers_requests_with_and_without_an_answer(trained, capsys):
     assert all(line["adapter"] in NAMES and 1 / 4 <= line["probability"] <= 1 for line in lines)
 
 
+@pytest.mark.slow
 def test_export_holds_router_adapters_and_manifest(trained, tmp_path, capsys):
     made, _ = trained
     out, requests = tmp_path / "out", made / "data/requests-held_out.jsonl"
@@ -353,6 +369,7 @@ def test_export_holds_router_adapters_and_manifest(trained, tmp_path, capsys):
     assert evaluations[0] == evaluations[1]
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_one_plain_adapter(trained, tmp_path):
     """It adds what the exported adapters add, each merged by PEFT, times its weight."""
     made, _ = trained

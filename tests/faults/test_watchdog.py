@@ -118,7 +118,9 @@ innermost()
 
 
 # What moves must not be ended by a busy machine's pauses: its limit is the longer one.
-@pytest.mark.parametrize(("way", "limit_s", "code"), [("moves", 4, 0), ("stands", 1, STALLED)])
+@pytest.mark.parametrize(
+    ("way", "limit_s", "code"), [pytest.param("moves", 4, 0, marks=pytest.mark.slow), ("stands", 1, STALLED)]
+)
 def test_a_process_that_stands_still_is_ended_with_its_stack(way, limit_s, code):
     assert dist.is_available()
     ended = subprocess.run(

@@ -247,6 +247,7 @@ def write_checkpoint(tmp_path, step):
     (folder / "manifest.json").touch()
 
 
+@pytest.mark.slow
 def test_a_time_limit_shorter_than_the_load_ends_in_one_line_and_not_in_requeues_for_ever(tmp_path, fake_train):
     """Attempts 0 and 1 write a checkpoint, 2 does not; 3 says so."""
     env = job(tmp_path, fake_train, SLURM_JOB_NUM_NODES="1")

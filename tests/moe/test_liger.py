@@ -19,6 +19,7 @@ def assert_close(cases):
         assert result["difference"] <= ROUNDING.get(name, 1e-6), (name, result)
 
 
+@pytest.mark.slow
 @installed
 def test_outputs_and_gradients_equal_the_reference():
     results = reported("liger_cases", TRITON_INTERPRET="1")
