@@ -51,8 +51,8 @@ $(NEWEST_TRANSFORMERS): $(READY)
 
 test-transformers: $(NEWEST_TRANSFORMERS)  ## tests of models, experts, parity, resume, gate, rl with the newest transformers
 	@PYTHONPATH=$(NEWEST_TRANSFORMERS) $(PYTEST) -m "not slow and not gpu" tests/moe tests/models tests/tasks tests/replay \
-		tests/libraries/test_transformers.py \
-		$(addprefix tests/distributed/test_,parity.py resume.py lora.py rl.py gate.py end_token.py) $(ARGS)
+		tests/libraries/test_transformers.py $(addprefix tests/distributed/test_,parity.py resume.py lora.py gate.py) $(ARGS)
+	@PYTHONPATH=$(NEWEST_TRANSFORMERS) $(PYTEST) $(addprefix tests/distributed/test_,rl.py end_token.py ties.py) $(ARGS)
 
 lint: $(READY)  ## ruff, its formatter and pyright; fails on any finding
 	@$(PY) -m ruff check .
