@@ -163,7 +163,7 @@ def forget(what):
         return patch.object(TrainStream, "load_state_dict", lambda self, state: None)
     if what == "random state":
         return patch.object(restore, "_restore_rng", lambda *args: None)
-    return patch("ds_moe.train.load", lambda *args: {**restore.load(*args), "best_loss": None})
+    return patch("ds_moe.training.checkpoints.load", lambda *args: {**restore.load(*args), "best_loss": None})
 
 
 def main():
