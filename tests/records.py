@@ -60,3 +60,17 @@ def run_config(tmp_path):
 def chat(question, answer="yes"):
     """A record with one question and one answer."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def labelled(one, processor):
+    """The labelled text, spans separated by |."""
+    spans, last = [], None
+    for position, (token, label) in enumerate(zip(one.input_ids.tolist(), one.labels.tolist(), strict=True)):
+        if label == -100:
+            continue
+        assert label == token
+        if last != position - 1:
+            spans.append([])
+        spans[-1].append(token)
+        last = position
+    return "|".join(processor.tokenizer.batch_decode(spans))

@@ -5,6 +5,7 @@ they are equal (`modeling_utils.py`, `tie_weights`); on the meta device it canno
 """
 
 import logging
+import math
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -38,7 +39,7 @@ def equal_values(files: SafetensorsFiles, one: str, other: str, dtype: torch.dty
     shape = files.shapes[one]
     if files.shapes[other] != shape:
         return False
-    rows = max(1, BLOCK // (4 * max(1, shape[1])))
+    rows = max(1, BLOCK // (4 * max(1, math.prod(shape[1:]))))
     return all(
         torch.equal(*(files.read(name, start, start + rows).to(dtype) for name in (one, other)))
         for start in range(0, shape[0], rows)

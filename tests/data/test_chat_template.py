@@ -9,25 +9,11 @@ from ds_moe.data.encode import encode
 from ds_moe.data.images import RecordError, load_image
 from ds_moe.errors import UserError
 from ds_moe.models.processor import CHAT_TEMPLATE, tiny_processor
-from tests.records import chat
+from tests.records import chat, labelled
 
 
 def encoded(record, processor, folder=Path("/")):
     return encode(parse_record(record, "test:1", Path(folder)), processor, 4096, 10**6)
-
-
-def labelled(one, processor):
-    """The labelled text, spans separated by |."""
-    spans, last = [], None
-    for position, (token, label) in enumerate(zip(one.input_ids.tolist(), one.labels.tolist(), strict=True)):
-        if label == -100:
-            continue
-        assert label == token
-        if last != position - 1:
-            spans.append([])
-        spans[-1].append(token)
-        last = position
-    return "|".join(processor.tokenizer.batch_decode(spans))
 
 
 CONVERSATION = {

@@ -14,6 +14,7 @@ from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.models.processor import CHAT_TEMPLATE
 from tests.data.templates import CHANNELS, HYBRID, LLAMA, MISTRAL, THINKING, answer, call, tool, user, with_template
+from tests.records import labelled
 
 TEMPLATES = {"hybrid": HYBRID, "thinking": THINKING, "instruct": CHAT_TEMPLATE}
 FORMS = {  # the same thought and answer
@@ -33,20 +34,6 @@ def sample(messages, **columns):
 def encoded(messages, processor, train_on="all", **columns):
     rules = TokenRules(train_on=train_on)
     return encode(sample(messages, **columns), processor, 10**6, 10**6, rules)
-
-
-def labelled(one, processor):
-    """The labelled text, spans separated by |."""
-    spans, last = [], None
-    for position, (token, label) in enumerate(zip(one.input_ids.tolist(), one.labels.tolist(), strict=True)):
-        if label == -100:
-            continue
-        assert label == token
-        if last != position - 1:
-            spans.append([])
-        spans[-1].append(token)
-        last = position
-    return "|".join(processor.tokenizer.batch_decode(spans))
 
 
 def assert_as_rendered(one, processor, messages, tools=None):

@@ -30,7 +30,8 @@ from ds_moe.tasks.gate.records import Routed
 from ds_moe.tasks.gate.task import GateTask
 from ds_moe.tasks.registry import task_kind
 from ds_moe.tasks.task import TrainingParts
-from ds_moe.train import resume, save_checkpoint, train
+from ds_moe.train import train
+from ds_moe.training.checkpoints import resume, save_checkpoint
 from ds_moe.training.set_up import set_up
 from tests.launcher import leave, report
 
