@@ -36,7 +36,7 @@ def machine() -> dict[str, str]:
 
 
 def described(tensor: np.ndarray) -> list:
-    """[digest, norm] of a tensor."""
+    """[digest, norm] of a tensor; the norm is a sum, which another kind of CPU may round otherwise."""
     digest = hashlib.sha256(np.ascontiguousarray(tensor).tobytes()).hexdigest()
     return [digest, float(np.linalg.norm(tensor.astype(np.float64)))]
 
@@ -79,13 +79,14 @@ def exported(folder: Path) -> dict[str, list]:
 
 def differing(found: dict[str, list], expected: dict[str, list]) -> list[str]:
     """Names whose digests differ, or that only one side has."""
-    return sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+    digests, wanted = ({key: value[:1] for key, value in of.items()} for of in (found, expected))
+    return sorted(key for key in digests.keys() | wanted.keys() if digests.get(key) != wanted.get(key))
 
 
 def far_apart(found: dict[str, list], expected: dict[str, list]) -> list[str]:
     """Names whose norms differ by more than rounding, or that only one side has."""
     missing = found.keys() ^ expected.keys()
-    norms = {key: (found[key][1], expected[key][1]) for key in found.keys() & expected.keys() if expected[key]}
+    norms = {key: (found[key][1], expected[key][1]) for key in found.keys() & expected.keys()}
     return sorted(missing | {key for key, (one, other) in norms.items() if abs(one - other) > DRIFT * abs(other)})
 
 
@@ -125,10 +126,7 @@ def test_exports_the_same_model(copied, expected, tmp_path):
 
     source = shutil.copytree(KEPT / "output", tmp_path / "output")
     export_checkpoint(source, tmp_path / "exported")
-    found, wanted = exported(tmp_path / "exported"), expected["exported"]
-    assert not far_apart(found, wanted)
-    if machine() == expected["machine"]:  # the low-rank updates that it merges are matrix products
-        assert not differing(found, wanted)
+    assert not differing(exported(tmp_path / "exported"), expected["exported"])
 
 
 def test_a_flipped_digest_and_a_changed_norm_are_noticed(expected):
