@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ds_moe import __version__
+from ds_moe.config.sizes import SIZE, gib
 from ds_moe.errors import UserError
 from ds_moe.tasks.gate.cli import add_gate
 
@@ -48,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     doctor.add_argument("--world", type=_positive, default=1, metavar="N", help="ranks of the job (default 1)")
     doctor.add_argument("--samples", type=_positive, default=64, metavar="K", help="records to decode (default 64)")
-    doctor.add_argument("--device-memory", type=float, metavar="GIB", help="of the accelerators the job will have")
+    memory = f"of the accelerators the job will have: {SIZE}"
+    doctor.add_argument("--device-memory", type=gib, metavar="SIZE", help=memory)
     doctor.set_defaults(command=_doctor)
 
     export = commands.add_parser("export", help="write a checkpoint as a plain transformers folder")

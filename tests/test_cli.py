@@ -56,6 +56,10 @@ def test_train_refuses_a_bad_run_before_launching(capsys, monkeypatch):
     [
         (["train", DEMO, "--nprocs", "2"], "unrecognized arguments: --nprocs 2"),
         (["train", DEMO, "--nproc", "two"], "two is not a whole number above 0"),
+        (
+            ["doctor", DEMO, "--device-memory", "80XB"],
+            "argument --device-memory: 80XB is no size of memory; write it as",
+        ),
         (["doctor", DEMO, "x=1", "--world", "2", "stray"], "unrecognized arguments: stray"),
         (["version", "a=1"], "unrecognized arguments: a=1"),
         (["export", "a", "b", "--layout", "other"], "invalid choice: 'other'"),

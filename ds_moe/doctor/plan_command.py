@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from ds_moe.config.run_file import load_run
+from ds_moe.config.sizes import SIZE, gib
 from ds_moe.doctor import plans
 from ds_moe.doctor.plans import BUNDLED, NODE, Forecast, Plan, Setting
 from ds_moe.errors import UserError
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add("model", nargs="?", default="qwen3-vl-30b-a3b", help=f"{', '.join(BUNDLED)}, or a folder with a config.json")
     add("--config", type=Path, metavar="RUN.yaml", help="a run file, whose settings hold in place of the options'")
     add("--gpus", default="8", metavar="N,N", help="numbers of ranks (default 8)")
-    add("--memory", type=float, default=80.0, metavar="GIB", help="of one GPU (default 80)")
+    add("--memory", type=gib, default=80.0, metavar="SIZE", help=f"of one GPU (default 80): {SIZE}")
     add("--ep-size", default=1, **whole, help="ranks that share one copy of the experts (default 1)")
     add("--zero", type=int, choices=(1, 2, 3), default=3, help="ZeRO stage (default 3)")
     add("--offload", action="store_true", help="optimizer state in host memory (ZeRO-3)")

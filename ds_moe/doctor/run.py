@@ -13,6 +13,7 @@ from ds_moe.doctor.case import GIB, Case, Device, Finding
 from ds_moe.engine.cpu import cpu_settings
 from ds_moe.errors import UserError
 
+GIVEN = "--device-memory"  # source of a device that the caller describes
 WATCHED = ("torch", "deepspeed", "transformers")  # always named in the report
 
 
@@ -51,7 +52,7 @@ def find_device(world_size: int, device_memory: float | None) -> Device:
     Raises `UserError` where the accelerator does not tell its memory, or DS_ACCELERATOR names one that is not there.
     """
     if device_memory is not None:
-        return Device(False, device_memory * GIB, "--device-memory")
+        return Device(False, device_memory * GIB, GIVEN)
     if not trains_on_cpu():
         return _accelerator()
     import psutil  # DeepSpeed depends on it
@@ -78,6 +79,8 @@ def _accelerator() -> Device:
 
 def check_device(case: Case) -> Iterator[Finding]:
     config, on_cpu = case.config, case.device.on_cpu
+    if case.device.source == GIVEN:
+        yield Finding("ok", f"accelerators of {case.device.memory / GIB:g} GiB ({GIVEN})")
     hint = "(for a job on accelerators give the doctor --device-memory GIB)"
     if on_cpu and precision(config, on_cpu) == "bf16":
         where = config.at("train.precision")

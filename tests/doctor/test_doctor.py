@@ -265,9 +265,9 @@ def test_overrides_are_examined_too(healthy, capsys):
 
 
 def test_too_little_memory_is_an_error_with_the_table_and_what_helps(healthy, capsys):
-    code, lines, output = doctor(capsys, "--device-memory", "0.1")
+    code, lines, output = doctor(capsys, "--device-memory", "102.4MB")
     assert code == 1 and "0.1 GiB are there (--device-memory); try train.gradient_checkpointing true" in lines[-1]
-    assert "activations" in output and "runtime" in output
+    assert "activations" in output and "runtime" in output and "accelerators of 0.1 GiB (--device-memory)" in output
 
 
 WARNINGS = {

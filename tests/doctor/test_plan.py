@@ -35,7 +35,7 @@ def test_one_plan(capsys, tmp_path):
     assert sum(eight["device_bytes"].values()) == eight["total_bytes"]
     assert eight["device_bytes"]["optimizer"] == pytest.approx(12 * 31.07e9 / 8, rel=2e-3)
     assert "EP 8, ZeRO-3; predicted:" in out and "logits" in out
-    assert "DOES NOT FIT" in command(capsys, SMALL, "--ep-size", 8, "--checkpointing", "--memory", 70)[1]
+    assert "DOES NOT FIT" in command(capsys, SMALL, "--ep-size", 8, "--checkpointing", "--memory", "70GB")[1]
 
 
 def test_a_folder_and_a_run_file(capsys, tmp_path, monkeypatch):
