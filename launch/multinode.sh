@@ -51,10 +51,10 @@ settings=()
 if [[ -n $hostfile ]]; then
     [[ -z $nodes$gpus$master ]] || die "--hostfile and --nodes/--gpus/--master are two ways to start; give one"
     need_program "$bin" deepspeed
+    listed=$("$bin/python" -m ds_moe.launcher.hostfile "$hostfile") || exit 2
     if [[ $launcher == pdsh && $dry_run == no ]]; then
         command -v pdsh >/dev/null || die "pdsh is not installed: install it, or give --launcher openmpi, or use --nodes"
     fi
-    listed=$("$bin/python" -m ds_moe.launcher.hostfile "$hostfile") || exit 2
     mapfile -t hosts < <(awk '{sub(/.*@/, "", $1); print $1}' <<<"$listed")  # [user@]name slots
     every_host=$(printf '%s,' "${hosts[@]}")
     if [[ ${DS_ACCELERATOR:-} == cpu ]]; then cpu_settings; fi
