@@ -22,7 +22,7 @@ training/       one run from its set-up to its closing table
 doctor/         what would fail or be slow, said beforehand
 train.py        the loop, started once a rank
 launcher/       the ranks of a run under DeepSpeed's launcher
-cli.py          the `ds-moe` command
+cli.py, __main__.py   the `ds-moe` command
 ds_configs/     a DeepSpeed JSON for each ZeRO stage
 """
 

@@ -33,7 +33,12 @@ WEIGHT_READERS = "ds_moe/weights/"
 # another task: these ask `task_is` and `other_task` of config/run.py.
 TASK_READERS = ("ds_moe/tasks/registry.py", "ds_moe/config/run.py")
 TASK_QUESTIONS = ("task_is", "other_task")
-TASK_ASKERS = ("ds_moe/config/", "ds_moe/cli.py", "ds_moe/tasks/gate/commands.py", "ds_moe/tasks/gate/files.py")
+TASK_ASKERS = (
+    "ds_moe/config/",
+    "ds_moe/launcher/cli.py",
+    "ds_moe/tasks/gate/commands.py",
+    "ds_moe/tasks/gate/files.py",
+)
 
 # A `model_type` of transformers: one word, or words and digits in snake case, such as qwen3_vl_moe.
 MODEL_TYPE = re.compile(

@@ -22,14 +22,14 @@ def test_help_is_instant_and_lists_only_what_exists():
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 5, seconds  # 0.2 on a quiet machine; with torch alone it would be as many on a busy one
     listed = [line.split()[0] for line in text.splitlines() if re.match(r"    \w", line)]
-    assert listed == ["train", "doctor", "export", "assemble", "gate", "version"]
+    assert listed == ["train", "doctor", "plan", "export", "assemble", "gate", "version"]
 
 
 def test_no_heavy_library_is_imported_for_what_does_not_need_it():
     script = f"""
 import sys
 from ds_moe.cli import main
-for words in (["--help"], ["train", "--help"], ["version"], ["train", "--dry-run", {DEMO!r}]):
+for words in (["--help"], ["train", "--help"], ["plan", "--help"], ["version"], ["train", "--dry-run", {DEMO!r}]):
     try:
         main(words)
     except SystemExit:
@@ -71,6 +71,14 @@ def test_a_wrong_word_is_refused_in_one_line(words, complaint, capsys):
     said = capsys.readouterr().err
     assert left.value.code == 2
     assert said.startswith("error: ") and complaint in said and said.count("\n") == 1
+
+
+def test_python_m_is_the_same_command():
+    said = {}
+    for command in ([COMMAND], [sys.executable, "-m", "ds_moe"]):
+        result = subprocess.run([*command, "version", "a=1"], capture_output=True, text=True)
+        said[result.returncode, result.stdout, result.stderr] = command
+    assert list(said) == [(2, "", "error: unrecognized arguments: a=1 (ds-moe --help shows the usage)\n")]
 
 
 def test_version(capsys):

@@ -162,7 +162,7 @@ def test_a_wrong_command_is_noticed():
     wrong = ["ds-moe trian r.yaml", "ds-moe export a b --force", "launch/lokal.sh r.yaml 2", "make tset"]
     wrong += ["ds-moe train r.yaml train.learning=1", "deepspeed --module ds_moe.train r.yaml moe.balance.0.wight=1"]
     wrong += ["python -m tools.bench.lair.bench --suite cpu", "python -m tools.bench.layer.bench --sweet cpu"]
-    wrong += ["python -m ds_moe.trainer r.yaml", "python -m ds_moe.doctor.plan_command --gups 8"]
+    wrong += ["python -m ds_moe.trainer r.yaml", "ds-moe plan --gups 8"]
     assert all(list(complaints(shlex.split(line))) for line in wrong)
     right = ["ds-moe train r.yaml --nproc 2 moe.balance.0.weight=1", "python -m tools.bench.layer.bench --suite cpu"]
     right += ["torchrun --nproc_per_node 2 --module ds_moe.train r.yaml train.steps=2"]

@@ -4,4 +4,5 @@ report.py   the findings, one line each         case.py    the run under examina
 run.py      device, kernels, resume, intervals  model.py   the model's config and file headers
 data.py     the records                         memory.py  whether it fits
 plan_command.py, plans.py                       memory of other topologies
+cli.py     the options of the commands
 """

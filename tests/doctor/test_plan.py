@@ -1,10 +1,11 @@
-"""ds_moe/doctor/plan_command.py: plans and tables, and what it refuses."""
+"""`ds-moe plan`: plans and tables, and what it refuses."""
 
 import json
 
 import pytest
 
-from ds_moe.doctor import plan_command, plans
+from ds_moe import cli
+from ds_moe.doctor import plans
 from ds_moe.memory.predict import GIB
 from ds_moe.models.presets import preset_config
 
@@ -13,7 +14,7 @@ SMALL = "qwen3-vl-30b-a3b"
 
 def command(capsys, *words) -> tuple[int, str, str]:
     """Exit status, standard output and standard error."""
-    status = plan_command.main([str(word) for word in words])
+    status = cli.main(["plan", *map(str, words)])
     return status, *capsys.readouterr()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from ds_moe.doctor import plan_command
+from ds_moe import cli
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import BUSY, KEPT_FREE
 from tools.step_model import costs, links, machines, shapes
@@ -227,7 +227,7 @@ def test_memory_is_what_the_doctor_s_plan_says(ep_size, stage, words, tmp_path, 
     transformers_model(BIG).config.save_pretrained(tmp_path)
     asked = topology(ep_size=ep_size, zero_stage=stage, checkpointing=bool(words), tokens=8192)
     options = ["--gpus", "32", "--ep-size", str(ep_size), "--zero", str(stage), "--micro-batch", "2", *words]
-    assert plan_command.main([str(tmp_path), *options, "--json", str(tmp_path / "plan.json")]) == 0
+    assert cli.main(["plan", str(tmp_path), *options, "--json", str(tmp_path / "plan.json")]) == 0
     [plan] = json.loads((tmp_path / "plan.json").read_text())["plans"]
     assert sweeps.memory(asked, BIG, H100) == plan["device_bytes"]
     assert sweeps.fits(plan["device_bytes"], 80 * 2**30) is plan["fits"]

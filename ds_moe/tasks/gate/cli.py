@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-Command = Callable[[argparse.Namespace], int]
+from ds_moe.config.arguments import Command, Commands, add_run
 
 
 def add_gate(
-    commands: argparse._SubParsersAction,
+    commands: Commands,
     add_training_options: Callable[[argparse.ArgumentParser], None],
     train: Command,
 ) -> None:
@@ -21,14 +21,14 @@ def add_gate(
     training.set_defaults(command=train, task="gate")
 
     evaluate = parts.add_parser("eval", help="routing accuracy, confusion, calibration and baselines on data.eval")
-    _add_run(evaluate)
+    _add_source(evaluate)
     evaluate.add_argument("--json", metavar="FILE", help="write everything there too")
     evaluate.set_defaults(
         command=_run, work=lambda do, given: do.evaluate_gate(given.run, given.overrides, given.source, given.json)
     )
 
     predict = parts.add_parser("predict", help="one JSON line a request: its adapter and how probable that is")
-    _add_run(predict)
+    _add_source(predict)
     predict.add_argument("--requests", required=True, metavar="FILE", help="JSONL of messages; answers are not read")
     predict.set_defaults(
         command=_run, work=lambda do, given: do.predict(given.run, given.overrides, given.source, given.requests)
@@ -47,9 +47,8 @@ def add_gate(
     freeze.set_defaults(command=_run, work=lambda do, given: do.freeze(given.source, given.out, given.weights))
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the run file")
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="checkpoint, run or exported gate")
 
 

@@ -1,0 +1,62 @@
+"""The options of `ds-moe doctor` and `ds-moe plan`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ds_moe.config.arguments import Commands, add_run, positive
+from ds_moe.config.sizes import SIZE, gib
+
+PLAN = """Predict the peak memory of one rank from a model's config alone: no weights, no GPU.
+
+  ds-moe plan qwen3-vl-30b-a3b --gpus 8 --ep-size 8 --zero 3 --checkpointing
+  ds-moe plan qwen3-vl-30b-a3b --gpus 8,16,64 --sweep --checkpointing
+  ds-moe plan folder/with/config.json/in/it --config run.yaml --gpus 16
+
+A plan fits if it needs no more than 90% of a GPU."""
+
+
+def add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser("doctor", help="say what would fail or be slow, without training")
+    add_run(parser)
+    parser.add_argument("--world", type=positive, default=1, metavar="N", help="ranks of the job (default 1)")
+    parser.add_argument("--samples", type=positive, default=64, metavar="K", help="records to decode (default 64)")
+    parser.add_argument("--device-memory", type=gib, metavar="SIZE", help=f"of the job's accelerators: {SIZE}")
+    parser.set_defaults(command=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from ds_moe.doctor.report import diagnose, report
+
+    findings = diagnose(options.run, options.overrides, options.world, options.samples, options.device_memory)
+    return report(findings, sys.stdout)
+
+
+def add_plan(commands: Commands) -> None:
+    described = {"description": PLAN, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = commands.add_parser("plan", help="predict the memory of a rank, and which topology fits", **described)
+    add, whole = parser.add_argument, {"type": positive, "metavar": "N"}
+    models = "qwen3-vl-30b-a3b (default), qwen3-vl-235b-a22b, or a folder with a config.json"
+    add("model", nargs="?", default="qwen3-vl-30b-a3b", metavar="MODEL", help=models)
+    add("--config", type=Path, metavar="RUN.yaml", help="a run file, whose settings hold in place of the options'")
+    add("--gpus", default="8", metavar="N,N", help="numbers of ranks (default 8)")
+    add("--memory", type=gib, default=80.0, metavar="SIZE", help=f"of one GPU (default 80): {SIZE}")
+    add("--ep-size", default=1, **whole, help="ranks that share one copy of the experts (default 1)")
+    add("--zero", type=int, choices=(1, 2, 3), default=3, help="ZeRO stage (default 3)")
+    add("--offload", action="store_true", help="optimizer state in host memory (ZeRO-3)")
+    add("--lora", default=0, **whole, help="rank of updates of attention and experts (default: all is trained)")
+    add("--sequence", default=4096, **whole, help="tokens of a sample (default 4096)")
+    add("--micro-batch", default=1, **whole, help="samples of a rank and forward (default 1)")
+    add("--checkpointing", action="store_true", help="gradient checkpointing")
+    add("--freeze-vision", action="store_true", help="freeze the vision tower")
+    add("--precision", choices=("bf16", "fp32"), default="bf16")
+    add("--sweep", action="store_true", help="every EP size, ZeRO stage, offload and LoRA of each number of GPUs")
+    add("--json", type=Path, metavar="FILE", help="also write figures and settings here")
+    parser.set_defaults(command=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from ds_moe.doctor.plan_command import plan
+
+    plan(options)
+    return 0

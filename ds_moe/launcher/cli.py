@@ -1,0 +1,46 @@
+"""The options of `ds-moe train`, and what it does."""
+
+import argparse
+import sys
+
+from ds_moe.config.arguments import Commands, add_run, positive
+from ds_moe.errors import UserError
+
+
+def add_train(commands: Commands) -> None:
+    parser = commands.add_parser("train", help="train a run under DeepSpeed's launcher")
+    add_training_options(parser)
+    parser.set_defaults(command=train, task=None)
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    port = "of rank 0 (default: MASTER_PORT, a free one, or 29500 with a hostfile)"
+    restarts = "of a run that crashed, each of which resumes (default 0)"
+    add_run(parser)
+    add("--nproc", type=positive, metavar="N", help="ranks a host (default: all accelerators; 1 on CPU)")
+    add("--hostfile", metavar="FILE", help='hosts, one "name slots=N" a line')
+    add("--port", type=positive, metavar="P", help=port)
+    add("--max-restarts", type=int, default=0, metavar="N", help=restarts)
+    add("--dry-run", action="store_true", help="print the command and stop")
+
+
+def train(options: argparse.Namespace) -> int:
+    """Start the ranks, and start them again after a crash; the exit code of the last start."""
+    from ds_moe.config.run import other_task
+    from ds_moe.config.run_file import load_run
+    from ds_moe.launcher.command import plan
+    from ds_moe.launcher.processes import FINAL, start
+
+    config = load_run(options.run, options.overrides)  # one complaint here instead of one from every rank
+    if options.task is not None and (other := other_task(config, options.task)):
+        raise UserError(f"{config.at('task')}: task is {other}; ds-moe gate train trains runs of task gate")
+    restarts = options.max_restarts
+    while True:
+        launch = plan(options.run, options.overrides, options.nproc, options.hostfile, options.port)
+        print(f"+ {launch}", flush=True)
+        code = 0 if options.dry_run else start(launch, config.train.stop_within_s)
+        if code in FINAL or restarts <= 0:
+            return code
+        print(f"ds-moe: the run ended with {code}; starting again ({restarts} left)", file=sys.stderr, flush=True)
+        restarts -= 1
