@@ -11,6 +11,7 @@ from ds_moe.doctor.cli import add_doctor, add_plan
 from ds_moe.errors import UserError
 from ds_moe.export.cli import add_export
 from ds_moe.launcher.cli import add_train, add_training_options, train
+from ds_moe.monitor.cli import add_plot
 from ds_moe.tasks.gate.cli import add_gate
 
 
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_doctor(commands)
     add_plan(commands)
+    add_plot(commands)
     add_export(commands)
     add_assemble(commands)
     add_gate(commands, add_training_options, train)

@@ -20,8 +20,8 @@ from ds_moe.config.run_file import dump, load_run
 from ds_moe.data.batch import Batch
 from ds_moe.errors import UserError
 from ds_moe.faults.signals import Stopped, agreed
-from ds_moe.monitor import EvalReport, RoutingReport
 from ds_moe.monitor.meters import max_vio
+from ds_moe.monitor.reports import EvalReport, RoutingReport
 from ds_moe.tasks.registry import task_kind
 from ds_moe.training.checkpoints import finish_saving, resume, save_checkpoint
 from ds_moe.training.expert_load import reduce_load

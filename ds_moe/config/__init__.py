@@ -10,3 +10,6 @@ divisors.py      EP size against ranks and experts, micro-batches against the gl
 deepspeed.py     from the DeepSpeed JSON to the dictionary that DeepSpeed gets
 deepspeed_json.py, deepspeed_keys.py    reading that JSON; which of its keys ds_moe takes
 arguments.py     what the commands of `ds-moe` have in common
+sizes.py         memory on a command line, such as 80GB
+zero_plan.py     what it says about stage, offload and buckets, as typed values
+"""

@@ -8,11 +8,6 @@ progress.py      the terminal and log files
 board.py         TensorBoard
 heatmap.py       pictures: load of each layer's experts, and experts that serve the same tokens
 gallery.py       picture: evaluated samples
-plot.py          picture: the curves of a finished run
+plot.py          picture: the curves of one run, or of several
+cli.py           the options of `ds-moe plot`
 """
-
-from ds_moe.monitor.monitor import Monitor, make_monitor
-from ds_moe.monitor.progress import print_table
-from ds_moe.monitor.reports import EvalReport, RoutingReport, ShownSample, StepReport
-
-__all__ = ["EvalReport", "Monitor", "RoutingReport", "ShownSample", "StepReport", "make_monitor", "print_table"]

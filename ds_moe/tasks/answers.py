@@ -21,7 +21,7 @@ from ds_moe.data.special_tokens import text_of
 from ds_moe.distributed import over_ranks, parallel, raise_together
 from ds_moe.models.generation import own_generation_config
 from ds_moe.models.vision import encode_blank, has_vision
-from ds_moe.monitor import EvalReport, ShownSample
+from ds_moe.monitor.reports import EvalReport, ShownSample
 
 if TYPE_CHECKING:
     import deepspeed

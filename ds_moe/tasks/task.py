@@ -18,7 +18,7 @@ from ds_moe.models.convert import moe_layers
 from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing, loss_free
-from ds_moe.monitor import EvalReport
+from ds_moe.monitor.reports import EvalReport
 from ds_moe.tasks.answers import Answering, evaluate
 
 DEFAULT_NEW_TOKENS = 16

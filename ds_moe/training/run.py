@@ -15,7 +15,8 @@ from ds_moe.config.run import RunConfig
 from ds_moe.faults.signals import StopRequest
 from ds_moe.faults.watchdog import Watchdog
 from ds_moe.memory.predict import Memory
-from ds_moe.monitor import Monitor, StepReport
+from ds_moe.monitor.monitor import Monitor
+from ds_moe.monitor.reports import StepReport
 from ds_moe.tasks.registry import TaskKind, task_kind
 from ds_moe.tasks.task import Task, TrainingParts
 

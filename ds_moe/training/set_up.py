@@ -29,8 +29,8 @@ from ds_moe.models.convert import moe_layers
 from ds_moe.models.generation import stop_at
 from ds_moe.models.load import build_outline, load_model, model_config
 from ds_moe.models.processor import processor_of
-from ds_moe.monitor import make_monitor
 from ds_moe.monitor.flops import active_flops_per_token, peak_flops
+from ds_moe.monitor.monitor import make_monitor
 from ds_moe.tasks.registry import TaskKind, task_kind
 from ds_moe.tasks.task import TrainingParts
 from ds_moe.training.expert_load import watch as count_load

@@ -16,7 +16,7 @@ from ds_moe.errors import UserError
 from ds_moe.faults.signals import agreed
 from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.moe.loss_free import check_biases_agree, update_biases
-from ds_moe.monitor import StepReport
+from ds_moe.monitor.reports import StepReport
 from ds_moe.tasks.task import Task, TrainingParts
 from ds_moe.training.expert_load import counts_so_far
 from ds_moe.training.run import SKIPPED_STEPS, Run

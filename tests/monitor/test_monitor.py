@@ -1,7 +1,6 @@
 """The monitor's numbers, what it writes, what it prints, and what it costs."""
 
 import io
-import json
 import subprocess
 import sys
 import time
@@ -15,12 +14,13 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_moe.config.run import RunConfig
-from ds_moe.monitor import EvalReport, Monitor, RoutingReport, ShownSample, StepReport, make_monitor, plot, print_table
 from ds_moe.monitor.board import LOAD_TAG
 from ds_moe.monitor.gallery import sample_gallery
 from ds_moe.monitor.heatmap import LoadHeatMap, coactivation, draw_coactivation
 from ds_moe.monitor.meters import Clock, DeadExperts, max_vio, relative_load, routing_scalars, split_by_kind
-from ds_moe.monitor.monitor import RunMonitor
+from ds_moe.monitor.monitor import Monitor, RunMonitor, make_monitor
+from ds_moe.monitor.progress import print_table
+from ds_moe.monitor.reports import EvalReport, RoutingReport, ShownSample, StepReport
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, EXPERTS = 2, 8
@@ -428,26 +428,3 @@ def test_monitoring_costs_next_to_nothing(tmp_path, record_property):
     print(f"monitor.step: {cost_ms:.3f} ms a step, {100 * overhead:.3f} % of a 0.5 s step")
     assert cost_ms < 2  # a tenth of that on a quiet machine
     assert 0 < overhead < 0.1
-
-
-# --- ds_moe/monitor/plot.py -----------------------------------------------------------------------------------------
-
-
-def test_plot_run_draws_the_picture_and_dumps_the_scalars(tmp_path):
-    monitor = new_monitor(tmp_path / "run", total_steps=50)
-    monitor.start(1, "", {})
-    train(monitor, 1, 50)
-    monitor.evaluated(eval_report(50))
-    monitor.finish({})
-    out, dump = tmp_path / "images" / "run.png", tmp_path / "run.json"
-    assert plot.main([str(tmp_path / "run"), "--out", str(out), "--json", str(dump)]) == 0
-    picture = np.asarray(Image.open(out).convert("RGB"))
-    assert picture.shape[1] == 1536 and picture.std() > 10
-    assert json.loads(dump.read_text())["eval/accuracy"] == [[50, pytest.approx(0.95)]]
-
-
-def test_plot_run_without_events_says_so(tmp_path, capsys):
-    assert plot.main([str(tmp_path), "--out", str(tmp_path / "run.png")]) == 2
-    assert capsys.readouterr().err.strip().splitlines() == [
-        f"error: {tmp_path}: no TensorBoard event files below it; give the output_dir of a run"
-    ]

@@ -17,7 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ds_moe.config.run import RunConfig
-from ds_moe.monitor import EvalReport, RoutingReport, ShownSample, StepReport, make_monitor
+from ds_moe.monitor.monitor import make_monitor
+from ds_moe.monitor.reports import EvalReport, RoutingReport, ShownSample, StepReport
 from tests.launcher import HANGS_S
 
 CONFIG = {

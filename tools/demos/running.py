@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ds_moe.monitor import print_table
+from ds_moe.monitor.progress import print_table
 from tools.results import Claim, print_claims, write_json
 
 ROOT = Path(__file__).resolve().parents[2]

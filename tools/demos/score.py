@@ -16,7 +16,7 @@ import transformers
 from ds_moe.config.run import RunConfig
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.models.processor import load_processor
-from ds_moe.monitor import print_table
+from ds_moe.monitor.progress import print_table
 from tools.results import command_line, refusing, write_json
 
 

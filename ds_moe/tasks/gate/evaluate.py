@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ds_moe.data.encode import NO_LOSS
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.distributed import over_ranks, raise_together
-from ds_moe.monitor import ShownSample
+from ds_moe.monitor.reports import ShownSample
 from ds_moe.tasks.answers import accuracy_by_kind
 from ds_moe.tasks.gate.network import gate_loss
 from ds_moe.tasks.gate.scores import RoutingScores, routing_scores

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.data.batch import NO_LOSS, Batch
-from ds_moe.monitor import EvalReport
+from ds_moe.monitor.reports import EvalReport
 from ds_moe.tasks.gate.evaluate import Survey, per_sample, survey
 from ds_moe.tasks.gate.network import GateDecision, divergence, entropy, gate_loss
 from ds_moe.tasks.gate.records import RoutedBatch

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from ds_moe.monitor import print_table
+from ds_moe.monitor.progress import print_table
 from tools.demos.running import EXECUTABLE, run, start_anew
 from tools.results import command_line
 
