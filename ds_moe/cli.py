@@ -13,6 +13,7 @@ from ds_moe.export.cli import add_export
 from ds_moe.launcher.cli import add_train, add_training_options, train
 from ds_moe.monitor.cli import add_plot
 from ds_moe.tasks.gate.cli import add_gate
+from ds_moe.tasks.rl.cli import add_rollouts
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_assemble(commands)
     add_gate(commands, add_training_options, train)
+    add_rollouts(commands)
     _add_version(commands)
     return parser
 

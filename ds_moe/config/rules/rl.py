@@ -81,7 +81,7 @@ def _rollouts(config: RunConfig) -> Iterator[Complaint]:
     train = config.train
     biases = [balance for balance in config.moe.balance if balance.kind == "loss_free"] if config.moe else []
     if config.data.train == "digits":
-        text = "data.train is digits, but task rl reads a rollout file; python -m ds_moe.tasks.rl.sample makes one"
+        text = "data.train is digits, but task rl reads a rollout file; ds-moe rollouts makes one"
         yield "data.train", text
     elif train.epochs is None:  # else each rollout file is followed by another, and no step is known as the last
         return

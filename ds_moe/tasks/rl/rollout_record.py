@@ -1,6 +1,6 @@
 """One rollout record: a completion that an inference engine sampled, with its log-probs, its routing and its reward.
 
-`python -m ds_moe.tasks.rl.sample` or an orchestrator writes them, one a line (or row). Keys: `tokens` and
+`ds-moe rollouts` or an orchestrator writes them, one a line (or row). Keys: `tokens` and
 `completion_mask`, or `messages` (and `tools`) whose last answer is the completion; `logprobs` of its tokens;
 `advantage`, or `reward` and `group`; optionally `routing` (and how to read it), `images`, `reference_logprobs`, `kind`.
 """

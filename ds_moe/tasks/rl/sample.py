@@ -1,34 +1,22 @@
-"""Rollouts for `task: rl`: a plain transformers engine samples completions, with log-probs, routing and rewards.
-
-    python -m ds_moe.tasks.rl.sample MODEL OUT.jsonl --data digits --prompts 64 --per-prompt 8 --dtype bf16
-
-MODEL is a Hugging Face folder, or a checkpoint or the output folder of a run (its newest one), exported first. The
-engine shares nothing with the trainer: unconverted model, transformers' expert kernels, a KV cache. Samples are those
-of the full softmax at --temperature, without top-k or top-p: their log-probs are those of the policy that is trained.
-"""
+"""What `ds-moe rollouts` does: a plain transformers engine samples completions, with log-probs, routing and rewards."""
 
 import argparse
-import hashlib
-import json
-import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ds_moe.config.sections import DataConfig, ModelConfig
-from ds_moe.data.chat import Sample, final_answer
+from ds_moe.data.chat import BadRecord, Sample, final_answer
 from ds_moe.data.chat_template import TokenRules, end_token
 from ds_moe.data.encode import Encoded, answer_text, collate_prompts, encode
-from ds_moe.data.images import ImageSource, RecordError, load_image
+from ds_moe.data.images import RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.records import open_records
 from ds_moe.data.special_tokens import check_content_tokens, text_of
@@ -38,6 +26,7 @@ from ds_moe.models.generation import own_generation_config
 from ds_moe.models.load import load_model
 from ds_moe.models.processor import load_processor
 from ds_moe.replay import RoutingRecorder, RoutingTrace, joined, to_record
+from ds_moe.tasks.rl.write import Record, check_out, write_rollouts
 
 # Options of `generate_rollouts`.
 SAMPLING = ("per_prompt", "temperature", "max_new_tokens", "batch_size", "seed", "max_length", "content_tokens")
@@ -45,7 +34,6 @@ REWARDS: dict[str, Callable[[str, str], float]] = {  # of (completion, right ans
     "exact": lambda completion, answer: float(completion.strip() == answer.strip()),
     "contains": lambda completion, answer: float(answer.strip() in completion),
 }
-Record = dict[str, Any]  # as rollout_record.py reads it, but before it is written "images" holds the sources
 
 
 def load_policy(folder: Path, dtype: torch.dtype, experts: str | None = None) -> tuple[PreTrainedModel, Processor]:
@@ -65,9 +53,22 @@ def load_policy(folder: Path, dtype: torch.dtype, experts: str | None = None) ->
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_processor(str(folder))
 
 
-def open_prompts(data: str, count: int | None, seed: int) -> list[Sample]:
-    """`count` conversations of a data file (or of "digits", the training split), a choice that `seed` makes."""
-    records = open_records(data, "train", DataConfig(train=data))
+def open_prompts(
+    data: str, count: int | None, seed: int, root: str | None = None, bad: list[BadRecord] | None = None
+) -> list[Sample]:
+    """`count` conversations of a data file (or of "digits", the training split), a choice that `seed` makes.
+
+    Args:
+        root: folder that image paths start from; None: that of the data file.
+        bad: bad records are added to it; None: the first one is a `UserError`.
+    """
+    if data == "digits" and root is not None:
+        raise UserError("--root would not be used: the data is digits, which reads no files")
+    records = open_records(
+        data, "train", DataConfig(train=data, root=root, on_bad_record="stop" if bad is None else "skip")
+    )
+    if bad is not None:
+        bad += records.bad
     count = len(records) if count is None else min(count, len(records))
     return [records.sample(index) for index in sorted(random.Random(seed).sample(range(len(records)), count))]
 
@@ -87,6 +88,7 @@ def generate_rollouts(
     max_length: int = 4096,
     max_pixels: int = 16_777_216,
     content_tokens: Sequence[str] = (),
+    bad: list[BadRecord] | None = None,
 ) -> list[Record]:
     """`per_prompt` completions of each sample's prompt. One that contains an image token, which no model can read
     back, is left out.
@@ -95,18 +97,25 @@ def generate_rollouts(
         temperature: 0 is greedy, with the log-probs of temperature 1.
         batch_size: sequences in one call of `generate`.
         content_tokens: special tokens that stay whole in prompts, as data.content_tokens of a run file.
+        bad: samples that cannot be encoded are added to it and left out; None: the first one is a `UserError`.
 
     Raises:
-        UserError: a sample that cannot be encoded, or a token that texts must not write.
+        UserError: no sample that can be encoded, or a token that texts must not write.
     """
     check_content_tokens(processor, content_tokens)
     rules = TokenRules(content_tokens=tuple(content_tokens))
-    encoded = []
+    good, encoded = [], []
     for sample in samples:
         try:
             encoded.append(encode(sample, processor, max_length, max_pixels, rules))
+            good.append(sample)
         except RecordError as error:
-            raise UserError(f"{sample.where}: {error}") from error
+            if bad is None:
+                raise UserError(f"{sample.where}: {error}") from error
+            bad.append(BadRecord(sample.where, str(error)))
+    if bad and not good:
+        raise UserError(f"there is no record to use ({len(bad)} bad; the first: {bad[0]})")
+    samples = good
     jobs = [number for number in range(len(samples)) for _ in range(per_prompt)]
     completions: list[Record] = []
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), own_generation_config(model):
@@ -192,71 +201,34 @@ def _completion_length(new_N: Tensor, ends: list[int]) -> int:
     return int(found[0]) + 1 if len(found) else len(new_N)
 
 
-def write_rollouts(records: list[Record], file: Path) -> None:
-    """JSON lines, complete or not at all; images as PNG, each once, below `images/` beside the file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as lines:
-        for record in records:
-            images = [_stored(image, file.parent) for image in record["images"]]
-            lines.write(json.dumps({**record, "images": images}) + "\n")
-    os.replace(partial, file)
+def rollouts(options: argparse.Namespace) -> None:
+    """`ds-moe rollouts`: sample, write, and say what was written.
 
-
-def _stored(image: ImageSource, folder: Path) -> str:
-    data = image.data if image.data is not None else Path(str(image.path)).read_bytes()
-    name = f"images/{hashlib.sha256(data).hexdigest()[:16]}.png"
-    if not (folder / name).exists():
-        (folder / "images").mkdir(exist_ok=True)
-        partial = folder / f"{name}.partial"
-        load_image(image, max_pixels=sys.maxsize).save(partial, "PNG")
-        os.replace(partial, folder / name)
-    return name
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, metavar="MODEL")
-    parser.add_argument("out", type=Path, metavar="OUT.jsonl")
-    parser.add_argument("--data", default="digits", help='JSONL or Parquet of messages, or "digits" (default)')
-    parser.add_argument("--prompts", type=int, metavar="N", help="a random choice of so many (default: all)")
-    parser.add_argument("--per-prompt", type=int, default=8, metavar="N", help="completions (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="(default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences (default %(default)s)")
-    parser.add_argument("--max-length", type=int, default=4096, metavar="N", help="of a prompt and its right answer")
-    parser.add_argument(
-        "--content-tokens", nargs="+", default=(), metavar="TOKEN", help="as data.content_tokens of the run file"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the engine (default %(default)s)")
-    parser.add_argument("--experts-implementation", metavar="NAME", help="transformers' (default: the model's own)")
-    parser.add_argument("--reward", choices=REWARDS, default="exact", help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and samples (default %(default)s)")
-    options = parser.parse_args()
-    if options.temperature < 0 or min(options.per_prompt, options.max_new_tokens, options.batch_size) < 1:
-        parser.error("--temperature must not be negative; --per-prompt, --max-new-tokens, --batch-size at least 1")
-    try:
-        model, processor = load_policy(options.model, DTYPES[options.dtype], options.experts_implementation)
-        samples = open_prompts(options.data, options.prompts, options.seed)
-        began = time.perf_counter()
-        asked = {key: getattr(options, key) for key in SAMPLING}
-        records = generate_rollouts(model, processor, samples, reward=REWARDS[options.reward], **asked)
-        if not records:
-            raise UserError("every completion holds an image token, which no model can read back (train it first)")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    Raises `UserError` for bad data, a model that cannot be loaded, and an OUT.jsonl that must not be written.
+    """
+    out = options.out
+    check_out(out, options.data)
+    bad: list[BadRecord] | None = [] if options.skip_bad else None
+    samples = open_prompts(options.data, options.prompts, options.seed, options.root, bad)
+    model, processor = load_policy(options.model, DTYPES[options.dtype], options.experts_implementation)
+    began = time.perf_counter()
+    asked = {key: getattr(options, key) for key in SAMPLING}
+    records = generate_rollouts(model, processor, samples, reward=REWARDS[options.reward], bad=bad, **asked)
     seconds = time.perf_counter() - began
-    write_rollouts(records, options.out)
+    if not records:
+        raise UserError("every completion holds an image token, which no model can read back (train it first)")
+    try:
+        write_rollouts(records, out)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
     completed = sum(sum(record["completion_mask"]) for record in records)
     mean_reward = sum(record["reward"] for record in records) / len(records)
+    prompts = len({record["group"] for record in records})
     print(
-        f"{options.out}: {len(records)} completions of {len(samples)} prompts, mean reward {mean_reward:.3f}, "
-        f"{completed / len(records):.1f} tokens each, {completed / seconds:,.0f} tokens/s; "
-        f"{len(samples) * options.per_prompt - len(records)} with image tokens left out"
+        f"{out}: {len(records)} completions of {prompts} prompts, mean reward {mean_reward:.3f}, "
+        f"{completed / len(records):.1f} tokens each, {completed / seconds:,.0f} tokens/s"
     )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if (with_images := prompts * options.per_prompt - len(records)) > 0:
+        print(f"{with_images} completions with image tokens left out")
+    if bad:
+        print(f"{len(bad)} bad records left out; the first: {bad[0]}")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from ds_moe import cli
 from ds_moe.config.run import RunConfig
 from ds_moe.data.chat import parse_record
 from ds_moe.data.encode import encode_images
@@ -178,20 +180,114 @@ def test_a_seed_decides_everything(model, processor, samples):
     assert samples == tool.open_prompts("digits", 5, seed=3) != tool.open_prompts("digits", 5, seed=4)
 
 
-def test_the_command_writes_a_file_that_trains(model, processor, tmp_path, capsys, monkeypatch):
-    model.save_pretrained(tmp_path / "model")
-    save_processor(processor, tmp_path / "model")
-    out = tmp_path / "out/rollouts.jsonl"
-    words = ["sample", str(tmp_path / "model"), str(out), "--prompts", "2", "--per-prompt", "2"]
-    monkeypatch.setattr(sys, "argv", [*words, "--max-new-tokens", "3", "--dtype", "bf16"])
-    assert tool.main() == 0
-    assert "4 completions of 2 prompts, mean reward" in capsys.readouterr().out
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def folder(model, processor, tmp_path_factory):
+    """A folder with `model`, and `data` of two records whose images lie in a `pictures` beside it."""
+    folder = tmp_path_factory.mktemp("policy")
+    model.save_pretrained(folder / "model")
+    save_processor(processor, folder / "model")
+    (folder / "data").mkdir()
+    (folder / "pictures").mkdir()
+    for number, color in enumerate(("navy", "teal")):
+        Image.new("RGB", (16, 16), color).save(folder / f"pictures/{number}.png")
+    records = [
+        {
+            "messages": [{"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "x"}],
+            "images": [i],
+        }
+        for i in ("0.png", "1.png")
+    ]
+    (folder / "data/chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def command(folder, *words):
+    options = ["--per-prompt", "2", "--max-new-tokens", "3", "--dtype", "fp32"]
+    return cli.main(["rollouts", str(folder / "model"), *map(str, words), *options])
+
+
+def test_the_command_writes_a_file_that_trains_and_replaces_it(folder, tmp_path, capsys):
+    out = tmp_path / "new/rollouts.jsonl"
+    for seed in ("0", "1"):  # rounds that write the same file
+        words = ["--data", folder / "data/chats.jsonl", "--root", folder / "pictures", "--seed", seed]
+        assert command(folder, out, *words) == 0
+        assert f"{out}: 4 completions of 2 prompts, mean reward 0.000, " in capsys.readouterr().out
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert all((out.parent / record["images"][0]).is_file() for record in records)
-    assert len(list((out.parent / "images").iterdir())) <= 2 and not list(out.parent.glob("*.partial"))
-    monkeypatch.setattr(sys, "argv", ["sample", str(tmp_path / "nothing"), str(out)])
-    assert tool.main() == 2
+    colors = [Image.open(out.parent / record["images"][0]).getpixel((3, 3)) for record in records]
+    assert colors == [(0, 0, 128)] * 2 + [(0, 128, 128)] * 2
+    assert sorted(path.name for path in out.parent.iterdir()) == ["rollouts.jsonl", "rollouts_images"]
+    assert len(list((out.parent / "rollouts_images").iterdir())) == 2
+
+
+def test_bad_records_are_left_out_if_asked(folder, tmp_path, capsys):
+    data, out = folder / "data/some_bad.jsonl", tmp_path / "rollouts.jsonl"
+    (folder / "pictures/cut.png").write_bytes((folder / "pictures/0.png").read_bytes()[:60])  # its header is whole
+    lines = (folder / "data/chats.jsonl").read_text().splitlines()
+    data.write_text("\n".join(["{", lines[0], lines[0].replace("0.png", "cut.png")]))
+    words = [out, "--data", data, "--root", folder / "pictures"]
+    assert command(folder, *words) == 2
+    assert f"error: {data}:1: broken JSON" in capsys.readouterr().err and not out.exists()
+    assert command(folder, *words, "--skip-bad") == 0
+    said = capsys.readouterr().out
+    assert "2 completions of 1 prompts" in said and f"2 bad records left out; the first: {data}:1: broken" in said
+    data.write_text("\n".join([lines[0], lines[0].replace("0.png", "cut.png")]))
+    assert command(folder, *words) == 2
+    assert f"error: {data}:2: truncated image" in capsys.readouterr().err
+
+
+def test_nothing_is_written_through_a_link_or_among_other_files(folder, tmp_path, capsys):
+    data = ["--data", folder / "data/chats.jsonl", "--root", folder / "pictures"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (tmp_path / "a_images").symlink_to(mine)
+    (tmp_path / "b_images").mkdir()
+    (tmp_path / "b_images/cat.png").touch()
+    (tmp_path / "c_images").mkdir()
+    (tmp_path / "c_images/0123456789abcdef.png").symlink_to(mine / "new.png")
+    (tmp_path / "d_images").touch()
+    for name in "abcd":
+        assert command(folder, tmp_path / f"{name}.jsonl", *data) == 2
+        said = capsys.readouterr().err
+        assert (
+            said.startswith(f"error: {tmp_path}/{name}_images is not a folder that rollouts have made")
+            and said.count("\n") == 1
+        )
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine")
+    for name in ("e.jsonl", "e.jsonl.partial"):
+        (tmp_path / name).symlink_to(kept)
+    assert command(folder, tmp_path / "e.jsonl", *data) == 0
+    assert kept.read_text() == "mine" and not list(mine.iterdir()) and not (tmp_path / "e.jsonl").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["data/chats.jsonl", "--data", "data/chats.jsonl"], "data/chats.jsonl is the data itself"),
+        (["pictures"], "pictures: rollouts are JSON lines; call the file pictures.jsonl"),
+        (["out.parquet"], "call the file out.jsonl"),
+        (["data/chats.jsonl/x.jsonl"], "cannot write data/chats.jsonl/x.jsonl: "),
+        (["out.jsonl", "--root", "data"], "--root would not be used: the data is digits"),
+        (["out.jsonl", "--data", "nowhere.jsonl"], "data: nowhere.jsonl does not exist"),
+    ],
+)
+def test_mistakes_are_one_line_before_a_model_is_loaded(words, complaint, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(tool, "load_policy", lambda *arguments: pytest.fail("a model was loaded"))
+    assert command(folder, *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and complaint in said and said.count("\n") == 1
+
+
+def test_a_model_that_is_none_is_one_line(tmp_path, capsys):
+    assert cli.main(["rollouts", str(tmp_path / "nothing"), str(tmp_path / "out.jsonl")]) == 2
     assert "neither a Hugging Face folder nor a run's output folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["rollouts", "model", "out.jsonl", "--temperature", "-1"])
+    assert "argument --temperature: -1 is not a number from 0 on" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_exported_first(model, processor, tmp_path, monkeypatch):

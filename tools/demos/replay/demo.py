@@ -19,7 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ds_moe.export.model import export_checkpoint
 from ds_moe.monitor.plot import finish_axes
-from ds_moe.tasks.rl.sample import generate_rollouts, load_policy, open_prompts, write_rollouts
+from ds_moe.tasks.rl.sample import generate_rollouts, load_policy, open_prompts
+from ds_moe.tasks.rl.write import write_rollouts
 from tools.demos.running import EXECUTABLE, ROOT, finish, run, start_anew
 from tools.results import Claim, command_line, judged
 
