@@ -1,5 +1,8 @@
 """ds_moe: train Mixture-of-Experts vision-language models with expert parallelism on DeepSpeed.
 
+The layer alone, in a loop of your own and without DeepSpeed: `from ds_moe.moe import MoELayer`, `help(MoELayer.build)`.
+Routers and losses alone: `ExpertRouter`, `ExpertChoiceRouter` and `LoadBalancingLoss` of `ds_moe.moe`.
+
 A room imports from the rooms above it only:
 
 errors.py       the one exception for what the person who runs a job must fix

@@ -1,6 +1,7 @@
 """The Mixture-of-Experts layer in plain PyTorch: route -> dispatch -> experts -> combine.
 
-layer.py        the layer, which is these four steps
+layer.py        the layer, which is these four steps; `MoELayer.build` makes one for loops without the trainer
+parts.py        its parts from keywords, for that use
 decision.py     the legend of shapes, and the routing decision
 context.py      what all layers must know about the micro-batch
 tape.py         lets a recompute repeat its forward's decision
@@ -20,6 +21,7 @@ standalone.py   routers and losses for use without the trainer
 from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.moe.balance import AuxLoss
 from ds_moe.moe.decision import RoutingDecision
+from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.routers import ROUTERS
 from ds_moe.moe.routers.topk import TopKRouter
 from ds_moe.moe.standalone import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss
@@ -31,6 +33,7 @@ __all__ = [
     "ExpertParallel",
     "ExpertRouter",
     "LoadBalancingLoss",
+    "MoELayer",
     "RoutingDecision",
     "TopKRouter",
 ]

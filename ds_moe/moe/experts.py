@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from ds_moe.moe.backends import Backend, Recompute, backend_for
 from ds_moe.moe.expert_lora import ExpertLoRA
 
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}  # of the gate's rows
+
 
 class Experts(nn.Module):
-    """SwiGLU experts as two stacked matrices, under transformers' names.
+    """Gated experts (SwiGLU) as two stacked matrices, under transformers' names.
 
     Args:
         gate_up_proj: (e, 2F, D), gate rows first.
@@ -19,7 +21,8 @@ class Experts(nn.Module):
         backend: a kind of kernels, see `backends`.
         lora: low-rank updates of the same experts, if any.
         recompute: what backward computes again instead of keeping it, see `backends.swiglu`. It has no effect with
-            `lora` and in the reference backend, where autograd decides.
+            `lora`, with another activation than `silu`, and in the reference backend, where autograd decides.
+        activation: a key of `ACTIVATIONS`; only `silu` has fused kernels.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class Experts(nn.Module):
         backend: str = "auto",
         lora: ExpertLoRA | None = None,
         recompute: Recompute = "act",
+        activation: str = "silu",
     ) -> None:
         super().__init__()
         self.gate_up_proj = gate_up_proj
@@ -36,6 +40,7 @@ class Experts(nn.Module):
         self.backend = backend
         self.lora = lora
         self.recompute: Recompute = recompute
+        self.activation = activation
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor, weight_R: Tensor | None = None) -> Tensor:
         """Outputs (R, D), times the combine weights if given.
@@ -67,19 +72,25 @@ class Experts(nn.Module):
         weight_R: Tensor | None,
     ) -> Tensor:
         backend = backend_for(self.backend, rows_RD)
-        if self.lora is None:
+        if self.lora is None and self.activation == "silu":
             return backend.swiglu(rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, self.recompute)
-        product = partial(_updated, backend, self.lora, experts, counts_e)
+        product = partial(_product, backend, self.lora, experts, counts_e)
         gate_RF, up_RF = product("gate_up", rows_RD, gate_up_eOD).chunk(2, dim=-1)
-        act_RF = F.silu(gate_RF) * up_RF
+        act_RF = ACTIVATIONS[self.activation](gate_RF) * up_RF
         if weight_R is not None:
             act_RF = (act_RF * weight_R.unsqueeze(1)).to(act_RF.dtype)
         return product("down", act_RF, down_eDF)
 
 
-def _updated(
-    backend: Backend, lora: ExpertLoRA, experts: slice, counts_e: Tensor, part: str, rows_RI: Tensor, weight_eOI: Tensor
+def _product(
+    backend: Backend,
+    lora: ExpertLoRA | None,
+    experts: slice,
+    counts_e: Tensor,
+    part: str,
+    rows_RI: Tensor,
+    weight_eOI: Tensor,
 ) -> Tensor:
-    """The product of a matrix, plus that of its low-rank update."""
+    """The product of a matrix, plus that of its low-rank update if there is one."""
     rows_RO = backend.multiply(rows_RI, weight_eOI, counts_e)
-    return rows_RO + lora(part, rows_RI, counts_e, backend.multiply, experts)
+    return rows_RO if lora is None else rows_RO + lora(part, rows_RI, counts_e, backend.multiply, experts)

@@ -1,6 +1,7 @@
 """Routers and losses for use without the trainer, as modules with familiar signatures.
 
-They wrap the same code that the trainer uses. Nothing else in this package uses them.
+They wrap the same code that the trainer uses. Nothing else in this package uses them. A whole layer for such use is
+`MoELayer.build`.
 """
 
 from typing import Literal
@@ -8,23 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ds_moe.config.moe import ROUTINGS
 from ds_moe.moe.balance import AuxLoss, TokenStats, ZLoss
 from ds_moe.moe.decision import RoutingDecision, count_experts
-from ds_moe.moe.routers import ROUTERS, Router
-
-
-def make_router(kind: str, weight_ED: nn.Parameter, top_k: int, **settings: object) -> Router:
-    """The router that `moe.router` of a run file with this kind and these settings would make.
-
-    Args:
-        kind: a key of `ROUTERS`.
-        weight_ED: the router matrix, which becomes this module's `weight`.
-        settings: arguments of the kind's class; those left out have the defaults of run files, and the weights of a
-            token sum to 1.
-    """
-    defaults = ROUTINGS[kind]().settings(top_k, normalizes=True)
-    return ROUTERS[kind](weight_ED, **(defaults | settings))
+from ds_moe.moe.loss_free import update_biases
+from ds_moe.moe.parts import Balance, bias_from, make_router, new_weight, whole
 
 
 class ExpertRouter(nn.Module):
@@ -35,8 +23,11 @@ class ExpertRouter(nn.Module):
     Args:
         gating_type: `softmax`, `sigmoid`, or `noisy_top_k` (softmax with learned noise in training).
         noise_std: factor of the learned noise (`noisy_top_k` only).
+        loss_free: as in `MoELayer.build`: the rate of a bias that takes part in the choice and in no weight. It counts
+            the tokens of each expert in training, and `end_step`, called once an optimizer step, moves it.
 
     Raises:
+        TypeError: a size that is no whole number.
         ValueError: an unknown gating type, `noise_std` without `noisy_top_k`, or an impossible `top_k`.
     """
 
@@ -51,9 +42,11 @@ class ExpertRouter(nn.Module):
         noise_std: float | None = None,
         temperature: float = 1.0,
         expert_dropout: float = 0.0,
+        loss_free: Balance = None,
     ) -> None:
         super().__init__()
-        weight_ED = _new_weight(num_experts, dim)
+        whole(dim=dim, num_experts=num_experts, top_k=top_k)
+        weight_ED = new_weight(num_experts, dim)
         settings = {"jitter_noise": jitter_noise, "temperature": temperature, "expert_dropout": expert_dropout}
         if gating_type not in ("softmax", "sigmoid", "noisy_top_k"):
             raise ValueError(f"gating_type={gating_type!r} must be softmax, sigmoid or noisy_top_k")
@@ -64,25 +57,35 @@ class ExpertRouter(nn.Module):
             raise ValueError(f"noise_std={noise_std} needs gating_type noisy_top_k, this is {gating_type}")
         else:
             self.router = make_router("topk", weight_ED, top_k, scores=gating_type, **settings)
+        self.router.balancing = bias_from(num_experts, loss_free)
         self.aux = AuxLoss(weight=1.0)
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Route (B, S, D) hidden states.
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Route (B, S, D) or (T, D) hidden states.
 
         Args:
-            mask_BS: non-zero at real tokens; None: all are real.
+            mask: (B, S) or (T,), non-zero at real tokens; None: all are real.
 
         Returns:
-            weights (B, S, K) fp32, with grad; indices (B, S, K) int64; the unweighted aux loss (K when balanced). Slots
-            without an expert (padding, expert dropout) are a token's last ones and have weight 0 and index -1.
+            weights (B, S, K) or (T, K) fp32, with grad; indices of the same shape, int64; the unweighted aux loss (K
+            when balanced). Slots without an expert (padding, expert dropout) are a token's last ones and have weight 0
+            and index -1.
         """
-        batch, length, dim = x_BSD.shape
-        token_V = _real_tokens(mask_BS)
-        decision = self.router(x_BSD.reshape(-1, dim), token_V)
+        token_V = _real_tokens(mask)
+        decision = self.router(x.reshape(-1, x.shape[-1]), token_V)
         weights_TK, indices_TK = _slots(decision, self.router.top_k)
-        stats = TokenStats(token_V, batch, count_experts(decision.expert_N, decision.logits_TE.shape[1]))
-        loss = self.aux.loss(decision, stats)
-        return weights_TK.view(batch, length, -1), indices_TK.view(batch, length, -1), loss
+        counts_E = count_experts(decision.expert_N, decision.logits_TE.shape[1])
+        if self.training and self.router.balancing is not None:
+            self.router.balancing.add(counts_E)
+        loss = self.aux.loss(decision, TokenStats(token_V, 1, counts_E))
+        return weights_TK.view(*x.shape[:-1], -1), indices_TK.view(*x.shape[:-1], -1), loss
+
+    def end_step(self, progress: float = 0.0) -> None:
+        """Move the loss-free bias, if there is one, after an optimizer step (collective under DDP).
+
+        `progress` is the share of the run that is done, which `decay_from` refers to.
+        """
+        update_biases([] if self.router.balancing is None else [self.router.balancing], progress)
 
 
 class ExpertChoiceRouter(nn.Module):
@@ -93,7 +96,7 @@ class ExpertChoiceRouter(nn.Module):
 
     def __init__(self, dim: int, num_experts: int, capacity_factor: float = 1.0) -> None:
         super().__init__()
-        weight_ED = _new_weight(num_experts, dim)
+        weight_ED = new_weight(num_experts, dim)
         self.router = make_router("expert_choice", weight_ED, top_k=1, capacity_factor=capacity_factor)
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,10 +150,6 @@ class LoadBalancingLoss(nn.Module):
         decision = RoutingDecision(logits_TE, scores_TE, token_N, expert_N, scores_TE[token_N, expert_N])
         stats = TokenStats(_real_tokens(mask_BS), logits_BSE.shape[0], count_experts(expert_N, self.num_experts))
         return self.balancer.loss(decision, stats)
-
-
-def _new_weight(num_experts: int, dim: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(num_experts, dim).normal_(std=dim**-0.5))  # logits start with unit variance
 
 
 def _real_tokens(mask_BS: Tensor | None) -> Tensor | None:
