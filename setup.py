@@ -19,7 +19,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["ds_moe", "ds_moe.*"]),
-    package_data={"ds_moe": ["ds_configs/*.json"]},  # a link to ds_configs/, whose files a wheel gets
+    # A link to ds_configs/, whose files a wheel gets: the DeepSpeed JSONs that run files name, and run files.
+    package_data={"ds_moe": ["ds_configs/*.json", "ds_configs/runs/*.yaml"]},
     python_requires=">=3.11",
     entry_points={"console_scripts": ["ds-moe = ds_moe.cli:main"]},
     # Ranges say what the code is written for; constraints.txt pins what was tested. torch comes first: pick the build

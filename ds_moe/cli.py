@@ -8,7 +8,7 @@ from ds_moe import __version__
 from ds_moe.assembly.cli import add_assemble
 from ds_moe.config.arguments import Commands
 from ds_moe.doctor.cli import add_doctor, add_plan
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, printed
 from ds_moe.export.cli import add_export
 from ds_moe.launcher.cli import add_train, add_training_options, train
 from ds_moe.monitor.cli import add_plot
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code. A `UserError` becomes one line on stderr and code 2."""
+    """Run one command and return its exit code. A `UserError` becomes lines on stderr, mostly one, and code 2."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest:  # overrides behind an option: argparse ends the list of positional arguments at the first option
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printed(error), file=sys.stderr)
         return 2
 
 

@@ -7,6 +7,7 @@ has ended it; 128 + a signal: stopped by it, with a checkpoint.
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import dump, load_run
 from ds_moe.data.batch import Batch
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, printed
 from ds_moe.faults.signals import Stopped, agreed
 from ds_moe.monitor.meters import max_vio
 from ds_moe.monitor.reports import EvalReport, RoutingReport
@@ -30,6 +31,8 @@ from ds_moe.training.set_up import set_up
 from ds_moe.training.step import check_skipped, train_step
 from ds_moe.training.summary import result_rows, run_summary
 
+SAID_WITHIN_S = 60.0  # seconds that the first rank of a host may take longer than the others to read the run file
+
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status, see above."""
@@ -38,9 +41,19 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__)
         return 0 if arguments else 2
     try:
-        train(load_run(arguments[0], arguments[1:]))
+        config = load_run(arguments[0], arguments[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # One rank of a host says it, since each host reads a file of its own. The others wait until their launcher ends
+        # them: it ends all ranks with the first, which might be the one that speaks.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(printed(error), file=sys.stderr, flush=True)
+        else:
+            time.sleep(SAID_WITHIN_S)
+        return 2
+    try:
+        train(config)
+    except UserError as error:
+        print(printed(error), file=sys.stderr, flush=True)
         return 2
     except Stopped as stopped:
         dist.destroy_process_group()

@@ -53,7 +53,7 @@ OUTSIDE = re.compile(
 # (file, text that may stand in one of its strings): names of files that the product itself opens, writes or ships.
 OPENED = {
     ("ds_moe/__init__.py", "ds_configs"),  # the map: a wheel has that folder, see package_data in setup.py
-    ("ds_moe/doctor/plans.py", "ds_configs"),  # the same folder, whose DeepSpeed JSONs a plan is made with
+    ("ds_moe/config/deepspeed_json.py", "ds_configs"),  # the same folder, whose DeepSpeed JSONs a run file may name
     ("ds_moe/assembly/assemble.py", "README"),  # the model card it writes beside the weights
     ("ds_moe/export/model.py", "README"),  # the same
 }

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
@@ -190,6 +191,8 @@ def values(field: FieldInfo) -> str:
         return f"list of {len(get_args(kind))} floats"
     if get_origin(kind) is list:
         return "list of sections" if sections(kind) else "list of text"
+    if get_origin(kind) is UnionType:
+        return "text or a section"
     name = {str: "text", bool: "`true`, `false`"}.get(kind) or kind.__name__
     signs = {Gt: (">", "gt"), Ge: (">=", "ge"), Lt: ("<", "lt"), Le: ("<=", "le")}
     bounds = [(signs[type(bound)], bound) for bound in field.metadata if type(bound) in signs]

@@ -4,8 +4,10 @@ import importlib.metadata
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,11 +62,53 @@ def test_every_module_imports_without_triton_megablocks_or_cuda():
     assert result.returncode == 0, result.stderr
 
 
-def test_a_wheel_has_every_deepspeed_json():
-    named = re.search(r'package_data=\{"ds_moe": \["([^"]+)"\]\}', (ROOT / "setup.py").read_text())
-    assert named is not None
-    packaged = {file.name: file.read_text() for file in (ROOT / "ds_moe").glob(named[1])}
-    assert packaged == {file.name: file.read_text() for file in (ROOT / "ds_configs").glob("*.json")} != {}
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A folder with what a wheel installs, built from a copy of the sources, since a build leaves files in them."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("ds_moe", "ds_configs"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    words = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", built, source]
+    result = shell(sys.executable, *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    [file] = built.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(built / "site")
+    return built / "site"
+
+
+def test_a_wheel_has_every_module_json_and_run_file(wheel):
+    def files(folder: Path, *patterns: str) -> dict[str, str]:
+        found = [file for pattern in patterns for file in folder.glob(pattern)]
+        return {file.relative_to(folder).as_posix(): file.read_text() for file in found}
+
+    assert files(wheel / "ds_moe", "**/*.py") == files(ROOT / "ds_moe", "**/*.py") != {}
+    shipped = files(wheel / "ds_moe/ds_configs", "*.*", "*/*")
+    assert shipped == files(ROOT / "ds_configs", "*.*", "*/*") and len(shipped) > 10
+
+
+def test_an_installed_wheel_suffices(wheel, tmp_path):
+    """Run files that name a shipped JSON, and the shipped run files, are read in a folder without any file of ours."""
+    (tmp_path / "run.yaml").write_text(
+        "model: {preset: tiny-vl-moe}\ndata: {train: digits}\ntrain: {steps: 1}\ndeepspeed: zero3_offload\n"
+    )
+    script = f"""
+import ds_moe
+from pathlib import Path
+from ds_moe.config.deepspeed import resolve_deepspeed
+from ds_moe.config.run_file import load_run
+assert ds_moe.__path__ == [{str(wheel / "ds_moe")!r}], ds_moe.__path__
+assert "offload_optimizer" in resolve_deepspeed(load_run("run.yaml"), 2, True)["zero_optimization"]
+runs = sorted(Path(ds_moe.__path__[0], "ds_configs/runs").iterdir())
+for run in runs:
+    assert not Path(load_run(run).deepspeed).is_absolute()
+print(*(run.name for run in runs))
+"""
+    result = shell(sys.executable, "-c", script, env={"PYTHONPATH": str(wheel)}, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == sorted(file.name for file in (ROOT / "ds_configs/runs").glob("*.yaml"))
 
 
 def test_make_lists_its_targets():

@@ -14,11 +14,11 @@ import psutil
 import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from ds_moe import cli
+from ds_moe import cli, train
 from ds_moe.engine.cpu import OP, cpu_settings
 from ds_moe.errors import UserError
 from ds_moe.launcher import command, processes
-from tests.launcher import HANGS_S
+from tests.launcher import HANGS_S, run_ranks
 
 DEMO = "ds_configs/runs/demo.yaml"
 HOSTILE = "train.output_dir=runs/$(touch pwned);`id` 'x'"
@@ -40,6 +40,37 @@ def dry_run(capsys, *words):
     start = next(i for i, word in enumerate(printed) if word.endswith("/deepspeed"))
     assert printed[:start][:1] in ([], ["env"])
     return dict(word.split("=", 1) for word in printed[1:start]), printed[start + 1 :]
+
+
+# --- a run file with mistakes, without `ds-moe train` in front of its ranks
+
+
+@pytest.fixture
+def mistaken(tmp_path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {preset: tiny-vl-moe}\ndata: {train: digits}\ndeepspeed: zero3\nbf16: true\nsave_steps: 5\n"
+    )
+    return path
+
+
+def test_the_first_rank_of_a_host_says_what_is_wrong_and_the_others_wait(mistaken, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(train.time, "sleep", waited.append)
+    for local_rank, waits in (("0", []), ("1", [train.SAID_WITHIN_S])):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert train.main([str(mistaken)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert (len(lines), waited) == (0 if waits else 2, waits)
+        assert all(line.startswith(f"error: {mistaken}:") for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_each_complaint_is_printed_once_under_either_launcher(mistaken, launcher):
+    run = run_ranks("ds_moe.train", 2, [mistaken], launcher=launcher, check=False)
+    assert run.returncode != 0
+    assert [run.output.count(f"unknown key {key}") for key in ("bf16", "save_steps")] == [1, 1]
 
 
 # --- the command

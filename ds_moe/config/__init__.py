@@ -3,6 +3,7 @@
 run.py, sections.py, moe.py, tasks.py   the typed tree of keys with their defaults
 run_file.py      from YAML and overrides to that tree; load_run is where runs start
 yaml_lines.py    YAML that knows the line of each key
+habits.py        keys that users of other trainers write, and ours
 complaints.py    pydantic's errors, one line each
 check.py         all rules together, and the keys that a run uses
 rules/           what types cannot say: a file for each section

@@ -6,16 +6,20 @@ The run file (`ds_moe.config`) and the spec of an assembly (`ds_moe.assembly`) a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
 
-from pydantic import BaseModel, ValidationError
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ds_moe.config.sections import origin_of
 from ds_moe.config.yaml_lines import Plain, compose_lines, join, nearest, read_text
 from ds_moe.errors import UserError, shown
+
+LONGEST = 120  # characters of an example
 
 
 def read_mapping(path: Path, schema: Schema) -> tuple[dict[str, Plain], dict[str, str]]:
@@ -29,13 +33,17 @@ def read_mapping(path: Path, schema: Schema) -> tuple[dict[str, Plain], dict[str
 class Schema:
     """The keys of a tree of sections. All items of a list, and all kinds of a section, are one section."""
 
-    def __init__(self, root: type[BaseModel], noun: str) -> None:
+    def __init__(self, root: type[BaseModel], noun: str, habit: Callable[[str], str | None] = lambda _: None) -> None:
         self.noun = noun  # what messages call such a file
+        self.habit = habit  # name of a key that this file does not have -> hint, where another tool's users write it
         self.sections: dict[str, list[str]] = {}  # dotted name of each section, "" of the root -> names of its keys
         self.kinds: dict[str, list[str]] = {}  # name of each section that has a key `kind` -> its values
+        self.fields: dict[str, FieldInfo] = {}  # dotted name of each key -> its type and default, of its first kind
         for key, section in _sections(root):
             names = self.sections.setdefault(key, [])
             names += [name for name in section.model_fields if name not in names]
+            for name, field in section.model_fields.items():
+                self.fields.setdefault(join(key, name), field)
             if kind := section.model_fields.get("kind"):
                 self.kinds.setdefault(key, []).extend(get_args(kind.annotation))
         self.keys = [join(section, name) for section, names in self.sections.items() for name in names]
@@ -69,35 +77,59 @@ class Schema:
         if kind == "value_error":
             return f"{where}: {key}: {context['error']}"
         reason = detail["msg"].replace("Input should be", "must be").replace("a valid string", "text (in quotes)")
+        if kind in ("list_type", "tuple_type"):
+            reason = f"must be a valid list: write it as {self._example(key, value)}"
         return f"{where}: {key} is {shown(value)}; {reason[0].lower() + reason[1:]}"
+
+    def _example(self, key: str, value: Plain) -> str:
+        """The list that one value of a key most likely stands for; where there is none like it, the key's default."""
+        field = self.fields[_section(key)]
+        kinds = self.kinds.get(_section(key), [])
+        for items in _listed(value):
+            items = [{"kind": item} if item in kinds else item for item in items]
+            text = yaml.safe_dump(items, default_flow_style=True, width=10 * LONGEST, sort_keys=False).strip()
+            try:
+                TypeAdapter(field.rebuild_annotation()).validate_python(items)
+            except ValidationError:
+                continue
+            if len(text) <= LONGEST:
+                return text
+        default = list(field.get_default(call_default_factory=True) or [])
+        return yaml.safe_dump(default, default_flow_style=True, width=10 * LONGEST).strip()
 
     def _unknown(self, key: str) -> str:
         if _section(key) in self.keys:  # a key of another kind of this section
             return f"{key} would not be used: the kind of {key.rpartition('.')[0]} has no such key; remove it"
-        near = self._nearest(key)
-        allowed = self._keys_in(key.rpartition(".")[0]) or self.sections[""]
-        hint = f"did you mean {near}?" if near else f"keys here: {', '.join(allowed)}"
-        return f"unknown key {key} ({hint})"
+        return f"unknown key {key} ({self._hint(key)})"
 
     def _keys_in(self, section: str) -> list[str]:
         """Keys of a section, which may be an item of a list ("moe.balance.0"); none where it is unknown."""
         return self.sections.get(_section(section), [])
 
-    def _nearest(self, key: str) -> str | None:
-        """The valid dotted key that was most likely meant.
+    def _hint(self, key: str) -> str:
+        """What was most likely meant by an unknown key.
 
-        In this order: the only key that has this name in any section, the most alike key of the same section, the most
-        alike last name of any section, the most alike whole key.
+        In this order: the only key that has this name in any section, what users of other tools mean by the name, the
+        key of the root that has it, the most alike key of the same section, the most alike last name of any section,
+        the most alike whole key.
         """
         parent, _, name = key.rpartition(".")
         elsewhere = [candidate for candidate in self.keys if candidate.endswith(f".{name}")]
         if len(elsewhere) == 1:
-            return elsewhere[0]
-        if sibling := nearest(name, self._keys_in(parent)):
-            return join(parent, sibling)
+            return f"did you mean {elsewhere[0]}?"
+        if (hint := self.habit(name)) is not None:
+            return hint
+        if name in self.sections[""]:
+            return f"did you mean {name} at the top level?"
+        siblings = self._keys_in(parent)
         by_name = {candidate.rpartition(".")[2]: candidate for candidate in reversed(self.keys)}
-        same = nearest(name, list(by_name))
-        return by_name[same] if same else nearest(key, self.keys)
+        if sibling := nearest(name, siblings):
+            near = join(parent, sibling)
+        elif same := nearest(name, list(by_name)):
+            near = by_name[same]
+        else:
+            near = nearest(key, self.keys)
+        return f"did you mean {near}?" if near else f"keys here: {', '.join(siblings or self.sections[''])}"
 
     def _key_of(self, location: tuple[int | str, ...]) -> str:
         """Dotted key of pydantic's error location, without the tags it inserts where a section is a union of kinds."""
@@ -115,6 +147,17 @@ def descend(data: Plain, key: str) -> Plain:
     for name in key.split(".") if key else []:
         data = data.get(name) if isinstance(data, dict) else None
     return data
+
+
+def _listed(value: Plain) -> Iterator[list[Plain]]:
+    """Lists that a single value may stand for: the parts of "a, b", else the value alone."""
+    if isinstance(value, str):
+        try:
+            parts, _ = compose_lines(f"[{value}]", "value")
+            yield parts if isinstance(parts, list) else []
+        except UserError:
+            pass
+    yield [value]
 
 
 def _section(key: str) -> str:

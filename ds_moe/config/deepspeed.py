@@ -6,17 +6,24 @@ hold is "auto" in the JSON, or the same in both.
 
 import json
 import os
+from copy import deepcopy
 
-from ds_moe.config.deepspeed_json import AUTO, DeepSpeedJson, check_keys, read_json, section, without_switched_off
+from ds_moe.config.deepspeed_json import (
+    AUTO,
+    DeepSpeedJson,
+    check_keys,
+    is_missing,
+    read_deepspeed,
+    section,
+    without_switched_off,
+)
 from ds_moe.config.deepspeed_keys import FP32_NAMES
 from ds_moe.config.divisors import accumulation_steps, ep_size_problem
 from ds_moe.config.rules.rule import written
 from ds_moe.config.run import RunConfig
 from ds_moe.config.yaml_lines import Plain
 from ds_moe.config.zero_plan import ZeroPlan
-from ds_moe.errors import UserError
-
-SHOWN = 20  # complaints about a JSON in one error
+from ds_moe.errors import UserError, all_in_one
 
 
 def resolve_deepspeed(
@@ -32,9 +39,18 @@ def resolve_deepspeed(
     """
     resolved, complaints = deepspeed_problems(config, world_size, on_cpu, hidden_size)
     if complaints:
-        more = [f"and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
-        raise UserError("\n".join(complaints[:SHOWN] + more))
+        raise all_in_one(complaints)
     return resolved
+
+
+def json_problems(config: RunConfig) -> list[str]:
+    """The complaints of `deepspeed_problems` that hold for any number of ranks, without one about a missing file."""
+    if is_missing(config):
+        return []
+    try:
+        return check_keys(read_deepspeed(config))
+    except UserError as error:
+        return [str(error)]
 
 
 def deepspeed_problems(
@@ -42,7 +58,7 @@ def deepspeed_problems(
 ) -> tuple[dict[str, Plain], list[str]]:
     """The dictionary of `resolve_deepspeed` and every complaint; where there is one, the dictionary is empty."""
     try:
-        source = read_json(config.deepspeed)
+        source = read_deepspeed(config)
     except UserError as error:
         return {}, [str(error)]
     complaints = check_keys(source)
@@ -53,7 +69,7 @@ def deepspeed_problems(
         accumulation = 1
     if config.moe and (problem := ep_size_problem(config.moe.ep_size, world_size, f"the {world_size} ranks")):
         complaints.append(f"{config.at('moe.ep_size')}: {problem}")
-    resolved = without_switched_off(json.loads(json.dumps(source.values)))
+    resolved = without_switched_off(deepcopy(source.values))
     for key, yaml_key, value in _shared_values(config, accumulation, on_cpu):
         complaints += _fill(resolved, key, yaml_key, value, source, config)
     _finish_data_types(resolved, accumulation)
@@ -145,8 +161,9 @@ def _fill(
         ours = "'bf16'" if value is True else "'fp32'" if value is False else f"{value!r}"
         what = "works out to" if name == "gradient_accumulation_steps" else "is"
         default = "" if written(config, yaml_key) else " by default"
-        theirs, ours = f"{key} is {json.dumps(given)}", f"{config.at(yaml_key)} {yaml_key} {what} {ours}{default}"
-        return [f'{source.at(key)}: {theirs}, but {ours}; write "auto" in the JSON or make them agree']
+        theirs = f"{key} is {json.dumps(given, default=str)}"
+        ours = f"{config.at(yaml_key)} {yaml_key} {what} {ours}{default}"
+        return [f'{source.at(key)}: {theirs}, but {ours}; write "auto" in {source.noun} or make them agree']
     return []
 
 

@@ -1,15 +1,24 @@
-"""The DeepSpeed JSON on its own: read with the line of each key, and refused where ds_moe cannot train with it."""
+"""The DeepSpeed JSON on its own: read with the line of each key, and refused where ds_moe cannot train with it.
+
+It is a file, by its path or the name of a shipped one, or the section `deepspeed` of the run file.
+"""
 
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
+from os.path import isfile
 from pathlib import Path
+from typing import cast
 
 from ds_moe.config import deepspeed_keys as keys
+from ds_moe.config.run import RunConfig
 from ds_moe.config.yaml_lines import Plain, compose_lines, join, nearest, read_text
 from ds_moe.errors import UserError, shown
 
+# Name -> file. In a checkout the folder is a link, in a wheel it holds the files.
+SHIPPED = {file.stem: file for file in sorted((Path(__file__).resolve().parents[1] / "ds_configs").glob("*.json"))}
 AUTO = "auto"
 FITS: dict[str, Callable[[object], bool]] = {  # a key of `KINDS` -> whether a value is of this kind
     "an object": lambda value: isinstance(value, dict),
@@ -20,14 +29,32 @@ FITS: dict[str, Callable[[object], bool]] = {  # a key of `KINDS` -> whether a v
 
 @dataclass
 class DeepSpeedJson:
-    """A DeepSpeed JSON as written: its values and "file:line" of each dotted key."""
+    """A DeepSpeed JSON as written: its values, and where each dotted key of it was, as "file:line"."""
 
-    file: str
     values: dict[str, Plain]
-    origins: dict[str, str]
+    at: Callable[[str], str]
+    noun: str = "the JSON"
 
-    def at(self, key: str) -> str:
-        return self.origins.get(key, self.file)
+
+def read_deepspeed(config: RunConfig) -> DeepSpeedJson:
+    """What a run says about DeepSpeed; `UserError`, with the line, for a file that is no JSON object."""
+    given = config.deepspeed
+    if isinstance(given, str):
+        return read_json(SHIPPED.get(given, given))
+    values = cast(dict[str, Plain], given)
+    return DeepSpeedJson(values, lambda key: f"{config.at(f'deepspeed.{key}')}: deepspeed", "that section")
+
+
+def is_missing(config: RunConfig) -> bool:
+    """Whether `deepspeed` is the path of no file, which reading the run file has complained about."""
+    given = config.deepspeed
+    return isinstance(given, str) and given not in SHIPPED and not isfile(given)
+
+
+def json_text(config: RunConfig) -> str:
+    """What a run says about DeepSpeed, as the text of a file."""
+    given = config.deepspeed
+    return Path(SHIPPED.get(given, given)).read_text() if isinstance(given, str) else json.dumps(given, indent=2) + "\n"
 
 
 def read_json(path: str | Path) -> DeepSpeedJson:
@@ -43,7 +70,7 @@ def read_json(path: str | Path) -> DeepSpeedJson:
     if not isinstance(values, dict):
         raise UserError(f"{file}: a DeepSpeed JSON is an object, this is a {type(values).__name__}")
     _, origins = compose_lines(text.replace("\t", " "), file)  # without tabs JSON is YAML; this refuses double keys too
-    return DeepSpeedJson(file, values, origins)
+    return DeepSpeedJson(values, lambda key: origins.get(key, file))
 
 
 def check_keys(source: DeepSpeedJson) -> list[str]:
@@ -65,7 +92,7 @@ def check_keys(source: DeepSpeedJson) -> list[str]:
     for key, (value, reason) in keys.REFUSED_VALUES.items():
         if _value(source, key) == value:
             found.append(f"{source.at(key)}: {key} {json.dumps(value)} is not supported: {reason}")
-    found += [f"{source.at(key)}: {key} is {value}; must be finite" for key, value in _infinite(values)]
+    found += [f"{source.at(key)}: {key} is {shown(value)}; must be {what}" for key, value, what in _no_json(values)]
     for key, value in zero.items() if stage < 3 else ():
         dotted, names_stage_3 = f"zero_optimization.{key}", key.startswith("stage3_") and key not in keys.ANY_STAGE
         if (names_stage_3 or key in keys.STAGE_3_ONLY) and value != AUTO and not _off(dotted, value):
@@ -137,13 +164,18 @@ def _value(source: DeepSpeedJson, key: str) -> Plain:
     return holder.get(name, AUTO)
 
 
-def _infinite(values: dict[str, Plain], parent: str = "") -> Iterator[tuple[str, float]]:
-    """Dotted key and value of each number that Python reads although JSON has no such number: NaN, Infinity, 1e999."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _infinite(value, join(parent, name))
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield join(parent, name), value
+def _no_json(value: Plain, key: str = "") -> Iterator[tuple[str, Plain, str]]:
+    """Dotted key of each value that JSON does not have, the value, and what it must be.
+
+    Python reads NaN, Infinity and 1e999 in a file; a section of YAML may have dates and bytes too.
+    """
+    if isinstance(value, dict | list):
+        for name, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _no_json(child, join(key, str(name)))
+    elif isinstance(value, date | bytes):
+        yield key, value, "text (in quotes), a number, true or false"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key, value, "finite"
 
 
 def _check_names(

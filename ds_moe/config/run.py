@@ -2,6 +2,9 @@
 
 from typing import Literal
 
+from pydantic import field_validator
+from pydantic_core import PydanticCustomError
+
 from ds_moe.config.moe import MoEConfig
 from ds_moe.config.sections import (
     CheckpointConfig,
@@ -28,7 +31,17 @@ class RunConfig(Located):
     gate: GateConfig = GateConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    deepspeed: str  # a DeepSpeed JSON, beside the run file or below the working directory
+    # A DeepSpeed JSON: the name of a shipped one, such as zero3, the path of another, beside the run file or below the
+    # working directory, or its keys.
+    deepspeed: str | dict[str, object]
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _name_path_or_keys(cls, value: object) -> object:
+        if not isinstance(value, str | dict):
+            keys = "a section with the keys of a DeepSpeed JSON"
+            raise PydanticCustomError("deepspeed", f"Input should be a valid string or {keys}")
+        return value
 
 
 def task_is(config: RunConfig, name: str) -> bool:

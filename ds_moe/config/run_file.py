@@ -1,8 +1,9 @@
 """From a run file, YAML plus dotted overrides, to a `RunConfig`; every mistake is one line that says where and what.
 
-Runs start from `load_run`, which raises the first complaint; `parse_run` gives the doctor all of them.
+Runs start from `load_run`, which raises all complaints as one error; `parse_run` gives them as a list.
 """
 
+from os.path import isfile
 from pathlib import Path
 
 import yaml
@@ -10,22 +11,24 @@ from pydantic import ValidationError
 
 from ds_moe.config.check import problems, unused_keys
 from ds_moe.config.complaints import Schema, descend, read_mapping
+from ds_moe.config.deepspeed_json import SHIPPED, json_text
+from ds_moe.config.habits import habit
 from ds_moe.config.run import RunConfig
 from ds_moe.config.yaml_lines import Plain, compose_lines, join
-from ds_moe.errors import UserError, shown
+from ds_moe.errors import UserError, all_in_one, shown
 
-SCHEMA = Schema(RunConfig, "run file")
+SCHEMA = Schema(RunConfig, "run file", habit)
 ALL_KEYS = SCHEMA.keys
 
 
 def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The config of a run file with `key=value` overrides, in which `deepspeed` is the path of an existing JSON.
+    """The config of a run file with `key=value` overrides, in which `deepspeed` is no path but of an existing JSON.
 
-    Raises `UserError` with the first complaint, also about a key that the run would not use.
+    Raises `UserError` with a line for each complaint, also about keys that the run would not use.
     """
     config, complaints = parse_run(path, overrides)
     if config is None or complaints:
-        raise UserError(complaints[0])
+        raise all_in_one(complaints)
     return config
 
 
@@ -50,7 +53,7 @@ def parse_run(path: str | Path, overrides: list[str] | None = None) -> tuple[Run
     config.remember_origins(file, origins)
     complaints = problems(config)
     try:
-        config.deepspeed = str(_find_json(config, Path(path)))
+        config.deepspeed = _find_json(config, Path(path))
     except UserError as error:
         complaints.append(str(error))
     return config, complaints
@@ -74,6 +77,12 @@ def dump(config: RunConfig) -> dict[str, Plain]:
 def dump_yaml(config: RunConfig) -> str:
     """`dump` as the text of a run file."""
     return yaml.safe_dump(dump(config), sort_keys=False)
+
+
+def write_run(config: RunConfig, folder: Path) -> None:
+    """Write run.yaml and, beside it, deepspeed.json, so that the run is read there from any working directory."""
+    (folder / "deepspeed.json").write_text(json_text(config))
+    (folder / "run.yaml").write_text(dump_yaml(config.model_copy(update={"deepspeed": "deepspeed.json"})))
 
 
 def _override(data: dict[str, Plain], origins: dict[str, str], override: str) -> None:
@@ -108,17 +117,25 @@ def _override(data: dict[str, Plain], origins: dict[str, str], override: str) ->
     origins[dotted] = f"override {override}"
 
 
-def _find_json(config: RunConfig, run_file: Path) -> Path:
-    """The DeepSpeed JSON, whose path is relative to the run file's folder or else to the working directory.
+def _find_json(config: RunConfig, run_file: Path) -> str | dict[str, object]:
+    """`deepspeed` of a run file: a path relative to that file's folder, or else to the working directory, is found.
 
-    It is given without "..", relative to the working directory if it lies below that.
+    It is given without "..", relative to the working directory if it lies below that. Names of shipped JSONs, and a
+    section, stay as they are.
     """
+    given = config.deepspeed
+    if not isinstance(given, str) or given in SHIPPED:
+        return given
     for folder in (run_file.parent, Path()):
-        found = folder / config.deepspeed
-        if found.is_file():
+        found = folder / given
+        if isfile(found):  # which Path.is_file raises about where the name is too long for one
             found = found.resolve()
-            return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
-    raise UserError(
-        f"{config.at('deepspeed')}: deepspeed is {config.deepspeed!r}, which is neither a file beside the run file "
-        f"nor below the working directory {Path.cwd()}"
-    )
+            path = str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)
+            return f"./{path}" if path in SHIPPED else path
+    text = f"deepspeed is {shown(given)}, which is neither a file beside the run file nor below the working directory"
+    text, name = f"{config.at('deepspeed')}: {text} {Path.cwd()}", Path(given).stem
+    if name in SHIPPED:
+        text += f"; did you mean {name}, which ds_moe ships?"
+    elif name == given:
+        text += f", nor one of the names {', '.join(SHIPPED)}"
+    raise UserError(text)

@@ -94,7 +94,7 @@ def _relief(case: Case, zero: ZeroPlan) -> str:
     if config.train.micro_batch_size > 1:
         knobs.append("a smaller train.micro_batch_size")
     if zero.stage < 3:
-        knobs.append("zero3.json")
+        knobs.append("deepspeed: zero3")
     elif not zero.offload_optimizer and not case.device.on_cpu:
-        knobs.append("zero3_offload.json")
+        knobs.append("deepspeed: zero3_offload")
     return "try " + ", ".join([*knobs, "a smaller data.max_length", "more ranks"])

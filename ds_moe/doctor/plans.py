@@ -14,7 +14,6 @@ from ds_moe.memory.predict import BUSY, GIB, Memory, predict
 from ds_moe.models.load import build_outline, model_config
 from ds_moe.tasks.registry import task_kind
 
-ENGINE_FILES = Path(__file__).resolve().parents[1] / "ds_configs"  # a link in a checkout, files in a wheel
 # As the config.json of these models on the hub has them.
 _TEXT = {"num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151_936}
 _LARGE = {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "moe_intermediate_size": 1536}
@@ -77,8 +76,7 @@ def run_of(plan: Plan, name: str, model: PretrainedConfig, settings: dict[str, S
         sections[section][field] = value
     train = sections["train"]
     train["global_batch_size"] = plan.gpus * train["micro_batch_size"]
-    engine = ENGINE_FILES / f"zero{plan.stage}{'_offload' if plan.offload else ''}.json"
-    return RunConfig(**sections, deepspeed=str(engine))
+    return RunConfig(**sections, deepspeed=f"zero{plan.stage}{'_offload' if plan.offload else ''}")
 
 
 def outline_of(config: RunConfig, model: PretrainedConfig) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ds_moe.config.check import warmup_problem
 from ds_moe.config.deepspeed import deepspeed_problems, precision, summed_in_bf16, trains_on_cpu, zero_plan
+from ds_moe.config.deepspeed_json import is_missing
 from ds_moe.config.rules.rule import written
 from ds_moe.doctor.case import GIB, Case, Device, Finding
 from ds_moe.engine.cpu import cpu_settings
@@ -140,7 +141,7 @@ def check_cores(case: Case) -> Iterator[Finding]:
 def check_deepspeed(case: Case) -> Iterator[Finding]:
     """Conflicts between DeepSpeed JSON and run file, batch sizes, EP size; without any sets `case.zero`."""
     config = case.config
-    if not Path(config.deepspeed).is_file():
+    if is_missing(config):
         return  # parsing the run file has complained already
     hidden_size = case.model.get_text_config().hidden_size if case.model else None
     resolved, complaints = deepspeed_problems(config, case.world_size, case.device.on_cpu, hidden_size)

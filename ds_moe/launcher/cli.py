@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from ds_moe.config.arguments import Commands, add_run, positive
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, all_in_one
 
 
 def add_train(commands: Commands) -> None:
@@ -27,12 +27,15 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Start the ranks, and start them again after a crash; the exit code of the last start."""
+    from ds_moe.config.deepspeed import json_problems
     from ds_moe.config.run import other_task
-    from ds_moe.config.run_file import load_run
+    from ds_moe.config.run_file import parse_run
     from ds_moe.launcher.command import plan
     from ds_moe.launcher.processes import FINAL, start
 
-    config = load_run(options.run, options.overrides)  # one complaint here instead of one from every rank
+    config, complaints = parse_run(options.run, options.overrides)
+    if config is None or (complaints := complaints + json_problems(config)):
+        raise all_in_one(complaints)  # here once, instead of by every rank
     if options.task is not None and (other := other_task(config, options.task)):
         raise UserError(f"{config.at('task')}: task is {other}; ds-moe gate train trains runs of task gate")
     restarts = options.max_restarts

@@ -1,6 +1,5 @@
 """Saves a run, and goes on from what was saved."""
 
-import shutil
 from pathlib import Path
 
 import deepspeed
@@ -9,7 +8,7 @@ import torch
 from ds_moe.checkpoint.restore import choose, load
 from ds_moe.checkpoint.save import Saving
 from ds_moe.config.deepspeed import precision
-from ds_moe.config.run_file import dump_yaml
+from ds_moe.config.run_file import write_run
 from ds_moe.engine.start import on_cpu
 from ds_moe.models.processor import save_processor
 from ds_moe.training.run import Run
@@ -45,8 +44,7 @@ def save_checkpoint(run: Run) -> None:
     is still being written is waited for first (collective)."""
 
     def write_extras(folder: Path) -> None:
-        shutil.copy(run.config.deepspeed, folder / "deepspeed.json")
-        (folder / "run.yaml").write_text(dump_yaml(run.config.model_copy(update={"deepspeed": "deepspeed.json"})))
+        write_run(run.config, folder)
         model = run.engine.module
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder / "model")

@@ -1,17 +1,21 @@
 """DeepSpeed's JSON: "auto" is filled, contradictions name both files, what ds_moe cannot train with is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ds_moe.config.deepspeed import deepspeed_problems, resolve_deepspeed, summed_in_bf16, zero_plan
+from ds_moe.config.deepspeed_json import json_text
 from ds_moe.config.deepspeed_keys import ADAM_KEYS, FILLED, PASSED_ON, REFUSED, ZERO_KEYS, ZERO_REFUSED
 from ds_moe.config.divisors import accumulation_steps
-from ds_moe.config.run_file import load_run
+from ds_moe.config.run_file import dump_yaml, load_run, write_run
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.errors import UserError
 
+SHIPPED_NAMES = ("zero1", "zero2", "zero3", "zero3_offload")
 SHIPPED = sorted(Path("ds_configs").resolve().glob("*.json"))
 BASE = """\
 model: {preset: tiny-vl-moe}
@@ -70,6 +74,105 @@ def test_shipped_files_resolve_with_nothing_left_to_guess(run, path, on_cpu):
     }
     assert params.get("torch_adam", False) is params.get("fused", False) is (on_cpu and "offload" not in path.stem)
     assert resolved["zero_optimization"]["reduce_bucket_size"] == 4096**2
+
+
+def test_a_shipped_json_is_named_without_its_path(run):
+    assert list(SHIPPED_NAMES) == [path.stem for path in SHIPPED]
+    for path in SHIPPED:
+        config = run(path.read_text())
+        named = load_run("run.yaml", [f"deepspeed={path.stem}"])
+        assert named.deepspeed == path.stem and json_text(named) == path.read_text()
+        assert resolve_deepspeed(named, 4, False, 64) == resolve_deepspeed(config, 4, False, 64)
+
+
+def test_a_name_goes_before_a_file_and_a_path_reaches_the_file(run):
+    config = run({"zero_optimization": {"stage": 1}})
+    Path("zero.json").rename("zero3")
+    assert zero_plan(resolve_deepspeed(load_run("run.yaml", ["deepspeed=zero3"]), 2, True)).stage == 3
+    config = load_run("run.yaml", ["deepspeed=./zero3"])
+    assert zero_plan(resolve_deepspeed(config, 2, True)).stage == 1 and json_text(config) == Path("zero3").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "end"),
+    [
+        ("zero4", ", nor one of the names zero1, zero2, zero3, zero3_offload"),
+        ("ds_configs/zero3.json", "; did you mean zero3, which ds_moe ships?"),
+        ("zero2.json", "; did you mean zero2, which ds_moe ships?"),
+        ("other/ds.json", ""),
+    ],
+)
+def test_what_is_neither_a_name_nor_a_file_is_answered_with_the_names(run, given, end):
+    run({})
+    with pytest.raises(UserError) as raised:
+        load_run("run.yaml", [f"deepspeed={given}"])
+    text = "which is neither a file beside the run file nor below the working directory"
+    assert str(raised.value) == f"override deepspeed={given}: deepspeed is {given!r}, {text} {Path.cwd()}{end}"
+
+
+@pytest.fixture
+def inline(run):
+    """`inline(values, *overrides)`: a config with these values in a section `deepspeed` of run.yaml, from line 10."""
+
+    def make(values: dict, *overrides: str):
+        run({})
+        section = {"deepspeed": {"zero_optimization": {"stage": 3}, **values}}
+        Path("run.yaml").write_text(BASE.replace("deepspeed: zero.json\n", yaml.safe_dump(section, sort_keys=False)))
+        return load_run("run.yaml", list(overrides))
+
+    return make
+
+
+def test_a_section_says_what_a_file_would(run, inline):
+    values = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "gradient_clipping": "auto"}
+    config = inline(values)
+    assert resolve_deepspeed(config, 2, True, 64) == resolve_deepspeed(run(values), 2, True, 64)
+    assert zero_plan(resolve_deepspeed(inline(values, "deepspeed.zero_optimization.stage=1"), 2, True)).stage == 1
+    Path("copy.yaml").write_text(dump_yaml(config))
+    assert load_run("copy.yaml").model_dump() == config.model_dump()
+
+
+def test_a_conflict_with_a_section_names_both_lines(inline):
+    message = complaint(inline({"gradient_clipping": 0.5}))
+    theirs = "run.yaml:13: deepspeed: gradient_clipping is 0.5, but run.yaml:4 train.max_grad_norm is 1.0 by default"
+    assert message == f'{theirs}; write "auto" in that section or make them agree'
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("deepspeed.gradient_clipping=2026-11-30", "gradient_clipping is datetime.date(2026, 11, 30); must be text"),
+        ("deepspeed.wandb={project: !!binary aGk=}", "wandb.project is b'hi'; must be text (in quotes), a number"),
+        ("deepspeed.optimizer={params: {betas: [0.9, .inf]}}", "optimizer.params.betas.1 is inf; must be finite"),
+    ],
+)
+def test_what_yaml_has_and_json_has_not_is_refused(inline, override, says):
+    lines = deepspeed_problems(inline({}, override), 2, on_cpu=True)[1]
+    assert lines[0].startswith(f"override {override}: deepspeed: {says}")
+
+
+@pytest.mark.parametrize("value", ["3", "[zero3]", "null", "true"])
+def test_what_is_neither_text_nor_a_section_is_one_complaint(run, value):
+    run({})
+    with pytest.raises(UserError) as raised:
+        load_run("run.yaml", [f"deepspeed={value}"])
+    [line] = str(raised.value).splitlines()
+    assert line.endswith("; must be text (in quotes) or a section with the keys of a DeepSpeed JSON")
+
+
+def test_a_checkpoint_keeps_what_the_run_had_whichever_way_it_was_written(run, inline, tmp_path, monkeypatch):
+    values = {"zero_optimization": {"stage": 2}}
+    configs = [inline(values), run(values), load_run("run.yaml", ["deepspeed=zero2"])]
+    resolved = [resolve_deepspeed(config, 2, True, 64) for config in configs]
+    for number, config in enumerate(configs):
+        folder = tmp_path / f"step_{number}"
+        folder.mkdir()
+        write_run(config, folder)
+    monkeypatch.chdir("/")  # found again from any working directory
+    for number, config in enumerate(configs):
+        kept = load_run(tmp_path / f"step_{number}/run.yaml")
+        assert kept.model_dump(exclude={"deepspeed"}) == config.model_dump(exclude={"deepspeed"})
+        assert resolve_deepspeed(kept, 2, True, 64) == resolved[number]
 
 
 def test_deepspeed_accepts_what_is_resolved(run):
@@ -207,8 +310,11 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("values, expected", REFUSALS.values(), ids=REFUSALS)
-def test_what_cannot_be_trained_with_is_refused(run, values, expected):
+def test_what_cannot_be_trained_with_is_refused(run, inline, values, expected):
     assert expected in complaint(run(values))
+    message = complaint(inline(values))
+    place, named, text = message.partition(": deepspeed: ")
+    assert re.fullmatch(r"run\.yaml:1\d", place) and named and re.sub(r"zero\.json:\d+: ", "", expected) in text
 
 
 @pytest.mark.parametrize("name", ["fp32", "float32", "torch.float32"])

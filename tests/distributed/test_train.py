@@ -26,8 +26,12 @@ GENERATE = ["train.max_new_tokens=3"]  # in batches of which one rank's have no 
 DENSE = ["model.preset=tiny-vl-dense", "moe=null"]
 # name -> overrides of tests/runs/resume.yaml; MIXED and TEXT stand for data files
 RUNS = {
-    "moe": ["data.train=MIXED"],
-    "accumulated": ["data.train=MIXED", "train.micro_batch_size=2"],
+    "moe": ["data.train=MIXED", "deepspeed=zero3"],
+    "accumulated": [
+        "data.train=MIXED",
+        "train.micro_batch_size=2",
+        "deepspeed={zero_optimization: {stage: 3, reduce_bucket_size: auto}}",
+    ],
     "dense": ["data.train=MIXED", *DENSE],
     "text only": ["model.preset=tiny-moe", "data.train=TEXT", "data.eval=TEXT"],
     "bf16": ["data.train=MIXED", "train.precision=bf16"],

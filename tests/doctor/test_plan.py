@@ -42,9 +42,8 @@ def test_one_plan(capsys, tmp_path):
 def test_a_folder_and_a_run_file(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     preset_config("tiny-vl-moe").save_pretrained("model")
-    (tmp_path / "zero.json").write_text((plans.ENGINE_FILES / "zero2.json").read_text())
     (tmp_path / "run.yaml").write_text(
-        "model: {path: model}\ndata: {train: x.jsonl}\nmoe: {ep_size: 2}\ndeepspeed: zero.json\n"
+        "model: {path: model}\ndata: {train: x.jsonl}\nmoe: {ep_size: 2}\ndeepspeed: zero2\n"
         "train: {steps: 1, global_batch_size: 8, precision: bf16}\n"
     )
     status, out, err = command(capsys, "model", "--config", "run.yaml", "--gpus", 4)

@@ -64,7 +64,7 @@ YAML = {
     "a list within itself": (BASE + "a: &a [*a]\n", "nested too deeply, or an alias (*name) within itself"),
     "a section within itself": (BASE + "a: &a {b: *a}\n", "nested too deeply, or an alias (*name) within itself"),
     "an unknown alias": (BASE + "a: *nothing\n", ":7: not valid YAML (found undefined alias 'nothing'"),
-    "a merge": (BASE + "a: &a {b: 1}\nc: {<<: *a}\n", ":7: unknown key a"),
+    "a merge": (BASE + "rl: &a {kl_kind: k1}\ngate: {<<: *a}\n", ":8: unknown key gate.<<"),
     "nested 1,200 deep": (BASE + "a: " + "[" * 1200, "nested too deeply"),
     "too large": (BASE + "#" * MAX_BYTES, f"the run file has {MAX_BYTES + len(BASE)} bytes, at most {MAX_BYTES}"),
     "two documents": (BASE + "---\n" + BASE, ":7: not valid YAML (but found another document)"),
@@ -109,6 +109,7 @@ YAML = {
     "yes": (instead("yes"), ":5: train.steps is True; must be a valid integer"),
     "minus one": (instead("-1"), ":5: train.steps is -1; must be greater than 0"),
     "a broken regex": (BASE.replace("moe}", 'moe, freeze: ["("]}'), "model.freeze: '(' is no regular expression"),
+    "a JSON of a long name": (BASE.replace("zero.json", "z" * 60_000), ":6: deepspeed is 'zzz"),
     "a JSON that is no file": (BASE.replace("zero.json", "/dev/zero"), "deepspeed is '/dev/zero', which is neither"),
 }
 

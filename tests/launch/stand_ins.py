@@ -36,7 +36,7 @@ def programs(folder, **texts):
 def write_run(folder):
     """The demo's run file under the name RUN."""
     text = (ROOT / "ds_configs/runs/demo.yaml").read_text()
-    (folder / RUN).write_text(text.replace("../", f"{ROOT}/ds_configs/"))
+    (folder / RUN).write_text(text)
     return folder / RUN
 
 
