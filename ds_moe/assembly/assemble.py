@@ -17,6 +17,7 @@ from ds_moe import __version__
 from ds_moe.assembly.dense import FILES
 from ds_moe.assembly.plan import Assembly, plan
 from ds_moe.assembly.spec import AssemblySpec, dump_spec, load_spec
+from ds_moe.models.card import model_card
 from ds_moe.models.families import TRANSPOSED_ON_HUB, expert_state
 from ds_moe.weights.files import SHARD_BYTES, check_empty, dtype_name, make_folder, shards, write_weights
 from ds_moe.weights.layouts import LAYOUTS, ExpertLayout, choose_layout, in_layout
@@ -57,7 +58,7 @@ def assemble(
     note(f"{out}: {assembly}; {size}" + (f", experts in the {layout} layout" if assembly.is_moe else ""))
     if not dry_run:
         _write(assembly, out, layout, files, note)
-        (out / "README.md").write_text(_model_card(assembly, spec, out.name, layout))
+        (out / "README.md").write_text(model_card(out.name, assembly.config, _origin(assembly, spec, layout)))
     return assembly
 
 
@@ -77,18 +78,13 @@ def _write(assembly: Assembly, out: Path, layout: ExpertLayout, files: list[list
     assembly.config.save_pretrained(out)
 
 
-def _model_card(assembly: Assembly, spec: AssemblySpec, title: str, layout: ExpertLayout) -> str:
+def _origin(assembly: Assembly, spec: AssemblySpec, layout: ExpertLayout) -> str:
     rows = "\n".join(
         f"| {name} | `{source.path}` | {source.weights.parameters:,} | {source.weights.bytes / 1e9:.3g} GB |"
         for name, source in assembly.sources.items()
     )
     experts = f"\nExperts are stored in the `{layout}` layout: {LAYOUTS[layout]}.\n" if assembly.is_moe else ""
-    return f"""---
-library_name: transformers
-tags: [ds_moe]
----
-# {title}
-
+    return f"""\
 Assembled with ds_moe {__version__}: {assembly}; {dtype_name(assembly.dtype)}.
 {experts}
 | source | from | parameters | files |

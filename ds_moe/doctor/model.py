@@ -134,6 +134,14 @@ def check_experts(case: Case) -> Iterator[Finding]:
         yield Finding("ok", f"experts: {text}")
 
 
+def check_routing(case: Case) -> Iterator[Finding]:
+    """Where an export of this run would be routed otherwise by plain transformers."""
+    from ds_moe.models.routing import routing_note
+
+    if case.model is not None and (note := routing_note(case.config.moe, case.model)):
+        yield Finding("warning", f"{case.config.at('moe')}: {note}")
+
+
 def _slow_implementation(file: Path) -> Iterator[Finding]:
     """A config.json that makes plain transformers compute experts slowly, after an export too."""
     values = json.loads(file.read_text())

@@ -22,6 +22,7 @@ CHECKS = [  # the cheap and certain ones first; a later check uses what an earli
     memory.check_outline,
     data.check_data,
     model.check_experts,
+    model.check_routing,
     run.check_warmup,
     run.check_intervals,
 ]

@@ -6,6 +6,7 @@ Reads our checkpoint files tensor by tensor; needs no GPU, no process group and 
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,20 +17,19 @@ from transformers import PretrainedConfig
 from ds_moe import __version__
 from ds_moe.checkpoint.base import base_identity
 from ds_moe.checkpoint.files import STATE, Reader, find_checkpoint, read_manifest
-from ds_moe.config.complaints import descend
-from ds_moe.config.moe import ROUTINGS, TopKRouting
 from ds_moe.config.run_file import load_run
-from ds_moe.config.yaml_lines import compose_lines
 from ds_moe.errors import UserError, shown
 from ds_moe.export.lora import MergedReader, write_adapter
+from ds_moe.models.card import model_card
 from ds_moe.models.convert import EXPERT_BIAS
 from ds_moe.models.families import BIAS_SUFFIX, TRANSPOSED_ON_HUB, expert_state, family_of
 from ds_moe.models.folder import read_model_config
+from ds_moe.models.routing import routing_note
 from ds_moe.models.ties import ties_of
 from ds_moe.weights.files import SHARD_BYTES, check_empty, dtype_name, make_folder, shards, write_tensors, write_weights
 from ds_moe.weights.layouts import LAYOUTS, ExpertLayout, choose_layout, in_layout
 
-ROUTES_OTHERWISE = ("scores", "groups", "top_groups", "route_scale", "temperature", "normalize")  # than transformers
+Note = Callable[[str], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRAINING_ONLY = ".gate.noise_weight"  # ends the names of weights that evaluation does not use and exports leave out
 
@@ -46,7 +46,11 @@ class Exported:
 
 
 def export_checkpoint(
-    source: Path, out: Path, layout: ExpertLayout | None = None, max_shard_bytes: int = SHARD_BYTES
+    source: Path,
+    out: Path,
+    layout: ExpertLayout | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    note: Note = print,
 ) -> Exported:
     """Write the model of a checkpoint as a folder that `from_pretrained` of plain transformers loads.
 
@@ -55,6 +59,7 @@ def export_checkpoint(
         out: the folder to write; must not exist or be empty.
         layout: a key of `LAYOUTS`; None: `hub` for the family that has it and where it is unambiguous, else `memory`.
         max_shard_bytes: size of one weight file at most (a single larger tensor has a file of its own).
+        note: is told where plain transformers routes otherwise than the run.
 
     Raises:
         UserError: an incomplete checkpoint, a folder in the way, a layout this model cannot be stored in, or a config
@@ -68,6 +73,7 @@ def export_checkpoint(
     dtype = _dtype(checkpoint, state)
     reader = _reader(checkpoint, state, dtype)
     _check_ties(config, reader, checkpoint)
+    routing = routing_note(load_run(str(checkpoint / "run.yaml")).moe, config)
     moe = family_of(config).moe
     bias_name = moe.selection_bias if moe else None
     biases = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
@@ -92,15 +98,16 @@ def export_checkpoint(
     written = write_weights(out, shards(sizes, max_shard_bytes), stored)
     if apart:
         write_tensors(out / EXPERT_BIAS, {key.split("/", 1)[1]: bias for key, bias in apart.items()})
-    about = _model_card(checkpoint, state, config.get_text_config(), layout, written.parameters)
+    about = _origin(checkpoint, state, config.get_text_config(), layout, written.parameters)
+    if routing is not None:
+        note(f"note: {routing}")
+        about += f"\n## Routing\n{routing[0].upper()}{routing[1:]}.\n"
     about += BIAS_NOTE if apart else ""
-    if differs := _routing_that_differs(checkpoint):
-        about += ROUTER_NOTE.format(settings=differs)
-    (out / "README.md").write_text(about)
+    (out / "README.md").write_text(model_card(checkpoint.parent.parent.name, config, about))
     return Exported(out, layout, written.files, written.parameters, written.bytes)
 
 
-def export_adapter(source: Path, out: Path) -> tuple[Path, int]:
+def export_adapter(source: Path, out: Path, note: Note = print) -> tuple[Path, int]:
     """Write the LoRA of a checkpoint (found as by `export_checkpoint`) as a PEFT adapter; (its folder, parameters).
 
     Raises:
@@ -109,8 +116,11 @@ def export_adapter(source: Path, out: Path) -> tuple[Path, int]:
     checkpoint = find_checkpoint(source)
     check_empty(out)
     state = json.loads((checkpoint / "state.json").read_text())
-    family = family_of(_model_config(checkpoint))
-    return out, write_adapter(checkpoint, out, _dtype(checkpoint, state), family)
+    config = _model_config(checkpoint)
+    parameters = write_adapter(checkpoint, out, _dtype(checkpoint, state), family_of(config))
+    if routing := routing_note(load_run(str(checkpoint / "run.yaml")).moe, config):
+        note(f"note: {routing}")
+    return out, parameters
 
 
 def _dtype(checkpoint: Path, state: dict[str, object]) -> torch.dtype:
@@ -147,44 +157,17 @@ def _check_ties(config: PretrainedConfig, reader: Reader | MergedReader, checkpo
 
 
 BIAS_NOTE = f"""
-## Expert bias
-Trained with auxiliary-loss-free balancing: a bias an expert was added to the router's scores when experts were
-selected. This architecture has no place for it, so plain transformers selects without it, and some tokens go to other
-experts than in training. The biases are in `{EXPERT_BIAS}`; ds_moe reads them when `model.path` is this folder and
-`moe.balance` has `loss_free`.
+The biases by which experts were selected (loss-free balancing) are in `{EXPERT_BIAS}`; ds_moe reads them when
+`model.path` is this folder and `moe.balance` has `loss_free`.
 """
 
 
-ROUTER_NOTE = """
-## Router
-Trained with `{settings}`. Plain transformers routes by softmax and top-k alone, so some tokens go to other experts, or
-with other weights, than in training: evaluate the export before you rely on it.
-"""
-
-
-def _routing_that_differs(checkpoint: Path) -> str | None:
-    """The router settings of a run that plain transformers cannot repeat, as YAML says them."""
-    run, _ = compose_lines((checkpoint / "run.yaml").read_text(), str(checkpoint / "run.yaml"))
-    router = descend(run, "moe.router") or {}
-    plain = {key: TopKRouting.model_fields[key].default for key in ROUTES_OTHERWISE}
-    differing = {key: router[key] for key in plain if key in router and router[key] not in (None, plain[key])}
-    kind = router.get("kind", "topk")
-    if kind not in ROUTINGS or not ROUTINGS[kind].plain:
-        differing = {"kind": kind, **differing}
-    return ", ".join(f"{key}: {value}" for key, value in differing.items()) or None
-
-
-def _model_card(
+def _origin(
     checkpoint: Path, state: dict[str, object], config: PretrainedConfig, layout: ExpertLayout, parameters: int
 ) -> str:
     experts = getattr(config, "num_experts", None)
     about = f"{experts} experts a layer, top-{config.num_experts_per_tok}" if experts else "dense"
-    return f"""---
-library_name: transformers
-tags: [ds_moe]
----
-# {checkpoint.parent.parent.name}
-
+    return f"""\
 Trained with ds_moe {__version__} for {state["step"]} optimizer steps on {state["world_size"]} ranks
 (expert parallelism {state["ep_size"]}), {state["precision"]}; {parameters:,} parameters, {about}.
 Experts are stored in the `{layout}` layout: {LAYOUTS[layout]}.

@@ -12,5 +12,7 @@ freeze.py       what a run trains, and what not
 lora.py         low-rank updates
 vision.py       ranks without images
 generation.py   where a model stops
+routing.py      where plain transformers routes otherwise than a run
+card.py         the model card of a folder, with the code that loads it
 hf_experts.py   our kernels inside plain transformers
 """

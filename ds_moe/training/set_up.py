@@ -29,6 +29,7 @@ from ds_moe.models.convert import moe_layers
 from ds_moe.models.generation import stop_at
 from ds_moe.models.load import build_outline, load_model, model_config
 from ds_moe.models.processor import processor_of
+from ds_moe.models.routing import routing_note
 from ds_moe.monitor.flops import active_flops_per_token, peak_flops
 from ds_moe.monitor.monitor import make_monitor
 from ds_moe.tasks.registry import TaskKind, task_kind
@@ -82,6 +83,8 @@ def set_up(config: RunConfig) -> Run:
         count_load(moe_layers(engine.module), len(stream.kinds))
     if warning := summed_in_bf16(config, zero, topology.world_size):
         monitor.note(f"warning: {warning}")
+    if note := routing_note(config.moe, outline.config):
+        monitor.note(f"note: {note}")
     parts = TrainingParts(config, topology, engine, context, processor, stream, eval_set, monitor.note)
     patience = EarlyStopping(config.train.patience) if config.train.patience else None
     return Run(parts, kind.make(parts), progress, monitor, memory, watch, stop, patience)

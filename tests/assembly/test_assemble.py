@@ -11,6 +11,7 @@ from ds_moe.assembly import weights as assembly_weights
 from ds_moe.cli import main
 from ds_moe.config.moe import MoEConfig, TopKRouting
 from ds_moe.export.model import export_checkpoint
+from ds_moe.models.card import model_card
 from ds_moe.models.convert import convert
 from ds_moe.models.processor import load_processor
 from ds_moe.weights.files import SafetensorsFiles
@@ -151,13 +152,15 @@ def test_counts_and_sizes_are_those_of_the_model(dense, tmp_path):
 
 
 def test_the_folder_has_processor_generation_config_and_card(dense, tmp_path):
-    out, _ = make(tmp_path, upcycle(dense, 4, 2), max_shard_bytes=300_000)
+    out, assembly = make(tmp_path, upcycle(dense, 4, 2), max_shard_bytes=300_000)
     question = "Which digit is this?"
     old, new = load_processor(dense), load_processor(out)
     assert new.tokenizer(question).input_ids == old.tokenizer(question).input_ids
     assert new.image_processor is not None and new.chat_template == old.chat_template
     assert (out / "generation_config.json").read_bytes() == (Path(dense) / "generation_config.json").read_bytes()
     card = (out / "README.md").read_text()
+    usage = model_card("", assembly.config, "").partition("## Use it")[2]  # which tests/export runs
+    assert usage.count("```python") == 2 and card.endswith(usage)
     assert f"| source | `{dense}` | 255,536 |" in card and "experts: 4" in card and "top-2" in card
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(load(out).state_dict())

@@ -276,6 +276,10 @@ WARNINGS = {
         "run.yaml:2: model.path someone/a-model-not-here is not on this machine",
     ),
     "bf16 on CPUs": (lambda: edit("fp32", "bf16"), "run.yaml:9: train.precision bf16 is about 11 times slower"),
+    "routing that plain transformers cannot repeat": (
+        lambda: edit("ep_size: 2", "ep_size: 2\n  router: {scores: sigmoid}\n  balance: [{kind: loss_free}]"),
+        "run.yaml:6: plain transformers cannot repeat moe.router.scores sigmoid, moe.balance loss_free: it sends",
+    ),
     "the loop over experts": (
         lambda: edit("ep_size: 2", "ep_size: 2\n  experts: {backend: reference}"),
         "run.yaml:8: moe.experts.backend reference loops over the experts",

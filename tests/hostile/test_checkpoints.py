@@ -9,53 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_moe.checkpoint.files import FORMAT, MANIFEST, STATE, Reader, file_table, incomplete, newest_complete, write_json
+from ds_moe.checkpoint.files import MANIFEST, STATE, Reader, file_table, incomplete, newest_complete, write_json
 from ds_moe.cli import main
 from ds_moe.export.model import export_checkpoint
-from ds_moe.models.presets import build_preset
-from ds_moe.models.processor import save_processor
 from ds_moe.tasks.gate.files import read_gate
-from ds_moe.weights.files import write_tensors
+from tests.saved import ABOUT, RANK, RNG, save_untrained, seal
 
 from .limits import Payload, refusal
 from .safetensors_lies import LIES
 
-RANK, RNG = "rank-00000.safetensors", "rng-00000.safetensors"
-ZERO = Path(__file__).parents[2] / "ds_configs/zero3.json"
-RUN = """\
-model: {preset: tiny-vl-dense}
-data: {train: digits}
-train: {steps: 4, output_dir: run}
-deepspeed: deepspeed.json
-"""
-ABOUT = {"step": 4, "adam_step": 0, "world_size": 1, "ep_size": 1, "precision": "fp32", "data": {}, "result": {}}
-
-
-def seal(folder: Path, files: dict | None = None, **tensors: object) -> None:
-    """Write the manifest anew, as whoever changed the files would; `files` and `tensors` are added to the true ones."""
-    manifest = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {"tensors": {}}
-    found = [file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST]
-    known = file_table(folder, found) | (files or {})
-    write_json(folder / MANIFEST, {"format": FORMAT, "files": known, "tensors": manifest["tensors"] | tensors})
-
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, processor):
-    """A run's output folder with one checkpoint, as `ds_moe.checkpoint.save` writes it."""
-    run = tmp_path_factory.mktemp("saved") / "run"
-    folder = run / "checkpoints" / "step_00000004"
-    folder.mkdir(parents=True)
-    model = build_preset("tiny-vl-dense")
-    tensors = {f"weight/{name}": one.detach().contiguous() for name, one in model.named_parameters()}
-    write_tensors(folder / RANK, tensors)
-    write_tensors(folder / RNG, {"cpu": torch.get_rng_state()})
-    write_json(folder / STATE, ABOUT)
-    (folder / "run.yaml").write_text(RUN)
-    shutil.copy(ZERO, folder / "deepspeed.json")
-    model.config.save_pretrained(folder / "model")
-    save_processor(processor, folder / "model")
-    seal(folder, **{key: [[RANK, 0, len(value)]] for key, value in tensors.items()})
-    return run
+def saved(tmp_path_factory):
+    """A run's output folder with one checkpoint."""
+    return save_untrained(tmp_path_factory.mktemp("saved") / "run", "tiny-vl-dense").parents[1]
 
 
 @pytest.fixture
