@@ -148,6 +148,9 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
     size = f", {min(lengths)} to {max(lengths)} tokens in the first {len(lengths)}" if lengths else ""
     if not bad:
         yield Finding("ok", f"data.{split}: {len(records)} records{size}")
+    for line in kind.records_summary(records.remembered) if split == "train" else ():
+        warned = line.removeprefix("warning: ")
+        yield Finding("ok", line) if warned == line else Finding("warning", f"{where}: data.train: {warned}")
 
 
 def _records(case: Case, kind: TaskKind, split: str) -> Records:

@@ -54,7 +54,7 @@ def diagnose(
         yield Finding("error", str(error))
         return
     case = Case(config, world_size, device, samples)
-    shown: set[str] = set()
+    shown = set(complaints)
     for check in CHECKS:
         for finding in check(case):
             if finding.text not in shown:  # two checks may meet the same mistake

@@ -23,6 +23,7 @@ _COUNTS = {
     "gamma": "routed",
     "gamma_square": "routed",
     "reward": "rewards",
+    "zero_advantage": "completions",  # share of completions whose advantage is 0
     "routers_changed": "routers",
     "tokens_changed": "tokens_compared",
 }

@@ -3,7 +3,7 @@
 The only place that asks which task a run has.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ds_moe.tasks.gate.files import start_gate
 from ds_moe.tasks.gate.model import install_gate
 from ds_moe.tasks.gate.records import Routed
 from ds_moe.tasks.gate.task import GateTask
+from ds_moe.tasks.rl.rewards import reward_spread
 from ds_moe.tasks.rl.rollouts import Rollouts
 from ds_moe.tasks.rl.task import PolicyOptimization
 from ds_moe.tasks.task import Task, TrainingParts
@@ -41,6 +42,8 @@ class TaskKind:
         files_follow: whether other data files follow one another in the same run, whose steps are not known.
         runs_vision_itself: whether the task runs the vision tower, on every rank alike.
         summary: lines that the opening summary adds.
+        records_summary: the same about the records of data.train, from what was remembered of each; a line may begin
+            with "warning: ".
         closing: rows of the closing table: name -> (figure of the task, format).
     """
 
@@ -57,6 +60,7 @@ class TaskKind:
     files_follow: bool = False
     runs_vision_itself: bool = False
     summary: Callable[[PreTrainedModel, RunConfig], list[str]] = lambda model, config: []
+    records_summary: Callable[[Sequence[object]], list[str]] = lambda remembered: []
     closing: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def base(self, config: RunConfig) -> dict[str, object] | None:
@@ -105,6 +109,7 @@ TASKS = {
             make=PolicyOptimization,
             train_records=_rollouts,
             files_follow=True,
+            records_summary=lambda remembered: reward_spread(remembered).lines(),
             closing={"reward": ("reward", "{:.3f}"), "mismatch k3, engine to trainer": ("mismatch_k3", "{:.2e}")},
         ),
         TaskKind(

@@ -76,6 +76,10 @@ class Task:
         """What else the optimizer step is reported by, over all ranks (collective)."""
         return {}
 
+    def closing_rows(self) -> dict[str, str]:
+        """What the closing table says of this process's steps beside the figures of the run: name -> value."""
+        return {}
+
     def evaluate(self, progress: Progress, limit: int | None, each_batch: Callable[[], None]) -> EvalReport:
         """On `limit` held-out samples, or all of them (collective). `each_batch` is called before every batch."""
         config, answering = self.parts.config.train, None

@@ -41,6 +41,7 @@ def run_summary(run: Run) -> str:
         f"memory    about {device:.1f} GiB a rank at the peak{f', {host:.1f} GiB on the host' if host else ''}"
     )
     lines += run.kind.summary(engine.module, config)
+    lines += run.kind.records_summary(parts.stream.remembered)
     lines.append("parameters on this rank's EP share (trainable / all):")
     for part, trained, total in parameter_table(engine.module):
         lines.append(f"  {part:<11}{trained:>16,} / {total:,}")
@@ -69,6 +70,7 @@ def result_rows(run: Run) -> dict[str, str]:
     add("MaxVio", figures.max_vio, "{:.2f}")
     for name, (figure, form) in run.kind.closing.items():
         add(name, task.get(figure), form)
+    rows |= run.task.closing_rows()
     if run.session.skipped:
         add("steps not taken", f"{run.session.skipped} (in {run.folder / SKIPPED_STEPS})")
     bad_records = run.folder / BAD_RECORDS

@@ -311,7 +311,10 @@ RULES = {
     ),
     "a gate on digits": ([*GATE, "data.train=digits"], 'data.train is "digits", whose records name no adapter'),
     "a gate without adapters": ([*GATE, "gate.adapters_in=null"], "neither gate.adapters nor gate.adapters_in is set"),
-    "a gate over experts": ([*GATE, "moe={ep_size: 1}"], "section moe would not be used: task gate gates adapters of"),
+    "a gate over experts": (
+        [*GATE, "moe={ep_size: 1}"],
+        "task gate cannot gate a model with experts: name a dense one in",
+    ),
     "a gate with lora": ([*GATE, LORA], "section lora would not be used: task gate brings the adapters itself"),
     "a gate upon a frozen part": ([*GATE, "model.freeze=[vision]"], "task gate freezes the whole model; remove it"),
     "a pull to no gate": ([*LATER, "gate.kl_weight=0.1"], "near that of gate.start, which is not set"),

@@ -308,6 +308,8 @@ def test_eval_prints_a_table_and_writes_json_and_figures(supervised, tmp_path, c
     for part in ("routing accuracy", "majority (", "text only", "vision only", "asked for \\ routed to", *NAMES):
         assert part in printed
     assert found["total"] == HELD_OUT and found["names"] == NAMES and set(found["baselines"]) >= BASELINES
+    beaten = max(found["baselines"].values()) > found["accuracy"]
+    assert ("advice: " in printed) == (found["advice"] is not None) == beaten
     assert sum(found["confusion_pairs"].values()) == HELD_OUT and 0 <= found["ece"] <= 1
     pairs = [pair.split("->") for pair in found["confusion_pairs"] for _ in range(found["confusion_pairs"][pair])]
     assert sum(asked == routed for asked, routed in pairs) == found["correct"]

@@ -99,3 +99,22 @@ def test_rollouts_of_another_policy_are_noticed(folder, tmp_path):
     run, result = train(folder, 2, tmp_path / "run", "moe.replay.enabled=false", "rl.router=none")
     assert result["rl"]["mismatch_k3"] > 1e-3 and "routers_changed" not in result["rl"]
     assert "was data.train sampled from this model at rl.temperature?" in run.output
+
+
+@pytest.mark.slow
+def test_rollouts_of_equal_rewards_say_before_and_after_that_they_teach_nothing(folder, tmp_path):
+    records = rollouts(folder / "start", folder / "rollouts_3.jsonl", seed=3)
+    groups = len({record["group"] for record in records})
+    lines = (folder / "rollouts_3.jsonl").read_text().splitlines()
+    equal = [json.dumps(json.loads(line) | {"reward": -3.0}) for line in lines]
+    (folder / "rollouts_3.jsonl").write_text("\n".join(equal))
+    run, result = train(folder, 3, tmp_path / "run")
+    steps = math.ceil(len(records) / 16)
+    assert result["step"] == steps and result["rl"]["zero_advantage"] == 1 and result["loss"] == 0
+    said = [
+        f"-3 to -3 over {len(records)} rollouts; equal in {groups} of {groups} groups (100%)",
+        "warning: a group of equal rewards has advantages of 0",
+        "step 1: the advantages of all 16 completions are 0",
+        f"{steps} of {steps} ({groups} of {groups} groups of data.train have equal rewards)",
+    ]
+    assert [run.output.count(text) for text in said] == [1] * 4

@@ -484,3 +484,48 @@ def test_colour_only_on_a_terminal(monkeypatch):
 
 def _case(*overrides: str, **known) -> Case:
     return Case(load_run("run.yaml", list(overrides)), 2, Device(True, 2**33, "test"), samples=2, **known)
+
+
+MIXED = {  # section moe, the model -> the key to which the one complaint points
+    "experts, no section": ("", "tiny-vl-moe", "run.yaml:2", "model.preset"),
+    "experts and the section": ("moe:\n  ep_size: 2\n", "tiny-vl-moe", "run.yaml:6", "model.preset"),
+    "a dense model and the section": ("moe:\n  ep_size: 2\n", "tiny-vl-dense", "run.yaml:6", "model.preset"),
+    "a text model": ("", "tiny-moe", "run.yaml:2", "model.preset"),
+}
+
+
+@pytest.mark.parametrize(("section", "model", "where", "key"), MIXED.values(), ids=MIXED)
+def test_a_gate_over_experts_is_one_complaint_that_says_all_there_is_to_change(
+    healthy, capsys, section, model, where, key
+):
+    for name in ("one", "two"):
+        Path("adapters", name).mkdir(parents=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            Path("adapters", name, file).write_text("{}")
+    chat = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    Path("routed.jsonl").write_text((json.dumps({"messages": chat, "adapter": "one"}) + "\n") * 16)
+    edit("tiny-vl-moe", model)
+    edit("moe:\n  ep_size: 2\n", section)
+    edit("train: digits", "train: routed.jsonl")
+    edit("deepspeed: zero.json", "task: gate\ngate:\n  adapters_in: adapters\ndeepspeed: zero.json")
+    code, lines, _ = doctor(capsys)
+    text = f"task gate cannot gate a model with experts: name a dense one in {key}, and write no section moe"
+    assert code == 1 and [line for line in lines if line.startswith("error")] == [f"error    {where}: {text}"]
+    assert main(["gate", "eval", "run.yaml"]) == 2  # and where it is loaded
+    assert capsys.readouterr().err.strip() == f"error: {where}: {text}"
+
+
+@pytest.mark.parametrize("rewards, level", [([1, 1, 0, 0], "warning"), ([1, 0, 0, 1], "ok")])
+def test_rollouts_that_teach_nothing_are_warned_of(healthy, capsys, rewards, level):
+    record = {"tokens": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1], "logprobs": [-0.5, -1.5]}
+    outcomes = zip("aabb" * 8, rewards * 8, strict=True)
+    lines = [json.dumps(record | {"group": group, "reward": reward}) for group, reward in outcomes]
+    Path("rollouts.jsonl").write_text("\n".join(lines))
+    edit("train: digits", "train: rollouts.jsonl")
+    edit("deepspeed: zero.json", "task: rl\ndeepspeed: zero.json")
+    _, lines, everything = doctor(capsys)
+    equal = 2 if level == "warning" else 0
+    assert f"rewards   mean 0.5, std 0.5, 0 to 1 over 32 rollouts; equal in {equal} of 2 groups" in everything
+    warned = [line for line in lines if "teaches nothing" in line]
+    assert len(warned) == (level == "warning")
+    assert all(line.startswith("warning  run.yaml:4: data.train: a group of equal rewards") for line in warned)

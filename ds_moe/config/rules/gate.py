@@ -32,6 +32,13 @@ UNUSED: dict[str, Unused] = {
 }
 
 
+def over_experts(config: RunConfig) -> Complaint:
+    """That a gate's base must be dense: said at once, whether the section tells or the model's config."""
+    base = "model.path" if config.model.preset is None else "model.preset"
+    text = f"task gate cannot gate a model with experts: name a dense one in {base}, and write no section moe"
+    return (base if config.moe is None else "moe"), text
+
+
 def contradictions(config: RunConfig) -> Iterator[Complaint]:
     if not task_is(config, "gate"):
         return
@@ -42,7 +49,7 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
         key = "data.train" if data.train == "digits" else "data.eval"
         yield key, f'{key} is "digits", whose records name no adapter; give a JSONL file'
     if config.moe is not None:
-        yield "moe", "section moe would not be used: task gate gates adapters of a dense model; remove it"
+        yield over_experts(config)
     elif config.lora is not None:
         yield "lora", "section lora would not be used: task gate brings the adapters itself; remove it"
     elif config.model.freeze:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from ds_moe.config.divisors import ep_size_problem
 from ds_moe.config.moe import RouterConfig, TopKRouting
+from ds_moe.config.rules.gate import over_experts
 from ds_moe.config.rules.rule import Complaint, written
-from ds_moe.config.run import RunConfig
+from ds_moe.config.run import RunConfig, task_is
 
 if TYPE_CHECKING:  # `ds-moe train` reads a run file without torch and transformers
     from transformers import PretrainedConfig
@@ -26,6 +27,10 @@ def contradictions(config: RunConfig, model_config: PretrainedConfig) -> Iterato
 
 def _moe_section(config: RunConfig, model_config: PretrainedConfig) -> Iterator[Complaint]:
     kind, experts = model_config.model_type, expert_count(model_config)
+    if task_is(config, "gate"):
+        if experts or config.moe is not None:
+            yield over_experts(config)
+        return
     if config.moe is None:
         if experts:
             text = f"a {kind} model has experts but the run has no moe section; add `moe:` (with ep_size below it)"

@@ -9,6 +9,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers.utils.logging import disable_progress_bar
 
+from ds_moe.config.check import check_model
 from ds_moe.config.deepspeed import precision, trains_on_cpu
 from ds_moe.config.run import RunConfig, other_task
 from ds_moe.config.run_file import load_run
@@ -16,13 +17,13 @@ from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import RecordKind
 from ds_moe.errors import UserError
-from ds_moe.models.load import load_model
+from ds_moe.models.load import load_model, model_config
 from ds_moe.models.processor import processor_of
 from ds_moe.tasks.gate.evaluate import Survey, survey
 from ds_moe.tasks.gate.files import SavedGate, check_base, export_gate, freeze_gate, load_gate, read_gate
 from ds_moe.tasks.gate.model import GatedModel, install_gate
 from ds_moe.tasks.gate.records import Requests, Routed
-from ds_moe.tasks.gate.scores import RoutingScores, as_json, check_not_constant, probe_accuracy, table
+from ds_moe.tasks.gate.scores import RoutingScores, advice, as_json, check_not_constant, probe_accuracy, table
 from ds_moe.tasks.gate.serving import Route, write_manifest
 from ds_moe.tasks.gate.task import pictures
 
@@ -55,6 +56,7 @@ def load_gated(path: str, overrides: list[str], source: str | None) -> Gated:
     config = load_run(path, overrides)
     if other := other_task(config, "gate"):
         raise UserError(f"{config.at('task')}: task is {other}; ds-moe gate is about runs of task gate")
+    check_model(config, model_config(config.model))
     saved = read_gate(Path(source or config.train.output_dir))
     if saved.reader is not None:
         check_base(saved.path, config)
@@ -68,7 +70,7 @@ def load_gated(path: str, overrides: list[str], source: str | None) -> Gated:
 
 
 def evaluate_gate(path: str, overrides: list[str], source: str | None, json_file: str | None) -> RoutingScores:
-    """Print how well a run's gate routes data.eval, beside baselines on the same features.
+    """Print how well a run's gate routes data.eval, beside baselines on the same features, and what they advise.
 
     Pictures go to the run's TensorBoard folder, and all figures to `json_file` if it is given.
 
@@ -88,8 +90,11 @@ def evaluate_gate(path: str, overrides: list[str], source: str | None, json_file
         train_ND = getattr(seen, part)[seen.labelled]
         baselines[name] = probe_accuracy(train_ND, labels_N, getattr(found, part), found.labels_N)
     print(table(scores, baselines), flush=True)
+    advised = advice(scores, baselines, gated.config.gate.modalities)
+    if advised is not None:
+        print(f"\nadvice: {advised}", flush=True)
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(as_json(scores, baselines), indent=1))
+        Path(json_file).write_text(json.dumps(as_json(scores, baselines) | {"advice": advised}, indent=1))
     if gated.config.monitor.tensorboard:
         folder = Path(gated.config.train.output_dir) / "tensorboard"
         with SummaryWriter(str(folder)) as writer:

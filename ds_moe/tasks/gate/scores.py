@@ -119,6 +119,23 @@ def table(scores: RoutingScores, baselines: dict[str, float]) -> str:
     return "\n\n".join([first, *map(_aligned, (compared, rows, matrix)), f"{last} of {np.log(len(scores.names)):.3f}"])
 
 
+def advice(scores: RoutingScores, baselines: dict[str, float], modalities: str) -> str | None:
+    """What to change where a classifier on one modality ("text only", "vision only") routes better than the gate.
+
+    `modalities` is what the gate sees. None: no baseline is better.
+    """
+    name = max(baselines, key=lambda one: baselines[one], default=None)
+    if name is None or baselines[name] <= scores.accuracy:
+        return None
+    alone, found, best = name.split()[0], scores.accuracy, baselines[name]
+    told = f"a small classifier that sees {alone} only routes {best:.1%} right, this gate ({modalities}) {found:.1%}"
+    if best - found < 2 * (found * (1 - found) / scores.total) ** 0.5:
+        told += f" (of {scores.total} requests: chance alone can make such a difference)"
+    if modalities == alone:
+        return f"{told}: the gate has not learned what its features tell; train more steps, or raise train.lr"
+    return f"{told}: set gate.modalities={alone} and train again, or give the gate of {modalities} more steps or data"
+
+
 def as_json(scores: RoutingScores, baselines: dict[str, float]) -> dict[str, object]:
     """Everything, in what the json module writes; arrays are lists in the order of `names`, without their suffix."""
     plain = {key.split("_K")[0]: x.tolist() if isinstance(x, np.ndarray) else x for key, x in vars(scores).items()}

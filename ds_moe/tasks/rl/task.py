@@ -5,8 +5,9 @@ to the engine, whose log-probs only measure (and, with `rl.correction`, correct 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -17,6 +18,7 @@ from ds_moe.checkpoint.progress import Progress
 from ds_moe.replay.metrics import means, metrics
 from ds_moe.replay.objective import OBJECTIVES, Objective, PolicyInputs, policy_loss
 from ds_moe.replay.ratios import token_logprobs
+from ds_moe.tasks.rl.rewards import RewardSpread, reward_spread
 from ds_moe.tasks.rl.rollouts import RolloutBatch
 from ds_moe.tasks.rl.router_watch import RouterWatch
 from ds_moe.tasks.task import Task, TrainingParts
@@ -38,6 +40,7 @@ class PolicyOptimization(Task):
         self.router = RouterWatch(parts.layers, self.config.router) if replays else None
         self._sums: dict[str, Tensor] = {}
         self._waiting = 0  # optimizer steps of the batch that are still to come
+        self._steps = self._without_advantage = 0  # of this process
 
     @property
     def at_boundary(self) -> bool:
@@ -85,14 +88,16 @@ class PolicyOptimization(Task):
         )
         loss, stats = policy_loss(self.objective, inputs, normalizer=share)
         self._add(metrics(inputs, stats))
-        self._add(_rewards(batch.reward_B, mask_BS))
+        self._add(_of_completions(batch, mask_BS.any(1)))
         return loss
 
     def metrics(self, progress: Progress) -> dict[str, float]:
         sums, self._sums = self._sums, {}
         totals = torch.stack(list(sums.values()))
         dist.all_reduce(totals)
-        found = means(dict(zip(sums, totals, strict=True)))
+        values = dict(zip(sums, totals, strict=True))
+        self._note_advantages(progress.step, values)
+        found = means(values)
         share = found.get("mismatch_large", 0.0)
         if share > SUSPICIOUS and progress.step == progress.file_from + 1:  # later the policy has moved on
             self.parts.note(
@@ -100,6 +105,27 @@ class PolicyOptimization(Task):
                 "rollouts say: was data.train sampled from this model at rl.temperature?"
             )
         return found
+
+    @cached_property
+    def _spread(self) -> RewardSpread:
+        return reward_spread(self.parts.stream.remembered)
+
+    def _note_advantages(self, step: int, sums: Mapping[str, Tensor]) -> None:
+        """Count a step whose advantages are all 0, and say so the first time."""
+        self._steps += 1
+        if sums["zero_advantage"] < sums["completions"]:
+            return
+        self._without_advantage += 1
+        if self._without_advantage == 1:
+            spread, completions = self._spread, int(sums["completions"])
+            what = f"the advantages of all {completions} completions are 0, so it learns nothing from rewards"
+            self.parts.note(f"step {step}: {what} ({spread.silent}); {spread.fix}")
+
+    def closing_rows(self) -> dict[str, str]:
+        if not self._without_advantage:
+            return {}
+        steps = f"{self._without_advantage} of {self._steps} ({self._spread.silent})"
+        return {"steps with advantages of 0 only": steps}
 
     def _score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probs of the tokens (B, S) and of the replayed experts that predict them (B, S, L, K), and which tokens
@@ -134,7 +160,13 @@ def _of_next_token(values: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], dim=1)
 
 
-def _rewards(reward_B: Tensor, mask_BS: Tensor) -> dict[str, Tensor]:
-    """Sums over the sequences whose reward is known."""
-    known_B = mask_BS.any(1) & ~reward_B.isnan()
-    return {"rewards": known_B.sum().double(), "reward": torch.where(known_B, reward_B, 0).sum().double()}
+def _of_completions(batch: RolloutBatch, real_B: Tensor) -> dict[str, Tensor]:
+    """Sums over the sequences that have a completion, and over those whose reward is known."""
+    reward_B = batch.reward_B
+    known_B = real_B & ~reward_B.isnan()
+    return {
+        "completions": real_B.sum().double(),
+        "zero_advantage": (real_B & (batch.advantage_B == 0)).sum().double(),
+        "rewards": known_B.sum().double(),
+        "reward": torch.where(known_B, reward_B, 0).sum().double(),
+    }

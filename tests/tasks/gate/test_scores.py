@@ -11,6 +11,7 @@ import pytest
 from ds_moe.errors import UserError
 from ds_moe.tasks.gate.figures import confusion_figure, gate_histogram
 from ds_moe.tasks.gate.scores import (
+    advice,
     as_json,
     calibration_error,
     check_not_constant,
@@ -200,3 +201,27 @@ def test_the_probe_takes_one_class_and_ill_matched_columns():
     for wrong, labels in ((rows[:, :2], np.ones(10)), (rows, np.ones(9)), (rows[:0], []), (rows * np.nan, np.ones(10))):
         with pytest.raises(ValueError, match="features"):
             probe_accuracy(rows, np.ones(10, int), wrong, labels)
+
+
+def partly_right(right, total):
+    labels = np.arange(total) % 2
+    found = np.where(np.arange(total) < right, labels, 1 - labels)
+    return routing_scores(sure(found, 0.9, 2), labels, ("chat", "ocr"))
+
+
+@pytest.mark.parametrize(("total", "chance"), [(87, True), (8700, False)])
+def test_a_modality_that_alone_beats_the_gate_is_advised_in_words(total, chance):
+    scores = partly_right(68 * total // 87, total)
+    told = advice(scores, {"text only": 74 / 87, "vision only": 0.5}, "both")
+    assert "sees text only routes 85.1% right, this gate (both) 78.2%" in told
+    assert "set gate.modalities=text and train again" in told and ("chance alone" in told) == chance
+    assert "gate.modalities=vision" in advice(scores, {"text only": 0.8, "vision only": 0.9}, "both")
+    assert "gate.modalities=vision" in advice(scores, {"text only": 0.7, "vision only": 0.9}, "text")
+
+
+def test_a_gate_of_the_better_modality_is_told_to_learn_and_a_good_one_nothing():
+    scores = partly_right(78, 100)
+    told = advice(scores, {"text only": 0.9, "vision only": 0.5}, "text")
+    assert "has not learned" in told and "gate.modalities" not in told
+    for baselines in ({}, {"text only": 0.78, "vision only": 0.5}, {"text only": 0.1}):
+        assert advice(scores, baselines, "both") is None

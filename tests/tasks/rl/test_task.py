@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.presets import build_preset
 from ds_moe.moe.tape import checkpoint_contexts
 from ds_moe.replay.record import RoutingRecorder, joined
-from ds_moe.tasks.rl.rollouts import RolloutBatch
+from ds_moe.tasks.rl.rollouts import Outcome, RolloutBatch
 from ds_moe.tasks.rl.task import PolicyOptimization
 from ds_moe.tasks.task import TrainingParts
 
@@ -210,3 +211,24 @@ def test_a_dense_policy_needs_no_routing():
     del batch.inputs["routing"]
     policy = task(model, replay=False)
     assert torch.isfinite(policy.loss(batch, share=3.0))
+
+
+def test_a_step_whose_advantages_are_all_zero_is_said_once_and_counted(monkeypatch):
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
+    model, notes = Model(), []
+    remembered = [Outcome(0.5, group, float("nan"), True) for group in "aabbc"]
+    policy = task(model, SimpleNamespace(remembered=remembered), note=notes.append)
+    assert policy.closing_rows() == {}
+    flat, mixed = (replace(rollouts(), advantage_B=torch.tensor(values)) for values in ([0.0] * 3, [0.0, -0.5, 0.0]))
+    flat.completion_BS[2], flat.advantage_B[2] = False, 1.0  # what completes nothing is no completion
+    for step, (batch, share) in enumerate([(mixed, 2 / 3), (flat, 1.0), (flat, 1.0), (rollouts(), 0.0)], start=5):
+        loss = policy.loss(batch, share=3.0)
+        found = policy.metrics(Progress(total_steps=10, step=step))
+        assert found["zero_advantage"] == pytest.approx(share) and (loss == 0) == (share == 1)
+    [note] = notes
+    assert note == (
+        "step 6: the advantages of all 2 completions are 0, so it learns nothing from rewards (3 of 3 groups of "
+        "data.train have equal rewards); sample more completions of a prompt, or give a reward that tells them apart"
+    )
+    counted = "2 of 4 (3 of 3 groups of data.train have equal rewards)"
+    assert policy.closing_rows() == {"steps with advantages of 0 only": counted}
