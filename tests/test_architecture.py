@@ -47,7 +47,7 @@ MODEL_TYPE = re.compile(
     r"|longcat|minimax|mistral|nemotron|olmo|phi|qwen|smollm)(?:\d|_|moe)[a-z0-9_]*"
 )
 OUTSIDE = re.compile(
-    r"(?<![\w./-])(?:docs|tools|tests|launch|requirements)/|\bds_configs\b"
+    r"(?<![\w./-])(?:docs|tools|tests|launch|requirements|findings)/|\bds_configs\b|\bmake [\w-]*(?:bench|demo|test)\b"
     r"|\b(?:README|CONTRIBUTING|CHANGELOG|Makefile)\b|\b[\w-]+\.md\b"
 )
 # (file, text that may stand in one of its strings): names of files that the product itself opens, writes or ships.
@@ -406,6 +406,7 @@ PLANTED: dict[str, list[tuple[str, str]]] = {
             "FOLDER = ROOT / 'ds_configs'\n",
             "HELP = 'see README'\n",
             "HELP = 'start it by launch/local.sh'\n",
+            "HELP = 'as `make gate-demo` does'\n",
         )
     ],
     "the root has few files": [(f"ds_moe/file{n}.py", "") for n in (0,)],

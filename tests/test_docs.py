@@ -86,6 +86,35 @@ def test_relative_links_and_named_files_exist(page):
     assert not missing, f"{page.name} names what does not exist: {missing}"
 
 
+# --- what a wheel lacks
+
+FOLDERS = "ds_configs|findings|launch|requirements|tests|tools"
+UNSHIPPED = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/|-m tools\.|\bmake [\w-]*(?:bench|demo|test)\b")
+
+
+def sent_astray(text: str) -> str | None:
+    """The first name of a page that an installed wheel lacks, unless the page has said by then that it is of a
+    checkout."""
+    first = UNSHIPPED.search(text)
+    if first is None:
+        return None
+    paragraph_ends = text.find("\n\n", first.end())
+    said = re.search(r"\bin a\s+checkout\b", text[: paragraph_ends if paragraph_ends > 0 else None], re.IGNORECASE)
+    return None if said else text[first.start() :].split("\n")[0]
+
+
+@on_each([page for page in PAGES if page.parent.name == "docs"])
+def test_no_page_sends_the_user_of_a_wheel_to_what_it_lacks(page):
+    assert sent_astray(page.read_text()) is None
+
+
+def test_a_page_that_does_is_noticed():
+    assert sent_astray("Run\n\n    ds-moe train ds_configs/runs/demo.yaml\n\nin a checkout") is not None
+    assert sent_astray("`make gate-demo` trains one.") and sent_astray("python -m tools.bench.chaos")
+    assert sent_astray("Seen in\n`tests/hostile`. In a\ncheckout, that is.") is None
+    assert sent_astray("In a checkout: `tools/bench`.\n\nThen `make demo`.") is sent_astray("ds_moe/memory") is None
+
+
 # --- commands
 
 
