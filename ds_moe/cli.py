@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:  # overrides behind an option: argparse ends the list of positional arguments at the first option
         strays = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]
         if strays:
-            parser.error(f"unrecognized arguments: {' '.join(strays)}")
+            keys = "overrides" in options and any(map(_is_key, strays))
+            hint = "; keys of the run file are given as train.lr=1e-4, without dashes" if keys else ""
+            parser.error(f"unrecognized arguments: {' '.join(strays)}{hint}")
         options.overrides += rest
     try:
         return options.command(options)
@@ -52,6 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     add_rollouts(commands)
     _add_version(commands)
     return parser
+
+
+def _is_key(word: str) -> bool:
+    """Whether an option is a key of the run file, or what other trainers call one: --train.lr, --learning_rate=1e-4."""
+    from ds_moe.config.habits import HABITS
+    from ds_moe.config.run_file import ALL_KEYS
+
+    name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+    return word.startswith("--") and (name in HABITS or any(f".{key}".endswith(f".{name}") for key in ALL_KEYS))
 
 
 def _add_version(commands: Commands) -> None:

@@ -57,6 +57,15 @@ def test_train_refuses_a_bad_run_before_launching(capsys, monkeypatch):
     ("words", "complaint"),
     [
         (["train", DEMO, "--nprocs", "2"], "unrecognized arguments: --nprocs 2"),
+        (["train", DEMO, "--nprocs", "2"], "--nprocs 2 (ds-moe --help shows the usage)"),
+        *(
+            (
+                ["train", DEMO, *words],
+                f"{' '.join(words)}; keys of the run file are given as train.lr=1e-4, without dashes",
+            )
+            for words in (["--learning_rate", "1e-5"], ["--bf16"], ["--train.lr=1"], ["--lr", "1"], ["--lora-rank=8"])
+        ),
+        (["export", "a", "b", "--seed", "1"], "--seed 1 (ds-moe --help shows the usage)"),
         (["train", DEMO, "--nproc", "two"], "two is not a whole number above 0"),
         (
             ["doctor", DEMO, "--device-memory", "80XB"],

@@ -87,11 +87,11 @@ class Schema:
         kinds = self.kinds.get(_section(key), [])
         for items in _listed(value):
             items = [{"kind": item} if item in kinds else item for item in items]
-            text = yaml.safe_dump(items, default_flow_style=True, width=10 * LONGEST, sort_keys=False).strip()
             try:
                 TypeAdapter(field.rebuild_annotation()).validate_python(items)
             except ValidationError:
                 continue
+            text = yaml.safe_dump(items, default_flow_style=True, width=10 * LONGEST, sort_keys=False).strip()
             if len(text) <= LONGEST:
                 return text
         default = list(field.get_default(call_default_factory=True) or [])

@@ -264,6 +264,17 @@ def test_overrides_are_examined_too(healthy, capsys):
     assert code == 1 and lines == ["error    override train.lr=-1: train.lr is -1; must be greater than 0"]
 
 
+def test_a_named_json_and_a_section_are_examined(healthy, capsys):
+    Path("zero.json").unlink()
+    edit("deepspeed: zero.json", "deepspeed: zero2")
+    code, lines, output = doctor(capsys)
+    assert code == 0 and lines == [] and "ZeRO 2" in output
+    edit("deepspeed: zero2", "deepspeed:\n  zero_optimization: {stage: 3}\n  gradient_cliping: 1")
+    code, lines, _ = doctor(capsys)
+    wrong = "error    run.yaml:14: deepspeed: unknown key gradient_cliping (did you mean gradient_clipping?)"
+    assert code == 1 and lines == [wrong]
+
+
 def test_too_little_memory_is_an_error_with_the_table_and_what_helps(healthy, capsys):
     code, lines, output = doctor(capsys, "--device-memory", "102.4MB")
     assert code == 1 and "0.1 GiB are there (--device-memory); try train.gradient_checkpointing true" in lines[-1]

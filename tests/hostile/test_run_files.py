@@ -109,6 +109,8 @@ YAML = {
     "yes": (instead("yes"), ":5: train.steps is True; must be a valid integer"),
     "minus one": (instead("-1"), ":5: train.steps is -1; must be greater than 0"),
     "a broken regex": (BASE.replace("moe}", 'moe, freeze: ["("]}'), "model.freeze: '(' is no regular expression"),
+    "a list nested in text": (BASE.replace("moe}", f"moe, freeze: '{'[' * 900}'}}"), ":1: model.freeze is '[[["),
+    "10,000 items in text": (BASE.replace("moe}", f"moe, freeze: '{'a, ' * 10_000}'}}"), ":1: model.freeze is 'a, a"),
     "a JSON of a long name": (BASE.replace("zero.json", "z" * 60_000), ":6: deepspeed is 'zzz"),
     "a JSON that is no file": (BASE.replace("zero.json", "/dev/zero"), "deepspeed is '/dev/zero', which is neither"),
 }
