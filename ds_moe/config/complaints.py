@@ -82,7 +82,8 @@ class Schema:
         return f"{where}: {key} is {shown(value)}; {reason[0].lower() + reason[1:]}"
 
     def _example(self, key: str, value: Plain) -> str:
-        """The list that one value of a key most likely stands for; where there is none like it, the key's default."""
+        """The list that one value of a key most likely stands for; where there is none like it, the key's default, or,
+        since an empty list says nothing about sections, one section."""
         field = self.fields[_section(key)]
         kinds = self.kinds.get(_section(key), [])
         for items in _listed(value):
@@ -94,7 +95,8 @@ class Schema:
             text = yaml.safe_dump(items, default_flow_style=True, width=10 * LONGEST, sort_keys=False).strip()
             if len(text) <= LONGEST:
                 return text
-        default = list(field.get_default(call_default_factory=True) or [])
+        section = [{"kind": kind} for kind in kinds if kind != "none"][:1]
+        default = list(field.get_default(call_default_factory=True) or section)
         return yaml.safe_dump(default, default_flow_style=True, width=10 * LONGEST).strip()
 
     def _unknown(self, key: str) -> str:

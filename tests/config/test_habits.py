@@ -165,7 +165,7 @@ LISTS = {
     "train.betas='0.8, 0.99'": "must be a valid list: write it as [0.8, 0.99]",
     "moe.balance=aux": "moe.balance is 'aux'; must be a valid list: write it as [{kind: aux}]",
     "moe.balance={kind: aux, weight: 0.01}": "must be a valid list: write it as [{kind: aux, weight: 0.01}]",
-    "moe.balance=0.01": "moe.balance is 0.01; must be a valid list: write it as []",
+    "moe.balance=0.01": "moe.balance is 0.01; must be a valid list: write it as [{kind: aux}]",
 }
 
 

@@ -271,7 +271,7 @@ def test_a_named_json_and_a_section_are_examined(healthy, capsys):
     assert code == 0 and lines == [] and "ZeRO 2" in output
     edit("deepspeed: zero2", "deepspeed:\n  zero_optimization: {stage: 3}\n  gradient_cliping: 1")
     code, lines, _ = doctor(capsys)
-    wrong = "error    run.yaml:14: deepspeed: unknown key gradient_cliping (did you mean gradient_clipping?)"
+    wrong = "error    run.yaml:15: deepspeed: unknown key gradient_cliping (did you mean gradient_clipping?)"
     assert code == 1 and lines == [wrong]
 
 
