@@ -19,7 +19,7 @@ from ds_moe.moe.dispatch import AllToAllDispatcher, ApplyWeight, DispatchPlan, L
 from ds_moe.moe.expert_load import ExpertLoad
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.loss_free import update_biases
-from ds_moe.moe.parts import Balance
+from ds_moe.moe.parts import BalanceSetting
 from ds_moe.moe.tape import TapeEntry, current_tape
 
 MANY_FORWARDS = 256  # more than a step accumulates: who has asked for a loss-free bias has forgotten to move it
@@ -65,9 +65,9 @@ class MoELayer(nn.Module):
         top_k: int,
         *,
         router: str = "topk",
-        aux: Balance = None,
-        z_loss: Balance = None,
-        loss_free: Balance = None,
+        aux: BalanceSetting = None,
+        z_loss: BalanceSetting = None,
+        loss_free: BalanceSetting = None,
         shared: int | nn.Module | None = None,
         activation: str = "silu",
         backend: str = "auto",

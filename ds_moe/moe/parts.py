@@ -6,7 +6,7 @@ Names, defaults and ranges of settings are those of a run file. What is no such 
 
 from collections.abc import Iterable, Mapping
 from numbers import Integral
-from typing import TypeVar, cast, get_args
+from typing import TypeVar, get_args
 
 import torch
 from pydantic import ValidationError
@@ -22,7 +22,7 @@ from ds_moe.moe.routers import ROUTERS, Router
 
 # How a balance is asked for: True: with a run file's defaults; a number: its weight, or the rate of a bias; its keys;
 # None, False or 0: not at all.
-Balance = bool | float | Mapping[str, object] | None
+BalanceSetting = bool | float | Mapping[str, object] | None
 _Section = TypeVar("_Section", bound=Section)
 
 
@@ -46,7 +46,7 @@ def router_from(kind: str, weight_ED: nn.Parameter, top_k: int, settings: Mappin
     return ROUTERS[kind](weight_ED, **routing.settings(top_k, normalizes=top_k > 1))
 
 
-def balancers_from(router: str, **balances: Balance) -> list[Balancer]:
+def balancers_from(router: str, **balances: BalanceSetting) -> list[Balancer]:
     """The balancers of a layer: `aux` and `z_loss`; and a complaint about each balance that its router cannot use."""
     routing = ROUTINGS[router]
     for kind, asked in balances.items():
@@ -58,7 +58,7 @@ def balancers_from(router: str, **balances: Balance) -> list[Balancer]:
     return [BALANCERS[one.kind](**one.model_dump(exclude={"kind"})) for one in found if one is not None]
 
 
-def bias_from(num_experts: int, loss_free: Balance) -> LossFreeBalancing | None:
+def bias_from(num_experts: int, loss_free: BalanceSetting) -> LossFreeBalancing | None:
     found = _balance(LossFreeBalance, "update_rate", loss_free)
     return None if found is None else LossFreeBalancing(num_experts, **found.model_dump(exclude={"kind"}))
 
@@ -138,11 +138,11 @@ def check_states(x: Tensor, mask: Tensor | None, weight_ED: Tensor) -> None:
         raise ValueError(f"mask {tuple(mask.shape)} must be {tuple(x.shape[:-1])}, one entry a token")
 
 
-def _wanted(asked: Balance) -> bool:
+def _wanted(asked: BalanceSetting) -> bool:
     return asked is not None and not (isinstance(asked, int | float) and asked == 0)
 
 
-def _balance(section: type[_Section], main: str, asked: Balance) -> _Section | None:
+def _balance(section: type[_Section], main: str, asked: BalanceSetting) -> _Section | None:
     if not _wanted(asked):
         return None
     keys = {} if asked is True else asked if isinstance(asked, Mapping) else {main: asked}
@@ -150,13 +150,13 @@ def _balance(section: type[_Section], main: str, asked: Balance) -> _Section | N
 
 
 def _checked(section: type[_Section], keys: Mapping[str, object], noun: str) -> _Section:
+    known = [name for name in section.model_fields if name not in ("kind", "top_k", "allow_noncausal")]
+    if strange := [key for key in keys if key not in known]:
+        raise TypeError(f"{noun} has no setting {strange[0]!r}; it has {', '.join(known)}")
     try:
         return section(**keys)
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
-    key, value, kind = detail["loc"][0], detail["input"], detail["type"]
-    if kind == "extra_forbidden":
-        known = [name for name in section.model_fields if name not in ("kind", "top_k", "allow_noncausal")]
-        raise TypeError(f"{noun} has no setting {key!r}; it has {', '.join(known)}")
-    reason = cast(str, detail["msg"]).replace("Input should be", "must be")
-    raise (TypeError if kind.endswith("_type") else ValueError)(f"{noun}: {key}={value!r} {reason}")
+    reason = detail["msg"].replace("Input should be", "must be")
+    wrong = TypeError if detail["type"].endswith("_type") else ValueError
+    raise wrong(f"{noun}: {detail['loc'][0]}={detail['input']!r} {reason}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ds_moe.moe.balance import AuxLoss, TokenStats, ZLoss
 from ds_moe.moe.decision import RoutingDecision, count_experts
 from ds_moe.moe.loss_free import update_biases
-from ds_moe.moe.parts import Balance, bias_from, make_router, new_weight, whole
+from ds_moe.moe.parts import BalanceSetting, bias_from, make_router, new_weight, whole
 
 
 class ExpertRouter(nn.Module):
@@ -42,7 +42,7 @@ class ExpertRouter(nn.Module):
         noise_std: float | None = None,
         temperature: float = 1.0,
         expert_dropout: float = 0.0,
-        loss_free: Balance = None,
+        loss_free: BalanceSetting = None,
     ) -> None:
         super().__init__()
         whole(dim=dim, num_experts=num_experts, top_k=top_k)

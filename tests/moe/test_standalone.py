@@ -297,6 +297,12 @@ REFUSED = {
     "a router's type": ({"router": None}, TypeError, "router=None must be text: one of topk"),
     "a setting": ({"nois_std": 1.0}, TypeError, "router topk has no setting 'nois_std'; it has expert_dropout"),
     "another kind's": ({"noise_std": 1.0}, TypeError, "router topk has no setting 'noise_std'"),
+    "the kind twice": ({"kind": "topk"}, TypeError, "router topk has no setting 'kind'"),
+    "a flag of run files": (
+        {"router": "expert_choice", "allow_noncausal": True},
+        TypeError,
+        "router expert_choice has no setting 'allow_noncausal'; it has expert_dropout",
+    ),
     "a setting's type": ({"temperature": "hot"}, TypeError, "router topk: temperature='hot' must be a valid number"),
     "a setting's range": ({"temperature": 0.0}, ValueError, "temperature=0.0 must be greater than 0"),
     "a setting's choice": ({"scores": "tanh"}, ValueError, "scores='tanh' must be 'softmax' or 'sigmoid'"),
