@@ -220,8 +220,11 @@ def test_a_step_whose_advantages_are_all_zero_is_said_once_and_counted(monkeypat
     policy = task(model, SimpleNamespace(remembered=remembered), note=notes.append)
     assert policy.closing_rows() == {}
     flat, mixed = (replace(rollouts(), advantage_B=torch.tensor(values)) for values in ([0.0] * 3, [0.0, -0.5, 0.0]))
-    flat.completion_BS[2], flat.advantage_B[2] = False, 1.0  # what completes nothing is no completion
-    for step, (batch, share) in enumerate([(mixed, 2 / 3), (flat, 1.0), (flat, 1.0), (rollouts(), 0.0)], start=5):
+    filled = replace(rollouts(), advantage_B=torch.tensor([1.0, -0.5, 0.0]))
+    flat.advantage_B[2] = 1.0
+    for batch in (flat, filled):
+        batch.completion_BS[2] = False  # what completes nothing is no completion
+    for step, (batch, share) in enumerate([(mixed, 2 / 3), (flat, 1.0), (flat, 1.0), (filled, 0.0)], start=5):
         loss = policy.loss(batch, share=3.0)
         found = policy.metrics(Progress(total_steps=10, step=step))
         assert found["zero_advantage"] == pytest.approx(share) and (loss == 0) == (share == 1)
