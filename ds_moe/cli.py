@@ -7,7 +7,7 @@ from typing import NoReturn
 from ds_moe import __version__
 from ds_moe.assembly.cli import add_assemble
 from ds_moe.config.arguments import Commands
-from ds_moe.doctor.cli import add_doctor, add_plan
+from ds_moe.doctor.cli import add_doctor, add_init, add_plan
 from ds_moe.errors import UserError, printed
 from ds_moe.export.cli import add_export
 from ds_moe.launcher.cli import add_train, add_training_options, train
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ds-moe", description="Train MoE vision-language models on DeepSpeed.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_init(commands)
     add_train(commands)
     add_doctor(commands)
     add_plan(commands)

@@ -54,6 +54,7 @@ OUTSIDE = re.compile(
 OPENED = {
     ("ds_moe/__init__.py", "ds_configs"),  # the map: a wheel has that folder, see package_data in setup.py
     ("ds_moe/config/deepspeed_json.py", "ds_configs"),  # the same folder, whose DeepSpeed JSONs a run file may name
+    ("ds_moe/doctor/new_run.py", "ds_configs"),  # the same folder, whose demo.yaml is written for a user
     ("ds_moe/assembly/assemble.py", "README"),  # the model card it writes beside the weights
     ("ds_moe/export/model.py", "README"),  # the same
 }

@@ -12,7 +12,7 @@ from ds_moe import __version__, cli
 
 DEMO = "ds_configs/runs/demo.yaml"
 COMMAND = Path(sys.executable).with_name("ds-moe")
-LISTED = ["train", "doctor", "plan", "plot", "export", "assemble", "gate", "rollouts", "version"]
+LISTED = ["init", "train", "doctor", "plan", "plot", "export", "assemble", "gate", "rollouts", "version"]
 
 
 def test_help_is_instant_and_lists_only_what_exists():

@@ -4,5 +4,6 @@ report.py   the findings, one line each         case.py    the run under examina
 run.py      device, kernels, resume, intervals  model.py   the model's config and file headers
 data.py     the records                         memory.py  whether it fits
 plan_command.py, plans.py                       memory of other topologies
+new_run.py, look.py, fit.py, run_text.py        a run file for a model and its data
 cli.py     the options of the commands
 """

@@ -1,4 +1,4 @@
-"""The options of `ds-moe doctor` and `ds-moe plan`."""
+"""The options of `ds-moe init`, `ds-moe doctor` and `ds-moe plan`."""
 
 import argparse
 import sys
@@ -14,6 +14,37 @@ PLAN = """Predict the peak memory of one rank from a model's config alone: no we
   ds-moe plan folder/with/config.json/in/it --config run.yaml --gpus 16
 
 A plan fits if it needs no more than 90% of a GPU."""
+
+INIT = """Write a run file for a model and its data, with a plan that fits the GPUs, and say why and what comes next.
+
+  ds-moe init Qwen/Qwen3-VL-30B-A3B-Instruct data/train.jsonl --eval data/held_out.jsonl --gpus 8 --memory 80GB
+  ds-moe init folder/with/a/model data/train.jsonl --lora
+  ds-moe init --demo
+
+Without --gpus the run is for the accelerators of this machine, or else for one rank on its CPUs."""
+
+
+def add_init(commands: Commands) -> None:
+    described = {"description": INIT, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = commands.add_parser("init", help="write a run file for a model and its data", **described)
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="folder or hub id")
+    add("data", nargs="?", metavar="DATA", help='JSONL or Parquet file of conversations, or "digits"')
+    add("--eval", metavar="FILE", help="held-out conversations")
+    add("--out", type=Path, default=Path("run.yaml"), metavar="FILE.yaml", help="(default run.yaml)")
+    add("--gpus", type=positive, metavar="N", help="that the run will have (default: those of this machine)")
+    add("--memory", type=gib, metavar="SIZE", help=f"of one of them: {SIZE}")
+    add("--lora", action="store_true", help="low-rank updates, even where all weights could be trained")
+    add("--demo", action="store_true", help="instead of MODEL and DATA: the run file of the demo")
+    add("--force", action="store_true", help="replace the file")
+    parser.set_defaults(command=_init)
+
+
+def _init(options: argparse.Namespace) -> int:
+    from ds_moe.doctor.new_run import init
+
+    init(options)
+    return 0
 
 
 def add_doctor(commands: Commands) -> None:

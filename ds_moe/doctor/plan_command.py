@@ -9,9 +9,10 @@ from transformers import PretrainedConfig
 
 from ds_moe.config.run_file import load_run
 from ds_moe.doctor import plans
+from ds_moe.doctor.case import Device
 from ds_moe.doctor.plans import NODE, Forecast, Plan, Setting
 from ds_moe.errors import UserError
-from ds_moe.memory.predict import BUSY, GIB
+from ds_moe.memory.predict import GIB
 
 
 def settings_of(options: argparse.Namespace, model: PretrainedConfig) -> dict[str, Setting]:
@@ -46,11 +47,11 @@ def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console
         config = plans.run_of(plan, options.model, model, settings_of(options, model))
     if plan.gpus % plan.ep_size:
         raise UserError(f"--gpus {gpus}: EP {plan.ep_size} does not divide them")
-    memory = plans.predicted(config, plans.outline_of(config, model), gpus)
-    forecast = Forecast(plan, memory, sum(memory.device.values()) <= BUSY * options.memory * GIB)
+    device = Device(False, options.memory * GIB, "--memory")
+    forecast = plans.forecast(plan, config, plans.outline_of(config, model), device)
     named = str(options.config) if options.config else plans.described(plan)
     console.print(f"{options.model} on {gpus} GPUs of {options.memory:g} GiB, {named}; predicted:", highlight=False)
-    console.print(*memory.table(), "fits" if forecast.fits else "DOES NOT FIT", sep="\n", highlight=False)
+    console.print(*forecast.memory.table(), "fits" if forecast.fits else "DOES NOT FIT", sep="\n", highlight=False)
     return forecast
 
 
@@ -59,7 +60,8 @@ def swept(options: argparse.Namespace, model: PretrainedConfig, gpus: list[int],
     if options.config:
         raise UserError("--sweep varies what --config would fix: give one of them")
     settings = settings_of(options, model)
-    found = plans.sweep(options.model, model, settings, gpus, options.memory * GIB, options.lora or 16)
+    device = Device(False, options.memory * GIB, "--memory")
+    found = plans.sweep(options.model, model, settings, gpus, device, options.lora or 16)
     shown = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
     written: dict[int, list[dict[str, object]]] = {}
     for count, forecasts in found.items():

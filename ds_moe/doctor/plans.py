@@ -1,5 +1,6 @@
 """Plans to train a model on numbers of GPUs: the run file that stands for each, and the memory that it needs."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,8 +8,10 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel, Qwen3VLMoeConfig
 
 from ds_moe.config.deepspeed import resolve_deepspeed, zero_plan
+from ds_moe.config.rules.model import expert_count
 from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import ModelConfig
+from ds_moe.doctor.case import Device
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import BUSY, GIB, Memory, predict
 from ds_moe.models.load import build_outline, model_config
@@ -43,6 +46,11 @@ class Plan:
     offload: bool = False
     lora: int = 0  # rank of the updates of attention and experts, the model being frozen; 0: all is trained
 
+    @property
+    def engine(self) -> str:
+        """The shipped DeepSpeed JSON that a run file with this plan names."""
+        return f"zero{self.stage}{'_offload' if self.offload else ''}"
+
 
 def read_model(name: str) -> PretrainedConfig:
     """A bundled geometry, or the config.json of a folder; `UserError` for neither, or a family that is not trained."""
@@ -75,8 +83,8 @@ def run_of(plan: Plan, name: str, model: PretrainedConfig, settings: dict[str, S
         section, _, field = key.partition(".")
         sections[section][field] = value
     train = sections["train"]
-    train["global_batch_size"] = plan.gpus * train["micro_batch_size"]
-    return RunConfig(**sections, deepspeed=f"zero{plan.stage}{'_offload' if plan.offload else ''}")
+    train.setdefault("global_batch_size", plan.gpus * train["micro_batch_size"])
+    return RunConfig(**sections, deepspeed=plan.engine)
 
 
 def outline_of(config: RunConfig, model: PretrainedConfig) -> PreTrainedModel:
@@ -86,10 +94,9 @@ def outline_of(config: RunConfig, model: PretrainedConfig) -> PreTrainedModel:
     return outline
 
 
-def predicted(config: RunConfig, outline: PreTrainedModel, gpus: int) -> Memory:
-    ds = resolve_deepspeed(config, gpus, on_cpu=False, hidden_size=outline.config.get_text_config().hidden_size)
-    streams_weights = task_kind(config).streams_weights
-    return predict(outline, config, zero_plan(ds), gpus, on_cpu=False, streams_weights=streams_weights)
+def predicted(config: RunConfig, outline: PreTrainedModel, ranks: int, on_cpu: bool = False) -> Memory:
+    ds = resolve_deepspeed(config, ranks, on_cpu, hidden_size=outline.config.get_text_config().hidden_size)
+    return predict(outline, config, zero_plan(ds), ranks, on_cpu, task_kind(config).streams_weights)
 
 
 @dataclass(frozen=True)
@@ -106,29 +113,33 @@ class Forecast:
 
 
 def sweep(
-    name: str, model: PretrainedConfig, settings: dict[str, Setting], gpus: list[int], memory: float, lora: int
+    name: str, model: PretrainedConfig, settings: dict[str, Setting], gpus: list[int], device: Device, lora: int
 ) -> dict[int, list[Forecast]]:
-    """For each number of GPUs: every EP size that is a power of two, with ZeRO 1, 2, 3, 3 with offload, 3 with LoRA.
+    """For each number of GPUs: every EP size that is possible, with ZeRO 1, 2, 3, 3 with offload, 3 with LoRA.
 
-    `memory` is that of a GPU in bytes, `lora` the rank of the updates.
+    `lora` is the rank of the updates.
     """
     outlines: dict[int, PreTrainedModel] = {}
     found = {}
     for count in gpus:
         found[count] = []
-        for ep_size in ep_sizes(model, count):
-            for plan in plans(count, ep_size, lora):
-                config = run_of(plan, name, model, settings)
-                outline = outlines.get(plan.lora) or outlines.setdefault(plan.lora, outline_of(config, model))
-                needed = predicted(config, outline, count)
-                found[count].append(Forecast(plan, needed, sum(needed.device.values()) <= BUSY * memory))
+        for plan in (plan for ep_size in ep_sizes(model, count) for plan in plans(count, ep_size, lora)):
+            config = run_of(plan, name, model, settings)
+            outline = outlines.get(plan.lora) or outlines.setdefault(plan.lora, outline_of(config, model))
+            found[count].append(forecast(plan, config, outline, device))
     return found
 
 
+def forecast(plan: Plan, config: RunConfig, outline: PreTrainedModel, device: Device) -> Forecast:
+    """The memory of a plan, of which `config` is the run file, on such devices."""
+    needed = predicted(config, outline, plan.gpus, device.on_cpu)
+    return Forecast(plan, needed, sum(needed.device.values()) <= BUSY * device.memory)
+
+
 def ep_sizes(model: PretrainedConfig, gpus: int) -> list[int]:
-    """Powers of two that divide both the number of GPUs and that of experts; only 1 for a dense model."""
-    experts = getattr(model.get_text_config(), "num_experts", 1)
-    return [2**power for power in range(experts.bit_length()) if experts % 2**power == gpus % 2**power == 0]
+    """What divides both the number of GPUs and that of experts; only 1 for a dense model."""
+    common = math.gcd(expert_count(model) or 1, gpus)
+    return [size for size in range(1, common + 1) if common % size == 0]
 
 
 def plans(gpus: int, ep_size: int, lora: int) -> list[Plan]:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from ds_moe.doctor.plans import ENGINE_FILES
 from ds_moe.engine.cpu import cpu_settings
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import KEPT_FREE
@@ -76,7 +75,7 @@ def plan_of(case: Case, kept: bool) -> dict[str, Any]:
         "data": {"train": "random tokens", "max_length": 512},
         "moe": {"ep_size": case.ep_size},
         "train": train | more.pop("train", {}),
-        "deepspeed": str(ENGINE_FILES / f"zero{case.stage}.json"),
+        "deepspeed": f"zero{case.stage}",
         **more,
     }
     return {"run": run, "model": case.model, "kept": kept}
