@@ -39,6 +39,7 @@ setup(
         "pillow>=12",
         "numpy>=2.3",
         "matplotlib>=3.10",
+        "shtab>=1.7",  # completion in shells
         "scikit-learn>=1.7",  # scores of a gate; the demo's images are its scans of handwritten digits
     ],
     extras_require={

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 from ds_moe import __version__
@@ -14,6 +15,9 @@ from ds_moe.launcher.cli import add_train, add_training_options, train
 from ds_moe.monitor.cli import add_plot
 from ds_moe.tasks.gate.cli import add_gate
 from ds_moe.tasks.rl.cli import add_rollouts
+
+# What stands for the words of an argument that name no file or folder; all others are completed as such.
+NO_FILES = {"COMMAND", "WHAT", "N", "N,N", "K", "P", "T", "SIZE", "NAME", "NAME=W", "TOKEN", "key=value"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add_assemble(commands)
     add_gate(commands, add_training_options, train)
     add_rollouts(commands)
+    _add_completion(commands)
     _add_version(commands)
     return parser
 
@@ -80,6 +85,38 @@ def _version(options: argparse.Namespace) -> int:
         except metadata.PackageNotFoundError:
             print(f"{name} missing")
     return 0
+
+
+def _add_completion(commands: Commands) -> None:
+    described = 'print a script that completes words of this command, e.g. eval "$(ds-moe completion bash)"'
+    parser = commands.add_parser("completion", help="print a script for completion in a shell", description=described)
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    parser.set_defaults(command=_completion)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    import shtab
+
+    parser = _parser()
+    for argument in all_arguments(parser):
+        if names_file(argument):
+            argument.complete = shtab.FILE
+    print(shtab.complete(parser, options.shell))
+    return 0
+
+
+def all_arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """The arguments of a command and of the commands below it."""
+    for argument in parser._actions:
+        yield argument
+        if isinstance(argument, Commands):
+            for below in argument.choices.values():
+                yield from all_arguments(below)
+
+
+def names_file(argument: argparse.Action) -> bool:
+    """Whether the words of an argument are completed as files; `NO_FILES` says of which they are not."""
+    return bool(argument.metavar) and argument.metavar not in NO_FILES
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from ds_moe import __version__, cli
 
 DEMO = "ds_configs/runs/demo.yaml"
 COMMAND = Path(sys.executable).with_name("ds-moe")
-LISTED = ["init", "train", "doctor", "plan", "plot", "export", "assemble", "gate", "rollouts", "version"]
+LISTED = ["init", "train", "doctor", "plan", "plot", "export", "assemble", "gate"]
+LISTED += ["rollouts", "completion", "version"]
 
 
 def test_help_is_instant_and_lists_only_what_exists():
@@ -112,3 +113,53 @@ def test_export_says_in_one_line_what_was_written(words, layout, monkeypatch, ca
     assert seen == [(Path("runs/a"), Path("out"), layout)]
     said = capsys.readouterr().out
     assert said == "out: 1,234,567 parameters, 0.00494 GB in 2 file(s), experts in the memory layout\n"
+
+
+# --- completion
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory) -> Path:
+    """Of bash, in a folder with files whose names begin with `my_`."""
+    folder = tmp_path_factory.mktemp("completion")
+    for name in ("my_run.yaml", "my_hosts"):
+        (folder / name).touch()
+    (folder / "my_runs").mkdir()
+    text = subprocess.run([COMMAND, "completion", "bash"], check=True, capture_output=True, text=True).stdout
+    (folder / "script").write_text(text)
+    return folder / "script"
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("tra", {"train"}),
+        ("train my_", {"my_run.yaml", "my_hosts", "my_runs"}),
+        ("train my_run.yaml --host", {"--hostfile"}),
+        ("train my_run.yaml --hostfile my_h", {"my_hosts"}),
+        ("train my_run.yaml --nproc my_", set()),
+        ("plot my_runs my_r", {"my_run.yaml", "my_runs"}),
+        ("gate ev", {"eval"}),
+        ("gate predict my_run.yaml --requests my_h", {"my_hosts"}),
+        ("export --layout ", {"hub", "memory"}),
+        ("completion z", {"zsh"}),
+    ],
+)
+def test_bash_completes_commands_options_choices_and_files(line, completed, script):
+    words = ["ds-moe", *line.split(" ")]
+    lines = f"source ./script; COMP_WORDS=({' '.join(repr(word) for word in words)}); COMP_CWORD={len(words) - 1}"
+    lines += '; _shtab_ds_moe; printf "%s\\n" "${COMPREPLY[@]}"'
+    result = subprocess.run(["bash", "-c", lines], cwd=script.parent, capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) == completed
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_other_shells_have_a_script_too(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    assert {"train", "hostfile", "export"} <= set(re.findall(r"\w+", capsys.readouterr().out))
+
+
+def test_files_are_completed_where_a_file_is_named_and_nowhere_else():
+    named = {argument.metavar for argument in cli.all_arguments(cli._parser()) if cli.names_file(argument)}
+    assert "RUN.yaml" in named
+    assert not [name for name in named if not re.search(r"FILE|FOLDER|RUN|OUT|CKPT|MODEL|SPEC|DATA|REQUESTS", name)]

@@ -211,6 +211,7 @@ def rollouts(options: argparse.Namespace) -> None:
     bad: list[BadRecord] | None = [] if options.skip_bad else None
     samples = open_prompts(options.data, options.prompts, options.seed, options.root, bad)
     model, processor = load_policy(options.model, DTYPES[options.dtype], options.experts_implementation)
+    unread = len(bad or ())
     began = time.perf_counter()
     asked = {key: getattr(options, key) for key in SAMPLING}
     records = generate_rollouts(model, processor, samples, reward=REWARDS[options.reward], bad=bad, **asked)
@@ -223,7 +224,7 @@ def rollouts(options: argparse.Namespace) -> None:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
     completed = sum(sum(record["completion_mask"]) for record in records)
     mean_reward = sum(record["reward"] for record in records) / len(records)
-    prompts = len({record["group"] for record in records})
+    prompts = len(samples) - (len(bad or ()) - unread)  # those whose images or texts could be encoded
     print(
         f"{out}: {len(records)} completions of {prompts} prompts, mean reward {mean_reward:.3f}, "
         f"{completed / len(records):.1f} tokens each, {completed / seconds:,.0f} tokens/s"
