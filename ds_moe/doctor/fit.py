@@ -39,7 +39,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Attempt:
-    """All plans with a micro-batch of one sample, of about so many samples a step."""
+    """All plans with a micro-batch of one sample, of up to so many samples a step."""
 
     checkpointing: bool
     samples: int
@@ -52,7 +52,7 @@ class Attempt:
 
 
 def fit(job: Job, settings: dict[str, Setting], samples: int, lora: bool) -> Fit:
-    """The plan for a run with these settings (by dotted key) and about `samples` a step; `lora`: only with LoRA.
+    """The plan for a run with these settings (by dotted key) and up to `samples` a step; `lora`: only with LoRA.
 
     All weights are better than LoRA, no offload than offload, no gradient checkpointing than that, and that than steps
     without sums of gradients. Raises `UserError` where nothing fits.
@@ -71,7 +71,8 @@ def fit(job: Job, settings: dict[str, Setting], samples: int, lora: bool) -> Fit
         there = f"{BUSY:.0%} of {job.device.memory / GIB:.1f} GiB may be planned with"
         ranks = "1 rank" if job.ranks == 1 else f"each of {job.ranks} ranks"
         text = f"nothing fits: {ranks} needs {tried[1].least():.1f} GiB even at its least, with LoRA, and {there}"
-        raise UserError(f"{text}; give more --gpus, or larger ones")
+        fix = "free some, or give --gpus N" if job.device.on_cpu else "give more --gpus, or larger ones"
+        raise UserError(f"{text}; {fix}")
     *_, number, plan = min(fitting, key=lambda one: one[:3])
     chosen = tried[number]
     asked = _largest_micro_batch(job, plan, chosen)
@@ -97,9 +98,9 @@ def _largest_micro_batch(job: Job, plan: Plan, attempt: Attempt) -> dict[str, Se
 
 
 def batch(micro_batch: int, ranks: int, samples: int) -> dict[str, Setting]:
-    """The batch sizes of about `samples` a step: a multiple of what all ranks take at a time, once at least."""
+    """The batch sizes of up to `samples` a step: a multiple of what all ranks take at a time, once at least."""
     step = micro_batch * ranks
-    return {"train.micro_batch_size": micro_batch, "train.global_batch_size": step * max(1, round(samples / step))}
+    return {"train.micro_batch_size": micro_batch, "train.global_batch_size": step * max(1, samples // step)}
 
 
 def _allowed(plan: Plan, job: Job, samples: int, lora: bool) -> bool:

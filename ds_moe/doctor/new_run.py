@@ -1,6 +1,7 @@
 """What `ds-moe init` does: look at a model and its data, choose a plan that fits, write a run file and say why."""
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def init(options: argparse.Namespace) -> None:
     held_out = look_at(options.eval, "held-out", processor, model) if options.eval else None
     job = Job(options.model, model, ranks, device)
     settings = run_settings(job, [one for one in (train, held_out) if one])
-    chosen = fit(job, settings, max(LEAST_BATCH, min(BATCH, train.records // STEPS)), options.lora)
+    samples = min(train.records, max(LEAST_BATCH, min(BATCH, train.records // STEPS)))
+    chosen = fit(job, settings, samples, options.lora)
     keys = run_text(job, settings, chosen, f"runs/{options.out.stem}", train, held_out)
     write(options.out, head(options, job) + keys, options.force)
     config = load_run(options.out)
@@ -52,11 +54,13 @@ def init(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    if options.model:
-        raise UserError("--demo brings its own model and data; leave MODEL and DATA out")
+    if given := [name for name in ("model", "data", "eval", "gpus", "memory", "lora") if getattr(options, name)]:
+        named = ", ".join(name.upper() if name in ("model", "data") else f"--{name}" for name in given)
+        raise UserError(f"--demo brings a whole run file; leave {named} out")
     shipped = (Path(__file__).resolve().parents[1] / "ds_configs/runs/demo.yaml").read_text()
-    write(options.out, shipped.replace("ds_configs/runs/demo.yaml", shlex.quote(str(options.out))), options.force)
-    print(f"{options.out}: a tiny Qwen3-VL-MoE learns to read scans of digits, on 2 ranks")
+    what = "a tiny Qwen3-VL-MoE learns to read scans of digits, on 2 ranks"
+    write(options.out, re.sub(r"\A(#.*\n)+", f"# The demo: {what}\n", shipped), options.force)
+    print(f"{options.out}: {what}")
     print_next(options.out, load_run(options.out).train.output_dir, 2, None)
 
 

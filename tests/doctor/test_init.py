@@ -100,12 +100,15 @@ def test_long_answers_are_not_compared_word_by_word(here, capsys):
     texts = write_texts(here, 300)
     assert init(capsys, "text", texts, "--eval", texts)[0] == 0
     assert load_run("run.yaml").train.eval_generate is False
+    assert init(capsys, "text", write_texts(here, 3), "--force")[0] == 0
+    assert load_run("run.yaml").train.global_batch_size == 2  # no more than there are records
 
 
 def test_the_demo_is_written_anywhere(here, capsys):
     code, said, _ = init(capsys, "--demo", "--out", "mine/demo.yaml")
     assert code == 0 and "ds-moe train mine/demo.yaml --nproc 2" in said
     assert load_run("mine/demo.yaml").model.preset == "tiny-vl-moe"
+    assert "ds_configs" not in Path("mine/demo.yaml").read_text()
     assert cli.main(["doctor", "mine/demo.yaml", "--world", "2"]) == 0
 
 
@@ -119,7 +122,8 @@ def test_the_demo_is_written_anywhere(here, capsys):
         (["text", "data/train.jsonl"], "data/train.jsonl:1: the record has an image, but the model reads text only"),
         (["model"], "give a MODEL and its DATA, or --demo"),
         (["--demo", "--out", "data"], "data is there already; give --out a file"),
-        (["model", "digits", "--demo"], "--demo brings its own model and data; leave MODEL and DATA out"),
+        (["model", "digits", "--demo"], "--demo brings a whole run file; leave MODEL, DATA out"),
+        (["--demo", "--gpus", "8", "--lora"], "--demo brings a whole run file; leave --gpus, --lora out"),
         (["model", "digits", "--memory", "80GB"], "--memory is that of a GPU, and this machine has none"),
         (["model", "digits", "--gpus", "2", "--memory", "1"], "nothing fits: each of 2 ranks needs"),
         (["model", "digits", "--out", "data/train.jsonl/run.yaml"], "cannot write data/train.jsonl/run.yaml: "),
@@ -175,7 +179,7 @@ def test_batches_are_multiples_of_what_all_ranks_take():
         for micro_batch in (1, 2, 4, 8):
             sizes = batch(micro_batch, ranks, 64)
             assert sizes["train.global_batch_size"] % (micro_batch * ranks) == 0
-            assert abs(sizes["train.global_batch_size"] - 64) <= micro_batch * ranks / 2 or micro_batch * ranks > 64
+            assert 64 - micro_batch * ranks < sizes["train.global_batch_size"] <= max(64, micro_batch * ranks)
 
 
 def test_expert_parallel_sizes_are_common_divisors():

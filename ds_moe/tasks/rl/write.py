@@ -20,7 +20,7 @@ def check_out(out: Path, data: str) -> None:
     """Raise `UserError` before anything is sampled where the rollouts could not be written to `out`, or must not be."""
     if out.suffix not in (".jsonl", ".ndjson", ".json"):
         raise UserError(f"{out}: rollouts are JSON lines; call the file {out.with_suffix('.jsonl')}")
-    if out.is_dir() or (data != "digits" and out.exists() and out.samefile(data)):
+    if out.is_dir() or (data != "digits" and out.exists() and Path(data).exists() and out.samefile(data)):
         raise UserError(f"{out} is {'a folder' if out.is_dir() else 'the data itself'}; give OUT.jsonl another name")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -271,7 +271,7 @@ def test_nothing_is_written_through_a_link_or_among_other_files(folder, tmp_path
         (["out.parquet"], "call the file out.jsonl"),
         (["data/chats.jsonl/x.jsonl"], "cannot write data/chats.jsonl/x.jsonl: "),
         (["out.jsonl", "--root", "data"], "--root would not be used: the data is digits"),
-        (["out.jsonl", "--data", "nowhere.jsonl"], "data: nowhere.jsonl does not exist"),
+        (["data/chats.jsonl", "--data", "nowhere.jsonl"], "data: nowhere.jsonl does not exist"),
     ],
 )
 def test_mistakes_are_one_line_before_a_model_is_loaded(words, complaint, folder, monkeypatch, capsys):
