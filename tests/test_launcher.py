@@ -88,6 +88,14 @@ def test_cpu_ranks_share_the_cores_and_find_the_compiled_op(capsys):
     }
 
 
+def test_what_does_not_fit_the_number_of_ranks_is_said_before_one_starts(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "start", lambda *_: pytest.fail("started"))
+    assert cli.main(["train", DEMO, "--nproc", "3"]) == 2
+    batch, experts = capsys.readouterr().err.splitlines()
+    assert batch.startswith(f"error: {DEMO}:") and "is not a multiple of micro_batch_size 32 x 3 ranks = 96" in batch
+    assert experts.endswith("moe.ep_size 2 does not divide the 3 ranks (1, 3 do)")
+
+
 def test_what_the_user_has_set_stays(capsys, monkeypatch):
     chosen = {"OMP_NUM_THREADS": "7", "MALLOC_TRIM_THRESHOLD_": "1", "TORCH_EXTENSIONS_DIR": "/some/where"}
     for name, value in {**chosen, "MASTER_PORT": "4000"}.items():

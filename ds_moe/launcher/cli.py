@@ -27,10 +27,10 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Start the ranks, and start them again after a crash; the exit code of the last start."""
-    from ds_moe.config.deepspeed import json_problems
+    from ds_moe.config.deepspeed import deepspeed_problems, json_problems, trains_on_cpu
     from ds_moe.config.run import other_task
     from ds_moe.config.run_file import parse_run
-    from ds_moe.launcher.command import plan
+    from ds_moe.launcher.command import plan, ranks_here
     from ds_moe.launcher.processes import FINAL, start
 
     config, complaints = parse_run(options.run, options.overrides)
@@ -38,6 +38,9 @@ def train(options: argparse.Namespace) -> int:
         raise all_in_one(complaints)  # here once, instead of by every rank
     if options.task is not None and (other := other_task(config, options.task)):
         raise UserError(f"{config.at('task')}: task is {other}; ds-moe gate train trains runs of task gate")
+    if not (options.hostfile or options.dry_run) and (ranks := ranks_here(options.nproc)) > 1:
+        if complaints := deepspeed_problems(config, ranks, trains_on_cpu())[1]:
+            raise all_in_one(complaints)
     restarts = options.max_restarts
     while True:
         launch = plan(options.run, options.overrides, options.nproc, options.hostfile, options.port)

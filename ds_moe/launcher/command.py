@@ -62,6 +62,15 @@ def plan(
     return Launch([_deepspeed(), *words, *options, run, *overrides], settings)
 
 
+def ranks_here(nproc: int | None) -> int:
+    """Ranks that a run without a hostfile has."""
+    if nproc or trains_on_cpu():
+        return nproc or 1
+    import torch
+
+    return torch.accelerator.device_count()
+
+
 def through_pdsh(hosts: list[str]) -> bool:
     """Whether ranks on these hosts are started through pdsh and ssh, and not by this machine's own processes."""
     return len(hosts) > 1 or not is_here(hosts[0])
