@@ -24,6 +24,7 @@ tasks/          what a run minimises: answers, rewards, a gate over adapters
 training/       one run from its set-up to its closing table
 doctor/         what would fail or be slow, said beforehand
 train.py        the loop, started once a rank
+evaluate.py     an evaluation of its own, started once a rank
 launcher/       the ranks of a run under DeepSpeed's launcher
 cli.py, __main__.py   the `ds-moe` command
 ds_configs/     a DeepSpeed JSON for each ZeRO stage

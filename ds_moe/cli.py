@@ -11,7 +11,7 @@ from ds_moe.config.arguments import Commands
 from ds_moe.doctor.cli import add_doctor, add_init, add_plan
 from ds_moe.errors import UserError, printed
 from ds_moe.export.cli import add_export
-from ds_moe.launcher.cli import add_train, add_training_options, train
+from ds_moe.launcher.cli import add_eval, add_train, add_training_options, train
 from ds_moe.monitor.cli import add_plot
 from ds_moe.tasks.gate.cli import add_gate
 from ds_moe.tasks.rl.cli import add_rollouts
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_init(commands)
     add_train(commands)
+    add_eval(commands)
     add_doctor(commands)
     add_plan(commands)
     add_plot(commands)

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NoReturn
 
@@ -40,8 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
+    return status_of(lambda: load_run(arguments[0], arguments[1:]), train)
+
+
+def status_of(load: Callable[[], RunConfig], work: Callable[[RunConfig], object]) -> int:
+    """Load a run, do what this rank is for, and return the exit status, see above; an error is said here."""
     try:
-        config = load_run(arguments[0], arguments[1:])
+        config = load()
     except UserError as error:
         # One rank of a host says it, since each host reads a file of its own. The others wait until their launcher ends
         # them: it ends all ranks with the first, which might be the one that speaks.
@@ -51,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(SAID_WITHIN_S)
         return 2
     try:
-        train(config)
+        work(config)
     except UserError as error:
         print(printed(error), file=sys.stderr, flush=True)
         return 2
@@ -86,19 +91,16 @@ def train(config: RunConfig) -> dict[str, object]:
     run, complete = set_up(config), False
     progress = run.progress
     try:
-        resume(run)
-        run.monitor.start(progress.step + 1, run_summary(run), dump(config))
-        if progress.step >= progress.total_steps:
-            run.monitor.note(f"all {progress.total_steps} steps are done: nothing to train ({way_on(config)} to go on)")
-        run.stop.wait_for_step()
-        train_steps(run)
-        finish(run)
-        complete = True
-    except OSError as error:
-        raise UserError(f"rank {run.parts.topology.rank} in {run.watch.place}: {error}") from error
-    except Exception as error:
-        error.add_note(f"rank {run.parts.topology.rank} in {run.watch.place}")
-        raise
+        with run.watch.telling_place():
+            resume(run)
+            run.monitor.start(progress.step + 1, run_summary(run), dump(config))
+            if progress.step >= progress.total_steps:
+                done = f"all {progress.total_steps} steps are done"
+                run.monitor.note(f"{done}: nothing to train ({way_on(config)} to go on)")
+            run.stop.wait_for_step()
+            train_steps(run)
+            finish(run)
+            complete = True
     finally:
         run.monitor.close()
         run.parts.stream.close()
@@ -167,7 +169,7 @@ def run_evaluation(run: Run) -> bool:
     is resumed."""
     try:
         limit = None if run.progress.last else run.config.train.eval_samples
-        report = run.task.evaluate(run.progress, limit, each_batch=lambda: evaluating(run))
+        report = run.task.evaluate(run.progress.step, limit, each_batch=lambda: evaluating(run))
     except Stopped as stopped:
         run.stopping = stopped.signal
         return False

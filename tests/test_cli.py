@@ -12,7 +12,7 @@ from ds_moe import __version__, cli
 
 DEMO = "ds_configs/runs/demo.yaml"
 COMMAND = Path(sys.executable).with_name("ds-moe")
-LISTED = ["train", "doctor", "plan", "plot", "export", "assemble", "gate", "rollouts", "version"]
+LISTED = ["train", "eval", "doctor", "plan", "plot", "export", "assemble", "gate", "rollouts", "version"]
 
 
 def test_help_is_instant_and_lists_only_what_exists():
@@ -31,7 +31,8 @@ def test_no_heavy_library_is_imported_for_what_does_not_need_it():
 import sys
 from ds_moe.cli import main
 helps = [[name, "--help"] for name in {LISTED}]
-for words in (["--help"], *helps, ["version"], ["train", "--dry-run", {DEMO!r}]):
+runs = [[name, "--dry-run", {DEMO!r}] for name in ("train", "eval")]
+for words in (["--help"], *helps, ["version"], *runs):
     try:
         main(words)
     except SystemExit:

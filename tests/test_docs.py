@@ -175,7 +175,11 @@ def complaints(words: list[str]) -> Iterator[str]:
     elif module:
         options = [word.partition("=")[0] for word in behind if word.startswith("-")]
         yield from (option for option in options if f'"{option}"' not in source(module).read_text())
-    if words[0] == "ds-moe" or module == "ds_moe.train" or any(script.startswith("launch/") for script in scripts):
+    if (
+        words[0] == "ds-moe"
+        or module in ("ds_moe.train", "ds_moe.evaluate")
+        or any(script.startswith("launch/") for script in scripts)
+    ):
         overrides = [word.partition("=")[0] for word in words if re.match(r"[a-z_.0-9]+=", word)]
         yield from (key for key in overrides if re.sub(r"\.\d+", "", key) not in ALL_KEYS)
 

@@ -103,15 +103,18 @@ def damaged(path: Path, share: int = 0, shares: int = 1) -> str | None:
     return None
 
 
-def find_checkpoint(source: Path) -> Path:
+def find_checkpoint(
+    source: Path,
+    problem_of: Callable[[Path], str | None] = lambda path: incomplete(path) or damaged(path),
+    note: Callable[[str], None] = print,
+) -> Path:
     """`source` itself if it is a checkpoint, or the newest complete checkpoint of a run's output folder.
 
-    Raises `UserError` where it is neither, or the checkpoint is damaged.
+    Raises `UserError` where it is neither, or `problem_of` says what is wrong with the one that was found.
     """
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    found = newest_complete(folder) or next(iter(step_folders(folder)), source)
-    problem = incomplete(found) or damaged(found)
-    if problem is not None:
+    found = newest_complete(folder, note) or next(iter(step_folders(folder)), source)
+    if (problem := problem_of(found)) is not None:
         raise UserError(f"{found} is no whole checkpoint and no run with one: {problem}")
     return found
 

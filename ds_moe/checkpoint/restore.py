@@ -1,4 +1,4 @@
-"""Resumes from checkpoints: chooses one that is complete and undamaged, and loads it into an engine of any topology."""
+"""Chooses a checkpoint that is complete and undamaged, and loads it into an engine of any topology."""
 
 import json
 import warnings
@@ -10,11 +10,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
-from ds_moe.checkpoint.files import MAPPED, Reader, damaged, incomplete, read_manifest, step_folders
+from ds_moe.checkpoint.files import MAPPED, Reader, damaged, find_checkpoint, incomplete, step_folders
 from ds_moe.checkpoint.save import persistent_buffers, saved_parameters
-from ds_moe.distributed import Topology, together
+from ds_moe.distributed import Topology, over_ranks, together
 from ds_moe.engine import masters as zero_state
 from ds_moe.errors import UserError, one_line
 from ds_moe.models.families import expert_state, full_shape
@@ -49,6 +49,15 @@ def choose(resume: str, folder: Path, topology: Topology, note: Callable[[str], 
     return None
 
 
+def find_together(source: Path, topology: Topology, note: Callable[[str], None] = print) -> Path:
+    """`files.find_checkpoint`, where each rank checks a share of the files (collective)."""
+
+    def problem_of(path: Path) -> str | None:
+        return next(filter(None, over_ranks(_problem(path, topology))), None)
+
+    return find_checkpoint(source, problem_of, note)
+
+
 def _problem(path: Path, topology: Topology) -> str | None:
     return incomplete(path) or damaged(path, topology.rank, topology.world_size)
 
@@ -61,13 +70,50 @@ def load(
     Raises:
         UserError: the checkpoint's tensors do not fit this model, or it was trained on another `base` (of `Saving`).
     """
-    manifest = read_manifest(path)
-    state = json.loads((path / "state.json").read_text())
-    reader = Reader(path, manifest)
-    parameters = saved_parameters(engine.module, with_frozen=base is None)
-    buffers = dict(persistent_buffers(engine.module))
-    wanted = {f"weight/{name}" for name in parameters} | {f"buffer/{name}" for name in buffers}
-    saved = {key for key in manifest["tensors"] if key.split("/", 1)[0] not in zero_state.MOMENTS}
+    state, reader = _open(path)
+    parameters = _fitting(engine.module, topology, reader, state, base)
+    zero_state.start_adam(engine, state["adam_step"])
+    for name, parameter in parameters.items():
+        rows = _own_rows(name, parameter, topology)
+        zero_state.write(parameter, zero_state.WEIGHT, reader.read(f"weight/{name}", rows))
+        if parameter.requires_grad and state["adam_step"]:
+            for moment in zero_state.MOMENTS:
+                zero_state.write(parameter, moment, reader.read(f"{moment}/{name}", rows))
+    _load_buffers(engine.module, reader)
+    _restore_progress(engine, state)
+    _restore_rng(path, state, topology)
+    dist.barrier()
+    return state
+
+
+def load_weights(
+    model: nn.Module, topology: Topology, path: Path, base: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Load the weights of a checkpoint, and nothing else, into a model whose engine has no optimizer; its `state`.
+
+    Raises:
+        UserError: as `load`.
+    """
+    state, reader = _open(path)
+    for name, parameter in _fitting(model, topology, reader, state, base).items():
+        rows = _own_rows(name, parameter, topology)
+        zero_state.write_weight(parameter, reader.read(f"weight/{name}", rows))
+    _load_buffers(model, reader)
+    return state
+
+
+def _open(path: Path) -> tuple[dict[str, Any], Reader]:
+    return json.loads((path / "state.json").read_text()), Reader(path)
+
+
+def _fitting(
+    model: nn.Module, topology: Topology, reader: Reader, state: dict[str, Any], base: dict[str, Any] | None
+) -> dict[str, nn.Parameter]:
+    """The parameters of a model that a checkpoint holds, by name. Raises `UserError` where the two do not fit."""
+    path = reader.path
+    parameters = saved_parameters(model, with_frozen=base is None)
+    wanted = {f"weight/{name}" for name in parameters} | {f"buffer/{name}" for name, _ in persistent_buffers(model)}
+    saved = {key for key in reader.tensors if key.split("/", 1)[0] not in zero_state.MOMENTS}
     if wanted != saved:
         raise UserError(
             f"checkpoint {path} does not fit this model: missing {sorted(wanted - saved)[:5]}, "
@@ -82,19 +128,12 @@ def load(
         here, there = list(full_shape(name, parameter, topology.ep_size)), reader.shape(f"weight/{name}")
         if here != there:
             raise UserError(f"checkpoint {path} does not fit this model: {name} is {there} there and {here} here")
-    zero_state.start_adam(engine, state["adam_step"])
-    for name, parameter in parameters.items():
-        rows = _own_rows(name, parameter, topology)
-        zero_state.write(parameter, zero_state.WEIGHT, reader.read(f"weight/{name}", rows))
-        if parameter.requires_grad and state["adam_step"]:
-            for moment in zero_state.MOMENTS:
-                zero_state.write(parameter, moment, reader.read(f"{moment}/{name}", rows))
-    for name, buffer in buffers.items():
+    return parameters
+
+
+def _load_buffers(model: nn.Module, reader: Reader) -> None:
+    for name, buffer in persistent_buffers(model):
         buffer.copy_(reader.read(f"buffer/{name}"))
-    _restore_progress(engine, state)
-    _restore_rng(path, state, topology)
-    dist.barrier()
-    return state
 
 
 def _own_rows(name: str, parameter: Tensor, topology: Topology) -> tuple[int, int] | None:

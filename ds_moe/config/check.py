@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ds_moe.config.rules import gate, lora, model, moe, rl, train
 from ds_moe.config.rules.rule import Complaint, Unused, written
-from ds_moe.config.run import RunConfig
+from ds_moe.config.run import RunConfig, task_is
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +27,15 @@ def check_model(config: RunConfig, model_config: PretrainedConfig) -> None:
     """Raise `UserError` for the first key that does not fit this model (a transformers config, read before loading)."""
     if found := model_problems(config, model_config):
         raise UserError(found[0])
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Raise `UserError` for a run that `ds-moe eval` has nothing to do with."""
+    if task_is(config, "gate"):
+        raise UserError(f"{config.at('task')}: task is gate; ds-moe gate eval is about runs of this task")
+    if config.data.eval is None:
+        fix = 'data.eval=FILE, or "digits"'
+        raise UserError(f"{config.at('data')}: data.eval is not set: there is nothing to evaluate on ({fix})")
 
 
 def problems(config: RunConfig) -> list[str]:

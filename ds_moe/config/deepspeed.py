@@ -43,6 +43,27 @@ def resolve_deepspeed(
     return resolved
 
 
+def resolve_without_optimizer(config: RunConfig, on_cpu: bool, hidden_size: int | None = None) -> dict[str, Plain]:
+    """The dictionary of `resolve_deepspeed` for an engine that only evaluates.
+
+    At stage 3 it says how weights are sharded. Below it says nothing of ZeRO, which DeepSpeed refuses without an
+    optimizer: every rank holds its share of the weights whole in training too. No batch size can contradict it.
+
+    Raises:
+        UserError: broken JSON, an unknown or unsupported key.
+    """
+    source = read_deepspeed(config)
+    if complaints := check_keys(source):
+        raise all_in_one(complaints)
+    zero = section(without_switched_off(deepcopy(source.values)), "zero_optimization")
+    resolved: dict[str, Plain] = {"train_micro_batch_size_per_gpu": 1}  # DeepSpeed wants one, and makes no use of it
+    if zero["stage"] == 3:
+        zero.pop("offload_optimizer", None)
+        _finish_zero(zero, hidden_size)
+        resolved |= {"zero_optimization": zero, "bf16": {"enabled": precision(config, on_cpu) == "bf16"}}
+    return resolved
+
+
 def json_problems(config: RunConfig) -> list[str]:
     """The complaints of `deepspeed_problems` that hold for any number of ranks, without one about a missing file."""
     if is_missing(config):

@@ -67,33 +67,53 @@ def build_engine(
         UserError: a combination that DeepSpeed cannot train.
         RuntimeError: an invariant does not hold, because of a bug here or a DeepSpeed version that works differently.
     """
-    stage = zero_plan(ds_config).stage
-    layers = moe_layers(model)
+    stage, layers = zero_plan(ds_config).stage, _mark_leaves(model, ds_config)
     experts = [parameter for layer in layers for parameter in layer.experts.parameters()]
     if layers and stage < 3 and not any(parameter.requires_grad for parameter in experts):
         raise UserError(
             "frozen experts (model.freeze, train.stage router_only, or lora without lora.experts) need ZeRO stage 3: "
             "choose a DeepSpeed JSON of ZeRO stage 3, or train the experts"
         )
-    if stage == 3 and layers:
-        set_z3_leaf_modules(model, [BoundMoELayer])
     groups = parameter_groups(model, config.train.weight_decay, adapter_lr)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     schedule = scheduler_factory(config.train, total_steps)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config, lr_scheduler=schedule)
-    _check_invariants(engine, layers, grouped, stage)
+    _check_invariants(engine, grouped, stage)
+    _check_layers(layers, stage)
     return engine
 
 
-def _check_invariants(
-    engine: deepspeed.DeepSpeedEngine, layers: list[BoundMoELayer], grouped: list[int], stage: int
-) -> None:
+def build_without_optimizer(model: PreTrainedModel, ds_config: dict[str, object]) -> deepspeed.DeepSpeedEngine:
+    """An engine for evaluations alone, of a dictionary of `resolve_without_optimizer`: it holds weights, no master
+    weights, no moments and no gradients.
+
+    Raises:
+        RuntimeError: as `build_engine`.
+    """
+    layers = _mark_leaves(model, ds_config)
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    _check_layers(layers, zero_plan(ds_config).stage)
+    return engine
+
+
+def _mark_leaves(model: PreTrainedModel, ds_config: dict[str, object]) -> list[BoundMoELayer]:
+    """The MoE layers, each of which ZeRO-3 is told to gather together."""
+    layers = moe_layers(model)
+    if layers and zero_plan(ds_config).stage == 3:
+        set_z3_leaf_modules(model, [BoundMoELayer])
+    return layers
+
+
+def _check_invariants(engine: deepspeed.DeepSpeedEngine, grouped: list[int], stage: int) -> None:
     if stage in (1, 2) and not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
         raise RuntimeError(f"checkpoints cannot be written with DeepSpeed's {type(engine.optimizer).__name__}")
     trainable = {id(parameter): name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     if sorted(grouped) != sorted(trainable):
         lost = [name for key, name in trainable.items() if key not in set(grouped)]
         raise RuntimeError(f"every trainable parameter must be in exactly one optimizer group; lost: {lost[:5]}")
+
+
+def _check_layers(layers: list[BoundMoELayer], stage: int) -> None:
     for layer in layers:
         if stage == 3 and not z3_leaf_module(layer):
             raise RuntimeError(f"MoE layer {layer.index} is no ZeRO-3 leaf module: ranks would gather out of step")

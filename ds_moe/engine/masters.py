@@ -96,32 +96,44 @@ def read(parameter: nn.Parameter, kind: str) -> Tensor:
 def write(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
     """Put a full weight or moment into this rank's partition; a weight also into the model's own parameter."""
     value = value.to(parameter.device)
-    if hasattr(parameter, "ds_id"):
+    if parameter.requires_grad and hasattr(parameter, "ds_id"):
         _write_shard(parameter, kind, value)
-        return
-    if parameter.requires_grad and kind == WEIGHT:
+    elif parameter.requires_grad and kind == WEIGHT:
         safe_set_full_fp32_param(parameter, value)
     elif parameter.requires_grad:
         safe_set_full_optimizer_state(parameter, value, kind)
     if kind == WEIGHT:
+        write_weight(parameter, value)
+
+
+@torch.no_grad()
+def write_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    """Put a full weight into the model's own parameter alone, which is all that an engine without optimizer has."""
+    if not hasattr(parameter, "ds_id"):
         parameter.copy_(value)
+        return
+    piece = _own_piece(parameter, value)
+    parameter.ds_tensor.data[: piece.numel()].copy_(piece)
+    if parameter.data.numel() == parameter.ds_numel:  # DeepSpeed keeps small parameters gathered between steps
+        parameter.data.copy_(value.view_as(parameter))
 
 
 def _write_shard(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    """`write` under ZeRO-3, where every rank holds an equal piece of the flattened tensor, padded past its end.
+    """The optimizer's part of `write` under ZeRO-3.
 
     DeepSpeed's setters of full values (0.19, `stage3.py`, `set_full_hp_param`) cut the piece out of the value without
-    that padding. They raise on the last rank unless the number of ranks divides the tensor.
+    its padding. They raise on the last rank unless the number of ranks divides the tensor.
     """
-    size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
-    piece = value.flatten()[rank * size : (rank + 1) * size]
-    if parameter.requires_grad:
-        padded = F.pad(piece, (0, size - piece.numel()))
-        if kind == WEIGHT:
-            safe_set_local_fp32_param(parameter, padded)
-        else:
-            safe_set_local_optimizer_state(parameter, padded, kind)
+    piece = _own_piece(parameter, value)
+    padded = F.pad(piece, (0, parameter.ds_tensor.numel() - piece.numel()))
     if kind == WEIGHT:
-        parameter.ds_tensor.data[: piece.numel()].copy_(piece)
-        if parameter.data.numel() == parameter.ds_numel:  # DeepSpeed keeps small parameters gathered between steps
-            parameter.data.copy_(value.view_as(parameter))
+        safe_set_local_fp32_param(parameter, padded)
+    else:
+        safe_set_local_optimizer_state(parameter, padded, kind)
+
+
+def _own_piece(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """What this rank holds of a full value under ZeRO-3: a piece of the flattened tensor, equal on every rank but for
+    the padding past the tensor's end, which is not in it."""
+    size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
+    return value.flatten()[rank * size : (rank + 1) * size]

@@ -28,18 +28,21 @@ class Stopped(Exception):
 class StopRequest:
     """Records the signals that this rank receives. Make it in the main thread; it replaces the handlers until `close`.
 
-    Before `wait_for_step` is called, a signal ends the process at once. Afterwards a signal is only recorded, and the
-    process has `deadline_s` to end by itself; a second SIGINT ends it at once, because somebody pressed Ctrl-C again.
+    Before `wait_for_step` is called, a signal ends the process at once, which the message explains with `at_once`.
+    Afterwards a signal is only recorded, and the process has `deadline_s` to end by itself; a second SIGINT ends it at
+    once, because somebody pressed Ctrl-C again.
 
     Python runs its handlers only between two of its own instructions, which can be long after the signal, for example
     if the main thread waits in a collective. C code can wake another thread at once: Python's C handler writes the
     number of the signal to a socket, and a thread of this class reads it. `where` says what the rank is doing.
     """
 
-    def __init__(self, rank: int, deadline_s: float, where: Callable[[], str]) -> None:
+    def __init__(
+        self, rank: int, deadline_s: float, where: Callable[[], str], at_once: str = "before the first step"
+    ) -> None:
         self.rank, self.deadline_s, self.where = rank, deadline_s, where
         self.received: signal.Signals | None = None
-        self._at_once = True
+        self._at_once, self._why_at_once = True, at_once
         self._sender, self._receiver = socket.socketpair()
         self._sender.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
@@ -61,7 +64,7 @@ class StopRequest:
         while numbers := self._receiver.recv(1):
             number = numbers[0]
             if number in SIGNALS and self._at_once:
-                self._say(f"received {signal.Signals(number).name} before the first step: ending")
+                self._say(f"received {signal.Signals(number).name} {self._why_at_once}: ending")
                 os._exit(128 + number)
             elif number in SIGNALS and self.received is None:
                 self.received = signal.Signals(number)

@@ -14,14 +14,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import count
 from typing import NoReturn, TypedDict
 
 import torch.distributed as dist
+
+from ds_moe.errors import UserError
 
 STALLED = 3  # exit status of a rank whose watchdog has ended it
 SILENCE = 0.75  # share of the limit for which a rank may be silent; a live rank speaks many times in it
@@ -126,6 +128,17 @@ class Watchdog:
     def pulse(self) -> None:
         """The training thread moves on within its turn. Other ranks may have ended theirs already."""
         self.place = replace(self.place, since=time.monotonic())
+
+    @contextmanager
+    def telling_place(self) -> Iterator[None]:
+        """Errors from inside say where this rank was; what the system refused is a `UserError`."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"rank {self.rank} in {self.place}: {error}") from error
+        except Exception as error:
+            error.add_note(f"rank {self.rank} in {self.place}")
+            raise
 
     def close(self, complete: bool) -> None:
         """Stop watching. If the run is complete, tell the other ranks not to expect anything more of this one."""

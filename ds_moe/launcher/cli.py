@@ -1,8 +1,9 @@
-"""The options of `ds-moe train`, and what it does."""
+"""The options of `ds-moe train` and `ds-moe eval`, and what they do."""
 
 import argparse
 import sys
 
+from ds_moe import evaluate
 from ds_moe.config.arguments import Commands, add_run, positive
 from ds_moe.errors import UserError, all_in_one
 
@@ -13,15 +14,26 @@ def add_train(commands: Commands) -> None:
     parser.set_defaults(command=train, task=None)
 
 
+def add_eval(commands: Commands) -> None:
+    parser = commands.add_parser("eval", help="held-out loss and answers of a checkpoint, run or model")
+    _add_launch_options(parser)
+    evaluate.add_options(parser)
+    parser.set_defaults(command=_evaluate)
+
+
 def add_training_options(parser: argparse.ArgumentParser) -> None:
+    _add_launch_options(parser)
+    restarts = "of a run that crashed, each of which resumes (default 0)"
+    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help=restarts)
+
+
+def _add_launch_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     port = "of rank 0 (default: MASTER_PORT, a free one, or 29500 with a hostfile)"
-    restarts = "of a run that crashed, each of which resumes (default 0)"
     add_run(parser)
     add("--nproc", type=positive, metavar="N", help="ranks a host (default: all accelerators; 1 on CPU)")
     add("--hostfile", metavar="FILE", help='hosts, one "name slots=N" a line')
     add("--port", type=positive, metavar="P", help=port)
-    add("--max-restarts", type=int, default=0, metavar="N", help=restarts)
     add("--dry-run", action="store_true", help="print the command and stop")
 
 
@@ -50,3 +62,14 @@ def train(options: argparse.Namespace) -> int:
             return code
         print(f"ds-moe: the run ended with {code}; starting again ({restarts} left)", file=sys.stderr, flush=True)
         restarts -= 1
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from ds_moe.launcher.command import plan
+    from ds_moe.launcher.processes import start
+
+    config = evaluate.load(options)  # one complaint here instead of one from every rank
+    words = [*options.overrides, *evaluate.words_of(options)]
+    launch = plan(options.run, words, options.nproc, options.hostfile, options.port, evaluate.__name__)
+    print(f"+ {launch}", flush=True)
+    return 0 if options.dry_run else start(launch, config.train.stop_within_s)

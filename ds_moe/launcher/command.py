@@ -29,13 +29,20 @@ class Launch:
 
 
 def plan(
-    run: str, overrides: list[str], nproc: int | None = None, hostfile: str | None = None, port: int | None = None
+    run: str,
+    overrides: list[str],
+    nproc: int | None = None,
+    hostfile: str | None = None,
+    port: int | None = None,
+    module: str = "ds_moe.train",
 ) -> Launch:
     """How to start a run on this machine, or on those of a hostfile.
 
     Args:
+        overrides: of the run file, or whatever words follow it.
         nproc: ranks a machine. None: every accelerator (of the hostfile: every slot), or one CPU rank.
         port: where rank 0 listens. None: MASTER_PORT, else a free port, or DeepSpeed's default (29500) with a hostfile.
+        module: what each rank runs.
 
     Raises `UserError` without DeepSpeed, for a missing or wrong hostfile, and for more ranks than accelerators.
     """
@@ -58,7 +65,7 @@ def plan(
         settings, words = choose_devices(nproc, torch.accelerator.device_count(), visible)
     if hostfile is None or port:
         words += ["--master_port", str(port or free_port())]
-    options = ["--quiet", "--no_local_rank", "--module", "ds_moe.train"]
+    options = ["--quiet", "--no_local_rank", "--module", module]
     return Launch([_deepspeed(), *words, *options, run, *overrides], settings)
 
 

@@ -1,11 +1,12 @@
 """What people see of a run: a bar on a terminal, plain lines in a log file, and a table at the end."""
 
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 
@@ -79,11 +80,37 @@ class Bar(Lines):
         self._progress.stop()
 
 
+class SampleCount:
+    """How far an evaluation is: a bar on a terminal, elsewhere a line for every tenth of the samples."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total, self._tenths, self._began_s = console, total, 0, time.perf_counter()
+        columns = (BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, expand=True, disable=not redraws(console))
+        self._task = self._bar.add_task("evaluate", total=total)
+        self._bar.start()
+
+    def done(self, samples: int) -> None:
+        self._bar.update(self._task, completed=samples)
+        tenths = 10 * samples // self._total
+        if tenths > self._tenths and not redraws(self._console):
+            left_s = (time.perf_counter() - self._began_s) / samples * (self._total - samples)
+            text = f"evaluated {samples}/{self._total} samples  ETA {duration(left_s)}"
+            print(text, file=self._console.file, flush=True)
+        self._tenths = tenths
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
 def make_display(console: Console, first_step: int, total_steps: int) -> Lines:
-    """A bar if the console can redraw it, else lines (files, pipes, CI, SLURM logs, dumb terminals)."""
-    if console.is_terminal and not console.is_dumb_terminal:
-        return Bar(console, first_step, total_steps)
-    return Lines(console, total_steps)
+    """A bar if the console can redraw it, else lines."""
+    return Bar(console, first_step, total_steps) if redraws(console) else Lines(console, total_steps)
+
+
+def redraws(console: Console) -> bool:
+    """Whether a line can be written over: not in files, pipes, CI, SLURM logs and dumb terminals."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def describe(loss: float, accuracy: Mapping[str, float]) -> str:

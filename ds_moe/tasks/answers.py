@@ -14,8 +14,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ds_moe.data.batch import Batch
-from ds_moe.data.chat import final_answer
-from ds_moe.data.eval_set import EvalSet
+from ds_moe.data.chat import Sample, final_answer
+from ds_moe.data.eval_set import EvalBatch, EvalSet
 from ds_moe.data.processor import Processor
 from ds_moe.data.special_tokens import text_of
 from ds_moe.distributed import over_ranks, parallel, raise_together
@@ -36,6 +36,21 @@ class Answering:
     content_tokens: Sequence[str] = ()  # special tokens that belong to an answer
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What an evaluation has found of one sample."""
+
+    where: str  # file:line of its record
+    kind: str | None
+    question: str
+    answer: str  # the expected one
+    prediction: str | None  # the generated one, without its thought; None: only losses are evaluated
+
+    @property
+    def right(self) -> bool | None:
+        return None if self.prediction is None else self.prediction == self.answer
+
+
 @torch.no_grad()
 def evaluate(
     engine: deepspeed.DeepSpeedEngine,
@@ -46,6 +61,7 @@ def evaluate(
     limit: int | None = None,
     shown: int = 0,
     each_batch: Callable[[], None] = lambda: None,
+    note: Callable[[list[Answered]], None] = lambda answered: None,
 ) -> EvalReport:
     """Evaluate on all ranks together (collective); every rank returns the same numbers, rank 0 the samples to show.
 
@@ -53,6 +69,7 @@ def evaluate(
         limit: samples to use, over all ranks; None: all.
         shown: how many samples to return with question, answer and prediction.
         each_batch: called before every batch.
+        note: called after every batch, with this rank's samples of it.
 
     Raises:
         UserError: on every rank, when any of them met a bad record.
@@ -66,21 +83,34 @@ def evaluate(
         labelled = batch.batch.to(engine.device)
         loss_sum += engine(**labelled.with_labels, use_cache=False, num_items_in_batch=1).loss.item()
         label_tokens += int(labelled.label_tokens)
-        if answering is None:
-            continue
-        predictions = generate_answers(engine.module, batch.prompt.to(engine.device), answering)
-        compared = zip(batch.samples, batch.answers, predictions, batch.weights, strict=True)
-        for sample, answer, prediction, weight in compared:
-            prediction = final_answer(prediction).strip()
-            asked[sample.kind or "all"] += weight
-            right[sample.kind or "all"] += weight * (prediction == answer)
-            if weight and len(samples) < shown:
-                samples.append(ShownSample(sample.first_image(), sample.last_question(), answer, prediction))
+        answered = _answers(engine, batch, answering)
+        for one, sample in answered if answering is not None else ():
+            asked[one.kind or "all"] += 1
+            right[one.kind or "all"] += one.right
+            if len(samples) < shown:
+                samples.append(ShownSample(sample.first_image(), one.question, one.answer, one.prediction))
+        note([one for one, _ in answered])
     engine.train()
     raise_together(eval_set.error)
     losses, counts, all_asked, all_right = zip(*over_ranks((loss_sum, label_tokens, asked, right)), strict=True)
     accuracy = accuracy_by_kind(sum(all_asked, Counter()), sum(all_right, Counter()))
     return EvalReport(step, sum(losses) / max(sum(counts), 1), accuracy, samples)
+
+
+def _answers(
+    engine: deepspeed.DeepSpeedEngine, batch: EvalBatch, answering: Answering | None
+) -> list[tuple[Answered, Sample]]:
+    """What is found of each sample of a batch but its fillers (collective)."""
+    predictions: list[str | None] = [None] * len(batch.samples)
+    if answering is not None:
+        generated = generate_answers(engine.module, batch.prompt.to(engine.device), answering)
+        predictions = [final_answer(text).strip() for text in generated]
+    compared = zip(batch.samples, batch.answers, predictions, batch.weights, strict=True)
+    return [
+        (Answered(sample.where, sample.kind, sample.last_question(), answer, prediction), sample)
+        for sample, answer, prediction, weight in compared
+        if weight
+    ]
 
 
 def accuracy_by_kind(asked: Counter[str], right: Counter[str]) -> dict[str, float]:

@@ -19,14 +19,17 @@ from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing, loss_free
 from ds_moe.monitor.reports import EvalReport
-from ds_moe.tasks.answers import Answering, evaluate
+from ds_moe.tasks.answers import Answered, Answering, evaluate
 
 DEFAULT_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What training needs of a run. `optimizer_step` reads the first four; tasks read the others too."""
+    """What training needs of a run. `optimizer_step` reads the first four; tasks read the others too.
+
+    An evaluation of its own has no `stream`, and an engine without an optimizer.
+    """
 
     config: RunConfig
     topology: Topology
@@ -80,8 +83,14 @@ class Task:
         """What the closing table says of this process's steps beside the figures of the run: name -> value."""
         return {}
 
-    def evaluate(self, progress: Progress, limit: int | None, each_batch: Callable[[], None]) -> EvalReport:
-        """On `limit` held-out samples, or all of them (collective). `each_batch` is called before every batch."""
+    def evaluate(
+        self,
+        step: int,
+        limit: int | None,
+        each_batch: Callable[[], None],
+        note: Callable[[list[Answered]], None] = lambda answered: None,
+    ) -> EvalReport:
+        """On `limit` held-out samples, or all of them, see `answers.evaluate` (collective). `step` is the report's."""
         config, answering = self.parts.config.train, None
         if config.eval_generate:
             answering = Answering(
@@ -93,8 +102,9 @@ class Task:
             self.parts.engine,
             self.parts.eval_set,
             answering,
-            step=progress.step,
+            step=step,
             limit=limit,
             shown=self.parts.config.monitor.sample_images,
             each_batch=each_batch,
+            note=note,
         )

@@ -3,4 +3,5 @@
 set_up.py    everything a run needs      run.py           what the loop works with
 step.py      one optimizer step          expert_load.py   expert loads over all ranks
 summary.py   opening and closing table   checkpoints.py   saving and resuming
+evaluation.py    an evaluation of its own, without training
 """

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from ds_moe.checkpoint.files import step_folders
 from ds_moe.checkpoint.progress import Progress
@@ -30,6 +31,7 @@ from ds_moe.models.generation import stop_at
 from ds_moe.models.load import build_outline, load_model, model_config
 from ds_moe.models.processor import processor_of
 from ds_moe.models.routing import routing_note
+from ds_moe.moe.context import ForwardContext
 from ds_moe.monitor.flops import active_flops_per_token, peak_flops
 from ds_moe.monitor.monitor import make_monitor
 from ds_moe.tasks.registry import TaskKind, task_kind
@@ -43,7 +45,7 @@ def set_up(config: RunConfig) -> Run:
     topology = start_distributed(config.moe.ep_size if config.moe else 1)
     watch = watch_job(topology.rank, topology.world_size, config.train.watchdog_s)
     stop = StopRequest(topology.rank, config.train.stop_within_s, lambda: str(watch.place))
-    raise_together(_unwritable(Path(config.train.output_dir)))
+    raise_together(unwritable(Path(config.train.output_dir), "train.output_dir"))
     seed_everything(config.train.seed)
     if topology.rank == 0:
         forget_earlier_run(config)
@@ -60,14 +62,7 @@ def set_up(config: RunConfig) -> Run:
     kind.set_trainable(outline, config)
     zero = zero_plan(ds_config)
     memory = predict(outline, config, zero, topology.world_size, on_cpu(), kind.streams_weights)
-    dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
-    model = load_model(config.model, dtype, config.train.seed, unread=kind.streams_weights)
-    if (end := end_token(processor)) is not None:
-        stop_at(model, end)
-    context = prepare_model(
-        model, config, topology, set_trainable=kind.prepare, keep_ranks_in_step=not kind.runs_vision_itself
-    )
-    read_weights(model, config, topology, ds_config)
+    model, context = load_prepared(config, topology, processor, ds_config)
     engine = build_engine(model, config, ds_config, progress.total_steps, kind.adapter_lr(config))
     engine.train()
     seed_everything(config.train.seed + topology.rank)  # from here on ranks draw apart
@@ -90,6 +85,22 @@ def set_up(config: RunConfig) -> Run:
     return Run(parts, kind.make(parts), progress, monitor, memory, watch, stop, patience)
 
 
+def load_prepared(
+    config: RunConfig, topology: Topology, processor: Processor, ds_config: dict[str, object]
+) -> tuple[PreTrainedModel, ForwardContext | None]:
+    """The run's model as engines take it, its weights read, and what its expert layers share (collective)."""
+    kind = task_kind(config)
+    dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
+    model = load_model(config.model, dtype, config.train.seed, unread=kind.streams_weights)
+    if (end := end_token(processor)) is not None:
+        stop_at(model, end)
+    context = prepare_model(
+        model, config, topology, set_trainable=kind.prepare, keep_ranks_in_step=not kind.runs_vision_itself
+    )
+    read_weights(model, config, topology, ds_config)
+    return model, context
+
+
 def _data(
     config: RunConfig, topology: Topology, processor: Processor, kind: TaskKind
 ) -> tuple[TrainStream, EvalSet | None]:
@@ -102,14 +113,14 @@ def _data(
     return stream, EvalSet(config, processor, **ranks, record_kind=kind.eval_records(config))
 
 
-def _unwritable(folder: Path) -> str | None:
-    """Why a run could not write below its output folder, before anything is loaded for it."""
+def unwritable(folder: Path, key: str) -> str | None:
+    """Why nothing could be written below a folder, before anything is loaded for it. `key` is what names the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        return f"train.output_dir {folder} cannot be written ({error.strerror}); choose another"
+        return f"{key} {folder} cannot be written ({error.strerror}); choose another"
 
 
 def seed_everything(seed: int) -> None:

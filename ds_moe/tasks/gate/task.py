@@ -16,6 +16,7 @@ from torch import Tensor
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.monitor.reports import EvalReport
+from ds_moe.tasks.answers import Answered
 from ds_moe.tasks.gate.evaluate import Survey, per_sample, survey
 from ds_moe.tasks.gate.network import GateDecision, divergence, entropy, gate_loss
 from ds_moe.tasks.gate.records import RoutedBatch
@@ -110,15 +111,21 @@ class GateTask(Task):
         dist.all_reduce(totals)
         return {name: (total / count).item() for name, (total, count) in zip(sums, totals, strict=True) if count > 0}
 
-    def evaluate(self, progress: Progress, limit: int | None, each_batch: Callable[[], None]) -> EvalReport:
+    def evaluate(
+        self,
+        step: int,
+        limit: int | None,
+        each_batch: Callable[[], None],
+        note: Callable[[list[Answered]], None] = lambda answered: None,
+    ) -> EvalReport:
         """In stage supervised: held-out loss and accuracy of routing. Later: those of answers, plus the routing's."""
         parts = self.parts
         shown = parts.config.monitor.sample_images
         found = survey(parts.engine, parts.eval_set, self.names, limit, shown=shown, each_batch=each_batch)
         if self.supervised:
-            report = EvalReport(progress.step, found.loss, found.accuracy, found.samples)
+            report = EvalReport(step, found.loss, found.accuracy, found.samples)
         else:
-            report = super().evaluate(progress, limit, each_batch)
+            report = super().evaluate(step, limit, each_batch, note)
         if (scores := found.scores()) is not None:
             report.scalars = {"eval/routing_accuracy": scores.accuracy, "eval/routing_ece": scores.ece}
             report.pictures = pictures(scores, found)

@@ -1,0 +1,75 @@
+"""What `ds-moe eval` refuses, in one line, and what its words mean."""
+
+import argparse
+
+import pytest
+import torch
+
+from ds_moe import cli, evaluate
+from ds_moe.config.run_file import load_run
+from ds_moe.distributed import Topology
+from ds_moe.errors import UserError
+from ds_moe.models.presets import build_preset
+from ds_moe.training.evaluation import find_weights
+
+DEMO = "ds_configs/runs/demo.yaml"
+ALONE = Topology(rank=0, world_size=1, local_rank=0, ep_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load_run(DEMO, [f"train.output_dir={tmp_path / 'run'}", "lora={rank: 4}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([DEMO, "data.eval=null", "train.eval_every=null", "train.eval_batch_size=null"], "data.eval is not set"),
+        (["tests/runs/gate.yaml"], "task is gate; ds-moe gate eval"),
+        ([DEMO, "--out", "result.json"], "--out result.json must end in .jsonl"),
+        ([DEMO, "train.eval_size=3"], "unknown key train.eval_size"),
+    ],
+)
+def test_a_wrong_word_is_refused_before_any_rank_starts(words, complaint, capsys):
+    assert cli.main(["eval", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and complaint in said and said.count("\n") == 1
+
+
+def test_the_command_gives_ranks_its_options(capsys):
+    words = [DEMO, "--nproc", "2", "train.seed=3", "--from", "runs/a b", "--samples", "5", "--dry-run"]
+    assert cli.main(["eval", *words]) == 0
+    tail = f"--module ds_moe.evaluate {DEMO} train.seed=3 --from 'runs/a b' --samples 5\n"
+    assert capsys.readouterr().out.endswith(tail)
+
+
+def test_ranks_take_overrides_before_and_behind_options():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*")
+    evaluate.add_options(parser)
+    options = parser.parse_intermixed_args(["r.yaml", "a=1", "--from", "x", "b=2", "--out", "o.jsonl"])
+    assert options.words == ["r.yaml", "a=1", "b=2"]
+    assert evaluate.words_of(options) == ["--from", "x", "--out", "o.jsonl"]
+
+
+def test_weights_that_mean_nothing_are_refused(config, tmp_path):
+    with pytest.raises(UserError, match=r"run holds no checkpoint; name what to evaluate: --from"):
+        find_weights(config, None, ALONE)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty is no whole checkpoint and no run with one"):
+        find_weights(config, str(tmp_path / "empty"), ALONE)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"adapter is a PEFT adapter, not a model: give the checkpoint"):
+        find_weights(config, str(tmp_path / "adapter"), ALONE)
+    with pytest.raises(UserError, match=r"^--from no/thing is no checkpoint, run, preset or model: "):
+        find_weights(config, "no/thing", ALONE)
+
+
+def test_a_model_takes_the_place_of_the_run_s_own(config, tmp_path):
+    build_preset("tiny-vl-dense").save_pretrained(tmp_path / "dense")
+    found = find_weights(config, str(tmp_path / "dense"), ALONE)
+    assert (found.name, found.checkpoint, found.config.lora) == ("dense", None, None)
+    assert (found.config.model.path, found.config.model.preset) == (str(tmp_path / "dense"), None)
+    preset = find_weights(config, "tiny-moe", ALONE).config.model
+    assert (preset.path, preset.preset) == (None, "tiny-moe")
