@@ -50,7 +50,7 @@ def init(options: argparse.Namespace) -> None:
     config = load_run(options.out)
     print(f"{options.out}: {plans.described(chosen.plan)}{', gradient checkpointing' if chosen.checkpointing else ''}")
     print(*(f"  {line}" for line in summary(config, job, chosen, train, held_out)), sep="\n")
-    print_next(options.out, config.train.output_dir, ranks, None if device.on_cpu else device.memory)
+    print_next(options.out, config, ranks, None if device.on_cpu else device.memory)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -61,7 +61,7 @@ def _demo(options: argparse.Namespace) -> None:
     what = "a tiny Qwen3-VL-MoE learns to read scans of digits, on 2 ranks"
     write(options.out, re.sub(r"\A(#.*\n)+", f"# The demo: {what}\n", shipped), options.force)
     print(f"{options.out}: {what}")
-    print_next(options.out, load_run(options.out).train.output_dir, 2, None)
+    print_next(options.out, load_run(options.out), 2, None)
 
 
 def refuse_existing(out: Path, force: bool) -> None:
@@ -134,16 +134,13 @@ def summary(config: RunConfig, job: Job, chosen: Fit, train: Looked, held_out: L
     return lines + [f"why       {line}" for line in chosen.why]
 
 
-def print_next(out: Path, output_dir: str, ranks: int, memory: float | None) -> None:
+def print_next(out: Path, config: RunConfig, ranks: int, memory: float | None) -> None:
     """The commands that come next; `memory` in bytes is that of a GPU, None on CPUs."""
-    file, output = shlex.quote(str(out)), shlex.quote(output_dir)
+    file, output = shlex.quote(str(out)), shlex.quote(config.train.output_dir)
     size = f" --device-memory {memory / GIB:.0f}GiB" if memory else ""
     start = f" --nproc {min(ranks, NODE)}" if ranks > 1 else ""
     start += " --hostfile HOSTS" if ranks > NODE else ""
-    commands = (
-        f"doctor {file} --world {ranks}{size}",
-        f"train {file}{start}",
-        f"plot {output}",
-        f"export {output} exported/",
-    )
+    commands = [f"doctor {file} --world {ranks}{size}", f"train {file}{start}", f"plot {output}"]
+    commands += [f"eval {file}{start}"] if config.data.eval else []
+    commands.append(f"export {output} exported/")
     print("next:", *(f"  ds-moe {command}" for command in commands), sep="\n")

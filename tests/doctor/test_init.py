@@ -69,7 +69,7 @@ def test_a_run_for_gpus_has_sensible_keys_and_passes_the_doctor(here, capsys):
     assert longest < config.data.max_length <= 2 * longest + 64 and config.data.num_workers == 4
     assert "4,311 records with images" in said and "EP 4, ZeRO-2" in said and "24.0 GiB are there" in said
     commands = [line.split() for line in said.partition("next:\n")[2].splitlines()]
-    assert [words[:2] for words in commands] == [["ds-moe", name] for name in ("doctor", "train", "plot", "export")]
+    assert [words[1] for words in commands] == ["doctor", "train", "plot", "eval", "export"]
     assert cli.main(commands[0][1:]) == 0
     report = capsys.readouterr().out
     assert "0 errors, 0 warnings" in report, report
@@ -84,7 +84,11 @@ def test_without_gpus_the_run_is_for_one_cpu_rank_and_lora_if_asked(here, capsys
     assert (config.moe.ep_size, config.lora.rank, config.lora.experts, config.moe.balance) == (1, 16, True, [])
     assert (config.train.lr, config.model.freeze, config.data.num_workers) == (1e-4, [], 0)
     assert (config.train.global_batch_size, config.checkpoint.every) == (8, 2)  # 3 epochs of 2 steps
-    assert "ds-moe train 'new/small run.yaml'\n" in said and "ds-moe plot 'runs/small run'\n" in said
+    assert (
+        "ds-moe eval" not in said
+        and "ds-moe train 'new/small run.yaml'\n" in said
+        and "ds-moe plot 'runs/small run'\n" in said
+    )
     assert cli.main(["doctor", "new/small run.yaml"]) == 0
     assert "0 errors" in capsys.readouterr().out
 
