@@ -1,7 +1,7 @@
 """Builds a DeepSpeed engine from a model and a run's settings, and checks what must hold before the first step."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch.distributed as dist
@@ -98,7 +98,7 @@ def build_without_optimizer(model: PreTrainedModel, ds_config: dict[str, object]
 
 def _mark_leaves(model: PreTrainedModel, ds_config: dict[str, object]) -> list[BoundMoELayer]:
     """The MoE layers, each of which ZeRO-3 is told to gather together."""
-    layers = moe_layers(model)
+    layers = cast(list[BoundMoELayer], moe_layers(model))
     if layers and zero_plan(ds_config).stage == 3:
         set_z3_leaf_modules(model, [BoundMoELayer])
     return layers

@@ -14,12 +14,12 @@ from tests.launcher import HANGS_S
 TERM, INT, USR1 = SIGNALS
 
 
-def process(body: str, deadline_s: float = HANGS_S) -> subprocess.Popen:
+def process(body: str, deadline_s: float = HANGS_S, **more: str) -> subprocess.Popen:
     """A process with a `StopRequest` that has said "ready"; `body` is its main thread's work from there."""
     lines = f"""
     import signal, sys, time
     from ds_moe.faults.signals import StopRequest, agreed, leave_to_parent
-    stop = StopRequest(3, {deadline_s}, lambda: "step 7, forward")
+    stop = StopRequest(3, {deadline_s}, lambda: "step 7, forward", **{more})
     """
     code = textwrap.dedent(lines) + textwrap.dedent(body)
     started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -60,6 +60,14 @@ def test_before_the_first_step_a_signal_ends_at_once():
     _, error = running.communicate(timeout=HANGS_S)
     assert running.returncode == 128 + TERM
     assert error == "rank 3: received SIGTERM before the first step: ending\n"
+
+
+def test_what_saves_nothing_ends_at_once_and_says_so():
+    running = process('print("ready", flush=True); time.sleep(600)', at_once="in an evaluation")
+    running.send_signal(INT)
+    _, error = running.communicate(timeout=HANGS_S)
+    assert running.returncode == 128 + INT
+    assert error == "rank 3: received SIGINT in an evaluation: ending\n"
 
 
 def test_a_step_that_takes_longer_than_the_deadline_ends_without_a_checkpoint():
