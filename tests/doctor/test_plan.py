@@ -1,6 +1,7 @@
 """`ds-moe plan`: plans and tables, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,14 @@ def test_a_folder_and_a_run_file(capsys, tmp_path, monkeypatch):
     status, out, err = command(capsys, "model", "--config", "run.yaml", "--gpus", 4)
     assert status == 0 and not err and "run.yaml; predicted:" in out and "fits" in out
     assert command(capsys, "model", "--gpus", 4, "--ep-size", 2, "--lora", 4)[0] == 0
+
+
+def test_the_shipped_run_of_eight_gpus_fits_and_would_not_with_twice_the_tokens(capsys, tmp_path):
+    shipped = Path(plans.__file__).parents[1] / "ds_configs/runs/qwen3_vl_30b_a3b_ep8.yaml"
+    longer = tmp_path / "longer.yaml"
+    longer.write_text(shipped.read_text().replace("max_length: 2048", "max_length: 4096"))
+    for file, said in ((shipped, "\nfits\n"), (longer, "\nDOES NOT FIT\n")):
+        assert said in command(capsys, SMALL, "--config", file, "--gpus", 8)[1]
 
 
 @pytest.mark.parametrize(
