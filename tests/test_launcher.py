@@ -93,7 +93,7 @@ def test_what_does_not_fit_the_number_of_ranks_is_said_before_one_starts(monkeyp
     assert cli.main(["train", DEMO, "--nproc", "3"]) == 2
     batch, experts = capsys.readouterr().err.splitlines()
     assert batch.startswith(f"error: {DEMO}:") and "is not a multiple of micro_batch_size 32 x 3 ranks = 96" in batch
-    assert experts.endswith("moe.ep_size 2 does not divide the 3 ranks (1, 3 do)")
+    assert experts.endswith("moe.ep_size 2 does not divide the 3 ranks (1 does, and the model's 8 experts)")
 
 
 def test_what_the_user_has_set_stays(capsys, monkeypatch):

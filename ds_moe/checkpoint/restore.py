@@ -12,41 +12,23 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ds_moe.checkpoint.files import MAPPED, Reader, damaged, find_checkpoint, incomplete, step_folders
-from ds_moe.checkpoint.save import persistent_buffers, saved_parameters
+from ds_moe.checkpoint.files import MAPPED, STATE, Reader, damaged, find_checkpoint, incomplete, step_folders
+from ds_moe.checkpoint.fit import chosen, model_misfits, persistent_buffers, saved_parameters
 from ds_moe.distributed import Topology, over_ranks, together
 from ds_moe.engine import masters as zero_state
-from ds_moe.errors import UserError, one_line
-from ds_moe.models.families import expert_state, full_shape
+from ds_moe.errors import UserError, all_in_one, one_line
+from ds_moe.models.families import expert_state
 from ds_moe.weights.files import MappedFiles
 
 
 def choose(resume: str, folder: Path, topology: Topology, note: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint that `train.resume` (auto, never, or a folder) names; None for a new start (collective).
-
-    The ranks verify checksums together, each a share of the files. `auto` skips damaged checkpoints, but never makes a
-    new start in a folder that holds checkpoints; and no run ever continues before later checkpoints of another run.
-
-    Raises:
-        UserError: none of the checkpoints is usable, or there are checkpoints that the run would write between.
-    """
+    """`fit.chosen`, with checksums that the ranks verify together, each a share of the files (collective)."""
     [existing, *_] = together(topology, "list checkpoints", lambda: step_folders(folder))
-    if resume == "never" and existing:
-        raise UserError(f"train.resume=never, but {folder} holds {existing[0].name}: choose another train.output_dir")
-    candidates = {"never": [], "auto": existing}.get(resume, [Path(resume)])
-    for path in candidates:
-        problems = together(topology, f"check {path}", lambda path=path: _problem(path, topology))
-        problem = next(filter(None, problems), None)
-        if problem is not None:
-            note(f"checkpoint {path} cannot be used: {problem}")
-            continue
-        later = [other.name for other in existing if other.name > path.name]
-        if resume != "auto" and later:
-            raise UserError(f"train.resume={resume}, but {folder} holds {later[0]}: choose another train.output_dir")
-        return path
-    if candidates:
-        raise UserError(f"train.resume={resume}: no usable checkpoint among {[path.name for path in candidates]}")
-    return None
+
+    def problem(path: Path) -> str | None:
+        return next(filter(None, together(topology, f"check {path}", lambda: _problem(path, topology))), None)
+
+    return chosen(resume, folder, existing, problem, note)
 
 
 def find_together(source: Path, topology: Topology, note: Callable[[str], None] = print) -> Path:
@@ -62,16 +44,13 @@ def _problem(path: Path, topology: Topology) -> str | None:
     return incomplete(path) or damaged(path, topology.rank, topology.world_size)
 
 
-def load(
-    engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path, base: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def load(engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path, with_frozen: bool) -> dict[str, Any]:
     """Load weights, Adam, schedule and random states from a checkpoint of any topology; its `state` (collective).
 
-    Raises:
-        UserError: the checkpoint's tensors do not fit this model, or it was trained on another `base` (of `Saving`).
+    The checkpoint must fit, see `fit.misfits`; `with_frozen`: it holds parameters that are not trained, too.
     """
     state, reader = _open(path)
-    parameters = _fitting(engine.module, topology, reader, state, base)
+    parameters = saved_parameters(engine.module, with_frozen)
     zero_state.start_adam(engine, state["adam_step"])
     for name, parameter in parameters.items():
         rows = _own_rows(name, parameter, topology)
@@ -87,15 +66,17 @@ def load(
 
 
 def load_weights(
-    model: nn.Module, topology: Topology, path: Path, base: dict[str, Any] | None = None
+    model: nn.Module, topology: Topology, path: Path, base: dict[str, object] | None = None
 ) -> dict[str, Any]:
     """Load the weights of a checkpoint, and nothing else, into a model whose engine has no optimizer; its `state`.
 
     Raises:
-        UserError: as `load`.
+        UserError: the checkpoint does not fit the model, or the `base` (see `Saving`) that it is evaluated upon.
     """
+    if problems := model_misfits(path, model, topology.ep_size, base):
+        raise all_in_one(problems)
     state, reader = _open(path)
-    for name, parameter in _fitting(model, topology, reader, state, base).items():
+    for name, parameter in saved_parameters(model, with_frozen=base is None).items():
         rows = _own_rows(name, parameter, topology)
         zero_state.write_weight(parameter, reader.read(f"weight/{name}", rows))
     _load_buffers(model, reader)
@@ -103,32 +84,7 @@ def load_weights(
 
 
 def _open(path: Path) -> tuple[dict[str, Any], Reader]:
-    return json.loads((path / "state.json").read_text()), Reader(path)
-
-
-def _fitting(
-    model: nn.Module, topology: Topology, reader: Reader, state: dict[str, Any], base: dict[str, Any] | None
-) -> dict[str, nn.Parameter]:
-    """The parameters of a model that a checkpoint holds, by name. Raises `UserError` where the two do not fit."""
-    path = reader.path
-    parameters = saved_parameters(model, with_frozen=base is None)
-    wanted = {f"weight/{name}" for name in parameters} | {f"buffer/{name}" for name, _ in persistent_buffers(model)}
-    saved = {key for key in reader.tensors if key.split("/", 1)[0] not in zero_state.MOMENTS}
-    if wanted != saved:
-        raise UserError(
-            f"checkpoint {path} does not fit this model: missing {sorted(wanted - saved)[:5]}, "
-            f"unexpected {sorted(saved - wanted)[:5]}"
-        )
-    if state.get("base") != base:
-        raise UserError(
-            f"checkpoint {path} was trained upon another model (model.path, or model.preset and train.seed): "
-            f"{state.get('base')} there, {base} here"
-        )
-    for name, parameter in parameters.items():
-        here, there = list(full_shape(name, parameter, topology.ep_size)), reader.shape(f"weight/{name}")
-        if here != there:
-            raise UserError(f"checkpoint {path} does not fit this model: {name} is {there} there and {here} here")
-    return parameters
+    return json.loads((path / STATE).read_text()), Reader(path)
 
 
 def _load_buffers(model: nn.Module, reader: Reader) -> None:

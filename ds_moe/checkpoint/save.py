@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ds_moe.checkpoint.files import FORMAT, MANIFEST, file_table, incomplete, step_folders, write_json
+from ds_moe.checkpoint.fit import persistent_buffers, saved_parameters
 from ds_moe.distributed import Topology, together
 from ds_moe.engine import masters as zero_state
 from ds_moe.errors import UserError
@@ -159,21 +160,6 @@ def _collect(
             rows = buffer.shape[0] if buffer.dim() else 1
             mine[f"buffer/{name}"] = (buffer.detach().clone().cpu().contiguous(), [0, rows])
     return mine
-
-
-def saved_parameters(model: torch.nn.Module, with_frozen: bool) -> dict[str, torch.nn.Parameter]:
-    """The parameters that a checkpoint holds, by name."""
-    return {name: one for name, one in model.named_parameters() if with_frozen or one.requires_grad}
-
-
-def persistent_buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    """The buffers that belong to a model's state. Under ZeRO-3, module.state_dict() would return empty parameters."""
-    return [
-        (f"{prefix}.{name}" if prefix else name, buffer)
-        for prefix, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    ]
 
 
 @dataclass

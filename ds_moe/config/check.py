@@ -23,9 +23,9 @@ CONTRADICTIONS = [  # in the order of the complaints: users see the first
 ]
 
 
-def check_model(config: RunConfig, model_config: PretrainedConfig) -> None:
+def check_model(config: RunConfig, model_config: PretrainedConfig, world_size: int | None = None) -> None:
     """Raise `UserError` for the first key that does not fit this model (a transformers config, read before loading)."""
-    if found := model_problems(config, model_config):
+    if found := model_problems(config, model_config, world_size):
         raise UserError(found[0])
 
 
@@ -47,9 +47,9 @@ def problems(config: RunConfig) -> list[str]:
     return lines
 
 
-def model_problems(config: RunConfig, model_config: PretrainedConfig) -> list[str]:
+def model_problems(config: RunConfig, model_config: PretrainedConfig, world_size: int | None = None) -> list[str]:
     """Every key of a run file that contradicts the model: MoE or dense, number of experts, vision or text only."""
-    return [_located(config, complaint) for complaint in model.contradictions(config, model_config)]
+    return [_located(config, complaint) for complaint in model.contradictions(config, model_config, world_size)]
 
 
 def warmup_problem(config: RunConfig, total_steps: int) -> str | None:

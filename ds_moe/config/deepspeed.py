@@ -27,7 +27,7 @@ from ds_moe.errors import UserError, all_in_one
 
 
 def resolve_deepspeed(
-    config: RunConfig, world_size: int, on_cpu: bool, hidden_size: int | None = None
+    config: RunConfig, world_size: int, on_cpu: bool, hidden_size: int | None = None, experts: int | None = None
 ) -> dict[str, Plain]:
     """The dictionary for `deepspeed.initialize`, with nothing "auto" left in it; `config` is from `load_run`.
 
@@ -37,7 +37,7 @@ def resolve_deepspeed(
         UserError: broken JSON, an unknown or unsupported key, a contradiction with the run file, a batch size or an
             ep_size that does not divide.
     """
-    resolved, complaints = deepspeed_problems(config, world_size, on_cpu, hidden_size)
+    resolved, complaints = deepspeed_problems(config, world_size, on_cpu, hidden_size, experts)
     if complaints:
         raise all_in_one(complaints)
     return resolved
@@ -75,7 +75,7 @@ def json_problems(config: RunConfig) -> list[str]:
 
 
 def deepspeed_problems(
-    config: RunConfig, world_size: int, on_cpu: bool, hidden_size: int | None = None
+    config: RunConfig, world_size: int, on_cpu: bool, hidden_size: int | None = None, experts: int | None = None
 ) -> tuple[dict[str, Plain], list[str]]:
     """The dictionary of `resolve_deepspeed` and every complaint; where there is one, the dictionary is empty."""
     try:
@@ -88,7 +88,7 @@ def deepspeed_problems(
     except UserError as error:
         complaints.append(str(error))
         accumulation = 1
-    if config.moe and (problem := ep_size_problem(config.moe.ep_size, world_size, f"the {world_size} ranks")):
+    if config.moe and (problem := ep_size_problem(config.moe.ep_size, world_size, experts, of="ranks")):
         complaints.append(f"{config.at('moe.ep_size')}: {problem}")
     resolved = without_switched_off(deepcopy(source.values))
     for key, yaml_key, value in _shared_values(config, accumulation, on_cpu):

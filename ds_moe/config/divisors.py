@@ -1,15 +1,30 @@
 """Numbers that must divide others: the EP size divides ranks and experts, a micro-batch of all ranks the batch."""
 
+import math
+from typing import Literal
+
 from ds_moe.config.run import RunConfig
 from ds_moe.errors import UserError
 
 
-def ep_size_problem(ep_size: int, count: int, what: str) -> str | None:
-    """The complaint about an EP size that does not divide `count`, which messages call `what` ("the 8 ranks")."""
-    if count % ep_size == 0:
+def fitting_ep_sizes(*counts: int | None) -> list[int]:
+    """The EP sizes that divide all of these numbers, of ranks and of experts; None: a number is not known."""
+    common = math.gcd(*(count for count in counts if count is not None))
+    return [size for size in range(1, common + 1) if common % size == 0]
+
+
+def ep_size_problem(
+    ep_size: int, ranks: int | None, experts: int | None, of: Literal["ranks", "experts"]
+) -> str | None:
+    """The complaint about an EP size that does not divide the ranks, or the experts. Those it advises divide both."""
+    names = {"ranks": f"the {ranks} ranks", "experts": f"the model's {experts} experts"}
+    count, other = (ranks, experts) if of == "ranks" else (experts, ranks)
+    if count is None or count % ep_size == 0:
         return None
-    fits = ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)
-    return f"moe.ep_size {ep_size} does not divide {what} ({fits} do)"
+    fits = fitting_ep_sizes(count, other)
+    too = f", and {names['experts' if of == 'ranks' else 'ranks']}" if other is not None else ""
+    advised = f"{', '.join(map(str, fits))} {'do' if len(fits) > 1 else 'does'}"
+    return f"moe.ep_size {ep_size} does not divide {names[of]} ({advised}{too})"
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:

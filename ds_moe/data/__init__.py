@@ -10,5 +10,6 @@ order.py     the order of an epoch          eval_set.py        what a rank is ev
 batch.py     a micro-batch                  processor.py       what the data need of a processor
 marks.py     texts found in a rendering     message_keys.py    thoughts, tools, weights
 special_tokens.py   which of them texts may write
+position.py  where a checkpoint is in the data
 digits.py    the bundled data set
 """

@@ -67,11 +67,11 @@ def image_source(value: object, root: Path) -> ImageSource:
         found = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of symlinks, a null byte
         reason = error.strerror if isinstance(error, OSError) else error  # an OSError repeats the path
-        raise RecordError(f"missing image {shown(value)}: {reason} (correct the path)") from error
+        raise RecordError(f"missing image {shown(value)}: {reason} (correct the path, or set data.root)") from error
     if not path.is_relative_to(root):
         raise RecordError(f"image {shown(value)} leaves the data root {root} (move it below, or set data.root)")
     if not found:
-        raise RecordError(f"missing image {shown(value)} (no such file below the data root {root})")
+        raise RecordError(f"missing image {shown(value)} (no such file below the data root {root}; set data.root)")
     return ImageSource(name=value, path=path)
 
 

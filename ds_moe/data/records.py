@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DATA_CACHE = "data_cache"  # in a run's output folder: the memory maps of Parquet files
+SKIPPING = "data.on_bad_record: skip goes on without"  # what helps against any bad record
 MAX_LINE = 2**27  # bytes; twice what a rollout of 64k tokens takes with the routing of 48 layers
 
 
@@ -74,7 +75,7 @@ def read_records(
 def stop_message(bad: list[BadRecord]) -> str:
     """One line for the first bad record and the number of the others."""
     others = f" [and {len(bad) - 1} more bad records]" if len(bad) > 1 else ""
-    return f"{bad[0]}{others}; data.on_bad_record: skip goes on without"
+    return f"{bad[0]}{others}; {SKIPPING}"
 
 
 class _FileRecords(Generic[Raw, Parsed]):

@@ -15,13 +15,13 @@ from ds_moe.data.batch import Batch
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.order import FILLER, EpochOrder
+from ds_moe.data.position import DataPosition, order_of, position_problems
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records
 from ds_moe.data.records import DATA_CACHE, open_records
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, all_in_one
 from ds_moe.faults.signals import leave_to_parent
 
-DataPosition = dict[str, int | str]  # as a checkpoint's state.json holds it
 PREFETCH = 2  # steps that a loading process prepares ahead, unless the run file says otherwise
 
 
@@ -182,41 +182,18 @@ class TrainStream:
             for slices in self._slices_by_rank
         ]
 
+    @property
+    def order(self) -> DataPosition:
+        """Everything that the order of the data depends on."""
+        return order_of(self._config, self._records)
+
     def state_dict(self) -> DataPosition:
         """The place after the last yielded step, and everything that the order of the data depends on."""
         epoch, step = divmod(self._position, self.steps_per_epoch)
-        return {"epoch": epoch, "step": step, **self._identity()}
-
-    def is_file_of(self, state: DataPosition) -> bool:
-        """Whether a saved position is one in the file that this stream reads."""
-        return state.get("data.train sha256") == self._records.sha256
+        return {"epoch": epoch, "step": step, **self.order}
 
     def load_state_dict(self, state: DataPosition) -> None:
         """Go on after the saved step. Raises `UserError` if the order of the data would not be the saved one."""
-        missing = [key for key in ("epoch", "step", *self._identity()) if key not in state]
-        if missing:
-            raise UserError(
-                f"train.resume: the checkpoint's data position lacks {missing[0]!r} (use another checkpoint)"
-            )
-        for key in ("epoch", "step"):
-            if type(state[key]) is not int or state[key] < 0:
-                raise UserError(f"train.resume: the checkpoint's data position has {key} {state[key]!r} (use another)")
-        for key, now in self._identity().items():
-            if state[key] != now:
-                raise UserError(
-                    f"train.resume: {key} was {state[key]!r} in the checkpoint and is {now!r} now, so the data would "
-                    "not go on where they stopped (restore it, or start anew in another train.output_dir)"
-                )
-        self._position = state["epoch"] * self.steps_per_epoch + state["step"]
-
-    def _identity(self) -> DataPosition:
-        """Everything that the order of the data depends on, by the run file's names."""
-        order = self._order
-        return {
-            "data.train sha256": self._records.sha256,
-            "data.train records": len(order.lengths),
-            "train.seed": order.seed,
-            "train.global_batch_size": order.global_batch_size,
-            "data.shuffle": order.shuffle,
-            "data.length_grouping": order.length_grouping,
-        }
+        if problems := position_problems(state, self.order):
+            raise all_in_one(problems)
+        self._position = int(state["epoch"]) * self.steps_per_epoch + int(state["step"])

@@ -1,8 +1,9 @@
 """What would fail or be slow in a run, said before an accelerator is booked.
 
 report.py   the findings, one line each         case.py    the run under examination
-run.py      device, kernels, resume, intervals  model.py   the model's config and file headers
+run.py      device, kernels, intervals          model.py   the model's config and file headers
 data.py     the records                         memory.py  whether it fits
+resume.py   the checkpoint it would go on from
 plan_command.py, plans.py                       memory of other topologies
 new_run.py, look.py, fit.py, run_text.py        a run file for a model and its data
 cli.py     the options of the commands

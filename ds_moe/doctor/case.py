@@ -6,13 +6,16 @@ Every check takes the `Case` and yields `Finding`s; none trains, downloads or re
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ds_moe.config.run import RunConfig
 from ds_moe.config.zero_plan import ZeroPlan
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from ds_moe.data.position import DataPosition
 
 GIB = 2**30
 
@@ -45,6 +48,10 @@ class Case:
     samples: int  # records of each data file that are decoded and tokenized
     folder: str | None = None  # where the model's files are on this machine
     model: PretrainedConfig | None = None
+    experts: int | None = None  # of each MoE block of the model
+    outline: PreTrainedModel | None = None  # the model without storage, with its frozen parts marked
+    checkpoint: Path | None = None  # that the run would go on from
+    order: DataPosition | None = None  # what the order of its data depends on
     zero: ZeroPlan | None = None  # of the DeepSpeed JSON
     tokens_a_sample: float | None = None  # mean over the training records that were decoded
     records: int | None = None  # good training records

@@ -120,6 +120,8 @@ def _processor(case: Case) -> Processor | None:
 
 def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | None) -> Iterator[Finding]:
     from ds_moe.data.encoder import check_samples
+    from ds_moe.data.position import order_of
+    from ds_moe.data.records import SKIPPING
 
     config, path, where = case.config, getattr(case.config.data, split), case.config.at(f"data.{split}")
     if split == "train" and case.model is None and kind.files_follow:
@@ -129,16 +131,18 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
     except UserError as error:
         yield Finding("error", f"{where}: {error}")
         return
+    if split == "train":
+        case.order = order_of(config, records)
     bad = [str(one) for one in records.bad]
     lengths: list[int] = []
     if processor is not None:
         found, lengths = check_samples(config, records, processor, case.samples)
         bad += map(str, found)
         yield from _special_in_texts(case, split, records, processor)
-    level = "warning" if config.data.on_bad_record == "skip" else "error"
-    yield from (Finding(level, line) for line in bad[:SHOWN])
+    level, fix = ("warning", "") if config.data.on_bad_record == "skip" else ("error", f"; {SKIPPING}")
+    yield from (Finding(level, f"{line}{fix}") for line in bad[:SHOWN])
     if len(bad) > SHOWN:
-        yield Finding(level, f"{path}: and {len(bad) - SHOWN} more bad records")
+        yield Finding(level, f"{path}: and {len(bad) - SHOWN} more bad records{fix}")
     mean = sum(lengths) / len(lengths) if lengths else None
     if split == "train":
         case.records, case.tokens_a_sample = len(records), mean

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ds_moe.config.divisors import fitting_ep_sizes
 from ds_moe.config.run_file import ALL_KEYS
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.doctor.case import GIB, Case, Finding
@@ -33,6 +34,7 @@ def check_outline(case: Case) -> Iterator[Finding]:
         key = named if named in ALL_KEYS else kind.trainable_key(config)
         yield Finding("error", f"{config.at(key)}: {error}")
         return
+    case.outline = model
     longest = case.model.get_text_config().max_position_embeddings
     if config.data.max_length > longest:
         text = f"data.max_length {config.data.max_length} exceeds the {longest} positions the model was made for"
@@ -70,7 +72,9 @@ def _loading(case: Case, zero: ZeroPlan, load: LoadingMemory) -> Iterator[Findin
     if moved_whole and not on_cpu and load.device > BUSY * case.device.memory:
         text = f"a rank's {load.device / GIB:.1f} GiB of weights are moved to the device before ZeRO-3 shards them"
         there = f"{case.device.memory / GIB:.1f} GiB are there ({case.device.source})"
-        fix = "raise moe.ep_size, or take larger devices" if case.config.moe else "take larger devices"
+        larger = [size for size in fitting_ep_sizes(case.world_size, case.experts) if size > _ep_size(case)]
+        named = f"raise moe.ep_size (to {' or '.join(map(str, larger))}), or " if case.config.moe and larger else ""
+        fix = f"{named}take larger devices"
         yield Finding("error", f"{where}: start: {text}; {there}; {fix}")
     ranks = case.world_size if on_cpu else min(case.world_size, RANKS_A_HOST)
     needed, free = ranks * load.host, psutil.virtual_memory().available
@@ -83,6 +87,10 @@ def _loading(case: Case, zero: ZeroPlan, load: LoadingMemory) -> Iterator[Findin
         yield Finding("warning", f"{where}: {text}; see that the hosts of the job have them")
     else:
         yield Finding("ok", text)
+
+
+def _ep_size(case: Case) -> int:
+    return case.config.moe.ep_size if case.config.moe else 1
 
 
 def _relief(case: Case, zero: ZeroPlan) -> str:

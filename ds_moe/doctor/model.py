@@ -49,7 +49,8 @@ def find_model(case: Case) -> Iterator[Finding]:
         text = f"model.path {path} is a {found.model_type} model; must be one of {', '.join(FAMILIES)}"
         yield Finding("error", f"{where}: {text}")
         return
-    complaints = model_problems(config, found)
+    case.experts = expert_count(found)
+    complaints = model_problems(config, found, case.world_size)
     yield from (Finding("error", complaint) for complaint in complaints)
     case.model = None if complaints else found
 

@@ -7,6 +7,7 @@ import sys
 from rich.console import Console
 from transformers import PretrainedConfig
 
+from ds_moe.config.rules.model import expert_count
 from ds_moe.config.run_file import load_run
 from ds_moe.doctor import plans
 from ds_moe.doctor.case import Device
@@ -45,8 +46,10 @@ def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console
         plan = Plan(gpus, config.moe.ep_size if config.moe else 1, 0)
     else:
         config = plans.run_of(plan, options.model, model, settings_of(options, model))
-    if plan.gpus % plan.ep_size:
-        raise UserError(f"--gpus {gpus}: EP {plan.ep_size} does not divide them")
+    fits = plans.ep_sizes(model, gpus)
+    if plan.ep_size not in fits:
+        what = f"{gpus} GPUs and the model's {expert_count(model)} experts" if expert_count(model) else "a dense model"
+        raise UserError(f"EP {plan.ep_size} does not suit {what}; use {' or '.join(map(str, fits))}")
     device = Device(False, options.memory * GIB, "--memory")
     forecast = plans.forecast(plan, config, plans.outline_of(config, model), device)
     named = str(options.config) if options.config else plans.described(plan)

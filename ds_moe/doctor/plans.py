@@ -1,6 +1,5 @@
 """Plans to train a model on numbers of GPUs: the run file that stands for each, and the memory that it needs."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel, Qwen3VLMoeConfig
 
 from ds_moe.config.deepspeed import resolve_deepspeed, zero_plan
+from ds_moe.config.divisors import fitting_ep_sizes
 from ds_moe.config.rules.model import expert_count
 from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import ModelConfig
@@ -137,9 +137,8 @@ def forecast(plan: Plan, config: RunConfig, outline: PreTrainedModel, device: De
 
 
 def ep_sizes(model: PretrainedConfig, gpus: int) -> list[int]:
-    """What divides both the number of GPUs and that of experts; only 1 for a dense model."""
-    common = math.gcd(expert_count(model) or 1, gpus)
-    return [size for size in range(1, common + 1) if common % size == 0]
+    """Those that divide both the number of GPUs and that of experts; only 1 for a dense model."""
+    return fitting_ep_sizes(gpus, expert_count(model) or 1)
 
 
 def plans(gpus: int, ep_size: int, lora: int) -> list[Plan]:

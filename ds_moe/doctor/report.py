@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ds_moe.config.run_file import parse_run
-from ds_moe.doctor import data, memory, model, run
+from ds_moe.doctor import data, memory, model, resume, run
 from ds_moe.doctor.case import Case, Finding
 from ds_moe.errors import UserError
 
@@ -15,12 +15,13 @@ CHECKS = [  # the cheap and certain ones first; a later check uses what an earli
     run.check_device,
     run.check_cores,
     run.check_kernels,
-    run.check_resume,
+    resume.find_checkpoint,
     model.find_model,
     run.check_deepspeed,
     model.check_files,
     memory.check_outline,
     data.check_data,
+    resume.check_resume,
     model.check_experts,
     model.check_routing,
     run.check_warmup,

@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Iterator
 from importlib import metadata, util
-from pathlib import Path
 
 from ds_moe.config.check import warmup_problem
 from ds_moe.config.deepspeed import deepspeed_problems, precision, summed_in_bf16, trains_on_cpu, zero_plan
@@ -144,7 +143,7 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
     if is_missing(config):
         return  # parsing the run file has complained already
     hidden_size = case.model.get_text_config().hidden_size if case.model else None
-    resolved, complaints = deepspeed_problems(config, case.world_size, case.device.on_cpu, hidden_size)
+    resolved, complaints = deepspeed_problems(config, case.world_size, case.device.on_cpu, hidden_size, case.experts)
     yield from (Finding("error", complaint) for complaint in complaints)
     if complaints:
         return
@@ -158,13 +157,6 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
     yield Finding("ok", f"batch: {size} samples a step; {split}, {precision(config, case.device.on_cpu)}")
     if warning := summed_in_bf16(config, case.zero, case.world_size):
         yield Finding("warning", warning)
-
-
-def check_resume(case: Case) -> Iterator[Finding]:
-    resume = case.config.train.resume
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        where = case.config.at("train.resume")
-        yield Finding("error", f"{where}: train.resume is {resume!r}; must be auto, never or a checkpoint folder")
 
 
 def check_warmup(case: Case) -> Iterator[Finding]:

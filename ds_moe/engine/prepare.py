@@ -11,7 +11,7 @@ from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.distributed import Topology
 from ds_moe.engine.moe_binding import BoundMoELayer, create_groups, zero3_home
-from ds_moe.models.convert import convert, load_expert_bias, moe_layers
+from ds_moe.models.convert import convert_for, load_expert_bias
 from ds_moe.models.freeze import set_trainable
 from ds_moe.models.streaming import read_unread
 from ds_moe.models.vision import has_vision, keep_vision_in_step
@@ -39,17 +39,13 @@ def prepare_model(
     Returns:
         The context that the model's expert layers share; None for a dense model.
     """
-    context = None
     set_trainable(model, config)
     if config.moe is not None:
         create_groups(topology.ep_size)
-        ep = ExpertParallel(topology.ep_size, topology.ep_rank)
-        context = convert(model, config.moe, ep, BoundMoELayer)
-        if config.lora is not None and not config.lora.train_router:
-            for layer in moe_layers(model):
-                layer.gate.requires_grad_(False)  # also freezes our router's extra parameters (noise_weight)
-        if config.model.path is not None:
-            load_expert_bias(model, config.model.path)
+    ep = ExpertParallel(topology.ep_size, topology.ep_rank)
+    context = convert_for(model, config, ep, BoundMoELayer)
+    if context is not None and config.model.path is not None:
+        load_expert_bias(model, config.model.path)
     if has_vision(model) and keep_ranks_in_step:
         keep_vision_in_step(model)
     if config.train.gradient_checkpointing:

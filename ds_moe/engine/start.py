@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
@@ -20,10 +21,11 @@ def on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
-def start_distributed(ep_size: int) -> Topology:
+def start_distributed(ep_size: int, experts: Callable[[], int | None] = lambda: None) -> Topology:
     """Join the job that the launcher started, or make one of a single process, and bind this process to its device.
 
-    Raises `UserError` where `ep_size` does not divide the number of processes.
+    Raises `UserError` where `ep_size` does not divide the number of processes; what would must divide the model's
+    `experts`, too.
     """
     ops.use_environment()
     ops.share_cores()
@@ -32,8 +34,8 @@ def start_distributed(ep_size: int) -> Topology:
         os.environ.setdefault(name, value)
     local_rank = int(os.environ["LOCAL_RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
-    if problem := ep_size_problem(ep_size, world_size, f"the {world_size} ranks of this job"):
-        raise UserError(problem)
+    if world_size % ep_size:
+        raise UserError(ep_size_problem(ep_size, world_size, experts(), of="ranks"))
     # DeepSpeed 0.19 uses old names of collectives, about which torch 2.13 warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not on_cpu():

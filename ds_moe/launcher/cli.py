@@ -51,7 +51,12 @@ def train(options: argparse.Namespace) -> int:
     if options.task is not None and (other := other_task(config, options.task)):
         raise UserError(f"{config.at('task')}: task is {other}; ds-moe gate train trains runs of task gate")
     if not (options.hostfile or options.dry_run) and (ranks := ranks_here(options.nproc)) > 1:
-        if complaints := deepspeed_problems(config, ranks, trains_on_cpu())[1]:
+        experts = None
+        if config.moe and ranks % config.moe.ep_size:  # what is advised instead must divide the experts, too
+            from ds_moe.models.load import experts_of
+
+            experts = experts_of(config.model)
+        if complaints := deepspeed_problems(config, ranks, trains_on_cpu(), experts=experts)[1]:
             raise all_in_one(complaints)
     restarts = options.max_restarts
     while True:

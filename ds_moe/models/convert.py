@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from ds_moe.config.moe import ExpertsConfig, LossFreeBalance, MoEConfig
 from ds_moe.config.rules.moe import noncausal
+from ds_moe.config.run import RunConfig
 from ds_moe.errors import UserError
 from ds_moe.models.families import BIAS_SUFFIX, FAMILIES, Family, moe_blocks
 from ds_moe.models.generation import Arguments, Keywords, cache_of
@@ -78,6 +79,19 @@ def convert(
     if not config.router.causal:
         decoder.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
         model.prepare_inputs_for_generation = _refuse_generation
+    return context
+
+
+def convert_for(
+    model: PreTrainedModel, config: RunConfig, ep: ExpertParallel | None = None, layer_class: type[MoELayer] = MoELayer
+) -> ForwardContext | None:
+    """`convert` a model whose trained parts are set, as its run asks for it; None: the run is of a dense model."""
+    if config.moe is None:
+        return None
+    context = convert(model, config.moe, ep, layer_class)
+    if config.lora is not None and not config.lora.train_router:
+        for layer in moe_layers(model):
+            layer.gate.requires_grad_(False)  # also freezes our router's extra parameters (noise_weight)
     return context
 
 

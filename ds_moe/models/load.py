@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ds_moe.config.rules.model import expert_count
 from ds_moe.config.sections import ModelConfig
 from ds_moe.errors import UserError, one_line
 from ds_moe.models.families import FAMILIES, family_of
@@ -29,6 +30,14 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     if found.model_type not in FAMILIES:
         raise UserError(f"{where} is a {found.model_type!r}; supported: {sorted(FAMILIES)}")
     return found
+
+
+def experts_of(config: ModelConfig) -> int | None:
+    """Experts of each MoE block of a run's model; None: it is dense, or its config cannot be read."""
+    try:
+        return expert_count(model_config(config))
+    except UserError:
+        return None
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0, unread: bool = False) -> PreTrainedModel:

@@ -8,6 +8,7 @@ import logging
 import math
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.models.families import family_of
@@ -32,6 +33,13 @@ def tie_as_stored(model: PreTrainedModel, files: SafetensorsFiles) -> None:
             setattr(model.get_submodule(owner), name, tied)
         else:
             model.all_tied_weights_keys.pop(target)
+
+
+def untie(model: PreTrainedModel, stored: set[str]) -> None:
+    """Give weights of a model on the meta device that its config ties one of their own, if they are among `stored`."""
+    for target in ties_of(model.config).keys() & stored:
+        owner, _, name = target.rpartition(".")
+        setattr(model.get_submodule(owner), name, nn.Parameter(model.get_parameter(target).detach()))
 
 
 def equal_values(files: SafetensorsFiles, one: str, other: str, dtype: torch.dtype) -> bool:

@@ -5,11 +5,16 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from ds_moe.checkpoint.changes import changes
+from ds_moe.checkpoint.fit import Resumption, misfits
 from ds_moe.checkpoint.restore import choose, load
 from ds_moe.checkpoint.save import Saving
 from ds_moe.config.deepspeed import precision
 from ds_moe.config.run_file import write_run
+from ds_moe.data.position import same_file
+from ds_moe.distributed import together
 from ds_moe.engine.start import on_cpu
+from ds_moe.errors import all_in_one
 from ds_moe.models.processor import save_processor
 from ds_moe.training.run import Run
 
@@ -20,11 +25,16 @@ def resume(run: Run) -> None:
     path = choose(run.config.train.resume, run.folder / "checkpoints", parts.topology, note=run.monitor.note)
     if path is None:
         return
-    state = load(run.engine, parts.topology, path, run.base)
+    order, follow = parts.stream.order, run.kind.files_follow
+    wanted = Resumption(run.config, run.engine.module, parts.topology.ep_size, run.base, order, follow)
+    [problems, *_] = together(parts.topology, f"compare the run with {path}", lambda: misfits(path, wanted))
+    if problems:
+        raise all_in_one(problems)
+    state = load(run.engine, parts.topology, path, with_frozen=run.base is None)
     progress.resume(state, run.kind.name)
     progress.figures.checkpoint = str(path)
     progress.evaluation_due = progress.evaluation_due and parts.eval_set is not None
-    next_file = run.kind.files_follow and not parts.stream.is_file_of(state["data"])
+    next_file = follow and not same_file(state["data"], order)
     if next_file:
         progress.file_from = progress.step
     else:
@@ -37,6 +47,8 @@ def resume(run: Run) -> None:
     saved_by = f"{state['world_size']} ranks with ep_size {state['ep_size']}"
     also = ", with the next rollout file" if next_file else ""
     run.monitor.note(f"resumed from {path} at step {progress.step} (saved by {saved_by}){also}")
+    for line in changes(path, run.config):
+        run.monitor.note(line)
 
 
 def save_checkpoint(run: Run) -> None:

@@ -29,7 +29,7 @@ from ds_moe.errors import UserError
 from ds_moe.faults.signals import StopRequest
 from ds_moe.faults.watchdog import Watchdog, watch_job
 from ds_moe.models.families import PRESETS
-from ds_moe.models.load import model_config
+from ds_moe.models.load import experts_of, model_config
 from ds_moe.models.processor import processor_of
 from ds_moe.monitor.progress import SampleCount, print_table
 from ds_moe.monitor.reports import EvalReport
@@ -68,7 +68,7 @@ def evaluate_run(
     Raises:
         UserError: weights that cannot be found, do not fit or are damaged; a bad record under `on_bad_record: stop`.
     """
-    topology = start_distributed(config.moe.ep_size if config.moe else 1)
+    topology = start_distributed(config.moe.ep_size if config.moe else 1, lambda: experts_of(config.model))
     watch = watch_job(topology.rank, topology.world_size, config.train.watchdog_s)
     stop = StopRequest(topology.rank, 0.0, lambda: str(watch.place), at_once="in an evaluation, which saves nothing")
     complete = False

@@ -28,7 +28,7 @@ from ds_moe.faults.watchdog import watch_job
 from ds_moe.memory.predict import predict
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.generation import stop_at
-from ds_moe.models.load import build_outline, load_model, model_config
+from ds_moe.models.load import build_outline, experts_of, load_model, model_config
 from ds_moe.models.processor import processor_of
 from ds_moe.models.routing import routing_note
 from ds_moe.moe.context import ForwardContext
@@ -42,7 +42,8 @@ from ds_moe.training.run import EarlyStopping, Run
 
 def set_up(config: RunConfig) -> Run:
     """Data, model, engine and monitor, in the order in which mistakes are cheapest to find (collective)."""
-    topology = start_distributed(config.moe.ep_size if config.moe else 1)
+    ep_size = config.moe.ep_size if config.moe else 1
+    topology = start_distributed(ep_size, experts=lambda: experts_of(config.model))
     watch = watch_job(topology.rank, topology.world_size, config.train.watchdog_s)
     stop = StopRequest(topology.rank, config.train.stop_within_s, lambda: str(watch.place))
     raise_together(unwritable(Path(config.train.output_dir), "train.output_dir"))
@@ -56,7 +57,7 @@ def set_up(config: RunConfig) -> Run:
     if steps_are_known and (problem := warmup_problem(config, progress.total_steps)):
         raise UserError(problem)
     outline = build_outline(model_config(config.model))
-    check_model(config, outline.config)
+    check_model(config, outline.config, topology.world_size)
     hidden_size = outline.config.get_text_config().hidden_size
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
     kind.set_trainable(outline, config)

@@ -160,7 +160,7 @@ BROKEN = {
     "EP and ranks": (
         lambda: edit("ep_size: 2", "ep_size: 4"),
         2,
-        "run.yaml:7: moe.ep_size 4 does not divide the 2 ranks (1, 2 do)",
+        "run.yaml:7: moe.ep_size 4 does not divide the 2 ranks (1, 2 do, and the model's 8 experts)",
     ),
     "batch": (
         lambda: edit("global_batch_size: 16", "global_batch_size: 12"),
@@ -346,6 +346,39 @@ def test_special_tokens_in_texts_are_named_with_the_key_that_keeps_them_whole(he
     edit('["<|box_start|>"]', '["<|im_end|>"]')
     code, lines, _ = doctor(capsys)
     assert code == 1 and "data.content_tokens: '<|im_end|>' is a control token of the chat template" in lines[0]
+
+
+def test_lines_about_bad_records_name_what_helps(healthy, capsys):
+    skip = "; data.on_bad_record: skip goes on without"
+    image = '{"messages": [{"role": "user", "content": "<image>"}], "images": ["%s.png"]}'
+    records("{", *(image % number for number in range(6)), image % "../outside")
+    _, lines, _ = doctor(capsys)
+    assert len(lines) == 6 and all(line.endswith(skip) for line in lines)
+    assert all("; set data.root)" in line for line in lines[1:5]) and "and 3 more bad records" in lines[5]
+    edit("max_length: 64", "max_length: 64\n  on_bad_record: skip")
+    code, lines, _ = doctor(capsys)
+    assert code == 0 and len(lines) == 6 and not any(skip in line for line in lines)
+
+
+def test_an_ep_size_is_advised_that_divides_ranks_and_experts(healthy, capsys):
+    edit("ep_size: 2", "ep_size: 4")
+    edit("global_batch_size: 16", "global_batch_size: 24")
+    _, [line], _ = doctor(capsys, world=6)
+    assert line == "error    run.yaml:7: moe.ep_size 4 does not divide the 6 ranks (1, 2 do, and the model's 8 experts)"
+    edit("ep_size: 4", "ep_size: 3")
+    code, lines, _ = doctor(capsys, world=6)
+    assert code == 1
+    assert lines == [
+        "error    run.yaml:7: moe.ep_size 3 does not divide the model's 8 experts (1, 2 do, and the 6 ranks)"
+    ]
+    edit("ep_size: 3", "ep_size: 4")  # of a model of nine, on three: two lines, and one advice
+    checkpoint(num_experts=9)
+    edit("global_batch_size: 24", "global_batch_size: 12")
+    _, lines, _ = doctor(capsys, world=3)
+    assert [line.partition("(")[2] for line in lines] == [
+        "1, 3 do, and the 3 ranks)",
+        "1, 3 do, and the model's 9 experts)",
+    ]
 
 
 def test_slow_expert_implementations_are_warned_about(healthy, capsys):

@@ -64,7 +64,7 @@ def test_the_shipped_run_of_eight_gpus_fits_and_would_not_with_twice_the_tokens(
     ("words", "complaint"),
     [
         (("--gpus", "8,x"), "--gpus 8,x: must be whole numbers above 0"),
-        (("--gpus", 6, "--ep-size", 4), "EP 4 does not divide them"),
+        (("--gpus", 6, "--ep-size", 4), "EP 4 does not suit 6 GPUs and the model's 128 experts; use 1 or 2"),
         (("--zero", 2, "--offload"), "--offload with ZeRO-2"),
         (("no-such-folder",), "no-such-folder"),
         (("--config", "run.yaml", "--sweep"), "give one of them"),

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from ds_moe.config.sections import ModelConfig
 from ds_moe.models import ties
 from ds_moe.models.families import family_of
-from ds_moe.models.load import load_model
-from ds_moe.models.ties import ties_of
+from ds_moe.models.load import build_outline, load_model
+from ds_moe.models.presets import preset_config
+from ds_moe.models.ties import ties_of, untie
 from ds_moe.weights.files import SafetensorsFiles
 from tests.models.streamed import EMBEDDING, HEAD, tied_folder
 
@@ -54,3 +55,16 @@ def test_an_untied_model_is_saved_as_one(tmp_path):
     assert json.loads((tmp_path / "saved/config.json").read_text())["tie_word_embeddings"] is False
     head = SafetensorsFiles.of_folder(tmp_path / "saved").read(HEAD)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").lm_head.weight, head)
+
+
+def test_an_outline_is_untied_only_where_both_weights_are_stored():
+    config = preset_config("tiny-vl-dense")
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    model = build_outline(config)
+    names = {name for name, _ in model.named_parameters()}
+    assert "lm_head.weight" not in names
+    untie(model, names)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    untie(model, names | {"lm_head.weight"})
+    assert {name for name, _ in model.named_parameters()} == names | {"lm_head.weight"}
+    assert model.lm_head.weight.shape == model.get_input_embeddings().weight.shape

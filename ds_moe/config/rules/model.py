@@ -20,12 +20,14 @@ def expert_count(model_config: PretrainedConfig) -> int | None:
     return getattr(model_config.get_text_config(), "num_experts", None)
 
 
-def contradictions(config: RunConfig, model_config: PretrainedConfig) -> Iterator[Complaint]:
-    yield from _moe_section(config, model_config)
+def contradictions(
+    config: RunConfig, model_config: PretrainedConfig, world_size: int | None = None
+) -> Iterator[Complaint]:
+    yield from _moe_section(config, model_config, world_size)
     yield from _vision(config, model_config)
 
 
-def _moe_section(config: RunConfig, model_config: PretrainedConfig) -> Iterator[Complaint]:
+def _moe_section(config: RunConfig, model_config: PretrainedConfig, world_size: int | None) -> Iterator[Complaint]:
     kind, experts = model_config.model_type, expert_count(model_config)
     if task_is(config, "gate"):
         if experts or config.moe is not None:
@@ -40,7 +42,7 @@ def _moe_section(config: RunConfig, model_config: PretrainedConfig) -> Iterator[
         yield "moe", f"section moe would not be used: {kind} is a dense model; remove it (override: moe=null)"
         return
     ep_size, top_k, chunks = config.moe.ep_size, config.moe.router.top_k, config.moe.dispatch.chunks
-    if problem := ep_size_problem(ep_size, experts, f"the model's {experts} experts"):
+    if problem := ep_size_problem(ep_size, world_size, experts, of="experts"):
         yield "moe.ep_size", problem
     elif experts // ep_size % chunks:
         local = experts // ep_size

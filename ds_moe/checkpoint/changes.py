@@ -1,0 +1,61 @@
+"""What a run file says otherwise than the checkpoint that it resumes."""
+
+import json
+from pathlib import Path
+
+from ds_moe.config.deepspeed_json import read_deepspeed
+from ds_moe.config.run import RunConfig
+from ds_moe.config.run_file import load_run
+from ds_moe.config.yaml_lines import Plain, join
+from ds_moe.errors import UserError
+
+# How a run is written, watched and fed: that changes nothing it learns.
+BOOKKEEPING = ("monitor", "checkpoint", "data.num_workers", "data.prefetch_factor")
+BOOKKEEPING += ("train.output_dir", "train.resume", "train.watchdog_s", "train.stop_within_s")
+LONGEST = 120  # characters of a value
+
+
+def changes(path: Path, config: RunConfig) -> list[str]:
+    """What a run should say of its run file before it goes on from a checkpoint: a line for each changed key."""
+    try:
+        return [f"changed since the checkpoint: {key} {values}" for key, values in changed_keys(path, config).items()]
+    except UserError as error:
+        return [f"the run file was not compared with the checkpoint's: {error}"]
+
+
+def changed_keys(path: Path, config: RunConfig) -> dict[str, str]:
+    """Dotted key -> "old -> new" of every key that has another value than in the run file of a checkpoint.
+
+    The keys of the DeepSpeed JSON stand below `deepspeed`; bookkeeping is left out.
+
+    Raises:
+        UserError: this version cannot read the run file of the checkpoint.
+    """
+    then, now = (_leaves(_tree(run)) for run in (load_run(path / "run.yaml"), config))
+    return {
+        key: f"{_written(then.get(key))} -> {_written(now.get(key))}"
+        for key in [*now, *(key for key in then if key not in now)]
+        if then.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{one}.") for one in BOOKKEEPING)
+    }
+
+
+def _tree(run: RunConfig) -> dict[str, Plain]:
+    """Every key with its value, used or not: one that is not written has the same default on both sides."""
+    return run.model_dump(mode="json") | {"deepspeed": read_deepspeed(run).values}
+
+
+def _leaves(value: Plain, key: str = "") -> dict[str, Plain]:
+    """Dotted key -> value. Lists of sections are taken apart; lists of plain values are values, unless empty."""
+    if value == []:
+        return {}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return {key: value}
+    return {leaf: below for name, item in value.items() for leaf, below in _leaves(item, join(key, name)).items()}
+
+
+def _written(value: Plain) -> str:
+    """A value as a run file writes it."""
+    text = "not set" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

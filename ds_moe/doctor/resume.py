@@ -1,0 +1,67 @@
+"""Checks of what a run would go on from, as the run itself makes them before it loads anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ds_moe.doctor.case import Case, Finding
+from ds_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from ds_moe.checkpoint.fit import Resumption
+
+
+def find_checkpoint(case: Case) -> Iterator[Finding]:
+    """The checkpoint that `train.resume` means; sets `case.checkpoint`. Its files are there, but no content is read."""
+    from ds_moe.checkpoint.files import incomplete, step_folders
+    from ds_moe.checkpoint.fit import chosen
+
+    config = case.config
+    folder, notes = Path(config.train.output_dir) / "checkpoints", []
+    try:
+        case.checkpoint = chosen(config.train.resume, folder, step_folders(folder), incomplete, notes.append)
+    except UserError as error:
+        yield Finding("error", f"{config.at('train.resume')}: {error}", notes)
+        return
+    yield from (Finding("warning", f"{config.at('train.resume')}: {note}") for note in notes)
+
+
+def check_resume(case: Case) -> Iterator[Finding]:
+    """Everything for which the run would refuse that checkpoint; otherwise what has changed since."""
+    from ds_moe.checkpoint.changes import changes
+    from ds_moe.checkpoint.files import STATE
+    from ds_moe.checkpoint.fit import misfits
+
+    path, where = case.checkpoint, case.config.at("train.resume")
+    if path is None:
+        return
+    try:
+        problems = misfits(path, _resumption(case, path))
+    except UserError as error:
+        problems = [str(error)]
+    yield from (Finding("error", f"{where}: {problem}") for problem in problems)
+    if not problems:
+        state = json.loads((path / STATE).read_text())
+        saved_by = f"{state['world_size']} ranks with ep_size {state['ep_size']}"
+        text = f"resume: from {path} at step {state['step']} (saved by {saved_by})"
+        yield Finding("ok", text, changes(path, case.config))
+
+
+def _resumption(case: Case, path: Path) -> Resumption:
+    from ds_moe.checkpoint.files import read_manifest
+    from ds_moe.checkpoint.fit import Resumption
+    from ds_moe.data.position import order_of
+    from ds_moe.models.convert import convert_for
+    from ds_moe.models.ties import untie
+    from ds_moe.tasks.registry import task_kind
+
+    kind, model = task_kind(case.config), case.outline
+    if model is not None:
+        if case.folder is not None:  # whether its files keep the tie, their values tell; the checkpoint knows
+            untie(model, {key.removeprefix("weight/") for key in read_manifest(path)["tensors"]})
+        convert_for(model, case.config)
+    base = kind.base(case.config) if model is not None else None
+    return Resumption(case.config, model, 1, base, case.order or order_of(case.config), kind.files_follow)
