@@ -1,5 +1,6 @@
 """launch/slurm.sbatch under a real SLURM of two nodes: signals, requeues, a lost node, and what is not requeued."""
 
+import os
 import re
 import sys
 import time
@@ -20,10 +21,10 @@ START_S = 600  # for the ranks' imports on a busy machine
 
 
 def is_python(process: psutil.Process) -> bool:
-    """Not by its name, which torchrun changes."""
+    """Not by its name, which torchrun changes, nor by psutil, which keeps what it was before an exec."""
     try:
-        return Path(process.exe()).name.startswith("python")
-    except psutil.Error:  # it has just ended
+        return Path(os.readlink(f"/proc/{process.pid}/exe")).name.startswith("python")
+    except OSError:  # it has just ended
         return False
 
 
