@@ -6,11 +6,14 @@ as in shells.
 """
 
 import os
+import shutil
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -28,7 +31,8 @@ class Stopped(Exception):
 class StopRequest:
     """Records the signals that this rank receives. Make it in the main thread; it replaces the handlers until `close`.
 
-    Before `wait_for_step` is called, a signal ends the process at once, which the message explains with `at_once`.
+    Before `wait_for_step` is called, a signal ends the process at once, which the message explains with `at_once`, and
+    `leftovers`, files and folders that are of no use then, are removed.
     Afterwards a signal is only recorded, and the process has `deadline_s` to end by itself; a second SIGINT ends it at
     once, because somebody pressed Ctrl-C again.
 
@@ -43,6 +47,7 @@ class StopRequest:
         self.rank, self.deadline_s, self.where = rank, deadline_s, where
         self.received: signal.Signals | None = None
         self._at_once, self._why_at_once = True, at_once
+        self.leftovers: list[Path] = []
         self._sender, self._receiver = socket.socketpair()
         self._sender.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
@@ -65,6 +70,9 @@ class StopRequest:
             number = numbers[0]
             if number in SIGNALS and self._at_once:
                 self._say(f"received {signal.Signals(number).name} {self._why_at_once}: ending")
+                for path in self.leftovers:
+                    with suppress(OSError):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
                 os._exit(128 + number)
             elif number in SIGNALS and self.received is None:
                 self.received = signal.Signals(number)

@@ -4,4 +4,5 @@ set_up.py    everything a run needs      run.py           what the loop works wi
 step.py      one optimizer step          expert_load.py   expert loads over all ranks
 summary.py   opening and closing table   checkpoints.py   saving and resuming
 evaluation.py    an evaluation of its own, without training
+eval_files.py    its files, of which it replaces no others
 """

@@ -36,6 +36,7 @@ from ds_moe.monitor.reports import EvalReport
 from ds_moe.tasks.answers import Answered
 from ds_moe.tasks.registry import task_kind
 from ds_moe.tasks.task import TrainingParts
+from ds_moe.training.eval_files import not_replaceable, partial_of, result_file, write_result, written_whole
 from ds_moe.training.set_up import load_prepared, seed_everything, unwritable
 
 SHOWN_BAD = 5  # bad records that are said; the result file has all of them
@@ -70,13 +71,15 @@ def evaluate_run(
     """
     topology = start_distributed(config.moe.ep_size if config.moe else 1, lambda: experts_of(config.model))
     watch = watch_job(topology.rank, topology.world_size, config.train.watchdog_s)
-    stop = StopRequest(topology.rank, 0.0, lambda: str(watch.place), at_once="in an evaluation, which saves nothing")
+    at_once = "in an evaluation, which saves nothing"
+    stop = StopRequest(topology.rank, 0.0, lambda: str(watch.place), at_once)
     complete = False
     try:
         with watch.telling_place(), tempfile.TemporaryDirectory(prefix="ds_moe_eval_") as scratch:
             weights = find_weights(config, source, topology)
             file = Path(out or Path(config.train.output_dir, f"eval-{weights.name}.jsonl"))
-            raise_together(unwritable(file.parent, "the folder of --out,") if topology.rank == 0 else None)
+            stop.leftovers += [Path(scratch), partial_of(file)]
+            raise_together(_unusable(file) if topology.rank == 0 else None)
             result = _evaluate(weights, Path(scratch), file, limit, topology, watch)
         complete = True
     finally:
@@ -142,7 +145,7 @@ def _evaluate(
     }
     result = {key: value for key, value in result.items() if value is not None}
     if topology.rank == 0:
-        file.with_suffix(".json").write_text(json.dumps(result, indent=1))
+        write_result(result, result_file(file))
         print_table(_rows(report, samples, bad, file), f"{weights.source} on {config.data.eval}")
     parts.engine.destroy()
     return result
@@ -205,13 +208,16 @@ def _samples(file: Path, total: int, eval_set: EvalSet, topology: Topology) -> I
     if topology.rank != 0:
         yield Samples(None, None, eval_set)
         return
-    partial, progress = file.with_name(f"{file.name}.partial"), SampleCount(Console(), total)
+    progress = SampleCount(Console(), total)
     try:
-        with partial.open("w", encoding="utf-8") as lines:
+        with written_whole(file) as lines:
             yield Samples(lines, progress, eval_set)
     finally:
         progress.close()
-    partial.replace(file)
+
+
+def _unusable(file: Path) -> str | None:
+    return unwritable(file.parent, "the folder of --out,") or not_replaceable(file)
 
 
 def _rows(report: EvalReport, samples: Samples, bad: Sequence[BadRecord], file: Path) -> dict[str, str]:
@@ -224,7 +230,7 @@ def _rows(report: EvalReport, samples: Samples, bad: Sequence[BadRecord], file: 
     if bad:
         more = [f"and {len(bad) - SHOWN_BAD} more"] if len(bad) > SHOWN_BAD else []
         rows["bad records skipped"] = "\n".join([str(len(bad)), *map(str, bad[:SHOWN_BAD]), *more])
-    rows["result"] = str(file.with_suffix(".json"))
+    rows["result"] = str(result_file(file))
     return rows
 
 

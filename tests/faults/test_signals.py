@@ -70,6 +70,23 @@ def test_what_saves_nothing_ends_at_once_and_says_so():
     assert error == "rank 3: received SIGINT in an evaluation: ending\n"
 
 
+def test_what_ends_at_once_leaves_no_files_of_no_use(tmp_path):
+    partial, scratch = tmp_path / "a.partial", tmp_path / "scratch"
+    partial.write_text("half")
+    (scratch / "cache").mkdir(parents=True)
+    paths = list(map(str, (tmp_path / "missing", partial, scratch)))
+    body = f"""
+    from pathlib import Path
+    stop.leftovers += map(Path, {paths})
+    print("ready", flush=True)
+    time.sleep(600)
+    """
+    running = process(body)
+    running.send_signal(TERM)
+    assert "ending" in running.communicate(timeout=HANGS_S)[1]
+    assert running.returncode == 128 + TERM and not list(tmp_path.iterdir())
+
+
 def test_a_step_that_takes_longer_than_the_deadline_ends_without_a_checkpoint():
     running = process(HANGS, deadline_s=0.5)
     began = time.monotonic()
