@@ -67,8 +67,8 @@ def add_plan(commands: Commands) -> None:
     described = {"description": PLAN, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = commands.add_parser("plan", help="predict the memory of a rank, and which topology fits", **described)
     add, whole = parser.add_argument, {"type": positive, "metavar": "N"}
-    models = "qwen3-vl-30b-a3b (default), qwen3-vl-235b-a22b, or a folder with a config.json"
-    add("model", nargs="?", default="qwen3-vl-30b-a3b", metavar="MODEL", help=models)
+    models = "qwen3-vl-30b-a3b (default without --config), qwen3-vl-235b-a22b, or a folder with a config.json"
+    add("model", nargs="?", metavar="MODEL", help=models)
     add("--config", type=Path, metavar="RUN.yaml", help="a run file, whose settings hold in place of the options'")
     add("--gpus", default="8", metavar="N,N", help="numbers of ranks (default 8)")
     add("--memory", type=gib, default=80.0, metavar="SIZE", help=f"of one GPU (default 80): {SIZE}")

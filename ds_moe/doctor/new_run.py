@@ -138,8 +138,7 @@ def print_next(out: Path, config: RunConfig, ranks: int, memory: float | None) -
     """The commands that come next; `memory` in bytes is that of a GPU, None on CPUs."""
     file, output = shlex.quote(str(out)), shlex.quote(config.train.output_dir)
     size = f" --device-memory {memory / GIB:.0f}GiB" if memory else ""
-    start = f" --nproc {min(ranks, NODE)}" if ranks > 1 else ""
-    start += " --hostfile HOSTS" if ranks > NODE else ""
+    start = " --hostfile HOSTS" if ranks > NODE else f" --nproc {ranks}" if ranks > 1 else ""  # a hostfile has slots
     commands = [f"doctor {file} --world {ranks}{size}", f"train {file}{start}", f"plot {output}"]
     commands += [f"eval {file}{start}"] if config.data.eval else []
     commands.append(f"export {output} exported/")

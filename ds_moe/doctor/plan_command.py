@@ -12,8 +12,9 @@ from ds_moe.config.run_file import load_run
 from ds_moe.doctor import plans
 from ds_moe.doctor.case import Device
 from ds_moe.doctor.plans import NODE, Forecast, Plan, Setting
-from ds_moe.errors import UserError
+from ds_moe.errors import UserError, one_line
 from ds_moe.memory.predict import GIB
+from ds_moe.models.load import model_config
 
 
 def settings_of(options: argparse.Namespace, model: PretrainedConfig) -> dict[str, Setting]:
@@ -60,8 +61,6 @@ def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console
 
 def swept(options: argparse.Namespace, model: PretrainedConfig, gpus: list[int], console: Console) -> dict[str, object]:
     """Predict and print every plan for each number of GPUs; the report without the model's name."""
-    if options.config:
-        raise UserError("--sweep varies what --config would fix: give one of them")
     settings = settings_of(options, model)
     device = Device(False, options.memory * GIB, "--memory")
     found = plans.sweep(options.model, model, settings, gpus, device, options.lora or 16)
@@ -86,10 +85,25 @@ def advice(best: Forecast | None, gpus: int) -> str:
 def plan(options: argparse.Namespace) -> None:
     """Do what the options ask; with `--json` write the report too."""
     console = Console(width=None if sys.stdout.isatty() else 170)  # no wrapped columns in a log file
-    model, gpus = plans.read_model(options.model), counts(options.gpus)
+    if options.sweep and options.config:
+        raise UserError("--sweep varies what --config would fix: give one of them")
+    gpus = counts(options.gpus)
+    options.model, model = _named_model(options)
     if options.sweep:
         report = swept(options, model, gpus, console)
     else:
         report = {"plans": [plans.as_json(one(options, model, count, console)) for count in gpus]}
     if options.json:
-        options.json.write_text(json.dumps({"model": options.model, **report}, indent=1) + "\n")
+        try:
+            options.json.write_text(json.dumps({"model": options.model, **report}, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write --json {options.json}: {error.strerror or one_line(error)}") from error
+
+
+def _named_model(options: argparse.Namespace) -> tuple[str, PretrainedConfig]:
+    """The model that the options name, else that of the run file, else the smaller bundled one."""
+    if options.model is None and options.config:
+        section = load_run(options.config).model
+        return str(section.preset or section.path), model_config(section)
+    name = options.model or next(iter(plans.BUNDLED))
+    return name, plans.read_model(name)

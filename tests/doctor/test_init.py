@@ -77,6 +77,17 @@ def test_a_run_for_gpus_has_sensible_keys_and_passes_the_doctor(here, capsys):
     assert predicted in report  # what init says of the memory is what the doctor says
 
 
+@pytest.mark.parametrize("gpus", [1, 3, 8, 12, 16])
+def test_the_next_commands_start_as_many_ranks_as_the_run_is_for(here, capsys, gpus):
+    """On several hosts their slots say so: 12 GPUs are not two hosts of 8."""
+    code, said, complaints = init(capsys, "model", "data/train.jsonl", "--gpus", gpus, "--memory", "24GB")
+    assert code == 0 and not complaints
+    [train] = [line.split()[1:] for line in said.splitlines() if line.startswith("  ds-moe train")]
+    options = dict(zip(train[2::2], train[3::2], strict=True))
+    expected = {"--hostfile": "HOSTS"} if gpus > 8 else {"--nproc": str(gpus)} if gpus > 1 else {}
+    assert options == expected
+
+
 def test_without_gpus_the_run_is_for_one_cpu_rank_and_lora_if_asked(here, capsys):
     code, said, _ = init(capsys, "text", write_texts(here, 10), "--lora", "--out", "new/small run.yaml")
     assert code == 0

@@ -52,6 +52,27 @@ def test_a_folder_and_a_run_file(capsys, tmp_path, monkeypatch):
     assert command(capsys, "model", "--gpus", 4, "--ep-size", 2, "--lora", 4)[0] == 0
 
 
+@pytest.mark.parametrize("model", ["preset: tiny-vl-dense", "path: folder"])
+def test_a_run_file_alone_is_about_its_own_model(capsys, tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    preset_config("tiny-vl-dense").save_pretrained("folder")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{{model}}}\ndata: {{train: x.jsonl}}\ndeepspeed: zero2\n"
+        "train: {steps: 1, global_batch_size: 8, precision: bf16}\n"
+    )
+    status, out, err = command(capsys, "--config", "run.yaml", "--json", "plan.json")
+    assert status == 0 and not err and out.startswith(f"{model.split()[1]} on 8 GPUs") and "\nfits\n" in out
+    found = json.loads(Path("plan.json").read_text())
+    assert found["model"] == model.split()[1] and found["plans"][0]["device_bytes"]["weights"] < 2**21
+
+
+@pytest.mark.parametrize("place", [".", "missing/plan.json"])
+def test_a_report_that_cannot_be_written_is_one_line(capsys, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command(capsys, SMALL, "--json", place)
+    assert status == 2 and err.startswith(f"error: cannot write --json {place}: ") and err.count("\n") == 1
+
+
 def test_the_shipped_run_of_eight_gpus_fits_and_would_not_with_twice_the_tokens(capsys, tmp_path):
     shipped = Path(plans.__file__).parents[1] / "ds_configs/runs/qwen3_vl_30b_a3b_ep8.yaml"
     longer = tmp_path / "longer.yaml"
