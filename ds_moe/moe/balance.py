@@ -128,7 +128,7 @@ def _over_batch(decision: RoutingDecision, stats: TokenStats, scope: Scope) -> _
 
 def _over_sequences(decision: RoutingDecision, stats: TokenStats) -> _Groups:
     tokens, experts = decision.logits_TE.shape
-    length = tokens // stats.sequences
+    length = max(tokens // max(stats.sequences, 1), 1)  # without tokens there is nothing to place
     counts_BE = count_experts(decision.token_N // length * experts + decision.expert_N, stats.sequences * experts)
     real_V = torch.arange(tokens, device=counts_BE.device) if stats.token_V is None else stats.token_V
     sequence_V = real_V // length

@@ -110,7 +110,8 @@ class MoELayer(nn.Module):
             ValueError: one out of range, or one that would have no effect beside the others.
         """
         parts.whole(dim=dim, width=width, experts=experts, top_k=top_k)
-        gate = parts.router_from(router, parts.new_weight(experts, dim), top_k, settings)
+        # With one expert a token, its weight is its score.
+        gate = parts.router_from(router, parts.new_weight(experts, dim), top_k, settings, normalizes=top_k > 1)
         balancers = parts.balancers_from(router, aux=aux, z_loss=z_loss, loss_free=loss_free)
         gate.balancing = parts.bias_from(experts, loss_free)
         kernels = {"activation": activation, "backend": backend, "recompute": recompute}
@@ -201,14 +202,22 @@ class StandaloneLayer(MoELayer):
             TypeError: hidden states of a wider dtype than the weights, or none of floats.
             ValueError: shapes that do not fit.
             RuntimeError: the losses of the forward before were not taken; or gradient checkpointing that would decide
-                and count a second time.
+                and count a second time. A backward with create_graph raises one too.
         """
         parts.check_states(hidden_states, mask, self.gate.weight)
         tape = current_tape()
         if tape is None or not tape.replaying:
             self._begin(mask, again=tape is not None and self.index in tape.entries)
         x_BSD = hidden_states if hidden_states.dim() == 3 else hidden_states.unsqueeze(0)
-        return super().forward(x_BSD.to(self.gate.weight.dtype)).view_as(hidden_states).to(hidden_states.dtype)
+        y = super().forward(x_BSD.to(self.gate.weight.dtype)).view_as(hidden_states).to(hidden_states.dtype)
+        if y.requires_grad:
+            y.register_hook(_refuse_second_derivatives)
+        return y
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Give a copy or an unpickled layer an index of its own."""
+        super().__setstate__(state)
+        self.index = next(_numbers)
 
     def aux_loss(self) -> Tensor:
         """The sum of the weighted balancing losses of the last forward, an fp32 scalar with grad, to add to its loss.
@@ -263,3 +272,9 @@ class StandaloneLayer(MoELayer):
                 "the balancing losses of the last forward were not taken: add layer.aux_loss() to the loss of every "
                 "forward in training (or call it and drop the result)"
             )
+
+
+def _refuse_second_derivatives(grad: Tensor) -> None:
+    """A hook: under create_graph torch's once_differentiable leaves out terms in silence where `grad` is a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a layer has no second derivatives: call backward or grad without create_graph=True")

@@ -39,11 +39,13 @@ def make_router(kind: str, weight_ED: nn.Parameter, top_k: int, **settings: obje
     return ROUTERS[kind](weight_ED, **(defaults | settings))
 
 
-def router_from(kind: str, weight_ED: nn.Parameter, top_k: int, settings: Mapping[str, object]) -> Router:
-    """`make_router` for settings that are not checked yet. With one expert a token, its weight is its score."""
+def router_from(
+    kind: str, weight_ED: nn.Parameter, top_k: int, settings: Mapping[str, object], normalizes: bool
+) -> Router:
+    """`make_router` for settings that are not checked yet; `normalizes`: the default of what its weights sum to."""
     routing = _checked(ROUTINGS[one_of("router", kind, ROUTINGS)], settings, f"router {kind}")
     weight_ED.requires_grad_(routing.learns)
-    return ROUTERS[kind](weight_ED, **routing.settings(top_k, normalizes=top_k > 1))
+    return ROUTERS[kind](weight_ED, **routing.settings(top_k, normalizes))
 
 
 def balancers_from(router: str, **balances: BalanceSetting) -> list[Balancer]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ds_moe.moe.balance import AuxLoss, TokenStats, ZLoss
 from ds_moe.moe.decision import RoutingDecision, count_experts
 from ds_moe.moe.loss_free import update_biases
-from ds_moe.moe.parts import BalanceSetting, bias_from, make_router, new_weight, whole
+from ds_moe.moe.parts import BalanceSetting, bias_from, check_states, new_weight, router_from, whole
 
 
 class ExpertRouter(nn.Module):
@@ -27,8 +27,9 @@ class ExpertRouter(nn.Module):
             the tokens of each expert in training, and `end_step`, called once an optimizer step, moves it.
 
     Raises:
-        TypeError: a size that is no whole number.
-        ValueError: an unknown gating type, `noise_std` without `noisy_top_k`, or an impossible `top_k`.
+        TypeError: a size that is no whole number, a setting of another type.
+        ValueError: an unknown gating type, `noise_std` without `noisy_top_k`, a setting out of its range in run files,
+            or an impossible `top_k`.
     """
 
     def __init__(
@@ -46,17 +47,16 @@ class ExpertRouter(nn.Module):
     ) -> None:
         super().__init__()
         whole(dim=dim, num_experts=num_experts, top_k=top_k)
-        weight_ED = new_weight(num_experts, dim)
         settings = {"jitter_noise": jitter_noise, "temperature": temperature, "expert_dropout": expert_dropout}
         if gating_type not in ("softmax", "sigmoid", "noisy_top_k"):
             raise ValueError(f"gating_type={gating_type!r} must be softmax, sigmoid or noisy_top_k")
-        if gating_type == "noisy_top_k":
-            noise = {} if noise_std is None else {"noise_std": noise_std}
-            self.router = make_router("noisy_topk", weight_ED, top_k, **noise, **settings)
-        elif noise_std is not None:
-            raise ValueError(f"noise_std={noise_std} needs gating_type noisy_top_k, this is {gating_type}")
-        else:
-            self.router = make_router("topk", weight_ED, top_k, scores=gating_type, **settings)
+        noisy = gating_type == "noisy_top_k"
+        if noise_std is not None:
+            if not noisy:
+                raise ValueError(f"noise_std={noise_std} needs gating_type noisy_top_k, this is {gating_type}")
+            settings["noise_std"] = noise_std
+        kind, settings = ("noisy_topk", settings) if noisy else ("topk", settings | {"scores": gating_type})
+        self.router = router_from(kind, new_weight(num_experts, dim), top_k, settings, normalizes=True)
         self.router.balancing = bias_from(num_experts, loss_free)
         self.aux = AuxLoss(weight=1.0)
 
@@ -71,6 +71,7 @@ class ExpertRouter(nn.Module):
             when balanced). Slots without an expert (padding, expert dropout) are a token's last ones and have weight 0
             and index -1.
         """
+        check_states(x, mask, self.router.weight)
         token_V = _real_tokens(mask)
         decision = self.router(x.reshape(-1, x.shape[-1]), token_V)
         weights_TK, indices_TK = _slots(decision, self.router.top_k)
@@ -78,7 +79,8 @@ class ExpertRouter(nn.Module):
         if self.training and self.router.balancing is not None:
             self.router.balancing.add(counts_E)
         loss = self.aux.loss(decision, TokenStats(token_V, 1, counts_E))
-        return weights_TK.view(*x.shape[:-1], -1), indices_TK.view(*x.shape[:-1], -1), loss
+        shape = *x.shape[:-1], self.router.top_k
+        return weights_TK.view(shape), indices_TK.view(shape), loss
 
     def end_step(self, progress: float = 0.0) -> None:
         """Move the loss-free bias, if there is one, after an optimizer step (collective under DDP).
@@ -96,8 +98,9 @@ class ExpertChoiceRouter(nn.Module):
 
     def __init__(self, dim: int, num_experts: int, capacity_factor: float = 1.0) -> None:
         super().__init__()
-        weight_ED = new_weight(num_experts, dim)
-        self.router = make_router("expert_choice", weight_ED, top_k=1, capacity_factor=capacity_factor)
+        whole(dim=dim, num_experts=num_experts)
+        settings = {"capacity_factor": capacity_factor}
+        self.router = router_from("expert_choice", new_weight(num_experts, dim), 1, settings, normalizes=True)
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Route (B, S, D) hidden states.
@@ -105,6 +108,7 @@ class ExpertChoiceRouter(nn.Module):
         Returns:
             fp32 weights (E, C), with grad; int64 token indices (E, C) into B * S; fp32 scores (B * S, E), with grad.
         """
+        check_states(x_BSD, mask_BS, self.router.weight)
         decision = self.router(x_BSD.reshape(-1, x_BSD.shape[-1]), _real_tokens(mask_BS))
         experts = decision.scores_TE.shape[1]
         return decision.weight_N.view(experts, -1), decision.token_N.view(experts, -1), decision.scores_TE
@@ -141,7 +145,7 @@ class LoadBalancingLoss(nn.Module):
             mask_BS: non-zero at real tokens; None: all are real.
         """
         logits_TE = logits_BSE.reshape(-1, self.num_experts)
-        chosen_TK = indices_BSK.reshape(logits_TE.shape[0], -1)
+        chosen_TK = indices_BSK.reshape(logits_TE.shape[0], indices_BSK.shape[-1])
         kept_TK = chosen_TK >= 0
         if mask_BS is not None:
             kept_TK = kept_TK & mask_BS.reshape(-1, 1).bool()

@@ -13,7 +13,7 @@ from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
-from ds_moe.moe.standalone import make_router
+from ds_moe.moe.parts import make_router
 from tests.launcher import leave, report
 
 D, F, E = 24, 40, 8

@@ -16,7 +16,7 @@ from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.dispatch import LocalDispatcher
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
-from ds_moe.moe.standalone import make_router
+from ds_moe.moe.parts import make_router
 from tests.launcher import report
 
 D, WIDTH = 24, 72  # a width of two blocks

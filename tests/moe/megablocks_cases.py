@@ -21,7 +21,7 @@ from ds_moe.moe.decision import RoutingDecision
 from ds_moe.moe.dispatch import LocalDispatcher
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
-from ds_moe.moe.standalone import make_router
+from ds_moe.moe.parts import make_router
 from tests.launcher import report
 
 E = 6

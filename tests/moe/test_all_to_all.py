@@ -10,7 +10,7 @@ from ds_moe.moe.dispatch import AllToAllDispatcher, LocalDispatcher, regrouped
 from ds_moe.moe.expert_lora import ExpertLoRA
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
-from ds_moe.moe.standalone import make_router
+from ds_moe.moe.parts import make_router
 
 D, F, E = 12, 20, 4
 

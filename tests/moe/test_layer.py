@@ -11,7 +11,7 @@ from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.dispatch import LocalDispatcher
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
-from ds_moe.moe.standalone import make_router
+from ds_moe.moe.parts import make_router
 from ds_moe.moe.tape import checkpoint_contexts
 
 D, F, E = 24, 20, 6  # never square: D != F, D != 2F

@@ -20,8 +20,9 @@ from ds_moe.moe.decision import Assignments
 from ds_moe.moe.dispatch import LocalDispatcher
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
+from ds_moe.moe.parts import make_router
 from ds_moe.moe.routers.limits import survives_dropout
-from ds_moe.moe.standalone import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss, make_router
+from ds_moe.moe.standalone import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss
 from ds_moe.moe.tape import checkpoint_contexts
 
 D = 12

@@ -1,5 +1,8 @@
 """`MoELayer.build` and `ExpertRouter` as somebody's own loop uses them: what it learns, computes, refuses and keeps."""
 
+import copy
+import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -447,3 +450,73 @@ def test_under_ddp_the_bias_counts_all_ranks():
         torch.testing.assert_close(torch.tensor(rank["bias_False"]), layer.gate.balancing.bias_E)
         torch.testing.assert_close(torch.tensor(rank["grad_False"]), layer.gate.weight.grad.flatten() / 2)
     assert any(rank["bias_True"] != rank["bias_False"] for rank in ranks)
+
+
+@pytest.mark.parametrize("shape", [(0, D), (0, 5, D), (3, 0, D)])
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence", "global_batch"])
+def test_no_tokens_give_no_output_and_no_loss(shape, scope):
+    layer, router = build(aux={"scope": scope}, z_loss=True, loss_free=True), ExpertRouter(D, E, K)
+    y, loss = layer(torch.empty(shape)), layer.aux_loss()
+    (y.sum() + loss).backward()
+    assert y.shape == shape and loss == 0
+    assert all(not parameter.grad.any() for parameter in layer.parameters())
+    weights, indices, loss = router(torch.empty(shape))
+    assert weights.shape == indices.shape == (*shape[:-1], K) and loss == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_second_derivatives_are_refused_and_not_wrong(backend):
+    """torch's once_differentiable says nothing where the gradient that comes in is a constant, as that of a sum is."""
+    layer, x = build(backend=backend), torch.randn(4, D, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    layer.aux_loss()
+    assert torch.autograd.grad(layer(x).sum(), x)[0].any()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_of_a_layer_are_layers_of_their_own_in_a_checkpointed_region(copied):
+    first = build(aux=1e-2)
+    layers = [first, copied(first), copied(first)]
+    x = torch.randn(5, D, requires_grad=True)
+
+    def stacked(x):
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    plain = torch.autograd.grad(stacked(x).square().sum(), x)[0]
+    for layer in layers:
+        layer.aux_loss()
+    y = checkpoint(stacked, x, use_reentrant=False, context_fn=checkpoint_contexts)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], plain)
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"jitter_noise": -1.0}, "jitter_noise=-1.0 must be greater than or equal to 0"),
+        ({"temperature": 0}, "temperature=0 must be greater than 0"),
+        ({"temperature": "hot"}, "temperature='hot' must be a valid number"),
+        ({"expert_dropout": 1.5}, "expert_dropout=1.5 must be less than 1"),
+        ({"gating_type": "noisy_top_k", "noise_std": -1.0}, "noise_std=-1.0 must be greater than 0"),
+    ],
+)
+def test_a_router_refuses_settings_out_of_range(keys, complaint):
+    with pytest.raises((TypeError, ValueError), match=re.escape(complaint)):
+        ExpertRouter(D, E, K, **keys)
+
+
+@pytest.mark.parametrize(
+    ("x", "mask"),
+    [
+        (torch.ones(3, D), torch.ones(2)),  # the third token would have been taken for padding
+        (torch.ones(3, D), torch.ones(4)),
+        (torch.ones(2, 3, D), torch.ones(6)),
+        (torch.ones(3, D + 1), None),
+        (torch.ones(D), None),
+    ],
+)
+def test_a_router_refuses_shapes_that_do_not_fit(x, mask):
+    with pytest.raises(ValueError, match="must be"):
+        ExpertRouter(D, E, K)(x, mask)
