@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
@@ -135,6 +135,7 @@ def _read_load(events: EventAccumulator) -> Load | None:
     return last.step, counts_LE, image_counts_LE
 
 
+@rc_context({"text.parse_math": False})  # names of folders and kinds may have $ in them
 def draw(runs: Sequence[DrawnRun]) -> Figure:
     """A panel for each group of curves that the runs have, and of a single run the load of its experts below them."""
     panels = [panel for panel in PANELS if any(tag in run.curves for run in runs for tag in panel.tags)]

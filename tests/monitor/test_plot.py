@@ -75,6 +75,16 @@ def test_runs_are_told_apart_by_color_and_have_no_details(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [str(run) for run in runs]
 
 
+@pytest.mark.parametrize("names", [["$\\frac$"], ["a$x$", "b$\\frac$"]])
+def test_names_are_no_formulas(names, tmp_path, monkeypatch, capsys):
+    """Neither of runs nor of kinds: matplotlib takes what stands between two $ for one, and raises for a wrong one."""
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        write_run(tmp_path / name, CURVES | {"eval/accuracy_$\\bad$": [(3, 0.5)]})
+    assert cli.main(["plot", *names, "--out", "all.svg"]) == 0
+    assert not capsys.readouterr().err and (tmp_path / "all.svg").stat().st_size > 1000
+
+
 def test_the_running_mean_takes_what_is_there():
     nan = float("nan")
     np.testing.assert_allclose(running_mean(np.array([1.0, 2, 6, nan]), 1), [1.5, 3, 4, 6])
