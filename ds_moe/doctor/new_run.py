@@ -65,6 +65,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def refuse_existing(out: Path, force: bool) -> None:
+    if out.is_symlink():
+        raise UserError(f"{out} is a link, through which nothing is written; give --out another name")
     if out.is_dir() or (out.exists() and not force):
         fix = "give --out a file" if out.is_dir() else "--force replaces it, --out writes another file"
         raise UserError(f"{out} is there already; {fix}")

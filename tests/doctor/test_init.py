@@ -77,6 +77,16 @@ def test_a_run_for_gpus_has_sensible_keys_and_passes_the_doctor(here, capsys):
     assert predicted in report  # what init says of the memory is what the doctor says
 
 
+@pytest.mark.parametrize("more", [[], ["--force"]])
+@pytest.mark.parametrize("target", ["precious", "missing"])
+def test_nothing_is_written_through_a_link(here, capsys, more, target):
+    Path("precious").write_text("precious")
+    Path("run.yaml").symlink_to(target)
+    code, _, complaints = init(capsys, "--demo", *more)
+    assert code == 2 and complaints.startswith("error: run.yaml is a link") and complaints.count("\n") == 1
+    assert Path("precious").read_text() == "precious" and not Path("missing").exists()
+
+
 @pytest.mark.parametrize("gpus", [1, 3, 8, 12, 16])
 def test_the_next_commands_start_as_many_ranks_as_the_run_is_for(here, capsys, gpus):
     """On several hosts their slots say so: 12 GPUs are not two hosts of 8."""
