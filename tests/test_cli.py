@@ -55,6 +55,16 @@ def test_train_refuses_a_bad_run_before_launching(capsys, monkeypatch):
     assert "did you mean moe.ep_size?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "said"), [("train", ["train", "eval"]), ("eval", ["eval"])])
+def test_data_files_that_are_not_there_are_said_before_launching(command, said, capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("launched"))
+    assert cli.main([command, DEMO, "data.train=no/train.jsonl", "data.eval=no/eval.jsonl"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.search(r"data\.(\w+) no/(\w+)\.jsonl does not exist", line).groups() for line in lines] == [
+        (key, key) for key in said
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

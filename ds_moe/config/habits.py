@@ -125,7 +125,7 @@ _ROWS = {
     "save_only_model push_to_hub hub_model_id": "ds-moe export writes a folder without the optimizer's state",
     "async_save": "checkpoint.background",
     "resume_from_checkpoint": "train.resume",
-    "overwrite_output_dir": "write train.resume: never",
+    "overwrite_output_dir": "leave it out: no run is overwritten; choose another train.output_dir",
     "activation_checkpointing vit_gradient_checkpointing recompute_granularity": "train.gradient_checkpointing",
     "gradient_checkpointing_kwargs": "leave it out: train.gradient_checkpointing recomputes each decoder layer",
     "use_liger_kernel enable_liger_kernel": "write moe.experts.backend: liger, which computes the experts only",

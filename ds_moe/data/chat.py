@@ -2,7 +2,7 @@
 
 Three forms are read, which LLaMA-Factory, ms-swift and TRL write:
 - `messages`: [{"role", "content"}], content a string or a list of {"type": "text"} and
-  {"type": "image", "image": path} parts;
+  {"type": "image", "image": path} parts, or OpenAI's {"type": "image_url", "image_url": {"url": path}};
 - `messages` or `conversations` ([{"from", "value"}], ShareGPT) plus an `images` column (LLaVA: `image`), whose entries
   replace `<image>` in texts, or {"type": "image"} parts without a path, in their order.
 
@@ -34,7 +34,7 @@ from ds_moe.data.message_keys import (
     read_weight,
 )
 from ds_moe.data.placeholders import IMAGE, ImagePlace, Part, check_no_image, or_literal, pieces, read_literal
-from ds_moe.data.record_keys import part_fields, present
+from ds_moe.data.record_keys import check_unread_image, part_fields, present
 from ds_moe.errors import shown
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
@@ -138,6 +138,8 @@ def parse_record(record: object, where: str, root: Path) -> Sample:
     written = [_turn(message, number, literal, root) for number, message in enumerate(_messages(record), start=1)]
     tools = read_tools(record["tools"]) if "tools" in record else ()
     turns = _grounded(_fill(written, image_pool(record, root)), record.get("objects"), literal)
+    if not any(isinstance(part, ImageSource) for turn in turns for part in turn.parts):
+        check_unread_image(record)
     _check_order(turns)
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):

@@ -4,6 +4,8 @@ Every key of a part is read or refused. Of a record those are refused that would
 `source`) are for people.
 """
 
+import re
+
 from ds_moe.data.images import RecordError
 from ds_moe.errors import shown
 
@@ -16,7 +18,9 @@ UNSUPPORTED = (
     | dict.fromkeys(("positive_messages", "negative_messages"), PAIRS)
     | dict.fromkeys(("chat_template_kwargs", "mm_processor_kwargs"), "nothing is set for one record alone; remove it")
 )
-OF_PARTS = {"text": ("type", "text"), "image": ("type", "image")}
+OF_PARTS = {"text": ("type", "text"), "image": ("type", "image"), "image_url": ("type", "image_url")}
+OF_IMAGES = re.compile(r"image|img|picture|photo|screenshot|file_?name", re.IGNORECASE)  # in names of keys
+IMAGE_FILE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")  # of qwen-vl-utils
 
 
@@ -48,8 +52,22 @@ def _any(value: object) -> bool:
     return value is not None and value not in ("", [], False)
 
 
+def check_unread_image(record: dict[str, object]) -> None:
+    """Refuse a key that names an image file, in a record of which no image is read: it would be learned without it."""
+    for key, value in record.items():
+        while isinstance(value, list | dict) and value:
+            value = value[0] if isinstance(value, list) else value.get("path") or value.get("url")
+        if isinstance(value, str) and OF_IMAGES.search(key) and IMAGE_FILE.search(value):
+            fix = "call it 'images', with one <image> in a text for each; or remove it"
+            raise RecordError(f"{key!r} names an image ({shown(value)}), and is not read ({fix})")
+
+
 def part_fields(part: dict[str, object], number: int) -> dict[str, object]:
-    """A content part of message `number` without nulls. Raises `RecordError` for a key that its type does not have."""
+    """A content part of message `number` without nulls; OpenAI's {"image_url": {"url": path}} becomes {"image": path}.
+
+    Raises:
+        RecordError: a key that its type does not have.
+    """
     given = {key: value for key, value in part.items() if value is not None}
     kind = given.get("type")
     if not isinstance(kind, str) or kind not in OF_PARTS:
@@ -58,4 +76,15 @@ def part_fields(part: dict[str, object], number: int) -> dict[str, object]:
     if unread:
         fix = "remove it; the model's preprocessor_config.json sets the size" if unread[0] in SIZES else "remove it"
         raise RecordError(f"message {number}: the {kind} part has {shown(unread[0])}, which is not read ({fix})")
+    if kind == "image_url":
+        return {"type": "image", "image": _url(given.get("image_url"), number)}
     return given
+
+
+def _url(value: object, number: int) -> object:
+    if not isinstance(value, dict):
+        return value
+    unread = sorted(key for key in value if key != "url" and value[key] not in (None, "auto"))
+    if unread:
+        raise RecordError(f"message {number}: the image_url has {shown(unread[0])}, which is not read (remove it)")
+    return value.get("url")

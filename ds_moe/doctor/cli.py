@@ -35,6 +35,7 @@ def add_init(commands: Commands) -> None:
     add("--gpus", type=positive, metavar="N", help="that the run will have (default: those of this machine)")
     add("--memory", type=gib, metavar="SIZE", help=f"of one of them: {SIZE}")
     add("--lora", action="store_true", help="low-rank updates, even where all weights could be trained")
+    add("--skip-bad", action="store_true", help="a run that names bad records and leaves them out")
     add("--demo", action="store_true", help="instead of MODEL and DATA: the run file of the demo")
     add("--force", action="store_true", help="replace the file")
     parser.set_defaults(command=_init)

@@ -39,10 +39,12 @@ def init(options: argparse.Namespace) -> None:
     refuse_existing(options.out, options.force)
     device, ranks = job_device(options.gpus, options.memory)
     processor, model = load_processor(options.model), model_config(ModelConfig(path=options.model))
-    train = look_at(options.data, "train", processor, model)
-    held_out = look_at(options.eval, "held-out", processor, model) if options.eval else None
+    train = look_at(options.data, "train", processor, model, options.skip_bad)
+    held_out = look_at(options.eval, "held-out", processor, model, options.skip_bad) if options.eval else None
     job = Job(options.model, model, ranks, device)
     settings = run_settings(job, [one for one in (train, held_out) if one])
+    if options.skip_bad:
+        settings["data.on_bad_record"] = "skip"
     samples = min(train.records, max(LEAST_BATCH, min(BATCH, train.records // STEPS)))
     chosen = fit(job, settings, samples, options.lora)
     keys = run_text(job, settings, chosen, f"runs/{options.out.stem}", train, held_out)
@@ -54,8 +56,12 @@ def init(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    if given := [name for name in ("model", "data", "eval", "gpus", "memory", "lora") if getattr(options, name)]:
-        named = ", ".join(name.upper() if name in ("model", "data") else f"--{name}" for name in given)
+    if given := [
+        name for name in ("model", "data", "eval", "gpus", "memory", "lora", "skip_bad") if getattr(options, name)
+    ]:
+        named = ", ".join(
+            name.upper() if name in ("model", "data") else f"--{name.replace('_', '-')}" for name in given
+        )
         raise UserError(f"--demo brings a whole run file; leave {named} out")
     shipped = (Path(__file__).resolve().parents[1] / "ds_configs/runs/demo.yaml").read_text()
     what = "a tiny Qwen3-VL-MoE learns to read scans of digits, on 2 ranks"

@@ -62,6 +62,8 @@ def _data(job: Job, settings: dict[str, Setting], train: Looked, held_out: Looke
     files += [("eval", held_out.file, f"{held_out.records:,} records")] if held_out else []
     longest = f"tokens; the longest record that was looked at has {max(train.lengths):,}"
     keys = [*files, ("max_length", settings["data.max_length"], longest)]
+    if "data.on_bad_record" in settings:
+        keys.append(("on_bad_record", settings["data.on_bad_record"], "bad records are named and left out"))
     if train.images and not job.device.on_cpu:
         keys.append(("num_workers", 4, "processes a rank that decode images"))
     return keys

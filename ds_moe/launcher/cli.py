@@ -1,11 +1,19 @@
 """The options of `ds-moe train` and `ds-moe eval`, and what they do."""
 
+from __future__ import annotations
+
 import argparse
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ds_moe import evaluate
 from ds_moe.config.arguments import Commands, add_run, positive
 from ds_moe.errors import UserError, all_in_one
+
+if TYPE_CHECKING:
+    from ds_moe.config.run import RunConfig
 
 
 def add_train(commands: Commands) -> None:
@@ -50,6 +58,8 @@ def train(options: argparse.Namespace) -> int:
         raise all_in_one(complaints)  # here once, instead of by every rank
     if options.task is not None and (other := other_task(config, options.task)):
         raise UserError(f"{config.at('task')}: task is {other}; ds-moe gate train trains runs of task gate")
+    if not (options.hostfile or options.dry_run) and (complaints := list(_missing_files(config, "train", "eval"))):
+        raise all_in_one(complaints)
     if not (options.hostfile or options.dry_run) and (ranks := ranks_here(options.nproc)) > 1:
         experts = None
         if config.moe and ranks % config.moe.ep_size:  # what is advised instead must divide the experts, too
@@ -69,11 +79,22 @@ def train(options: argparse.Namespace) -> int:
         restarts -= 1
 
 
+def _missing_files(config: RunConfig, *splits: str) -> Iterator[str]:
+    """A complaint about each data file that is not there."""
+    for key in splits:
+        path = getattr(config.data, key)
+        if path not in (None, "digits") and not Path(path).exists():
+            text = f'data.{key} {path} does not exist (give a JSONL or Parquet file, or "digits")'
+            yield f"{config.at(f'data.{key}')}: {text}"
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from ds_moe.launcher.command import plan
     from ds_moe.launcher.processes import start
 
     config = evaluate.load(options)  # one complaint here instead of one from every rank
+    if not (options.hostfile or options.dry_run) and (complaints := list(_missing_files(config, "eval"))):
+        raise all_in_one(complaints)
     words = [*options.overrides, *evaluate.words_of(options)]
     launch = plan(options.run, words, options.nproc, options.hostfile, options.port, evaluate.__name__)
     print(f"+ {launch}", flush=True)

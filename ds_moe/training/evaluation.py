@@ -63,7 +63,7 @@ def evaluate_run(
         source: a checkpoint, a run's output folder, or what `model.path` or `model.preset` may be; None: the newest
             checkpoint of `train.output_dir`.
         out: the file for the samples, which ends in .jsonl; None: `eval-<checkpoint or model>.jsonl` in
-            `train.output_dir`.
+            `train.output_dir`, with `limit` behind the name where there is one.
         limit: samples to use, over all ranks; None: all.
 
     Raises:
@@ -77,7 +77,8 @@ def evaluate_run(
     try:
         with watch.telling_place(), tempfile.TemporaryDirectory(prefix="ds_moe_eval_") as scratch:
             weights = find_weights(config, source, topology)
-            file = Path(out or Path(config.train.output_dir, f"eval-{weights.name}.jsonl"))
+            part = f"-{limit}" if limit else ""  # beside the result of all samples, not in its place
+            file = Path(out or Path(config.train.output_dir, f"eval-{weights.name}{part}.jsonl"))
             stop.leftovers += [Path(scratch), partial_of(file)]
             raise_together(_unusable(file) if topology.rank == 0 else None)
             result = _evaluate(weights, Path(scratch), file, limit, topology, watch)

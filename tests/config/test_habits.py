@@ -83,7 +83,7 @@ CONVERTED = {
     "finetuning_type": "a section lora trains LoRA",
     "use_dora": "ds_moe has LoRA and rsLoRA only",
     "eval_strategy": "write train.eval_every: steps",
-    "overwrite_output_dir": "write train.resume: never",
+    "overwrite_output_dir": "leave it out: no run is overwritten; choose another train.output_dir",
     "stage": "task is sft, rl or gate",
     "trust_remote_code": "ds_moe runs no code of a model's folder",
 }

@@ -21,6 +21,10 @@ ANSWER = {"role": "assistant", "content": "red"}
 TYPED = {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Colour?"}]}
 
 
+def openai(url):
+    return {"role": "user", "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": "Colour?"}]}
+
+
 def read(path, **options):
     return read_records(str(path), DataConfig(train=str(path), **options))
 
@@ -46,6 +50,8 @@ ONE_IMAGE_FORMS = {
         "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Colour?"}]}, ANSWER],
         "images": ["a.png"],
     },
+    "openai": {"messages": [openai({"url": "a.png", "detail": "auto"}), ANSWER], "file_name": "b.png"},
+    "openai, a path alone": {"messages": [openai("a.png"), ANSWER]},
     "turn after the last answer": {"messages": [TYPED, ANSWER, {"role": "user", "content": "Thanks"}]},
 }
 

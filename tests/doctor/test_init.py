@@ -146,7 +146,7 @@ def test_the_demo_is_written_anywhere(here, capsys):
         (["model", "data/train.jsonl", "--eval", "bad.jsonl"], "bad.jsonl:2: broken JSON"),
         (["text", "data/train.jsonl"], "data/train.jsonl:1: the record has an image, but the model reads text only"),
         (["model"], "give a MODEL and its DATA, or --demo"),
-        (["--demo", "--out", "data"], "data is there already; give --out a file"),
+        (["--demo", "--out", "."], ". is there already; give --out a file"),
         (["model", "digits", "--demo"], "--demo brings a whole run file; leave MODEL, DATA out"),
         (["--demo", "--gpus", "8", "--lora"], "--demo brings a whole run file; leave --gpus, --lora out"),
         (["model", "digits", "--memory", "80GB"], "--memory is that of a GPU, and this machine has none"),
@@ -161,6 +161,19 @@ def test_what_a_run_would_refuse_is_one_line_and_no_file(words, complaint, here,
     assert code == 2 and not said
     last = complaints.splitlines()[-1]
     assert last.startswith("error: ") and complaint in last and not (here / "run.yaml").exists()
+
+
+def test_bad_records_are_left_out_where_the_run_is_to_skip_them(here, capsys):
+    good = write_texts(here, 2).read_text()
+    (here / "bad.jsonl").write_text(good + good[:40] + "\n")
+    code, said, complaints = init(capsys, "text", "bad.jsonl", "--skip-bad")
+    assert code == 0 and not complaints
+    assert re.search(r"2 records, .*; 1 bad ones skipped, the first bad.jsonl:3: broken JSON", said)
+    assert load_run("run.yaml").data.on_bad_record == "skip"
+    assert cli.main(["doctor", "run.yaml"]) == 0
+    (here / "bad.jsonl").write_text(good[:40])
+    code, said, complaints = init(capsys, "text", "bad.jsonl", "--skip-bad", "--force")
+    assert code == 2 and "no record to use" in complaints
 
 
 def test_a_file_that_is_there_is_kept_unless_forced(here, capsys):

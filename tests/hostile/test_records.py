@@ -75,6 +75,16 @@ LINES = {
     ),
     "a part of a megabyte": (user(b'[{"type": "' + MEGABYTE + b'"}]'), "content part of type 'xxx"),
     "an image of a megabyte": (line("x" * 10**6), "missing image 'xxx"),
+    # images that a record names where none is read
+    "a path in another column": (keyed(b'"image_path": "good.png"'), "'image_path' names an image ('good.png'), and"),
+    "a list of them": (keyed(b'"Screenshots": [{"path": "A.JPEG"}]'), "'Screenshots' names an image ('A.JPEG'), and"),
+    "as datasets' image folders do": (keyed(b'"file_name": "good.webp"'), "'file_name' names an image"),
+    "an address": (user(b'[{"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}]'), "is a URL"),
+    "an address without one": (user(b'[{"type": "image_url"}]'), "an image is None, not a path"),
+    "a resolution": (
+        user(b'[{"type": "image_url", "image_url": {"url": "good.png", "detail": "low"}}]'),
+        "message 1: the image_url has 'detail', which is not read (remove it)",
+    ),
     # thoughts, tools and weights
     "a weight of a half": (answer(b'"weight": 0.5'), "message 2: 'weight' is 0.5 (write 0 or 1"),
     "a weight of NaN": (answer(b'"weight": NaN'), "message 2: 'weight' is nan"),
