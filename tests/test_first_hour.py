@@ -5,7 +5,6 @@ The hub id of README stands for a tiny model in a cache of the hub, and the data
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 
 from ds_moe.cli import _parser
 from tests.launcher import HANGS_S
+from tests.wheel import install_wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,14 +45,7 @@ def test_readme_names_every_command():
 def newcomer(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """An empty folder but for somebody's data, and an environment with the wheel and a cache of the hub."""
     home = tmp_path_factory.mktemp("newcomer")
-    source, site, work = home / "source", home / "site", home / "work"
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "build", "__pycache__")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", home, source], check=True)
-    [wheel] = home.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
-    shutil.rmtree(source)
+    site, work = install_wheel(home), home / "work"
     work.mkdir()
     write_data(work / "data")
     write_hub(home / "hub")

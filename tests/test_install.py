@@ -4,16 +4,15 @@ import importlib.metadata
 import os
 import pkgutil
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
 import ds_moe
 from tests.launcher import HANGS_S
+from tests.wheel import install_wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,19 +63,8 @@ def test_every_module_imports_without_triton_megablocks_or_cuda():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A folder with what a wheel installs, built from a copy of the sources, since a build leaves files in them."""
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("ds_moe", "ds_configs"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    words = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", built, source]
-    result = shell(sys.executable, *words)
-    assert result.returncode == 0, result.stdout + result.stderr
-    [file] = built.glob("*.whl")
-    with zipfile.ZipFile(file) as archive:
-        archive.extractall(built / "site")
-    return built / "site"
+    """A folder with what a wheel installs."""
+    return install_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_a_wheel_has_every_module_json_and_run_file(wheel):

@@ -164,7 +164,11 @@ def forget(what):
         return patch.object(TrainStream, "load_state_dict", lambda self, state: None)
     if what == "random state":
         return patch.object(restore, "_restore_rng", lambda *args: None)
-    return patch("ds_moe.training.checkpoints.load", lambda *args: {**restore.load(*args), "best_loss": None})
+
+    def without_best(*args, **more):
+        return {**restore.load(*args, **more), "best_loss": None}
+
+    return patch("ds_moe.training.checkpoints.load", without_best)
 
 
 def main():

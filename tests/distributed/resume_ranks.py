@@ -12,6 +12,7 @@ from ds_moe.config.run_file import load_run
 from ds_moe.data.stream import TrainStream
 from ds_moe.train import train
 from ds_moe.training.checkpoints import resume, save_checkpoint
+from ds_moe.training.evaluation import evaluate_run
 from ds_moe.training.set_up import set_up
 from ds_moe.weights import files
 from tests.launcher import leave, report
@@ -28,6 +29,8 @@ def main():
         config = load_run(RUN, overrides)
         if mode == "train":
             report(**{name: train(config)["loss"]})
+        elif mode == "evaluate":
+            evaluate_run(config)
         elif mode == "drop the data position":
             with patch.object(TrainStream, "load_state_dict", lambda self, state: None):
                 report(**{name: train(config)["loss"]})

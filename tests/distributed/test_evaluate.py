@@ -10,6 +10,7 @@ import pytest
 from ds_moe.data.digits import write_digits
 from tests.launcher import ROOT, run_ranks
 
+pytestmark = pytest.mark.slow  # test_train.py has one evaluation of its own in `make test`
 RUN = "tests/runs/resume.yaml"
 LAST, BEFORE = "step_00000048", "step_00000024"
 ROUNDING = 2e-6  # of a loss between batches of other sizes; summed in another order
@@ -195,7 +196,6 @@ def variants(folder) -> dict:
     return launch(2, cases)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_kind_of_run_is_evaluated_as_it_was_trained(variants, name):
     trained, again, exported = (variants[f"{name}{form}"] for form in ("", " again", " exported"))
@@ -203,7 +203,6 @@ def test_every_kind_of_run_is_evaluated_as_it_was_trained(variants, name):
     assert exported["eval_loss"] == pytest.approx(trained["eval_loss"], abs=VARIANTS[name][1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 3])
 def test_every_kind_of_run_is_evaluated_on_any_number_of_ranks(variants, folder, world, show):
     cases = []
@@ -225,7 +224,6 @@ def test_every_kind_of_run_is_evaluated_on_any_number_of_ranks(variants, folder,
     show("\n".join(lines))
 
 
-@pytest.mark.slow
 def test_a_bad_record_ends_the_evaluation_on_every_rank(run, folder):
     lines = damage(folder).read_text().splitlines()
     (folder / "cut.jsonl").write_text("\n".join([*lines[:11], *lines[12:]]))

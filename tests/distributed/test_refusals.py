@@ -17,6 +17,7 @@ from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import save_processor, tiny_processor
 from tests.launcher import run_ranks
 
+pytestmark = pytest.mark.slow
 RUN = "tests/runs/resume.yaml"
 BASE = ["moe.ep_size=1", "train.steps=2", "train.warmup_steps=1", "train.micro_batch_size=8", "model.freeze=[vision]"]
 BASE += ["data.max_length=64", "checkpoint.every=1"]
@@ -168,7 +169,6 @@ def test_a_run_file_of_another_version_is_no_refusal(told, tmp_path):
     assert line.startswith("the run file was not compared with the checkpoint's: ") and "an_old_key" in line
 
 
-@pytest.mark.slow
 def test_a_job_whose_ranks_ep_size_does_not_divide_is_told_what_would():
     """Before anything is distributed; 3 divides the 6 ranks, but not the 8 experts."""
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "6", "LOCAL_RANK": "0"}

@@ -78,6 +78,8 @@ def run_of(files, tmp_path_factory):
             data = [override.replace("MIXED", files["mixed"]).replace("TEXT", files["text"]) for override in data]
             generate = GENERATE if name in GENERATING else ["train.eval_generate=false"]
             cases.append([name, [*SHORT, *generate, *data], "train"])
+            if name == "moe":
+                cases.append([name, [*SHORT, *generate, *data], "evaluate"])
         run_ranks("tests/distributed/resume_ranks.py", 2, [json.dumps(cases)])
         for name in names:
             done[name] = folder / name, json.loads((folder / name / "result.json").read_text())
@@ -120,6 +122,14 @@ def test_run_trains_and_its_export_is_the_trained_model(run_of, files, tmp_path,
         # bf16 rounds activations, and batches of one are padded otherwise than batches of four
         tolerance = 2e-2 if "bf16" in name else 1e-5
         assert plain_loss(tmp_path / layout, data) == pytest.approx(result["eval_loss"], abs=tolerance), layout
+
+
+def test_an_evaluation_of_its_own_equals_the_last_one_of_the_training(run_of):
+    """Bit for bit. Other topologies and forms of the weights: test_evaluate.py, which is slow."""
+    output, result = run_of("moe")
+    evaluated = json.loads((output / "eval-step_00000006.json").read_text())
+    assert evaluated["eval_loss"] == result["eval_loss"] and evaluated["accuracy"] == result["accuracy"]
+    assert evaluated["samples"] == len((output / "eval-step_00000006.jsonl").read_text().splitlines())
 
 
 def test_accumulation_equals_one_batch(run_of):

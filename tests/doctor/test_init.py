@@ -195,6 +195,7 @@ def chosen(gpus, gib, lora=False, samples=64, max_length=4096):
     return fit(job, settings, samples, lora)
 
 
+@pytest.mark.slow
 def test_a_plan_gives_up_only_what_it_must():
     roomy = chosen(64, 80)
     assert (roomy.plan.stage, roomy.plan.offload, roomy.plan.lora, roomy.plan.ep_size) == (1, False, 0, 8)

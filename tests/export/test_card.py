@@ -64,9 +64,12 @@ CASES = {
     "dense": ("tiny-vl-dense", "fp32"),
     "text": ("tiny-moe", "fp32"),
 }
+QUICK = ("text",)  # in `make test`
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module", params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def exported(request, tmp_path_factory) -> tuple[Path, str]:
     preset, precision = CASES[request.param]
     folder = tmp_path_factory.mktemp("exported")
@@ -95,6 +98,7 @@ def test_the_code_of_the_card_answers_as_the_trained_model_does(exported):
             assert status == 1 and "requires the Torchvision library" in errors
 
 
+@pytest.mark.slow
 def test_a_snippet_with_too_few_image_tokens_is_noticed(tmp_path):
     """Negative control: the comparison above runs what is written."""
     export_checkpoint(save_untrained(tmp_path / "run", "tiny-vl-dense"), tmp_path / "out")

@@ -439,6 +439,7 @@ def test_a_router_counts_in_training_only_and_takes_flat_tokens():
         ExpertRouter(dim=D, num_experts=7.0, top_k=K)
 
 
+@pytest.mark.slow
 def test_under_ddp_the_bias_counts_all_ranks():
     """Two ranks of two micro-batches against one process with everything; DDP's broadcast of buffers breaks it."""
     ranks = run_ranks("tests/distributed/standalone_ranks.py", 2).json_by_rank

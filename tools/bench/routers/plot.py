@@ -16,8 +16,8 @@ from torch import nn
 
 from ds_moe.moe.decision import RoutingDecision
 from ds_moe.moe.loss_free import LossFreeBalancing
+from ds_moe.moe.parts import make_router
 from ds_moe.moe.routers import Router
-from ds_moe.moe.standalone import make_router
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.meters import max_vio, relative_load
 from tools.results import command_line, save, write_json
