@@ -38,7 +38,7 @@ gate-demo: $(READY)  ## a learned gate over four LoRA adapters, on rendered scre
 assemble-demo: $(READY)  ## two experts trained apart become one Qwen3-VL-MoE (2 processes, about 3 minutes)
 	@$(PY) -m tools.demos.assemble.demo $(ARGS)
 
-test: $(READY)  ## the test suite without the slow and the GPU tests (about 15 minutes on 2 quiet cores)
+test: $(READY)  ## the test suite without the slow and the GPU tests (7 to 15 minutes on 2 quiet cores)
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(READY)  ## every test, and test-transformers; GPU tests are skipped where there is no GPU
