@@ -135,6 +135,7 @@ def left_out_of_the_checkpoint():
     with (
         patch("ds_moe.checkpoint.save.persistent_buffers", kept),
         patch("ds_moe.checkpoint.restore.persistent_buffers", kept),
+        patch("ds_moe.checkpoint.fit.persistent_buffers", kept),
     ):
         yield
 

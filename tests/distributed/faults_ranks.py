@@ -77,13 +77,13 @@ def signal_in_evaluation(steps):
         requests.append(StopRequest(*args))
         return requests[-1]
 
-    def interrupted(task, progress, limit, each_batch):
-        if os.environ["RANK"] == BAD_RANK and progress.step in steps and progress.step not in sent:
-            sent.append(progress.step)
+    def interrupted(task, step, limit, each_batch):
+        if os.environ["RANK"] == BAD_RANK and step in steps and step not in sent:
+            sent.append(step)
             os.kill(os.getpid(), signal.SIGUSR1)
             while requests[-1].received is None:
                 time.sleep(0.01)
-        return evaluate(task, progress, limit, each_batch)
+        return evaluate(task, step, limit, each_batch)
 
     with patch.object(Task, "evaluate", interrupted), patch("ds_moe.training.set_up.StopRequest", stop_request):
         yield
