@@ -1,10 +1,13 @@
 """A micro-batch: what the model's forward takes, and which sample each token belongs to.
 
-Shapes: B samples lie in R rows of S tokens; where rows are padded, each holds one sample, and R is B.
+Shapes: B samples lie in R rows of S tokens. Padded rows hold one sample each, so R is B; a packed row holds them all,
+one behind the other, so R is 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from itertools import accumulate
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,15 +20,18 @@ class Batch:
     """The samples that one rank's forward takes. A task that needs more of them adds tensors in a subclass.
 
     Attributes:
-        inputs: arguments of the model's forward: input_ids, attention_mask (R, S) int64 and, as the model has it,
-            mm_token_type_ids (R, S), pixel_values (P, D), image_grid_thw (I, 3), routing (R, S, L, K).
-        labels: (R, S) int64, NO_LOSS where no loss is taken.
+        inputs: arguments of the model's forward: input_ids (R, S) int64 and, as the model has it, mm_token_type_ids
+            (R, S), pixel_values (P, D), image_grid_thw (I, 3), routing (R, S, L, K). Padded rows have an attention_mask
+            (R, S); a packed row has position_ids (1, S), or (4, 1, S) with a rotation in three dimensions, and what
+            `sample_bounds` gives.
+        labels: (R, S) int64, NO_LOSS where no loss is taken. In a packed row the first token of every sample has none,
+            because the token before it, which would predict it, is another sample's.
         sequence_of_token: (R, S) int64, the sample that each token belongs to, -1 for padding.
         real_B: (B,) bool, false for samples that only fill up the batch.
         kind_B: (B,) int64, index of the record's kind, -1 for a record without one; None: kinds are not told apart.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     labels: Tensor
     sequence_of_token: Tensor
     real_B: Tensor
@@ -40,8 +46,35 @@ class Batch:
             real_B = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
         return cls(inputs=inputs, labels=labels, sequence_of_token=sequence_BS, real_B=real_B)
 
+    @classmethod
+    def of_packed(cls, inputs: dict[str, Any], labels: Tensor, lengths: Sequence[int], real_B: Tensor) -> Self:
+        """One row of samples of these lengths, in their order. `labels` is (1, S), of each sample as it is alone."""
+        lengths_B = torch.tensor(lengths)
+        labels = labels.clone()
+        labels[0, lengths_B.cumsum(0) - lengths_B] = NO_LOSS
+        sequence_1S = torch.arange(len(lengths)).repeat_interleave(lengths_B).unsqueeze(0)
+        return cls(
+            inputs={**inputs, **sample_bounds(lengths)}, labels=labels, sequence_of_token=sequence_1S, real_B=real_B
+        )
+
     @property
-    def with_labels(self) -> dict[str, Tensor]:
+    def packed(self) -> bool:
+        """Whether one row holds all samples, without padding."""
+        return "sample_lengths" in self.inputs
+
+    @property
+    def samples(self) -> int:
+        """B, with those that only fill up the batch."""
+        return len(self.real_B)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: the tokens of each sample, padding left out."""
+        found = self.sequence_of_token[self.sequence_of_token >= 0]
+        return torch.bincount(found, minlength=self.samples)
+
+    @property
+    def with_labels(self) -> dict[str, Any]:
         """The arguments of a forward that returns the loss."""
         return {**self.inputs, "labels": self.labels}
 
@@ -64,14 +97,34 @@ class Batch:
 
     @property
     def label_tokens(self) -> Tensor:
-        """Integer scalar: the number of tokens with a loss. Nothing predicts the first token of a row."""
+        """Integer scalar: the number of tokens with a loss. Nothing predicts the first token of a sample."""
         return (self.labels[:, 1:] != NO_LOSS).sum()
 
     def to(self, device: torch.device) -> Self:
         """The batch on `device`. Copies to CUDA start from pinned memory and run beside the computation."""
-        inputs = {name: _copy(tensor, device) for name, tensor in self.inputs.items()}
+        inputs = {
+            name: _copy(value, device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()
+        }
         others = {name: _copy(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, inputs=inputs, **others)
+
+
+def sample_bounds(lengths: Sequence[int]) -> dict[str, Any]:
+    """The arguments that tell attention where the samples of a packed row lie.
+
+    cu_seq_lens_q and cu_seq_lens_k (B + 1,) int32, max_length_q and max_length_k are those of transformers'
+    `FlashAttentionKwargs`. `sample_lengths`, a tuple, says the same to `ds_moe.models.attention` on the host, where
+    reading a tensor of the accelerator would wait for all that it has been given to do.
+    """
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    longest = max(lengths)
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "sample_lengths": tuple(lengths),
+    }
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:

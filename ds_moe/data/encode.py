@@ -1,14 +1,15 @@
 """Samples become tensors: `encode` makes ids, labels and patches of one sample, `collate` a micro-batch of several.
 
-Shapes: B samples, S tokens (padded to the longest of the micro-batch), P patches of all its images, I images.
+Shapes: B samples in R rows of S tokens (see `batch.py`), P patches of all their images, I images.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, final_answer
@@ -94,26 +95,33 @@ def filler(processor: Processor) -> Encoded:
     return Encoded(torch.tensor([processor.tokenizer.eos_token_id]), torch.tensor([NO_LOSS]), prompt=1, real=False)
 
 
-def collate(encoded: list[Encoded], processor: Processor, side: Literal["right", "left"] = "right") -> Batch:
-    """A micro-batch of padded rows, one sample each.
+def collate(
+    encoded: list[Encoded], processor: Processor, side: Literal["right", "left"] = "right", packed: bool = False
+) -> Batch:
+    """A micro-batch of padded rows, one sample each; with `packed`, of one row without padding, in the same order.
 
-    Its inputs are input_ids and attention_mask (B, S) int64; for a VL model also mm_token_type_ids (B, S), 1 on image
-    tokens, and, only if there is an image, pixel_values (P, D) and image_grid_thw (I, 3).
+    Its inputs are input_ids (R, S) int64; for a VL model also mm_token_type_ids (R, S), 1 on image tokens, and, only if
+    there is an image, pixel_values (P, D) and image_grid_thw (I, 3). Padded rows have an attention_mask (R, S); a
+    packed row has position_ids, which begin anew with every sample, and what `sample_bounds` gives.
     """
-    length = max(len(one.input_ids) for one in encoded)
     pad_id = processor.tokenizer.pad_token_id
-    inputs = {
-        "input_ids": torch.stack([padded(one.input_ids, length, pad_id, side) for one in encoded]),
-        "attention_mask": torch.stack([padded(torch.ones_like(one.input_ids), length, 0, side) for one in encoded]),
-    }
+    inputs: dict[str, Any] = {"input_ids": lay_out([one.input_ids for one in encoded], pad_id, packed, side)}
+    if packed:
+        positions = [processor.position_ids(one.input_ids, one.image_grid_thw) for one in encoded]
+        inputs["position_ids"] = torch.cat(positions, dim=-1).unsqueeze(-2)
+    else:
+        inputs["attention_mask"] = lay_out([torch.ones_like(one.input_ids) for one in encoded], 0, packed, side)
     if processor.image_processor is not None:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).long()
         pixels = [one.pixel_values for one in encoded if one.pixel_values is not None]
         grids = [one.image_grid_thw for one in encoded if one.image_grid_thw is not None]
         if pixels:
             inputs["pixel_values"], inputs["image_grid_thw"] = torch.cat(pixels), torch.cat(grids)
-    labels_BS = torch.stack([padded(one.labels, length, NO_LOSS, side) for one in encoded])
-    return Batch.of_rows(inputs, labels_BS, torch.tensor([one.real for one in encoded]))
+    labels = lay_out([one.labels for one in encoded], NO_LOSS, packed, side)
+    real_B = torch.tensor([one.real for one in encoded])
+    if packed:
+        return Batch.of_packed(inputs, labels, [len(one.input_ids) for one in encoded], real_B)
+    return Batch.of_rows(inputs, labels, real_B)
 
 
 def collate_prompts(encoded: list[Encoded], processor: Processor) -> Batch:
@@ -122,7 +130,11 @@ def collate_prompts(encoded: list[Encoded], processor: Processor) -> Batch:
     return collate(prompts, processor, side="left")
 
 
-def padded(values: Tensor, length: int, fill: float, side: Literal["right", "left"]) -> Tensor:
-    """(length,): the values (S,), and `fill` on one side of them."""
-    missing = length - len(values)
-    return torch.nn.functional.pad(values, (missing, 0) if side == "left" else (0, missing), value=fill)
+def lay_out(
+    values: Sequence[Tensor], fill: float, packed: bool = False, side: Literal["right", "left"] = "right"
+) -> Tensor:
+    """Values of each sample, (S, ...), in the rows of a micro-batch: (B, longest, ...) with `fill` on one side of the
+    shorter ones, or (1, sum of all, ...) with `packed`."""
+    if packed:
+        return torch.cat(list(values)).unsqueeze(0)
+    return pad_sequence(list(values), batch_first=True, padding_value=fill, padding_side=side)

@@ -41,4 +41,11 @@ class Processor(Protocol):
 
     def batch_decode(self, sequences: Tensor, *, skip_special_tokens: bool) -> list[str]: ...
 
+    def position_ids(self, input_ids_S: Tensor, image_grid_thw: Tensor | None) -> Tensor:
+        """The positions of one sample by itself: (S,), or (4, S) for a model whose rotation has three dimensions.
+
+        Of the four the first counts the tokens, and the others are those of time, height and width.
+        """
+        ...
+
     def save_pretrained(self, save_directory: str) -> object: ...

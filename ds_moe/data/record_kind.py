@@ -69,8 +69,11 @@ class RecordKind(ABC, Generic[Parsed]):
         """Tokens and patches. Raises `RecordError` for what only decoding or tokenizing can show."""
 
     @abstractmethod
-    def collate(self, encoded: list[Encoded], processor: Processor) -> Batch:
-        """A micro-batch of records and fillers. A filler is a plain `Encoded`, whatever the kind of record."""
+    def collate(self, encoded: list[Encoded], processor: Processor, packed: bool = False) -> Batch:
+        """A micro-batch of records and fillers, in padded rows or in one packed row (see `encode.collate`).
+
+        A filler is a plain `Encoded`, whatever the kind of record.
+        """
 
     def remember(self, parsed: Parsed) -> object:
         """What is kept in memory of every record, in `Records.remembered`."""
@@ -124,8 +127,8 @@ class Chat(RecordKind[Sample]):
     ) -> Encoded:
         return encode(parsed, processor, max_length, max_pixels, rules)
 
-    def collate(self, encoded: list[Encoded], processor: Processor) -> Batch:
-        return collate(encoded, processor)
+    def collate(self, encoded: list[Encoded], processor: Processor, packed: bool = False) -> Batch:
+        return collate(encoded, processor, packed=packed)
 
 
 CHAT = Chat()

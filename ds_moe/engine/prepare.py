@@ -11,6 +11,7 @@ from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.distributed import Topology
 from ds_moe.engine.moe_binding import BoundMoELayer, create_groups, zero3_home
+from ds_moe.models.attention import attend_by_sample
 from ds_moe.models.convert import convert_for, load_expert_bias
 from ds_moe.models.freeze import set_trainable
 from ds_moe.models.streaming import read_unread
@@ -30,7 +31,7 @@ def prepare_model(
     set_trainable: Callable[[PreTrainedModel, RunConfig], None] = set_trainable,
     keep_ranks_in_step: bool = True,
 ) -> ForwardContext | None:
-    """Freeze what is not trained, convert MoE blocks, and switch on gradient checkpointing.
+    """Freeze what is not trained, choose the attention, convert MoE blocks, and switch on gradient checkpointing.
 
     Args:
         set_trainable: freezes parts of a loaded model, and adds what the run's task trains instead (LoRA, a gate).
@@ -40,6 +41,7 @@ def prepare_model(
         The context that the model's expert layers share; None for a dense model.
     """
     set_trainable(model, config)
+    attend_by_sample(model)
     if config.moe is not None:
         create_groups(topology.ep_size)
     ep = ExpertParallel(topology.ep_size, topology.ep_rank)

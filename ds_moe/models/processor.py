@@ -9,10 +9,14 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, cast
 
+import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers import Qwen3VLProcessor as HFQwen3VLProcessor
 from transformers.image_processing_utils import BaseImageProcessor
@@ -80,6 +84,20 @@ class Qwen3VLProcessor(HFQwen3VLProcessor):
         self.video_processor = None
         self.video_config: dict[str, object] | None = None
 
+    def position_ids(self, input_ids_S: Tensor, image_grid_thw: Tensor | None) -> Tensor:
+        """(4, S): see `ds_moe.data.processor.Processor`. The model's own method computes them, without a model."""
+        of = transformers.Qwen3VLModel
+        merge = SimpleNamespace(spatial_merge_size=self.image_processor.merge_size)
+        stand_in = SimpleNamespace(
+            config=SimpleNamespace(vision_config=merge),
+            get_vision_position_ids=lambda *args, **kwargs: of.get_vision_position_ids(None, *args, **kwargs),
+        )
+        images_1S = (input_ids_S == self.image_token_id).long().unsqueeze(0)
+        rope, _ = of.get_rope_index(
+            stand_in, input_ids_S.unsqueeze(0), mm_token_type_ids=images_1S, image_grid_thw=image_grid_thw
+        )
+        return torch.cat([torch.arange(len(input_ids_S)).unsqueeze(0), rope.squeeze(1)])
+
 
 @dataclass(eq=False)
 class TextProcessor:
@@ -101,6 +119,9 @@ class TextProcessor:
 
     def decode(self, *args, **kwargs) -> str | list[str]:
         return self.tokenizer.decode(*args, **kwargs)
+
+    def position_ids(self, input_ids_S: Tensor, image_grid_thw: Tensor | None) -> Tensor:
+        return torch.arange(len(input_ids_S))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         self.tokenizer.save_pretrained(save_directory)

@@ -27,9 +27,10 @@ class TokenStats(NamedTuple):
     """What a balancer may know about a micro-batch beside the decision; nothing here has a gradient."""
 
     token_V: Tensor | None  # int64 indices of the real tokens (not padding); None: all
-    sequences: int  # B; the T tokens are B sequences of equal length, padding included
+    sequences: int  # B
     counts_E: Tensor  # int64, this rank's assignments of each expert
     global_counts: GlobalCounts | None = None  # None unless some balancer's scope is global_batch
+    sequence_T: Tensor | None = None  # int64 sequence of each token; None: B of equal length, padding included
 
 
 class Balancer(Protocol):
@@ -128,10 +129,13 @@ def _over_batch(decision: RoutingDecision, stats: TokenStats, scope: Scope) -> _
 
 def _over_sequences(decision: RoutingDecision, stats: TokenStats) -> _Groups:
     tokens, experts = decision.logits_TE.shape
-    length = max(tokens // max(stats.sequences, 1), 1)  # without tokens there is nothing to place
-    counts_BE = count_experts(decision.token_N // length * experts + decision.expert_N, stats.sequences * experts)
-    real_V = torch.arange(tokens, device=counts_BE.device) if stats.token_V is None else stats.token_V
-    sequence_V = real_V // length
+    sequence_T = stats.sequence_T
+    if sequence_T is None:
+        length = max(tokens // max(stats.sequences, 1), 1)  # without tokens there is nothing to place
+        sequence_T = torch.arange(tokens, device=decision.logits_TE.device) // length
+    sequence_V = sequence_T if stats.token_V is None else sequence_T[stats.token_V]
+    place_N = sequence_T[decision.token_N] * experts + decision.expert_N
+    counts_BE = count_experts(place_N, stats.sequences * experts)
     sums_BE = decision.scores_TE.new_zeros(stats.sequences, experts)
     sums_BE = sums_BE.index_add(0, sequence_V, normalized_scores(decision, stats))
     tokens_B = torch.bincount(sequence_V, minlength=stats.sequences)

@@ -16,6 +16,9 @@ class ForwardContext:
 
     token_V: Tensor | None = None  # int64 indices of the real tokens; None: every token is real
     real_BS: Tensor | None = None  # of the next forward: bool, false for padding and samples that only fill up
+    sequence_BS: Tensor | None = None  # of the next forward: int64 sequence of each token, any value at padding
+    sequences: int = 0  # of the next forward and then of the one that runs: how many there are; used with sequence_T
+    sequence_T: Tensor | None = None  # int64 sequence of each token; None: each row is one
     image_T: Tensor | None = None  # bool, true at image tokens; None: there is none
     kind_BS: Tensor | None = None  # of the next forward: int64 kind of record of each token, -1 none
     kind_T: Tensor | None = None  # int64 kind of record of each token; None: not known
@@ -34,6 +37,8 @@ class ForwardContext:
         self.image_T = None if image_BS is None else image_BS.reshape(-1)
         kind_BS, self.kind_BS = self.kind_BS, None
         self.kind_T = None if kind_BS is None else kind_BS.reshape(-1)
+        sequence_BS, self.sequence_BS = self.sequence_BS, None
+        self.sequence_T = None if sequence_BS is None else sequence_BS.reshape(-1)
         routing_BSLK, self.routing_BSLK = self.routing_BSLK, None
         self.replayed_TLK = None if routing_BSLK is None else routing_BSLK.flatten(0, 1)
         self.aux_losses = []

@@ -127,7 +127,7 @@ class MoELayer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        decision, plan = self._route(x_TD, sequences=hidden_states.shape[0])
+        decision, plan = self._route(x_TD, rows=hidden_states.shape[0])
         chunks = self.dispatcher.dispatch(x_TD, decision, plan)
         shared_TD = None if self.shared is None else self.shared(x_TD)  # while the rows travel
         experts_of_chunk = self.experts.split(self.dispatcher.chunks)
@@ -137,7 +137,7 @@ class MoELayer(nn.Module):
             y_TD = y_TD + shared_TD
         return y_TD.view_as(hidden_states)
 
-    def _route(self, x_TD: Tensor, sequences: int) -> tuple[RoutingDecision, DispatchPlan]:
+    def _route(self, x_TD: Tensor, rows: int) -> tuple[RoutingDecision, DispatchPlan]:
         """Decide; or, in a recompute, repeat what the forward decided."""
         tape = current_tape()
         replaying = tape is not None and tape.replaying
@@ -147,7 +147,7 @@ class MoELayer(nn.Module):
         else:
             decision = self.gate(x_TD, self.context.token_V, replayed_TK=self._replayed())
             plan = self.dispatcher.plan(decision)
-            stats = self._token_stats(x_TD, sequences, plan)
+            stats = self._token_stats(x_TD, rows, plan)
             if tape is not None:
                 tape.entries[self.index] = TapeEntry(decision.chosen, plan, stats)
         if self.training:
@@ -172,13 +172,14 @@ class MoELayer(nn.Module):
         live_N = replayed_TK[decision.token_N, 0] < 0
         return torch.zeros_like(plan.counts_E).scatter_add_(0, decision.expert_N, live_N.long())
 
-    def _token_stats(self, x_TD: Tensor, sequences: int, plan: DispatchPlan) -> TokenStats:
+    def _token_stats(self, x_TD: Tensor, rows: int, plan: DispatchPlan) -> TokenStats:
         """What the balancers may know. The tape keeps it, because a recompute must not run the all-reduce again."""
-        token_V = self.context.token_V
+        token_V, sequence_T = self.context.token_V, self.context.sequence_T
+        sequences = rows if sequence_T is None else self.context.sequences
         counts = None
         if self.training and any(balancer.scope == "global_batch" for balancer in self.balancers):
             counts = global_counts(token_V, x_TD.shape[0], plan.counts_E)
-        return TokenStats(token_V, sequences, plan.counts_E, counts)
+        return TokenStats(token_V, sequences, plan.counts_E, counts, sequence_T)
 
 
 class StandaloneLayer(MoELayer):

@@ -138,6 +138,7 @@ def _forward_backward(
     context = parts.context
     if context is not None:
         context.real_BS, context.kind_BS = batch.real_of_token, batch.kind_of_token
+        context.sequence_BS, context.sequences = batch.sequence_of_token, batch.samples
     language = task.loss(batch, share)
     auxiliary = sum(context.aux_losses) if context is not None and context.aux_losses else None
     total = language if auxiliary is None else language + auxiliary

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_moe.data.chat import parse_record
-from ds_moe.data.encode import NO_LOSS, collate, collate_prompts, encode, filler
+from ds_moe.data.encode import NO_LOSS, Encoded, collate, collate_prompts, encode, filler
 from ds_moe.data.images import RecordError
 from tests.records import chat
 
@@ -46,6 +46,55 @@ def test_mixed_batch_right_padded(mixed, processor):
     assert batch.inputs["mm_token_type_ids"].sum(1).tolist() == [12, 0, 8]
     own = processor.create_mm_token_type_ids(batch.inputs["input_ids"].tolist())
     assert batch.inputs["mm_token_type_ids"].tolist() == own
+
+
+def test_a_packed_row_is_the_samples_behind_one_another(mixed, processor):
+    encoded = [*mixed, filler(processor)]
+    packed, rows = collate(encoded, processor, packed=True), collate(encoded, processor)
+    assert packed.packed and not rows.packed and packed.samples == rows.samples == 4
+    assert "attention_mask" not in packed.inputs
+    sizes = [len(one.input_ids) for one in encoded]
+    ends = [sum(sizes[:place]) for place in range(5)]
+    assert packed.lengths.tolist() == rows.lengths.tolist() == sizes
+    assert packed.inputs["input_ids"].tolist() == [torch.cat([one.input_ids for one in encoded]).tolist()]
+    assert packed.sequence_of_token.tolist() == [sum(([place] * size for place, size in enumerate(sizes)), [])]
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert packed.inputs[name].dtype == torch.int32 and packed.inputs[name].tolist() == ends
+    assert packed.inputs["max_length_q"] == packed.inputs["max_length_k"] == max(sizes)
+    assert packed.inputs["sample_lengths"] == tuple(sizes)
+    assert packed.inputs["position_ids"].shape == (4, 1, sum(sizes))
+    assert packed.inputs["position_ids"][:, 0, ends[:-1]].tolist() == [[0] * 4] * 4
+    real = rows.inputs["attention_mask"].bool()
+    for name in ("input_ids", "mm_token_type_ids"):
+        assert packed.inputs[name][0].equal(rows.inputs[name][real])
+    for name in ("pixel_values", "image_grid_thw"):
+        assert packed.inputs[name].equal(rows.inputs[name])
+    assert packed.label_tokens == rows.label_tokens and packed.tokens == rows.tokens == sum(sizes) - 1
+    assert packed.real_B.tolist() == [True, True, True, False]
+
+
+def test_no_label_of_a_packed_row_is_predicted_by_another_sample(processor):
+    learned = torch.tensor([5, 6, 7])  # a sample whose very first token has a label, which nothing predicts
+    one = Encoded(learned, learned.clone(), prompt=0)
+    packed, rows = collate([one, one], processor, packed=True), collate([one, one], processor)
+    assert packed.labels.tolist() == [[NO_LOSS, 6, 7, NO_LOSS, 6, 7]]
+    assert packed.label_tokens == rows.label_tokens == 4
+    assert one.labels.tolist() == [5, 6, 7]
+
+
+def test_a_packed_batch_moves_with_its_numbers(mixed, processor):
+    batch = collate(mixed, processor, packed=True)
+    batch.kind_B = torch.tensor([0, -1, 1])
+    moved = batch.to(torch.device("meta"))
+    assert moved.inputs["sample_lengths"] == batch.inputs["sample_lengths"] and moved.inputs["max_length_q"] > 0
+    assert moved.inputs["cu_seq_lens_q"].device.type == moved.labels.device.type == "meta"
+    kinds = batch.kind_of_token[0]
+    assert [kinds[batch.sequence_of_token[0] == place].unique().tolist() for place in range(3)] == [[0], [-1], [1]]
+
+
+def test_text_models_have_one_row_of_positions(text_processor):
+    batch = collate([filler(text_processor), filler(text_processor)], text_processor, packed=True)
+    assert batch.inputs["position_ids"].tolist() == [[0, 0]] and "mm_token_type_ids" not in batch.inputs
 
 
 def test_prompts_left_padded_without_labels(mixed, processor):

@@ -74,11 +74,11 @@ class Routed(RecordKind[RoutedSample]):
         index = NO_LOSS if parsed.adapter is None else self.names.index(parsed.adapter)
         return RoutedEncoded(**values, adapter=index)
 
-    def collate(self, encoded: list[Encoded], processor: Processor) -> RoutedBatch:
+    def collate(self, encoded: list[Encoded], processor: Processor, packed: bool = False) -> RoutedBatch:
         adapters = [
             one.adapter if isinstance(one, RoutedEncoded) else NO_LOSS for one in encoded
         ]  # a filler names none
-        return RoutedBatch(**vars(collate(encoded, processor)), adapter_B=torch.tensor(adapters))
+        return RoutedBatch(**vars(collate(encoded, processor, packed=packed)), adapter_B=torch.tensor(adapters))
 
     def remember(self, parsed: RoutedSample) -> str | None:
         """The adapter that the record names."""

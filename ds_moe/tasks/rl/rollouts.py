@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
-from ds_moe.data.encode import Encoded, check_length, collate, encode, encode_images, padded
+from ds_moe.data.encode import Encoded, check_length, collate, encode, encode_images, lay_out
 from ds_moe.data.images import RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records, image_tokens
@@ -49,7 +49,10 @@ class EncodedRollout(Encoded):
 
 @dataclass(kw_only=True)
 class RolloutBatch(Batch):
-    """Rollouts; `labels` are not used, and a filler has no completion. Log-probs are fp32, 0 outside completions."""
+    """Rollouts; `labels` are not used, and a filler has no completion. Log-probs are fp32, 0 outside completions.
+
+    What is named _BS lies as the tokens do: (R, S), of one packed row (1, S).
+    """
 
     completion_BS: Tensor  # bool, true at the completions' tokens
     engine_BS: Tensor  # log-probs by the inference engine
@@ -115,34 +118,41 @@ class Rollouts(RecordKind[Rollout]):
         except UserError as error:
             raise RecordError(str(error)) from error
 
-    def collate(self, encoded: list[Encoded], processor: Processor) -> RolloutBatch:
-        """Padded rows. With a `shape`, `inputs` has "routing", (B, S, L, K) int16, LIVE where the router decides."""
-        batch = collate(encoded, processor)
-        length = batch.labels.shape[1]
+    def collate(self, encoded: list[Encoded], processor: Processor, packed: bool = False) -> RolloutBatch:
+        """With a `shape`, `inputs` has "routing", (R, S, L, K) int16, LIVE where the router decides."""
+        batch = collate(encoded, processor, packed=packed)
 
-        def stacked(name: str, default: bool | float) -> Tensor:
-            values = (getattr(one, name, None) for one in encoded)
-            rows = [torch.tensor([default]) if value is None else value for value in values]
-            return torch.stack([padded(row, length, default, "right") for row in rows])
+        def of_tokens(name: str, default: bool | float) -> Tensor:
+            values = [getattr(one, name, None) for one in encoded]
+            both = zip(values, encoded, strict=True)
+            return lay_out(
+                [torch.full((len(one.input_ids),), default) if value is None else value for value, one in both],
+                default,
+                packed,
+            )
 
         def numbers(name: str, default: float) -> Tensor:
             return torch.tensor([getattr(one, name, default) for one in encoded], dtype=torch.float32)
 
         if self.shape is not None:
-            size = (len(encoded), length, len(self.shape.moe_layers), self.shape.top_k)
-            routing = torch.full(size, LIVE, dtype=torch.int16)
-            for row, one in zip(routing, encoded, strict=True):
-                if isinstance(one, EncodedRollout) and one.routing is not None:
-                    row[: len(one.routing)] = one.routing
-            batch.inputs["routing"] = routing
+            batch.inputs["routing"] = lay_out([self._routing(one) for one in encoded], LIVE, packed)
         return RolloutBatch(
             **vars(batch),
-            completion_BS=stacked("completion", False),
-            engine_BS=stacked("engine", 0.0),
+            completion_BS=of_tokens("completion", False),
+            engine_BS=of_tokens("engine", 0.0),
             advantage_B=numbers("advantage", 0.0),
             reward_B=numbers("reward", UNKNOWN),
-            reference_BS=stacked("reference", 0.0) if self.need_reference else None,
+            reference_BS=of_tokens("reference", 0.0) if self.need_reference else None,
         )
+
+    def _routing(self, one: Encoded) -> Tensor:
+        """(S, L, K) int16: the experts that each token of a sample replays."""
+        assert self.shape is not None
+        size = (len(one.input_ids), len(self.shape.moe_layers), self.shape.top_k)
+        routing = torch.full(size, LIVE, dtype=torch.int16)
+        if isinstance(one, EncodedRollout) and one.routing is not None:
+            routing[: len(one.routing)] = one.routing
+        return routing
 
     def remember(self, parsed: Rollout) -> Outcome:
         return Outcome(parsed.reward, parsed.group, parsed.advantage, parsed.routing is not None)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ds_moe.data.encode import padded
+from ds_moe.data.encode import lay_out
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import special_token_ids, tiny_processor
 from ds_moe.tasks.gate import features as gate
@@ -25,12 +25,12 @@ ROWS = [
 
 def batch(rows=ROWS, side="right"):
     """(input_ids, attention_mask, labels), each (B, S)."""
-    longest = max(len(prompt + answer) for prompt, answer in rows)
-    made = []
-    for prompt, answer in rows:
-        columns = (prompt + answer, PAD), ([1] * len(prompt + answer), 0), ([-100] * len(prompt) + answer, -100)
-        made.append([padded(torch.tensor(values), longest, fill, side) for values, fill in columns])
-    return [torch.stack(column) for column in zip(*made, strict=True)]
+    columns = [
+        ([prompt + answer for prompt, answer in rows], PAD),
+        ([[1] * len(prompt + answer) for prompt, answer in rows], 0),
+        ([[-100] * len(prompt) + answer for prompt, answer in rows], -100),
+    ]
+    return [lay_out([torch.tensor(row) for row in column], fill, side=side) for column, fill in columns]
 
 
 def embed(input_ids):

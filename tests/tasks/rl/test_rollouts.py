@@ -100,6 +100,22 @@ def test_the_routing_of_messages_ends_with_the_completion(first_step, processor)
     assert (routing[seen - 1 :] == -1).all()
 
 
+def test_packed_rollouts_hold_what_padded_ones_hold(processor):
+    record_kind = Rollouts(SHAPE, need_reference=True)
+    longer = rollout(tokens=[5, 6, 7, 8, 9, 10], completion_mask=[0, 0, 0, 0, 0, 1], logprobs=[-2.0], routing=None)
+    records = [rollout(reference_logprobs=[-3.0, -4.0]), {**longer, "reference_logprobs": [-5.0]}]
+    encoded = [record_kind.encode(record_kind.parse(record, "here", Path(".")), processor, 99, 1) for record in records]
+    encoded.insert(1, filler(processor))
+    packed, rows = (record_kind.collate(encoded, processor, packed=packed) for packed in (True, False))
+    real = rows.inputs["attention_mask"].bool()
+    for name in ("completion_BS", "engine_BS", "reference_BS"):
+        assert getattr(packed, name).shape == (1, 12) and getattr(packed, name)[0].equal(getattr(rows, name)[real])
+    assert packed.engine_BS.count_nonzero() == 3
+    assert packed.inputs["routing"].shape == (1, 12, 2, 2) and packed.inputs["routing"].dtype == torch.int16
+    assert packed.inputs["routing"][0].equal(rows.inputs["routing"][real])
+    assert (packed.inputs["routing"] >= 0).any() and packed.reward_B[[0, 2]].tolist() == [1, 1]
+
+
 def test_a_file_without_any_routing_is_refused_where_it_is_to_be_replayed(first_step):
     with pytest.raises(UserError, match="not one rollout has a 'routing' to replay"):
         first_step([rollout(routing=None), rollout(routing=None)])

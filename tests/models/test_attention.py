@@ -1,0 +1,260 @@
+"""Packed rows: every sample comes out as it would alone, with its own positions; what would mix them is caught."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import modeling_flash_attention_utils as flash
+
+from ds_moe.config.moe import MoEConfig
+from ds_moe.data.batch import sample_bounds
+from ds_moe.data.digits import digits_samples
+from ds_moe.data.encode import Encoded, collate, encode, filler
+from ds_moe.models.attention import BY_SAMPLE, attend_by_sample
+from ds_moe.models.convert import convert
+from ds_moe.models.families import FAMILIES
+from ds_moe.models.presets import build_preset
+from ds_moe.models.processor import tiny_processor
+from ds_moe.moe.tape import checkpoint_contexts
+
+LOSS, GRADIENT = 1e-6, 5e-6
+PRESETS = [family.preset for family in FAMILIES.values() if family.preset]
+
+
+def samples(preset, count=5):
+    """Real scans, two of which are joined to one sample of two images, and texts; every label position has a loss."""
+    vision = FAMILIES[next(name for name, family in FAMILIES.items() if family.preset == preset)].vision
+    processor = tiny_processor("vl")
+    encoded = [encode(sample, processor, 256, 2**20) for sample in digits_samples("train")[:count]]
+    for place in range(len(encoded)) if vision is None else (1, 3):
+        encoded[place] = without_image(encoded[place], processor.image_token_id)
+    if vision is not None:
+        encoded[2:4] = [joined(encoded[2], encoded[0])]
+    return encoded, processor if vision is not None else tiny_processor("text")
+
+
+def without_image(one, image_token_id):
+    kept = one.input_ids != image_token_id
+    return Encoded(one.input_ids[kept], one.labels[kept], one.prompt)
+
+
+def joined(one, other):
+    parts = ("input_ids", "labels", "pixel_values", "image_grid_thw")
+    tensors = {name: torch.cat([getattr(one, name), getattr(other, name)]) for name in parts}
+    return Encoded(prompt=one.prompt, **tensors)
+
+
+def prepared(preset, *, train=True, checkpointing=False, moe=True):
+    model = build_preset(preset).train(train)
+    attend_by_sample(model)
+    if moe and "moe" in preset:
+        convert(model, MoEConfig())
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+    return model
+
+
+def losses(logits, batch):
+    """(B,) the summed loss of each sample, at the tokens that its labels name."""
+    each = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="none")
+    of_sample = batch.sequence_of_token[:, 1:].flatten()
+    return torch.zeros(batch.samples).index_add(0, of_sample.clamp(min=0), torch.where(of_sample < 0, 0.0, each))
+
+
+def alone(preset, encoded, processor, train=True):
+    """(losses, gradients) of plain transformers, each sample in a forward of its own."""
+    model = build_preset(preset).train(train)
+    found = []
+    for one in encoded:
+        batch = collate([one], processor)
+        loss = losses(model(**batch.inputs, use_cache=False).logits, batch).sum()
+        loss.backward()
+        found.append(loss.detach())
+    return torch.stack(found), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def differences(model, batch, expected, **options):
+    """(of the losses, of the gradients relative to each tensor's largest entry)"""
+    model.zero_grad()
+    own = losses(model(**batch.inputs, **options).logits, batch)
+    own.sum().backward()
+    gradients = [
+        (parameter.grad - expected[1][name]).abs().max() / expected[1][name].abs().max().clamp_min(1e-12)
+        for name, parameter in model.named_parameters()
+        if expected[1][name] is not None
+    ]
+    return float((own.detach() - expected[0]).abs().max() / expected[0].max()), float(torch.stack(gradients).max())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("mode", ["train", "checkpointing", "eval"])
+def test_a_packed_row_is_its_samples_alone(preset, mode):
+    encoded, processor = samples(preset)
+    expected = alone(preset, encoded, processor, train=mode != "eval")
+    model = prepared(preset, train=mode != "eval", checkpointing=mode == "checkpointing")
+    batch = collate(encoded, processor, packed=True)
+    for options in ({"use_cache": False}, {}):  # a cache, which evaluation makes by default, would hide positions
+        loss, gradient = differences(model, batch, expected, **options)
+        assert loss <= LOSS and gradient <= GRADIENT, options
+    in_two = collate(encoded[:2], processor, packed=True), collate(encoded[2:], processor, packed=True)
+    model.zero_grad()
+    parts = torch.cat([losses(model(**one.inputs, use_cache=False).logits, one) for one in in_two])
+    assert (parts - expected[0]).abs().max() <= LOSS * expected[0].max()
+
+
+def test_lengths_come_from_the_bounds_where_the_host_does_not_know_them():
+    encoded, processor = samples("tiny-vl-moe")
+    model, batch = prepared("tiny-vl-moe"), collate(encoded, processor, packed=True)
+    given = {key: value for key, value in batch.inputs.items() if key != "sample_lengths"}
+    assert torch.equal(model(**given, use_cache=False).logits, model(**batch.inputs, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("fault", ["one token leaks", "no bounds between two samples", "rope row of another sample"])
+def test_what_mixes_samples_is_caught(mode, fault):
+    """Negative control of the parity above."""
+    encoded, processor = samples("tiny-vl-moe")
+    expected = alone("tiny-vl-moe", encoded, processor, train=mode != "eval")
+    batch = collate(encoded, processor, packed=True)
+    lengths = list(batch.inputs["sample_lengths"])
+    if fault == "one token leaks":  # the last token of the first sample counts as the second's first
+        lengths[0], lengths[1] = lengths[0] - 1, lengths[1] + 1
+        batch.inputs |= sample_bounds(lengths)
+    elif fault == "no bounds between two samples":
+        batch.inputs |= sample_bounds([lengths[0] + lengths[1], *lengths[2:]])
+    else:  # height and width of the first sample's image change places, as of an image of another shape
+        batch.inputs["position_ids"][2:, 0, : lengths[0]] = batch.inputs["position_ids"][2:, 0, : lengths[0]].flip(0)
+        assert not torch.equal(
+            batch.inputs["position_ids"], collate(encoded, processor, packed=True).inputs["position_ids"]
+        )
+    loss, gradient = differences(prepared("tiny-vl-moe", train=mode != "eval"), batch, expected, use_cache=False)
+    assert loss > LOSS and gradient > GRADIENT
+
+
+def test_positions_that_begin_anew_without_bounds_are_refused():
+    encoded, processor = samples("tiny-moe")
+    batch = collate(encoded, processor, packed=True)
+    given = {key: batch.inputs[key] for key in ("input_ids", "position_ids")}
+    with pytest.raises(ValueError, match="cu_seq_lens_q is not given: attention would mix its samples"):
+        prepared("tiny-moe")(**given, use_cache=False)
+    with pytest.raises(ValueError, match="do not lay out 1 rows of"):
+        prepared("tiny-moe")(**given, **sample_bounds([3, 4]), use_cache=False)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_right_padded_rows_need_no_mask(preset, monkeypatch):
+    """Real tokens come out as with the mask of plain sdpa, which is not made."""
+    encoded, processor = samples(preset)
+    batch = collate(encoded, processor)
+    masks = watch_masks(monkeypatch)
+    plain = build_preset(preset).train()
+    expected_logits = plain(**batch.inputs, use_cache=False).logits
+    expected = losses(expected_logits, batch)
+    expected.sum().backward()
+    assert any(mask is not None for mask in masks)
+    masks.clear()
+    model = prepared(preset, moe=False)
+    real = batch.inputs["attention_mask"].bool()
+    assert (model(**batch.inputs, use_cache=False).logits - expected_logits)[real].abs().max() <= 1e-6
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    loss, gradient = differences(model, batch, (expected.detach(), gradients), use_cache=False)
+    assert loss <= LOSS and gradient <= GRADIENT and all(mask is None for mask in masks)
+
+
+def watch_masks(monkeypatch):
+    """The masks of all calls of torch's attention from now on."""
+    masks, own = [], F.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return own(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    return masks
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_left_padded_rows_and_generation_are_those_of_plain_sdpa(preset):
+    encoded, processor = samples(preset)
+    batch = collate(encoded, processor, side="left")
+    plain, model = build_preset(preset).eval(), prepared(preset, train=False, moe=False)
+    assert torch.equal(plain(**batch.inputs).logits, model(**batch.inputs).logits)
+    one, other = (each.generate(**batch.inputs, max_new_tokens=4, do_sample=False) for each in (plain, model))
+    assert torch.equal(one, other)
+
+
+def test_no_mask_of_a_packed_row_is_made(monkeypatch):
+    """Its attention runs over samples, so the largest score matrix is that of the longest sample."""
+    encoded, processor = samples("tiny-vl-moe")
+    masks = watch_masks(monkeypatch)
+    prepared("tiny-vl-moe")(**collate(encoded, processor, packed=True).inputs, use_cache=False)
+    assert masks and all(mask is None for mask in masks)
+
+
+def test_only_sdpa_is_replaced_and_the_vision_tower_keeps_it():
+    for preset in PRESETS:
+        model = prepared(preset)
+        assert model.config.get_text_config()._attn_implementation == BY_SAMPLE
+        if hasattr(model.config, "vision_config"):
+            assert model.config.vision_config._attn_implementation == "sdpa"
+        assert BY_SAMPLE not in model.config.to_json_string()
+        eager = build_preset(preset, attention="eager")
+        attend_by_sample(eager)
+        assert eager.config.get_text_config()._attn_implementation == "eager"
+
+
+def torch_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+                 causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False):  # fmt: skip
+    """flash_attn_varlen_func by torch: (tokens, heads, width) each."""
+    bounds = cu_seqlens_q.tolist()
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and bounds == cu_seqlens_k.tolist()
+    assert bounds[0] == 0 and bounds[-1] == len(q) == len(k)
+    assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    outputs = []
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        part = [tensor[begin:end].transpose(0, 1).unsqueeze(0) for tensor in (q, k, v)]
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(*part, is_causal=causal, scale=softmax_scale, enable_gqa=gqa)
+        outputs.append(out.squeeze(0).transpose(0, 1))
+    torch_varlen.calls.append((bounds, causal))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_reaches_the_flash_kernel(preset, monkeypatch):
+    """transformers' own flash path with the kernel replaced by torch: the same samples, alone."""
+    encoded, processor = samples(preset)
+    expected = alone(preset, encoded, processor)
+
+    def imports(*args, **kwargs):
+        return None, torch_varlen, None, flash._pad_input, flash._unpad_input
+
+    torch_varlen.calls = []
+    monkeypatch.setattr(flash, "_lazy_imports", imports)
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    model = build_preset(preset).train()
+    model.config._attn_implementation = "flash_attention_2"
+    batch = collate(encoded, processor, packed=True)
+    loss, gradient = differences(model, batch, expected, use_cache=False)
+    assert loss <= LOSS and gradient <= GRADIENT
+    bounds = batch.inputs["cu_seq_lens_q"].tolist()
+    causal = [found for found, causal in torch_varlen.calls if causal]
+    assert causal == [bounds] * model.config.get_text_config().num_hidden_layers
+
+
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if "vl" in preset])
+def test_positions_are_those_of_the_models_own_method(preset):
+    """Made without the model: several images, of several shapes, text alone, a single token."""
+    encoded, processor = samples(preset)
+    wide = Encoded(torch.tensor([5, *[processor.image_token_id] * 6, 9, 9, *[processor.image_token_id] * 4]),
+                   torch.zeros(13), 1, image_grid_thw=torch.tensor([[1, 4, 6], [1, 8, 2]]))  # fmt: skip
+    model = build_preset(preset)
+    for one in [*encoded, wide, filler(processor)]:
+        inputs = collate([one], processor).inputs
+        rope, _ = model.model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=one.image_grid_thw,
+            attention_mask=inputs["attention_mask"],
+        )
+        found = processor.position_ids(one.input_ids, one.image_grid_thw)
+        assert found[0].tolist() == list(range(len(one.input_ids))) and torch.equal(found[1:], rope[:, 0])
