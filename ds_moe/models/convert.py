@@ -18,7 +18,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.errors import UserError
 from ds_moe.models.families import BIAS_SUFFIX, FAMILIES, Family, moe_blocks
 from ds_moe.models.generation import Arguments, Keywords, cache_of
-from ds_moe.models.hf_experts import is_silu
+from ds_moe.models.hf_experts import unlike_swiglu
 from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.moe.balance import BALANCERS
 from ds_moe.moe.context import ForwardContext
@@ -107,8 +107,8 @@ def _convertible(model: PreTrainedModel, ep: ExpertParallel) -> tuple[Family, li
         raise UserError(f"the {model_type} model has no {family.moe.class_name}: nothing to convert")
     if text_config.num_experts % ep.size:
         raise UserError(f"moe.ep_size={ep.size} does not divide the model's {text_config.num_experts} experts")
-    if not is_silu(blocks[0][1].experts.act_fn):
-        raise UserError(f"the experts' activation {text_config.hidden_act} is none we know; known: silu")
+    if reason := unlike_swiglu(blocks[0][1].experts):
+        raise UserError(f"the experts of this {model_type} model are none we know: {reason}; known: plain SiLU-gated")
     return family, blocks
 
 
@@ -148,6 +148,9 @@ def _router(config: MoEConfig, gate: nn.Module, settings: dict[str, object]) -> 
     kind = ROUTERS[config.router.kind]
     gate.weight.requires_grad_(config.router.learns and gate.weight.requires_grad)
     router = type(kind.__name__, (kind, type(gate)), {})(gate.weight, **settings)
+    # The hooks by which transformers records router logits, if a forward before the conversion has installed them: it
+    # installs them once in a model.
+    router._forward_hooks.update(gate._forward_hooks)
     for balance in config.balance:
         if isinstance(balance, LossFreeBalance):
             router.balancing = LossFreeBalancing(gate.weight.shape[0], **balance.model_dump(exclude={"kind"}))

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from ds_moe.moe.backends import backend_for
 from ds_moe.moe.permute import permute, sort_by_expert, sum_per_token, to_experts
@@ -11,9 +12,26 @@ from ds_moe.moe.permute import permute, sort_by_expert, sum_per_token, to_expert
 NAME = "ds_moe"
 
 
-def is_silu(activation: nn.Module) -> bool:
-    """Whether an activation of experts is the one that the kernels compute."""
-    return isinstance(activation, nn.SiLU | SiLUActivation)
+def unlike_swiglu(experts: nn.Module) -> str | None:
+    """What transformers' experts compute, or how their weights lie, otherwise than the fused kernels take for granted.
+
+    None: they are `(SiLU(x Wg.T) * (x Wu.T)) Wd.T`, stacked as `Backend.swiglu` wants them. The activation alone does
+    not tell: DeepSeek-V4's is SiLU, and its gate clamps what SiLU is given.
+    """
+    activation = getattr(experts, "act_fn", None)
+    silu = isinstance(activation, nn.SiLU | SiLUActivation) or activation is F.silu
+    default_gate = getattr(type(experts), "_apply_gate", None) is _default_apply_gate
+    reasons = {
+        "they do not say how they compute": not hasattr(experts, "has_gate"),
+        "they have no gate": not getattr(experts, "has_gate", True),
+        "they have biases": getattr(experts, "has_bias", False),
+        "their weights are transposed": getattr(experts, "is_transposed", False),
+        "their gate and up rows are interleaved": not getattr(experts, "is_concatenated", True),
+        "a norm follows each of them": getattr(experts, "has_post_expert_norm", False),
+        "their gate is a function of the family's own": not default_gate,
+        f"their activation is {getattr(activation, '__name__', type(activation).__name__)}": not silu,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def register() -> None:
@@ -29,13 +47,14 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         hidden_states: (T, D); the other two are (T, K).
 
     Raises:
-        ValueError: experts that are not SiLU-gated, that have biases, or whose gate rows do not lie above the up rows.
+        ValueError: experts that compute anything else than the kernels do, see `unlike_swiglu`, or that transformers
+            has sharded over ranks itself.
     """
-    plain = experts.has_gate and experts.is_concatenated and is_silu(experts.act_fn)
-    other = experts.has_bias, experts.is_transposed, experts.has_post_expert_norm, experts._is_expert_parallel
-    if not plain or any(other):
+    reason = "transformers has sharded them" if experts._is_expert_parallel else unlike_swiglu(experts)
+    if reason is not None:
         raise ValueError(
-            f"experts_implementation {NAME!r} computes SiLU-gated experts only, not {type(experts).__name__}"
+            f"experts_implementation {NAME!r} computes plain SiLU-gated experts, not {type(experts).__name__}: "
+            f"{reason}; take grouped_mm for this model"
         )
     with torch.autocast(hidden_states.device.type, enabled=False):  # autocast does not know grouped products
         rows_TD = hidden_states.to(experts.gate_up_proj.dtype)

@@ -57,6 +57,18 @@ def test_converted_equals_transformers(preset):
             assert (one.grad - other.grad).abs().max() <= 5e-6 * other.grad.abs().max(), name
 
 
+def test_router_logits_recorded_before_the_conversion_are_recorded_after_it():
+    """transformers hooks the routers once, in the first forward that records."""
+    model = build_preset("tiny-moe").eval()
+    batch = batch_for(model)
+    before = model(**batch, output_router_logits=True)
+    convert(model, MoEConfig())
+    after = model(**batch, output_router_logits=True)
+    assert len(after.router_logits) == len(before.router_logits) == len(moe_layers(model))
+    torch.testing.assert_close(after.router_logits, before.router_logits)
+    torch.testing.assert_close(after.aux_loss, before.aux_loss)
+
+
 def test_parity_notices_one_changed_expert():
     """Negative control of every parity test here: the numbers above can fail."""
     model = build_preset("tiny-vl-moe")
@@ -119,5 +131,5 @@ def test_experts_with_another_activation_are_refused():
     for name, module in model.named_modules():
         if name.endswith("experts"):
             module.act_fn = torch.nn.GELU()
-    with pytest.raises(UserError, match="known: silu"):
+    with pytest.raises(UserError, match="their activation is GELU; known: plain SiLU-gated"):
         convert(model, MoEConfig())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_moe.models.hf_experts import experts_forward, register
 from ds_moe.models.presets import build_preset
@@ -62,9 +63,25 @@ def test_a_model_is_built_and_reloaded_with_it(tmp_path):
     assert loaded.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 13)
 
 
-def test_experts_of_another_form_are_refused():
-    model = build_preset("tiny-moe")
-    experts = next(module for name, module in model.named_modules() if name.endswith("experts"))
+def gelu(experts):
     experts.act_fn = torch.nn.GELU()
-    with pytest.raises(ValueError, match="SiLU-gated experts only"):
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "reason"),
+    [
+        ("qwen3_moe", gelu, "Qwen3MoeExperts: their activation is GELU; take grouped_mm"),
+        # An activation that is SiLU, behind a gate that clamps what it is given: the loss would be another.
+        ("deepseek_v4", None, "DeepseekV4Experts: their gate is a function of the family's own; take grouped_mm"),
+        ("gpt_oss", None, "GptOssExperts: they have biases; take grouped_mm"),
+        ("nemotron_h", None, "NemotronHExperts: they have no gate; take grouped_mm"),
+    ],
+)
+def test_experts_of_another_form_are_refused(model_type, change, reason):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type))
+    experts = next(module for name, module in model.named_modules() if name.endswith(".experts"))
+    if change is not None:
+        change(experts)
+    with pytest.raises(ValueError, match=reason):
         experts_forward(experts, torch.randn(2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
