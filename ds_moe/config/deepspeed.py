@@ -122,6 +122,14 @@ def zero_plan(resolved: dict[str, Plain]) -> ZeroPlan:
     )
 
 
+def moves_nothing(config: RunConfig, on_cpu: bool) -> str | None:
+    """That `train.offload_activations` has no effect on ranks that train on CPUs; None where it has, or is not set."""
+    if not (config.train.offload_activations and on_cpu):
+        return None
+    at = config.at("train.offload_activations")
+    return f"{at}: train.offload_activations moves nothing here: ranks on CPUs compute in host memory already"
+
+
 def summed_in_bf16(config: RunConfig, zero: ZeroPlan, world_size: int) -> str | None:
     """A warning where the gradients of several micro-batches are summed with the 8 bits of a bf16's mantissa."""
     count = accumulation_steps(config, world_size)

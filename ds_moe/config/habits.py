@@ -128,6 +128,7 @@ _ROWS = {
     "overwrite_output_dir": "leave it out: no run is overwritten; choose another train.output_dir",
     "activation_checkpointing vit_gradient_checkpointing recompute_granularity": "train.gradient_checkpointing",
     "gradient_checkpointing_kwargs": "leave it out: train.gradient_checkpointing recomputes each decoder layer",
+    "activation_offloading enable_activation_offloading activations_cpu_offload": "train.offload_activations",
     "use_liger_kernel enable_liger_kernel": "write moe.experts.backend: liger, which computes the experts only",
     "ddp_timeout": "train.watchdog_s",
     "local_rank ddp_backend ddp_find_unused_parameters": "leave it out: the launcher and DeepSpeed set it",

@@ -88,6 +88,7 @@ class TrainConfig(Section):
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
     max_grad_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
     gradient_checkpointing: bool = False
+    offload_activations: bool = False  # what checkpointed layers keep waits in host memory for the backward pass
     resume: str = Field(default="auto", min_length=1)  # auto: the newest complete one of output_dir; never; a folder
     eval_every: int | None = Field(default=None, gt=0)  # steps; with data.eval the end is evaluated in any case
     eval_batch_size: int | None = Field(default=None, gt=0)  # samples of one rank; default micro_batch_size

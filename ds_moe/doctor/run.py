@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from importlib import metadata, util
 
 from ds_moe.config.check import warmup_problem
-from ds_moe.config.deepspeed import deepspeed_problems, precision, summed_in_bf16, trains_on_cpu, zero_plan
+from ds_moe.config.deepspeed import (
+    deepspeed_problems,
+    moves_nothing,
+    precision,
+    summed_in_bf16,
+    trains_on_cpu,
+    zero_plan,
+)
 from ds_moe.config.deepspeed_json import is_missing
 from ds_moe.config.rules.rule import written
 from ds_moe.doctor.case import GIB, Case, Device, Finding
@@ -85,6 +92,8 @@ def check_device(case: Case) -> Iterator[Finding]:
     if on_cpu and precision(config, on_cpu) == "bf16":
         where = config.at("train.precision")
         yield Finding("warning", f"{where}: train.precision bf16 is about 11 times slower than fp32 on CPUs {hint}")
+    if nothing := moves_nothing(config, on_cpu):
+        yield Finding("warning", f"{nothing} {hint}")
     if config.model.attention == "flash_attention_2":
         where = config.at("model.attention")
         if on_cpu:

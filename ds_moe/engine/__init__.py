@@ -1,9 +1,10 @@
 """Everything that relies on DeepSpeed's internals.
 
-start.py        joins the job that the launcher started
-prepare.py      turns a loaded model into one that DeepSpeed can wrap
-build.py        builds the engine and checks its invariants
-moe_binding.py  shows DeepSpeed our expert layers
-masters.py      reads and writes fp32 weights and Adam's moments, by parameter
-cpu.py          compiles DeepSpeed's CPU op, and sets the environment of CPU ranks
+start.py               joins the job that the launcher started
+prepare.py             turns a loaded model into one that DeepSpeed can wrap
+activation_offload.py  moves what gradient checkpointing keeps to host memory
+build.py               builds the engine and checks its invariants
+moe_binding.py         shows DeepSpeed our expert layers
+masters.py             reads and writes fp32 weights and Adam's moments, by parameter
+cpu.py                 compiles DeepSpeed's CPU op, and sets the environment of CPU ranks
 """

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.distributed import Topology
+from ds_moe.engine.activation_offload import ActivationOffload
 from ds_moe.engine.moe_binding import BoundMoELayer, create_groups, zero3_home
 from ds_moe.models.attention import attend_by_sample
 from ds_moe.models.convert import convert_for, load_expert_bias
@@ -52,6 +53,8 @@ def prepare_model(
         keep_vision_in_step(model)
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+        if config.train.offload_activations:
+            ActivationOffload.enable(model)
     return context
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ds_moe.checkpoint.files import step_folders
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.check import check_model, warmup_problem
-from ds_moe.config.deepspeed import precision, resolve_deepspeed, summed_in_bf16, zero_plan
+from ds_moe.config.deepspeed import moves_nothing, precision, resolve_deepspeed, summed_in_bf16, zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.data.chat_template import end_token
@@ -79,6 +79,8 @@ def set_up(config: RunConfig) -> Run:
         count_load(moe_layers(engine.module), len(stream.kinds))
     if warning := summed_in_bf16(config, zero, topology.world_size):
         monitor.note(f"warning: {warning}")
+    if note := moves_nothing(config, on_cpu()):
+        monitor.note(f"note: {note}")
     if note := routing_note(config.moe, outline.config):
         monitor.note(f"note: {note}")
     parts = TrainingParts(config, topology, engine, context, processor, stream, eval_set, monitor.note)

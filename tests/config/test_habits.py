@@ -47,6 +47,7 @@ RENAMED = {
     "output_dir": "train.output_dir",
     "resume_from_checkpoint": "train.resume",
     "gradient_checkpointing": "train.gradient_checkpointing",
+    "activation_offloading": "train.offload_activations",
     "expert_model_parallel_size": "moe.ep_size",
     "moe_router_topk": "moe.router.top_k",
     "seed": "train.seed",

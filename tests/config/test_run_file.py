@@ -259,6 +259,14 @@ RULES = {
         ["data.prefetch_factor=2"],
         "data.prefetch_factor would not be used: data.num_workers is 0",
     ),
+    "train.offload_activations": (
+        ["train.offload_activations=true"],
+        "train.offload_activations would not be used: train.gradient_checkpointing is False; remove it",
+    ),
+    "offload of a supervised gate": (
+        [*GATE, "train.offload_activations=true", "train.gradient_checkpointing=true"],
+        "train.offload_activations would not be used: gate.stage supervised runs the model without gradients",
+    ),
     "train.min_lr_ratio": (["train.min_lr_ratio=0.1", "train.schedule=linear"], "train.schedule is linear"),
     "train.eval_every": (["train.eval_every=5"], "train.eval_every would not be used: data.eval is not set"),
     "train.eval_batch_size": (["train.eval_batch_size=5"], "eval_batch_size would not be used: data.eval is not set"),

@@ -43,12 +43,21 @@ def _no_answers_to_learn(config: RunConfig) -> str | None:
     return "task rl learns completions, not answers" if completions else None
 
 
+def _nothing_to_offload(config: RunConfig) -> str | None:
+    if not config.train.offload_activations:
+        return None
+    if task_is(config, "gate") and config.gate.stage == "supervised":
+        return "gate.stage supervised runs the model without gradients, so its layers keep nothing"
+    return needs("train.gradient_checkpointing", True)(config)
+
+
 UNUSED: dict[str, Unused] = {
     "data.root": _no_files,
     "data.train_on": _no_answers_to_learn,
     "data.length_grouping": lambda c: None if c.train.global_batch_size > 1 else "train.global_batch_size is 1",
     "data.prefetch_factor": lambda c: None if c.data.num_workers else "data.num_workers is 0",
     "train.min_lr_ratio": needs("train.schedule", "cosine"),
+    "train.offload_activations": _nothing_to_offload,
     "train.eval_every": _no_eval,
     "train.eval_batch_size": _no_eval,
     "train.eval_samples": _no_periodic_eval,
