@@ -12,6 +12,7 @@ freeze.py       what a run trains, and what not
 lora.py         low-rank updates
 vision.py       ranks without images
 attention.py    rows that hold several samples
+tower.py        how a vision tower computes
 generation.py   where a model stops
 routing.py      where plain transformers routes otherwise than a run
 card.py         the model card of a folder, with the code that loads it

@@ -12,6 +12,7 @@ from ds_moe.models.families import FAMILIES, family_of
 from ds_moe.models.folder import read_model_config
 from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.ties import tie_as_stored, untie_config
+from ds_moe.models.tower import lighten_tower
 from ds_moe.weights.files import SafetensorsFiles
 from ds_moe.weights.layouts import stored_rows, uneven_experts
 from ds_moe.weights.unread import leave_unread
@@ -41,7 +42,7 @@ def experts_of(config: ModelConfig) -> int | None:
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0, unread: bool = False) -> PreTrainedModel:
-    """The model of a run's `model` section on the CPU of this rank, in `dtype`.
+    """The model of a run's `model` section on the CPU of this rank, in `dtype`, with a light vision tower.
 
     A checkpoint may store experts in any layout of `weights/layouts.py`; every weight must be there and none may be
     left over.
@@ -53,6 +54,12 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0, unread: b
     Raises:
         UserError: as `model_config`; a missing, unexpected or misshapen weight, or a file that cannot be read.
     """
+    model = _load(config, dtype, seed, unread)
+    lighten_tower(model)
+    return model
+
+
+def _load(config: ModelConfig, dtype: torch.dtype, seed: int, unread: bool) -> PreTrainedModel:
     if config.preset is not None:
         model = build_preset(config.preset, seed, config.attention)
         for parameter in model.parameters():  # not .to(): rotary frequencies stay fp32, as from_pretrained keeps them

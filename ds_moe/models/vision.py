@@ -31,18 +31,27 @@ def keep_vision_in_step(model: PreTrainedModel) -> None:
         if generating or kwargs.get("visual_pos_masks") is not None or not parallel():
             return None
         embeds_BSD = cast(Tensor, kwargs["inputs_embeds"])
-        zero = encode_blank(model, embeds_BSD.device).to(embeds_BSD.dtype)
-        return args, {**kwargs, "inputs_embeds": embeds_BSD + zero}
+        zero = encode_blank(model, embeds_BSD.device)
+        if zero is None or not zero.requires_grad:
+            return None
+        return args, {**kwargs, "inputs_embeds": embeds_BSD + zero.to(embeds_BSD.dtype)}
 
     model.get_submodule(family_of(model).decoder).register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def encode_blank(model: PreTrainedModel, device: torch.device) -> Tensor:
-    """A vision pass over one blank image: a zero scalar that depends on every vision parameter."""
+def encode_blank(model: PreTrainedModel, device: torch.device) -> Tensor | None:
+    """A vision pass over one blank image: a zero scalar that depends on every vision parameter.
+
+    None: no pass is needed, because a whole tower without gradients takes part in no collective.
+    """
     config, tower = model.config.vision_config, model.get_submodule(str(family_of(model).vision))
+    sharded = any(hasattr(parameter, "ds_id") for parameter in tower.parameters())
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
+    if not (sharded or trained):
+        return None
     side = config.spatial_merge_size
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
     pixels = torch.zeros(side * side, width, device=device, dtype=tower.dtype)
-    grid = torch.tensor([[1, side, side]], device=device)
+    grid = torch.tensor([[1, side, side]])  # on the host, where sizes are read
     features = tower(pixels, grid_thw=grid, return_dict=True)
     return torch.stack([part.sum() for part in (features.pooler_output, *features.deepstack_features)]).sum() * 0.0
