@@ -16,6 +16,7 @@ from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import start_distributed
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.families import expert_state
+from ds_moe.models.load import load_model
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import tiny_processor
 from tests.launcher import leave, report
@@ -26,6 +27,12 @@ EXPERTS = {  # name -> ZeRO stage, checkpointing, section moe: other ways to com
     "chunks, ZeRO 3": (3, False, {"dispatch": {"chunks": 2}, "experts": {"recompute": "none"}}),
     "chunks, ZeRO 3, checkpointing": (3, True, {"dispatch": {"chunks": 2}, "experts": {"recompute": "all"}}),
     "recompute all, ZeRO 3": (3, False, {"experts": {"recompute": "all"}}),
+}
+TOWER = r"^model\.visual\."
+TOWERS = {  # name -> ZeRO stage, checkpointing, model.freeze: a light tower, of which all, some or no parts are trained
+    **{f"frozen, ZeRO {stage}": (stage, stage == 3, ["vision"]) for stage in (1, 2, 3)},
+    **{f"mergers alone, ZeRO {stage}": (stage, stage == 3, [rf"{TOWER}(?!merger|deepstack)"]) for stage in (1, 2, 3)},
+    "trained, ZeRO 3, checkpointing": (3, True, []),
 }
 
 
@@ -69,10 +76,13 @@ def engine_settings(stage):
 
 
 def compare(config, stage, everything, expected, breakage=None):
-    """(loss difference, largest gradient difference relative to its tensor's largest entry) of one configuration."""
+    """(loss difference, largest gradient difference relative to its tensor's largest entry) of one configuration.
+
+    Only what it trains has gradients.
+    """
     labelled, expected_loss, expected_grads = expected
     topology = start_distributed(config.moe.ep_size)
-    model = build_preset("tiny-vl-moe")
+    model = load_model(config.model, torch.float32)
     prepare_model(model, config, topology)
     if breakage is not None:
         breakage(model)
@@ -84,7 +94,8 @@ def compare(config, stage, everything, expected, breakage=None):
     total = loss.detach().clone()
     dist.all_reduce(total)
     worst[0] = abs(total.item() / topology.world_size - expected_loss)
-    for name, parameter in engine.module.named_parameters():
+    trained = [(name, one) for name, one in engine.module.named_parameters() if one.requires_grad]
+    for name, parameter in trained:
         ours, theirs = safe_get_full_grad(parameter), expected_grads[name]
         scale = theirs.abs().max()
         if expert_state(name):
@@ -96,9 +107,9 @@ def compare(config, stage, everything, expected, breakage=None):
     return worst.tolist()
 
 
-def run_config(ep_size, checkpointing, **moe):
+def run_config(ep_size, checkpointing, freeze=(), **moe):
     return RunConfig(
-        model={"preset": "tiny-vl-moe"},
+        model={"preset": "tiny-vl-moe", "freeze": list(freeze)},
         data={"train": "digits"},
         moe={"ep_size": ep_size, **moe},
         train={"gradient_checkpointing": checkpointing, "steps": 1},
@@ -128,6 +139,10 @@ def main():
     for name, (stage, checkpointing, moe) in EXPERTS.items():
         found[name] = compare(run_config(sizes[-1], checkpointing, **moe), stage, everything, expected)
     report(experts=found)
+    found = {}
+    for name, (stage, checkpointing, freeze) in TOWERS.items():
+        found[name] = compare(run_config(1, checkpointing, freeze), stage, everything, expected)
+    report(towers=found)
     report(broken=compare(run_config(sizes[-1], False), 3, everything, expected, change_an_expert))
     leave()
 
