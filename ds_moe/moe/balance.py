@@ -31,6 +31,7 @@ class TokenStats(NamedTuple):
     counts_E: Tensor  # int64, this rank's assignments of each expert
     global_counts: GlobalCounts | None = None  # None unless some balancer's scope is global_batch
     sequence_T: Tensor | None = None  # int64 sequence of each token; None: B of equal length, padding included
+    mean_sequences: float | None = None  # a micro-batch's share of the optimizer step's sequences; None: those of this
 
 
 class Balancer(Protocol):
@@ -61,7 +62,8 @@ class AuxLoss:
             depends on micro_batch_size. `global_batch` (Qiu 2025, arXiv 2501.11873): those of the forwards that all
             ranks run at the same time; averaged over the ranks, it equals the loss of their concatenated
             micro-batches. The micro-batches of gradient accumulation stay apart. `sequence` (DeepSeek-V3): those of
-            each sequence, averaged over the sequences that have a real token.
+            each sequence, averaged over the sequences that have a real token: all of the optimizer step's count alike,
+            however many a micro-batch holds.
         normalize_by_k: divide by K = assignments a token.
     """
 
@@ -112,7 +114,7 @@ def global_counts(token_V: Tensor | None, tokens: int, counts_E: Tensor) -> Glob
 
 # Of G groups of tokens: sums of scores (G, E), assignments (G, E) and tokens (G,), then the number of groups that the
 # sum of their losses is divided by.
-_Groups = tuple[Tensor, Tensor, Tensor, Tensor | int]
+_Groups = tuple[Tensor, Tensor, Tensor, Tensor | float]
 
 
 def _over_batch(decision: RoutingDecision, stats: TokenStats, scope: Scope) -> _Groups:
@@ -139,7 +141,8 @@ def _over_sequences(decision: RoutingDecision, stats: TokenStats) -> _Groups:
     sums_BE = decision.scores_TE.new_zeros(stats.sequences, experts)
     sums_BE = sums_BE.index_add(0, sequence_V, normalized_scores(decision, stats))
     tokens_B = torch.bincount(sequence_V, minlength=stats.sequences)
-    return sums_BE, counts_BE.view(-1, experts), tokens_B, (tokens_B > 0).sum().clamp_min(1)
+    groups = stats.mean_sequences or (tokens_B > 0).sum().clamp_min(1)
+    return sums_BE, counts_BE.view(-1, experts), tokens_B, groups
 
 
 def normalized_scores(decision: RoutingDecision, stats: TokenStats) -> Tensor:

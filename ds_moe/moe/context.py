@@ -19,6 +19,7 @@ class ForwardContext:
     sequence_BS: Tensor | None = None  # of the next forward: int64 sequence of each token, any value at padding
     sequences: int = 0  # of the next forward and then of the one that runs: how many there are; used with sequence_T
     sequence_T: Tensor | None = None  # int64 sequence of each token; None: each row is one
+    mean_sequences: float | None = None  # real sequences of the optimizer step over its micro-batches; None: not known
     image_T: Tensor | None = None  # bool, true at image tokens; None: there is none
     kind_BS: Tensor | None = None  # of the next forward: int64 kind of record of each token, -1 none
     kind_T: Tensor | None = None  # int64 kind of record of each token; None: not known

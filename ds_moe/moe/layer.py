@@ -179,7 +179,7 @@ class MoELayer(nn.Module):
         counts = None
         if self.training and any(balancer.scope == "global_batch" for balancer in self.balancers):
             counts = global_counts(token_V, x_TD.shape[0], plan.counts_E)
-        return TokenStats(token_V, sequences, plan.counts_E, counts, sequence_T)
+        return TokenStats(token_V, sequences, plan.counts_E, counts, sequence_T, self.context.mean_sequences)
 
 
 class StandaloneLayer(MoELayer):

@@ -64,9 +64,12 @@ def optimizer_step(
     """
     engine, device = parts.engine, parts.topology.device
     at("count of the batch's tokens")
-    labels, tokens = _global_counts(task, micro_batches, bad_record, device)
+    labels, tokens, samples = _global_counts(task, micro_batches, bad_record, device)
     # DeepSpeed averages over ranks and micro-batches; the loss of each is divided so that the average is the mean.
-    share = max(labels, 1) / (parts.topology.world_size * len(micro_batches))
+    all_micro_batches = parts.topology.world_size * len(micro_batches)
+    share = max(labels, 1) / all_micro_batches
+    if parts.context is not None:
+        parts.context.mean_sequences = samples / all_micro_batches
     lr = engine.get_lr()[0]
     losses = torch.zeros(2, dtype=torch.float64, device=device)  # language, auxiliary
     ep = parts.layers[0].dispatcher.ep if parts.layers else ExpertParallel()
@@ -151,18 +154,20 @@ def _forward_backward(
 
 def _global_counts(
     task: Task, micro_batches: list[Batch], bad_record: str | None, device: torch.device
-) -> tuple[int, int]:
-    """(what the loss is a mean over, real tokens) of this step over all ranks; raises if any met a bad record."""
+) -> tuple[int, int, int]:
+    """(what the loss is a mean over, real tokens, real samples) of this step over all ranks; raises if any met a bad
+    record."""
     labels = sum(task.weight(batch) for batch in micro_batches)
     tokens = sum(batch.tokens for batch in micro_batches)
-    counts = torch.tensor([0, 0, int(bad_record is not None)], device=device)
-    counts[0] += labels
-    counts[1] += tokens
+    samples = sum(batch.real_B.sum() for batch in micro_batches)
+    counts = torch.tensor([0, 0, 0, int(bad_record is not None)], device=device)
+    for place, count in enumerate((labels, tokens, samples)):
+        counts[place] += count
     dist.all_reduce(counts)
-    labelled, real, bad = counts.tolist()
+    labelled, real, real_samples, bad = counts.tolist()
     if bad:
         raise_together(bad_record)
-    return labelled, real
+    return labelled, real, real_samples
 
 
 def _write_skipped(run: Run, own_loss: float) -> None:

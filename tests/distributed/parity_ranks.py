@@ -10,7 +10,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from ds_moe.config.run import RunConfig
 from ds_moe.data.digits import digits_samples
-from ds_moe.data.encode import Encoded, collate, encode
+from ds_moe.data.encode import collate, encode
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import start_distributed
@@ -20,6 +20,7 @@ from ds_moe.models.load import load_model
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import tiny_processor
 from tests.launcher import leave, report
+from tests.samples import without_image
 
 SAMPLES = 3  # a rank
 EXPERTS = {  # name -> ZeRO stage, checkpointing, section moe: other ways to compute the same, experts over all ranks
@@ -44,14 +45,9 @@ def batches(world_size):
     for rank in range(world_size):
         encoded = [encode(sample, processor, 256, 2**20) for sample in samples[rank * 7 : rank * 7 + SAMPLES]]
         if rank == 1:
-            encoded = [_without_image(one, processor.image_token_id) for one in encoded]
+            encoded = [without_image(one, processor.image_token_id) for one in encoded]
         result.append(collate(encoded, processor).with_labels)
     return result
-
-
-def _without_image(encoded, image_token_id):
-    kept = encoded.input_ids != image_token_id
-    return Encoded(encoded.input_ids[kept], encoded.labels[kept], encoded.prompt)
 
 
 def reference(model, everything):

@@ -15,6 +15,7 @@ from ds_moe.models.families import FAMILIES
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import tiny_processor
 from ds_moe.moe.tape import checkpoint_contexts
+from tests.samples import joined, losses, without_image
 
 LOSS, GRADIENT = 1e-6, 5e-6
 PRESETS = [family.preset for family in FAMILIES.values() if family.preset]
@@ -32,17 +33,6 @@ def samples(preset, count=5):
     return encoded, processor if vision is not None else tiny_processor("text")
 
 
-def without_image(one, image_token_id):
-    kept = one.input_ids != image_token_id
-    return Encoded(one.input_ids[kept], one.labels[kept], one.prompt)
-
-
-def joined(one, other):
-    parts = ("input_ids", "labels", "pixel_values", "image_grid_thw")
-    tensors = {name: torch.cat([getattr(one, name), getattr(other, name)]) for name in parts}
-    return Encoded(prompt=one.prompt, **tensors)
-
-
 def prepared(preset, *, train=True, checkpointing=False, moe=True):
     model = build_preset(preset).train(train)
     attend_by_sample(model)
@@ -51,13 +41,6 @@ def prepared(preset, *, train=True, checkpointing=False, moe=True):
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     return model
-
-
-def losses(logits, batch):
-    """(B,) the summed loss of each sample, at the tokens that its labels name."""
-    each = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="none")
-    of_sample = batch.sequence_of_token[:, 1:].flatten()
-    return torch.zeros(batch.samples).index_add(0, of_sample.clamp(min=0), torch.where(of_sample < 0, 0.0, each))
 
 
 def alone(preset, encoded, processor, train=True):

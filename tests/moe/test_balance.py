@@ -40,13 +40,12 @@ def seen_of(decision, sequences, token_V=None):
     return TokenStats(token_V, sequences, counts_E, global_counts(token_V, len(decision.logits_TE), counts_E))
 
 
-def slow_aux(decision, sequences, real_T, scope):
+def slow_aux(decision, sequence_T, real_T, scope):
     """As the papers write it, token by token."""
     tokens, experts = decision.logits_TE.shape
-    length = tokens // sequences
     groups = [[t for t in range(tokens) if real_T[t]]]
     if scope == "sequence":
-        groups = [[t for t in range(b * length, (b + 1) * length) if real_T[t]] for b in range(sequences)]
+        groups = [[t for t in groups[0] if sequence_T[t] == b] for b in range(max(sequence_T) + 1)]
     values = []
     for group in filter(None, groups):
         f = [
@@ -82,11 +81,43 @@ def test_aux_equals_the_loop_with_padding(scope, scores):
     token_V = real_T.nonzero().squeeze(1)
     decision = decide(logits_TE, token_V, scores)
     ours = AuxLoss(1.0, scope).loss(decision, seen_of(decision, 3, token_V))
-    theirs = slow_aux(decision, 3, real_T, scope)
+    theirs = slow_aux(decision, [0] * 5 + [1] * 5 + [2] * 5, real_T, scope)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     [one], [other] = (torch.autograd.grad(loss, logits_TE, retain_graph=True) for loss in (ours, theirs))
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
     assert (one[~real_T] == 0).all()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_aux_of_packed_sequences_equals_the_loop(scope):
+    """Sequences of 3, 7, 1 and 2 tokens in one row, of which the last only fills up; backward too."""
+    sequence_T = torch.tensor([0] * 3 + [1] * 7 + [2] + [3] * 2)
+    logits_TE = torch.randn(13, E, dtype=torch.float64, requires_grad=True)
+    token_V = torch.arange(11)
+    decision = decide(logits_TE, token_V)
+    stats = seen_of(decision, 4, token_V)._replace(sequence_T=sequence_T)
+    ours = AuxLoss(1.0, scope).loss(decision, stats)
+    theirs = slow_aux(decision, sequence_T.tolist(), sequence_T < 3, scope)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    [one], [other] = (torch.autograd.grad(loss, logits_TE, retain_graph=True) for loss in (ours, theirs))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+    if scope == "sequence":  # negative control: one token that counts as the next sequence's
+        shifted = stats._replace(sequence_T=sequence_T.roll(-1))
+        assert abs(AuxLoss(1.0, scope).loss(decision, shifted) - theirs) > 1e-3
+
+
+def test_all_sequences_of_a_step_weigh_the_same_however_micro_batches_share_them():
+    """One sequence in the first micro-batch, three in the second: the mean of both is the mean of the four."""
+    sequence_T = torch.tensor([0] * 5 + [1] * 2 + [2] * 4 + [3] * 3)
+    decision = decide(torch.randn(14, E))
+    aux = AuxLoss(1.0, "sequence")
+    expected = aux.loss(decision, seen_of(decision, 4)._replace(sequence_T=sequence_T))
+    parts = []
+    for first, last in ((0, 5), (5, 14)):
+        part = decide(decision.logits_TE[first:last])
+        stats = seen_of(part, 4)._replace(sequence_T=sequence_T[first:last], mean_sequences=4 / 2)
+        parts.append(aux.loss(part, stats))
+    torch.testing.assert_close(sum(parts) / 2, expected)
 
 
 def test_z_loss_is_the_mean_square_of_logsumexp_over_real_tokens():
