@@ -283,7 +283,7 @@ def test_the_table_of_keys_is_the_config():
 
 def test_the_table_of_tags_is_what_the_monitor_writes():
     step = StepReport(step=1, loss=1.0, lr=0.1, grad_norm=1.0, tokens=8, samples=2, step_s=1.0, data_wait_s=0.0)
-    step.sent_bytes = 1.0
+    step.sent_bytes, step.fill = 1.0, 0.9
     counts_LE = np.array([[4, 4]])
     routing = RoutingReport(counts_LE, np.array([[1, 2]]), 0.5, aux_loss=2.0, last_step_LE=counts_LE, bias_norm=1.0)
     routing.kind_counts_LE = {"KIND": counts_LE}

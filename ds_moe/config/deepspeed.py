@@ -25,6 +25,8 @@ from ds_moe.config.yaml_lines import Plain
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.errors import UserError, all_in_one
 
+BATCH_KEYS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+
 
 def resolve_deepspeed(
     config: RunConfig, world_size: int, on_cpu: bool, hidden_size: int | None = None, experts: int | None = None
@@ -91,9 +93,11 @@ def deepspeed_problems(
     if config.moe and (problem := ep_size_problem(config.moe.ep_size, world_size, experts, of="ranks")):
         complaints.append(f"{config.at('moe.ep_size')}: {problem}")
     resolved = without_switched_off(deepcopy(source.values))
+    if config.data.packing:
+        complaints += _packed_batches(resolved, world_size, source)
     for key, yaml_key, value in _shared_values(config, accumulation, on_cpu):
         complaints += _fill(resolved, key, yaml_key, value, source, config)
-    _finish_data_types(resolved, accumulation)
+    _finish_data_types(resolved, accumulates=accumulation != 1)
     complaints += _other_optimizer(resolved, source)
     if complaints:
         return {}, complaints
@@ -135,12 +139,15 @@ def summed_in_bf16(config: RunConfig, zero: ZeroPlan, world_size: int) -> str | 
     count = accumulation_steps(config, world_size)
     if count == 1 or zero.sum_width == 4:
         return None
+    several, larger = f"{count} micro-batches", "train.micro_batch_size"
+    if count is None:
+        several, larger = "several packed rows", "train.tokens_per_micro_batch"
     fix = 'set data_types.grad_accum_dtype to "auto" or "fp32" in it'
     if zero.stage == 1:
         fix = "use stage 2 or 3, whose shipped JSONs sum in fp32"
     return (
-        f"{config.at('deepspeed')}: the gradients of {count} micro-batches are summed in bf16, where what is less than "
-        f"1/256 of the sum is lost: {fix}, or make train.micro_batch_size larger"
+        f"{config.at('deepspeed')}: the gradients of {several} are summed in bf16, where what is less than "
+        f"1/256 of the sum is lost: {fix}, or make {larger} larger"
     )
 
 
@@ -158,13 +165,29 @@ def trains_on_cpu() -> bool:
     return not torch.accelerator.is_available()
 
 
-def _shared_values(config: RunConfig, accumulation: int, on_cpu: bool) -> list[tuple[str, str, Plain]]:
+def _packed_batches(resolved: dict[str, Plain], world_size: int, source: DeepSpeedJson) -> list[str]:
+    """Tell DeepSpeed of one micro-batch a step; returns complaints about other numbers in the JSON.
+
+    DeepSpeed wants a number that is always the same. It makes no use of it, because `training.step` says which
+    micro-batch of a step is the last one.
+    """
+    complaints = []
+    for key, value in zip(BATCH_KEYS, (world_size, 1, 1), strict=True):
+        given = resolved.get(key, AUTO)
+        if given != AUTO:
+            why = "under data.packing a step has as many micro-batches as its tokens need"
+            complaints.append(f'{source.at(key)}: {key} is {given!r}, but {why}; write "auto" in {source.noun}')
+        resolved[key] = value
+    return complaints
+
+
+def _shared_values(config: RunConfig, accumulation: int | None, on_cpu: bool) -> list[tuple[str, str, Plain]]:
     """(key of the JSON, key of the run file, value) of what the run file gives and the JSON may repeat."""
     train = config.train
+    names = "train.global_batch_size", "train.micro_batch_size", "train.global_batch_size"
+    sizes = train.global_batch_size, train.micro_batch_size, accumulation
     return [
-        ("train_batch_size", "train.global_batch_size", train.global_batch_size),
-        ("train_micro_batch_size_per_gpu", "train.micro_batch_size", train.micro_batch_size),
-        ("gradient_accumulation_steps", "train.global_batch_size", accumulation),
+        *(zip(BATCH_KEYS, names, sizes, strict=True) if accumulation is not None else ()),
         ("gradient_clipping", "train.max_grad_norm", train.max_grad_norm),  # left out, DeepSpeed clips at 1.0
         ("bf16.enabled", "train.precision", precision(config, on_cpu) == "bf16"),
         ("optimizer.params.lr", "train.lr", train.lr),
@@ -196,7 +219,7 @@ def _fill(
     return []
 
 
-def _finish_data_types(resolved: dict[str, Plain], accumulation: int) -> None:
+def _finish_data_types(resolved: dict[str, Plain], accumulates: bool) -> None:
     """Sum the gradients of several bf16 micro-batches in fp32, where the JSON leaves it to the run: "auto".
 
     One micro-batch has no sums; ZeRO-1 has no optimizer of ours that keeps them in fp32.
@@ -205,7 +228,7 @@ def _finish_data_types(resolved: dict[str, Plain], accumulation: int) -> None:
     if types.get("grad_accum_dtype") != AUTO:
         return
     stage, bf16 = section(resolved, "zero_optimization").get("stage"), section(resolved, "bf16").get("enabled") is True
-    if accumulation > 1 and bf16 and stage in (2, 3):
+    if accumulates and bf16 and stage in (2, 3):
         types["grad_accum_dtype"] = "fp32"
     else:
         del types["grad_accum_dtype"]

@@ -27,8 +27,13 @@ def ep_size_problem(
     return f"moe.ep_size {ep_size} does not divide {names[of]} ({advised}{too})"
 
 
-def accumulation_steps(config: RunConfig, world_size: int) -> int:
-    """Micro-batches of a rank in an optimizer step: global / (micro x ranks), or a `UserError` if that is not whole."""
+def accumulation_steps(config: RunConfig, world_size: int) -> int | None:
+    """Micro-batches of a rank in an optimizer step: global / (micro x ranks), or a `UserError` if that is not whole.
+
+    None where samples are packed: each step has as many rows as its samples need.
+    """
+    if config.data.packing:
+        return None
     micro, total = config.train.micro_batch_size, config.train.global_batch_size
     step = micro * world_size
     if total % step == 0:

@@ -33,8 +33,8 @@ _ROWS = {
     "ones",
     "mask_history": "write data.train_on: last",
     "train_on_inputs train_on_prompt": "leave it out: only answers are learned, see data.train_on",
-    "packing neat_packing padding_free group_by_length train_sampling_strategy": "ds_moe packs no samples; "
-    "data.length_grouping, on by default, saves the padding",
+    "packing neat_packing padding_free": "data.packing",
+    "group_by_length train_sampling_strategy": "data.length_grouping, on by default; data.packing pads nothing",
     "streaming lazy_tokenize": "leave it out: records are read and tokenized while the run trains",
     "max_samples max_train_samples": "ds_moe takes all records of data.train: write a smaller file",
     "max_eval_samples": "train.eval_samples",

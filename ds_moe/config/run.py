@@ -35,6 +35,11 @@ class RunConfig(Located):
     # working directory, or its keys.
     deepspeed: str | dict[str, object]
 
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens that a packed row, the micro-batch of one rank, holds at most."""
+        return self.train.tokens_per_micro_batch or self.data.max_length
+
     @field_validator("deepspeed", mode="before")
     @classmethod
     def _name_path_or_keys(cls, value: object) -> object:

@@ -64,6 +64,7 @@ class DataConfig(Section):
     on_bad_record: Literal["stop", "skip"] = "stop"
     shuffle: bool = True
     length_grouping: bool = True  # samples of similar length share a micro-batch
+    packing: bool = False  # samples of any length fill rows without padding, see train.tokens_per_micro_batch
     num_workers: int = Field(default=0, ge=0)  # processes a rank
     prefetch_factor: int | None = Field(default=None, gt=0)  # steps a worker prepares ahead (default 2)
 
@@ -78,7 +79,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] | None = None  # default: bf16 on an accelerator, fp32 on CPU
     steps: int | None = Field(default=None, gt=0)  # optimizer steps; or
     epochs: int | None = Field(default=None, gt=0)  # passes over the data
-    micro_batch_size: int = Field(default=1, gt=0)  # samples of one rank in one forward
+    micro_batch_size: int = Field(default=1, gt=0)  # samples of one rank in one forward; with data.packing instead
+    tokens_per_micro_batch: int | None = Field(default=None, gt=0)  # at most so many tokens; default data.max_length
     global_batch_size: int = Field(default=8, gt=0)  # samples of an optimizer step; determines the accumulation
     lr: float = Field(default=1e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -91,7 +93,7 @@ class TrainConfig(Section):
     offload_activations: bool = False  # what checkpointed layers keep waits in host memory for the backward pass
     resume: str = Field(default="auto", min_length=1)  # auto: the newest complete one of output_dir; never; a folder
     eval_every: int | None = Field(default=None, gt=0)  # steps; with data.eval the end is evaluated in any case
-    eval_batch_size: int | None = Field(default=None, gt=0)  # samples of one rank; default micro_batch_size
+    eval_batch_size: int | None = Field(default=None, gt=0)  # samples of one rank; default micro_batch_size, packed 8
     eval_samples: int | None = Field(default=None, gt=0)  # that periodic evaluations take of data.eval; default all
     eval_generate: bool = True  # also generate answers and count exact matches
     max_new_tokens: int | None = Field(default=None, gt=0)  # of a generated answer (default 16)

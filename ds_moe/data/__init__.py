@@ -7,6 +7,7 @@ images.py    pixels, within limits          record_keys.py     keys that are ref
 encode.py    tokens and batches             bad_records.py     records that cannot be used
 encoder.py   records into samples           stream.py          what a rank trains on, with an exact position
 order.py     the order of an epoch          eval_set.py        what a rank is evaluated on
+packing.py   samples into rows              token_counts.py    exact lengths, measured once
 batch.py     a micro-batch                  processor.py       what the data need of a processor
 marks.py     texts found in a rendering     message_keys.py    thoughts, tools, weights
 special_tokens.py   which of them texts may write

@@ -3,7 +3,8 @@
 Shapes: B samples in R rows of S tokens (see `batch.py`), P patches of all their images, I images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, final_answer
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules, tokenize
-from ds_moe.data.images import ImageSource, RecordError, load_image
+from ds_moe.data.images import ImageSource, RecordError, load_image, shown_size
 from ds_moe.data.processor import Processor
 from ds_moe.data.special_tokens import text_of
 from ds_moe.errors import one_line
@@ -39,16 +40,22 @@ class Encoded:
 
 
 def encode(
-    sample: Sample, processor: Processor, max_length: int, max_pixels: int, rules: TokenRules = DEFAULT_RULES
+    sample: Sample,
+    processor: Processor,
+    max_length: int,
+    max_pixels: int,
+    rules: TokenRules = DEFAULT_RULES,
+    pixels: bool = True,
 ) -> Encoded:
     """Decode the images of a sample and tokenize it. What the model writes is a label, end tokens included.
+
+    With `pixels` False no image is decoded: the tokens are the same ones, and `pixel_values` and the grid are None.
 
     Raises:
         RecordError: what `tokenize` refuses; an image that does not decode or has more than `max_pixels` pixels,
             images for a text-only model, or more than `max_length` tokens, image tokens included: nothing is cut off.
     """
-    sources = sample.images
-    pixel_values, grid, image_tokens = encode_images(sources, processor, max_pixels)
+    pixel_values, grid, image_tokens = encode_images(sample.images, processor, max_pixels, pixels)
     tokens = tokenize(sample.turns, processor, image_tokens, sample.tools, rules)
     check_length(len(tokens.ids), sum(image_tokens), max_length)
     input_ids = torch.tensor(tokens.ids)
@@ -63,24 +70,39 @@ def answer_text(encoded: Encoded, processor: Processor, content_tokens: Sequence
 
 
 def encode_images(
-    sources: list[ImageSource], processor: Processor, max_pixels: int
+    sources: list[ImageSource], processor: Processor, max_pixels: int, pixels: bool = True
 ) -> tuple[Tensor | None, Tensor | None, list[int]]:
     """(pixel_values, image_grid_thw, number of tokens of each image); (None, None, []) without images.
 
+    With `pixels` False only the images' headers are read, and the first two are None.
+
     Raises:
-        RecordError: as `encode` does for images.
+        RecordError: as `encode` does for images; without pixels not for an image that is cut off.
     """
     if not sources:
         return None, None, []
-    if processor.image_processor is None:
+    prepare = processor.image_processor
+    if prepare is None:
         raise RecordError("the record has an image, but the model reads text only (use a vision-language model)")
+    merged = prepare.merge_size**2
+    if not pixels and prepare.do_resize:  # else its rule for sizes is not the one that it follows
+        sizes = [shown_size(source, max_pixels) for source in sources]
+        with _refusing():
+            counts = [prepare.get_number_of_image_patches(height, width) for width, height in sizes]
+        return None, None, [count // merged for count in counts]
     images = [load_image(source, max_pixels) for source in sources]
+    with _refusing():
+        patches = prepare(images=images, return_tensors="pt")
+    grid = patches["image_grid_thw"]
+    return patches["pixel_values"], grid, (grid.prod(-1) // merged).tolist()
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
     try:
-        patches = processor.image_processor(images=images, return_tensors="pt")
+        yield
     except Exception as error:  # such as an aspect ratio above 200; a broken processor may raise anything
         raise RecordError(f"an image is refused by the model's processor: {one_line(error)} (crop it)") from error
-    grid = patches["image_grid_thw"]
-    return patches["pixel_values"], grid, (grid.prod(-1) // processor.image_processor.merge_size**2).tolist()
 
 
 def check_length(tokens: int, of_images: int, max_length: int) -> None:

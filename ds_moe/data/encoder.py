@@ -31,6 +31,10 @@ class Encoder:
     def sample(self, index: int) -> Sample:
         return FILLER_SAMPLE if index == FILLER else self._records.sample(index)
 
+    def where(self, index: int) -> str:
+        """file:line of a record."""
+        return self._records.where(index)
+
     def encode(self, indices: list[int]) -> tuple[list[Encoded], list[int], list[BadRecord]]:
         """(encoded samples, their indices, bad records); a filler, of index FILLER, takes the place of a bad record."""
         encoded, used, bad = [], [], []
@@ -43,15 +47,28 @@ class Encoder:
             used.append(index)
         return encoded, used, bad
 
+    def measure(self, index: int) -> tuple[int, int] | BadRecord:
+        """(tokens, patches) of a record, as encoding it gives them, but no image is decoded."""
+        one = self._encode(index, pixels=False)
+        if isinstance(one, BadRecord):
+            return one
+        images = self._processor.image_processor
+        of_images = 0 if images is None else int((one.input_ids == self._processor.image_token_id).sum())
+        return len(one.input_ids), 0 if images is None else of_images * images.merge_size**2
+
+    def _encode(self, index: int, pixels: bool) -> Encoded | BadRecord:
+        kind, limits = self._records.record_kind, (self._data.max_length, self._data.max_pixels)
+        try:
+            return kind.encode(self._records.sample(index), self._processor, *limits, self._rules, pixels)
+        except RecordError as error:
+            return BadRecord(self._records.where(index), str(error))
+
     def _one(self, index: int) -> Encoded | BadRecord:
         if index in self._cache:
             return self._cache[index]
-        kind = self._records.record_kind
-        try:
-            sample = self._records.sample(index)
-            encoded = kind.encode(sample, self._processor, self._data.max_length, self._data.max_pixels, self._rules)
-        except RecordError as error:
-            return BadRecord(self._records.where(index), str(error))
+        encoded = self._encode(index, pixels=True)
+        if isinstance(encoded, BadRecord):
+            return encoded
         if self._cached_bytes + encoded.nbytes <= CACHE_BYTES:
             self._cache[index] = encoded
             self._cached_bytes += encoded.nbytes

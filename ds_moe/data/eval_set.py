@@ -9,13 +9,17 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import Sample
-from ds_moe.data.encode import answer_text, collate_prompts
+from ds_moe.data.encode import answer_text, collate_prompts, filler
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.order import FILLER
+from ds_moe.data.packing import rows_in_order
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind
 from ds_moe.data.records import DATA_CACHE, open_records
+from ds_moe.data.token_counts import token_counts
 from ds_moe.errors import UserError
+
+PROMPTS = 8  # that are answered at a time where packing leaves their number open
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class EvalBatch:
     """B samples of one rank. A filler has the weight 0, no label and an empty answer."""
 
     batch: Batch
-    prompt: Batch  # left-padded, for `generate`; each ends where the last answer begins
+    prompts: list[Batch]  # left-padded, for `generate`; each ends where the last answer begins; perhaps fillers behind
     answers: list[str]
     weights: list[int]
     samples: list[Sample]
@@ -50,10 +54,15 @@ class EvalSet:
         cache_dir = Path(config.train.output_dir) / DATA_CACHE
         records = open_records(config.data.eval, "held-out", config.data, cache_dir, record_kind)
         self._record_kind, self._content_tokens = record_kind, config.data.content_tokens
-        self._size = config.train.eval_batch_size or config.train.micro_batch_size
+        by_default = PROMPTS if config.data.packing else config.train.micro_batch_size
+        self._size, self._capacity = config.train.eval_batch_size or by_default, config.tokens_per_row
         self._rank, self._world_size, self._count = rank, world_size, len(records)
         self._processor, self._encoder = processor, Encoder(config, records, processor)
-        self._log = BadRecordLog(config, records.bad, rank, raise_errors)
+        self._counts, bad = None, list(records.bad)
+        if config.data.packing:
+            self._counts = token_counts(config, "held-out", records, self._encoder, processor)
+            bad += self._counts.bad.values()
+        self._log = BadRecordLog(config, bad, rank, raise_errors)
         self.skipped = self._log.records
 
     @property
@@ -65,27 +74,38 @@ class EvalSet:
         """The number of samples of all ranks together."""
         return self._count
 
-    def batches(self, limit: int | None = None) -> Iterator[EvalBatch]:
-        """This rank's batches, equally many on every rank.
+    def batches(self, limit: int | None = None, padded: bool = False) -> Iterator[EvalBatch]:
+        """This rank's batches, equally many on every rank; the ranks' batches of a turn are neighbours in the file.
 
         Args:
             limit: samples of all ranks to use, a random choice that is always the same; None: all.
+            padded: rows of one sample each, `train.eval_batch_size` of them, also where the run packs its rows.
         """
         indices = list(range(self._count))
         if limit is not None and limit < self._count:
             indices = sorted(random.Random(0).sample(indices, limit))
+        if self._counts is not None and not padded:
+            usable = [index for index in indices if self._counts.tokens[index]]
+            for turn in rows_in_order(usable, self._counts.tokens, self._capacity, self._world_size):
+                yield self._batch(turn[self._rank], max(map(len, turn)), packed=True)
+            return
         stride = self._size * self._world_size
         indices += [FILLER] * (-len(indices) % stride)
         for start in range(self._rank * self._size, len(indices), stride):
-            yield self._batch(indices[start : start + self._size])
+            yield self._batch(indices[start : start + self._size], self._size)
 
-    def _batch(self, indices: list[int]) -> EvalBatch:
+    def _batch(self, indices: list[int], longest: int, packed: bool = False) -> EvalBatch:
+        """`longest`: samples of the rank that has most of them, which decides how often all ranks generate."""
         encoded, used, bad = self._encoder.encode(indices)
+        if self._counts is not None and packed:
+            self._counts.check(used, encoded, self._encoder)
         self._log.note(bad)
         samples = [self._encoder.sample(index) for index in used]
+        starts = range(0, longest, self._size)
+        asked = [encoded[start : start + self._size] or [filler(self._processor)] for start in starts]
         return EvalBatch(
-            batch=self._record_kind.collate(encoded, self._processor),
-            prompt=collate_prompts(encoded, self._processor),
+            batch=self._record_kind.collate(encoded, self._processor, packed=packed),
+            prompts=[collate_prompts(some, self._processor) for some in asked],
             answers=[answer_text(one, self._processor, self._content_tokens) for one in encoded],
             weights=[int(index != FILLER) for index in used],
             samples=samples,

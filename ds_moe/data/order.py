@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 FILLER = -1  # index of no record; fills up the last global batch of an epoch
+Rows = list[list[list[int]]]  # of a step: [micro-step][rank] -> indices of records
 
 
 @lru_cache(maxsize=2)
@@ -42,3 +43,21 @@ class EpochOrder:
         if self.length_grouping:
             chosen = chosen[np.argsort(-self.lengths[chosen], kind="stable")]
         return chosen.tolist() + [FILLER] * (self.global_batch_size - len(chosen))
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Micro-batches of equally many samples, whatever their lengths: neighbours in length go to the same micro-step."""
+
+    order: EpochOrder
+    micro_batch_size: int
+    world_size: int
+
+    def of_step(self, position: int) -> Rows:
+        """What each rank takes in each micro-step; FILLERs at the end of an epoch."""
+        indices, size = self.order.global_batch(position), self.micro_batch_size
+        starts = range(0, len(indices), size * self.world_size)
+        return [
+            [indices[start + rank * size : start + (rank + 1) * size] for rank in range(self.world_size)]
+            for start in starts
+        ]

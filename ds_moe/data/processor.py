@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 from torch import Tensor
@@ -15,8 +15,15 @@ class ImageProcessor(Protocol):
     """Turns images into patches: "pixel_values" (P, D) and "image_grid_thw" (I, 3)."""
 
     merge_size: int  # patches a side that become one image token
+    do_resize: bool  # whether an image is resized to a whole number of patches; it is refused otherwise
 
     def __call__(self, *, images: list[Image.Image], return_tensors: str) -> BatchFeature: ...
+
+    def get_number_of_image_patches(self, height: int, width: int) -> int:
+        """Of an image of that size in pixels, which is resized."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 class Processor(Protocol):
@@ -34,6 +41,9 @@ class Processor(Protocol):
     def image_token_id(self) -> int | None:
         """Stands in `input_ids` once for each token of an image; None: the model reads text only."""
         ...
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None: ...
 
     def apply_chat_template(
         self, conversation: list[dict], *, tokenize: bool, add_generation_prompt: bool, tools: list[dict] | None = None

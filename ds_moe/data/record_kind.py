@@ -65,8 +65,12 @@ class RecordKind(ABC, Generic[Parsed]):
         max_length: int,
         max_pixels: int,
         rules: TokenRules = DEFAULT_RULES,
+        pixels: bool = True,
     ) -> Encoded:
-        """Tokens and patches. Raises `RecordError` for what only decoding or tokenizing can show."""
+        """Tokens and patches; with `pixels` False the same tokens alone, for which no image is decoded.
+
+        Raises `RecordError` for what only decoding or tokenizing can show.
+        """
 
     @abstractmethod
     def collate(self, encoded: list[Encoded], processor: Processor, packed: bool = False) -> Batch:
@@ -124,8 +128,9 @@ class Chat(RecordKind[Sample]):
         max_length: int,
         max_pixels: int,
         rules: TokenRules = DEFAULT_RULES,
+        pixels: bool = True,
     ) -> Encoded:
-        return encode(parsed, processor, max_length, max_pixels, rules)
+        return encode(parsed, processor, max_length, max_pixels, rules, pixels)
 
     def collate(self, encoded: list[Encoded], processor: Processor, packed: bool = False) -> Batch:
         return collate(encoded, processor, packed=packed)

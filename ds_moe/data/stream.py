@@ -14,11 +14,13 @@ from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.encoder import Encoder
-from ds_moe.data.order import FILLER, EpochOrder
+from ds_moe.data.order import FILLER, EpochOrder, PaddedRows
+from ds_moe.data.packing import Fill, PackedRows
 from ds_moe.data.position import DataPosition, order_of, position_problems
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records
 from ds_moe.data.records import DATA_CACHE, open_records
+from ds_moe.data.token_counts import TokenCounts, token_counts
 from ds_moe.errors import UserError, all_in_one
 from ds_moe.faults.signals import leave_to_parent
 
@@ -33,45 +35,64 @@ class Step:
     micro_batches: list[Batch]
     bad: list[BadRecord] = field(default_factory=list)
     error: str | None = None  # a `UserError`, which ends the run
+    fill: Fill | None = None  # of the packed rows of all ranks
 
 
 class _StepDataset(Dataset):
     """Makes the `Step` at a position; the loading processes run it."""
 
     def __init__(
-        self, order: EpochOrder, encoder: Encoder, processor: Processor, slices: list[slice], records: Records
+        self,
+        rows: PaddedRows | PackedRows,
+        rank: int,
+        encoder: Encoder,
+        processor: Processor,
+        records: Records,
+        counts: TokenCounts | None,
     ):
-        self.order, self.encoder, self.processor, self.slices = order, encoder, processor, slices
+        self.rows, self.rank, self.encoder, self.processor, self.counts = rows, rank, encoder, processor, counts
         self.record_kind = records.record_kind
         self.kind_ids = {kind: number for number, kind in enumerate(records.kinds)}
 
     def __getitem__(self, position: int) -> Step:
-        indices = self.order.global_batch(position)
         step = Step([])
+        rows = self.rows.of_step(position)
+        if isinstance(self.rows, PackedRows):
+            step.fill = self.rows.fill(rows)
         try:
-            self._fill(step, indices)
+            self._load(step, [micro_step[self.rank] for micro_step in rows])
         except UserError as error:
             step.error = str(error)
         return step
 
-    def _fill(self, step: Step, indices: list[int]) -> None:
-        for one in self.slices:
-            encoded, _, bad = self.encoder.encode(indices[one])
-            batch = self.record_kind.collate(encoded, self.processor)
+    def _load(self, step: Step, micro_steps: list[list[int]]) -> None:
+        for indices in micro_steps:
+            encoded, used, bad = self.encoder.encode(indices)
+            if self.counts is not None:
+                self.counts.check(used, encoded, self.encoder)
+            batch = self.record_kind.collate(encoded, self.processor, packed=self.counts is not None)
             batch.kind_B = torch.tensor([self.kind_ids.get(sample.kind, -1) for sample in encoded])
             step.micro_batches.append(batch)
             step.bad += bad
 
 
 class TrainStream:
-    """Endless optimizer steps of one rank, each a list of `accumulation` micro-batches.
+    """Endless optimizer steps of one rank, each a list of micro-batches, equally many on every rank.
+
+    Padded micro-batches have `train.micro_batch_size` samples, so that all steps have as many of them. Packed ones are
+    rows of `train.tokens_per_micro_batch` tokens, of which each step has as many as its samples need.
 
     With `raise_errors` False a bad record that is found while loading, under `data.on_bad_record: stop`, is not raised
     but kept as `error`. The step is yielded with a filler in the record's place, so that ranks can tell each other and
     stop together.
 
+    Args:
+        patch_cost: the time of a patch in that of a token, by which packed rows are balanced over the ranks.
+
     Attributes:
         kinds: labels of the records; `kind_B` of a micro-batch are indices into them.
+        rows: which records each rank takes in each step.
+        fill: how full the packed rows of the steps were that this process has yielded; None: none yet, or padded ones.
         skipped: the bad records so far: those of structure, the same on every rank, and those that loading has found
             on this rank. The output folder's `bad_records.jsonl` lists those of all ranks.
 
@@ -88,31 +109,31 @@ class TrainStream:
         world_size: int,
         raise_errors: bool = True,
         record_kind: RecordKind = CHAT,
+        patch_cost: float = 0.0,
     ):
         train, data = config.train, config.data
         per_micro_step = train.micro_batch_size * world_size
-        if train.global_batch_size % per_micro_step:
+        if train.global_batch_size % per_micro_step and not data.packing:
             raise UserError(
                 f"train.global_batch_size: {train.global_batch_size} is no multiple of train.micro_batch_size "
                 f"{train.micro_batch_size} x {world_size} ranks (make it a multiple of {per_micro_step})"
             )
-        self.accumulation = train.global_batch_size // per_micro_step
         records = open_records(data.train, "train", data, Path(train.output_dir) / DATA_CACHE, record_kind)
         self._records, self.kinds = records, records.kinds
-        self._order = EpochOrder(
-            records.lengths, train.global_batch_size, train.seed, data.shuffle, data.length_grouping
-        )
+        order = EpochOrder(records.lengths, train.global_batch_size, train.seed, data.shuffle, data.length_grouping)
         self._config, self._processor, self._encoder = config, processor, Encoder(config, records, processor)
-        size = train.micro_batch_size
-        starts = [
-            [(micro * world_size + one) * size for micro in range(self.accumulation)] for one in range(world_size)
-        ]
-        self._slices_by_rank = [[slice(start, start + size) for start in of_rank] for of_rank in starts]
-        self._slices = self._slices_by_rank[rank]
+        self._rank, self._counts, bad = rank, None, list(records.bad)
+        self.rows: PaddedRows | PackedRows = PaddedRows(order, train.micro_batch_size, world_size)
+        if data.packing:
+            self._counts = token_counts(config, "train", records, self._encoder, processor)
+            bad += self._counts.bad.values()
+            sizes = self._counts.tokens, self._counts.patches
+            self.rows = PackedRows(order, *sizes, patch_cost, config.tokens_per_row, world_size)
         self._position = 0  # steps yielded since the very first
         self._loading: Iterator[Step] | None = None
-        self.steps_per_epoch = self._order.steps_per_epoch
-        self._log = BadRecordLog(config, records.bad, rank, raise_errors)
+        self.steps_per_epoch = order.steps_per_epoch
+        self.fill: Fill | None = None
+        self._log = BadRecordLog(config, bad, rank, raise_errors)
         self.skipped = self._log.records
 
     @property
@@ -134,6 +155,8 @@ class TrainStream:
             except UserError:
                 self.close()
                 raise
+            if step.fill is not None:
+                self.fill = step.fill if self.fill is None else self.fill + step.fill
             self._position += 1  # before the yield: a checkpoint that is taken after this step must count it
             yield step.micro_batches
 
@@ -162,8 +185,8 @@ class TrainStream:
             ) from error
 
     def _loader(self) -> DataLoader:
-        dataset = _StepDataset(self._order, self._encoder, self._processor, self._slices, self._records)
-        data = self._config.data
+        data, made_of = self._config.data, (self._encoder, self._processor, self._records, self._counts)
+        dataset = _StepDataset(self.rows, self._rank, *made_of)
         return DataLoader(
             dataset,
             batch_size=None,
@@ -176,11 +199,8 @@ class TrainStream:
 
     def samples_of(self, position: int) -> list[list[str]]:
         """file:line of the samples of one step, by rank; `position` counts steps since the very first."""
-        indices = self._order.global_batch(position)
-        return [
-            [self._records.where(index) for one in slices for index in indices[one] if index != FILLER]
-            for slices in self._slices_by_rank
-        ]
+        by_rank = zip(*self.rows.of_step(position), strict=True)
+        return [[self._records.where(index) for row in rows for index in row if index != FILLER] for rows in by_rank]
 
     @property
     def order(self) -> DataPosition:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from ds_moe.data.position import DataPosition
+    from ds_moe.data.processor import Processor
+    from ds_moe.data.record_kind import Records
 
 GIB = 2**30
 
@@ -55,6 +57,8 @@ class Case:
     zero: ZeroPlan | None = None  # of the DeepSpeed JSON
     tokens_a_sample: float | None = None  # mean over the training records that were decoded
     records: int | None = None  # good training records
+    train: Records | None = None  # these records
+    processor: Processor | None = None  # of the model
 
     @property
     def steps(self) -> int | None:

@@ -146,6 +146,7 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
     mean = sum(lengths) / len(lengths) if lengths else None
     if split == "train":
         case.records, case.tokens_a_sample = len(records), mean
+        case.train, case.processor = records, processor
         if len(records) < config.train.global_batch_size:
             text = f"{len(records)} records do not fill one global batch of {config.train.global_batch_size}"
             yield Finding("warning", f"{where}: data.train {path}: {text}")

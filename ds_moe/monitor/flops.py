@@ -31,3 +31,18 @@ def active_flops_per_token(model: PreTrainedModel) -> float:
         if family.embeddings not in name and not family.is_vision(name):
             met += parameter.numel() * (share if expert_state(name) else 1.0)
     return 6.0 * met
+
+
+def patch_cost(model: PreTrainedModel) -> float:
+    """FLOPs of one patch of an image in those of one text token, forward and backward; 0 for a model without vision.
+
+    Parameters in the layers of the vision tower meet every patch, the others tokens, which merge_size^2 patches become.
+    A tower that is frozen runs forward alone, which is a third.
+    """
+    family, met, trained = family_of(model), 0.0, False
+    for name, parameter in model.named_parameters():
+        if family.is_vision(name):
+            in_layer = any(f".{layers}." in name for layers in family.layers)
+            merged = 1 if in_layer else model.config.vision_config.spatial_merge_size**2
+            met, trained = met + parameter.numel() / merged, trained or parameter.requires_grad
+    return met * (6.0 if trained else 2.0) / active_flops_per_token(model)

@@ -111,6 +111,9 @@ def window_scalars(steps: Sequence[StepReport], peak_tokens_per_s: float | None)
         "perf/data_wait_frac": sum(step.data_wait_s for step in steps) / seconds,
         "perf/mem_gib": peak_memory_gib(),
     }
+    fills = [step.fill for step in steps if step.fill is not None]
+    if fills:
+        scalars["perf/packing_fill"] = sum(fills) / len(fills)
     if any(step.sent_bytes for step in steps):
         scalars["perf/ep_sent_mib"] = sum(step.sent_bytes for step in steps) / len(steps) / 2**20
     of_task = mean_by_name([step.task for step in steps])

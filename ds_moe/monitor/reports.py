@@ -27,6 +27,7 @@ class StepReport:
     sent_bytes: float = 0.0  # counts, rows and weights that one rank sent to others by all-to-all, mean over ranks
     task: dict[str, float] = field(default_factory=dict)  # the task's own metrics, by name
     task_name: str = ""  # their tags begin with it
+    fill: float | None = None  # share of real tokens in the room of the step's packed rows; None: rows are padded
     taken: bool = True  # False: there was a NaN or infinity, so the step was skipped and no weight has moved
 
 

@@ -103,8 +103,9 @@ def _answers(
     """What is found of each sample of a batch but its fillers (collective)."""
     predictions: list[str | None] = [None] * len(batch.samples)
     if answering is not None:
-        generated = generate_answers(engine.module, batch.prompt.to(engine.device), answering)
-        predictions = [final_answer(text).strip() for text in generated]
+        prompts = (prompt.to(engine.device) for prompt in batch.prompts)
+        generated = [text for prompt in prompts for text in generate_answers(engine.module, prompt, answering)]
+        predictions = [final_answer(text).strip() for text in generated[: len(batch.samples)]]
     compared = zip(batch.samples, batch.answers, predictions, batch.weights, strict=True)
     return [
         (Answered(sample.where, sample.kind, sample.last_question(), answer, prediction), sample)

@@ -32,7 +32,7 @@ from ds_moe.models.load import build_outline, experts_of, load_model, model_conf
 from ds_moe.models.processor import processor_of
 from ds_moe.models.routing import routing_note
 from ds_moe.moe.context import ForwardContext
-from ds_moe.monitor.flops import active_flops_per_token, peak_flops
+from ds_moe.monitor.flops import active_flops_per_token, patch_cost, peak_flops
 from ds_moe.monitor.monitor import make_monitor
 from ds_moe.tasks.registry import TaskKind, task_kind
 from ds_moe.tasks.task import TrainingParts
@@ -51,16 +51,16 @@ def set_up(config: RunConfig) -> Run:
     if topology.rank == 0:
         forget_earlier_run(config)
     processor, kind = processor_of(config.model), task_kind(config)
-    stream, eval_set = _data(config, topology, processor, kind)
+    outline = build_outline(model_config(config.model))
+    check_model(config, outline.config, topology.world_size)
+    kind.set_trainable(outline, config)
+    stream, eval_set = _data(config, topology, processor, kind, patch_cost(outline))
     progress = Progress(config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch)
     steps_are_known = not (kind.files_follow and config.train.epochs is not None)
     if steps_are_known and (problem := warmup_problem(config, progress.total_steps)):
         raise UserError(problem)
-    outline = build_outline(model_config(config.model))
-    check_model(config, outline.config, topology.world_size)
     hidden_size = outline.config.get_text_config().hidden_size
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
-    kind.set_trainable(outline, config)
     zero = zero_plan(ds_config)
     memory = predict(outline, config, zero, topology.world_size, on_cpu(), kind.streams_weights)
     model, context = load_prepared(config, topology, processor, ds_config)
@@ -105,12 +105,12 @@ def load_prepared(
 
 
 def _data(
-    config: RunConfig, topology: Topology, processor: Processor, kind: TaskKind
+    config: RunConfig, topology: Topology, processor: Processor, kind: TaskKind, patch_cost: float
 ) -> tuple[TrainStream, EvalSet | None]:
     """What is trained on and what is held out. Bad records are kept for the first step, where ranks compare them."""
     ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
     records = kind.train_records(config, model_config(config.model))
-    stream = TrainStream(config, processor, **ranks, record_kind=records)
+    stream = TrainStream(config, processor, **ranks, record_kind=records, patch_cost=patch_cost)
     if config.data.eval is None:
         return stream, None
     return stream, EvalSet(config, processor, **ranks, record_kind=kind.eval_records(config))

@@ -48,7 +48,8 @@ def optimizer_step(
     extra: Callable[[], Sequence[float]] = lambda: (),
     at: Callable[[str], None] = lambda phase: None,
 ) -> StepOutcome:
-    """One optimizer step over `accumulation` micro-batches; the loss is the mean over the global batch's tokens.
+    """One optimizer step over any number of micro-batches, the same on every rank; the loss is the mean over the
+    global batch's tokens.
 
     With a NaN or an infinity in the loss or in a gradient of any rank no rank takes the step; the schedule and
     `progress` go on.
@@ -65,7 +66,7 @@ def optimizer_step(
     engine, device = parts.engine, parts.topology.device
     at("count of the batch's tokens")
     labels, tokens, samples = _global_counts(task, micro_batches, bad_record, device)
-    # DeepSpeed averages over ranks and micro-batches; the loss of each is divided so that the average is the mean.
+    # The losses are averaged over ranks and micro-batches; each is divided so that the average is the mean.
     all_micro_batches = parts.topology.world_size * len(micro_batches)
     share = max(labels, 1) / all_micro_batches
     if parts.context is not None:
@@ -74,9 +75,10 @@ def optimizer_step(
     losses = torch.zeros(2, dtype=torch.float64, device=device)  # language, auxiliary
     ep = parts.layers[0].dispatcher.ep if parts.layers else ExpertParallel()
     ep.sent_bytes = 0
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
+        engine.set_gradient_accumulation_boundary(number == len(micro_batches))  # another step may have more, or fewer
         at("forward")
-        losses += _forward_backward(parts, task, batch, share, at) / len(micro_batches)
+        losses += _forward_backward(parts, task, batch, share, len(micro_batches), at)
         at("optimizer")
         engine.step()
     taken = engine.was_step_applied()
@@ -131,13 +133,21 @@ def train_step(run: Run, steps: Iterator[list[Batch]]) -> StepReport:
         task=run.task.metrics(progress),
         task_name=run.kind.name,
         taken=outcome.taken,
+        fill=_fill(run, outcome.tokens, len(micro_batches)),
     )
 
 
+def _fill(run: Run, tokens: int, micro_batches: int) -> float | None:
+    """The share of real tokens in what the step's packed rows can hold; None: rows are padded."""
+    config = run.config
+    room = config.tokens_per_row * micro_batches * run.parts.topology.world_size
+    return tokens / room if config.data.packing else None
+
+
 def _forward_backward(
-    parts: TrainingParts, task: Task, batch: Batch, share: float, at: Callable[[str], None]
+    parts: TrainingParts, task: Task, batch: Batch, share: float, micro_batches: int, at: Callable[[str], None]
 ) -> Tensor:
-    """(2,) the micro-batch's language and auxiliary loss."""
+    """(2,) what one of `micro_batches` adds to this rank's language and auxiliary loss."""
     context = parts.context
     if context is not None:
         context.real_BS, context.kind_BS = batch.real_of_token, batch.kind_of_token
@@ -147,9 +157,10 @@ def _forward_backward(
     total = language if auxiliary is None else language + auxiliary
     at("backward")
     # Every gradient becomes NaN when the loss is not finite, so that no rank takes the step.
-    parts.engine.backward(total * torch.where(total.detach().isfinite(), 1.0, float("nan")))
+    finite = total * torch.where(total.detach().isfinite(), 1.0, float("nan"))
+    parts.engine.backward(finite / micro_batches, scale_wrt_gas=False)
     of_balancers = language.new_zeros(()) if auxiliary is None else auxiliary
-    return torch.stack([language.detach().double(), of_balancers.detach().double()])
+    return torch.stack([language.detach().double(), of_balancers.detach().double()]) / micro_batches
 
 
 def _global_counts(

@@ -1,6 +1,7 @@
 """What a run is about to do, on one screen: topology, parameters, memory, batch arithmetic."""
 
 from ds_moe.data.bad_records import BAD_RECORDS
+from ds_moe.data.packing import PackedRows
 from ds_moe.models.freeze import parameter_table
 from ds_moe.models.lora import coverage
 from ds_moe.moe.backends import choose_backend
@@ -27,10 +28,7 @@ def run_summary(run: Run) -> str:
         if config.moe.experts.backend == "auto":
             backend, reason = choose_backend(topology.device.type, layers[0].experts.down_proj.dtype)
             lines.append(f"kernels   {backend}: {reason}")
-    lines.append(
-        f"batch     {config.train.global_batch_size} samples a step = {config.train.micro_batch_size} a rank x "
-        f"{topology.world_size} ranks x {parts.stream.accumulation} micro-batches"
-    )
+    lines += _batch(run)
     total_steps = run.progress.total_steps
     lines.append(
         f"steps     {total_steps}, {total_steps / parts.stream.steps_per_epoch:.1f} epochs; "
@@ -51,12 +49,22 @@ def run_summary(run: Run) -> str:
     return "\n".join(lines)
 
 
+def _batch(run: Run) -> list[str]:
+    train, ranks, rows = run.config.train, run.parts.topology.world_size, run.parts.stream.rows
+    if isinstance(rows, PackedRows):
+        of = f"{train.global_batch_size} samples a step, packed into rows of {rows.capacity:,} tokens on {ranks} ranks"
+        return [f"batch     {of}", f"packing   {rows.outlook()}"]
+    accumulation = train.global_batch_size // (train.micro_batch_size * ranks)
+    size = f"{train.micro_batch_size} a rank x {ranks} ranks x {accumulation} micro-batches"
+    return [f"batch     {train.global_batch_size} samples a step = {size}"]
+
+
 def result_rows(run: Run) -> dict[str, str]:
     """What the closing table says: name -> value."""
     figures, task = run.progress.figures, run.progress.figures.task or {}
     rows: dict[str, str] = {}
 
-    def add(name: str, value: float | str | None, form: str = "{}") -> None:
+    def add(name: str, value: object, form: str = "{}") -> None:
         if value is not None:
             rows[name] = form.format(value)
 
@@ -65,6 +73,7 @@ def result_rows(run: Run) -> dict[str, str]:
     for kind, value in (figures.accuracy or {}).items():
         add(f"held-out accuracy, {kind}", value, "{:.3f}")
     add("tokens/s", figures.tokens_per_s, "{:,.0f}")
+    add("packing", run.parts.stream.fill)
     if figures.ep_sent_bytes:
         add("sent to other ranks' experts", figures.ep_sent_bytes / 2**20, "{:,.1f} MiB a rank and step")
     add("MaxVio", figures.max_vio, "{:.2f}")

@@ -77,7 +77,6 @@ CONVERTED = {
     "freeze_vision_tower": "write model.freeze: [vision]",
     "report_to": "write monitor.tensorboard: true or false",
     "use_liger_kernel": "write moe.experts.backend: liger",
-    "packing": "ds_moe packs no samples",
     "moe_grouped_gemm": "write moe.experts.backend: auto",
     "optim": "the optimizer is AdamW",
     "load_in_4bit": "ds_moe trains no quantized models",

@@ -255,6 +255,22 @@ RULES = {
     "data.root": (["data.root=images"], 'data.root would not be used: the data is "digits"'),
     "data.train_on": ([*RL, "data.train_on=last"], "task rl learns completions, not answers"),
     "data.length_grouping": (["data.length_grouping=true", "train.global_batch_size=1"], "global_batch_size is 1"),
+    "data.length_grouping beside packing": (
+        ["data.length_grouping=false", "data.packing=true"],
+        "data.length_grouping would not be used: data.packing fills rows",
+    ),
+    "train.micro_batch_size": (
+        ["data.packing=true", "train.micro_batch_size=4"],
+        "train.micro_batch_size would not be used: data.packing fills rows of train.tokens_per_micro_batch tokens",
+    ),
+    "train.tokens_per_micro_batch": (
+        ["train.tokens_per_micro_batch=4096"],
+        "train.tokens_per_micro_batch would not be used: data.packing is False",
+    ),
+    "rows that hold less than a sample may have": (
+        ["data.packing=true", "train.tokens_per_micro_batch=1024"],
+        "train.tokens_per_micro_batch 1024 is less than data.max_length 2048: a sample is never cut; make it as large",
+    ),
     "data.prefetch_factor": (
         ["data.prefetch_factor=2"],
         "data.prefetch_factor would not be used: data.num_workers is 0",

@@ -78,7 +78,7 @@ def test_every_world_size_and_micro_batch_size_gives_the_same_global_batches(pat
 
 def test_every_record_once_an_epoch_fillers_last_and_another_order_next_epoch(path, run_config, processor):
     stream = TrainStream(run_config(path), processor, rank=0, world_size=1)
-    assert (stream.steps_per_epoch, stream.accumulation) == (STEPS, 4)
+    assert (stream.steps_per_epoch, len(stream.rows.of_step(0))) == (STEPS, 4)
     steps = take(stream, 2 * STEPS, processor)
     expected = Counter({f"number {number}": 1 for number in range(RECORDS)})
     for epoch in (steps[:STEPS], steps[STEPS:]):
@@ -345,9 +345,9 @@ def test_evaluation_gives_every_sample_once_in_equally_many_batches(path, run_co
         assert batch.batch.real_B.tolist() == [bool(weight) for weight in batch.weights]
         assert batch.answers == given == [sample.answer for sample in batch.samples]
         assert [int(answer != "") for answer in given] == batch.weights
-        ends = processor.tokenizer.batch_decode(batch.prompt.inputs["input_ids"])
+        ends = processor.tokenizer.batch_decode(batch.prompts[0].inputs["input_ids"])
         assert all(end.endswith("assistant\n") for end, w in zip(ends, batch.weights, strict=True) if w)
-        assert len(batch.prompt.inputs["input_ids"]) == len(batch.weights) == 4
+        assert len(batch.prompts[0].inputs["input_ids"]) == len(batch.weights) == 4
 
 
 def test_evaluation_limit_is_a_fixed_choice_that_ranks_share(run_config, processor):

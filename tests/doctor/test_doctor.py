@@ -15,6 +15,7 @@ from ds_moe.cli import main
 from ds_moe.config.check import warmup_problem
 from ds_moe.config.run_file import load_run
 from ds_moe.config.zero_plan import ZeroPlan
+from ds_moe.data.stream import TrainStream
 from ds_moe.doctor.case import Case, Device, Finding
 from ds_moe.doctor.memory import _loading
 from ds_moe.doctor.model import check_experts, check_files
@@ -66,6 +67,10 @@ def edit(old: str, new: str) -> None:
     text = Path("run.yaml").read_text()
     assert old in text
     Path("run.yaml").write_text(text.replace(old, new))
+
+
+def packed_rows(tokens: int) -> None:
+    edit("micro_batch_size: 4", f"tokens_per_micro_batch: {tokens}")
 
 
 def zero(**sections) -> None:
@@ -306,6 +311,10 @@ WARNINGS = {
     "fewer records than a batch": (
         lambda: (records(), edit("global_batch_size: 16", "global_batch_size: 64")),
         "run.yaml:4: data.train bad/data.jsonl: 30 records do not fill one global batch of 64",
+    ),
+    "rows that are nearly empty": (
+        lambda: edit("max_length: 64", "max_length: 64\n  packing: true") or packed_rows(4096),
+        "run.yaml:13: packing: 2.0 rows a step (1.0 micro-batches a rank), ",
     ),
     "hardly any token an expert": (
         lambda: edit("micro_batch_size: 4\n  global_batch_size: 16", "micro_batch_size: 1\n  global_batch_size: 2"),
@@ -573,3 +582,20 @@ def test_rollouts_that_teach_nothing_are_warned_of(healthy, capsys, rewards, lev
     warned = [line for line in lines if "teaches nothing" in line]
     assert len(warned) == (level == "warning")
     assert all(line.startswith("warning  run.yaml:4: data.train: a group of equal rewards") for line in warned)
+
+
+def test_packed_rows_are_told_from_some_records_or_from_all_that_a_run_has_counted(healthy, capsys):
+    edit("max_length: 64", "max_length: 64\n  packing: true")
+    packed_rows(128)
+    edit("global_batch_size: 16", "global_batch_size: 64\n  output_dir: out")
+    code, lines, output = doctor(capsys)
+    assert code == 0 and not lines, lines
+    batch = next(line for line in output.splitlines() if "batch: packed into rows of 128 tokens: 64 samples" in line)
+    found = next(line for line in output.splitlines() if "packing:" in line)
+    assert batch and "% full" in found and "% of the critical path are real tokens (by the tokens of 2 records" in found
+    config = load_run("run.yaml")
+    TrainStream(config, tiny_processor("vl"), rank=0, world_size=2)
+    assert "(by the tokens of all records" in doctor(capsys)[2]
+    edit("tokens_per_micro_batch: 128", "tokens_per_micro_batch: 32")
+    code, lines, _ = doctor(capsys)
+    assert code == 1 and "train.tokens_per_micro_batch 32 is less than data.max_length 64" in lines[0]

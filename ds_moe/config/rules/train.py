@@ -51,10 +51,22 @@ def _nothing_to_offload(config: RunConfig) -> str | None:
     return needs("train.gradient_checkpointing", True)(config)
 
 
+def _no_rows_of_samples(config: RunConfig) -> str | None:
+    reason = "data.packing fills rows of train.tokens_per_micro_batch tokens"
+    return reason if config.data.packing else None
+
+
+def _no_grouping(config: RunConfig) -> str | None:
+    alone = "train.global_batch_size is 1" if config.train.global_batch_size == 1 else None
+    return _no_rows_of_samples(config) or alone
+
+
 UNUSED: dict[str, Unused] = {
     "data.root": _no_files,
     "data.train_on": _no_answers_to_learn,
-    "data.length_grouping": lambda c: None if c.train.global_batch_size > 1 else "train.global_batch_size is 1",
+    "data.length_grouping": _no_grouping,
+    "train.micro_batch_size": _no_rows_of_samples,
+    "train.tokens_per_micro_batch": needs("data.packing", True),
     "data.prefetch_factor": lambda c: None if c.data.num_workers else "data.num_workers is 0",
     "train.min_lr_ratio": needs("train.schedule", "cosine"),
     "train.offload_activations": _nothing_to_offload,
@@ -93,6 +105,10 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
             yield "checkpoint.every", f"{text}; remove one of them"
     if too_long := warmup(config, train.steps):
         yield too_long
+    if config.data.packing and config.tokens_per_row < config.data.max_length:
+        text = f"train.tokens_per_micro_batch {config.tokens_per_row} is less than data.max_length"
+        fix = "a sample is never cut; make it as large, or lower data.max_length"
+        yield "train.tokens_per_micro_batch", f"{text} {config.data.max_length}: {fix}"
     if config.model.attention == "flash_attention_2" and train.precision == "fp32":
         text = "model.attention flash_attention_2 has no fp32 kernels; set train.precision to bf16 or attention to sdpa"
         yield "model.attention", text

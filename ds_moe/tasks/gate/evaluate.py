@@ -80,9 +80,10 @@ def survey(
     inner, was_training = getattr(model, "module", model), model.training
     model.eval()
     loss, rows, samples = 0.0, [], []
-    for batch in eval_set.batches(limit):
+    for batch in eval_set.batches(limit, padded=True):  # requests alone, as the gate meets them when it serves
         each_batch()
-        decision = model(**batch.prompt.to(inner.device).inputs, gate_only=True)
+        [prompt] = batch.prompts
+        decision = model(**prompt.to(inner.device).inputs, gate_only=True)
         mask_BS = inner.features.mask_BS
         probabilities_BK = per_sample(decision.logits, mask_BS).cpu()
         labels_B = batch.batch.adapter_B

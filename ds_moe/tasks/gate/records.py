@@ -68,8 +68,9 @@ class Routed(RecordKind[RoutedSample]):
         max_length: int,
         max_pixels: int,
         rules: TokenRules = DEFAULT_RULES,
+        pixels: bool = True,
     ) -> RoutedEncoded:
-        encoded = encode(parsed, processor, max_length, max_pixels, rules)
+        encoded = encode(parsed, processor, max_length, max_pixels, rules, pixels)
         values = {field.name: getattr(encoded, field.name) for field in fields(encoded)}
         index = NO_LOSS if parsed.adapter is None else self.names.index(parsed.adapter)
         return RoutedEncoded(**values, adapter=index)

@@ -87,13 +87,14 @@ class Rollouts(RecordKind[Rollout]):
         max_length: int,
         max_pixels: int,
         rules: TokenRules = DEFAULT_RULES,
+        pixels: bool = True,
     ) -> EncodedRollout:
         """Tokens, images and an aligned routing. Raises `RecordError` for what does not fit together or this model."""
         if parsed.prompt is not None:
-            encoded = encode(parsed.prompt, processor, max_length, max_pixels, rules)
+            encoded = encode(parsed.prompt, processor, max_length, max_pixels, rules, pixels)
             completion = (encoded.labels != NO_LOSS) & (torch.arange(len(encoded.labels)) >= encoded.prompt)
         else:
-            encoded = _encode_tokens(parsed, processor, max_length, max_pixels)
+            encoded = _encode_tokens(parsed, processor, max_length, max_pixels, pixels)
             completion = torch.tensor(parsed.mask)
         if int(completion.sum()) != len(parsed.logprobs):
             reason = f"{len(parsed.logprobs)} 'logprobs' for {int(completion.sum())} completion tokens"
@@ -200,8 +201,8 @@ def _advantages(outcomes: list[Outcome], normalize_std: bool) -> Tensor:
     return advantage_B
 
 
-def _encode_tokens(rollout: Rollout, processor: Processor, max_length: int, max_pixels: int) -> Encoded:
-    pixels, grid, of_images = encode_images(rollout.images, processor, max_pixels)
+def _encode_tokens(rollout: Rollout, processor: Processor, max_length: int, max_pixels: int, pixels: bool) -> Encoded:
+    pixel_values, grid, of_images = encode_images(rollout.images, processor, max_pixels, pixels)
     check_length(len(rollout.tokens), sum(of_images), max_length)
     input_ids = torch.tensor(rollout.tokens)
     vocabulary = len(processor.tokenizer)
@@ -211,7 +212,7 @@ def _encode_tokens(rollout: Rollout, processor: Processor, max_length: int, max_
     if places != sum(of_images):
         reason = f"'tokens' holds {places} image tokens, its {len(of_images)} images make {sum(of_images)}"
         raise RecordError(f"{reason} (write the ids the engine saw, and all of their images in order)")
-    return Encoded(input_ids, torch.full_like(input_ids, NO_LOSS), rollout.mask.index(True), pixels, grid)
+    return Encoded(input_ids, torch.full_like(input_ids, NO_LOSS), rollout.mask.index(True), pixel_values, grid)
 
 
 def _at_completion(values: list[float], mask_S: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from ds_moe.models.families import family_of
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import save_processor, special_token_ids, tiny_processor
 from ds_moe.monitor.plot import finish_axes
-from ds_moe.tasks.answers import generate_answers
+from ds_moe.tasks.answers import Answering, generate_answers
 from ds_moe.tasks.gate.commands import load_gated
 from ds_moe.tasks.gate.features import Features
 from ds_moe.tasks.gate.network import GateDecision, GateSettings
@@ -147,7 +147,7 @@ def answer_accuracy(stage: str) -> dict[str, float]:
         model.adapter_gate, right, asked = gate, 0, 0
         for batch in batches:
             fixed.weights_BK = choose(batch.batch)
-            answers = generate_answers(model, batch.prompt, gated.processor, 6)
+            answers = generate_answers(model, batch.prompts[0], Answering(gated.processor, 6))
             right += sum(map(str.__eq__, answers, batch.answers))
             asked += len(answers)
         return right / asked

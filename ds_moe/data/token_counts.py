@@ -1,0 +1,176 @@
+"""Exact tokens and patches of every record, which packing needs before it knows who trains on what.
+
+A file is measured once: its records are tokenized, of its images only the headers are read. The result is kept in the
+run's output folder, under everything that it follows from. The ranks of a host wait while one of them measures.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import ceil
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ds_moe.config.run import RunConfig
+from ds_moe.data.chat import BadRecord
+from ds_moe.data.digits import Split
+from ds_moe.data.encode import Encoded
+from ds_moe.data.encoder import Encoder
+from ds_moe.data.order import FILLER
+from ds_moe.data.processor import Processor
+from ds_moe.data.record_kind import Records
+from ds_moe.data.records import DATA_CACHE, stop_message
+from ds_moe.errors import UserError
+from ds_moe.faults.signals import leave_to_parent
+
+CHUNK = 256  # records that a process measures at a time
+SHOWN_EVERY_S = 10.0  # of a file that takes long
+RULES = 1  # of how records become tokens: raised where they change
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Of each record its tokens and patches, both (records,) int64; 0 tokens: `bad` says why it cannot be used."""
+
+    tokens: np.ndarray
+    patches: np.ndarray
+    bad: dict[int, BadRecord]  # by index of the record
+    file: Path  # where they are kept
+
+    def check(self, indices: list[int], encoded: list[Encoded], encoder: Encoder) -> None:
+        """Compare records as they were loaded with their counts, which are forgotten where one is wrong.
+
+        Raises:
+            UserError: a record or an image of it has changed meanwhile.
+        """
+        for index, one in zip(indices, encoded, strict=True):
+            if index != FILLER and len(one.input_ids) != self.tokens[index]:
+                self.file.unlink(missing_ok=True)
+                was = f"had {self.tokens[index]} tokens when they were counted and has {len(one.input_ids)} now"
+                fix = "start the run again, which counts anew"
+                raise UserError(f"{encoder.where(index)}: {was}: it or an image of it has changed ({fix})")
+
+
+def token_counts(
+    config: RunConfig, split: Split, records: Records, encoder: Encoder, processor: Processor
+) -> TokenCounts:
+    """Measure the records of a file, or read what an earlier start or another rank of this host has measured.
+
+    Raises:
+        UserError: under `data.on_bad_record: stop`, a record that cannot be used.
+    """
+    file = _file(config, split)
+    with _alone(file):
+        counts = kept_counts(config, split, records, encoder, processor)
+        if counts is None:
+            counts = _measured(config, split, records, encoder, file)
+            _keep(counts, _fingerprint(config, records, processor))
+    if counts.bad and config.data.on_bad_record == "stop":
+        raise UserError(stop_message(list(counts.bad.values())))
+    return counts
+
+
+def kept_counts(
+    config: RunConfig, split: Split, records: Records, encoder: Encoder, processor: Processor
+) -> TokenCounts | None:
+    """The counts of an earlier measurement; None: there are none, they are of something else, or damaged."""
+    try:
+        with np.load(_file(config, split), allow_pickle=False) as kept:
+            about = json.loads(str(kept["about"]))
+            tokens, patches = kept["tokens"], kept["patches"]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+    if about["key"] != _fingerprint(config, records, processor):
+        return None
+    bad = {int(index): BadRecord(records.where(int(index)), reason) for index, reason in about["bad"].items()}
+    # Looked at again, because what an image contains is not part of the key: somebody may have repaired it.
+    repaired = any(encoder.measure(index) != one for index, one in bad.items())
+    return None if repaired else TokenCounts(tokens, patches, bad, _file(config, split))
+
+
+def _file(config: RunConfig, split: Split) -> Path:
+    return Path(config.train.output_dir, DATA_CACHE, f"token_counts_{split}.npz")
+
+
+class _Chunks(Dataset):
+    """Measurements of CHUNK neighbouring records; loading processes make them."""
+
+    def __init__(self, encoder: Encoder, records: int):
+        self.encoder, self.records = encoder, records
+
+    def __len__(self) -> int:
+        return ceil(self.records / CHUNK)
+
+    def __getitem__(self, number: int) -> list[tuple[int, int] | BadRecord]:
+        last = min((number + 1) * CHUNK, self.records)
+        return [self.encoder.measure(index) for index in range(number * CHUNK, last)]
+
+
+def _measured(config: RunConfig, split: Split, records: Records, encoder: Encoder, file: Path) -> TokenCounts:
+    began = shown = time.monotonic()
+    chunks, name = _Chunks(encoder, len(records)), "data.train" if split == "train" else "data.eval"
+    # The loading processes of the other ranks of this host have nothing to do meanwhile.
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # of torchrun; of DeepSpeed's launcher
+    workers = config.data.num_workers * int(ranks or 1)
+    workers = min(workers, len(chunks)) if len(chunks) > 1 else 0
+    found: list[tuple[int, int] | BadRecord] = []
+    own = torch.Generator()  # the default one would make the model's random state depend on who measures
+    options = {"num_workers": workers, "worker_init_fn": leave_to_parent, "generator": own}
+    for chunk in DataLoader(chunks, batch_size=None, **options):
+        found += chunk
+        if time.monotonic() - shown > SHOWN_EVERY_S:
+            shown = time.monotonic()
+            print(f"{name}: tokens of {len(found):,} of {len(records):,} records counted", flush=True)
+    if shown != began:
+        print(f"{name}: took {time.monotonic() - began:.0f} s, which {file} saves the next start", flush=True)
+    bad = {index: one for index, one in enumerate(found) if isinstance(one, BadRecord)}
+    sizes = np.array([(0, 0) if isinstance(one, BadRecord) else one for one in found], dtype=np.int64).reshape(-1, 2)
+    return TokenCounts(sizes[:, 0], sizes[:, 1], bad, file)
+
+
+def _fingerprint(config: RunConfig, records: Records, processor: Processor) -> str:
+    """A digest of everything that the counts follow from, but for what images of the same size contain."""
+    data, tokenizer, images = config.data, processor.tokenizer, processor.image_processor
+    kind = records.record_kind
+    parts = [
+        [RULES, version("transformers"), version("tokenizers")],
+        records.sha256,
+        hashlib.sha256(records.lengths.tobytes()).hexdigest(),  # images of other sizes have others
+        f"{type(kind).__qualname__} {vars(kind)}",
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab()),
+        [str(tokenizer.chat_template), str(processor.chat_template)],
+        "" if images is None else str(sorted(images.to_dict().items())),
+        [data.max_length, data.max_pixels, data.train_on, data.content_tokens, str(data.root)],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """One process of this host at a time. Where the file system has no locks, each measures for itself."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+
+
+def _keep(counts: TokenCounts, key: str) -> None:
+    """Write the file whole or not at all."""
+    about = json.dumps({"key": key, "bad": {index: one.reason for index, one in counts.bad.items()}})
+    partial = counts.file.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        np.savez(file, about=np.array(about), tokens=counts.tokens, patches=counts.patches)
+    partial.replace(counts.file)
