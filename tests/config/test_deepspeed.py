@@ -262,18 +262,18 @@ def test_packing_decides_how_many_micro_batches_a_step_has(run):
         train = config.train.model_copy(update={"global_batch_size": 7, **train})  # no multiple of anything
         return config.model_copy(update={"data": data, "train": train})
 
-    resolved = resolve_deepspeed(packed({}), 3, on_cpu=True)
+    resolved = resolve_deepspeed(packed({}), 4, on_cpu=True)
     batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    assert [resolved[key] for key in batches] == [3, 1, 1]  # what DeepSpeed must be told, and makes no use of
-    assert accumulation_steps(packed({}), 3) is None
-    auto = resolve_deepspeed(packed({"gradient_accumulation_steps": "auto"}), 3, on_cpu=True)
+    assert [resolved[key] for key in batches] == [4, 1, 1]  # what DeepSpeed must be told, and makes no use of
+    assert accumulation_steps(packed({}), 4) is None
+    auto = resolve_deepspeed(packed({"gradient_accumulation_steps": "auto"}), 4, on_cpu=True)
     assert auto["gradient_accumulation_steps"] == 1
     assert complaint(packed({"gradient_accumulation_steps": 2})) == (
         "zero.json:5: gradient_accumulation_steps is 2, but under data.packing a step has as many micro-batches as its "
         'tokens need; write "auto" in the JSON'
     )
     sums = {"data_types": {"grad_accum_dtype": "auto"}}
-    bf16 = resolve_deepspeed(packed(sums, precision="bf16"), 1, on_cpu=False)
+    bf16 = resolve_deepspeed(packed(sums, precision="bf16"), 2, on_cpu=False)
     assert bf16["data_types"]["grad_accum_dtype"] == "fp32"  # a step may have several rows
 
 
