@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, final_answer
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules, tokenize
-from ds_moe.data.images import ImageSource, RecordError, load_image, shown_size
+from ds_moe.data.images import ImageSource, RecordError, image_size, load_image
 from ds_moe.data.processor import Processor
 from ds_moe.data.special_tokens import text_of
 from ds_moe.errors import one_line
@@ -86,7 +86,7 @@ def encode_images(
         raise RecordError("the record has an image, but the model reads text only (use a vision-language model)")
     merged = prepare.merge_size**2
     if not pixels and prepare.do_resize:  # else its rule for sizes is not the one that it follows
-        sizes = [shown_size(source, max_pixels) for source in sources]
+        sizes = [image_size(source, max_pixels) for source in sources]  # turned by EXIF, one has as many patches
         with _refusing():
             counts = [prepare.get_number_of_image_patches(height, width) for width, height in sizes]
         return None, None, [count // merged for count in counts]

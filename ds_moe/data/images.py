@@ -81,13 +81,13 @@ def image_size(source: ImageSource, max_pixels: int) -> tuple[int, int]:
         return image.size
 
 
-def shown_size(source: ImageSource, max_pixels: int = sys.maxsize) -> tuple[int, int]:
+def shown_size(source: ImageSource) -> tuple[int, int]:
     """(width, height) once turned as the EXIF orientation says, from the header alone.
 
     Raises:
-        RecordError: this is no image, or it has more than `max_pixels` pixels.
+        RecordError: this is no image.
     """
-    with _opened(source, max_pixels) as image:
+    with _opened(source, sys.maxsize) as image:
         try:
             if image.format == "PNG" and "exif" not in image.info:
                 image.info["exif"] = _late_exif(source)

@@ -1,4 +1,4 @@
-"""Ranks of test_resume: several runs in one launch. Argument: JSON list of [name, overrides, mode]."""
+"""Ranks of test_resume: several runs in one launch. Arguments: JSON list of [name, overrides, mode]; the run file."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def _full_disk(tensors, path, metadata=None):
 
 def main():
     for name, overrides, mode in json.loads(sys.argv[1]):
-        config = load_run(RUN, overrides)
+        config = load_run(*sys.argv[2:] or [RUN], overrides)
         if mode == "train":
             report(**{name: train(config)["loss"]})
         elif mode == "evaluate":
