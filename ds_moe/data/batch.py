@@ -29,6 +29,8 @@ class Batch:
         sequence_of_token: (R, S) int64, the sample that each token belongs to, -1 for padding.
         real_B: (B,) bool, false for samples that only fill up the batch.
         kind_B: (B,) int64, index of the record's kind, -1 for a record without one; None: kinds are not told apart.
+        whole: true where every token is real, as the loading process has seen it; false: not known. Reading it from the
+            tensors would wait for an accelerator.
     """
 
     inputs: dict[str, Any]
@@ -36,6 +38,7 @@ class Batch:
     sequence_of_token: Tensor
     real_B: Tensor
     kind_B: Tensor | None = None
+    whole: bool = False
 
     @classmethod
     def of_rows(cls, inputs: dict[str, Tensor], labels: Tensor, real_B: Tensor | None = None) -> Self:
@@ -44,7 +47,8 @@ class Batch:
         sequence_BS = torch.where(inputs["attention_mask"].bool(), row_B1, -1)
         if real_B is None:
             real_B = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-        return cls(inputs=inputs, labels=labels, sequence_of_token=sequence_BS, real_B=real_B)
+        whole = bool(inputs["attention_mask"].all() and real_B.all())
+        return cls(inputs=inputs, labels=labels, sequence_of_token=sequence_BS, real_B=real_B, whole=whole)
 
     @classmethod
     def of_packed(cls, inputs: dict[str, Any], labels: Tensor, lengths: Sequence[int], real_B: Tensor) -> Self:
@@ -52,9 +56,12 @@ class Batch:
         lengths_B = torch.tensor(lengths)
         labels = labels.clone()
         labels[0, lengths_B.cumsum(0) - lengths_B] = NO_LOSS
-        sequence_1S = torch.arange(len(lengths)).repeat_interleave(lengths_B).unsqueeze(0)
         return cls(
-            inputs={**inputs, **sample_bounds(lengths)}, labels=labels, sequence_of_token=sequence_1S, real_B=real_B
+            inputs={**inputs, **sample_bounds(lengths)},
+            labels=labels,
+            sequence_of_token=torch.arange(len(lengths)).repeat_interleave(lengths_B).unsqueeze(0),
+            real_B=real_B,
+            whole=bool(real_B.all()),
         )
 
     @property

@@ -10,13 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ds_moe.models.families import family_of
+from ds_moe.errors import UserError
+from ds_moe.models.families import FAMILIES, family_of
 
 BY_SAMPLE = "sdpa_by_sample"  # the name under which transformers knows the functions below
+
+
+def check_packing(model_config: PretrainedConfig) -> None:
+    """Raise `UserError` for a model whose packed rows are not known to be its samples, each by itself."""
+    kind = model_config.model_type
+    if not family_of(model_config).packs:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.packs)
+        raise UserError(
+            f"data.packing: samples in one row of a {kind} model may mix, because its layers or its positions are not "
+            f"known to keep them apart; it is exact for {known} (set data.packing to false)"
+        )
 
 
 def attend_by_sample(model: PreTrainedModel) -> None:
@@ -53,8 +65,8 @@ def _attention(
         ((R, S, H, D), None)
 
     Raises:
-        ValueError: positions begin anew within a row, and nothing says where its samples are; or lengths of another
-            number of tokens.
+        ValueError: positions begin anew within a row, and nothing says where its samples are; lengths of another
+            number of tokens; a packed row whose layer has a mask of its own, such as a sliding window.
     """
     if cu_seq_lens_q is None:
         if attention_mask is not None and attention_mask.numel() == 0:
@@ -62,6 +74,8 @@ def _attention(
                 "position_ids begin anew within a row, but cu_seq_lens_q is not given: attention would mix its samples"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None and attention_mask.numel():
+        raise ValueError("the samples of a packed row attend causally to all of themselves; this layer has a mask")
     lengths = list(sample_lengths or (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist())
     if query.shape[0] != 1 or sum(lengths) != query.shape[2] or key.shape[2] != query.shape[2]:
         rows, tokens = query.shape[0], query.shape[2]
@@ -76,7 +90,9 @@ def _mask(
     q_length: int,
     kv_length: int,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask that `_attention` is given: none where causal attention needs none, else that of `sdpa`.
@@ -85,10 +101,15 @@ def _mask(
     decoder is called with, so such a row gets an empty mask, which `_attention` refuses unless it knows the samples.
 
     Where padding comes last, the tokens before it do not see it anyway, and nothing reads what it becomes itself.
+
+    Args:
+        local_size: tokens that a token sees, of layers with a sliding window; those keep the mask of `sdpa`.
+        use_vmap: whether the caller has added a pattern of its own, which stays too.
     """
-    if attention_mask is None and batch_size == 1 and q_length == kv_length and not allow_is_causal_skip:
+    causal = q_length == kv_length and local_size is None and not use_vmap
+    if causal and attention_mask is None and batch_size == 1 and not allow_is_causal_skip:
         return torch.empty(0, dtype=torch.bool, device=kwargs["device"])
-    if attention_mask is not None and allow_is_causal_skip and attention_mask.shape[1] == q_length == kv_length:
+    if causal and attention_mask is not None and allow_is_causal_skip and attention_mask.shape[1] == q_length:
         if bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
             return None
     return sdpa_mask(
@@ -96,7 +117,9 @@ def _mask(
         q_length,
         kv_length,
         attention_mask=attention_mask,
+        local_size=local_size,
         allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
         **kwargs,
     )
 

@@ -71,6 +71,8 @@ class Family:
             thousandths of an image's sides, which `ds_moe.data.grounding` takes for granted; Qwen2.5-VL would not.
         preset: name of its tiny preset.
         dense: `model_type` whose checkpoints can be assembled into a model of this family.
+        packs: whether a packed row is exactly its samples, each by itself: all layers attend through transformers'
+            attention functions and carry nothing else from token to token, and the processor knows the positions.
         layers: names of the lists whose members are layers, of the decoder and of the vision tower.
         embeddings, head: names of the input embedding and of the output layer.
         readers: for each kind of module in a layer, a pattern of the weights that make it keep its input for the
@@ -83,6 +85,7 @@ class Family:
     vision: str | None = None
     preset: str | None = None
     dense: str | None = None
+    packs: bool = False
     layers: tuple[str, ...] = ("layers", "blocks")
     embeddings: str = "embed_tokens"
     head: str = "lm_head"
@@ -126,6 +129,7 @@ FAMILIES = {
         vision="model.visual",
         moe=MoEBlock("Qwen3VLMoeTextSparseMoeBlock", lambda config: True, transposed_on_hub=True),
         preset="tiny-vl-moe",
+        packs=True,
         dense="qwen3_vl",
     ),
     "qwen3_moe": Family(
@@ -133,12 +137,14 @@ FAMILIES = {
         decoder="model",
         moe=MoEBlock("Qwen3MoeSparseMoeBlock", lambda config: config.norm_topk_prob),
         preset="tiny-moe",
+        packs=True,
     ),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
         decoder="model.language_model",
         vision="model.visual",
         preset="tiny-vl-dense",
+        packs=True,
     ),
 }
 TRANSPOSED_ON_HUB = [name for name, family in FAMILIES.items() if family.moe and family.moe.transposed_on_hub]

@@ -150,7 +150,8 @@ def _forward_backward(
     """(2,) what one of `micro_batches` adds to this rank's language and auxiliary loss."""
     context = parts.context
     if context is not None:
-        context.real_BS, context.kind_BS = batch.real_of_token, batch.kind_of_token
+        context.real_BS = None if batch.whole else batch.real_of_token
+        context.kind_BS = batch.kind_of_token
         context.sequence_BS, context.sequences = batch.sequence_of_token, batch.samples
     language = task.loss(batch, share)
     auxiliary = sum(context.aux_losses) if context is not None and context.aux_losses else None

@@ -71,6 +71,8 @@ def test_a_packed_row_is_the_samples_behind_one_another(mixed, processor):
         assert packed.inputs[name].equal(rows.inputs[name])
     assert packed.label_tokens == rows.label_tokens and packed.tokens == rows.tokens == sum(sizes) - 1
     assert packed.real_B.tolist() == [True, True, True, False]
+    assert not packed.whole and not rows.whole and not collate(mixed, processor).whole
+    assert collate(mixed, processor, packed=True).whole and collate(mixed[:1], processor).whole
 
 
 def test_no_label_of_a_packed_row_is_predicted_by_another_sample(processor):

@@ -1,24 +1,29 @@
 """Packed rows: every sample comes out as it would alone, with its own positions; what would mix them is caught."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface
 from transformers import modeling_flash_attention_utils as flash
+from transformers.masking_utils import create_sliding_window_causal_mask
 
 from ds_moe.config.moe import MoEConfig
 from ds_moe.data.batch import sample_bounds
 from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import Encoded, collate, encode, filler
-from ds_moe.models.attention import BY_SAMPLE, attend_by_sample
+from ds_moe.errors import UserError
+from ds_moe.models.attention import BY_SAMPLE, attend_by_sample, check_packing
 from ds_moe.models.convert import convert
 from ds_moe.models.families import FAMILIES
-from ds_moe.models.presets import build_preset
+from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.processor import tiny_processor
 from ds_moe.moe.tape import checkpoint_contexts
 from tests.samples import joined, losses, without_image
 
 LOSS, GRADIENT = 1e-6, 5e-6
-PRESETS = [family.preset for family in FAMILIES.values() if family.preset]
+PRESETS = [family.preset for family in FAMILIES.values() if family.packs]
 
 
 def samples(preset, count=5):
@@ -141,6 +146,30 @@ def test_right_padded_rows_need_no_mask(preset, monkeypatch):
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
     loss, gradient = differences(model, batch, (expected.detach(), gradients), use_cache=False)
     assert loss <= LOSS and gradient <= GRADIENT and all(mask is None for mask in masks)
+
+
+def test_a_sliding_window_keeps_its_mask_and_is_not_packed():
+    config = build_preset("tiny-moe").config
+    config.sliding_window = 3
+    given = {"inputs_embeds": torch.zeros(2, 8, 4), "past_key_values": None}
+    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    masks = {}
+    for name in ("sdpa", BY_SAMPLE):
+        config._attn_implementation = name
+        masks[name] = create_sliding_window_causal_mask(config, attention_mask=mask, position_ids=None, **given)
+    assert masks["sdpa"] is not None and torch.equal(masks["sdpa"], masks[BY_SAMPLE])
+    query = torch.zeros(1, 4, 8, 16)
+    attention = AttentionInterface()[BY_SAMPLE]
+    with pytest.raises(ValueError, match="this layer has a mask"):
+        attention(torch.nn.Module(), query, query, query, masks["sdpa"][:1], **sample_bounds([5, 3]))
+
+
+def test_a_family_that_does_not_say_so_is_not_packed(monkeypatch):
+    row = dataclasses.replace(FAMILIES["qwen3_moe"], packs=False)
+    check_packing(preset_config("tiny-moe"))
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", row)
+    with pytest.raises(UserError, match="of a qwen3_moe model may mix.*it is exact for .*qwen3_vl_moe"):
+        check_packing(preset_config("tiny-moe"))
 
 
 def watch_masks(monkeypatch):
