@@ -24,6 +24,7 @@ SLOW_EXPERTS = {"batched_mm": "about 100 times slower than grouped_mm", "eager":
 
 def find_model(case: Case) -> Iterator[Finding]:
     """Read the model's config; sets `case.model`, and `case.folder` for a checkpoint."""
+    from ds_moe.models.attention import check_packable
     from ds_moe.models.families import FAMILIES
     from ds_moe.models.folder import read_model_config
     from ds_moe.models.presets import preset_config
@@ -51,6 +52,10 @@ def find_model(case: Case) -> Iterator[Finding]:
         return
     case.experts = expert_count(found)
     complaints = model_problems(config, found, case.world_size)
+    try:
+        check_packable(config, found)
+    except UserError as error:
+        complaints = [*complaints, str(error)]
     yield from (Finding("error", complaint) for complaint in complaints)
     case.model = None if complaints else found
 

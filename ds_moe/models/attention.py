@@ -14,20 +14,21 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ds_moe.config.run import RunConfig
 from ds_moe.errors import UserError
 from ds_moe.models.families import FAMILIES, family_of
 
 BY_SAMPLE = "sdpa_by_sample"  # the name under which transformers knows the functions below
 
 
-def check_packing(model_config: PretrainedConfig) -> None:
-    """Raise `UserError` for a model whose packed rows are not known to be its samples, each by itself."""
-    kind = model_config.model_type
-    if not family_of(model_config).packs:
+def check_packable(config: RunConfig, model_config: PretrainedConfig) -> None:
+    """Raise `UserError` for a run that packs rows of a model which is not known to keep their samples apart."""
+    if config.data.packing and not family_of(model_config).packs:
         known = ", ".join(name for name, family in FAMILIES.items() if family.packs)
         raise UserError(
-            f"data.packing: samples in one row of a {kind} model may mix, because its layers or its positions are not "
-            f"known to keep them apart; it is exact for {known} (set data.packing to false)"
+            f"{config.at('data.packing')}: data.packing: samples in one row of a {model_config.model_type} model may "
+            "mix, because its layers or its positions are not known to keep them apart; packing is exact for "
+            f"{known} (set data.packing to false)"
         )
 
 

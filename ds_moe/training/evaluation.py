@@ -28,6 +28,7 @@ from ds_moe.engine.start import on_cpu, start_distributed
 from ds_moe.errors import UserError
 from ds_moe.faults.signals import StopRequest
 from ds_moe.faults.watchdog import Watchdog, watch_job
+from ds_moe.models.attention import check_packable
 from ds_moe.models.families import PRESETS
 from ds_moe.models.load import experts_of, model_config
 from ds_moe.models.processor import processor_of
@@ -163,6 +164,7 @@ def _set_up(weights: Weights, scratch: Path, topology: Topology) -> tuple[Traini
     seed_everything(config.train.seed)
     kind, processor, named = task_kind(config), processor_of(config.model), model_config(config.model)
     check_model(config, named)
+    check_packable(config, named)
     ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
     eval_set = EvalSet(config, processor, **ranks, record_kind=kind.eval_records(config))
     ds_config = resolve_without_optimizer(config, on_cpu(), named.get_text_config().hidden_size)

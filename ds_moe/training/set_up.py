@@ -26,6 +26,7 @@ from ds_moe.errors import UserError
 from ds_moe.faults.signals import StopRequest
 from ds_moe.faults.watchdog import watch_job
 from ds_moe.memory.predict import predict
+from ds_moe.models.attention import check_packable
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.generation import stop_at
 from ds_moe.models.load import build_outline, experts_of, load_model, model_config
@@ -53,6 +54,7 @@ def set_up(config: RunConfig) -> Run:
     processor, kind = processor_of(config.model), task_kind(config)
     outline = build_outline(model_config(config.model))
     check_model(config, outline.config, topology.world_size)
+    check_packable(config, outline.config)
     kind.set_trainable(outline, config)
     stream, eval_set = _data(config, topology, processor, kind, patch_cost(outline))
     progress = Progress(config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch)

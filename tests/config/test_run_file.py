@@ -252,6 +252,10 @@ RULES = {
         ["model.attention=flash_attention_2", "train.precision=fp32"],
         "flash_attention_2 has no fp32 kernels",
     ),
+    "packed rows without bounds": (
+        ["data.packing=true", "model.attention=eager"],
+        "model.attention eager knows no bounds between the samples of a packed row; set it to sdpa",
+    ),
     "data.root": (["data.root=images"], 'data.root would not be used: the data is "digits"'),
     "data.train_on": ([*RL, "data.train_on=last"], "task rl learns completions, not answers"),
     "data.length_grouping": (["data.length_grouping=true", "train.global_batch_size=1"], "global_batch_size is 1"),

@@ -10,11 +10,12 @@ from transformers import modeling_flash_attention_utils as flash
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from ds_moe.config.moe import MoEConfig
+from ds_moe.config.run import RunConfig
 from ds_moe.data.batch import sample_bounds
 from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import Encoded, collate, encode, filler
 from ds_moe.errors import UserError
-from ds_moe.models.attention import BY_SAMPLE, attend_by_sample, check_packing
+from ds_moe.models.attention import BY_SAMPLE, attend_by_sample, check_packable
 from ds_moe.models.convert import convert
 from ds_moe.models.families import FAMILIES
 from ds_moe.models.presets import build_preset, preset_config
@@ -166,10 +167,18 @@ def test_a_sliding_window_keeps_its_mask_and_is_not_packed():
 
 def test_a_family_that_does_not_say_so_is_not_packed(monkeypatch):
     row = dataclasses.replace(FAMILIES["qwen3_moe"], packs=False)
-    check_packing(preset_config("tiny-moe"))
+    config, model_config = run_config(packing=True), preset_config("tiny-moe")
+    check_packable(config, model_config)
     monkeypatch.setitem(FAMILIES, "qwen3_moe", row)
-    with pytest.raises(UserError, match="of a qwen3_moe model may mix.*it is exact for .*qwen3_vl_moe"):
-        check_packing(preset_config("tiny-moe"))
+    with pytest.raises(UserError, match="of a qwen3_moe model may mix.* exact for qwen3_vl_moe, qwen3_vl"):
+        check_packable(config, model_config)
+    check_packable(run_config(packing=False), model_config)
+
+
+def run_config(**data):
+    return RunConfig(
+        model={"preset": "tiny-moe"}, data={"train": "any", **data}, moe={}, train={"steps": 1}, deepspeed="none"
+    )
 
 
 def watch_masks(monkeypatch):

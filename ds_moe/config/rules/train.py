@@ -109,6 +109,9 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
         text = f"train.tokens_per_micro_batch {config.tokens_per_row} is less than data.max_length"
         fix = "a sample is never cut; make it as large, or lower data.max_length"
         yield "train.tokens_per_micro_batch", f"{text} {config.data.max_length}: {fix}"
+    if config.data.packing and config.model.attention == "eager":
+        text = "model.attention eager knows no bounds between the samples of a packed row"
+        yield "model.attention", f"{text}; set it to sdpa (or flash_attention_2)"
     if config.model.attention == "flash_attention_2" and train.precision == "fp32":
         text = "model.attention flash_attention_2 has no fp32 kernels; set train.precision to bf16 or attention to sdpa"
         yield "model.attention", text

@@ -51,7 +51,7 @@ class EncodedRollout(Encoded):
 class RolloutBatch(Batch):
     """Rollouts; `labels` are not used, and a filler has no completion. Log-probs are fp32, 0 outside completions.
 
-    What is named _BS lies as the tokens do: (R, S), of one packed row (1, S).
+    What is named _BS has a row for each sample, padded on the right to the longest, also where `inputs` is packed.
     """
 
     completion_BS: Tensor  # bool, true at the completions' tokens
@@ -126,11 +126,7 @@ class Rollouts(RecordKind[Rollout]):
         def of_tokens(name: str, default: bool | float) -> Tensor:
             values = [getattr(one, name, None) for one in encoded]
             both = zip(values, encoded, strict=True)
-            return lay_out(
-                [torch.full((len(one.input_ids),), default) if value is None else value for value, one in both],
-                default,
-                packed,
-            )
+            return lay_out([torch.full((len(one.input_ids),), default) if v is None else v for v, one in both], default)
 
         def numbers(name: str, default: float) -> Tensor:
             return torch.tensor([getattr(one, name, default) for one in encoded], dtype=torch.float32)
