@@ -4,10 +4,12 @@
 - `gate`     a bank of LoRA adapters against PEFT's adapters one by one
 - `layer`    one MoE layer against those of other libraries
 - `load`     peak memory of the two ways of loading a checkpoint
+- `mix`      a real mix of images and texts: packed rows against padded ones, earlier builds and other trainers
 - `memory`   predicted against measured peaks of a training step
 - `replay`   mismatch of rollout engine and trainer, with routing replay and without
 - `routers`  loads of every router before any training
 - `step`     a whole training step against DeepSpeed's own expert layers
 - `chaos`    kills, stops and starts a run again, round after round
+- `resident` resident memory of a process
 - `launched` starts the ranks of a benchmark under DeepSpeed's launcher
 """

@@ -1,7 +1,5 @@
 """Ranks of a benchmark on this machine, under DeepSpeed's launcher: they get a plan and leave what they found."""
 
-import ctypes
-import gc
 import json
 import os
 import sys
@@ -65,19 +63,6 @@ def write_result(found: dict[str, Any]) -> None:
     """Rank 0 does it for all."""
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(found))
-
-
-def resident(which: str) -> int:
-    """Bytes of this process: VmRSS is now, RssAnon and RssFile are parts of it, VmHWM is the peak since `new_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
-
-
-def new_peak() -> None:
-    """Return free memory to the system, which glibc was told to keep, and forget the peak until now."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def leave() -> None:

@@ -12,7 +12,8 @@ from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model, read_weights
 from ds_moe.engine.start import on_cpu, start_distributed
 from ds_moe.models.load import load_model
-from tools.bench.launched import leave, new_peak, read_plan, resident, run_config, write_result
+from tools.bench.launched import leave, read_plan, run_config, write_result
+from tools.bench.resident import new_peak, resident
 
 SEQUENCE = 32  # tokens of a rank
 INTERVAL_S = 0.005

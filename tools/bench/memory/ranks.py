@@ -24,7 +24,8 @@ from ds_moe.memory.predict import predict
 from ds_moe.models.families import family_of
 from ds_moe.models.freeze import set_trainable
 from ds_moe.models.load import build_outline
-from tools.bench.launched import leave, read_plan, resident, write_result
+from tools.bench.launched import leave, read_plan, write_result
+from tools.bench.resident import resident
 
 import_module("ds_moe.train")  # its libraries belong to what a rank of a run has
 

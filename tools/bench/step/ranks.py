@@ -26,7 +26,8 @@ from ds_moe.distributed import Topology
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import on_cpu, start_distributed
-from tools.bench.launched import leave, new_peak, read_plan, resident, run_config, write_result
+from tools.bench.launched import leave, read_plan, run_config, write_result
+from tools.bench.resident import new_peak, resident
 
 BLOCK = "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock"
 NO_CHANGE = 1e-20  # a learning rate that rounds away
