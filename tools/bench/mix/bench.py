@@ -6,13 +6,14 @@ before    an earlier build (--before COMMIT), a sample a row
 zero3     ZeRO-3 + transformers grouped_mm: the model as it is, each MoE block a ZeRO-3 leaf module
 autoep    DeepSpeed AutoEP, experts spread over all ranks
 
-2 processes, ZeRO-3, fp32, EP 2 where the contender can. All train the same records in the same global batches: images of
-the sizes in screens.csv, texts of its lengths. A contender is timed only if, on every global batch, its loss and the norm
-of its gradients are those of plain transformers, sample by sample. Each is timed at every one of its settings, and at its
-quickest once more, in rounds in which all take turns. Tokens are real ones: neither padding nor samples that only fill up.
+2 processes, ZeRO-3, fp32, EP 2 where the contender can. All train the same records in the same global batches: images
+of the sizes in screens.csv, texts of its lengths. A contender is timed only if, on every global batch, its loss and the
+norm of its gradients are those of plain transformers, sample by sample. Each is timed at every one of its settings, and
+at its quickest once more, in rounds in which all take turns. Tokens are real ones: no padding, no samples that fill up.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -25,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from rich.table import Table
 
 from tools.bench.launched import ROOT
 from tools.bench.mix.flops import forward_flops
@@ -33,23 +33,17 @@ from tools.bench.mix.jobs import PROCESSES, Job
 from tools.bench.mix.model import real_config, save_model, small_config
 from tools.bench.mix.records import build_processor, drawn, read_screens, write_records
 from tools.bench.mix.reference import lengths, references
+from tools.bench.mix.plot import draw
+from tools.bench.mix.report import CONTENDERS, MIB, OURS, claims, show_results
 from tools.bench.mix.turns import Turn
-from tools.results import command_line, new_table, refusing, show, write_json
+from tools.results import command_line, refusing, write_json
 
-CONTENDERS = {
-    "packed": "ds_moe, packed",
-    "padded": "ds_moe, padded",
-    "before": "ds_moe, earlier build",
-    "zero3": "ZeRO-3 + transformers grouped_mm",
-    "autoep": "DeepSpeed AutoEP",
-}
-OURS, BEFORE = "packed", "e49d3ff"  # the build before there was packing
-BATCH, BATCHES, REPEATS = 64, 3, 5  # samples of a global batch, global batches, rounds
+BEFORE = "e49d3ff"  # the build before there was packing
+BATCH, BATCHES, REPEATS = 32, 3, 5  # samples of a global batch, global batches, rounds
 MICRO_BATCHES, ROWS = [1, 2, 4, 8], [2048, 4096]  # settings: samples, tokens
 MAX_PIXELS, SEED = 16_777_216, 0
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4  # largest difference to plain transformers; the norm's is relative
 CACHE_BYTES = 2**31  # of encoded samples; all of them
-MIB = 2**20
 
 
 class Setting(NamedTuple):
@@ -92,7 +86,9 @@ class Bench:
         run_file = self.folder / f"{setting.name}.yaml"
         run_file.write_text(yaml.safe_dump(self.run(setting, folder / "run")))
         checkout = self.earlier if setting.contender == "before" else ROOT
-        return Job("tools.bench.mix.runs", plan | {"run_file": str(run_file), "checkout": str(checkout)}, folder, checkout)
+        return Job(
+            "tools.bench.mix.runs", plan | {"run_file": str(run_file), "checkout": str(checkout)}, folder, checkout
+        )
 
     def run(self, setting: Setting, output: Path) -> dict[str, Any]:
         """The run file. The learning rate is so small that no weight changes, so that every step can be checked."""
@@ -127,7 +123,10 @@ def check_out(commit: str, folder: Path) -> None:
     """An earlier build's package, from this checkout's history."""
     folder.mkdir()
     archive = subprocess.run(
-        ["git", "archive", commit, "ds_moe", "ds_configs", "constraints.txt"], cwd=ROOT, stdout=subprocess.PIPE, check=True
+        ["git", "archive", commit, "ds_moe", "ds_configs", "constraints.txt"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
     )
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
 
@@ -215,22 +214,35 @@ def compare(bench: Bench, settings: list[Setting], repeats: int) -> list[dict[st
 @refusing
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    load = round(os.getloadavg()[0], 1)
-    with tempfile.TemporaryDirectory(dir=options.keep) as folder:
-        bench = Bench(Path(folder), options)
-        found = facts(bench) | {"load_average": load}
-        found["scan"] = scan(bench, 1 if not options.only_scan else options.repeats)
-        found["rounds"] = [] if options.only_scan else compare(bench, quickest(found["scan"]), options.repeats)
+    found = json.loads(options.show.read_text()) if options.show else measure(options)
     show_results(found)
     write_json(found, options.json, indent=1)
-    if wrong := [one for one in found["scan"] if one["problem"]]:
-        named = [f"{one['contender']} at {one['size']}: {one['problem']}" for one in wrong]
-        print(f"error: not those of plain transformers: {'; '.join(named)}", file=sys.stderr)
+    if options.plot:
+        draw(found, options.plot)
+    wrong = [one for one in found["scan"] if one["problem"]]
+    for one in wrong:
+        problem = f"{CONTENDERS[one['contender']]} at {one['size']}: {one['problem']}"
+        print(f"error: not what plain transformers computes: {problem}", file=sys.stderr)
     return 1 if wrong else 0
 
 
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    load = round(os.getloadavg()[0], 1)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), options)
+        found = facts(bench) | {"load_average": load, "rounds": []}
+        if options.scan:
+            found["scan"] = json.loads(options.scan.read_text())["scan"]
+        else:
+            found["scan"] = scan(bench, options.repeats if options.only_scan else 1)
+        if not options.only_scan:
+            found["rounds"] = compare(bench, quickest(found["scan"]), options.repeats)
+            found["claims"] = claims(found["rounds"])
+    return found
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command_line(__doc__, "--suite", "--json")
+    parser = command_line(__doc__, "--suite", "--json", "--plot", "--show")
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="only this one (repeatable)")
     parser.add_argument("--micro-batch", type=int, action="append", metavar="B", help="samples (repeatable)")
     parser.add_argument("--tokens", type=int, action="append", metavar="N", help="of a packed row (repeatable)")
@@ -240,7 +252,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"rounds (default {REPEATS})")
     parser.add_argument("--max-area", type=int, metavar="PIXELS", help="leave out larger screens")
     parser.add_argument("--only-scan", action="store_true", help="no rounds: each setting by itself, --repeats turns")
-    parser.add_argument("--keep", type=Path, help="the folder below which temporary files lie")
+    parser.add_argument("--scan", type=Path, metavar="FILE", help="the --json of an --only-scan; only rounds are run")
     options = parser.parse_args(arguments)
     sizes = {name: options.micro_batch or MICRO_BATCHES for name in CONTENDERS} | {OURS: options.tokens or ROWS}
     options.settings = [Setting(name, size) for name in options.contender or CONTENDERS for size in sizes[name]]
@@ -264,29 +276,6 @@ def facts(bench: Bench) -> dict[str, Any]:
         "shares": forward_flops(small_config(), samples).shares,
         "shares_of_qwen3_vl_30b_a3b": forward_flops(real_config(), samples).shares,
     }
-
-
-def show_results(found: dict[str, Any]) -> None:
-    parts = {key: value for key, value in found.items() if key not in ("scan", "rounds")}
-    show(parts, results_table("each setting by itself", found["scan"]))
-    if found["rounds"]:
-        show(results_table("the quickest settings, in turns", found["rounds"]))
-
-
-def results_table(title: str, results: list[dict[str, Any]]) -> Table:
-    columns = ["setting", "tokens/s", "min - max", "peak MiB\nof a rank", "micro-steps", "speed of\npacked to it"]
-    table = new_table(["contender"], [*columns, "loss off by"], title)
-    for one in results:
-        unit = "tokens" if one["contender"] == OURS else "samples"
-        cells = [CONTENDERS[one["contender"]], f"{one['size']:,} {unit}"]
-        if "median" in one:
-            cells += [f"{one['median']:,.0f}", f"{one['min']:,.0f} - {one['max']:,.0f}"]
-            cells += [f"{one['peak_bytes'] / MIB:,.0f}", ", ".join(map(str, one["micro_steps"]))]
-        else:
-            cells += ["wrong, not timed", "", "", ""]
-        speed = f"{one['speed_of_packed']:.2f}" if "speed_of_packed" in one else ""
-        table.add_row(*cells, speed, f"{one['loss_difference']:.0e}")
-    return table
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ SMALL_TEXT = REAL_TEXT | {
     **{"moe_intermediate_size": 96, "rope_parameters": ROPE | {"mrope_section": [12, 10, 10]}},
 }
 SMALL_VISION = REAL_VISION | {
-    **{"depth": 2, "hidden_size": 80, "intermediate_size": 304, "num_heads": 2, "out_hidden_size": 256},
+    **{"depth": 1, "hidden_size": 112, "intermediate_size": 416, "num_heads": 2, "out_hidden_size": 256},
     **{"deepstack_visual_indexes": [0]},
 }
 

@@ -39,7 +39,7 @@ def read_screens(file: Path = SCREENS) -> list[Screen]:
 
 
 def drawn(screens: list[Screen], count: int, seed: int) -> list[Screen]:
-    """`count` of them in a random order, evenly spaced once all are sorted by size: as large and as small as all are."""
+    """`count` of them in a random order, evenly spaced when all are sorted by size: as large and as small as all."""
     by_size = sorted(screens, key=lambda screen: screen.width * screen.height)
     chosen = [by_size[int((number + 0.5) * len(screens) / count)] for number in range(count)]
     random.Random(seed).shuffle(chosen)

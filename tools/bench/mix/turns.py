@@ -53,6 +53,7 @@ def take_turns(step: Callable[[], Step], batches: int, folder: Path) -> None:
         dist.all_gather_object(peaks, resident("VmHWM"))
         if dist.get_rank() == 0:
             write(folder / f"{turn}.done", json.dumps(asdict(Turn(steps, peaks))))
+        new_peak()  # others need the memory
 
 
 def timed(step: Callable[[], Step]) -> Step:
