@@ -31,9 +31,9 @@ from tools.bench.launched import ROOT
 from tools.bench.mix.flops import forward_flops
 from tools.bench.mix.jobs import PROCESSES, Job
 from tools.bench.mix.model import real_config, save_model, small_config
+from tools.bench.mix.plot import draw
 from tools.bench.mix.records import build_processor, drawn, read_screens, write_records
 from tools.bench.mix.reference import lengths, references
-from tools.bench.mix.plot import draw
 from tools.bench.mix.report import CONTENDERS, MIB, OURS, claims, show_results
 from tools.bench.mix.turns import Turn
 from tools.results import command_line, refusing, write_json
@@ -254,7 +254,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only-scan", action="store_true", help="no rounds: each setting by itself, --repeats turns")
     parser.add_argument("--scan", type=Path, metavar="FILE", help="the --json of an --only-scan; only rounds are run")
     options = parser.parse_args(arguments)
-    sizes = {name: options.micro_batch or MICRO_BATCHES for name in CONTENDERS} | {OURS: options.tokens or ROWS}
+    sizes = dict.fromkeys(CONTENDERS, options.micro_batch or MICRO_BATCHES) | {OURS: options.tokens or ROWS}
     options.settings = [Setting(name, size) for name in options.contender or CONTENDERS for size in sizes[name]]
     return options
 
