@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from ds_moe.errors import UserError
 from tools.bench.launched import ROOT
 from tools.bench.mix.flops import forward_flops
 from tools.bench.mix.jobs import PROCESSES, Job
@@ -120,15 +121,25 @@ class Bench:
 
 
 def check_out(commit: str, folder: Path) -> None:
-    """An earlier build's package, from this checkout's history."""
+    """An earlier build's package, from the history of this checkout. Raises `UserError` where it has none."""
     folder.mkdir()
-    archive = subprocess.run(
-        ["git", "archive", commit, "ds_moe", "ds_configs", "constraints.txt"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        check=True,
-    )
+    wanted = ["git", "archive", commit, "ds_moe", "ds_configs", "constraints.txt"]
+    archive = subprocess.run(wanted, cwd=ROOT, capture_output=True)
+    if archive.returncode:
+        raise UserError(
+            f"--before {commit}: {' '.join(archive.stderr.decode().split())} (needs a clone with its history)"
+        )
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    if pins(folder) != pins(ROOT):
+        raise UserError(
+            f"--before {commit} pins other packages than this build; it would need an environment of its own"
+        )
+
+
+def pins(checkout: Path) -> set[str]:
+    """Of the packages that a training step runs on."""
+    lines = (checkout / "constraints.txt").read_text().splitlines()
+    return {line for line in lines if line.startswith(("torch==", "deepspeed==", "transformers==", "numpy=="))}
 
 
 @contextmanager
