@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 NO_LOSS = -100  # the label of a token on which no loss is taken
+# Inputs that say how large images are. They stay on the host, where transformers reads them: on an accelerator, every
+# reading would wait for all that it has been given to do.
+SIZES = ("image_grid_thw", "image_cu_seqlens", "image_cu_window_seqlens")
 
 
 @dataclass(kw_only=True)
@@ -21,8 +24,9 @@ class Batch:
 
     Attributes:
         inputs: arguments of the model's forward: input_ids (R, S) int64 and, as the model has it, mm_token_type_ids
-            (R, S), pixel_values (P, D), image_grid_thw (I, 3), routing (R, S, L, K). Padded rows have an attention_mask
-            (R, S); a packed row has position_ids (1, S), or (4, 1, S) with a rotation in three dimensions, and what
+            (R, S), routing (R, S, L, K) and, with images, pixel_values (P, D), image_grid_thw (I, 3) and what
+            `Processor.tower_inputs` gives. Padded rows have an attention_mask (R, S) and, with images, position_ids
+            (3, R, S); a packed row has position_ids (1, S), or (4, 1, S) with a rotation in three dimensions, and what
             `sample_bounds` gives.
         labels: (R, S) int64, NO_LOSS where no loss is taken. In a packed row the first token of every sample has none,
             because the token before it, which would predict it, is another sample's.
@@ -110,7 +114,8 @@ class Batch:
     def to(self, device: torch.device) -> Self:
         """The batch on `device`. Copies to CUDA start from pinned memory and run beside the computation."""
         inputs = {
-            name: _copy(value, device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()
+            name: _copy(value, device) if isinstance(value, Tensor) and name not in SIZES else value
+            for name, value in self.inputs.items()
         }
         others = {name: _copy(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, inputs=inputs, **others)

@@ -123,15 +123,20 @@ def collate(
     """A micro-batch of padded rows, one sample each; with `packed`, of one row without padding, in the same order.
 
     Its inputs are input_ids (R, S) int64; for a VL model also mm_token_type_ids (R, S), 1 on image tokens, and, only if
-    there is an image, pixel_values (P, D) and image_grid_thw (I, 3). Padded rows have an attention_mask (R, S); a
-    packed row has position_ids, which begin anew with every sample, and what `sample_bounds` gives.
+    there is an image, pixel_values (P, D), image_grid_thw (I, 3) and what `Processor.tower_inputs` gives. Padded rows
+    have an attention_mask (R, S) and, if there is an image, the position_ids (3, R, S) that transformers would make on
+    the device, image by image. A packed row has position_ids, which begin anew with every sample, and what
+    `sample_bounds` gives.
     """
     pad_id = processor.tokenizer.pad_token_id
     inputs: dict[str, Any] = {"input_ids": lay_out([one.input_ids for one in encoded], pad_id, packed, side)}
-    if packed:
-        positions = [processor.position_ids(one.input_ids, one.image_grid_thw) for one in encoded]
-        inputs["position_ids"] = torch.cat(positions, dim=-1).unsqueeze(-2)
-    else:
+    # `generate`, whose rows are padded on the left, makes positions and the tower's inputs by itself.
+    made_here = side == "right" and any(one.pixel_values is not None for one in encoded)
+    if packed or made_here:
+        own = [processor.position_ids(one.input_ids, one.image_grid_thw).movedim(-1, 0) for one in encoded]
+        positions = lay_out(own, 0, packed)
+        inputs["position_ids"] = positions if positions.dim() == 2 else positions.movedim(-1, 0)[0 if packed else 1 :]
+    if not packed:
         inputs["attention_mask"] = lay_out([torch.ones_like(one.input_ids) for one in encoded], 0, packed, side)
     if processor.image_processor is not None:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).long()
@@ -139,6 +144,8 @@ def collate(
         grids = [one.image_grid_thw for one in encoded if one.image_grid_thw is not None]
         if pixels:
             inputs["pixel_values"], inputs["image_grid_thw"] = torch.cat(pixels), torch.cat(grids)
+            if made_here:
+                inputs |= processor.tower_inputs(inputs["image_grid_thw"])
     labels = lay_out([one.labels for one in encoded], NO_LOSS, packed, side)
     real_B = torch.tensor([one.real for one in encoded])
     if packed:

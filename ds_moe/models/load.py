@@ -1,4 +1,4 @@
-"""Load a model of transformers and check it against its files; or only its config, or an outline without storage."""
+"""Load a model of transformers and check it against its files; or only its config, processor, or an outline of it."""
 
 from typing import cast
 
@@ -7,12 +7,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.config.rules.model import expert_count
 from ds_moe.config.sections import ModelConfig
+from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError, one_line
-from ds_moe.models.families import FAMILIES, family_of
+from ds_moe.models.families import FAMILIES, PRESETS, family_of
 from ds_moe.models.folder import read_model_config
 from ds_moe.models.presets import build_preset, preset_config
+from ds_moe.models.processor import Qwen3VLProcessor, load_processor, tiny_processor
 from ds_moe.models.ties import tie_as_stored, untie_config
-from ds_moe.models.tower import lighten_tower
+from ds_moe.models.tower import lighten_tower, outline_tower
 from ds_moe.weights.files import SafetensorsFiles
 from ds_moe.weights.layouts import stored_rows, uneven_experts
 from ds_moe.weights.unread import leave_unread
@@ -31,6 +33,18 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     if found.model_type not in FAMILIES:
         raise UserError(f"{where} is a {found.model_type!r}; supported: {sorted(FAMILIES)}")
     return found
+
+
+def processor_of(config: ModelConfig) -> Processor:
+    """The processor of a run's `model` section, which knows the model's vision tower. Raises as `model_config`."""
+    if config.path is not None:
+        processor = load_processor(config.path)
+    else:
+        family = FAMILIES.get(PRESETS.get(str(config.preset), ""))
+        processor = tiny_processor("vl" if family is not None and family.vision else "text")
+    if isinstance(processor, Qwen3VLProcessor):
+        processor.tower = outline_tower(model_config(config))
+    return processor
 
 
 def experts_of(config: ModelConfig) -> int | None:

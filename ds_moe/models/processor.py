@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers import Qwen3VLProcessor as HFQwen3VLProcessor
 from transformers.image_processing_utils import BaseImageProcessor
@@ -25,11 +25,10 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ds_moe.config.sections import ModelConfig
 from ds_moe.data.digits import ANSWERS, QUESTIONS
 from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError
-from ds_moe.models.families import FAMILIES, PRESETS
+from ds_moe.models.tower import tower_inputs
 
 PAD, EOS, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 SPECIAL_TOKENS = [PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO]
@@ -83,6 +82,12 @@ class Qwen3VLProcessor(HFQwen3VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
         self.video_processor = None
         self.video_config: dict[str, object] | None = None
+        self.tower: nn.Module | None = None  # of the run's model, without storage; None: not known
+
+    def tower_inputs(self, image_grid_thw: Tensor) -> dict[str, Any]:
+        """See `ds_moe.data.processor.Processor`. `transformers` hands on to the tower what begins with "image_"."""
+        made = tower_inputs(self.tower, image_grid_thw) if self.tower is not None else {}
+        return {f"image_{name}": value for name, value in made.items() if name != "grid_thw"}
 
     def position_ids(self, input_ids_S: Tensor, image_grid_thw: Tensor | None) -> Tensor:
         """(4, S): see `ds_moe.data.processor.Processor`. The model's own method computes them, without a model."""
@@ -122,6 +127,9 @@ class TextProcessor:
 
     def position_ids(self, input_ids_S: Tensor, image_grid_thw: Tensor | None) -> Tensor:
         return torch.arange(len(input_ids_S))
+
+    def tower_inputs(self, image_grid_thw: Tensor) -> dict[str, Any]:
+        return {}
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         self.tokenizer.save_pretrained(save_directory)
@@ -221,14 +229,6 @@ def _vl_processor(path: str | Path, images: dict[str, object], tokenizer: PreTra
     file = cached_file(str(path), VIDEO_CONFIG, _raise_exceptions_for_missing_entries=False)
     processor.video_config = settings.get("video_processor") or (json.loads(Path(file).read_text()) if file else None)
     return processor
-
-
-def processor_of(model: ModelConfig) -> Processor:
-    """The processor of a run's `model` section."""
-    if model.path is not None:
-        return load_processor(model.path)
-    family = FAMILIES.get(PRESETS.get(str(model.preset), ""))
-    return tiny_processor("vl" if family is not None and family.vision else "text")
 
 
 def save_processor(processor: Processor, path: str | Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.exporters.utils import precompute_export_inputs
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -23,12 +23,15 @@ def lighten_tower(model: PreTrainedModel) -> None:
     """Change, in place, how the vision tower of a loaded model computes; a model without one is left as it is.
 
     A convolution over one patch becomes a product. What the tower derives from the sizes of the images is made on the
-    host. And a frozen tower runs without a graph, whatever in it a hook has made to require a gradient.
+    host. A frozen tower runs without a graph, whatever in it a hook has made to require a gradient. The decoder adds
+    inner features of the tower (DeepStack) without asking the device how many tokens are of images.
     """
-    path = family_of(model).vision
-    if path is None:
+    family = family_of(model)
+    if family.vision is None:
         return
-    tower = model.get_submodule(path)
+    tower, decoder = model.get_submodule(family.vision), model.get_submodule(family.decoder)
+    if hasattr(decoder, "_deepstack_process"):
+        decoder._deepstack_process = _add_at
     for module in tower.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) and type(module) in PATCHES and not _looks_around(module):
             module.__class__ = PATCHES[type(module)]
@@ -68,6 +71,20 @@ def _looks_around(conv: nn.Conv2d | nn.Conv3d) -> bool:
     """Whether a convolution is more than a product over patches: it pads, has holes, or reads only some channels."""
     padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
     return bool(padded) or conv.groups > 1 or any(step > 1 for step in conv.dilation)
+
+
+def _add_at(hidden_RSD: Tensor, mask_RS: Tensor, features_ND: Tensor) -> Tensor:
+    """The hidden states with the features of N image tokens added where the mask is true, in their order."""
+    features_ND = features_ND.to(hidden_RSD.device, hidden_RSD.dtype)
+    return hidden_RSD + torch.zeros_like(hidden_RSD).masked_scatter(mask_RS.unsqueeze(-1), features_ND)
+
+
+def outline_tower(config: PretrainedConfig) -> nn.Module | None:
+    """The tower of a model with this config, without storage; None: it has none."""
+    if family_of(config).vision is None:
+        return None
+    with torch.device("meta"):
+        return AutoModel.from_config(config.vision_config)
 
 
 def tower_inputs(tower: nn.Module, grid_thw: Tensor) -> dict[str, Any]:

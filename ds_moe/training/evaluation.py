@@ -30,8 +30,7 @@ from ds_moe.faults.signals import StopRequest
 from ds_moe.faults.watchdog import Watchdog, watch_job
 from ds_moe.models.attention import check_packable
 from ds_moe.models.families import PRESETS
-from ds_moe.models.load import experts_of, model_config
-from ds_moe.models.processor import processor_of
+from ds_moe.models.load import experts_of, model_config, processor_of
 from ds_moe.monitor.progress import SampleCount, print_table
 from ds_moe.monitor.reports import EvalReport
 from ds_moe.tasks.answers import Answered

@@ -29,8 +29,7 @@ from ds_moe.memory.predict import predict
 from ds_moe.models.attention import check_packable
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.generation import stop_at
-from ds_moe.models.load import build_outline, experts_of, load_model, model_config
-from ds_moe.models.processor import processor_of
+from ds_moe.models.load import build_outline, experts_of, load_model, model_config, processor_of
 from ds_moe.models.routing import routing_note
 from ds_moe.moe.context import ForwardContext
 from ds_moe.monitor.flops import active_flops_per_token, patch_cost, peak_flops

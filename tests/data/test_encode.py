@@ -8,6 +8,7 @@ import torch
 from ds_moe.data.chat import parse_record
 from ds_moe.data.encode import NO_LOSS, Encoded, collate, collate_prompts, encode, filler
 from ds_moe.data.images import RecordError
+from ds_moe.models.presets import build_preset
 from tests.records import chat
 
 
@@ -26,7 +27,13 @@ def test_mixed_batch_right_padded(mixed, processor):
     batch = collate(mixed, processor)
     given = batch.with_labels
     assert sorted(given) == [
-        "attention_mask", "image_grid_thw", "input_ids", "labels", "mm_token_type_ids", "pixel_values"]  # fmt: skip
+        "attention_mask", "image_grid_thw", "input_ids", "labels", "mm_token_type_ids", "pixel_values",
+        "position_ids"]  # fmt: skip
+    made_by_a_model, _ = build_preset("tiny-vl-moe").model.get_rope_index(
+        **{name: value for name, value in batch.inputs.items() if name not in ("pixel_values", "position_ids")}
+    )
+    assert torch.equal(batch.inputs["position_ids"], made_by_a_model)
+    assert {"position_ids", "image_position_ids"}.isdisjoint(collate_prompts(mixed, processor).inputs)
     longest = max(len(one.input_ids) for one in mixed)
     for row, one in enumerate(mixed):
         size = len(one.input_ids)

@@ -4,8 +4,8 @@ import itertools
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import deepspeed
@@ -16,7 +16,9 @@ from deepspeed.utils import safe_get_full_grad
 from torch.distributions import Categorical, kl_divergence
 
 from ds_moe.checkpoint import restore
+from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.run_file import load_run
+from ds_moe.data.encode import filler
 from ds_moe.data.stream import TrainStream
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
@@ -24,6 +26,7 @@ from ds_moe.engine.start import start_distributed
 from ds_moe.errors import UserError
 from ds_moe.models.load import load_model
 from ds_moe.models.processor import load_processor
+from ds_moe.tasks.gate.features import sequence_of
 from ds_moe.tasks.gate.files import start_gate
 from ds_moe.tasks.gate.model import install_gate
 from ds_moe.tasks.gate.records import Routed
@@ -39,6 +42,7 @@ RUN = "tests/runs/gate.yaml"
 NAMES = ["agenda", "auditor", "operator", "pointer"]
 LABELS = ["agenda"] * 5 + ["auditor"] * 2 + ["operator", "pointer", None]  # of a training file; the last names none
 SAMPLES = 3  # a rank
+BATCH = [f"train.micro_batch_size={SAMPLES}", f"train.global_batch_size={2 * SAMPLES}"]
 KL, ENTROPY = 0.3, -0.2
 SUPERVISED = ["gate.stage=supervised", "gate.class_weights=balanced"]
 REGULARISED = [f"gate.kl_weight={KL}", f"gate.entropy_weight={ENTROPY}"]
@@ -57,7 +61,11 @@ FEW = [(1, SUPERVISED), (3, CHECKPOINTED)]  # in `make test`
 
 
 def batches(file, processor):
-    """Micro-batches of ranks 0 and 1, and both joined. Rank 1 has no image; one of its records names no adapter."""
+    """(micro-batches of ranks 0 and 1, packed rows of theirs, all joined in one padded micro-batch).
+
+    Rank 1 has no image; one of its records names no adapter. Packed rows hold other numbers of samples on each rank,
+    and a filler.
+    """
     record_kind = Routed(NAMES, labelled=False)
     records = [json.loads(line) for line in file.read_text().splitlines()]
     nameless = {"messages": [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a tree"}]}
@@ -65,7 +73,10 @@ def batches(file, processor):
     encoded = [record_kind.encode(sample, processor, 512, 2**20) for sample in samples]
     pictures = [one for one in encoded if one.pixel_values is not None][:SAMPLES]
     texts = [one for one in encoded if one.pixel_values is None][:SAMPLES]
-    return [record_kind.collate(part, processor) for part in (pictures, texts, pictures + texts)]
+    rows = [[pictures[:1], pictures[1:]], [texts[:2], [*texts[2:], filler(processor)]]]
+    padded = [[record_kind.collate(part, processor)] for part in (pictures, texts)]
+    packed = [[record_kind.collate(row, processor, packed=True) for row in of_rank] for of_rank in rows]
+    return padded, packed, record_kind.collate(pictures + texts, processor)
 
 
 def move(gate):
@@ -99,8 +110,17 @@ def reference(config, joined):
     return loss.item(), {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
 
 
+class Stream(list):
+    """Steps of micro-batches, and the labels of the file that they are from."""
+
+    remembered = LABELS
+
+
 def compare(config, zero, own, expected, breakage=None):
-    """(loss difference, largest gradient difference relative to its tensor's largest entry) of one configuration."""
+    """(loss difference, largest gradient difference relative to its tensor's largest entry) of one configuration.
+
+    `own` are the rank's micro-batches of a step.
+    """
     expected_loss, expected_grads = expected
     topology = start_distributed(1)
     model = load_model(config.model, torch.float32)
@@ -112,20 +132,28 @@ def compare(config, zero, own, expected, breakage=None):
         next(iter(model.adapter_bank.layers.values())).scale_R *= 1.01
     ds_config = {
         "train_micro_batch_size_per_gpu": SAMPLES,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": len(own),
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": zero},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     }
     engine = build_engine(model, config, ds_config, 1, gate.adapter_lr(config))
     engine.train()
-    labels = SimpleNamespace(remembered=LABELS if breakage != "class weights" else NAMES)
-    task = GateTask(TrainingParts(config, topology, engine, None, stream=labels))
-    labelled = task.weight(own)
+    stream = Stream([own])
+    if breakage == "class weights":
+        stream.remembered = NAMES
+    task = GateTask(TrainingParts(config, topology, engine, None, stream=stream))
+    micro_batches = next(task.steps(Progress(2, step=1)))
+    labelled = sum(task.weight(batch) for batch in micro_batches)
     dist.all_reduce(labelled)
-    loss = task.loss(own, labelled.item() / topology.world_size)
-    engine.backward(loss)
-    total = loss.detach().clone()
+    total = torch.zeros(())
+    with swapped_choices() if breakage == "choices" else nullcontext():
+        for batch in micro_batches:
+            loss = task.loss(batch, labelled.item() / topology.world_size / len(own))
+            engine.backward(loss)
+            total += loss.detach() / len(own)
+            if batch is not micro_batches[-1]:
+                engine.step()
     dist.all_reduce(total)
     trained = {name: one for name, one in engine.module.named_parameters() if one.requires_grad}
     assert trained.keys() == expected_grads.keys()
@@ -139,22 +167,36 @@ def compare(config, zero, own, expected, breakage=None):
     return worst.tolist()
 
 
+def swapped_choices():
+    """A patch under which the first two samples of a packed row get each other's adapters."""
+
+    def swapped(lengths, device):
+        sequence_S = sequence_of(lengths, device)
+        return torch.where(sequence_S < 2, 1 - sequence_S, sequence_S) if len(lengths) > 1 else sequence_S
+
+    return patch("ds_moe.tasks.gate.model.sequence_of", swapped)
+
+
 def parity(overrides, cases):
-    """Rows (stage, ZeRO, other overrides, loss and gradient differences), and the same of models that are broken."""
+    """Rows (stage, ZeRO, text, checkpointing, packing, loss and gradient differences), and the same of models that are
+    broken."""
     deepspeed.utils.logger.setLevel("ERROR")
     config = load_run(RUN, overrides)
-    own_of = batches(Path(config.data.train), load_processor(config.model.path))
-    rank, joined = dist.get_rank(), own_of.pop()
-    rows = []
+    *own_of, joined = batches(Path(config.data.train), load_processor(config.model.path))
+    rank, rows = dist.get_rank(), []
     for zero, more in cases:
-        config = load_run(RUN, [*overrides, *more])
+        config = load_run(RUN, [*overrides, *more, *BATCH])
         expected = reference(config, joined)
-        found = compare(config, zero, own_of[rank], expected)
-        rows.append([config.gate.stage, zero, config.gate.text, config.train.gradient_checkpointing, *found])
+        for packing, of_ranks in enumerate(own_of):
+            found = compare(config, zero, of_ranks[rank], expected)
+            rows.append(
+                [config.gate.stage, zero, config.gate.text, config.train.gradient_checkpointing, packing, *found]
+            )
     broken = {}
-    for breakage, more in (("scale", JOINT), ("class weights", SUPERVISED)):
-        config = load_run(RUN, [*overrides, *more])
-        broken[breakage] = compare(config, 2, own_of[rank], reference(config, joined), breakage)
+    for breakage, more in (("scale", JOINT), ("class weights", SUPERVISED), ("choices", JOINT)):
+        config = load_run(RUN, [*overrides, *more, *BATCH])
+        own = own_of[breakage == "choices"][rank]
+        broken[breakage] = compare(config, 2, own, reference(config, joined), breakage)
     return {"rows": rows, "broken": broken}
 
 

@@ -128,12 +128,14 @@ def test_parity_of_every_stage_with_one_plain_process(trained, show):
 
 def check_parity(found, rows, show):
     lines = ["a gate, 2 ranks (one has images, the other none) against one plain process on the joined batch"]
-    lines.append("  stage       ZeRO  text        checkpointing   loss difference   gradient difference / largest")
-    for stage, zero, text, checkpointing, loss, gradient in found["rows"]:
-        on = "on" if checkpointing else "off"
-        lines.append(f"  {stage:<10}  {zero:>4}  {text:<10}  {on:>13}   {loss:15.1e}   {gradient:19.1e}")
+    lines.append(
+        "  stage       ZeRO  text        checkpointing  rows     loss difference   gradient difference / largest"
+    )
+    for stage, zero, text, checkpointing, packed, loss, gradient in found["rows"]:
+        on, laid = "on" if checkpointing else "off", "packed" if packed else "padded"
+        lines.append(f"  {stage:<10}  {zero:>4}  {text:<10}  {on:>13}  {laid}   {loss:15.1e}   {gradient:19.1e}")
     show("\n".join(lines))
-    assert len(found["rows"]) == rows
+    assert len(found["rows"]) == 2 * rows and len(found["broken"]) == 3
     for row in found["rows"]:
         assert row[-2] <= LOSS and row[-1] <= GRADIENT, row
     for breakage, (loss, gradient) in found["broken"].items():  # negative controls

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
     get_scheduler,
 )
+from transformers.exporters.utils import precompute_export_inputs
 from transformers.utils import is_torchvision_available
 
 from ds_moe.models.processor import tiny_processor
@@ -272,6 +273,30 @@ def test_an_image_needs_token_types_and_the_decoder_is_told_where_it_is(processo
     del inputs["mm_token_type_ids"]
     with pytest.raises(ValueError, match="mm_token_type_ids"):
         model(**inputs)
+
+
+def test_a_vision_tower_takes_what_is_made_of_its_grid(processor):
+    """Relied on: `tower_inputs` of models/tower.py and of models/processor.py."""
+    model, inputs, seen = vl_model(processor), with_an_image(processor), []
+    made = {"grid_thw": inputs["image_grid_thw"]}
+    precompute_export_inputs(model.model.visual, made)
+    names = ["cu_seqlens", "grid_thw", "interp_indices", "interp_weights", "max_seqlen", "position_ids"]
+    assert sorted(made) == names
+    model.model.visual.register_forward_pre_hook(lambda _, args, more: seen.append(set(more)), with_kwargs=True)
+    given = {f"image_{name}": value for name, value in made.items() if name != "grid_thw"}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, **given).logits, model(**inputs).logits)
+        assert seen[0] >= set(names) and not seen[1] & {"position_ids", "interp_indices", "cu_seqlens"}
+        given["image_position_ids"] = given["image_position_ids"].flip(0)
+        assert not torch.equal(model(**inputs, **given).logits, model(**inputs).logits)
+
+
+def test_deepstack_features_are_added_by_a_method_of_the_decoder(processor):
+    """Guard: `_add_at` of models/tower.py."""
+    model, inputs, called = vl_model(processor), with_an_image(processor), []
+    model.model.language_model._deepstack_process = lambda hidden, mask, features: called.append(mask) or hidden
+    model(**inputs)
+    assert len(called) == 1 and called[0].dtype == torch.bool and called[0].shape == inputs["input_ids"].shape
 
 
 def test_experts_say_how_their_weights_lie_and_a_function_can_take_their_place():

@@ -8,8 +8,13 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ds_moe.config.sections import ModelConfig
+from ds_moe.data.batch import SIZES
+from ds_moe.data.digits import digits_samples
+from ds_moe.data.encode import collate
+from ds_moe.data.encode import encode as encode_sample
+from ds_moe.models.attention import attend_by_sample
 from ds_moe.models.freeze import freeze
-from ds_moe.models.load import load_model
+from ds_moe.models.load import load_model, processor_of
 from ds_moe.models.presets import build_preset
 from ds_moe.models.tower import PATCHES, lighten_tower, tower_inputs
 
@@ -187,6 +192,40 @@ def test_what_was_made_ahead_is_taken_and_not_made_again(monkeypatch):
     assert all(map(torch.equal, encode(light, **made), expected))
     made["position_ids"] = made["position_ids"].flip(0)  # negative control: they are what is read
     assert not torch.equal(encode(light, **made)[0], expected[0])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("preset", VL)
+def test_a_loaded_model_with_what_the_loader_makes_equals_the_plain_one(preset, packed):
+    """Loss, gradients and the waits that are left: one, for transformers' own count of image tokens."""
+    config = ModelConfig(preset=preset)
+    processor, plain, ours = processor_of(config), build_preset(preset).train(), load_model(config, torch.float32)
+    encoded = [encode_sample(one, processor, 256, 2**20) for one in digits_samples("train")[:3]]
+    batch = collate(encoded, processor, packed=packed)
+    made = {name for name in batch.inputs if name.startswith("image_")} - {"image_grid_thw"}
+    assert "image_interp_weights" in made and "position_ids" in batch.inputs
+    made |= set() if packed else {"position_ids"}
+    bare = {name: value for name, value in batch.inputs.items() if name not in made}
+    found = []
+    for model, inputs in ((plain, bare), (ours.train(), batch.inputs)):
+        attend_by_sample(model)
+        loss = model(**inputs, labels=batch.labels, use_cache=False).loss
+        loss.backward()
+        found.append((loss, {name: one.grad for name, one in model.named_parameters()}))
+    (theirs, their_grads), (own, our_grads) = found
+    assert abs(theirs - own) < 1e-6
+    for name, gradient in their_grads.items():
+        assert (our_grads[name] - gradient).abs().max() <= 5e-6 * gradient.abs().max(), name
+    waits = []
+    for model, inputs, host in ((plain, bare, ()), (ours, batch.inputs, SIZES)):
+        given = {
+            name: one.as_subclass(Device) if isinstance(one, torch.Tensor) and name not in host else one
+            for name, one in inputs.items()
+        }
+        Device.waits.clear()
+        model(**given, use_cache=False)
+        waits.append(list(Device.waits))
+    assert waits[1] == ["item", "__bool__"] and len(waits[0]) > 12  # transformers alone is the negative control
 
 
 def test_every_loaded_model_has_a_light_tower():

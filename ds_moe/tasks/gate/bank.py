@@ -43,14 +43,21 @@ class Gates:
     backward.
     """
 
-    weights: Tensor | None = None  # fp32 (B, K), (B, L, K) or (B, S, K), see `per`; may need grad; None: base alone
+    weights: Tensor | None = None  # fp32 (B, K), (B, L, K) or (R, S, K), see `per`; may need grad; None: base alone
     per: Literal["example", "layer", "token"] = "example"
+    packed: bool = False  # whether `weights` are (S, K) or (S, L, K) instead, those of each token's sample in one row
+
+    def choose(self, weights: Tensor, sequence_S: Tensor | None) -> None:
+        """Take a gate's weights. `sequence_S` is the sample of each token of a packed row; None: rows are padded."""
+        self.packed = sequence_S is not None
+        self.weights = weights if sequence_S is None or self.per == "token" else weights[sequence_S]
 
     def at(self, layer: int) -> Tensor | None:
-        """(B, 1 or S, K) weights for one layer of the model; None: the base without adapters."""
+        """(R, 1 or S, K) weights for one layer of the model; None: the base without adapters."""
         if self.weights is None or self.per == "token":
             return self.weights
-        return (self.weights if self.per == "example" else self.weights[:, layer]).unsqueeze(1)
+        weights = self.weights if self.per == "example" else self.weights[:, layer]
+        return weights.unsqueeze(0 if self.packed else 1)
 
 
 class BankedLinear(nn.Linear):

@@ -17,8 +17,7 @@ from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import RecordKind
 from ds_moe.errors import UserError
-from ds_moe.models.load import load_model, model_config
-from ds_moe.models.processor import processor_of
+from ds_moe.models.load import load_model, model_config, processor_of
 from ds_moe.tasks.gate.evaluate import Survey, survey
 from ds_moe.tasks.gate.files import SavedGate, check_base, export_gate, freeze_gate, load_gate, read_gate
 from ds_moe.tasks.gate.model import GatedModel, install_gate

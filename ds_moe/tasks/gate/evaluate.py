@@ -84,7 +84,7 @@ def survey(
         each_batch()
         [prompt] = batch.prompts
         decision = model(**prompt.to(inner.device).inputs, gate_only=True)
-        mask_BS = inner.features.mask_BS
+        mask_BS = inner.counted_BS
         probabilities_BK = per_sample(decision.logits, mask_BS).cpu()
         labels_B = batch.batch.adapter_B
         loss += float(gate_loss(decision, labels_B.to(decision.logits.device), mask_BS))

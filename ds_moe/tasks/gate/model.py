@@ -8,7 +8,7 @@ needs no DeepSpeed, but if there are several ranks, it keeps them in step.
 
 import copy
 import warnings
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, cast
 
 import torch
@@ -23,11 +23,22 @@ from ds_moe.models.generation import cache_of
 from ds_moe.models.vision import encode_blank, has_vision
 from ds_moe.tasks.gate import bank
 from ds_moe.tasks.gate.adapters import find_adapters, read_adapter
-from ds_moe.tasks.gate.features import POOLS, Features, image_counts, mean_vision, prompt_mask, vision_statistics
+from ds_moe.tasks.gate.features import (
+    POOLS,
+    Features,
+    image_counts,
+    in_rows,
+    mean_vision,
+    prompt_mask,
+    sequence_of,
+    vision_statistics,
+)
 from ds_moe.tasks.gate.network import GateDecision, GateNetwork, GateSettings
 
 ROUTER = "adapter_gate"  # the router's name in the model
-IMAGES = ("pixel_values", "image_grid_thw")
+# What a pass of the base alone is given; `generate` has position_ids in place of the grid they are made from.
+OF_THE_BASE = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "mm_encoder_outputs")
+OF_THE_BASE += ("image_grid_thw", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "sample_lengths")
 Inputs = dict[str, Any]  # keyword arguments of a transformers forward: tensors, a cache, flags
 
 
@@ -38,9 +49,10 @@ class GatedModel(PreTrainedModel):
     adapter_gate: GateNetwork
     gate_reference: GateNetwork | None  # a frozen copy of the gate, see `hold_reference`
     reads: GateConfig
-    decision: GateDecision  # of the last forward, as the next two
+    decision: GateDecision  # of the last forward, as the next three; per token (B, longest, K) if the row was packed
+    counted_BS: Tensor | None  # bool, the tokens of `decision` that count; only for gates per token
     features: Features
-    reference_logits: Tensor | None
+    reference_logits: Tensor | None  # as those of `decision`
 
 
 def install_gate(model: PreTrainedModel, config: GateConfig) -> GatedModel:
@@ -79,7 +91,7 @@ def install_gate(model: PreTrainedModel, config: GateConfig) -> GatedModel:
     model.adapter_gate = GateNetwork(settings).to(model.device)
     model.gate_reference = None
     model.reads = config
-    model.decision, model.features, model.reference_logits = None, None, None
+    model.decision, model.counted_BS, model.features, model.reference_logits = None, None, None, None
     model.__class__ = _gated(type(model))
     return cast(GatedModel, model)
 
@@ -95,18 +107,23 @@ def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     @wraps(base.forward)  # `generate` reads the signature
     def forward(self: GatedModel, *args: object, gate_only: bool = False, **kwargs: Any) -> GateDecision | ModelOutput:
         cache = cache_of(kwargs)
+        decision, per_token = self.decision, self.adapter_gate.settings.per == "token"
         if cache is None or cache.get_seq_length() == 0:
             self.features, kwargs = read(self, kwargs)
-            self.decision = self.adapter_gate(self.features)
-        elif self.adapter_gate.settings.per == "token":  # while decoding, other gates keep the decision of the prompt
-            self.features.token_BSD = _embed(self, kwargs["input_ids"])
-            self.decision = self.adapter_gate(self.features)
+            decision = self.adapter_gate(self.features)
+        elif per_token:  # while decoding, other gates keep the decision of the prompt
+            self.features.token_RSD = _embed(self, kwargs["input_ids"])
+            decision = self.adapter_gate(self.features)
+        lengths = kwargs.get("sample_lengths") if per_token else None
+        of_samples = partial(in_rows, lengths=lengths) if lengths is not None else lambda values: values
+        self.decision, mask_RS = GateDecision(*map(of_samples, decision)), self.features.mask_RS
+        self.counted_BS = None if mask_RS is None else of_samples(mask_RS)
         if self.gate_reference is not None:
             with torch.no_grad():
-                self.reference_logits = self.gate_reference(self.features).logits
+                self.reference_logits = of_samples(self.gate_reference(self.features).logits)
         if gate_only:
             return self.decision
-        self.adapter_bank.gates.weights = self.decision.weights
+        self.adapter_bank.gates.choose(decision.weights, self.features.sequence_S)
         return base.forward(self, *args, **kwargs)
 
     @wraps(base.activation_checkpointing_enable)
@@ -132,42 +149,48 @@ def read(model: GatedModel, inputs: Inputs) -> tuple[Features, Inputs]:
     No stage trains the vision tower. A rank without an image runs it on a blank one, so that under ZeRO-3 all ranks
     gather the same weights. In `generate`, transformers has encoded the images before the first forward.
     """
-    input_ids, mask_BS = inputs["input_ids"], inputs.get("attention_mask")
-    if mask_BS is not None and mask_BS.dim() != 2:
+    input_ids, padding_RS, lengths = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("sample_lengths")
+    if padding_RS is not None and padding_RS.dim() != 2:
         raise ValueError("the gate needs the padding mask (B, S), not a ready-made attention mask")
+    if lengths is None and inputs.get("cu_seq_lens_q") is not None:
+        raise ValueError("the gate needs sample_lengths of a packed row, or it would take its samples for one")
     encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
     with torch.no_grad():
         if inputs.get("pixel_values") is not None:
-            encoded = model.get_image_features(*(inputs[name] for name in IMAGES), return_dict=True)
-            inputs = {key: value for key, value in inputs.items() if key != "pixel_values"}
+            of_images = {name: value for name, value in inputs.items() if name.startswith("image_")}
+            encoded = model.get_image_features(inputs["pixel_values"], **of_images, return_dict=True)
+            used = {"pixel_values", *of_images} - {"image_grid_thw"}  # positions may be made from the grid
+            inputs = {name: value for name, value in inputs.items() if name not in used}
             inputs["mm_encoder_outputs"] = {"image": encoded}
         elif cache_of(inputs) is None and parallel():
             encode_blank(model, input_ids.device)
         ids = model.config
         not_text = (ids.image_token_id, ids.video_token_id, ids.vision_start_token_id, ids.vision_end_token_id)
-        read_BS = prompt_mask(input_ids, mask_BS, inputs.get("labels"), not_text)
+        read_RS = prompt_mask(input_ids, padding_RS, inputs.get("labels"), not_text, lengths)
         kind, layer = model.reads.text, model.reads.text_layer
-        embeds_BSD = _embed(model, input_ids)
-        hidden_BSD = embeds_BSD if kind == "embeddings" else _contextual(model, inputs, layer)
-        counts_B = image_counts(input_ids, ids.image_token_id, ids.vision_start_token_id)
+        embeds_RSD = _embed(model, input_ids)
+        hidden_RSD = embeds_RSD if kind == "embeddings" else _contextual(model, inputs, layer)
+        counts_B = image_counts(input_ids, ids.image_token_id, ids.vision_start_token_id, lengths)
         pooled = encoded.pooler_output if encoded is not None else []
         statistics = vision_statistics if model.reads.vision == "mean_std" else mean_vision
-        vision_BD, present_B = statistics(pooled, counts_B, embeds_BSD.shape[-1])
-        per_token = model.adapter_gate.settings.per == "token"
-        of_tokens = (embeds_BSD, read_BS) if per_token else ()
-        return Features(POOLS[kind](hidden_BSD, read_BS), vision_BD, present_B, *of_tokens), inputs
+        features = Features(
+            POOLS[kind](hidden_RSD, read_RS, lengths), *statistics(pooled, counts_B, embeds_RSD.shape[-1])
+        )
+        if model.adapter_gate.settings.per == "token":
+            features.token_RSD, features.mask_RS = embeds_RSD, read_RS
+        if lengths is not None:
+            features.sequence_S = sequence_of(lengths, input_ids.device)
+        return features, inputs
 
 
-def _embed(model: PreTrainedModel, input_ids_BS: Tensor) -> Tensor:
+def _embed(model: PreTrainedModel, input_ids_RS: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.get_input_embeddings()(input_ids_BS)
+        return model.get_input_embeddings()(input_ids_RS)
 
 
 def _contextual(model: GatedModel, inputs: Inputs, layer: int | None) -> Tensor:
-    """(B, S, D) output of a decoder layer (None: of the last one, after its norm), of the base without adapters."""
+    """(R, S, D) output of a decoder layer (None: of the last one, after its norm), of the base without adapters."""
     model.adapter_bank.gates.weights = None
-    # `generate` gives position_ids instead of the image_grid_thw that a forward computes them from.
-    kept = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "mm_encoder_outputs", "image_grid_thw")
-    given = {name: inputs[name] for name in kept if inputs.get(name) is not None}
+    given = {name: inputs[name] for name in OF_THE_BASE if inputs.get(name) is not None}
     outputs = model.model(**given, use_cache=False, output_hidden_states=layer is not None)
     return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]

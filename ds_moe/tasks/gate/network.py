@@ -42,7 +42,7 @@ class GateSettings:
 
 
 class GateDecision(NamedTuple):
-    """fp32 logits and weights with grad: both (B, K) per example, (B, L, K) per layer, or (B, S, K) per token."""
+    """fp32 logits and weights with grad: both (B, K) per example, (B, L, K) per layer, or (R, S, K) per token."""
 
     logits: Tensor
     weights: Tensor  # sum to 1 over the adapters
@@ -126,9 +126,9 @@ class GateNetwork(nn.Module):
         settings, text, vision_BD = self.settings, features.text_BD, features.vision_BD
         present_B1 = features.present_B.bool().unsqueeze(1)
         if settings.per == "token":
-            if features.token_BSD is None:
-                raise ValueError("a gate per token needs Features.token_BSD")
-            text = features.token_BSD
+            if features.token_RSD is None:
+                raise ValueError("a gate per token needs Features.token_RSD")
+            text = features.token_RSD
         if settings.modalities == "vision":
             text = torch.zeros_like(text)
         if settings.modalities == "text":
@@ -136,8 +136,11 @@ class GateNetwork(nn.Module):
         with torch.autocast(text.device.type, enabled=False):
             vision_BD = torch.where(present_B1, self.vision_norm(self.vision_scale(vision_BD)), self.no_image.float())
             vision_BH = self.vision_in(torch.cat([vision_BD, present_B1.float()], dim=1))
-            hidden = self.text_in(self.text_norm(self.text_scale(text)))  # (B, H) or (B, S, H)
-            logits = self.out(F.gelu(hidden + (vision_BH.unsqueeze(1) if settings.per == "token" else vision_BH)))
+            if settings.per == "token":  # (R, 1 or S, H)
+                sequence_S = features.sequence_S
+                vision_BH = vision_BH.unsqueeze(1) if sequence_S is None else vision_BH[sequence_S].unsqueeze(0)
+            hidden = self.text_in(self.text_norm(self.text_scale(text)))  # (B, H) or (R, S, H)
+            logits = self.out(F.gelu(hidden + vision_BH))
             if settings.per == "layer":
                 logits = logits.unflatten(-1, (settings.layers, settings.adapters))
             return GateDecision(logits, select(logits, settings, self.training))

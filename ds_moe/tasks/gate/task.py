@@ -36,6 +36,7 @@ class GateTask(Task):
         if self.config.class_weights == "balanced":
             self.class_weights = balanced(self.names, parts.stream.remembered)
         self._sums: dict[str, Tensor] = {}
+        self._micro_batches = 1  # of the step that was last begun
 
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:
         """The micro-batches of each step. The first step's also set the scale of the features of a new gate."""
@@ -44,7 +45,9 @@ class GateTask(Task):
             first = next(stream)
             self._set_scale(first)
             stream = chain([first], stream)
-        return stream
+        for micro_batches in stream:
+            self._micro_batches = len(micro_batches)
+            yield micro_batches
 
     @torch.no_grad()
     def _set_scale(self, micro_batches: list[Batch]) -> None:
@@ -58,7 +61,10 @@ class GateTask(Task):
             real_B = batch.real_B
             engine(**batch.with_labels, gate_only=True)
             seen = model.features
-            text = seen.text_BD[real_B] if seen.token_BSD is None else seen.token_BSD[seen.mask_BS & real_B[:, None]]
+            if seen.token_RSD is None:
+                text = seen.text_BD[real_B]
+            else:
+                text = seen.token_RSD[seen.mask_RS & batch.real_of_token]
             for row, values in zip(sums, (text.float(), seen.vision_BD[real_B & seen.present_B]), strict=True):
                 row += torch.cat([row.new_tensor([len(values)]), values.sum(0), values.square().sum(0)])
         for scale, row in zip(scales, sums, strict=True):
@@ -73,25 +79,25 @@ class GateTask(Task):
         model = self.parts.engine.module
         if self.supervised:
             decision = self.parts.engine(**batch.with_labels, gate_only=True)
-            mask_BS = model.features.mask_BS
+            mask_BS = model.counted_BS
             loss = gate_loss(decision, labels_B, mask_BS, self.class_weights) / share
         else:
             loss = super().loss(batch, share)
-            decision, mask_BS = model.decision, model.features.mask_BS
+            decision, mask_BS = model.decision, model.counted_BS
             loss = loss + self._regularisers(decision, mask_BS, real_B)
         self._note(decision, labels_B, mask_BS, real_B)
         return loss
 
     def _regularisers(self, decision: GateDecision, mask_BS: Tensor | None, real_B: Tensor) -> Tensor:
-        """The entropy term and the pull to the reference: sums over real samples, divided by the micro-batch size.
-
-        DeepSpeed averages over ranks and micro-batches.
-        """
-        total = self.config.entropy_weight * (entropy(decision.weights, mask_BS) * real_B).mean()
+        """The entropy term and the pull to the reference: sums over real samples, divided by the mean number of samples
+        of a micro-batch, because the losses are averaged over ranks and micro-batches."""
+        samples = self.parts.config.train.global_batch_size
+        share = samples / (self.parts.topology.world_size * self._micro_batches)
+        total = self.config.entropy_weight * (entropy(decision.weights, mask_BS) * real_B).sum() / share
         reference = self.parts.engine.module.reference_logits
         if reference is not None:
             away_B = divergence(decision.logits, reference, mask_BS)
-            total = total + self.config.kl_weight * (away_B * real_B).mean()
+            total = total + self.config.kl_weight * (away_B * real_B).sum() / share
             self._add("kl_to_supervised", away_B.detach()[real_B])
         return total
 

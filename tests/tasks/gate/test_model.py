@@ -175,7 +175,7 @@ def test_the_answer_does_not_reach_the_gate(folder, keys):
 @pytest.mark.parametrize("keys", READS, ids=lambda keys: keys["text"])
 def test_a_leaked_answer_token_is_noticed(folder, keys, monkeypatch):
     honest = gate.prompt_mask
-    monkeypatch.setattr(gate, "prompt_mask", lambda ids, mask, labels, not_text: honest(ids, mask, None, not_text))
+    monkeypatch.setattr(gate, "prompt_mask", lambda ids, mask, labels, *more: honest(ids, mask, None, *more))
     (features, decision), (other_features, other_decision) = decisions_for_two_answers(gated(folder, **keys))
     assert (features.text_BD != other_features.text_BD).any(1).all()
     assert ((decision.weights - other_decision.weights).abs().amax(1) > 1e-4).all()

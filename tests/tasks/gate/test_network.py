@@ -30,7 +30,7 @@ def features(**keys):
     mask = torch.rand(B, S) < 0.6
     mask[:, 0] = True
     return Features(**{"text_BD": torch.randn(B, D), "vision_BD": vision, "present_B": present,
-                       "token_BSD": torch.randn(B, S, D), "mask_BS": mask, **keys})  # fmt: skip
+                       "token_RSD": torch.randn(B, S, D), "mask_RS": mask, **keys})  # fmt: skip
 
 
 def trained(**keys):
@@ -44,7 +44,7 @@ def trained(**keys):
 def oracle_logits(gate, seen):
     """(B, S or 1, L, K), one sample and token after another, with the concatenation written out."""
     weight = torch.cat([gate.text_in.weight, gate.vision_in.weight], dim=1)
-    texts, rows = seen.token_BSD if gate.settings.per == "token" else seen.text_BD.unsqueeze(1), []
+    texts, rows = seen.token_RSD if gate.settings.per == "token" else seen.text_BD.unsqueeze(1), []
     for row in range(B):
         vision = F.layer_norm(seen.vision_BD[row], (D,), gate.vision_norm.weight, gate.vision_norm.bias)
         vision = vision if seen.present_B[row] else gate.no_image
@@ -63,8 +63,8 @@ def test_logits_against_a_loop(per):
     torch.testing.assert_close(decision.logits, oracle_logits(gate, seen).view(SHAPES[per["per"]]))
     torch.testing.assert_close(decision.weights, decision.logits.softmax(-1))
     if per["per"] == "token":
-        with pytest.raises(ValueError, match="token_BSD"):
-            gate(features(token_BSD=None))
+        with pytest.raises(ValueError, match="token_RSD"):
+            gate(features(token_RSD=None))
 
 
 @pytest.mark.parametrize("per", PER)
@@ -96,7 +96,7 @@ def test_samples_without_an_image_learn_a_vector_of_their_own_and_the_flag_matte
 @pytest.mark.parametrize("modalities", ["both", "text", "vision"])
 def test_a_gate_of_one_modality_is_blind_to_the_other(per, modalities):
     gate, seen = trained(modalities=modalities, **per), features()
-    text = dataclasses.replace(seen, text_BD=torch.randn(B, D), token_BSD=torch.randn(B, S, D))
+    text = dataclasses.replace(seen, text_BD=torch.randn(B, D), token_RSD=torch.randn(B, S, D))
     vision = dataclasses.replace(seen, vision_BD=torch.randn(B, D), present_B=~seen.present_B)
     before = gate(seen).logits
     assert before.equal(gate(text).logits) == (modalities == "vision")
@@ -178,7 +178,7 @@ def test_per_example_loss_is_torchs_own():
 @pytest.mark.parametrize("per", ["layer", "token"])
 def test_losses_entropies_and_divergences_are_means_of_layers_or_tokens(per):
     logits, reference = torch.randn(SHAPES[per]), torch.randn(SHAPES[per])
-    mask = features().mask_BS & (torch.arange(B) != 3).unsqueeze(1) if per == "token" else None
+    mask = features().mask_RS & (torch.arange(B) != 3).unsqueeze(1) if per == "token" else None
     loss, entropies, divergences = 0.0, [], []
     for row in range(B):
         own = [index for index in range(logits.shape[1]) if mask is None or mask[row, index]]
