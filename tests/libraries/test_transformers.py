@@ -26,6 +26,8 @@ from transformers import (
     get_scheduler,
 )
 from transformers.exporters.utils import precompute_export_inputs
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torchvision_available
 
 from ds_moe.models.processor import tiny_processor
@@ -306,6 +308,60 @@ def test_experts_say_how_their_weights_lie_and_a_function_can_take_their_place()
     names = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
     assert not any(getattr(experts, name) for name in names)
     assert [name for name, _ in text_model().model.layers[0].mlp.named_parameters()][-1] == "gate.weight"
+
+
+# --- packed rows
+
+
+def rows_of_two_samples():
+    """One row of two samples of 3 tokens, and the same with another first sample."""
+    other = IDS.clone()
+    other[0, :3] += 100
+    return IDS, other, torch.tensor([[0, 1, 2, 0, 1, 2]])
+
+
+def test_samples_of_a_packed_row_mix_in_silence_where_a_cache_is_made():
+    """Guard: models/attention.py takes bounds, not positions. A model makes a cache unless it is told not to."""
+    model = text_model().eval()
+    one, other, positions = rows_of_two_samples()
+    second = {
+        told: [model(ids, position_ids=positions, **more).logits[:, 3:] for ids in (one, other)]
+        for told, more in (("nothing", {}), ("no cache", {"use_cache": False}))
+    }
+    torch.testing.assert_close(*second["no cache"])
+    assert (second["nothing"][0] - second["nothing"][1]).abs().max() > 1e-4
+
+
+def test_bounds_of_samples_are_passed_over_by_sdpa():
+    """Guard: models/attention.py; flash attention alone reads them. With them alone samples mix."""
+    model = text_model().eval()
+    one, other, _ = rows_of_two_samples()
+    bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
+    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 3, "max_length_k": 3}
+    found = [model(ids, use_cache=False, **given).logits[:, 3:] for ids in (one, other)]
+    assert (found[0] - found[1]).abs().max() > 1e-4
+
+
+def test_unknown_arguments_of_a_model_reach_the_attention_of_its_decoder_as_they_are(processor, monkeypatch):
+    """Relied on: `_attention` of models/attention.py gets `sample_lengths`."""
+    given, own = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watched(module, *args, **kwargs):
+        given.append((type(module).__name__, kwargs.get("sample_lengths")))
+        return own(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", watched)
+    vl_model(processor)(**with_an_image(processor), sample_lengths=(2, 7))
+    decoder = [lengths for name, lengths in given if name == "Qwen3VLMoeTextAttention"]
+    assert decoder == [(2, 7)] * TEXT["num_hidden_layers"]
+
+
+def test_an_attention_without_a_mask_function_of_its_name_gets_no_mask_of_padding():
+    """Guard: models/attention.py registers both."""
+    config = text_model().config
+    config._attn_implementation = "attention without a mask"
+    mask = torch.tensor([[0, 1, 1]])
+    assert create_causal_mask(config, torch.zeros(1, 3, 4), mask, None) is None
 
 
 # --- generate
