@@ -6,7 +6,7 @@ from typing import Any, cast
 import deepspeed
 import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
+from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules, z3_leaf_module
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -97,10 +97,13 @@ def build_without_optimizer(model: PreTrainedModel, ds_config: dict[str, object]
 
 
 def _mark_leaves(model: PreTrainedModel, ds_config: dict[str, object]) -> list[BoundMoELayer]:
-    """The MoE layers, each of which ZeRO-3 is told to gather together."""
+    """The MoE layers, each of which ZeRO-3 is told to gather together; so are the parts of an output layer with LoRA,
+    whose weights `models/head.py` reads without calling the modules that own them."""
     layers = cast(list[BoundMoELayer], moe_layers(model))
-    if layers and zero_plan(ds_config).stage == 3:
-        set_z3_leaf_modules(model, [BoundMoELayer])
+    if zero_plan(ds_config).stage == 3:
+        set_z3_leaf_module(model.get_output_embeddings(), True)
+        if layers:
+            set_z3_leaf_modules(model, [BoundMoELayer])
     return layers
 
 

@@ -6,6 +6,7 @@ load.py         a checked model, its config, its outline
 presets.py      tiny models built from code
 processor.py    tokens and pixels
 streaming.py    weights from files to where a rank keeps them
+head.py         the output layer where labels are
 ties.py         an output layer that is the input embedding, or is not
 convert.py      MoE blocks become our layers
 freeze.py       what a run trains, and what not

@@ -20,6 +20,7 @@ from ds_moe.data.processor import Processor
 from ds_moe.data.special_tokens import text_of
 from ds_moe.distributed import over_ranks, parallel, raise_together
 from ds_moe.models.generation import own_generation_config
+from ds_moe.models.head import at_labels
 from ds_moe.models.vision import encode_blank, has_vision
 from ds_moe.monitor.reports import EvalReport, ShownSample
 
@@ -81,7 +82,7 @@ def evaluate(
     for batch in eval_set.batches(limit):
         each_batch()
         labelled = batch.batch.to(engine.device)
-        loss_sum += engine(**labelled.with_labels, use_cache=False, num_items_in_batch=1).loss.item()
+        loss_sum += at_labels(engine, labelled.inputs, labelled.labels).loss.item()
         label_tokens += int(labelled.label_tokens)
         answered = _answers(engine, batch, answering)
         for one, sample in answered if answering is not None else ():

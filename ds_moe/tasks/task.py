@@ -15,6 +15,7 @@ from ds_moe.data.processor import Processor
 from ds_moe.data.stream import TrainStream
 from ds_moe.distributed import Topology
 from ds_moe.models.convert import moe_layers
+from ds_moe.models.head import at_labels
 from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing, loss_free
@@ -73,7 +74,7 @@ class Task:
 
     def loss(self, batch: Batch, share: float) -> Tensor:
         """The micro-batch's loss, with grad: a sum divided by `share`, the global count over ranks x accumulation."""
-        return self.parts.engine(**batch.with_labels, use_cache=False, num_items_in_batch=share).loss
+        return at_labels(self.parts.engine, batch.inputs, batch.labels, num_items=share).loss
 
     def metrics(self, progress: Progress) -> dict[str, float]:
         """What else the optimizer step is reported by, over all ranks (collective)."""

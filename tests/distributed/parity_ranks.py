@@ -16,6 +16,7 @@ from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import start_distributed
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.families import expert_state
+from ds_moe.models.head import at_labels
 from ds_moe.models.load import load_model
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import tiny_processor
@@ -84,7 +85,8 @@ def compare(config, stage, everything, expected, breakage=None):
         breakage(model)
     engine = build_engine(model, config, engine_settings(stage), total_steps=1)
     engine.train()
-    loss = engine(**everything[topology.rank], num_items_in_batch=labelled / topology.world_size).loss
+    inputs = dict(everything[topology.rank])
+    loss = at_labels(engine, inputs, inputs.pop("labels"), num_items=labelled / topology.world_size).loss
     engine.backward(loss)
     worst = torch.zeros(2)
     total = loss.detach().clone()
@@ -139,6 +141,12 @@ def main():
     for name, (stage, checkpointing, freeze) in TOWERS.items():
         found[name] = compare(run_config(1, checkpointing, freeze), stage, everything, expected)
     report(towers=found)
+    unlabelled = [{**one, "labels": torch.full_like(one["labels"], -100)} for one in everything[1:]]
+    without = [everything[0], *unlabelled]
+    labelled_on_rank_0 = reference(build_preset("tiny-vl-moe").train(), without)
+    config = run_config(sizes[-1], False)
+    found = {f"ZeRO {stage}": compare(config, stage, without, labelled_on_rank_0) for stage in (1, 2, 3)}
+    report(unlabelled=found)
     report(broken=compare(run_config(sizes[-1], False), 3, everything, expected, change_an_expert))
     leave()
 

@@ -104,6 +104,16 @@ class BankedLinear(nn.Linear):
         y.addmm_(h_BSR.flatten(0, 1), self.lora_B.to(y.dtype).T)
         return y.view(*x.shape[:-1], self.out_features)
 
+    def terms(self, x_ND: Tensor, keep_RS: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the forward adds up of N chosen positions of a batch: their logits, where this is the output layer."""
+        g_BSK = self.gates.at(self.layer_index)
+        if g_BSK is None:
+            return [(x_ND, self.weight)]
+        g_NK = g_BSK.float().expand(*keep_RS.shape, -1)[keep_RS]
+        g_NR = g_NK.index_select(-1, self.owner_R) * self.scale_R
+        h_NR = F.linear(x_ND, self.lora_A)
+        return [(x_ND, self.weight), (h_NR * g_NR.to(h_NR.dtype), self.lora_B)]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BankedLinear:
         scale_R = self.scale_R
         super()._apply(fn, recurse)
