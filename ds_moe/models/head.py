@@ -46,7 +46,7 @@ def at_labels(
         The model's output. Its `loss` is the cross entropy, summed over the labels and divided by `num_items`; its
         `logits` are the labels' log-probabilities, fp32 (N,), row by row. Both have a gradient.
     """
-    target_RS = F.pad(labels_RS[:, 1:], (0, 1), value=NO_LOSS)
+    target_RS = targets_of(labels_RS)
     keep_RS = target_RS != NO_LOSS
     target_N = target_RS[keep_RS]
     inner = cast(PreTrainedModel, getattr(model, "module", model))
@@ -61,6 +61,11 @@ def at_labels(
     # The head is still called as a module, because hooks on it gather and release its weight under ZeRO-3.
     with _in_place_of(inner, head, of_labels, loss):
         return model(**inputs, labels=labels_RS, use_cache=False, logits_to_keep=keep_RS, num_items_in_batch=num_items)
+
+
+def targets_of(labels_RS: Tensor) -> Tensor:
+    """The label that each position predicts, (R, S): the next token's; NO_LOSS at the end of a row."""
+    return F.pad(labels_RS[:, 1:], (0, 1), value=NO_LOSS)
 
 
 @contextmanager

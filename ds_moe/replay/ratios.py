@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and experts, and ratios, corrections and KL estimates made of their differences.
+"""Log-probabilities of experts, and ratios, corrections and KL estimates made of their differences.
 
 There are three policies: the *live* one, which is trained; the *old* one, which is the trainer's before the first
 optimizer step on this batch, computed with replay; and the *engine's*, which sampled the tokens. Entry t of a (B, S)
@@ -10,9 +10,7 @@ gradient. A NaN at a completion token is an error and is not replaced.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ds_moe.config.tasks import CORRECTION_BOUNDS
 
@@ -21,19 +19,6 @@ Level = Literal["token", "sequence"]
 KL = Literal["k1", "k2", "k3"]
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8, far beyond any clip and far from overflow
-
-
-def token_logprobs(logits_BSV: Tensor, input_ids_BS: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each token given those before it, fp32 (B, S); entry 0 is 0.
-
-    It is the token's logit minus logsumexp, computed for one sequence at a time, and again in backward. So only one
-    sequence's logits exist in fp32 at once: 4.6 GiB for 8192 tokens of Qwen3-VL's vocabulary of 151,936.
-    """
-    rows = [
-        checkpoint(_next_logprobs, logits_SV, ids_S, temperature, use_reentrant=False, preserve_rng_state=False)
-        for logits_SV, ids_S in zip(logits_BSV.unbind(), input_ids_BS.unbind(), strict=True)
-    ]
-    return F.pad(torch.stack(rows)[:, :-1], (1, 0))
 
 
 def expert_logprobs(router_logits_TE: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,12 +112,6 @@ def kl_estimate(policy_BS: Tensor, reference_BS: Tensor, mask_BS: Tensor, kind: 
     if kind == "k1":
         return -d_BS
     return d_BS.square() / 2 if kind == "k2" else d_BS.expm1() - d_BS
-
-
-def _next_logprobs(logits_SV: Tensor, ids_S: Tensor, temperature: float) -> Tensor:
-    """Entry t is the log-probability of token t+1. The last entry is meaningless, because its token wraps around."""
-    logits_SV = logits_SV.float() if temperature == 1.0 else logits_SV.float() / temperature
-    return logits_SV.gather(1, ids_S.roll(-1).unsqueeze(1)).squeeze(1) - logits_SV.logsumexp(1)
 
 
 def _masked(values: Tensor, mask: Tensor) -> Tensor:

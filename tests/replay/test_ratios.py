@@ -15,7 +15,6 @@ from ds_moe.replay.ratios import (
     log_ratio,
     router_shift,
     sequence_mean,
-    token_logprobs,
 )
 
 INF, NAN = math.inf, math.nan
@@ -33,30 +32,6 @@ def mask_of(*lengths):
 
 
 # --- log-probabilities
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs_of_a_loop(temperature):
-    logits_BSV, ids_BS = torch.randn(B, S, V, requires_grad=True), torch.randint(V, (B, S))
-    found_BS = token_logprobs(logits_BSV, ids_BS, temperature)
-    for b in range(B):
-        assert found_BS[b, 0] == 0
-        for t in range(1, S):
-            weights = [math.exp(x / temperature) for x in logits_BSV[b, t - 1].tolist()]
-            assert found_BS[b, t].item() == pytest.approx(math.log(weights[ids_BS[b, t]] / sum(weights)), abs=1e-5)
-
-    upstream_BS = torch.randn(B, S)
-    (found_grad,) = torch.autograd.grad((found_BS * upstream_BS).sum(), logits_BSV)
-    plain_BS = (logits_BSV / temperature).log_softmax(-1)[:, :-1].gather(2, ids_BS[:, 1:, None]).squeeze(2)
-    (plain_grad,) = torch.autograd.grad((plain_BS * upstream_BS[:, 1:]).sum(), logits_BSV)
-    torch.testing.assert_close(found_grad, plain_grad)
-
-
-def test_token_logprobs_are_fp32_whatever_the_model_computes_in():
-    logits_BSV, ids_BS = torch.randn(B, S, V).bfloat16(), torch.randint(V, (B, S))
-    found_BS = token_logprobs(logits_BSV, ids_BS)
-    assert found_BS.dtype == torch.float32
-    torch.testing.assert_close(found_BS, token_logprobs(logits_BSV.float(), ids_BS), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.uint16])

@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedRollout(Encoded):
-    """The tensors of one rollout, unpadded; `labels` are not used."""
+    """The tensors of one rollout, unpadded; the completion's tokens are its `labels`."""
 
     completion: Tensor | None = None  # (S,) bool, true at the completion's tokens
     engine: Tensor | None = None  # (S,) fp32 log-probs, 0 outside the completion
@@ -49,7 +49,7 @@ class EncodedRollout(Encoded):
 
 @dataclass(kw_only=True)
 class RolloutBatch(Batch):
-    """Rollouts; `labels` are not used, and a filler has no completion. Log-probs are fp32, 0 outside completions.
+    """Rollouts; completions are the `labels`, and a filler has none. Log-probs are fp32, 0 outside completions.
 
     What is named _BS has a row for each sample, padded on the right to the longest, also where `inputs` is packed.
     """
@@ -101,7 +101,7 @@ class Rollouts(RecordKind[Rollout]):
             raise RecordError(f"{reason} (write one for each, the end token included)")
         plain = {field.name: getattr(encoded, field.name) for field in fields(Encoded)}
         return EncodedRollout(
-            **{**plain, "kind": parsed.kind},
+            **{**plain, "kind": parsed.kind, "labels": encoded.input_ids.where(completion, NO_LOSS)},
             completion=completion,
             engine=_at_completion(parsed.logprobs, completion),
             reference=None if parsed.reference is None else _at_completion(parsed.reference, completion),

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ds_moe.moe.decision import RoutingDecision
@@ -26,28 +25,26 @@ class RouterWatch:
         self.with_logprobs, self.with_grad = router != "none", router == "joint"
         self._logprob_TLK: list[Tensor] = []
         self._live_TLK: list[Tensor] = []
-        self._replayed_BSLK = torch.empty(0)
+        self._replayed_RSLK = torch.empty(0)
         self._watching = False
         for layer in layers:
             layer.gate.register_forward_hook(self._look)
 
-    def begin(self, replayed_BSLK: Tensor) -> None:
+    def begin(self, replayed_RSLK: Tensor) -> None:
         """Before a forward with this routing."""
-        self._logprob_TLK, self._live_TLK, self._replayed_BSLK, self._watching = [], [], replayed_BSLK, True
+        self._logprob_TLK, self._live_TLK, self._replayed_RSLK, self._watching = [], [], replayed_RSLK, True
 
     def end(self) -> None:
         """After it: the forwards of an evaluation are not looked at."""
         self._watching = False
 
-    def logprobs(self, batch: int) -> Tensor:
-        """(B, S, L, K) fp32 of the experts that each token used."""
-        return torch.stack(self._logprob_TLK, dim=1).unflatten(0, (batch, -1))
+    def logprobs(self) -> Tensor:
+        """(T, L, K) fp32 of the experts that each token used."""
+        return torch.stack(self._logprob_TLK, dim=1)
 
-    def differences(self, mask_BS: Tensor) -> dict[str, Tensor]:
-        """How many routers and tokens would have chosen other experts, over the rows that predict completion tokens."""
-        live_TLK = torch.stack(self._live_TLK, dim=1)
-        predicts_BS = F.pad(mask_BS[:, 1:], (0, 1))
-        return routing_difference(live_TLK, self._replayed_BSLK.flatten(0, 1), predicts_BS.flatten())
+    def differences(self, within_T: Tensor) -> dict[str, Tensor]:
+        """How many routers and tokens would have chosen other experts, of the tokens that the mask names."""
+        return routing_difference(torch.stack(self._live_TLK, dim=1), self._replayed_RSLK.flatten(0, 1), within_T)
 
     def _look(self, gate: Router, args: tuple[object, ...], decision: RoutingDecision) -> None:
         tape = current_tape()

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe.checkpoint.progress import Progress
+from ds_moe.data.batch import NO_LOSS
+from ds_moe.models.head import at_labels, targets_of
 from ds_moe.replay.metrics import means, metrics
 from ds_moe.replay.objective import OBJECTIVES, Objective, PolicyInputs, policy_loss
-from ds_moe.replay.ratios import token_logprobs
 from ds_moe.tasks.rl.rewards import RewardSpread, reward_spread
 from ds_moe.tasks.rl.rollouts import RolloutBatch
 from ds_moe.tasks.rl.router_watch import RouterWatch
@@ -74,7 +75,7 @@ class PolicyOptimization(Task):
         if old_expert_BSLK is None and expert_BSLK is not None:
             old_expert_BSLK = expert_BSLK.detach()
         if self.router is not None:
-            self._add(self.router.differences(mask_BS))
+            self._add(self.router.differences(_predicting(batch)))
         inputs = PolicyInputs(
             logprob_BS=logprob_BS,
             old_BS=old_BS,
@@ -128,18 +129,20 @@ class PolicyOptimization(Task):
         return {"steps with advantages of 0 only": steps}
 
     def _score(self, batch: RolloutBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probs of the tokens (B, S) and of the replayed experts that predict them (B, S, L, K), and which tokens
-        have a routing (B, S)."""
-        input_ids, expert_BSLK, routed_BS = batch.inputs["input_ids"], None, None
+        """Log-probs of the completions' tokens (B, S) and of the replayed experts that predict them (B, S, L, K), and
+        which of them have a routing (B, S)."""
+        mask_BS, expert_BSLK, routed_BS = batch.completion_BS, None, None
         if self.router is not None:
             self.router.begin(batch.inputs["routing"])
-        logits_BSV = self.parts.engine(**batch.inputs, use_cache=False).logits
+        found = at_labels(self.parts.engine, batch.inputs, batch.labels, temperature=self.config.temperature)
         if self.router is not None:
             self.router.end()
-            routed_BS = _of_next_token((batch.inputs["routing"] >= 0).flatten(2).all(-1))
+            predicts_T = _predicting(batch)
+            replayed_TLK = batch.inputs["routing"].flatten(0, 1)
+            routed_BS = _in_samples((replayed_TLK >= 0).flatten(1).all(-1)[predicts_T], mask_BS)
             if self.objective.router != "none":
-                expert_BSLK = _of_next_token(self.router.logprobs(len(input_ids)))
-        return token_logprobs(logits_BSV, input_ids, self.config.temperature), expert_BSLK, routed_BS
+                expert_BSLK = _in_samples(self.router.logprobs()[predicts_T], mask_BS)
+        return _in_samples(found.logits, mask_BS), expert_BSLK, routed_BS
 
     @torch.no_grad()
     def _with_old(self, batch: RolloutBatch) -> RolloutBatch:
@@ -155,9 +158,17 @@ class PolicyOptimization(Task):
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
 
-def _of_next_token(values: Tensor) -> Tensor:
-    """What row t-1 has, at token t, which it predicts; (B, S, ...), zeros at the first."""
-    return torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], dim=1)
+def _predicting(batch: RolloutBatch) -> Tensor:
+    """(T,) bool: the tokens whose next one belongs to a completion."""
+    return (targets_of(batch.labels) != NO_LOSS).flatten()
+
+
+def _in_samples(values: Tensor, mask_BS: Tensor) -> Tensor:
+    """Values (N, ...) of the completions' tokens, sample after sample, where the mask has them; zeros elsewhere.
+
+    Padded rows and a packed one hold the tokens in the same order.
+    """
+    return values.new_zeros(*mask_BS.shape, *values.shape[1:]).index_put((mask_BS,), values)
 
 
 def _of_completions(batch: RolloutBatch, real_B: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ds_moe.data.batch import NO_LOSS
 from ds_moe.data.encode import filler
 from ds_moe.data.record_kind import CHAT
 from ds_moe.data.stream import TrainStream
@@ -110,6 +111,8 @@ def test_packed_rollouts_hold_what_padded_ones_hold(processor):
     real = rows.inputs["attention_mask"].bool()
     for name in ("completion_BS", "engine_BS", "reference_BS"):
         assert getattr(packed, name).shape == (3, 6) and getattr(packed, name).equal(getattr(rows, name))
+    assert packed.labels.shape == (1, 12) and packed.labels[0].equal(rows.labels[real])
+    assert rows.labels.equal(rows.inputs["input_ids"].where(rows.completion_BS, NO_LOSS))
     assert packed.engine_BS.count_nonzero() == 3
     assert packed.inputs["routing"].shape == (1, 12, 2, 2) and packed.inputs["routing"].dtype == torch.int16
     assert packed.inputs["routing"][0].equal(rows.inputs["routing"][real])

@@ -12,10 +12,12 @@ from ds_moe.config.moe import MoEConfig
 from ds_moe.config.run import RunConfig
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.distributed import Topology
+from ds_moe.models.attention import attend_by_sample
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.presets import build_preset
 from ds_moe.moe.tape import checkpoint_contexts
 from ds_moe.replay.record import RoutingRecorder, joined
+from ds_moe.tasks.rl import task as task_module
 from ds_moe.tasks.rl.rollouts import Outcome, RolloutBatch
 from ds_moe.tasks.rl.task import PolicyOptimization
 from ds_moe.tasks.task import TrainingParts
@@ -70,7 +72,7 @@ def rollouts(seed=0):
     routing[2] = -1
     inputs = {"input_ids": ids, "attention_mask": attention, "routing": routing}
     return RolloutBatch(
-        **vars(Batch.of_rows(inputs, torch.full_like(ids, NO_LOSS))),
+        **vars(Batch.of_rows(inputs, ids.where(completion, NO_LOSS))),
         completion_BS=completion,
         engine_BS=-torch.rand(3, 9, generator=generator),
         advantage_B=torch.tensor([1.0, -0.5, 2.0]),
@@ -138,6 +140,70 @@ def test_a_routing_shifted_by_one_is_another_gradient():
     expected = slow(reference, batch, 0.0)
     worst = max((grad - expected[name]).abs().max() for name, grad in gradients(model).items())
     assert worst > 1e-3
+
+
+def packed(batch):
+    """The same rollouts in one row, as `Rollouts.collate` packs them."""
+    lengths = batch.lengths.tolist()
+    inputs = {
+        name: batch.inputs[name][batch.inputs["attention_mask"].bool()][None] for name in ("input_ids", "routing")
+    }
+    inputs["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    labels = batch.labels[batch.inputs["attention_mask"].bool()][None]
+    row = vars(Batch.of_packed(inputs, labels, lengths, batch.real_B))
+    return RolloutBatch(**{**vars(batch), **row})
+
+
+MANY = {"aggregate": "token_mean", "correction": "tis", "correction_level": "sequence", "kl_weight": 0.1}
+OBJECTIVES = {
+    "grpo": {"objective": "grpo", "router": "router_shift"},
+    "gspo": {"objective": "gspo", "router": "joint"},
+    "dapo": {"objective": "dapo", **MANY},
+    "cispo": {"objective": "cispo", "correction": "icepop"},
+    "gspo, off policy": {"objective": "gspo", "router": "router_shift", "updates_per_batch": 2, "temperature": 0.7},
+}
+
+
+def outcome(model, batch, **rl):
+    """Loss, reported figures and gradients of a micro-batch; with several updates, after a step of the policy."""
+    policy = task(model, **rl)
+    if rl.get("kl_weight"):
+        batch.reference_BS = batch.engine_BS - 0.1
+    if rl.get("updates_per_batch"):
+        batch = policy._with_old(batch)
+        for parameter in model.module.parameters():
+            parameter.data *= 1.01
+    loss = policy.loss(batch, share=3.0)
+    loss.backward()
+    return loss.item(), policy.metrics(FIRST_STEP), gradients(model)
+
+
+def largest_difference(one, other):
+    (loss, figures, grads), (other_loss, other_figures, other_grads) = one, other
+    assert figures.keys() == other_figures.keys() and grads.keys() == other_grads.keys()
+    worst = max((grads[n] - g).abs().max() / g.abs().max().clamp_min(1e-12) for n, g in other_grads.items())
+    of_figures = max(abs(figures[n] - value) / max(abs(value), 1.0) for n, value in other_figures.items())
+    return max(abs(loss - other_loss), of_figures), float(worst)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_packed_row_comes_to_what_padded_rows_come_to(objective, monkeypatch):
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
+    found = []
+    for lay in (lambda batch: batch, packed, packed):
+        model, batch = Model(), lay(rollouts())
+        attend_by_sample(model.module)
+        if len(found) == 2:  # negative control: the second completion's log-probs go to the third sample
+            monkeypatch.setattr(task_module, "_in_samples", shifted(task_module._in_samples))
+        found.append(outcome(model, batch, **OBJECTIVES[objective]))
+    loss, gradient = largest_difference(found[1], found[0])
+    assert loss <= 2e-6 and gradient <= 5e-6
+    loss, gradient = largest_difference(found[2], found[0])
+    assert loss > 1e-3 or gradient > 1e-3
+
+
+def shifted(in_samples):
+    return lambda values, mask_BS: in_samples(values.roll(1, 0), mask_BS)
 
 
 def test_what_is_reported(monkeypatch):
@@ -223,7 +289,7 @@ def test_a_step_whose_advantages_are_all_zero_is_said_once_and_counted(monkeypat
     filled = replace(rollouts(), advantage_B=torch.tensor([1.0, -0.5, 0.0]))
     flat.advantage_B[2] = 1.0
     for batch in (flat, filled):
-        batch.completion_BS[2] = False  # what completes nothing is no completion
+        batch.completion_BS[2], batch.labels[2] = False, NO_LOSS  # what completes nothing is no completion
     for step, (batch, share) in enumerate([(mixed, 2 / 3), (flat, 1.0), (flat, 1.0), (filled, 0.0)], start=5):
         loss = policy.loss(batch, share=3.0)
         found = policy.metrics(Progress(total_steps=10, step=step))

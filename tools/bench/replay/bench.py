@@ -30,16 +30,18 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ds_moe.config.moe import MoEConfig
 from ds_moe.config.run_file import load_run
+from ds_moe.data.batch import NO_LOSS
 from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import Encoded, collate, collate_prompts, encode
 from ds_moe.data.processor import Processor
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.families import family_of
+from ds_moe.models.head import at_labels
 from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import SPECIAL_TOKENS, tiny_processor
 from ds_moe.moe.decision import RoutingDecision
 from ds_moe.replay import RoutingRecorder, RoutingShape, RoutingTrace, align, joined
-from ds_moe.replay.ratios import kl_estimate, token_logprobs
+from ds_moe.replay.ratios import kl_estimate
 from tools.bench.launched import ROOT
 from tools.bench.replay.plot import COMPLETION, LIVE, REPLAY, SHIFTED, claims, print_result, summarize, write_figure
 from tools.results import command_line, write_json
@@ -210,8 +212,8 @@ def compare(trainer: PreTrainedModel, processor: Processor, rollouts: list[Rollo
     modes, logprobs, routings = {}, {}, replays(rollouts, shape, ids_BS.shape[1])
     with RoutingRecorder(trainer) as recorder:
         for mode, routing in routings.items():
-            logits_BSV = trainer(**inputs, use_cache=False, routing=routing).logits
-            logprobs[mode] = token_logprobs(logits_BSV, ids_BS)
+            found_N = at_labels(trainer, {**inputs, "routing": routing}, ids_BS.where(mask_BS, NO_LOSS)).logits
+            logprobs[mode] = torch.zeros(ids_BS.shape).masked_scatter(mask_BS, found_N)
             d = (logprobs[mode] - engine_BS)[mask_BS]
             k3 = kl_estimate(engine_BS, logprobs[mode], mask_BS)[mask_BS].mean().item()
             modes[mode] = {"k3": k3, "large": share(d.abs() > math.log(2)), "max": d.abs().max().item()}
