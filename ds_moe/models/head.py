@@ -20,7 +20,10 @@ from transformers.utils import ModelOutput
 
 from ds_moe.data.batch import NO_LOSS
 
-TILE_BYTES = 2**27  # of a tile's logits; its backward holds up to four tensors of that size at once
+# Bytes of a tile's logits. Its backward holds four tensors of that size in PyTorch, two in DeepSpeed's Triton kernel;
+# an accelerator needs some hundred rows to keep busy beside reading the weight and adding to its gradient.
+TILE_BYTES = {"cpu": 2**26}
+ACCELERATOR_TILE_BYTES = 2**28
 
 Term = tuple[Tensor, Tensor]  # x (N, d) and W (V, d): logits are the sum of x W^T over the terms of an output layer
 
@@ -148,7 +151,8 @@ class _LabelLogprobs(torch.autograd.Function):
 
 
 def _tiles(target_N: Tensor, terms: Sequence[Tensor]) -> list[slice]:
-    rows = max(1, TILE_BYTES // (len(terms[1]) * terms[1].element_size()))
+    size = TILE_BYTES.get(target_N.device.type, ACCELERATOR_TILE_BYTES)
+    rows = max(1, size // (len(terms[1]) * terms[1].element_size()))
     return [slice(start, start + rows) for start in range(0, len(target_N), rows)]
 
 

@@ -53,7 +53,7 @@ def small_tiles(monkeypatch):
 
     def rows(model, count=5):
         size = model.get_output_embeddings().weight.shape[0] * 4
-        monkeypatch.setattr(head, "TILE_BYTES", count * size)
+        monkeypatch.setitem(head.TILE_BYTES, "cpu", count * size)
 
     return rows
 
