@@ -21,6 +21,21 @@ def test_the_matrix(world_size, show):
     check(run_ranks(RANKS, world_size, ["all"]), 5 * {2: 2, 3: 1, 4: 3}[world_size] * 6, show)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_policies_on_packed_rows(world_size, show):
+    """Every EP x ZeRO x checkpointing x objective, under replayed routing and an old policy."""
+    run = run_ranks("tests/distributed/packing_rl_ranks.py", world_size, ["all"])
+    worst = {name: max(max(row[4:]) for row in run.json["rows"] if row[0] == name) for name in run.json["losses"]}
+    show(f"policies on packed rows, {world_size} ranks, largest differences: {worst}")
+    assert len(run.json["rows"]) == 4 * {2: 2, 3: 1, 4: 3}[world_size] * 6
+    assert all(abs(loss) > 1e-3 for loss in run.json["losses"].values())
+    for name, *case, loss, gradient in run.json["rows"]:
+        assert loss <= LOSS and gradient <= GRADIENT, (name, case)
+    loss, gradient = run.json["broken"]  # each completion has another's advantage
+    assert loss > LOSS and gradient > GRADIENT
+
+
 def check(run, count, show):
     lines = [
         f"packed against every sample alone, {run.nproc} ranks, real images (one rank without), fp32; differences",
