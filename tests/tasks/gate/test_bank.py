@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ds_moe.models.head import at_labels
 from ds_moe.tasks.gate.bank import Bank, BankedLinear, Gates, install
 from ds_moe.tasks.gate.placement import Update
 from tests.tasks.gate.lora_folders import ADAPTERS, DECODER, base, difference, logits, of_peft, read, write
@@ -178,3 +179,31 @@ def test_a_bf16_base(banked, ids_BS):
     out.float().square().sum().backward()
     assert out.dtype == torch.bfloat16 and weights.grad.dtype == torch.float32 and weights.grad.abs().min() > 0
     assert difference(out.float(), expected) < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("per", ["example", "layer", "token", "example, packed"])
+def test_an_output_layer_with_adapters_where_labels_are(per, ids_BS):
+    """Loss and gradients are those of logits of all tokens, whose rows have gates of their own."""
+    torch.manual_seed(5)
+    model, per, packed = base(), per.partition(",")[0], "packed" in per
+    gates, (out, width) = Gates(per=per), model.lm_head.weight.shape
+    parts = {owner: Update(torch.randn(2, width), 0.1 * torch.randn(out, 2), 0.5) for owner in (0, 2)}
+    model.lm_head = head = BankedLinear(model.lm_head, parts, 1, gates)
+    trained = {"lora_A": head.lora_A.requires_grad_(), "lora_B": head.lora_B.requires_grad_(), "weight": head.weight}
+    shape = {"example": (B, K), "layer": (B, L, K), "token": (B, S, K)}[per]
+    weights = torch.rand(shape, requires_grad=True)
+    labels = torch.where(torch.rand(B, S) < 0.5, ids_BS, -100)
+    if packed:
+        ids_BS, labels = ids_BS.reshape(1, -1), labels.reshape(1, -1)
+    gates.choose(weights, torch.arange(B).repeat_interleave(S) if packed else None)
+    found = []
+    for loss in (
+        model(input_ids=ids_BS, labels=labels, use_cache=False, num_items_in_batch=10).loss,
+        at_labels(model, {"input_ids": ids_BS}, labels, num_items=10).loss,
+    ):
+        gradients = torch.autograd.grad(loss, [weights, *trained.values()], retain_graph=True)
+        found.append((loss.item(), gradients))
+    (expected, theirs), (loss, ours) = found
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for one, other in zip(ours, theirs, strict=True):
+        assert other.abs().max() > 0 and difference(one, other) <= 5e-6 * other.abs().max()
