@@ -17,7 +17,13 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.utils import groups, safe_get_full_optimizer_state, set_z3_leaf_modules, z3_leaf_module
+from deepspeed.utils import (
+    groups,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    set_z3_leaf_modules,
+    z3_leaf_module,
+)
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -229,6 +235,20 @@ def test_a_step_that_is_not_taken_holds_the_schedule_back():
         step(engine, torch.full((1, 4), value))
         rates.append((engine.was_step_applied(), *engine.get_lr()))
     assert rates == [(True, 0.05), (False, 0.05), (True, pytest.approx(0.1 / 3))]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_boundary_set_by_hand_is_what_counts(stage):
+    """Relied on: `optimizer_step` of training/step.py, whose steps differ in their number of micro-batches."""
+    engine = engine_of(nn.Linear(4, 4), zero_optimization={**UNDER_ZERO_3, "stage": stage})
+    for count in (1, 3, 2):
+        for number in range(1, count + 1):
+            engine.set_gradient_accumulation_boundary(number == count)
+            engine.backward(engine(torch.ones(1, 4)).sum() / count, scale_wrt_gas=False)
+            gradient = safe_get_full_grad(engine.module.weight) if number == count else None
+            engine.step()
+        assert gradient is not None and gradient.equal(torch.ones(4, 4))
+    assert engine.global_steps == 3
 
 
 def test_collectives_are_called_by_names_that_torch_warns_about():
