@@ -132,7 +132,8 @@ def _measured(config: RunConfig, split: Split, records: Records, encoder: Encode
             shown = time.monotonic()
             print(f"{name}: tokens of {len(found):,} of {len(records):,} records counted", flush=True)
     if shown != began:
-        print(f"{name}: took {time.monotonic() - began:.0f} s, which {file} saves the next start", flush=True)
+        took = f"{time.monotonic() - began:.0f} s"
+        print(f"{name}: tokens of {len(found):,} records counted in {took}, and kept in {file}", flush=True)
     bad = {index: one for index, one in enumerate(found) if isinstance(one, BadRecord)}
     sizes = np.array([(0, 0) if isinstance(one, BadRecord) else one for one in found], dtype=np.int64).reshape(-1, 2)
     return TokenCounts(sizes[:, 0], sizes[:, 1], bad, file)

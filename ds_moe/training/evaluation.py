@@ -4,6 +4,7 @@ What it writes are `<out>.jsonl`, a line for every sample in the order of data.e
 """
 
 import json
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -155,9 +156,11 @@ def _evaluate(
 def _set_up(weights: Weights, scratch: Path, topology: Topology) -> tuple[TrainingParts, int | None]:
     """What a task needs to evaluate, and the checkpoint's step (collective).
 
-    What would go to the run's output folder (caches, lists of bad records) goes to `scratch`.
+    What would go to the run's output folder (caches, lists of bad records) goes to a host's first `scratch`.
     """
-    train = weights.config.train.model_copy(update={"output_dir": str(scratch)})
+    host = socket.gethostname()
+    shared = next(folder for name, folder in over_ranks((host, str(scratch))) if name == host)
+    train = weights.config.train.model_copy(update={"output_dir": shared})
     monitor = weights.config.monitor.model_copy(update={"sample_images": 0})
     config = weights.config.model_copy(update={"train": train, "monitor": monitor})
     seed_everything(config.train.seed)

@@ -201,4 +201,4 @@ def test_many_records_are_measured_by_loading_processes_in_their_order(
     counts, records = counted(config, processor)
     assert counts.tokens.tolist() == as_encoded(config, processor, records)[0]
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "data.train: tokens of 3 of 11 records counted" and "saves the next start" in shown[-1]
+    assert shown[0] == "data.train: tokens of 3 of 11 records counted" and " and kept in " in shown[-1]
