@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ds_moe.config.run import RunConfig
+from ds_moe.data.batch import sample_bounds
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import start_distributed
 from ds_moe.models.convert import moe_layers
@@ -24,7 +25,7 @@ def packed(rank):
     lengths = (5 + rank, 11)
     ids = torch.randint(300, (1, sum(lengths)), generator=torch.Generator().manual_seed(rank))
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+    return {"input_ids": ids, "labels": ids, "position_ids": positions, **sample_bounds(lengths)}
 
 
 def prepared(preset, ep_size, dtype, checkpointing):
