@@ -16,7 +16,7 @@ from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import Encoded, collate, encode, filler
 from ds_moe.errors import UserError
 from ds_moe.models.attention import BY_SAMPLE, attend_by_sample, check_packable
-from ds_moe.models.convert import convert
+from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.families import FAMILIES
 from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.processor import tiny_processor
@@ -117,6 +117,27 @@ def test_what_mixes_samples_is_caught(mode, fault):
         )
     loss, gradient = differences(prepared("tiny-vl-moe", train=mode != "eval"), batch, expected, use_cache=False)
     assert loss > LOSS and gradient > GRADIENT
+
+
+def test_loads_by_kind_and_modality_are_those_of_padded_rows():
+    """Of the same samples, one of which only fills up: it neither routes nor counts."""
+    encoded, processor = samples("tiny-vl-moe")
+    model = build_preset("tiny-vl-moe").train()
+    attend_by_sample(model)
+    context, found = convert(model, MoEConfig()), []
+    for packed in (True, False):
+        batch = collate([*encoded, filler(processor)], processor, packed=packed)
+        batch.kind_B = torch.tensor([0, 1, -1, 1, 0])
+        context.real_BS, context.kind_BS = batch.real_of_token, batch.kind_of_token
+        for layer in moe_layers(model):
+            layer.load.kinds = layer.load.count_pairs = 2
+        model(**batch.inputs, use_cache=False)
+        found.append([layer.load.take() for layer in moe_layers(model)])
+    for ours, theirs in zip(*found, strict=True):
+        for name, own, other in zip(ours._fields, ours, theirs, strict=True):
+            torch.testing.assert_close(own, other, msg=name)
+        assert ours.tokens == sum(len(one.input_ids) for one in encoded) and ours.counts_E.sum() == 2 * ours.tokens
+        assert ours.image_E.sum() > 0 and (ours.kind_GE.sum(1) > 0).all()
 
 
 def test_positions_that_begin_anew_without_bounds_are_refused():
