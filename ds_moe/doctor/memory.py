@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ds_moe.config.divisors import fitting_ep_sizes
+from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import ALL_KEYS
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.doctor.case import GIB, Case, Finding
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
-    from ds_moe.memory.predict import LoadingMemory
+    from ds_moe.memory.predict import LoadingMemory, Memory
 
 RANKS_A_HOST = 8  # accelerators that a host of a job may have; the doctor is not told how many
 
 
 def check_outline(case: Case) -> Iterator[Finding]:
     """Frozen parts and predicted memory, on the model without storage."""
-    from ds_moe.memory.predict import BUSY, predict, predict_loading
+    from ds_moe.memory.predict import predict, predict_loading
     from ds_moe.models.families import expert_state
     from ds_moe.models.load import build_outline
     from ds_moe.tasks.registry import task_kind
@@ -39,7 +40,7 @@ def check_outline(case: Case) -> Iterator[Finding]:
     if config.data.max_length > longest:
         text = f"data.max_length {config.data.max_length} exceeds the {longest} positions the model was made for"
         yield Finding("warning", f"{config.at('data.max_length')}: {text}")
-    zero = case.zero
+    zero, on_cpu = case.zero, case.device.on_cpu
     if zero is None:
         return
     experts = [parameter for name, parameter in model.named_parameters() if expert_state(name)]
@@ -48,17 +49,31 @@ def check_outline(case: Case) -> Iterator[Finding]:
         text = f"{key} freezes all experts, which DeepSpeed cannot do at ZeRO stage {zero.stage}; use stage 3"
         yield Finding("error", f"{config.at(key)}: {text}")
         return
-    memory = predict(model, config, zero, case.world_size, case.device.on_cpu, kind.streams_weights)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     yield Finding("ok", f"model: {case.model.model_type}, {parameters:,} parameters, {trained:,} of them trained")
-    needed = sum(memory.device.values()) + (sum(memory.host.values()) if case.device.on_cpu else 0)
-    text = f"memory: about {needed / GIB:.1f} GiB a rank; {case.device.memory / GIB:.1f} GiB are there"
-    if needed > BUSY * case.device.memory:
-        yield Finding("error", f"{text} ({case.device.source}); {_relief(case, zero)}", memory.table())
-    else:
-        yield Finding("ok", f"{text} ({case.device.source})", memory.table())
+    yield _memory(case, zero, lambda other: predict(model, other, zero, case.world_size, on_cpu, kind.streams_weights))
     yield from _loading(case, zero, predict_loading(model, config, zero, case.world_size, kind.streams_weights))
+
+
+def _memory(case: Case, zero: ZeroPlan, predicted: Callable[[RunConfig], Memory]) -> Finding:
+    """Whether the run fits, and how long its packed rows may be."""
+    from ds_moe.memory.predict import BUSY
+    from ds_moe.memory.rows import largest_row
+
+    def needed(memory: Memory) -> int:
+        return sum(memory.device.values()) + (sum(memory.host.values()) if case.device.on_cpu else 0)
+
+    config, limit = case.config, BUSY * case.device.memory
+    memory = predicted(config)
+    row = largest_row(config, lambda other: needed(predicted(other)) <= limit) if config.data.packing else None
+    there = f"{case.device.memory / GIB:.1f} GiB are there ({case.device.source})"
+    text = f"memory: about {needed(memory) / GIB:.1f} GiB a rank; {there}"
+    if needed(memory) > limit:
+        key = "train.tokens_per_micro_batch" if config.data.packing else "train.micro_batch_size"
+        return Finding("error", f"{config.at(key)}: {text}; {_relief(case, zero, row)}", memory.table())
+    longest = f"; rows of up to {row} tokens fit (train.tokens_per_micro_batch)" if row else ""
+    return Finding("ok", text + longest, memory.table())
 
 
 def _loading(case: Case, zero: ZeroPlan, load: LoadingMemory) -> Iterator[Finding]:
@@ -93,16 +108,20 @@ def _ep_size(case: Case) -> int:
     return case.config.moe.ep_size if case.config.moe else 1
 
 
-def _relief(case: Case, zero: ZeroPlan) -> str:
-    """The knobs of this run that would make it smaller, the cheapest first."""
-    config = case.config
+def _relief(case: Case, zero: ZeroPlan, row: int | None) -> str:
+    """The knobs of this run that would make it smaller, the cheapest first; `row`: the longest packed row that fits."""
+    config, on_gpus = case.config, not case.device.on_cpu
     knobs = []
     if not config.train.gradient_checkpointing:
         knobs.append("train.gradient_checkpointing true")
-    if config.train.micro_batch_size > 1:
+    elif on_gpus and not config.train.offload_activations:
+        knobs.append("train.offload_activations true")
+    if row:
+        knobs.append(f"train.tokens_per_micro_batch {row}, the most that fits")
+    elif config.train.micro_batch_size > 1 and not config.data.packing:
         knobs.append("a smaller train.micro_batch_size")
     if zero.stage < 3:
         knobs.append("deepspeed: zero3")
-    elif not zero.offload_optimizer and not case.device.on_cpu:
+    elif not zero.offload_optimizer and on_gpus:
         knobs.append("deepspeed: zero3_offload")
     return "try " + ", ".join([*knobs, "a smaller data.max_length", "more ranks"])

@@ -21,10 +21,21 @@ def settings_of(options: argparse.Namespace, model: PretrainedConfig) -> dict[st
     """The dotted keys of a run file that the options stand for."""
     settings: dict[str, Setting] = {
         "data.max_length": options.sequence,
-        "train.micro_batch_size": options.micro_batch,
         "train.gradient_checkpointing": options.checkpointing,
         "train.precision": options.precision,
     }
+    if options.offload_activations:
+        if not options.checkpointing:
+            raise UserError("--offload-activations moves what --checkpointing keeps: give both")
+        settings["train.offload_activations"] = True
+    if options.rows is None:
+        settings["train.micro_batch_size"] = options.micro_batch or 1
+    elif options.micro_batch is not None:
+        raise UserError("--rows packs samples, of which --micro-batch would be a number: give one of them")
+    elif options.rows < options.sequence:
+        raise UserError(f"--rows {options.rows} is less than --sequence {options.sequence}: a sample is never cut")
+    else:
+        settings |= {"data.packing": True, "train.tokens_per_micro_batch": options.rows}
     if options.freeze_vision:
         if not hasattr(model, "vision_config"):
             raise UserError("--freeze-vision: this model has no vision tower")
@@ -56,6 +67,9 @@ def one(options: argparse.Namespace, model: PretrainedConfig, gpus: int, console
     named = str(options.config) if options.config else plans.described(plan)
     console.print(f"{options.model} on {gpus} GPUs of {options.memory:g} GiB, {named}; predicted:", highlight=False)
     console.print(*forecast.memory.table(), "fits" if forecast.fits else "DOES NOT FIT", sep="\n", highlight=False)
+    if config.data.packing:
+        found = f"rows of up to {forecast.row} tokens fit" if forecast.row else "no row for a whole sample fits"
+        console.print(f"{found} (train.tokens_per_micro_batch)", highlight=False)
     return forecast
 
 

@@ -14,6 +14,7 @@ from ds_moe.config.sections import ModelConfig
 from ds_moe.doctor.case import Device
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import BUSY, GIB, Memory, predict
+from ds_moe.memory.rows import largest_row
 from ds_moe.models.load import build_outline, model_config
 from ds_moe.tasks.registry import task_kind
 
@@ -73,7 +74,7 @@ def run_of(plan: Plan, name: str, model: PretrainedConfig, settings: dict[str, S
     sections: dict[str, dict[str, Setting]] = {
         "model": {"path": name},
         "data": {"train": "data.jsonl"},
-        "train": {"precision": "bf16", "micro_batch_size": 1, "steps": 1},
+        "train": {"precision": "bf16", "steps": 1},
     }
     if hasattr(model.get_text_config(), "num_experts"):
         sections["moe"] = {"ep_size": plan.ep_size}
@@ -83,7 +84,7 @@ def run_of(plan: Plan, name: str, model: PretrainedConfig, settings: dict[str, S
         section, _, field = key.partition(".")
         sections[section][field] = value
     train = sections["train"]
-    train.setdefault("global_batch_size", plan.gpus * train["micro_batch_size"])
+    train.setdefault("global_batch_size", plan.gpus * train.get("micro_batch_size", 1))
     return RunConfig(**sections, deepspeed=plan.engine)
 
 
@@ -106,6 +107,7 @@ class Forecast:
     plan: Plan
     memory: Memory
     fits: bool
+    row: int | None = None  # tokens of the longest packed rows that would fit; None: samples are padded, or none fit
 
     @property
     def total(self) -> int:
@@ -132,8 +134,15 @@ def sweep(
 
 def forecast(plan: Plan, config: RunConfig, outline: PreTrainedModel, device: Device) -> Forecast:
     """The memory of a plan, of which `config` is the run file, on such devices."""
-    needed = predicted(config, outline, plan.gpus, device.on_cpu)
-    return Forecast(plan, needed, sum(needed.device.values()) <= BUSY * device.memory)
+
+    def needed(config: RunConfig) -> Memory:
+        return predicted(config, outline, plan.gpus, device.on_cpu)
+
+    def fits(memory: Memory) -> bool:
+        return sum(memory.device.values()) <= BUSY * device.memory
+
+    row = largest_row(config, lambda other: fits(needed(other))) if config.data.packing else None
+    return Forecast(plan, needed(config), fits(needed(config)), row)
 
 
 def ep_sizes(model: PretrainedConfig, gpus: int) -> list[int]:
@@ -184,6 +193,7 @@ def sweep_table(count: int, forecasts: list[Forecast], title: str) -> Table:
     best = recommended(forecasts)
     for forecast in forecasts:
         mark = "fits, recommended" if forecast is best else "fits" if forecast.fits else "does not fit"
+        mark += f"; rows up to {forecast.row:,}" if forecast.row else ""
         table.add_row(described(forecast.plan), *cells(forecast), mark)
     return table
 
@@ -198,4 +208,5 @@ def as_json(forecast: Forecast) -> dict[str, object]:
         "total_bytes": forecast.total,
         "moment": memory.moment,
         "fits": forecast.fits,
+        "longest_row": forecast.row,
     }

@@ -1,21 +1,27 @@
 """Activations of a micro-batch, counted from configs: what autograd and our functions save for the backward pass.
 
-The micro-batch is the largest that is possible: `train.micro_batch_size` samples of `data.max_length` tokens without
-padding. Tokens are assumed to be routed evenly, and half of them to be image tokens if the model takes images. Letters
-of shapes are explained in `ds_moe/moe/decision.py`.
+The micro-batch is the largest that is possible: a full packed row, or `train.micro_batch_size` samples of
+`data.max_length` tokens without padding. Every token is taken to have a label, since the data alone would tell; tiles
+bound what that costs. Tokens are assumed to be routed evenly, and half of them to be image tokens if the model takes
+images. Letters of shapes are explained in `ds_moe/moe/decision.py`.
 """
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.config.rules.model import expert_count
 from ds_moe.config.run import RunConfig
 from ds_moe.models.families import family_of
+from ds_moe.models.head import ACCELERATOR_TILE_BYTES, TILE_BYTES
 
 IMAGE_SHARE = 0.5  # of the tokens
-LOGIT_BYTES = 12  # per logit as the backward pass begins, in fp32: the log-softmax, its gradient, the logit's gradient
+SOFTMAX_BYTES = (
+    8  # per logit of a tile, where no kernel of a GPU makes its gradient: the softmax and a step before it, fp32
+)
+INPUTS_ON_DEVICE = 3  # of checkpointed layers, with train.offload_activations: the newest, and two on their way
 ASSIGNMENT_BYTES = 80  # int64 indices of token, expert, sorted order and its inverse, and fp32 weights
 
 
@@ -24,38 +30,67 @@ class Activations:
     """Bytes of one rank."""
 
     kept: int  # what all layers save from forward to backward; with gradient checkpointing only each layer's input
+    moved: int  # host memory of the inputs that `train.offload_activations` moves; `kept` counts the others
     layer: int  # what one text layer saves
     repeated: int  # `layer` where gradient checkpointing computes it again, on top of what is kept; otherwise 0
     work: int  # gradients of rows in the layer whose backward pass runs
     exchange: int  # rows packed for other ranks and rows received from them, in one layer
-    logits: int  # logits and what the loss makes of them
-    vision: int  # the largest layer of a frozen vision tower while it computes; it saves nothing
+    logits: int  # a tile of logits as it goes back, and the gradient of the hidden states behind them
 
 
-def activations(model: PreTrainedModel, config: RunConfig, width: int, ep_size: int) -> Activations:
+def tokens_of(config: RunConfig) -> int:
+    """Tokens of the largest micro-batch of a rank."""
+    return config.tokens_per_row if config.data.packing else config.train.micro_batch_size * config.data.max_length
+
+
+def activations(
+    model: PreTrainedModel, config: RunConfig, width: int, ep_size: int, on_cpu: bool = True
+) -> Activations:
     """Of one micro-batch, of an outline (`models/load.py`) whose frozen parameters are marked.
 
     Args:
         width: bytes of a weight, and of an element of what one layer hands to the next.
+        on_cpu: whether the ranks train on CPUs, where `train.offload_activations` moves nothing.
     """
     text = model.config.get_text_config()
-    T, D = config.train.micro_batch_size * config.data.max_length, text.hidden_size
+    T, D, layers = tokens_of(config), text.hidden_size, text.num_hidden_layers
     K = _top_k(model, config)
     learns = _learns(model)
     layer = T * (_attention(text, config, width, learns) + _mlp(text, config, width, K, learns))
-    boundary = T * (width * D + ASSIGNMENT_BYTES * K)  # with its routing, which the tape keeps for the recompute
-    repeats = config.train.gradient_checkpointing
-    head = T * (_norm(D, width, learns["norms"]) + width * D * learns["head"])
-    seen, frozen = _vision(model, T, width, repeats, learns["vision"])
+    head = T * (_norm(D, width, learns["norms"]) + width * D)
+    vision = _vision(model, T) if learns["vision"] else None
+    if not config.train.gradient_checkpointing:
+        kept, moved = layers * layer + (width * (vision.ends + vision.layers * vision.layer) if vision else 0), 0
+    else:
+        kept = layers * ASSIGNMENT_BYTES * T * K  # the tape keeps the routing for the recompute
+        inputs = [T * D] * layers
+        if vision:
+            kept += width * (vision.ends + vision.layer)
+            inputs = [vision.input] * vision.layers + inputs
+        moves = config.train.offload_activations and not on_cpu
+        kept += width * sum(inputs[-INPUTS_ON_DEVICE:] if moves else inputs)
+        moved = width * sum(map(_buffer, inputs[:-1])) if moves else 0
     return Activations(
-        kept=int(text.num_hidden_layers * (boundary if repeats else layer) + head + seen),
+        kept=int(kept + head),
+        moved=int(moved),
         layer=int(layer),
-        repeated=int(layer) if repeats else 0,
+        repeated=int(layer) if config.train.gradient_checkpointing else 0,
         work=int(T * width * _row_gradients(text, K)),
         exchange=2 * T * K * D * width if ep_size > 1 else 0,
-        logits=T * text.vocab_size * LOGIT_BYTES,
-        vision=int(frozen),
+        logits=int(_tile(text.vocab_size, T, width, on_cpu) + T * D * width),
     )
+
+
+def _tile(vocabulary: int, T: int, width: int, on_cpu: bool) -> int:
+    """Bytes of a tile's logits, of their gradient, and of what is made on the way (`models/head.py`)."""
+    size = TILE_BYTES["cpu"] if on_cpu else ACCELERATOR_TILE_BYTES
+    rows = min(T, max(1, size // (vocabulary * width)))
+    return rows * vocabulary * (2 * width + (SOFTMAX_BYTES if on_cpu else 0))
+
+
+def _buffer(elements: float) -> int:
+    """Elements of the host buffer that an input is moved to: a power of two, see `engine/activation_offload.py`."""
+    return 1 << (int(elements) - 1).bit_length()
 
 
 def _top_k(model: PreTrainedModel, config: RunConfig) -> int:
@@ -90,6 +125,8 @@ def _attention(text: PretrainedConfig, config: RunConfig, width: int, learns: di
     q, kv = head_dim * text.num_attention_heads, head_dim * text.num_key_value_heads
     normed = _norm(text.hidden_size, width, learns["norms"]) + width * text.hidden_size * learns["attention"]
     size = normed + _norm(q + kv, width, learns["norms"]) + width * (2 * q + 2 * kv) + 4 * text.num_attention_heads
+    if config.data.packing and config.model.attention == "sdpa":
+        size += width * q  # `models/attention.py` joins the outputs of the samples
     if config.model.attention == "eager":  # keys and values of every head, the softmax (in fp32) and its cast
         size += 2 * width * q + text.num_attention_heads * config.data.max_length * (4 if width == 4 else 4 + width)
     return size
@@ -120,18 +157,24 @@ def _row_gradients(text: PretrainedConfig, K: int) -> int:
     return K * (2 * text.hidden_size + 3 * text.moe_intermediate_size)
 
 
-def _vision(model: PreTrainedModel, T: int, width: int, repeats: bool, learns: bool) -> tuple[float, float]:
-    """Bytes that a trained vision tower saves, and bytes of one layer of a frozen one."""
+class _Vision(NamedTuple):
+    """Elements that a trained vision tower saves."""
+
+    layers: int
+    input: float  # of one layer
+    layer: float  # what one layer saves
+    ends: float  # what stands before and behind the layers saves
+
+
+def _vision(model: PreTrainedModel, T: int) -> _Vision | None:
+    """None for a model without images. A frozen tower runs without a graph and saves nothing."""
     vision: PretrainedConfig | None = getattr(model.config, "vision_config", None)
     if vision is None:
-        return 0, 0
+        return None
     patches = IMAGE_SHARE * T * vision.spatial_merge_size**2
     # Two LayerNorms with their inputs (4D), q, k and the product that v is a view of (5D), the output of attention for
     # each image and concatenated (2D), and input and output of the GELU.
-    layer = width * patches * (11 * vision.hidden_size + 2 * vision.intermediate_size)
-    if not learns:
-        return 0, layer
+    layer = 11 * vision.hidden_size + 2 * vision.intermediate_size
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     mergers = 4 * vision.hidden_size * (1 + len(vision.deepstack_visual_indexes))  # norm, GELU's input and output
-    ends = width * patches * (pixels + mergers)
-    return ends + (vision.depth * width * patches * vision.hidden_size + layer if repeats else vision.depth * layer), 0
+    return _Vision(vision.depth, patches * vision.hidden_size, patches * layer, patches * (pixels + mergers))

@@ -6,6 +6,8 @@ from transformers import PreTrainedModel
 
 from ds_moe.models.families import expert_state, family_of
 
+EXPERT_GROUP = 178_956_971  # elements that DeepSpeed puts into one optimizer group of experts (moe/utils.py)
+
 
 @dataclass
 class LayerCounts:
@@ -25,6 +27,7 @@ class ParameterCounts:
     owned: float = 0.0  # in its ZeRO partition: experts are spread over EP x EDP ranks, all else over DP: all ranks
     owned_trained: float = 0.0
     dense_trained: float = 0.0  # of `owned_trained`, what is not experts; it forms an optimizer group of its own
+    expert_group: float = 0.0  # of `owned_trained`, the largest of the groups that experts are split into
     gathered: float = 0.0  # of `held`, what ZeRO-3 gathers
     table: float = 0.0  # in the largest weight outside of layers, the embedding or the output layer
     table_trained: float = 0.0
@@ -32,11 +35,11 @@ class ParameterCounts:
 
     @property
     def group(self) -> float:
-        """In the largest optimizer group of the partition: that of the experts, or that of the other matrices.
+        """In the largest optimizer group of the partition: one of experts, or that of the other matrices.
 
         Vectors form a group too, but are few.
         """
-        return max(self.dense_trained, self.owned_trained - self.dense_trained)
+        return max(self.dense_trained, self.expert_group)
 
     @property
     def largest(self) -> LayerCounts:
@@ -48,7 +51,7 @@ class ParameterCounts:
 
 def count_parameters(model: PreTrainedModel, ep_size: int, world_size: int) -> ParameterCounts:
     """Of one rank, of an unconverted model whose frozen parameters are marked; `ep_size` divides `world_size`."""
-    found, lists = ParameterCounts(), family_of(model).layers
+    found, lists, filled = ParameterCounts(), family_of(model).layers, 0.0
     for name, parameter in model.named_parameters():
         expert, learns = expert_state(name), parameter.requires_grad
         here, owned = parameter.numel() / (ep_size if expert else 1), parameter.numel() / world_size
@@ -59,6 +62,9 @@ def count_parameters(model: PreTrainedModel, ep_size: int, world_size: int) -> P
         found.held_trained += here * learns
         found.owned_trained += owned * learns
         found.dense_trained += owned * (learns and not expert)
+        if expert and learns:  # as DeepSpeed does it, a group is closed when the next tensor would not fit
+            filled = here + (filled if filled + here <= EXPERT_GROUP else 0.0)
+            found.expert_group = max(found.expert_group, filled * ep_size / world_size)
         path = _layer_path(name, lists)
         if path is not None:
             layer = found.layers.setdefault(path, LayerCounts())

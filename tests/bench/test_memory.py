@@ -8,7 +8,7 @@ from tools.bench.memory import bench
 
 def found(peak: int) -> dict:
     parts = {"weights": 300, KEPT_FREE: 200, "runtime": 500}
-    return {"predicted_bytes": parts, "peak_bytes": peak, "baseline_bytes": 500, "moment": "the loss is computed"}
+    return {"predicted_bytes": parts, "peak_bytes": peak, "baseline_bytes": 500, "moment": "the loss goes back"}
 
 
 def test_errors_are_of_the_total_and_above_the_libraries():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -286,7 +287,30 @@ def test_too_little_memory_is_an_error_with_the_table_and_what_helps(healthy, ca
     assert "activations" in output and "runtime" in output and "accelerators of 0.1 GiB (--device-memory)" in output
 
 
+def test_the_longest_packed_rows_are_named(healthy, capsys):
+    """In place of rows that do not fit, and beside those that do; a run with the rows that are named fits."""
+    edit("  max_length: 64", "  max_length: 64\n  packing: true")
+    edit("micro_batch_size: 4", "tokens_per_micro_batch: 128")
+    edit("precision: fp32", "precision: bf16\n  gradient_checkpointing: true")
+    code, lines, output = doctor(capsys, "--device-memory", "3GB")
+    fits = int(re.search(r"; rows of up to (\d+) tokens fit \(train.tokens_per_micro_batch\)", output)[1])
+    assert code == 0 and fits > 128
+    longer = f"train.tokens_per_micro_batch={fits + 256}"
+    code, lines, _ = doctor(capsys, "--device-memory", "3GB", longer)
+    [line] = (line for line in lines if line.startswith("error"))
+    assert code == 1 and line.startswith(f"error    override {longer}: memory: about 2.7 GiB a rank; 3.0 GiB")
+    knobs = f"try train.offload_activations true, train.tokens_per_micro_batch {fits}, the most that fits, deepspeed"
+    assert knobs in line
+    assert doctor(capsys, "--device-memory", "3GB", f"train.tokens_per_micro_batch={fits}")[0] == 0
+    [line] = (line for line in doctor(capsys, "--device-memory", "102.4MB")[1] if line.startswith("error"))
+    assert "true, deepspeed" in line and "the most that fits" not in line
+
+
 WARNINGS = {
+    "an offload on CPUs": (
+        lambda: edit("steps: 100", "steps: 100\n  gradient_checkpointing: true\n  offload_activations: true"),
+        "run.yaml:12: train.offload_activations moves nothing here: ranks on CPUs compute in host memory already",
+    ),
     "a hub id that is not here": (
         lambda: edit("preset: tiny-vl-moe", "path: someone/a-model-not-here"),
         "run.yaml:2: model.path someone/a-model-not-here is not on this machine",

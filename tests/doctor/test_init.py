@@ -202,8 +202,14 @@ def test_a_plan_gives_up_only_what_it_must():
     assert roomy.why == ["it fits without LoRA, offload and gradient checkpointing"]
     node = chosen(8, 80)
     assert (node.plan.ep_size, node.plan.stage, node.plan.offload, node.plan.lora) == (8, 3, False, 0)
-    assert node.global_batch == 8 and node.checkpointing  # more would be summed in fp32, for which there is no room
-    assert [line.partition(", because")[0] for line in node.why] == ["small steps", "gradient checkpointing"]
+    assert (node.micro_batch, node.global_batch, node.checkpointing) == (2, 64, True)
+    small = chosen(8, 74)
+    assert (small.plan.stage, small.plan.offload, small.global_batch) == (
+        2,
+        False,
+        8,
+    )  # more is summed in fp32: no room
+    assert [line.partition(", because")[0] for line in small.why] == ["small steps", "gradient checkpointing"]
     assert (chosen(16, 80).global_batch, chosen(16, 80, max_length=1024).micro_batch) == (64, 4)
     pair = chosen(2, 80)
     assert pair.plan.offload and not pair.plan.lora and pair.why[0].startswith("optimizer in host memory, because")

@@ -36,8 +36,28 @@ def test_one_plan(capsys, tmp_path):
     assert eight["fits"] and eight["total_bytes"] > sixteen["total_bytes"]
     assert sum(eight["device_bytes"].values()) == eight["total_bytes"]
     assert eight["device_bytes"]["optimizer"] == pytest.approx(12 * 31.07e9 / 8, rel=2e-3)
-    assert "EP 8, ZeRO-3; predicted:" in out and "logits" in out
+    assert "EP 8, ZeRO-3; predicted:" in out and "layer at work" in out
     assert "DOES NOT FIT" in command(capsys, SMALL, "--ep-size", 8, "--checkpointing", "--memory", "70GB")[1]
+
+
+def test_packed_rows_and_the_longest_that_fit(capsys, tmp_path):
+    """The row that is named fits, and one 256 tokens longer does not."""
+    usual = (SMALL, "--ep-size", 8, "--checkpointing", "--memory", "100GB")
+    rows, file = [], tmp_path / "plan.json"
+    for more in ((), ("--offload-activations",)):
+        status, out, err = command(capsys, *usual, *more, "--rows", 8192, "--json", file)
+        assert status == 0 and not err and "\nfits\n" in out
+        plan = json.loads(file.read_text())["plans"][0]
+        rows.append(plan["longest_row"])
+        assert out.endswith(f"rows of up to {rows[-1]} tokens fit (train.tokens_per_micro_batch)\n")
+        assert ("inputs of layers" in plan["host_bytes"]) == bool(more)
+        assert "\nfits\n" in command(capsys, *usual, *more, "--rows", rows[-1])[1]
+        assert "DOES NOT FIT" in command(capsys, *usual, *more, "--rows", rows[-1] + 256)[1]
+    assert 8192 < rows[0] < rows[1]
+    out = command(capsys, SMALL, "--ep-size", 8, "--checkpointing", "--memory", "60GB", "--rows", 8192)[1]
+    assert out.endswith("no row for a whole sample fits (train.tokens_per_micro_batch)\n")
+    out = command(capsys, SMALL, "--sweep", "--checkpointing", "--rows", 4096)[1]
+    assert "fits; rows up to " in out and "padded" not in out
 
 
 def test_a_folder_and_a_run_file(capsys, tmp_path, monkeypatch):
@@ -73,10 +93,10 @@ def test_a_report_that_cannot_be_written_is_one_line(capsys, tmp_path, monkeypat
     assert status == 2 and err.startswith(f"error: cannot write --json {place}: ") and err.count("\n") == 1
 
 
-def test_the_shipped_run_of_eight_gpus_fits_and_would_not_with_twice_the_tokens(capsys, tmp_path):
+def test_the_shipped_run_of_eight_gpus_fits_and_would_not_with_eight_times_the_tokens(capsys, tmp_path):
     shipped = Path(plans.__file__).parents[1] / "ds_configs/runs/qwen3_vl_30b_a3b_ep8.yaml"
     longer = tmp_path / "longer.yaml"
-    longer.write_text(shipped.read_text().replace("max_length: 2048", "max_length: 4096"))
+    longer.write_text(shipped.read_text().replace("max_length: 2048", "max_length: 16384"))
     for file, said in ((shipped, "\nfits\n"), (longer, "\nDOES NOT FIT\n")):
         assert said in command(capsys, SMALL, "--config", file, "--gpus", 8)[1]
 
@@ -87,6 +107,9 @@ def test_the_shipped_run_of_eight_gpus_fits_and_would_not_with_twice_the_tokens(
         (("--gpus", "8,x"), "--gpus 8,x: must be whole numbers above 0"),
         (("--gpus", 6, "--ep-size", 4), "EP 4 does not suit 6 GPUs and the model's 128 experts; use 1 or 2"),
         (("--zero", 2, "--offload"), "--offload with ZeRO-2"),
+        (("--offload-activations",), "--offload-activations moves what --checkpointing keeps: give both"),
+        (("--rows", 8192, "--micro-batch", 2), "--rows packs samples"),
+        (("--rows", 2048), "--rows 2048 is less than --sequence 4096: a sample is never cut"),
         (("no-such-folder",), "no-such-folder"),
         (("--config", "run.yaml", "--sweep"), "give one of them"),
     ],
@@ -107,7 +130,7 @@ def test_sweep_has_every_plan_and_one_recommendation(capsys, tmp_path):
 
 
 def forecast(total: float, fits: bool = True, **plan) -> plans.Forecast:
-    memory = plans.Memory({"weights": int(total)}, {}, "the loss is computed")
+    memory = plans.Memory({"weights": int(total)}, {}, "the loss goes back")
     return plans.Forecast(plans.Plan(**{"gpus": 16, "ep_size": 8, "stage": 3, **plan}), memory, fits)
 
 

@@ -37,13 +37,17 @@ VISION |= {"deepstack_visual_indexes": [1], "num_position_embeddings": 256}
 SEES = TEXT | {"num_hidden_layers": 4, "vision": VISION}  # 44 million
 
 
+SPEAKS = TEXT | {"vocab_size": 50_000, "num_hidden_layers": 2}  # 46 million, more than half of them in two tables
+PACKED = {"data": {"packing": True}}
+
+
 class Case(NamedTuple):
     """One run; 512 tokens a sample, 2,048 a rank unless its name says otherwise."""
 
     name: str
     stage: int
     ep_size: int
-    samples: int = 4  # of a micro-batch
+    samples: int = 4  # of a micro-batch, or that many times 512 tokens in a packed row
     checkpointing: bool = False
     accumulation: int = 1
     model: dict[str, Any] = TEXT
@@ -62,17 +66,21 @@ CASES = [
     Case("images, ZeRO-2, EP 2, checkpointing", 2, 2, model=SEES, checkpointing=True),
     Case("images, frozen vision, ZeRO-1, EP 2", 1, 2, model=SEES, more={"model": {"freeze": ["vision"]}}),
     Case("LoRA on experts, ZeRO-3, EP 2", 3, 2, more={"lora": {"rank": 8, "experts": True}}),
+    Case("vocabulary of 50,000, ZeRO-3, EP 2, checkpointing", 3, 2, checkpointing=True, model=SPEAKS),
+    Case("packed rows of 8,192 tokens, ZeRO-2, EP 2, checkpointing", 2, 2, samples=16, checkpointing=True, more=PACKED),
     Case("bf16, ZeRO-3, EP 2, 512 tokens", 3, 2, samples=1, more={"train": {"precision": "bf16"}}),
 ]
 
 
 def plan_of(case: Case, kept: bool) -> dict[str, Any]:
-    train = {"micro_batch_size": case.samples, "global_batch_size": case.samples * RANKS * case.accumulation}
-    train |= {"steps": 1, "schedule": "constant", "gradient_checkpointing": case.checkpointing, "precision": "fp32"}
     more = dict(case.more)
+    data = {"train": "random tokens", "max_length": 512, **more.pop("data", {})}
+    train = {"global_batch_size": case.samples * RANKS * case.accumulation}
+    train |= {"tokens_per_micro_batch": 512 * case.samples} if "packing" in data else {"micro_batch_size": case.samples}
+    train |= {"steps": 1, "schedule": "constant", "gradient_checkpointing": case.checkpointing, "precision": "fp32"}
     run = {
         "model": {"preset": "tiny-vl-moe" if "vision" in case.model else "tiny-moe", **more.pop("model", {})},
-        "data": {"train": "random tokens", "max_length": 512},
+        "data": data,
         "moe": {"ep_size": case.ep_size},
         "train": train | more.pop("train", {}),
         "deepspeed": f"zero{case.stage}",

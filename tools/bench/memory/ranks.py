@@ -16,14 +16,18 @@ from torch import Tensor
 from transformers import PretrainedConfig, Qwen3MoeConfig, Qwen3VLMoeConfig
 
 from ds_moe.config.deepspeed import resolve_deepspeed, zero_plan
+from ds_moe.config.divisors import accumulation_steps
 from ds_moe.config.run import RunConfig
+from ds_moe.data.batch import sample_bounds
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import on_cpu, start_distributed
 from ds_moe.memory.predict import predict
 from ds_moe.models.families import family_of
 from ds_moe.models.freeze import set_trainable
+from ds_moe.models.head import at_labels
 from ds_moe.models.load import build_outline
+from ds_moe.models.tower import lighten_tower
 from tools.bench.launched import leave, read_plan, write_result
 from tools.bench.resident import resident
 
@@ -44,7 +48,10 @@ def config_of(model: dict[str, Any]) -> PretrainedConfig:
 
 
 def batch_of(config: RunConfig, model: PretrainedConfig) -> dict[str, Tensor]:
-    """Random samples of the full length; the first half of each is one image where the model sees."""
+    """Random samples of the full length, every token labelled; the first half of each is one image where the model
+    sees."""
+    if config.data.packing:
+        return packed_batch(config.tokens_per_row, model)
     B, S = config.train.micro_batch_size, config.data.max_length
     ids_BS = torch.randint(5, model.get_text_config().vocab_size, (B, S))
     batch = {"input_ids": ids_BS, "labels": ids_BS.clone(), "attention_mask": torch.ones_like(ids_BS)}
@@ -64,6 +71,20 @@ def batch_of(config: RunConfig, model: PretrainedConfig) -> dict[str, Tensor]:
     }
 
 
+def packed_batch(tokens: int, model: PretrainedConfig) -> dict[str, Any]:
+    """A row of random samples of 128, 256 and 512 tokens, each third of the row in one length."""
+    lengths = [length for length in (128, 256, 512) for _ in range(tokens // 3 // length)]
+    lengths.append(tokens - sum(lengths))
+    ids_1S = torch.randint(5, model.get_text_config().vocab_size, (1, tokens))
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return {
+        "input_ids": ids_1S,
+        "labels": ids_1S.clone(),
+        "position_ids": positions.unsqueeze(0),
+        **sample_bounds(lengths),
+    }
+
+
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     config, model = RunConfig(**case["run"]), config_of(case["model"])
     topology = start_distributed(config.moe.ep_size if config.moe else 1)
@@ -76,6 +97,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     trained = family_of(model).model_class._from_config(model, dtype=dtype).train()
+    lighten_tower(trained)
     prepare_model(trained, config, topology)
     engine = build_engine(trained, config, ds, total_steps=STEPS)
     del trained
@@ -83,9 +105,10 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     if not case["kept"]:
         Path("/proc/self/clear_refs").write_text("5")  # a new peak: that of the steps, which predictions are of
     batch = batch_of(config, model)
-    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * topology.world_size)
+    labels = batch.pop("labels")
+    accumulation = accumulation_steps(config, topology.world_size) or 1
     for _ in range(STEPS * accumulation):
-        loss = engine(**batch, use_cache=False, num_items_in_batch=batch["labels"].numel()).loss
+        loss = at_labels(engine, batch, labels, num_items=labels.numel()).loss
         engine.backward(loss)
         del loss
         engine.step()
