@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
+from peft.tuners.lora import LoraLayer
 
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.run import RunConfig
@@ -29,6 +30,7 @@ from ds_moe.engine.start import start_distributed
 from ds_moe.models.convert import convert_for, moe_layers
 from ds_moe.models.families import expert_state, family_of
 from ds_moe.models.freeze import set_trainable
+from ds_moe.models.lora import ADAPTER
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import tiny_processor
 from ds_moe.moe.loss_free import LossFreeBalancing
@@ -57,6 +59,7 @@ MODES = {
     "loss-free": Mode(moe={"balance": [{"kind": "loss_free", "update_rate": 0.01}]}),
     "replay": Mode(replay=True),
     "LoRA": Mode(lora={"rank": 4, "alpha": 12, "experts": True, "train_router": True}),
+    "LoRA on the head": Mode(lora={"rank": 4, "alpha": 12, "targets": ["lm_head"], "experts": True}),
 }
 
 
@@ -158,6 +161,8 @@ def reference(mode, everything, processor):
     gradients = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
     every_loss = torch.stack(alone)
     head = model.lm_head.weight.detach().clone()
+    if isinstance(model.lm_head, LoraLayer):
+        head += model.lm_head.get_delta_weight(ADAPTER).detach()
     return Expected(every_loss, float(every_loss.sum()) / labelled, aux, gradients, torch.stack(counts or [head]), head)
 
 
