@@ -1,5 +1,7 @@
 """FLOPs of a token, and the peak of a device, for the share of the peak that a run reaches."""
 
+import re
+
 import torch
 from transformers import PreTrainedModel
 
@@ -22,13 +24,14 @@ def peak_flops(topology: Topology) -> float | None:
 def active_flops_per_token(model: PreTrainedModel) -> float:
     """Forward and backward FLOPs of one text token: 6 for each parameter it is multiplied by, K of E experts.
 
-    Attention scores, the vision tower and the embedding, which is looked up, are left out.
+    Left out are attention scores, the vision tower, the embedding, which is looked up, and the output layer, which few
+    tokens meet: those that a label follows.
     """
     text_config = model.config.get_text_config()
     share = text_config.num_experts_per_tok / text_config.num_experts if hasattr(text_config, "num_experts") else 1.0
     family, met = family_of(model), 0.0
     for name, parameter in model.named_parameters():
-        if family.embeddings not in name and not family.is_vision(name):
+        if not family.is_vision(name) and not re.search(family.parts["embeddings"], name):
             met += parameter.numel() * (share if expert_state(name) else 1.0)
     return 6.0 * met
 

@@ -32,3 +32,11 @@ def test_a_frozen_tower_runs_forward_alone_and_a_text_model_has_none():
             parameter.requires_grad = False
     assert patch_cost(model) == pytest.approx(trained / 3)
     assert patch_cost(outline("tiny-moe")) == 0.0
+
+
+def test_a_token_meets_neither_embedding_nor_output_layer():
+    model = outline("tiny-moe")
+    experts = counted(model, ".experts.")
+    met = counted(model, "") - counted(model, "embed_tokens", "lm_head") - experts
+    config = model.config
+    assert active_flops_per_token(model) == 6 * (met + experts * config.num_experts_per_tok / config.num_experts)
