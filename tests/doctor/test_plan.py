@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ds_moe import cli
 from ds_moe.doctor import plans
@@ -56,8 +57,10 @@ def test_packed_rows_and_the_longest_that_fit(capsys, tmp_path):
     assert 8192 < rows[0] < rows[1]
     out = command(capsys, SMALL, "--ep-size", 8, "--checkpointing", "--memory", "60GB", "--rows", 8192)[1]
     assert out.endswith("no row for a whole sample fits (train.tokens_per_micro_batch)\n")
-    out = command(capsys, SMALL, "--sweep", "--checkpointing", "--rows", 4096)[1]
-    assert "fits; rows up to " in out and "padded" not in out
+    memory = plans.Memory({"weights": 1}, {}, "the loss goes back")
+    found = [plans.Forecast(plans.Plan(8, 8, stage), memory, stage == 3, 10_240 * (stage == 3)) for stage in (2, 3)]
+    Console(width=170).print(plans.sweep_table(8, found, "rows"))
+    assert "fits, recommended; rows up to 10,240" in capsys.readouterr().out
 
 
 def test_a_folder_and_a_run_file(capsys, tmp_path, monkeypatch):
