@@ -1,10 +1,21 @@
 """The keys of `moe`: routers, balancers, dispatch, experts, replay."""
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
 from ds_moe.config.sections import Section
+
+# What keys of a router that are not set stand for where no model says otherwise: Mixtral's router.
+PLAIN: Mapping[str, object] = {
+    "scores": "softmax",
+    "order": "softmax_then_topk",
+    "normalize": True,
+    "route_scale": 1.0,
+    "groups": None,
+    "top_groups": None,
+}
 
 
 class AnyRouter(Section):
@@ -25,12 +36,12 @@ class AnyRouter(Section):
     top_k: int | None = Field(default=None, gt=0)  # experts of a token; default: the model's own
     expert_dropout: float = Field(default=0.0, ge=0, lt=1)  # of assignments, in training; a token keeps at least one
 
-    def settings(self, top_k: int, normalizes: bool) -> dict[str, object]:
+    def settings(self, native: Mapping[str, object]) -> dict[str, object]:
         """Keyword arguments of this kind's router class: every key, where it is not set with its default.
 
-        The model's own router chooses `top_k` experts a token, and `normalizes` where a token's weights sum to 1.
+        `native` are the arguments of `TopKRouter` that repeat the model's own router, with `top_k`.
         """
-        return {**self.model_dump(exclude={"kind", "allow_noncausal"}), "top_k": self.top_k or top_k}
+        return {**self.model_dump(exclude={"kind", "allow_noncausal"}), "top_k": self.top_k or native["top_k"]}
 
 
 class Jittered(Section):
@@ -46,22 +57,20 @@ class TopKRouting(Limited, Jittered, AnyRouter):
     plain: ClassVar[bool] = True
 
     kind: Literal["topk"] = "topk"
-    scores: Literal["softmax", "sigmoid"] = "softmax"
-    order: Literal["softmax_then_topk", "topk_then_softmax"] | None = None  # default softmax_then_topk
-    normalize: bool | None = None  # a token's weights sum to 1; default: as the model family does
-    route_scale: float = Field(default=1.0, gt=0)  # factor of all weights
+    # These are the model's own where they are not set.
+    scores: Literal["softmax", "sigmoid"] | None = None
+    order: Literal["softmax_then_topk", "topk_then_softmax"] | None = None
+    normalize: bool | None = None  # a token's weights sum to 1
+    route_scale: float | None = Field(default=None, gt=0)  # factor of all weights
     groups: int | None = Field(default=None, gt=0)  # a token chooses from its best top_groups groups of experts
     top_groups: int | None = Field(default=None, gt=0)
     temperature: float = Field(default=1.0, gt=0)  # logits are divided by it
     drop: Literal["position", "score"] | None = None  # which rows a full expert refuses; default position
 
-    def settings(self, top_k: int, normalizes: bool) -> dict[str, object]:
-        return {
-            **super().settings(top_k, normalizes),
-            "order": self.order or "softmax_then_topk",
-            "normalize": normalizes if self.normalize is None else self.normalize,
-            "drop": self.drop or "position",
-        }
+    def settings(self, native: Mapping[str, object]) -> dict[str, object]:
+        own = super().settings(native)
+        unset = {key: value for key, value in native.items() if own.get(key) is None}
+        return {**own, **unset, "drop": self.drop or "position"}
 
 
 class NoisyTopKRouting(TopKRouting):

@@ -1,6 +1,6 @@
 """Builds a DeepSpeed engine from a model and a run's settings, and checks what must hold before the first step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import deepspeed
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, get_scheduler
 from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import TrainConfig
-from ds_moe.engine.moe_binding import BoundMoELayer
+from ds_moe.engine.moe_binding import BoundInBlock, BoundMoELayer
 from ds_moe.errors import UserError
 from ds_moe.models.convert import moe_layers
 
@@ -79,7 +79,7 @@ def build_engine(
     schedule = scheduler_factory(config.train, total_steps)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config, lr_scheduler=schedule)
     _check_invariants(engine, grouped, stage)
-    _check_layers(layers, stage)
+    _check_layers(model, layers, stage)
     return engine
 
 
@@ -92,19 +92,25 @@ def build_without_optimizer(model: PreTrainedModel, ds_config: dict[str, object]
     """
     layers = _mark_leaves(model, ds_config)
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
-    _check_layers(layers, zero_plan(ds_config).stage)
+    _check_layers(model, layers, zero_plan(ds_config).stage)
     return engine
 
 
-def _mark_leaves(model: PreTrainedModel, ds_config: dict[str, object]) -> list[BoundMoELayer]:
+def _mark_leaves(model: PreTrainedModel, ds_config: dict[str, object]) -> list[BoundMoELayer | BoundInBlock]:
     """The MoE layers, each of which ZeRO-3 is told to gather together; so are the parts of an output layer with LoRA,
     whose weights `models/head.py` reads without calling the modules that own them."""
-    layers = cast(list[BoundMoELayer], moe_layers(model))
+    layers = cast("list[BoundMoELayer | BoundInBlock]", moe_layers(model))
     if zero_plan(ds_config).stage == 3:
         set_z3_leaf_module(model.get_output_embeddings(), True)
         if layers:
-            set_z3_leaf_modules(model, [BoundMoELayer])
+            set_z3_leaf_modules(model, list(dict.fromkeys(type(leaf) for leaf in _leaves(model, layers))))
     return layers
+
+
+def _leaves(model: PreTrainedModel, layers: Sequence[BoundMoELayer | BoundInBlock]) -> list[nn.Module]:
+    """The module that ZeRO-3 gathers for each layer: the layer itself, or the block that holds it."""
+    around = {id(child): module for module in model.modules() for child in module.children()}
+    return [around[id(layer)] if isinstance(layer, BoundInBlock) else layer for layer in layers]
 
 
 def _check_invariants(engine: deepspeed.DeepSpeedEngine, grouped: list[int], stage: int) -> None:
@@ -116,9 +122,9 @@ def _check_invariants(engine: deepspeed.DeepSpeedEngine, grouped: list[int], sta
         raise RuntimeError(f"every trainable parameter must be in exactly one optimizer group; lost: {lost[:5]}")
 
 
-def _check_layers(layers: list[BoundMoELayer], stage: int) -> None:
-    for layer in layers:
-        if stage == 3 and not z3_leaf_module(layer):
+def _check_layers(model: PreTrainedModel, layers: list[BoundMoELayer | BoundInBlock], stage: int) -> None:
+    for layer, leaf in zip(layers, _leaves(model, layers), strict=True):
+        if stage == 3 and not z3_leaf_module(leaf):
             raise RuntimeError(f"MoE layer {layer.index} is no ZeRO-3 leaf module: ranks would gather out of step")
         group = layer.dispatcher.ep.group if layer.ep_size > 1 else None
         if layer.ep_size > 1 and dist.get_world_size(group) != layer.ep_size:

@@ -13,24 +13,22 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from ds_moe.models.convert import LayerClasses
+from ds_moe.moe.in_block import InBlock
 from ds_moe.moe.layer import MoELayer
 
 
-class BoundMoELayer(MoELayer, AutoEPMoELayer):
-    """A `MoELayer` that DeepSpeed recognises. ZeRO-3 treats it as a leaf, which gathers its parameters together."""
+class _Bound(AutoEPMoELayer):
+    """What DeepSpeed needs to know of a layer and its parameters."""
 
-    def __init__(self, **kwargs: object) -> None:
-        super().__init__(**kwargs)
+    def _bind(self) -> None:
         self.ep_size = self.dispatcher.ep.size
         self.ep_group_name = f"ep_size_{self.ep_size}"
-        self.num_experts = self.gate.weight.shape[0]
+        self.num_experts = self.load.num_experts
         for parameter in self.experts.parameters():
             parameter.allreduce = False
             parameter.group_name = parameter.ds_zero_partition_group_name = self.ep_group_name
             parameter.ds_zero_placement_family = "autoep_expert"
-        for module in (self.gate, self.shared):
-            for parameter in module.parameters() if module is not None else ():
-                parameter.ds_zero_placement_family = "replicated"
 
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: object = None
@@ -39,6 +37,26 @@ class BoundMoELayer(MoELayer, AutoEPMoELayer):
         create_groups(self.ep_size)
         if self.ep_size > 1:
             self.dispatcher.ep.group = groups._get_expert_parallel_group(self.ep_group_name)
+
+
+class BoundMoELayer(MoELayer, _Bound):
+    """A `MoELayer` that DeepSpeed recognises. ZeRO-3 treats it as a leaf, which gathers its parameters together."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self._bind()
+
+
+class BoundInBlock(InBlock, _Bound):
+    """An `InBlock` that DeepSpeed recognises. For ZeRO-3 the block around it is the leaf: a decision of our router does
+    not pass through the tensors that the router returns, to which ZeRO-3 ties the gathering of its weight."""
+
+    def set_up(self, **kwargs: object) -> None:
+        super().set_up(**kwargs)
+        self._bind()
+
+
+BOUND = LayerClasses(BoundMoELayer, BoundInBlock)
 
 
 def create_groups(ep_size: int) -> None:

@@ -11,7 +11,7 @@ from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.distributed import Topology
 from ds_moe.engine.activation_offload import ActivationOffload
-from ds_moe.engine.moe_binding import BoundMoELayer, create_groups, zero3_home
+from ds_moe.engine.moe_binding import BOUND, create_groups, zero3_home
 from ds_moe.models.attention import attend_by_sample
 from ds_moe.models.convert import convert_for, load_expert_bias
 from ds_moe.models.freeze import set_trainable
@@ -46,7 +46,7 @@ def prepare_model(
     if config.moe is not None:
         create_groups(topology.ep_size)
     ep = ExpertParallel(topology.ep_size, topology.ep_rank)
-    context = convert_for(model, config, ep, BoundMoELayer)
+    context = convert_for(model, config, ep, BOUND)
     if context is not None and config.model.path is not None:
         load_expert_bias(model, config.model.path)
     if has_vision(model) and keep_ranks_in_step:

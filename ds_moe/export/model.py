@@ -74,18 +74,14 @@ def export_checkpoint(
     reader = _reader(checkpoint, state, dtype)
     _check_ties(config, reader, checkpoint)
     routing = routing_note(load_run(str(checkpoint / "run.yaml")).moe, config)
-    moe = family_of(config).moe
-    bias_name = moe.selection_bias if moe else None
-    biases = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
-    apart = {} if bias_name else biases  # the model has no place for them
+    # Biases that the model has no place for; one of its own is among its buffers, by its name.
+    apart = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
     model = [key for key in reader.tensors if key.startswith(("weight/", "buffer/")) and key not in apart]
     sizes = {key: math.prod(reader.shape(key)) * dtype.itemsize for key in model if not key.endswith(TRAINING_ONLY)}
 
     def stored(key: str) -> tuple[str, Tensor]:
         name, tensor = key.split("/", 1)[1], reader.read(key)
-        if key in biases:  # fp32
-            return name.removesuffix(BIAS_SUFFIX) + bias_name, tensor
-        if tensor.is_floating_point():
+        if key.startswith("weight/") and tensor.is_floating_point():  # buffers, such as biases, keep their precision
             tensor = tensor.to(dtype)
         return name, in_layout(tensor, layout) if expert_state(key) else tensor
 

@@ -8,7 +8,10 @@ processor.py    tokens and pixels
 streaming.py    weights from files to where a rank keeps them
 head.py         the output layer where labels are
 ties.py         an output layer that is the input embedding, or is not
-convert.py      MoE blocks become our layers
+blocks.py       finds MoE blocks by what their modules say
+convert.py      MoE blocks, or their experts, become our layers
+router_forms.py routers of families that ours repeats
+hooks.py        what the layers are told of each forward
 freeze.py       what a run trains, and what not
 lora.py         low-rank updates
 vision.py       ranks without images

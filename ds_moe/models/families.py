@@ -5,7 +5,7 @@ Other rooms ask `family_of` a model or a config. Of a parameter whose model is n
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,22 +26,17 @@ class MoEBlock:
 
     Attributes:
         class_name: of the block, in transformers.
-        normalizes: whether the router of a (text) config renormalises the top-k weights.
         path: of the block, in a decoder layer.
         projections: what files with one tensor an expert call the parts of the stacked weights.
         transposed_on_hub: whether checkpoints on the hub store the stacked experts transposed.
-        selection_bias: the name, in memory, of the bias that transformers' router adds to select experts, in place of
-            `BIAS_SUFFIX`. None: it has none, so weights with one would not load.
     """
 
     class_name: str
-    normalizes: Callable[[PretrainedConfig], bool]
     path: str = "mlp"
     projections: Projections = field(
         default_factory=lambda: {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
     )
     transposed_on_hub: bool = False
-    selection_bias: str | None = None
 
     @property
     def router(self) -> str:
@@ -127,7 +122,7 @@ FAMILIES = {
         "Qwen3VLMoeForConditionalGeneration",
         decoder="model.language_model",
         vision="model.visual",
-        moe=MoEBlock("Qwen3VLMoeTextSparseMoeBlock", lambda config: True, transposed_on_hub=True),
+        moe=MoEBlock("Qwen3VLMoeTextSparseMoeBlock", transposed_on_hub=True),
         preset="tiny-vl-moe",
         packs=True,
         dense="qwen3_vl",
@@ -135,7 +130,7 @@ FAMILIES = {
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         decoder="model",
-        moe=MoEBlock("Qwen3MoeSparseMoeBlock", lambda config: config.norm_topk_prob),
+        moe=MoEBlock("Qwen3MoeSparseMoeBlock"),
         preset="tiny-moe",
         packs=True,
     ),
@@ -160,14 +155,6 @@ def family_of(model: nn.Module | PretrainedConfig) -> Family:
     return FAMILIES[model_type]
 
 
-def moe_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Path and module of every MoE block of an unconverted model, in order; none if it is dense or not known."""
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
-    if family is None or family.moe is None:
-        return []
-    return [(name, module) for name, module in model.named_modules() if type(module).__name__ == family.moe.class_name]
-
-
 def moe_layers_of(config: PretrainedConfig) -> tuple[int, ...]:
     """Indices of the decoder layers that have experts, as every family here says it in its text config."""
     step = getattr(config, "decoder_sparse_step", 1)
@@ -176,9 +163,70 @@ def moe_layers_of(config: PretrainedConfig) -> tuple[int, ...]:
     return tuple(i for i in range(config.num_hidden_layers) if experts and i not in dense and (i + 1) % step == 0)
 
 
+# Families of transformers whose blocks stay while their experts become layers of ours, held against transformers itself
+# by loss and every gradient: causal language models, then models with images.
+TEXT_BLOCKS = frozenset(
+    "afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
+    "ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe "
+    "granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling_text inkling2_text jamba "
+    "kimi_linear kolibri1 laguna lfm2_moe mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mistral4 mixtral "
+    "nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp_text solar_open zaya".split()
+)
+IMAGE_BLOCKS = frozenset(
+    "aria gemma4 glm4v_moe glm5_next kimi_k25 minimax_m3_vl mistral3 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl_moe "
+    "qwen4_exp step3p7".split()
+)
+_UNPROVEN = "nobody has held it against transformers yet"
+REFUSED = {  # every other family with experts -> why
+    "dbrx": "its experts are one matrix, whose gate no module describes, and transformers cannot build its config",
+    "deepseek_ocr2": _UNPROVEN,
+    "deepseek_ocr2_text": _UNPROVEN,
+    "deepseek_v4": "its own loss depends on the ids of padding, and its first layers route by a hash of token ids",
+    "diffusion_gemma": "it is no causal language model",
+    "diffusion_gemma_text": "it is no causal language model",
+    "doge": "its experts are found by product keys, one embedding each, and its own loss depends on padding",
+    "dots3_note": "its vision tower has experts too",
+    "dots3_note_text": "its vision tower has experts too",
+    "ernie4_5_vl_moe": "text and image tokens have experts of two widths, and a rank without images runs half",
+    "ernie4_5_vl_moe_text": "text and image tokens have experts of two widths",
+    "hy_v4_vl": _UNPROVEN,
+    "hy_v4_vl_text": _UNPROVEN,
+    "inkling2": _UNPROVEN,
+    "inkling2_loop": _UNPROVEN,
+    "inkling2_loop_text": _UNPROVEN,
+    "inkling_mm_model": _UNPROVEN,
+    "jetmoe": "its attention has experts too, and no module describes them",
+    "lara_mini": _UNPROVEN,
+    "llama4": "its block multiplies every token with every expert and weighs what experts get",
+    "llama4_text": "its block multiplies every token with every expert and weighs what experts get",
+    "longcat_flash": "some of its experts are the identity and have rows in one of two matrices only",
+    "mistral_large4": _UNPROVEN,
+    "mistral_large4_text": _UNPROVEN,
+    "muse_spark": "a norm follows each expert, whose weight all experts share",
+    "muse_spark_text": "a norm follows each expert, whose weight all experts share",
+    "nemotron_h_omni": _UNPROVEN,
+    "nllb-moe": "it is an encoder and a decoder with one module an expert and a capacity",
+    "openai_privacy_filter": "it is no causal language model",
+    "qwen3_omni_moe": "it is several models; load the thinker alone",
+    "switch_transformers": "it is an encoder and a decoder with one module an expert and a capacity",
+    "unlimited_ocr": _UNPROVEN,
+    "unlimited_ocr_text": _UNPROVEN,
+}
+# How the weights of experts lie that transformers does not describe on the module.
+DESCRIBED = {
+    "Step3p7Experts": {
+        **{"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True},
+        "has_post_expert_norm": False,
+    }
+}
+REPLACED = {family.moe.class_name for family in FAMILIES.values() if family.moe}
+IMAGE_TOKENS = ("image_token_id", "image_token_index")  # keys of a config, of the token that stands for image features
+
 BIAS_SUFFIX = ".gate.balancing.bias_E"  # ends the name of a loss-free bias of ours
 
-_EXPERTS = re.compile("|".join(sorted({family.moe.experts for family in FAMILIES.values() if family.moe})))
+# The weights of experts as every family in transformers calls them, and our updates of them; `models/blocks.py` holds
+# each model that is converted against it.
+_EXPERTS = re.compile(r"\.experts\.(?:(?:gate_up_proj|up_proj|down_proj)(?:_bias)?|lora\.\w+)$")
 
 
 def expert_state(name: str) -> bool:

@@ -12,11 +12,11 @@ from ds_moe.moe.permute import permute, sort_by_expert, sum_per_token, to_expert
 NAME = "ds_moe"
 
 
-def unlike_swiglu(experts: nn.Module) -> str | None:
+def unlike_swiglu(experts: nn.Module, transposed: bool = False) -> str | None:
     """What transformers' experts compute, or how their weights lie, otherwise than the fused kernels take for granted.
 
     None: they are `(SiLU(x Wg.T) * (x Wu.T)) Wd.T`, stacked as `Backend.swiglu` wants them. The activation alone does
-    not tell: DeepSeek-V4's is SiLU, and its gate clamps what SiLU is given.
+    not tell: DeepSeek-V4's is SiLU, and its gate clamps what SiLU is given. With `transposed`, such weights will do.
     """
     activation = getattr(experts, "act_fn", None)
     silu = isinstance(activation, nn.SiLU | SiLUActivation) or activation is F.silu
@@ -25,7 +25,7 @@ def unlike_swiglu(experts: nn.Module) -> str | None:
         "they do not say how they compute": not hasattr(experts, "has_gate"),
         "they have no gate": not getattr(experts, "has_gate", True),
         "they have biases": getattr(experts, "has_bias", False),
-        "their weights are transposed": getattr(experts, "is_transposed", False),
+        "their weights are transposed": getattr(experts, "is_transposed", False) and not transposed,
         "their gate and up rows are interleaved": not getattr(experts, "is_concatenated", True),
         "a norm follows each of them": getattr(experts, "has_post_expert_norm", False),
         "their gate is a function of the family's own": not default_gate,

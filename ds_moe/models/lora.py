@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ds_moe.config.sections import LoRAConfig
 from ds_moe.errors import UserError
-from ds_moe.models.families import expert_state, moe_blocks
+from ds_moe.models.blocks import moe_blocks
+from ds_moe.models.families import expert_state
 from ds_moe.moe.expert_lora import ExpertLoRA
 
 ADAPTER = "default"  # PEFT's name of the one adapter in a model's parameter names
@@ -35,11 +36,12 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
     if config.targets:
         _check_targets(model, config.targets)
         peft.inject_adapter_in_model(peft_config(config, config.targets), model, ADAPTER)
-    for index, (_, block) in enumerate(moe_blocks(model)):
+    for index, block in enumerate(moe_blocks(model)):
         if config.experts:
             weights = (block.experts.gate_up_proj, block.experts.down_proj)
             block.experts.lora = ExpertLoRA(*weights, config.rank, scaling(config), config.dropout, seed + index)
-        block.gate.weight.requires_grad_(config.train_router)
+        for parameter in block.router.parameters():
+            parameter.requires_grad_(config.train_router)
     model.enable_input_require_grads()  # as `freeze` does where nothing before the first experts is trained
 
 

@@ -1,9 +1,13 @@
 """Where plain transformers would route otherwise than a run: one answer for the doctor, the run and its export."""
 
+from collections.abc import Mapping
+
 from transformers import PretrainedConfig
 
 from ds_moe.config.moe import MoEConfig, TopKRouting
-from ds_moe.models.families import family_of
+from ds_moe.models.blocks import moe_blocks
+from ds_moe.models.load import build_outline
+from ds_moe.models.router_forms import form_of
 
 
 def routing_note(moe: MoEConfig | None, model_config: PretrainedConfig) -> str | None:
@@ -24,33 +28,41 @@ def routed_otherwise(moe: MoEConfig, model_config: PretrainedConfig) -> dict[str
     What routers do in training only, such as capacity and dropout, is no such setting; a `top_k` stands in the config
     that checkpoints and exports have.
     """
-    block = family_of(model_config).moe
-    if block is None:
+    blocks = moe_blocks(build_outline(model_config))
+    if not blocks:
         return {}
+    form = form_of(blocks[0].router)
     router, found = moe.router, {}
     if not router.plain:
         found["moe.router.kind"] = router.kind
-    elif isinstance(router, TopKRouting):
-        found |= _of_topk(router, block.normalizes(model_config.get_text_config()))
+    elif isinstance(router, TopKRouting) and form is not None:
+        found |= _of_topk(router, form.native(blocks[0].router))
     if moe.experts.apply_weight == "before":
         found["moe.experts.apply_weight"] = "before"
-    if block.selection_bias is None and any(balance.kind == "loss_free" for balance in moe.balance):
+    has_place = form is not None and form.bias is not None
+    if not has_place and any(balance.kind == "loss_free" for balance in moe.balance):
         found["moe.balance"] = "loss_free"
     return found
 
 
-def _of_topk(router: TopKRouting, normalizes: bool) -> dict[str, object]:
-    """As `routed_otherwise`, given whether the family's own router makes a token's weights sum to 1."""
+def _of_topk(router: TopKRouting, native: Mapping[str, object]) -> dict[str, object]:
+    """As `routed_otherwise`, given the settings that repeat the family's own router."""
     found: dict[str, object] = {}
-    if router.scores != "softmax":
+    if router.scores not in (None, native["scores"]):
         found["moe.router.scores"] = router.scores
-    if router.groups != router.top_groups:  # else a token chooses from all groups
+    if router.groups and _limits(router.groups, router.top_groups) != _limits(native["groups"], native["top_groups"]):
         found |= {"moe.router.groups": router.groups, "moe.router.top_groups": router.top_groups}
-    for key in ("route_scale", "temperature"):
-        if (value := getattr(router, key)) != 1:
-            found[f"moe.router.{key}"] = value
-    if router.order == "topk_then_softmax" and not normalizes:
+    if router.route_scale not in (None, native["route_scale"]):
+        found["moe.router.route_scale"] = router.route_scale
+    if router.temperature != 1:
+        found["moe.router.temperature"] = router.temperature
+    if router.order == "topk_then_softmax" and not native["normalize"]:
         found["moe.router.order"] = router.order
-    elif router.normalize not in (None, normalizes) and router.order != "topk_then_softmax":
+    elif router.normalize not in (None, native["normalize"]) and router.order != "topk_then_softmax":
         found["moe.router.normalize"] = str(router.normalize).lower()
     return found
+
+
+def _limits(groups: object, top_groups: object) -> tuple[object, object] | None:
+    """What groups there are; None where a token chooses from all of them."""
+    return None if groups == top_groups else (groups, top_groups)

@@ -1,6 +1,7 @@
 """The Mixture-of-Experts layer in plain PyTorch: route -> dispatch -> experts -> combine.
 
 layer.py        the layer, which is these four steps; `MoELayer.build` makes one for loops without the trainer
+in_block.py     the same around the experts of a family's own block
 parts.py        its parts from keywords, for that use
 decision.py     the legend of shapes, and the routing decision
 context.py      what all layers must know about the micro-batch

@@ -20,6 +20,7 @@ class ForwardContext:
     sequences: int = 0  # of the next forward and then of the one that runs: how many there are; used with sequence_T
     sequence_T: Tensor | None = None  # int64 sequence of each token; None: each row is one
     mean_sequences: float | None = None  # real sequences of the optimizer step over its micro-batches; None: not known
+    rows: int = 1  # of the batch that runs, padding included; for layers that see a flat list of tokens
     image_T: Tensor | None = None  # bool, true at image tokens; None: there is none
     kind_BS: Tensor | None = None  # of the next forward: int64 kind of record of each token, -1 none
     kind_T: Tensor | None = None  # int64 kind of record of each token; None: not known
@@ -28,8 +29,9 @@ class ForwardContext:
     replay_moves_bias: bool = False  # whether replayed assignments count for a loss-free bias
     aux_losses: list[Tensor] = field(default_factory=list)  # one scalar for each layer and balancer, with grad
 
-    def begin(self, mask_BS: Tensor | None, image_BS: Tensor | None) -> None:
+    def begin(self, mask_BS: Tensor | None, image_BS: Tensor | None, rows: int = 1) -> None:
         """Start a forward: `mask_BS` is non-zero at real tokens, `image_BS` is true at image tokens."""
+        self.rows = rows
         real_BS, self.real_BS = self.real_BS, None
         if real_BS is not None:
             mask_BS = real_BS if mask_BS is None else mask_BS.bool() & real_BS

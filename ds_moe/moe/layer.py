@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import get_args
 
@@ -127,27 +128,34 @@ class MoELayer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        decision, plan = self._route(x_TD, rows=hidden_states.shape[0])
+        decision, plan = self._route(partial(self.gate, x_TD), x_TD.shape[0], hidden_states.shape[0])
+        return self._through_experts(x_TD, decision, plan).view_as(hidden_states)
+
+    def _through_experts(self, x_TD: Tensor, decision: RoutingDecision, plan: DispatchPlan) -> Tensor:
+        """(T, D): dispatch, experts, combine."""
         chunks = self.dispatcher.dispatch(x_TD, decision, plan)
         shared_TD = None if self.shared is None else self.shared(x_TD)  # while the rows travel
         experts_of_chunk = self.experts.split(self.dispatcher.chunks)
         outputs = [run(experts) for run, experts in zip(chunks, experts_of_chunk, strict=True)]
         y_TD = self.dispatcher.combine(outputs, plan)
-        if shared_TD is not None:
-            y_TD = y_TD + shared_TD
-        return y_TD.view_as(hidden_states)
+        return y_TD if shared_TD is None else y_TD + shared_TD
 
-    def _route(self, x_TD: Tensor, rows: int) -> tuple[RoutingDecision, DispatchPlan]:
-        """Decide; or, in a recompute, repeat what the forward decided."""
+    def _route(
+        self, choose: Callable[..., RoutingDecision], tokens: int, rows: int
+    ) -> tuple[RoutingDecision, DispatchPlan]:
+        """Decide; or, in a recompute, repeat what the forward decided.
+
+        `choose` takes what `Router.forward` does after the hidden states of the T `tokens`, in so many `rows`.
+        """
         tape = current_tape()
         replaying = tape is not None and tape.replaying
         if replaying:
             chosen, plan, stats = tape.entries[self.index]
-            decision = self.gate(x_TD, stats.token_V, chosen)
+            decision = choose(stats.token_V, chosen)
         else:
-            decision = self.gate(x_TD, self.context.token_V, replayed_TK=self._replayed())
+            decision = choose(self.context.token_V, replayed_TK=self._replayed())
             plan = self.dispatcher.plan(decision)
-            stats = self._token_stats(x_TD, rows, plan)
+            stats = self._token_stats(tokens, rows, plan)
             if tape is not None:
                 tape.entries[self.index] = TapeEntry(decision.chosen, plan, stats)
         if self.training:
@@ -172,13 +180,13 @@ class MoELayer(nn.Module):
         live_N = replayed_TK[decision.token_N, 0] < 0
         return torch.zeros_like(plan.counts_E).scatter_add_(0, decision.expert_N, live_N.long())
 
-    def _token_stats(self, x_TD: Tensor, rows: int, plan: DispatchPlan) -> TokenStats:
+    def _token_stats(self, tokens: int, rows: int, plan: DispatchPlan) -> TokenStats:
         """What the balancers may know. The tape keeps it, because a recompute must not run the all-reduce again."""
         token_V, sequence_T = self.context.token_V, self.context.sequence_T
         sequences = rows if sequence_T is None else self.context.sequences
         counts = None
         if self.training and any(balancer.scope == "global_batch" for balancer in self.balancers):
-            counts = global_counts(token_V, x_TD.shape[0], plan.counts_E)
+            counts = global_counts(token_V, tokens, plan.counts_E)
         return TokenStats(token_V, sequences, plan.counts_E, counts, sequence_T, self.context.mean_sequences)
 
 

@@ -18,17 +18,57 @@ from ds_moe.distributed import over_ranks
 Rule = Literal["sign", "proportional"]
 
 
-class LossFreeBalancing(nn.Module):
-    """One bias for each expert, added to the scores that a router ranks experts by. It is the router's `balancing`.
+class SelectionBias(nn.Module):
+    """One bias for each expert, added to what a router ranks experts by: the router's `balancing`. It never moves.
+
+    `bias_E` is fp32 and saved with the model. Nothing here has a gradient.
+
+    Args:
+        num_experts: E, of a bias that starts at zero and is kept here, in fp32 whatever the model is cast to.
+        holder, name: the module of a model whose own bias this is, and the name of its fp32 buffer, of E elements. It
+            stays there, so that checkpoints and exports hold it where transformers looks for it.
+    """
+
+    balance_factor = 1.0
+
+    def __init__(self, num_experts: int, holder: nn.Module | None = None, name: str = "bias_E") -> None:
+        super().__init__()
+        self.__dict__["_holder"] = holder  # no submodule: it is another module's
+        self._name = name
+        if holder is None:
+            self._buffers[name] = torch.zeros(num_experts, dtype=torch.float32)  # register_buffer minds the property
+
+    @property
+    def bias_E(self) -> Tensor:
+        holder = self if self._holder is None else self._holder
+        return holder._buffers[self._name].view(-1)
+
+    def forward(self, ranked_TE: Tensor) -> Tensor:
+        """(T, E) fp32 scores (or logits) plus bias, to rank experts by. Combine weights come from the scores alone."""
+        return ranked_TE.float() + self.balance_factor * self.bias_E
+
+    def add(self, counts_E: Tensor) -> None:
+        """Count a micro-batch; a bias that never moves need not."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelectionBias:
+        """Move the bias to the model's device, but keep its dtype: bf16 would lose a step of 1e-3 on a bias of 0.5."""
+        exact_E = self.bias_E
+        super()._apply(fn, recurse)
+        if self._holder is None:
+            self._buffers[self._name] = exact_E.to(self.bias_E.device)
+        return self
+
+
+class LossFreeBalancing(SelectionBias):
+    """A bias that moves towards an even load.
 
     `b_i += u * sign(mean(c) - c_i)` (rule `sign`), or `u * (mean(c) - c_i) / mean(c)` (`proportional`), then the mean
     of b is subtracted, so that it never drifts. c_i counts the assignments of real tokens to expert i since the last
     update, without those that a capacity limit refused. u is in units of the score and must be small against the
     differences between a token's scores (after a softmax of large logits, all but the first score are tiny).
 
-    `bias_E` stays fp32 whatever the model is cast to, and is saved with it. Nothing here has a gradient.
-
     Args:
+        num_experts, holder, name: as in `SelectionBias`.
         update_rate: u.
         balance_factor: factor of the bias where it is added to the scores.
         decay_from: share of the run after which u falls linearly to zero, because with a constant u the bias would
@@ -42,18 +82,15 @@ class LossFreeBalancing(nn.Module):
         balance_factor: float = 1.0,
         rule: Rule = "sign",
         decay_from: float = 0.8,
+        holder: nn.Module | None = None,
+        name: str = "bias_E",
     ) -> None:
-        super().__init__()
+        super().__init__(num_experts, holder, name)
         self.update_rate = update_rate
         self.balance_factor = balance_factor
         self.rule = rule
         self.decay_from = decay_from
-        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
-
-    def forward(self, scores_TE: Tensor) -> Tensor:
-        """(T, E) fp32 scores plus bias, to rank experts by. The combine weights come from the scores alone."""
-        return scores_TE.float() + self.balance_factor * self.bias_E
 
     @torch.no_grad()
     def add(self, counts_E: Tensor) -> None:
@@ -85,13 +122,6 @@ class LossFreeBalancing(nn.Module):
             step_E = excess_E.double() / total.clamp_min(1)
         bias_E = self.bias_E.double() + rate * step_E
         self.bias_E.copy_(bias_E - bias_E.mean())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossFreeBalancing:
-        """Move the bias to the model's device, but keep its dtype: bf16 would lose a step of 1e-3 on a bias of 0.5."""
-        exact_E = self.bias_E
-        super()._apply(fn, recurse)
-        self.bias_E = exact_E.to(self.bias_E.device)
-        return self
 
 
 def loss_free(model: nn.Module) -> list[LossFreeBalancing]:

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ds_moe.config.moe import ROUTINGS, AuxBalance, LossFreeBalance, ZLossBalance
+from ds_moe.config.moe import PLAIN, ROUTINGS, AuxBalance, LossFreeBalance, ZLossBalance
 from ds_moe.config.sections import Section
 from ds_moe.moe.backends import BACKENDS, Recompute
 from ds_moe.moe.balance import BALANCERS, Balancer
@@ -35,7 +35,7 @@ def make_router(kind: str, weight_ED: nn.Parameter, top_k: int, **settings: obje
         settings: arguments of the kind's class; those left out have the defaults of run files, and the weights of a
             token sum to 1.
     """
-    defaults = ROUTINGS[kind]().settings(top_k, normalizes=True)
+    defaults = ROUTINGS[kind]().settings({**PLAIN, "top_k": top_k})
     return ROUTERS[kind](weight_ED, **(defaults | settings))
 
 
@@ -45,7 +45,7 @@ def router_from(
     """`make_router` for settings that are not checked yet; `normalizes`: the default of what its weights sum to."""
     routing = _checked(ROUTINGS[one_of("router", kind, ROUTINGS)], settings, f"router {kind}")
     weight_ED.requires_grad_(routing.learns)
-    return ROUTERS[kind](weight_ED, **routing.settings(top_k, normalizes))
+    return ROUTERS[kind](weight_ED, **routing.settings({**PLAIN, "normalize": normalizes, "top_k": top_k}))
 
 
 def balancers_from(router: str, **balances: BalanceSetting) -> list[Balancer]:

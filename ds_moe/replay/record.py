@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ds_moe.models.blocks import moe_blocks
 from ds_moe.models.convert import moe_layers
-from ds_moe.models.families import moe_blocks
 from ds_moe.moe.decision import RoutingDecision, count_experts
+from ds_moe.moe.in_block import decision_in
 from ds_moe.moe.tape import current_tape
 
 # What a router returns: our decision, or transformers' (logits, weights, ids).
@@ -32,7 +33,7 @@ class RoutingRecorder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._gates = [layer.gate for layer in moe_layers(model)] or [block.gate for _, block in moe_blocks(model)]
+        self._gates = [layer.gate for layer in moe_layers(model)] or [block.router for block in moe_blocks(model)]
         if not self._gates:
             raise ValueError(f"{type(model).__name__} has no MoE layer to record")
         self._ids: list[list[Tensor]] = [[] for _ in self._gates]  # by layer, then by forward
@@ -60,6 +61,7 @@ class RoutingRecorder:
 
 def chosen_experts(output: RouterOutput) -> Tensor:
     """The experts, int16 (T, K), in what a router returned."""
+    output = decision_in(output)
     if not isinstance(output, RoutingDecision):
         return output[2].to(torch.int16)
     counts_T = count_experts(output.token_N, output.logits_TE.shape[0])

@@ -5,20 +5,18 @@ EP 2 x 2 and EP 4 x 1. Counts are integers over all ranks, so the bias must be b
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from ds_moe.checkpoint.files import Reader, newest_complete
 from ds_moe.config.moe import MoEConfig
 from ds_moe.config.sections import ModelConfig
 from ds_moe.export.model import export_checkpoint
 from ds_moe.models.convert import EXPERT_BIAS, convert, load_expert_bias
-from ds_moe.models.families import BIAS_SUFFIX, FAMILIES
+from ds_moe.models.families import BIAS_SUFFIX
 from ds_moe.models.load import load_model
 from tests.launcher import run_ranks, start_ranks
 
@@ -228,21 +226,3 @@ def test_an_export_loads_with_plain_transformers_and_keeps_the_bias_beside_it(st
     load_expert_bias(ours, str(tmp_path / "export"))
     expected = {key.removeprefix("buffer/"): bias for key, bias in bias_tensors(checkpoint).items()}
     assert bit_equal({name: ours.get_buffer(name) for name in expected}, expected)
-
-
-@pytest.mark.slow
-def test_an_architecture_with_a_place_for_the_bias_gets_it_among_its_weights(stopped, tmp_path, monkeypatch):
-    checkpoint = stopped / "never" / "checkpoints" / LAST
-    family = FAMILIES["qwen3_vl_moe"]
-    block = replace(family.moe, selection_bias=".gate.e_score_correction_bias")
-    monkeypatch.setitem(FAMILIES, "qwen3_vl_moe", replace(family, moe=block))
-    export_checkpoint(checkpoint, tmp_path / "export")
-    assert not (tmp_path / "export" / EXPERT_BIAS).exists()
-    weights = load_file(tmp_path / "export" / "model.safetensors")
-    stored = {key: tensor for key, tensor in weights.items() if key.endswith("e_score_correction_bias")}
-    named = {
-        key.removeprefix("buffer/").removesuffix(BIAS_SUFFIX) + ".gate.e_score_correction_bias": bias
-        for key, bias in bias_tensors(checkpoint).items()
-    }
-    assert len(stored) == 2 and bit_equal(stored, named)
-    assert not [key for key in weights if key.endswith("bias_E")]

@@ -60,7 +60,7 @@ def test_a_model_is_built_and_reloaded_with_it(tmp_path):
     ids = torch.randint(0, 200, (1, 9))
     assert loaded.config._experts_implementation == "ds_moe"
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
-    assert loaded.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 13)
+    assert loaded.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 13)
 
 
 def gelu(experts):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_moe.config.sections import LoRAConfig
-from ds_moe.models.families import moe_blocks
+from ds_moe.models.blocks import moe_blocks
 from ds_moe.models.lora import add_lora
 from ds_moe.models.presets import build_preset
 
@@ -16,7 +16,7 @@ def test_the_first_layer_s_experts_get_an_input_that_needs_a_gradient(trained):
     model = build_preset("tiny-vl-moe").train()
     add_lora(model, LoRAConfig(rank=8, targets=[], **trained), seed=0)
     needed = []
-    (_, block), *_ = moe_blocks(model)
+    block = moe_blocks(model)[0].module
     block.register_forward_pre_hook(lambda _, args: needed.append(args[0].requires_grad))
     model(input_ids=torch.arange(5).unsqueeze(0), use_cache=False).logits.sum().backward()
     assert needed == [True] and not any(one.requires_grad for one in model.model.visual.parameters())

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_moe.moe.decision import Assignments, RoutingDecision
-from ds_moe.moe.loss_free import LossFreeBalancing
+from ds_moe.moe.loss_free import SelectionBias
 from ds_moe.moe.routers.limits import Drop, capacity, survives_dropout, within_capacity
 
 ROUTERS: dict[str, type[Router]] = {}  # moe.router.kind of a run file -> the class that declares this kind
@@ -61,7 +61,7 @@ class Router(nn.Module):
         self.jitter_noise = jitter_noise
         self.capacity_factor = capacity_factor
         self.drop: Drop = drop
-        self.balancing: LossFreeBalancing | None = None  # shifts what is selected, never a weight
+        self.balancing: SelectionBias | None = None  # shifts what is selected, never a weight
 
     def forward(
         self,
@@ -88,8 +88,7 @@ class Router(nn.Module):
         dropped = 0
         if chosen is None:
             with torch.no_grad():
-                ranked_TE = scores_TE if self.balancing is None else self.balancing(scores_TE)
-                selected = self.select(ranked_TE, token_V)
+                selected = self.select(self.rank(logits_TE, scores_TE), token_V)
                 if replayed_TK is not None:
                     selected = selected.replaced(replayed_TK)
                 chosen, dropped = self._limit(selected, scores_TE, tokens, generator)
@@ -109,8 +108,12 @@ class Router(nn.Module):
         """(T, E) fp32 scores, with grad."""
         return torch.softmax(logits_TE, dim=-1, dtype=score_dtype(logits_TE))
 
+    def rank(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        """(T, E) what experts are ranked by: the scores, plus the bias if there is one."""
+        return scores_TE if self.balancing is None else self.balancing(scores_TE)
+
     def select(self, ranked_TE: Tensor, token_V: Tensor | None) -> Assignments:
-        """Select assignments, without a gradient, by the scores plus the loss-free bias if there is one."""
+        """Select assignments, without a gradient, by what `rank` gives."""
         raise NotImplementedError
 
     def weigh(self, scores_TE: Tensor, chosen: Assignments, tokens: int) -> Tensor:
@@ -159,10 +162,12 @@ def routed(values_TE: Tensor, token_V: Tensor | None) -> tuple[Tensor, Tensor]:
     return token_V, values_TE.index_select(0, token_V)
 
 
-def share_of_token(values_N: Tensor, token_N: Tensor, tokens_total: int, uniform_k: int | None) -> Tensor:
+def share_of_token(
+    values_N: Tensor, token_N: Tensor, tokens_total: int, uniform_k: int | None, eps: float = TINY
+) -> Tensor:
     """Divide each of T tokens' values by their sum. With `uniform_k` each has so many, beside each other."""
     if uniform_k is not None:
         values_VK = values_N.view(-1, uniform_k)
-        return (values_VK / (values_VK.sum(-1, keepdim=True) + TINY)).flatten()
+        return (values_VK / (values_VK.sum(-1, keepdim=True) + eps)).flatten()
     sums_T = values_N.new_zeros(tokens_total).index_add(0, token_N, values_N)
-    return values_N / (sums_T.index_select(0, token_N) + TINY)
+    return values_N / (sums_T.index_select(0, token_N) + eps)

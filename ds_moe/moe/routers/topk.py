@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_moe.moe.decision import Assignments
-from ds_moe.moe.routers.base import Router, routed, score_dtype, share_of_token
+from ds_moe.moe.routers.base import TINY, Router, routed, score_dtype, share_of_token
 
 Scores = Literal["softmax", "sigmoid"]
 Order = Literal["softmax_then_topk", "topk_then_softmax"]
+GroupScore = Literal["top2", "max"]
 
 
 class TopKRouter(Router, kind="topk"):
@@ -46,6 +47,11 @@ class TopKRouter(Router, kind="topk"):
         groups: int | None,
         top_groups: int | None,
         temperature: float,
+        group_score: GroupScore = "top2",
+        group_fill: float = -torch.inf,
+        bias_on: Literal["scores", "logits"] = "scores",
+        eps: float = TINY,
+        fp32_logits: bool = False,
         **limits: object,
     ) -> None:
         Router.__init__(self, weight_ED, top_k, **limits)
@@ -61,6 +67,21 @@ class TopKRouter(Router, kind="topk"):
         self.route_scale = route_scale
         self.groups, self.top_groups = groups, top_groups
         self.temperature = temperature
+        self.group_score: GroupScore = group_score
+        self.group_fill = group_fill
+        self.bias_on = bias_on
+        self.eps = eps
+        self.fp32_logits = fp32_logits
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        if not self.fp32_logits:
+            return super().logits(x_TD)
+        wide = score_dtype(x_TD)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.to(wide), self.weight.to(wide))
+
+    def rank(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        return super().rank(logits_TE, scores_TE if self.bias_on == "scores" else logits_TE)
 
     def score(self, logits_TE: Tensor) -> Tensor:
         logits_TE = logits_TE.to(score_dtype(logits_TE))
@@ -72,7 +93,7 @@ class TopKRouter(Router, kind="topk"):
         every_k = self.top_k if token_V is None else None
         token_V, ranked_VE = routed(ranked_TE, token_V)
         if self.groups is not None and self.top_groups is not None:
-            ranked_VE = _best_groups(ranked_VE, self.groups, self.top_groups)
+            ranked_VE = self._best_groups(ranked_VE, self.groups, self.top_groups)
         ids_VK = ranked_VE.topk(self.top_k, dim=-1).indices
         return Assignments(token_V.repeat_interleave(self.top_k), ids_VK.flatten(), top_k=every_k)
 
@@ -80,8 +101,17 @@ class TopKRouter(Router, kind="topk"):
         weight_N = scores_TE[chosen.token_N, chosen.expert_N]
         if self.normalize:
             uniform_k = self.top_k if weight_N.numel() == tokens * self.top_k else None
-            weight_N = share_of_token(weight_N, chosen.token_N, scores_TE.shape[0], uniform_k)
+            weight_N = share_of_token(weight_N, chosen.token_N, scores_TE.shape[0], uniform_k, self.eps)
         return weight_N if self.route_scale == 1 else weight_N * self.route_scale
+
+    def _best_groups(self, ranked_VE: Tensor, groups: int, top_groups: int) -> Tensor:
+        """Set what the experts outside of each token's best groups are ranked by to `group_fill`."""
+        ranked_VGe = ranked_VE.unflatten(1, (groups, ranked_VE.shape[1] // groups))
+        counted = 1 if self.group_score == "max" else min(2, ranked_VGe.shape[-1])
+        score_VG = ranked_VGe.topk(counted, dim=-1).values.sum(-1)
+        best_VG = torch.zeros_like(score_VG, dtype=torch.bool)
+        best_VG.scatter_(1, score_VG.topk(top_groups, dim=-1).indices, True)
+        return ranked_VGe.masked_fill(~best_VG.unsqueeze(-1), self.group_fill).flatten(1)
 
 
 class NoisyTopKRouter(TopKRouter, kind="noisy_topk"):
@@ -105,11 +135,3 @@ class NoisyTopKRouter(TopKRouter, kind="noisy_topk"):
         eps_TE = torch.empty_like(logits_TE, dtype=dtype).normal_(generator=generator)
         width_TE = F.softplus(F.linear(x_TD, self.noise_weight).to(dtype))
         return logits_TE.to(dtype) + width_TE * eps_TE * self.noise_std
-
-
-def _best_groups(ranked_VE: Tensor, groups: int, top_groups: int) -> Tensor:
-    """Set the scores outside of each token's best groups to minus infinity."""
-    ranked_VGe = ranked_VE.unflatten(1, (groups, ranked_VE.shape[1] // groups))
-    score_VG = ranked_VGe.topk(min(2, ranked_VGe.shape[-1]), dim=-1).values.sum(-1)
-    best_VG = torch.zeros_like(score_VG, dtype=torch.bool).scatter_(1, score_VG.topk(top_groups, dim=-1).indices, True)
-    return ranked_VGe.masked_fill(~best_VG.unsqueeze(-1), -torch.inf).flatten(1)

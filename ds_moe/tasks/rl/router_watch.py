@@ -5,7 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ds_moe.errors import UserError
 from ds_moe.moe.decision import RoutingDecision
+from ds_moe.moe.in_block import RouterOutput, decision_in
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.routers import Router
 from ds_moe.moe.tape import current_tape
@@ -28,6 +30,9 @@ class RouterWatch:
         self._replayed_RSLK = torch.empty(0)
         self._watching = False
         for layer in layers:
+            if router != "none" and layer.gate.scores != "softmax":
+                text = f"needs routers that take a softmax; those of this model take {layer.gate.scores}"
+                raise UserError(f"rl.router {router} {text}; set it to none")
             layer.gate.register_forward_hook(self._look)
 
     def begin(self, replayed_RSLK: Tensor) -> None:
@@ -46,7 +51,8 @@ class RouterWatch:
         """How many routers and tokens would have chosen other experts, of the tokens that the mask names."""
         return routing_difference(torch.stack(self._live_TLK, dim=1), self._replayed_RSLK.flatten(0, 1), within_T)
 
-    def _look(self, gate: Router, args: tuple[object, ...], decision: RoutingDecision) -> None:
+    def _look(self, gate: Router, args: tuple[object, ...], output: RoutingDecision | RouterOutput) -> None:
+        decision = decision_in(output)
         tape = current_tape()
         again = tape is not None and tape.replaying
         if not (self.with_grad if again else self._watching):  # a recompute must save what the forward saved
@@ -60,5 +66,5 @@ class RouterWatch:
         if again:
             return
         with torch.no_grad():
-            ranked_TE = decision.scores_TE if gate.balancing is None else gate.balancing(decision.scores_TE)
+            ranked_TE = gate.rank(decision.logits_TE, decision.scores_TE)
             self._live_TLK.append(gate.select(ranked_TE, None).expert_N.view(-1, gate.top_k))
