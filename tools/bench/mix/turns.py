@@ -41,19 +41,29 @@ class Turn:
 
 
 def take_turns(step: Callable[[], Step], batches: int, folder: Path) -> None:
-    """Until the word is END: wait for `<turn>.go` in the folder, take a step a global batch, write `<turn>.done`."""
+    """Until the word is END: wait for `<turn>.go` in the folder, take a step a global batch, write `<turn>.done`.
+
+    Between turns others get the memory, so each begins with a step that is not timed.
+
+    Args:
+        step: takes the global batches one after the other, over and over.
+    """
+    taken = 0
     for turn in count():
         while not (go := folder / f"{turn}.go").exists():
             time.sleep(POLL_S)
         if go.read_text() == END:
             return
         new_peak()
-        steps = [timed(step) for _ in range(batches)]
+        step()
+        steps = {(taken + 1 + number) % batches: timed(step) for number in range(batches)}
+        taken += 1 + batches
         peaks: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(peaks, resident("VmHWM"))
         if dist.get_rank() == 0:
-            write(folder / f"{turn}.done", json.dumps(asdict(Turn(steps, peaks))))
-        new_peak()  # others need the memory
+            in_order = [steps[batch] for batch in range(batches)]
+            write(folder / f"{turn}.done", json.dumps(asdict(Turn(in_order, peaks))))
+        new_peak()
 
 
 def timed(step: Callable[[], Step]) -> Step:
