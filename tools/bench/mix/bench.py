@@ -9,7 +9,7 @@ autoep    DeepSpeed AutoEP, experts spread over all ranks
 2 processes, ZeRO-3, fp32, EP 2 where the contender can. All train the same records in the same global batches: images
 of the sizes in screens.csv, texts of its lengths. A contender is timed only if, on every global batch, its loss and the
 norm of its gradients are those of plain transformers, sample by sample. Each is timed at every one of its settings, and
-at its quickest once more, in rounds in which all take turns. Tokens are real ones: no padding, no samples that fill up.
+at its quickest once more, in turns with packed rows. Tokens are real ones: no padding, no samples that fill up.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,9 +163,8 @@ def scan(bench: Bench, turns: int) -> list[dict[str, Any]]:
         print(f"{setting.name}: checking and timing", file=sys.stderr, flush=True)
         with running(bench, setting) as job:
             first = job.turn()
-            result = {**setting._asdict(), "problem": bench.problem(first), **described(bench, first)}
-            if result["problem"] is None:
-                result |= figures([job.turn() for _ in range(turns)])
+            problem = bench.problem(first)
+            result = timed_result(bench, setting, first, [job.turn() for _ in range(turns) if problem is None])
         found.append(result)
         said = result["problem"] or f"{result['median']:,.0f} tokens/s, {result['peak_bytes'] / MIB:,.0f} MiB"
         print(f"{setting.name}: {said}", file=sys.stderr, flush=True)
@@ -182,6 +181,9 @@ def described(bench: Bench, turn: Turn) -> dict[str, Any]:
 
 
 def figures(turns: list[Turn]) -> dict[str, Any]:
+    """Of timed turns; nothing where there are none."""
+    if not turns:
+        return {}
     speeds = [tokens_per_s(turn) for turn in turns]
     return {
         "tokens_per_s": speeds,
@@ -201,25 +203,34 @@ def quickest(scanned: list[dict[str, Any]]) -> list[Setting]:
 
 
 def compare(bench: Bench, settings: list[Setting], repeats: int) -> list[dict[str, Any]]:
-    """All alive, in turns; the first round warms up and is checked."""
-    with ExitStack() as stack:
-        jobs = {setting: stack.enter_context(running(bench, setting)) for setting in settings}
-        first = {setting: job.turn() for setting, job in jobs.items()}
-        turns: dict[Setting, list[Turn]] = {setting: [] for setting in settings}
-        for number in range(repeats):
-            print(f"round {number + 1} of {repeats}", file=sys.stderr, flush=True)
-            for setting, job in jobs.items():
-                turns[setting].append(job.turn())
-    ours = next((turns[setting] for setting in settings if setting.contender == OURS), None)
-    results = []
-    for setting in settings:
-        result = {**setting._asdict(), "problem": bench.problem(first[setting]), **described(bench, first[setting])}
-        result |= figures(turns[setting])
-        if ours is not None and setting.contender != OURS:
-            pairs = zip(ours, turns[setting], strict=True)
-            result["speed_of_packed"] = statistics.median(tokens_per_s(own) / tokens_per_s(its) for own, its in pairs)
-        results.append(result)
-    return results
+    """Packed rows in turns with one of the others after the other, so that two jobs at most need their memory.
+
+    Each begins with a turn that warms up and is checked.
+    """
+    ours, *rivals = sorted(settings, key=lambda setting: setting.contender != OURS)
+    with running(bench, ours) as job:
+        first, own = job.turn(), []
+        results = []
+        for rival in rivals:
+            print(f"{ours.name} and {rival.name}, in turns", file=sys.stderr, flush=True)
+            with running(bench, rival) as other:
+                its_first = other.turn()
+                pairs = [(job.turn(), other.turn()) for _ in range(repeats)]
+            own += [mine for mine, _ in pairs]
+            speed = statistics.median(tokens_per_s(mine) / tokens_per_s(its) for mine, its in pairs)
+            found = timed_result(bench, rival, its_first, [its for _, its in pairs])
+            results.append(found | {"speed_of_packed": speed})
+        own = own or [job.turn() for _ in range(repeats)]
+    return [timed_result(bench, ours, first, own), *results]
+
+
+def timed_result(bench: Bench, setting: Setting, first: Turn, turns: list[Turn]) -> dict[str, Any]:
+    return {
+        **setting._asdict(),
+        "problem": bench.problem(first),
+        **described(bench, first),
+        **figures(turns),
+    }
 
 
 @refusing
