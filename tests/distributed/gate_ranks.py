@@ -38,7 +38,7 @@ from ds_moe.training.checkpoints import resume, save_checkpoint
 from ds_moe.training.set_up import set_up
 from tests.launcher import leave, report
 
-RUN = "tests/runs/gate.yaml"
+RUN, PACKED = "tests/runs/gate.yaml", "tests/runs/gate_packed.yaml"
 NAMES = ["agenda", "auditor", "operator", "pointer"]
 LABELS = ["agenda"] * 5 + ["auditor"] * 2 + ["operator", "pointer", None]  # of a training file; the last names none
 SAMPLES = 3  # a rank
@@ -221,8 +221,8 @@ def main():
         if mode.startswith("parity"):
             report(**{name: parity(overrides, PARITY if mode == "parity" else FEW)})
             continue
-        config = load_run(RUN, overrides)
-        if mode == "train":
+        config = load_run(PACKED if mode == "train packed" else RUN, overrides)
+        if mode in ("train", "train packed"):
             report(**{name: train(config)})
         elif mode.startswith("forget "):
             with forget(mode.removeprefix("forget ")):

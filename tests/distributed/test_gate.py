@@ -68,8 +68,11 @@ def start(made: Path, run: str) -> str:
 @pytest.fixture(scope="module")
 def supervised(made) -> tuple[Path, Ranks]:
     """What two ranks do anew in `make test`: (folder, the launch)."""
+    short = ["train.steps=6", "gate.class_weights=balanced"]
     few = [
         ["supervised", overrides(made, "supervised"), "train"],
+        ["padded", overrides(made, "padded", *short), "train"],
+        ["packed", overrides(made, "packed", *short), "train packed"],
         ["parity", overrides(made, "none", start(made, "supervised")), "parity of a few"],
     ]
     return made, launch(2, few)
@@ -81,6 +84,7 @@ def trained(supervised) -> tuple[Path, Ranks]:
     made, _ = supervised
     zero1, zero2 = "deepspeed=ds_configs/zero1.json", "deepspeed=ds_configs/zero2.json"
     joint, learnable = [start(made, "end_to_end"), *JOINT], made / "data/learnable.jsonl"
+    soft = [*joint, "gate.select=soft", "train.steps=6"]  # with select hard, ranks draw apart
     answers = [f"gate.kl_weight={KL}", "gate.entropy_weight=0.05", GENERATE, "train.steps=8"]
     cases = [
         [
@@ -89,6 +93,8 @@ def trained(supervised) -> tuple[Path, Ranks]:
             "train",
         ],
         ["joint", overrides(made, "joint", *joint, GENERATE), "train"],
+        ["joint, padded", overrides(made, "joint-padded", *soft), "train"],
+        ["joint, packed", overrides(made, "joint-packed", *soft), "train packed"],
         ["joint, ZeRO 2", overrides(made, "joint-2", *joint, GENERATE, zero2, "train.steps=8"), "train"],
         ["collapsed", overrides(made, "collapsed", "gate.text=first", "gate.modalities=text", zero1), "train"],
         ["patience", overrides(made, "patience", *patience(made)), "train"],
@@ -104,6 +110,24 @@ def trained(supervised) -> tuple[Path, Ranks]:
 
 def patience(made: Path) -> list[str]:
     return [f"data.eval={made / 'data/wrong-held_out.jsonl'}", "train.eval_every=2", "train.patience=2"]
+
+
+def same_run(results: dict, padded: str, packed: str) -> None:
+    """Both have taken the same steps over the same samples: losses, held-out losses, and what the gate reports."""
+    theirs, ours = results[padded], results[packed]
+    assert ours["step"] == theirs["step"] == 6 and ours["gate"].keys() == theirs["gate"].keys()
+    for found, expected in ((ours, theirs), (ours["gate"], theirs["gate"])):
+        for name in {"loss", "eval_loss", "entropy", "routing_accuracy", "kl_to_supervised"} & expected.keys():
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_run_in_packed_rows_is_that_in_padded_rows(supervised):
+    same_run(supervised[1].json, "padded", "packed")
+
+
+@pytest.mark.slow
+def test_gate_and_adapters_learn_alike_in_packed_rows(trained):
+    same_run(trained[1].json, "joint, padded", "joint, packed")
 
 
 def test_one_rank_has_images_where_the_other_has_none(made):
