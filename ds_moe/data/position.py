@@ -7,7 +7,7 @@ from ds_moe.data.record_kind import Records
 
 DataPosition = Mapping[str, int | str]  # as a checkpoint's state.json holds it
 FILE = "data.train sha256"
-PACKING = "data.packing"
+PACKING, ROW = "data.packing", "train.tokens_per_micro_batch"  # of packed rows alone
 
 
 def order_of(config: RunConfig, records: Records | None = None) -> dict[str, int | str]:
@@ -19,8 +19,7 @@ def order_of(config: RunConfig, records: Records | None = None) -> dict[str, int
         "train.global_batch_size": config.train.global_batch_size,
         "data.shuffle": config.data.shuffle,
         "data.length_grouping": config.data.length_grouping,
-        PACKING: config.data.packing,
-        **({"train.tokens_per_micro_batch": config.tokens_per_row} if config.data.packing else {}),
+        **({PACKING: True, ROW: config.tokens_per_row} if config.data.packing else {}),
     }
 
 
@@ -31,9 +30,9 @@ def same_file(saved: DataPosition, order: DataPosition) -> bool:
 
 def position_problems(saved: DataPosition, order: DataPosition) -> list[str]:
     """Why the data would not go on where a checkpoint stopped; `order` is that of the run now."""
-    saved = {PACKING: False, **saved}  # which checkpoints from before packing do not say
+    saved, order = {PACKING: False, **saved}, {PACKING: False, **order}
     if saved[PACKING] != order[PACKING]:
-        order = {key: value for key, value in order.items() if key != "train.tokens_per_micro_batch"}
+        order = {key: value for key, value in order.items() if key != ROW}
     missing = [key for key in ("epoch", "step", *order) if key not in saved]
     if missing:
         return [f"train.resume: the checkpoint's data position lacks {missing[0]!r} (use another checkpoint)"]

@@ -146,7 +146,7 @@ def compare(config, zero, own, expected, breakage=None):
     micro_batches = next(task.steps(Progress(2, step=1)))
     labelled = sum(task.weight(batch) for batch in micro_batches)
     dist.all_reduce(labelled)
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)  # sums add no rounding to the losses compared
     with swapped_choices() if breakage == "choices" else nullcontext():
         for batch in micro_batches:
             loss = task.loss(batch, labelled.item() / topology.world_size / len(own))

@@ -63,6 +63,7 @@ def test_counts_are_those_of_the_real_tokens(one_rank):
     assert {sum(move["counts"]) for move in one_rank["checkpointing False"]} == {2 * one_rank["tokens"]}  # top-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", ["per micro-batch", "counted twice"])
 def test_a_bias_updated_per_micro_batch_or_counted_twice_is_noticed(one_rank, two_ranks, control):
     """Negative control of the comparison above."""

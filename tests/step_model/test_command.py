@@ -35,6 +35,8 @@ def test_sweep_and_plot(capsys, tmp_path):
     words = (
         "--sweep",
         "--checkpointing",
+        "--tokens",
+        32768,
         "--devices",
         8,
         1024,
