@@ -59,7 +59,7 @@ def at_labels(
         return label_logprobs(_terms(head, hidden_ND, keep_RS), target_N, temperature)
 
     def loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: float, **unused: object) -> Tensor:
-        return -logits.sum() / num_items_in_batch
+        return (-logits.sum(dtype=torch.float64) / num_items_in_batch).to(logits.dtype)
 
     # The head is still called as a module, because hooks on it gather and release its weight under ZeRO-3.
     with _in_place_of(inner, head, of_labels, loss):
