@@ -5,7 +5,6 @@ depend on its number alone. The old policy is scored on either side and moved a 
 Arguments: `all`, or `few` cases.
 """
 
-import itertools
 import sys
 from dataclasses import replace
 
@@ -30,6 +29,7 @@ from ds_moe.training.step import optimizer_step
 from tests.distributed.packing_ranks import (
     PRESET,
     ROWS,
+    cases,
     engine_settings,
     numbered,
     reading_gradients,
@@ -144,14 +144,6 @@ def compare(mode, ep_size, stage, checkpointing, everything, expected, processor
     return found.tolist()
 
 
-def cases(world_size, every):
-    sizes = [size for size in (1, 2, 4) if world_size % size == 0]
-    if every:
-        return list(itertools.product(MODES, sizes, (1, 2, 3), (False, True)))
-    few = [(sizes[-1], 3, True), (1, 2, False), (sizes[-1], 1, False)]
-    return [(name, *few[place % len(few)]) for place, name in enumerate(MODES)]
-
-
 def main():
     topology = start_distributed(1)
     deepspeed.utils.logger.setLevel("ERROR")
@@ -159,7 +151,7 @@ def main():
     everything = samples(world_size, processor)
     expected = {name: reference(mode, everything, processor, topology) for name, mode in MODES.items()}
     rows = []
-    for name, *case in cases(world_size, sys.argv[1] == "all"):
+    for name, *case in cases(MODES, world_size, sys.argv[1] == "all"):
         rows.append([name, *case, *compare(MODES[name], *case, everything, expected[name], processor)])
     report(rows=rows, losses={name: loss for name, (loss, _) in expected.items()})
     report(broken=compare(MODES["grpo"], 1, 1, False, everything, expected["grpo"], processor, broken=True))
