@@ -15,6 +15,7 @@ import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from ds_moe import cli, train
+from ds_moe.config import check
 from ds_moe.engine.cpu import OP, cpu_settings
 from ds_moe.errors import UserError
 from ds_moe.launcher import command, processes
@@ -94,6 +95,21 @@ def test_what_does_not_fit_the_number_of_ranks_is_said_before_one_starts(monkeyp
     batch, experts = capsys.readouterr().err.splitlines()
     assert batch.startswith(f"error: {DEMO}:") and "is not a multiple of micro_batch_size 32 x 3 ranks = 96" in batch
     assert experts.endswith("moe.ep_size 2 does not divide the 3 ranks (1 does, and the model's 8 experts)")
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "why"), [("cpu", "needs an accelerator; use sdpa"), ("cuda", "flash_attn is not installed")]
+)
+def test_kernels_of_attention_that_are_not_here_are_one_line_before_a_rank_starts(
+    accelerator, why, monkeypatch, capsys
+):
+    monkeypatch.setattr(processes, "start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    for words in (["train", "--nproc", "1"], ["eval"]):
+        assert cli.main([*words, DEMO, "model.attention=flash_attention_2", "train.precision=bf16"]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert "model.attention=flash_attention_2: model.attention flash_attention_2" in line and why in line
 
 
 def test_what_the_user_has_set_stays(capsys, monkeypatch):

@@ -6,6 +6,7 @@ line that names the place, the key and the fix; `check_model` raises the first.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ds_moe.config.rules import gate, lora, model, moe, rl, train
@@ -27,6 +28,21 @@ def check_model(config: RunConfig, model_config: PretrainedConfig, world_size: i
     """Raise `UserError` for the first key that does not fit this model (a transformers config, read before loading)."""
     if found := model_problems(config, model_config, world_size):
         raise UserError(found[0])
+
+
+def attention_problem(config: RunConfig, on_cpu: bool) -> str | None:
+    """Why `model.attention` has no kernels on this machine; None: it has.
+
+    Without flash_attn transformers would look for kernels on the hub, which is code that nobody has read.
+    """
+    if config.model.attention != "flash_attention_2":
+        return None
+    text = f"{config.at('model.attention')}: model.attention flash_attention_2"
+    if on_cpu:
+        return f"{text} needs an accelerator; use sdpa"
+    if find_spec("flash_attn") is None:
+        return f"{text}: flash_attn is not installed in this environment; install it, or use sdpa"
+    return None
 
 
 def check_evaluation(config: RunConfig) -> None:

@@ -101,7 +101,7 @@ def deepspeed_problems(
     complaints += _other_optimizer(resolved, source)
     if complaints:
         return {}, complaints
-    _finish_optimizer(resolved, on_cpu)
+    _finish_optimizer(resolved)
     _finish_zero(section(resolved, "zero_optimization"), hidden_size)
     resolved.pop("fp16", None)
     return {key: value for key, value in resolved.items() if value != AUTO}, []  # left out: DeepSpeed's default
@@ -244,13 +244,18 @@ def _other_optimizer(resolved: dict[str, Plain], source: DeepSpeedJson) -> list[
     return [f"{source.at(key)}: {text}, has no checkpoints of ours; remove it, or use stage 2 or 3"]
 
 
-def _finish_optimizer(resolved: dict[str, Plain], on_cpu: bool) -> None:
+def _finish_optimizer(resolved: dict[str, Plain]) -> None:
+    """Let torch's fused AdamW step wherever the optimizer state lies beside the weights.
+
+    DeepSpeed's own Adam would be compiled at the first start: on a GPU with nvcc, which images of torch lack. The one
+    for offloaded state needs g++ alone, and is several times as fast there as torch's.
+    """
     optimizer = section(resolved, "optimizer")
     optimizer.setdefault("type", "AdamW")
     params = section(optimizer, "params")
     if params.get("eps", AUTO) == AUTO:
         params["eps"] = 1e-8
-    if on_cpu and not zero_plan(resolved).offload_optimizer:  # else DeepSpeed compiles its own Adam for 90 seconds
+    if not zero_plan(resolved).offload_optimizer:
         params.setdefault("torch_adam", True)
         if params["torch_adam"]:
             params["fused"] = True  # torch then makes one pass over weights and moments, without temporary copies

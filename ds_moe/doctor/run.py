@@ -3,9 +3,9 @@
 import os
 import sys
 from collections.abc import Iterator
-from importlib import metadata, util
+from importlib import metadata
 
-from ds_moe.config.check import warmup_problem
+from ds_moe.config.check import attention_problem, warmup_problem
 from ds_moe.config.deepspeed import (
     deepspeed_problems,
     moves_nothing,
@@ -94,13 +94,9 @@ def check_device(case: Case) -> Iterator[Finding]:
         yield Finding("warning", f"{where}: train.precision bf16 is about 11 times slower than fp32 on CPUs {hint}")
     if nothing := moves_nothing(config, on_cpu):
         yield Finding("warning", f"{nothing} {hint}")
-    if config.model.attention == "flash_attention_2":
-        where = config.at("model.attention")
-        if on_cpu:
-            yield Finding("error", f"{where}: model.attention flash_attention_2 needs an accelerator {hint}")
-        elif util.find_spec("flash_attn") is None:
-            text = "flash_attn is not installed in this environment; install it where the job runs, or use sdpa"
-            yield Finding("warning", f"{where}: model.attention flash_attention_2: {text}")
+    if problem := attention_problem(config, on_cpu):
+        elsewhere = case.device.source == GIVEN  # the job runs on another machine, which may have what this one lacks
+        yield Finding("warning" if elsewhere else "error", f"{problem} {hint}" if on_cpu else problem)
 
 
 def check_kernels(case: Case) -> Iterator[Finding]:

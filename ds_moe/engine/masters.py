@@ -51,7 +51,8 @@ def start_adam(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
     counts_in_tensors = isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
     for flat in _flat_masters(engine):
         state = optimizer.state[flat]
-        state["step"] = torch.tensor(float(step)) if counts_in_tensors else step
+        # torch's fused Adam counts in a tensor beside the weights; DeepSpeed's count in integers.
+        state["step"] = torch.tensor(float(step), device=flat.device) if counts_in_tensors else step
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(flat, dtype=torch.float32)
     if isinstance(optimizer, DeepSpeedCPUAdam):

@@ -58,7 +58,7 @@ def train(options: argparse.Namespace) -> int:
         raise all_in_one(complaints)  # here once, instead of by every rank
     if options.task is not None and (other := other_task(config, options.task)):
         raise UserError(f"{config.at('task')}: task is {other}; ds-moe gate train trains runs of task gate")
-    if not (options.hostfile or options.dry_run) and (complaints := list(_missing_files(config, "train", "eval"))):
+    if not (options.hostfile or options.dry_run) and (complaints := list(_missing(config, "train", "eval"))):
         raise all_in_one(complaints)
     if not (options.hostfile or options.dry_run) and (ranks := ranks_here(options.nproc)) > 1:
         experts = None
@@ -79,13 +79,19 @@ def train(options: argparse.Namespace) -> int:
         restarts -= 1
 
 
-def _missing_files(config: RunConfig, *splits: str) -> Iterator[str]:
-    """A complaint about each data file that is not there."""
+def _missing(config: RunConfig, *splits: str) -> Iterator[str]:
+    """A complaint about each data file that is not there, and about kernels of attention that are not."""
+    from ds_moe.config.check import attention_problem
+    from ds_moe.config.deepspeed import trains_on_cpu
+
     for key in splits:
         path = getattr(config.data, key)
         if path not in (None, "digits") and not Path(path).exists():
             text = f'data.{key} {path} does not exist (give a JSONL or Parquet file, or "digits")'
             yield f"{config.at(f'data.{key}')}: {text}"
+    # Only a run that asks for them pays for the import of torch, which the last answer needs.
+    if config.model.attention == "flash_attention_2" and (problem := attention_problem(config, trains_on_cpu())):
+        yield problem
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -93,7 +99,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from ds_moe.launcher.processes import start
 
     config = evaluate.load(options)  # one complaint here instead of one from every rank
-    if not (options.hostfile or options.dry_run) and (complaints := list(_missing_files(config, "eval"))):
+    if not (options.hostfile or options.dry_run) and (complaints := list(_missing(config, "eval"))):
         raise all_in_one(complaints)
     words = [*options.overrides, *evaluate.words_of(options)]
     launch = plan(options.run, words, options.nproc, options.hostfile, options.port, evaluate.__name__)

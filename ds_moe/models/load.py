@@ -66,9 +66,13 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0, unread: b
             It cannot read those of a preset, nor those of files whose names only transformers can translate.
 
     Raises:
-        UserError: as `model_config`; a missing, unexpected or misshapen weight, or a file that cannot be read.
+        UserError: as `model_config`; no kernels for `model.attention` on this machine; a missing, unexpected or
+            misshapen weight, or a file that cannot be read.
     """
-    model = _load(config, dtype, seed, unread)
+    try:
+        model = _load(config, dtype, seed, unread)
+    except ImportError as error:  # of the kernels that model.attention asks for
+        raise UserError(f"model.attention {config.attention}: {one_line(error)}") from error
     lighten_tower(model)
     return model
 

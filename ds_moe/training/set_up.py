@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ds_moe.checkpoint.files import step_folders
 from ds_moe.checkpoint.progress import Progress
-from ds_moe.config.check import check_model, warmup_problem
+from ds_moe.config.check import attention_problem, check_model, warmup_problem
 from ds_moe.config.deepspeed import moves_nothing, precision, resolve_deepspeed, summed_in_bf16, zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BAD_RECORDS
@@ -53,6 +53,8 @@ def set_up(config: RunConfig) -> Run:
     processor, kind = processor_of(config.model), task_kind(config)
     outline = build_outline(model_config(config.model))
     check_model(config, outline.config, topology.world_size)
+    if problem := attention_problem(config, on_cpu()):
+        raise UserError(problem)
     check_packable(config, outline.config)
     kind.set_trainable(outline, config)
     stream, eval_set = _data(config, topology, processor, kind, patch_cost(outline))

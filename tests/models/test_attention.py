@@ -11,6 +11,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from ds_moe.config.moe import MoEConfig
 from ds_moe.config.run import RunConfig
+from ds_moe.config.sections import ModelConfig
 from ds_moe.data.batch import sample_bounds
 from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import Encoded, collate, encode, filler
@@ -18,6 +19,7 @@ from ds_moe.errors import UserError
 from ds_moe.models.attention import BY_SAMPLE, attend_by_sample, check_packable
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.families import FAMILIES
+from ds_moe.models.load import load_model
 from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.processor import tiny_processor
 from ds_moe.moe.tape import checkpoint_contexts
@@ -300,3 +302,8 @@ def test_positions_are_those_of_the_models_own_method(preset):
         )
         found = processor.position_ids(one.input_ids, one.image_grid_thw)
         assert found[0].tolist() == list(range(len(one.input_ids))) and torch.equal(found[1:], rope[:, 0])
+
+
+def test_kernels_that_this_machine_lacks_are_one_line_that_names_the_key():
+    with pytest.raises(UserError, match=r"^model\.attention flash_attention_2: .*Flash"):
+        load_model(ModelConfig(preset="tiny-vl-moe", attention="flash_attention_2"), torch.bfloat16)

@@ -11,6 +11,7 @@ from ds_moe.moe.expert_lora import ExpertLoRA
 from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.parts import make_router
+from tests.devices import by_device
 
 D, F, E = 12, 20, 4
 
@@ -102,13 +103,14 @@ def test_chunks_travel_while_others_are_computed():
     ]
 
 
+@by_device
 @pytest.mark.parametrize("updated", [False, True], ids=["experts", "experts with LoRA"])
 @pytest.mark.parametrize("chunks", [1, 2, 4])
-def test_an_all_to_all_with_oneself_changes_nothing(chunks, updated):
-    x = torch.randn(2, 9, D)
+def test_an_all_to_all_with_oneself_changes_nothing(chunks, updated, device):
+    x = torch.randn(2, 9, D, device=device)
     results = []
     for dispatcher in (LocalDispatcher(), AllToAllDispatcher(Alone(), chunks=chunks)):
-        layer, given = build(dispatcher, updated=updated), x.clone().requires_grad_()
+        layer, given = build(dispatcher, updated=updated).to(device), x.clone().requires_grad_()
         y = layer(given)
         y.square().sum().backward()
         results.append((y, given.grad, *(parameter.grad for parameter in layer.parameters())))

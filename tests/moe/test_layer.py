@@ -13,6 +13,7 @@ from ds_moe.moe.experts import Experts
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.parts import make_router
 from ds_moe.moe.tape import checkpoint_contexts
+from tests.devices import by_device
 
 D, F, E = 24, 20, 6  # never square: D != F, D != 2F
 
@@ -56,14 +57,15 @@ def gradients(layer, output, direction, x):
     return torch.autograd.grad((output * direction).sum(), parameters)
 
 
+@by_device
 @pytest.mark.parametrize("backend", ["grouped_mm", "reference"])
 @pytest.mark.parametrize("top_k", [1, 2, E])
 @pytest.mark.parametrize("tokens", [1, 13])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_equals_the_slow_reference_forward_and_backward(backend, top_k, tokens, normalize):
-    layer = make_layer(top_k, backend, normalize=normalize)
-    x = torch.randn(1, tokens, D, requires_grad=True)
-    direction = torch.randn(1, tokens, D)
+def test_equals_the_slow_reference_forward_and_backward(backend, top_k, tokens, normalize, device):
+    layer = make_layer(top_k, backend, normalize=normalize).to(device)
+    x = torch.randn(1, tokens, D, device=device, requires_grad=True)
+    direction = torch.randn(1, tokens, D, device=device)
     y, expected = layer(x), slow(layer, x[0]).unsqueeze(0)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)  # fp32, sums of at most 24 terms in another order
     ours, theirs = gradients(layer, y, direction, x), gradients(layer, expected, direction, x)
@@ -161,9 +163,10 @@ def test_dropped_are_those_that_capacity_refused_not_those_of_dropout():
     assert capacity.dropped == 2 * 9 - capacity.counts_E.sum() > 0
 
 
-def test_checkpointed_equals_plain_bit_for_bit_and_counts_once():
-    plain, checkpointed = make_layer(balancers=[AuxLoss(0.5)]), make_layer(balancers=[AuxLoss(0.5)])
-    x = torch.randn(3, 7, D)
+@by_device
+def test_checkpointed_equals_plain_bit_for_bit_and_counts_once(device):
+    plain, checkpointed = (make_layer(balancers=[AuxLoss(0.5)]).to(device) for _ in range(2))
+    x = torch.randn(3, 7, D, device=device)
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
     y1 = plain(x1)
     y2 = checkpoint(checkpointed, x2, use_reentrant=False, context_fn=checkpoint_contexts)

@@ -5,6 +5,7 @@ import torch
 
 from ds_moe.moe.backends import Backend
 from ds_moe.moe.permute import inverse, permute, sort_by_expert, sum_per_token, to_experts
+from tests.devices import by_device
 
 T, D, E = 7, 5, 4
 LISTS = {  # tokens of the assignments
@@ -15,16 +16,17 @@ LISTS = {  # tokens of the assignments
 }
 
 
+@by_device
 @pytest.mark.parametrize("name", LISTS)
-def test_to_experts_and_sum_per_token_equal_indexing(name):
-    token_N = LISTS[name]
-    expert_N = torch.randint(0, E, token_N.shape)
+def test_to_experts_and_sum_per_token_equal_indexing(name, device):
+    token_N = LISTS[name].to(device)
+    expert_N = torch.randint(0, E, token_N.shape).to(device)
     top_k = 2 if name == "top-k" else None
     permutation = sort_by_expert(Backend(), token_N, expert_N, T, E, top_k)
     sorted_N = torch.argsort(expert_N, stable=True)
     assert torch.equal(permutation.token_N, token_N[sorted_N])
-    x_TD = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
-    rows_ND = torch.randn(len(token_N), D, dtype=torch.float64, requires_grad=True)
+    x_TD = torch.randn(T, D, dtype=torch.float64, device=device, requires_grad=True)
+    rows_ND = torch.randn(len(token_N), D, dtype=torch.float64, device=device, requires_grad=True)
     sums_TD = torch.zeros_like(x_TD).index_add(0, token_N[sorted_N], rows_ND)
     pairs = [
         (to_experts(Backend(), x_TD, permutation), x_TD[token_N[sorted_N]], x_TD),
@@ -43,9 +45,10 @@ def test_a_general_list_is_what_the_top_k_shortcut_gives():
     assert all(torch.equal(one, other) for one, other in zip(short[:-1], general[:-1], strict=True))
 
 
-def test_permute_and_its_gradient():
-    order = torch.randperm(6)
-    values = torch.randn(6, 3, requires_grad=True)
-    direction = torch.randn(6, 3)
+@by_device
+def test_permute_and_its_gradient(device):
+    order = torch.randperm(6).to(device)
+    values = torch.randn(6, 3, device=device, requires_grad=True)
+    direction = torch.randn(6, 3, device=device)
     assert torch.equal(permute(values, order), values[order])
     assert torch.equal(torch.autograd.grad(permute(values, order), values, direction)[0], direction[inverse(order)])

@@ -24,6 +24,7 @@ from ds_moe.moe.parts import make_router
 from ds_moe.moe.routers.limits import survives_dropout
 from ds_moe.moe.standalone import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss
 from ds_moe.moe.tape import checkpoint_contexts
+from tests.devices import by_device
 
 D = 12
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -68,7 +69,7 @@ def softmax(values):
 
 
 def logits_of(gate, x_TD):
-    return x_TD.double().numpy() @ gate.weight.detach().double().numpy().T
+    return x_TD.cpu().double().numpy() @ gate.weight.detach().cpu().double().numpy().T
 
 
 def oracle_topk(logits, top_k, *, scores, order, normalize, route_scale, groups, top_groups, temperature, bias=0.0):
@@ -131,15 +132,14 @@ def some_tokens(tokens, seed, share):
     return None if bool(real.all()) and seed % 2 else real.nonzero().squeeze(1)
 
 
+@by_device
 @quick
-@given(topk_cases())
-def test_topk_is_what_the_papers_say(case):
+@given(case=topk_cases())
+def test_topk_is_what_the_papers_say(case, device):
     experts, top_k, keys, tokens, seed, share = case
-    gate, x, token_V = (
-        router("topk", experts, top_k, seed, **keys),
-        states(tokens, seed),
-        some_tokens(tokens, seed, share),
-    )
+    gate, x = router("topk", experts, top_k, seed, **keys).to(device), states(tokens, seed).to(device)
+    token_V = some_tokens(tokens, seed, share)
+    token_V = None if token_V is None else token_V.to(device)
     decision = gate(x, token_V)
     real = range(tokens) if token_V is None else token_V.tolist()
     expected = {t: oracle_topk(logits_of(gate, x)[t], top_k, **keys) for t in real}
@@ -281,6 +281,7 @@ def test_a_full_layer_may_leave_a_token_without_expert_but_not_in_evaluation():
 # --- gradients
 
 
+@by_device
 @pytest.mark.parametrize(
     "kind, keys",
     [
@@ -294,10 +295,10 @@ def test_a_full_layer_may_leave_a_token_without_expert_but_not_in_evaluation():
         ("expert_choice", {"jitter_noise": 0.2}),
     ],
 )
-def test_gradients_equal_finite_differences(kind, keys):
-    gate = router(kind, 5, 3, **keys).double().train()
-    x = states(6).double().requires_grad_()
-    token_V = torch.tensor([0, 2, 3, 5])
+def test_gradients_equal_finite_differences(kind, keys, device):
+    gate = router(kind, 5, 3, **keys).double().train().to(device)
+    x = states(6).double().to(device).requires_grad_()
+    token_V = torch.tensor([0, 2, 3, 5], device=device)
     chosen = gate(x, token_V).chosen
     parameters = list(gate.parameters())
 
@@ -364,14 +365,15 @@ class TwoLayers(torch.nn.Module):
         return x_BSD
 
 
+@by_device
 @pytest.mark.parametrize("kind", RANDOM)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_a_recompute_is_bit_equal_with_all_that_is_random(kind, padded, interrupted):
+def test_a_recompute_is_bit_equal_with_all_that_is_random(kind, padded, interrupted, device):
     """`interrupted`: the random state moves between forward and backward, as a second micro-batch would move it."""
-    plain, recomputed = TwoLayers(kind), TwoLayers(kind)
-    x = states(21).view(3, 7, D)
-    mask = torch.ones(3, 7)
+    plain, recomputed = TwoLayers(kind).to(device), TwoLayers(kind).to(device)
+    x = states(21).view(3, 7, D).to(device)
+    mask = torch.ones(3, 7, device=device)
     mask[1, 4:] = 0
     results = []
     for model, again in ((plain, False), (recomputed, True)):
