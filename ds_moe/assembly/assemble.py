@@ -65,9 +65,9 @@ def assemble(
 def _write(assembly: Assembly, out: Path, layout: ExpertLayout, files: list[list[str]], note: Note) -> None:
     """Write weights first and the config last, so that a folder which was left half done does not load."""
 
-    def stored(name: str) -> tuple[str, Tensor]:
+    def stored(name: str) -> dict[str, Tensor]:
         tensor = assembly.weights[name].make().to(assembly.dtype)
-        return name, in_layout(tensor, layout) if expert_state(name) else tensor
+        return {name: in_layout(tensor, layout) if expert_state(name) else tensor}
 
     make_folder(out)
     write_weights(out, files, stored, note)

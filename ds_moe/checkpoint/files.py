@@ -1,7 +1,8 @@
 """The files of a checkpoint: what a complete one looks like, and how to read tensors from it. Needs no DeepSpeed.
 
     <output_dir>/checkpoints/step_00000120/
-        rank-00000.safetensors ...  fp32 weights and Adam moments by parameter name; experts as blocks of rows
+        rank-00000.safetensors ...  fp32 weights and Adam moments by parameter name; experts as blocks of rows; what
+                                    the model's files hold beside the model (weights of multi-token prediction)
         rng-00000.safetensors ...   this rank's random states
         state.json                  step, data position, topology, Adam's step, versions
         run.yaml, deepspeed.json    the resolved run

@@ -7,7 +7,7 @@ are stored by parameter rather than by ZeRO partition, so that any world size, E
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from ds_moe.distributed import Topology, together
 from ds_moe.engine import masters as zero_state
 from ds_moe.errors import UserError
 from ds_moe.models.families import expert_state
+from ds_moe.models.stored_names import CARRIED
 from ds_moe.weights.files import write_tensors
 
 POLL_S = 1.0  # seconds between looks at the size of the files that are being written
@@ -41,6 +42,7 @@ class Saving:
         write_extras: called on rank 0 with the folder, to write everything that is no tensor (run.yaml, model/).
         keep: how many complete checkpoints to leave in the folder, including this one.
         base: identifies the frozen model, whose parameters are then left out; None: they are saved too.
+        carried: this rank's share of what the files of the model hold and the model has no use for.
         progress: called for every parameter that is collected.
 
     Raises:
@@ -56,6 +58,7 @@ class Saving:
         write_extras: Callable[[Path], None],
         keep: int,
         base: dict[str, Any] | None = None,
+        carried: Mapping[str, Tensor] | None = None,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.topology, self.keep, self.write_extras = folder, topology, keep, write_extras
@@ -71,6 +74,8 @@ class Saving:
         }
         together(topology, f"prepare {self.partial}", self._prepare if topology.rank == 0 else lambda: None)
         tensors = _collect(engine, topology, base is None, progress)
+        for name, value in (carried or {}).items():
+            tensors[f"{CARRIED}{name}"] = (value, [0, value.shape[0] if value.dim() else 1])
         thread = ThreadPoolExecutor(1, "checkpoint")
         self._share = thread.submit(_write_rank, self.partial, topology.rank, tensors, _rng_states(topology))
         thread.shutdown(wait=False)  # it ends when it has written

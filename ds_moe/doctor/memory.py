@@ -69,11 +69,14 @@ def _memory(case: Case, zero: ZeroPlan, predicted: Callable[[RunConfig], Memory]
     row = largest_row(config, lambda other: needed(predicted(other)) <= limit) if config.data.packing else None
     there = f"{case.device.memory / GIB:.1f} GiB are there ({case.device.source})"
     text = f"memory: about {needed(memory) / GIB:.1f} GiB a rank; {there}"
+    if not memory.whole and case.model is not None:
+        unknown = f"and activations, which are not predicted of {case.model.model_type} models"
+        text = f"memory: {needed(memory) / GIB:.1f} GiB a rank {unknown}; {there}"
     if needed(memory) > limit:
         key = "train.tokens_per_micro_batch" if config.data.packing else "train.micro_batch_size"
         return Finding("error", f"{config.at(key)}: {text}; {_relief(case, zero, row)}", memory.table())
     longest = f"; rows of up to {row} tokens fit (train.tokens_per_micro_batch)" if row else ""
-    return Finding("ok", text + longest, memory.table())
+    return Finding("ok" if memory.whole else "warning", text + longest, memory.table())
 
 
 def _loading(case: Case, zero: ZeroPlan, load: LoadingMemory) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 # in the whole run it hardly changes.
 LEAST_TOKENS_A_STEP = 16
 LEAST_TOKENS_A_RUN = 512
+LINEAR_KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}  # module -> package
 SLOW_EXPERTS = {"batched_mm": "about 100 times slower than grouped_mm", "eager": "a loop over the experts"}
 
 
 def find_model(case: Case) -> Iterator[Finding]:
     """Read the model's config; sets `case.model`, and `case.folder` for a checkpoint."""
     from ds_moe.models.attention import check_packable
-    from ds_moe.models.families import FAMILIES
+    from ds_moe.models.families import FAMILIES, unsupported
     from ds_moe.models.folder import read_model_config
     from ds_moe.models.presets import preset_config
 
@@ -47,7 +49,7 @@ def find_model(case: Case) -> Iterator[Finding]:
         yield Finding("error", f"{where}: {error}")
         return
     if found.model_type not in FAMILIES:
-        text = f"model.path {path} is a {found.model_type} model; must be one of {', '.join(FAMILIES)}"
+        text = f"model.path {path}: model_type {found.model_type!r} {unsupported(found.model_type)}"
         yield Finding("error", f"{where}: {text}")
         return
     case.experts = expert_count(found)
@@ -81,6 +83,7 @@ def check_files(case: Case) -> Iterator[Finding]:
     """Weights of a checkpoint folder: all shards there and readable, and in which layout the experts lie."""
     if case.folder is None or case.model is None:
         return
+    from ds_moe.models.families import family_of
     from ds_moe.weights.files import INDEX, WEIGHTS, SafetensorsFiles
 
     folder, where = Path(case.folder), case.config.at("model.path")
@@ -92,7 +95,9 @@ def check_files(case: Case) -> Iterator[Finding]:
     if (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
         text = f"{folder} holds {WEIGHTS} and {INDEX}: the first is read, as transformers does; remove what is stale"
         yield Finding("warning", f"{where}: {text}")
-    layout, square = _expert_layout(shapes, case.model.get_text_config())
+    layout, square = "memory layout or that of its hub", None
+    if family_of(case.model).measured:
+        layout, square = _expert_layout(shapes, case.model.get_text_config())
     if square and layout == "hub layout":
         fix = "transformers would load them untransposed; convert the checkpoint to memory layout"
         yield Finding("error", f"{where}: {square} and in hub layout: {fix}")
@@ -138,6 +143,20 @@ def check_experts(case: Case) -> Iterator[Finding]:
         yield Finding("warning", f"{config.at('train.steps')}: {text}, {fix}")
     else:
         yield Finding("ok", f"experts: {text}")
+
+
+def check_linear_attention(case: Case) -> Iterator[Finding]:
+    """Packages with kernels for layers with linear attention. Without them transformers computes these in PyTorch."""
+    if case.model is None or case.device.on_cpu:  # the kernels are for accelerators
+        return
+    kinds = list(getattr(case.model.get_text_config(), "layer_types", None) or ())
+    linear = kinds.count("linear_attention")
+    missing = [name for module, name in LINEAR_KERNELS.items() if find_spec(module) is None]
+    if linear and missing:
+        text = f"{linear} of {len(kinds)} layers have linear attention; {' and '.join(missing)} cannot be imported here"
+        cost = "transformers then computes them in PyTorch, chunk by chunk in fp32: right, but much slower and larger"
+        fix = f"pip install {' '.join(missing)} where the job runs"
+        yield Finding("warning", f"{case.config.at('model')}: {text}; {cost}; {fix}")
 
 
 def check_routing(case: Case) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from ds_moe.doctor.case import Device
 from ds_moe.errors import UserError
 from ds_moe.memory.predict import BUSY, GIB, Memory, predict
 from ds_moe.memory.rows import largest_row
+from ds_moe.models.families import family_of
 from ds_moe.models.load import build_outline, model_config
 from ds_moe.tasks.registry import task_kind
 
@@ -58,7 +59,12 @@ def read_model(name: str) -> PretrainedConfig:
     if name not in BUNDLED:
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"{name}: neither one of {', '.join(BUNDLED)} nor a folder with a config.json")
-        return model_config(ModelConfig(path=name))
+        found = model_config(ModelConfig(path=name))
+        if not family_of(found).measured:
+            raise UserError(
+                f"{name}: the memory of {found.model_type} models has not been measured, so there is no plan"
+            )
+        return found
     text = {**_TEXT, **BUNDLED[name], "max_position_embeddings": 262_144, "tie_word_embeddings": False}
     vision = {**_VISION, "out_hidden_size": text["hidden_size"]}
     return Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
@@ -76,7 +82,7 @@ def run_of(plan: Plan, name: str, model: PretrainedConfig, settings: dict[str, S
         "data": {"train": "data.jsonl"},
         "train": {"precision": "bf16", "steps": 1},
     }
-    if hasattr(model.get_text_config(), "num_experts"):
+    if expert_count(model):
         sections["moe"] = {"ep_size": plan.ep_size}
     if plan.lora:
         sections["lora"] = {"rank": plan.lora, "experts": "moe" in sections}

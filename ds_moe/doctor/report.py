@@ -24,6 +24,7 @@ CHECKS = [  # the cheap and certain ones first; a later check uses what an earli
     packing.check_packing,
     resume.check_resume,
     model.check_experts,
+    model.check_linear_attention,
     model.check_routing,
     run.check_warmup,
     run.check_intervals,

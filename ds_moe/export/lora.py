@@ -10,9 +10,10 @@ from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import load_run
 from ds_moe.config.sections import LoRAConfig
 from ds_moe.errors import UserError
-from ds_moe.models.families import Family, family_of
+from ds_moe.models.families import Family
 from ds_moe.models.load import load_model
 from ds_moe.models.lora import UpdateHalf, merged, peft_config, peft_value, scaling, update_of
+from ds_moe.models.stored_names import CARRIED, sources_of, unused_tensors
 from ds_moe.weights.files import SafetensorsFiles, write_tensors
 from ds_moe.weights.layouts import stored_rows
 from ds_moe.weights.unread import is_unread
@@ -29,8 +30,9 @@ class MergedReader:
 
     def __init__(self, reader: Reader, config: RunConfig, lora: LoRAConfig, dtype: torch.dtype) -> None:
         base = load_model(config.model, dtype, config.train.seed, unread=True)
-        self._projections = family_of(base).projections
         self._base_files = SafetensorsFiles.find(config.model.path) if config.model.path is not None else None
+        stored = self._base_files.shapes if self._base_files is not None else ()
+        self._sources = sources_of(base, base.state_dict(), stored)
         self._reader, self._scaling = reader, scaling(lora)
         self._base = {f"{WEIGHT}{name}": parameter.detach() for name, parameter in base.named_parameters()}
         self._halves: dict[str, dict[str, str]] = {}  # key of a base weight -> A or B -> key of that half of its update
@@ -40,15 +42,20 @@ class MergedReader:
                 self._halves.setdefault(f"{WEIGHT}{update.weight}", {})[update.half] = key
             elif key.startswith((WEIGHT, "buffer/")):
                 whole.append(key)
-        self.tensors = [*self._base, *(key for key in whole if key not in self._base)]
+        carried = [f"{CARRIED}{name}" for name in unused_tensors(base, stored)]
+        self.tensors = [*self._base, *(key for key in whole if key not in self._base), *carried]
         self._whole = set(whole)
 
     def shape(self, key: str) -> list[int]:
+        if key.startswith(CARRIED) and self._base_files is not None:
+            return list(self._base_files.shapes[key.removeprefix(CARRIED)])
         return list(self._base[key].shape) if key in self._base else self._reader.shape(key)
 
     def read(self, key: str) -> Tensor:
         if key in self._whole:
             return self._reader.read(key)
+        if key.startswith(CARRIED) and self._base_files is not None:
+            return self._base_files.read(key.removeprefix(CARRIED))
         weight, halves = self._base_weight(key), self._halves.get(key)
         if halves is None:
             return weight
@@ -58,7 +65,7 @@ class MergedReader:
         weight = self._base[key]
         if self._base_files is None or not is_unread(weight):
             return weight
-        rows = stored_rows(self._base_files, key.removeprefix(WEIGHT), weight.shape, self._projections)
+        rows = stored_rows(self._base_files, self._sources.get(key.removeprefix(WEIGHT)), weight.shape)
         assert rows is not None  # otherwise `load_model` would not have left it unread
         return rows(0, weight.shape[0]).to(weight.dtype)
 

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from ds_moe import __version__
 from ds_moe.checkpoint.base import base_identity
 from ds_moe.checkpoint.files import STATE, Reader, find_checkpoint, read_manifest
+from ds_moe.config.rules.model import expert_count
 from ds_moe.config.run_file import load_run
 from ds_moe.errors import UserError, shown
 from ds_moe.export.lora import MergedReader, write_adapter
@@ -24,13 +25,16 @@ from ds_moe.models.card import model_card
 from ds_moe.models.convert import EXPERT_BIAS
 from ds_moe.models.families import BIAS_SUFFIX, TRANSPOSED_ON_HUB, expert_state, family_of
 from ds_moe.models.folder import read_model_config
+from ds_moe.models.load import build_outline
 from ds_moe.models.routing import routing_note
+from ds_moe.models.stored_names import CARRIED, HubNames
 from ds_moe.models.ties import ties_of
 from ds_moe.weights.files import SHARD_BYTES, check_empty, dtype_name, make_folder, shards, write_tensors, write_weights
 from ds_moe.weights.layouts import LAYOUTS, ExpertLayout, choose_layout, in_layout
 
 Note = Callable[[str], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KINDS = ("weight/", "buffer/", CARRIED)  # begin the keys of what an export holds
 TRAINING_ONLY = ".gate.noise_weight"  # ends the names of weights that evaluation does not use and exports leave out
 
 
@@ -57,7 +61,7 @@ def export_checkpoint(
     Args:
         source: a checkpoint folder, or a run's output folder (its newest complete checkpoint is taken).
         out: the folder to write; must not exist or be empty.
-        layout: a key of `LAYOUTS`; None: `hub` for the family that has it and where it is unambiguous, else `memory`.
+        layout: a key of `LAYOUTS`; None: `hub` where it is unambiguous, else `memory`.
         max_shard_bytes: size of one weight file at most (a single larger tensor has a file of its own).
         note: is told where plain transformers routes otherwise than the run.
 
@@ -69,21 +73,31 @@ def export_checkpoint(
     check_empty(out)
     state = json.loads((checkpoint / "state.json").read_text())
     config = _model_config(checkpoint)
-    layout = choose_layout(config, layout, TRANSPOSED_ON_HUB)
-    dtype = _dtype(checkpoint, state)
+    layout, dtype = _layout(config, layout), _dtype(checkpoint, state)
     reader = _reader(checkpoint, state, dtype)
     _check_ties(config, reader, checkpoint)
     routing = routing_note(load_run(str(checkpoint / "run.yaml")).moe, config)
     # Biases that the model has no place for; one of its own is among its buffers, by its name.
     apart = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
-    model = [key for key in reader.tensors if key.startswith(("weight/", "buffer/")) and key not in apart]
-    sizes = {key: math.prod(reader.shape(key)) * dtype.itemsize for key in model if not key.endswith(TRAINING_ONLY)}
+    moe = family_of(config).moe
+    as_in_memory = layout == "memory" or moe is None or moe.transposed_on_hub or moe.stacked_on_hub
+    names = None if as_in_memory else HubNames(build_outline(config))
+    keys = [key for key in reader.tensors if key.startswith(KINDS) and key not in apart]
+    groups = _groups([key for key in keys if not key.endswith(TRAINING_ONLY)], names)
+    sizes = {
+        first: sum(math.prod(reader.shape(key)) * dtype.itemsize for key in group) for first, group in groups.items()
+    }
 
-    def stored(key: str) -> tuple[str, Tensor]:
-        name, tensor = key.split("/", 1)[1], reader.read(key)
-        if key.startswith("weight/") and tensor.is_floating_point():  # buffers, such as biases, keep their precision
-            tensor = tensor.to(dtype)
-        return name, in_layout(tensor, layout) if expert_state(key) else tensor
+    def stored(first: str) -> dict[str, Tensor]:
+        tensors = {}
+        for key in groups[first]:
+            kind, name = key.split("/", 1)
+            tensor = reader.read(key)
+            if kind == "weight" and tensor.is_floating_point():  # buffers, such as biases, keep their precision
+                tensor = tensor.to(dtype)
+            transposes = moe is not None and moe.transposed_on_hub and expert_state(key)
+            tensors[name] = in_layout(tensor, layout) if transposes else tensor
+        return names.tensors(tensors) if names is not None and not first.startswith(CARRIED) else tensors
 
     make_folder(out)
     for name in map(Path, read_manifest(checkpoint)["files"]):  # no other file that may lie in the folder is copied
@@ -101,6 +115,22 @@ def export_checkpoint(
     about += BIAS_NOTE if apart else ""
     (out / "README.md").write_text(model_card(checkpoint.parent.parent.name, config, about))
     return Exported(out, layout, written.files, written.parameters, written.bytes)
+
+
+def _layout(config: PretrainedConfig, asked: ExpertLayout | None) -> ExpertLayout:
+    """See `choose_layout`. Where the hub does not store experts transposed, any model can be stored as there."""
+    if family_of(config).moe is None or config.model_type in TRANSPOSED_ON_HUB:
+        return choose_layout(config, asked, TRANSPOSED_ON_HUB)
+    return asked or "hub"
+
+
+def _groups(keys: list[str], names: HubNames | None) -> dict[str, list[str]]:
+    """First key -> the keys of tensors that are written together, since files hold one tensor of several."""
+    if names is None:
+        return {key: [key] for key in keys}
+    of_name = {key.split("/", 1)[1]: key for key in keys if not key.startswith(CARRIED)}
+    groups = [[of_name[name] for name in group] for group in names.groups(of_name)]
+    return {group[0]: group for group in groups} | {key: [key] for key in keys if key.startswith(CARRIED)}
 
 
 def export_adapter(source: Path, out: Path, note: Note = print) -> tuple[Path, int]:
@@ -161,7 +191,7 @@ The biases by which experts were selected (loss-free balancing) are in `{EXPERT_
 def _origin(
     checkpoint: Path, state: dict[str, object], config: PretrainedConfig, layout: ExpertLayout, parameters: int
 ) -> str:
-    experts = getattr(config, "num_experts", None)
+    experts = expert_count(config)
     about = f"{experts} experts a layer, top-{config.num_experts_per_tok}" if experts else "dense"
     return f"""\
 Trained with ds_moe {__version__} for {state["step"]} optimizer steps on {state["world_size"]} ranks

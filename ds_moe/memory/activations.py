@@ -38,6 +38,9 @@ class Activations:
     logits: int  # a tile of logits as it goes back, and the gradient of the hidden states behind them
 
 
+NO_ACTIVATIONS = Activations(0, 0, 0, 0, 0, 0, 0)
+
+
 def tokens_of(config: RunConfig) -> int:
     """Tokens of the largest micro-batch of a rank."""
     return config.tokens_per_row if config.data.packing else config.train.micro_batch_size * config.data.max_length

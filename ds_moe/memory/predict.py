@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from ds_moe.config.run import RunConfig
 from ds_moe.config.zero_plan import ZeroPlan
-from ds_moe.memory.activations import Activations, activations
+from ds_moe.memory.activations import NO_ACTIVATIONS, Activations, activations
 from ds_moe.memory.parameter_counts import ParameterCounts, count_parameters
+from ds_moe.models.families import family_of
 
 GIB = 2**30
 BUSY = 0.9  # share of the memory that a run may plan with; the rest is for fragmentation
@@ -29,6 +30,7 @@ class Memory:
     device: dict[str, int]  # on the device that computes
     host: dict[str, int]  # on the host, for what is offloaded to it
     moment: str  # of a step, at which the device needs most
+    whole: bool = True  # False: without activations, whose size is not known of the model's family
 
     def table(self) -> list[str]:
         """Lines of purpose and GiB, with the totals."""
@@ -80,7 +82,8 @@ def predict(
         streams_weights: whether the run's task lets ranks read their shares from the files of `model.path`.
     """
     ep_size = config.moe.ep_size if config.moe else 1
-    counts, made = count_parameters(model, ep_size, world_size), activations(model, config, zero.width, ep_size, on_cpu)
+    counts, whole = count_parameters(model, ep_size, world_size), family_of(model).measured
+    made = activations(model, config, zero.width, ep_size, on_cpu) if whole else NO_ACTIVATIONS
     states, host = _states(counts, zero)
     host |= {"inputs of layers": made.moved} if made.moved else {}
     moments = _moments(counts, zero, made, config, world_size, on_cpu)
@@ -91,7 +94,7 @@ def predict(
         loaded = 0.0 if streamed else zero.width * counts.held  # freed when ZeRO has copied it into its own buffers
         device[KEPT_FREE] = loaded + _kept_free(moments, parts)
     device["runtime"] = RUNTIME_BYTES["cpu" if on_cpu else "accelerator"]
-    return Memory(_whole_bytes(device), _whole_bytes(host), moment)
+    return Memory(_whole_bytes(device), _whole_bytes(host), moment, whole)
 
 
 def _whole_bytes(sizes: dict[str, float]) -> dict[str, int]:

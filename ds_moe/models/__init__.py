@@ -7,6 +7,7 @@ presets.py      tiny models built from code
 processor.py    tokens and pixels
 streaming.py    weights from files to where a rank keeps them
 head.py         the output layer where labels are
+stored_names.py what files call weights, and what else they hold
 ties.py         an output layer that is the input embedding, or is not
 blocks.py       finds MoE blocks by what their modules say
 convert.py      MoE blocks, or their experts, become our layers

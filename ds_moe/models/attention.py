@@ -37,7 +37,10 @@ def attend_by_sample(model: PreTrainedModel) -> None:
 
     The vision tower keeps `sdpa`, whose model cuts its row into images itself.
     """
-    config = model.get_submodule(family_of(model).decoder).config
+    family = family_of(model)
+    if not family.packs:
+        return
+    config = model.get_submodule(family.decoder).config
     if config._attn_implementation == "sdpa":
         config._attn_implementation = BY_SAMPLE
 

@@ -149,16 +149,17 @@ def _enter(
     if hasattr(experts, "lora"):
         raise UserError(f"lora.experts cannot update {type(experts).__name__} yet; leave it out")
     fused = unlike_swiglu(experts, transposed=True) is None
-    num_experts = block.num_experts
+    num_experts, gate = block.num_experts, None
+    if form is not None:  # before other ranks' experts are dropped: it counts all of them
+        gate = _router(config, block, form, (RouterInBlock, ROUTERS[config.router.kind]))
     _shard(experts, of_all["dispatcher"].ep)
     experts.__class__ = type(type(experts).__name__, (layers.in_block, type(experts)), {})
     kernels = {"backend": config.experts.backend, "recompute": config.experts.recompute}
     experts.set_up(num_experts=num_experts, fused=fused, **kernels, **of_all)
-    if form is None:
+    if gate is None:
         _refuse_for_own_router(config, block.router)
         experts.routed_by(GivenRouter(type(block.router).__name__, getattr(block.router, "top_k", 0)))
         return
-    gate = _router(config, block, form, (RouterInBlock, ROUTERS[config.router.kind]))
     gate.__dict__["layer"] = experts  # no submodule: it is the block's
     experts.routed_by(gate.train(model.training))
     setattr(block.module, block.router_name, gate)

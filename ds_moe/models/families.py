@@ -12,9 +12,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ds_moe.errors import UserError
-from ds_moe.weights.layouts import Projections
 
 NOTHING = r"(?!)"  # a pattern that matches no name
 
@@ -25,23 +25,23 @@ class MoEBlock:
     `act_fn`).
 
     Attributes:
-        class_name: of the block, in transformers.
+        class_name: of the block, in transformers, if a layer of ours takes its place; empty: the block stays.
         path: of the block, in a decoder layer.
-        projections: what files with one tensor an expert call the parts of the stacked weights.
         transposed_on_hub: whether checkpoints on the hub store the stacked experts transposed.
+        stacked_on_hub: whether they store them as they are in memory, though `save_pretrained` does not.
+        gate: what the block calls its router.
     """
 
     class_name: str
     path: str = "mlp"
-    projections: Projections = field(
-        default_factory=lambda: {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-    )
     transposed_on_hub: bool = False
+    stacked_on_hub: bool = False
+    gate: str = "gate"
 
     @property
     def router(self) -> str:
         """Pattern of the names of router parameters, ours included."""
-        return rf"\.{re.escape(self.path)}\.gate\."
+        return rf"\.{re.escape(self.path)}\.{self.gate}\."
 
     @property
     def experts(self) -> str:
@@ -51,7 +51,7 @@ class MoEBlock:
     @property
     def lora_parameters(self) -> list[str]:
         """The stacked weights, as PEFT's `target_parameters` names them."""
-        return [f"{self.path}.experts.{stacked}" for stacked in self.projections]
+        return [f"{self.path}.experts.{stacked}" for stacked in ("gate_up_proj", "down_proj")]
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,14 @@ class Family:
         vision: path of the vision tower; None: it takes no images. Every family that has one reads and writes boxes in
             thousandths of an image's sides, which `ds_moe.data.grounding` takes for granted; Qwen2.5-VL would not.
         preset: name of its tiny preset.
+        tiny: what that has of the family's own: keys of its "text" and its "vision" config.
         dense: `model_type` whose checkpoints can be assembled into a model of this family.
         packs: whether a packed row is exactly its samples, each by itself: all layers attend through transformers'
             attention functions and carry nothing else from token to token, and the processor knows the positions.
         layers: names of the lists whose members are layers, of the decoder and of the vision tower.
         embeddings, head: names of the input embedding and of the output layer.
+        measured: whether replay and the prediction of memory have been held against runs of this family. Where they
+            have not, replay is refused, and of the memory only that of weights, gradients and optimizer is predicted.
         readers: for each kind of module in a layer, a pattern of the weights that make it keep its input for the
             backward pass if they are trained.
     """
@@ -79,11 +82,13 @@ class Family:
     moe: MoEBlock | None = None
     vision: str | None = None
     preset: str | None = None
+    tiny: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     dense: str | None = None
     packs: bool = False
     layers: tuple[str, ...] = ("layers", "blocks")
     embeddings: str = "embed_tokens"
     head: str = "lm_head"
+    measured: bool = True
     readers: Mapping[str, str] = field(
         default_factory=lambda: {
             "attention": r"\.self_attn\.[qkvo]_proj\.",
@@ -107,16 +112,12 @@ class Family:
             "embeddings": rf"{self.embeddings}\.|^{self.head}\.",
         }
 
-    @property
-    def projections(self) -> Projections:
-        """See `MoEBlock`; empty for a dense family."""
-        return self.moe.projections if self.moe else {}
-
     def is_vision(self, name: str) -> bool:
         """Whether a parameter or module is of the vision tower."""
         return self.vision is not None and name.startswith(f"{self.vision}.")
 
 
+_DEEPSTACK = {"deepstack_visual_indexes": [0]}
 FAMILIES = {
     "qwen3_vl_moe": Family(
         "Qwen3VLMoeForConditionalGeneration",
@@ -124,6 +125,7 @@ FAMILIES = {
         vision="model.visual",
         moe=MoEBlock("Qwen3VLMoeTextSparseMoeBlock", transposed_on_hub=True),
         preset="tiny-vl-moe",
+        tiny={"text": {"norm_topk_prob": True}, "vision": _DEEPSTACK},
         packs=True,
         dense="qwen3_vl",
     ),
@@ -132,6 +134,7 @@ FAMILIES = {
         decoder="model",
         moe=MoEBlock("Qwen3MoeSparseMoeBlock"),
         preset="tiny-moe",
+        tiny={"text": {"norm_topk_prob": True}},
         packs=True,
     ),
     "qwen3_vl": Family(
@@ -139,8 +142,38 @@ FAMILIES = {
         decoder="model.language_model",
         vision="model.visual",
         preset="tiny-vl-dense",
+        tiny={"vision": _DEEPSTACK},
         packs=True,
     ),
+}
+FAMILIES["qwen3_5_moe"] = Family(  # also Qwen3.6's name
+    "Qwen3_5MoeForConditionalGeneration",
+    decoder="model.language_model",
+    vision="model.visual",
+    moe=MoEBlock("", stacked_on_hub=True),
+    preset="tiny-qwen3.5-moe",
+    tiny={
+        "text": {
+            **{"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 40},
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "partial_rotary_factor": 1.0},
+        },
+    },
+    measured=False,
+)
+# Causal language models that keep their block: model_type -> what the block calls its router.
+TRAINED_BLOCKS = {
+    "deepseek_v3": "gate",
+    "glm4_moe": "gate",
+    "gpt_oss": "router",
+    "mixtral": "gate",
+    "olmoe": "gate",
+    "qwen2_moe": "gate",
+    "qwen3_next": "gate",
+}
+FAMILIES |= {
+    name: Family(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], decoder="model", moe=MoEBlock("", gate=gate), measured=False)
+    for name, gate in TRAINED_BLOCKS.items()
 }
 TRANSPOSED_ON_HUB = [name for name, family in FAMILIES.items() if family.moe and family.moe.transposed_on_hub]
 PRESETS = {family.preset: name for name, family in FAMILIES.items() if family.preset}  # preset -> model_type
@@ -151,8 +184,18 @@ def family_of(model: nn.Module | PretrainedConfig) -> Family:
     """The family of a model of transformers, or of its config. Raises `UserError` for one that is not supported."""
     model_type = getattr(model, "config", model).model_type
     if model_type not in FAMILIES:
-        raise UserError(f"model_type {model_type!r} is not supported; supported: {sorted(FAMILIES)}")
+        raise UserError(f"model_type {model_type!r} {unsupported(model_type)}")
     return FAMILIES[model_type]
+
+
+def unsupported(model_type: str) -> str:
+    """Why `ds-moe` takes no models of a type that is none of `FAMILIES`; the caller begins the sentence."""
+    known = f"supported: {', '.join(sorted(FAMILIES))}"
+    if model_type in REFUSED:
+        return f"is not supported, because {REFUSED[model_type]}; {known}"
+    if model_type in TEXT_BLOCKS | IMAGE_BLOCKS:
+        return f"is not supported by ds-moe, only by ds_moe.models.convert in a loop of your own; {known}"
+    return f"is not supported; {known}"
 
 
 def moe_layers_of(config: PretrainedConfig) -> tuple[int, ...]:
@@ -219,7 +262,7 @@ DESCRIBED = {
         "has_post_expert_norm": False,
     }
 }
-REPLACED = {family.moe.class_name for family in FAMILIES.values() if family.moe}
+REPLACED = {family.moe.class_name for family in FAMILIES.values() if family.moe and family.moe.class_name}
 IMAGE_TOKENS = ("image_token_id", "image_token_index")  # keys of a config, of the token that stands for image features
 
 BIAS_SUFFIX = ".gate.balancing.bias_E"  # ends the name of a loss-free bias of ours

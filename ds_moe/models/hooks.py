@@ -26,10 +26,11 @@ def refuse_generation(model: PreTrainedModel) -> None:
 
 
 def _told(model: PreTrainedModel) -> nn.Module:
-    """The module whose arguments tell of padding and images. The decoder of a family that is not named here may be
-    given masks that do not tell padding apart, but the model around it is given the plain one."""
+    """The module whose arguments tell of padding and images. The decoder of a family whose block stays may be given
+    masks that do not tell padding apart, and is not told of images; the model around it is."""
     family = FAMILIES.get(model.config.model_type)
-    return model.base_model if family is None else model.get_submodule(family.decoder)
+    kept = family is None or (family.moe is not None and not family.moe.class_name)
+    return model.base_model if kept else model.get_submodule(family.decoder)
 
 
 def _refuse_generation(*args: object, **kwargs: object) -> NoReturn:

@@ -1,5 +1,6 @@
 """Load a model of transformers and check it against its files; or only its config, processor, or an outline of it."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -9,10 +10,11 @@ from ds_moe.config.rules.model import expert_count
 from ds_moe.config.sections import ModelConfig
 from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError, one_line
-from ds_moe.models.families import FAMILIES, PRESETS, family_of
+from ds_moe.models.families import FAMILIES, PRESETS, family_of, unsupported
 from ds_moe.models.folder import read_model_config
 from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.processor import Qwen3VLProcessor, load_processor, tiny_processor
+from ds_moe.models.stored_names import sources_of
 from ds_moe.models.ties import tie_as_stored, untie_config
 from ds_moe.models.tower import lighten_tower, outline_tower
 from ds_moe.weights.files import SafetensorsFiles
@@ -31,7 +33,7 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     where = f"model.path {config.path!r}"
     found = read_model_config(str(config.path), where)
     if found.model_type not in FAMILIES:
-        raise UserError(f"{where} is a {found.model_type!r}; supported: {sorted(FAMILIES)}")
+        raise UserError(f"{where}: model_type {found.model_type!r} {unsupported(found.model_type)}")
     return found
 
 
@@ -88,14 +90,33 @@ def _load(config: ModelConfig, dtype: torch.dtype, seed: int, unread: bool) -> P
     if files is not None and unread:
         model = _from_pretrained(config, family.model_class, dtype, files, device="meta")
         tie_as_stored(model, files)
-        weights = model.named_parameters()
-        if all(stored_rows(files, name, weight.shape, family.projections) for name, weight in weights):
+        if fill_buffers := _readable(model, files):
             leave_unread(model)
+            fill_buffers()
             untie_config(model)
             return model
     model = _from_pretrained(config, family.model_class, dtype, files)
     untie_config(model)
     return model
+
+
+def _readable(model: PreTrainedModel, files: SafetensorsFiles) -> Callable[[], None] | None:
+    """How to read the buffers of a model on the meta device from its files; None where they do not hold each of its
+    weights and buffers so that a rank could read its rows only."""
+    state, parameters = model.state_dict(), dict(model.named_parameters())
+    sources = sources_of(model, state, files.shapes)
+    buffers = state.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    rows = {name: stored_rows(files, sources.get(name), state[name].shape) for name in {*parameters, *buffers}}
+    if None in rows.values():
+        return None
+
+    def fill() -> None:
+        for name in buffers:
+            buffer, read = model.get_buffer(name), rows[name]
+            assert read is not None
+            buffer.copy_(read(0, max(1, len(buffer) if buffer.dim() else 1)))
+
+    return fill
 
 
 def _from_pretrained(
@@ -120,6 +141,11 @@ def _from_pretrained(
         raise UserError(
             f"model.path {config.path!r} has no weights in safetensors files that can be read: {one_line(error)}"
         ) from error
+    except ValueError as error:  # transformers raises it for an attention that this architecture does not have
+        if "attention" not in str(error):
+            raise
+        text = f"{model_class.__name__} has no such attention on this machine; try eager"
+        raise UserError(f"model.attention {config.attention}: {text}") from error
     except RuntimeError as error:  # transformers raises it, naming no tensor, where per-expert tensors differ in shape
         uneven = uneven_experts(files)[:5] if files is not None else []
         what = f"missing or misshapen experts: {uneven}" if uneven else error

@@ -20,7 +20,7 @@ _TEXT = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 _VISION = {
     "depth": 2,
@@ -32,7 +32,6 @@ _VISION = {
     "temporal_patch_size": 2,
     "out_hidden_size": 64,
     "num_position_embeddings": 64,
-    "deepstack_visual_indexes": [0],
 }
 
 
@@ -44,12 +43,15 @@ def preset_config(name: str) -> PretrainedConfig:
     family = FAMILIES[model_type]
     processor = tiny_processor("vl" if family.vision else "text")
     ids = special_token_ids(processor)
-    text = {**_TEXT, **(_MOE if family.moe else {}), "vocab_size": len(processor.tokenizer)}
+    text = {**_TEXT, **(_MOE if family.moe else {}), **family.tiny.get("text", {})}
+    text["vocab_size"] = len(processor.tokenizer)
     text |= {key: ids.pop(key) for key in ("pad_token_id", "eos_token_id")}
     if family.vision is None:
         return AutoConfig.for_model(model_type, **text)
     text["rope_parameters"] = _ROPE
-    return AutoConfig.for_model(model_type, text_config=text, vision_config=dict(_VISION), **ids)
+    return AutoConfig.for_model(
+        model_type, text_config=text, vision_config={**_VISION, **family.tiny.get("vision", {})}, **ids
+    )
 
 
 def build_preset(name: str, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:

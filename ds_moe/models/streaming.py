@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ds_moe.models.families import expert_state, family_of, full_shape
+from ds_moe.models.families import expert_state, full_shape
 from ds_moe.models.lora import stored_name
+from ds_moe.models.stored_names import sources_of
 from ds_moe.moe import ExpertParallel
 from ds_moe.weights.files import SafetensorsFiles
 from ds_moe.weights.layouts import Rows, stored_rows
@@ -19,7 +21,7 @@ BLOCK = 2**24  # bytes read in one piece, if that is a row or more
 Home = Callable[[nn.Parameter], tuple[Tensor, int]]
 
 
-def read_unread(model: nn.Module, files: SafetensorsFiles, ep: ExpertParallel, home: Home) -> int:
+def read_unread(model: PreTrainedModel, files: SafetensorsFiles, ep: ExpertParallel, home: Home) -> int:
     """Read every unread parameter of a prepared (frozen, adapted, converted) model; the bytes read.
 
     Beside the parts that `home` allocates, host memory holds a block or two of one tensor and pages of the files, see
@@ -30,12 +32,12 @@ def read_unread(model: nn.Module, files: SafetensorsFiles, ep: ExpertParallel, h
         ep: which experts this rank owns: its experts are the weights' rows from `ep.rank * E / ep.size` on.
         home: where each parameter goes.
     """
-    projections = family_of(model).projections
+    sources = sources_of(model, map(stored_name, model.state_dict()), files.shapes)
     for name, parameter in model.named_parameters():
         if not is_unread(parameter):
             continue
         shape = parameter.shape
-        rows = stored_rows(files, stored_name(name), full_shape(name, parameter, ep.size), projections)
+        rows = stored_rows(files, sources.get(stored_name(name)), full_shape(name, parameter, ep.size))
         if rows is None:
             raise RuntimeError(f"no file holds {name}")  # load_model left it unread because one did
         flat, start = home(parameter)

@@ -26,17 +26,27 @@ def keep_vision_in_step(model: PreTrainedModel) -> None:
     `encode_blank` itself.
     """
 
+    seen = False  # whether the tower has run since the decoder last began
+
+    def note(tower: nn.Module, args: Arguments, output: object) -> None:
+        nonlocal seen
+        seen = True
+
     def hook(decoder: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords] | None:
-        generating = cache_of(kwargs) is not None
-        if generating or kwargs.get("visual_pos_masks") is not None or not parallel():
+        nonlocal seen
+        with_images, seen = seen, False
+        if with_images or cache_of(kwargs) is not None or not parallel():
             return None
         embeds_BSD = cast(Tensor, kwargs["inputs_embeds"])
         zero = encode_blank(model, embeds_BSD.device)
+        seen = False
         if zero is None or not zero.requires_grad:
             return None
         return args, {**kwargs, "inputs_embeds": embeds_BSD + zero.to(embeds_BSD.dtype)}
 
-    model.get_submodule(family_of(model).decoder).register_forward_pre_hook(hook, with_kwargs=True)
+    family = family_of(model)
+    model.get_submodule(str(family.vision)).register_forward_hook(note)
+    model.get_submodule(family.decoder).register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def encode_blank(model: PreTrainedModel, device: torch.device) -> Tensor | None:
@@ -54,4 +64,5 @@ def encode_blank(model: PreTrainedModel, device: torch.device) -> Tensor | None:
     pixels = torch.zeros(side * side, width, device=device, dtype=tower.dtype)
     grid = torch.tensor([[1, side, side]])  # on the host, where sizes are read
     features = tower(pixels, grid_thw=grid, return_dict=True)
-    return torch.stack([part.sum() for part in (features.pooler_output, *features.deepstack_features)]).sum() * 0.0
+    parts = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
+    return torch.stack([part.sum() for part in parts]).sum() * 0.0

@@ -5,6 +5,7 @@ import re
 import torch
 from transformers import PreTrainedModel
 
+from ds_moe.config.rules.model import expert_count
 from ds_moe.distributed import Topology
 from ds_moe.models.families import expert_state, family_of
 
@@ -28,7 +29,8 @@ def active_flops_per_token(model: PreTrainedModel) -> float:
     tokens meet: those that a label follows.
     """
     text_config = model.config.get_text_config()
-    share = text_config.num_experts_per_tok / text_config.num_experts if hasattr(text_config, "num_experts") else 1.0
+    experts = expert_count(model.config)
+    share = text_config.num_experts_per_tok / experts if experts else 1.0
     family, met = family_of(model), 0.0
     for name, parameter in model.named_parameters():
         if not family.is_vision(name) and not re.search(family.parts["embeddings"], name):

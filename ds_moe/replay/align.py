@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ds_moe.errors import UserError
-from ds_moe.models.families import moe_layers_of
+from ds_moe.models.families import FAMILIES, family_of, moe_layers_of
 from ds_moe.replay.traces import RoutingTrace
 
 LIVE = -1  # stands for an expert id where the router decides
@@ -38,6 +38,8 @@ class RoutingShape:
     def of(cls, config: PretrainedConfig) -> RoutingShape:
         """Of a model's config. Raises `UserError` for a model without experts."""
         text = config.get_text_config()
+        if config.model_type in FAMILIES and not family_of(config).measured:
+            raise UserError(f"routing replay: it has not been held against {config.model_type} models; leave it out")
         moe = moe_layers_of(text)
         if not moe:
             raise UserError(f"routing replay: a {text.model_type} model without MoE layers (leave its routing out)")

@@ -16,6 +16,7 @@ from ds_moe.distributed import together
 from ds_moe.engine.start import on_cpu
 from ds_moe.errors import all_in_one
 from ds_moe.models.processor import save_processor
+from ds_moe.models.stored_names import carried_tensors
 from ds_moe.training.run import Run
 
 
@@ -73,7 +74,12 @@ def save_checkpoint(run: Run) -> None:
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
     folder, keep = run.folder / "checkpoints", run.config.checkpoint.keep
-    run.saving = Saving(run.engine, run.parts.topology, folder, state, write_extras, keep, run.base, run.watch.pulse)
+    topology, carried = run.parts.topology, {}
+    if run.base is None:  # otherwise an export reads them from the base, as it does the base's weights
+        carried = carried_tensors(run.engine.module, run.config.model.path, topology.rank, topology.world_size)
+    run.saving = Saving(
+        run.engine, topology, folder, state, write_extras, keep, run.base, carried, progress=run.watch.pulse
+    )
     if not run.config.checkpoint.background:
         finish_saving(run)
 

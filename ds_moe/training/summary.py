@@ -35,9 +35,8 @@ def run_summary(run: Run) -> str:
         f"lr {config.train.lr:g}, {config.train.schedule}, {config.train.warmup_steps} warm-up"
     )
     device, host = (sum(part.values()) / 2**30 for part in (run.memory.device, run.memory.host))
-    lines.append(
-        f"memory    about {device:.1f} GiB a rank at the peak{f', {host:.1f} GiB on the host' if host else ''}"
-    )
+    peak = "at the peak" if run.memory.whole else "and activations, which are not predicted of this family"
+    lines.append(f"memory    about {device:.1f} GiB a rank {peak}{f', {host:.1f} GiB on the host' if host else ''}")
     lines += run.kind.summary(engine.module, config)
     lines += run.kind.records_summary(parts.stream.remembered)
     lines.append("parameters on this rank's EP share (trainable / all):")

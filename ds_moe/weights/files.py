@@ -197,14 +197,14 @@ def shards(sizes: dict[str, int], most: int) -> list[list[str]]:
 def write_weights(
     out: Path,
     plan: list[list[str]],
-    named: Callable[[str], tuple[str, Tensor]],
+    named: Callable[[str], dict[str, Tensor]],
     note: Callable[[str], None] = lambda line: None,
 ) -> Written:
     """Write one file after the other, and an index if there are several; one file's tensors are in memory at a time.
 
     Args:
         plan: keys of each file, see `shards`.
-        named: a key's name in the file, and its tensor as it is to be stored.
+        named: what a file holds for a key, by name.
         note: is told of every file that was written.
 
     Raises:
@@ -214,7 +214,7 @@ def write_weights(
     parameters = size = 0
     for number, keys in enumerate(plan, start=1):
         file = out / (WEIGHTS if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors")
-        tensors = {name: tensor.contiguous() for name, tensor in map(named, keys)}
+        tensors = {name: tensor.contiguous() for key in keys for name, tensor in named(key).items()}
         try:
             write_tensors(file, tensors)
         except (OSError, SafetensorError) as error:  # of a full disk safetensors makes the second

@@ -6,7 +6,7 @@ In memory transformers keeps the E experts of a layer stacked, gate rows above u
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import torch
@@ -20,12 +20,13 @@ ExpertLayout = Literal["memory", "hub"]  # of stacked experts
 
 LAYOUTS: dict[str, str] = {
     "memory": "as transformers keeps experts in memory: (E, 2I, H) and (E, H, I)",
-    "hub": "as the Qwen3-VL-MoE checkpoints on the hub store experts: (E, H, 2I) and (E, I, H)",
+    "hub": "as the family's checkpoints on the hub store experts, Qwen3-VL-MoE's as (E, H, 2I) and (E, I, H) and most "
+    "others' as one tensor an expert",
 }
 
-# Name of a stacked weight -> the projections of one expert that lie in it one above the other, as files which hold one
-# tensor an expert call them: `experts.3.up_proj.weight`.
-Projections = Mapping[str, tuple[str, ...]]
+# What files hold a weight in: the name of a tensor of its size, or of stacked experts the names of one tensor for each
+# expert, in a list for each of the projections that lie in the weight one above the other.
+Source = str | list[list[str]]
 SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 
 Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a weight, in the layout and shape it has in memory
@@ -65,21 +66,20 @@ def in_layout(expert: Tensor, layout: ExpertLayout) -> Tensor:
     return expert.transpose(1, 2) if layout == "hub" else expert
 
 
-def stored_rows(files: SafetensorsFiles, name: str, shape: torch.Size, projections: Projections) -> Rows | None:
+def stored_rows(files: SafetensorsFiles, source: Source | None, shape: torch.Size) -> Rows | None:
     """How to read the rows of a weight, of this shape over all ranks, from files of any layout; None where they do not
-    hold it. `projections` are empty for a model without experts."""
-    if files.shapes.get(name) == shape:
-        return lambda start, stop: files.read(name, start, stop)
-    if len(shape) == 3 and files.shapes.get(name) == (shape[0], shape[2], shape[1]):
-        return lambda start, stop: files.read(name, start, stop).transpose(1, 2)
-    experts, _, stacked = name.rpartition(".")
-    if stacked not in projections:
+    hold it. `source` is of `models/stored_names.py`."""
+    if isinstance(source, str):
+        name, stored = source, files.shapes[source]
+        if stored == shape:
+            return lambda start, stop: files.read(name, start, stop)
+        if len(shape) == 3 and stored == (shape[0], shape[2], shape[1]):
+            return lambda start, stop: files.read(name, start, stop).transpose(1, 2)
         return None
-    names = [[f"{experts}.{expert}.{one}.weight" for one in projections[stacked]] for expert in range(shape[0])]
-    if any(one not in files.shapes for expert in names for one in expert):
+    if source is None or any(len(experts) != shape[0] for experts in source):
         return None
     return lambda start, stop: torch.stack(
-        [torch.cat([files.read(one) for one in expert]) for expert in names[start:stop]]
+        [torch.cat(list(map(files.read, expert))) for expert in zip(*(one[start:stop] for one in source), strict=True)]
     )
 
 

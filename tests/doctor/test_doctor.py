@@ -188,7 +188,11 @@ BROKEN = {
         2,
         "run.yaml:2: model.path nowhere is no folder",
     ),
-    "other family": (other_family, 2, "run.yaml:2: model.path model is a llama model; must be one of qwen3_vl_moe,"),
+    "other family": (
+        other_family,
+        2,
+        "run.yaml:2: model.path model: model_type 'llama' is not supported; supported: ",
+    ),
     "frozen nothing": (
         lambda: edit("tiny-vl-moe", "tiny-vl-moe\n  freeze: [adapter]"),
         2,

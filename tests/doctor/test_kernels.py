@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ds_moe.cli import main
+from ds_moe.doctor import model
 from ds_moe.moe.backends import optional
 from ds_moe.moe.backends.megablocks import Megablocks
 
@@ -50,3 +51,23 @@ def test_what_cpu_ranks_get_is_shown_and_too_many_threads_are_a_warning(capsys, 
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     code, [line], _ = doctor(capsys)
     assert code == 0 and line.startswith("warning  OMP_NUM_THREADS=8 x 2 ranks is more than 8 cores")
+
+
+def test_linear_attention_without_its_kernels_is_a_warning_where_they_could_run(capsys, monkeypatch):
+    preset = "model.preset=tiny-qwen3.5-moe"
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    code, [line], _ = doctor(capsys, preset)
+    assert code == 0 and "GiB a rank and activations, which are not predicted of qwen3_5_moe models" in line
+    _, lines, _ = doctor(capsys, preset, "--device-memory", "80GB")
+    [line] = [line for line in lines if "linear attention" in line]
+    assert "1 of 2 layers have linear attention; flash-linear-attention and causal-conv1d cannot be imported" in line
+    monkeypatch.setattr(model, "find_spec", lambda name: object())
+    _, lines, _ = doctor(capsys, preset, "--device-memory", "80GB")
+    assert not [line for line in lines if "linear attention" in line]
+
+
+def test_packed_rows_of_a_family_with_linear_attention_are_refused_by_name(capsys):
+    code, lines, _ = doctor(capsys, "model.preset=tiny-qwen3.5-moe", "data.packing=true")
+    assert code == 1 and any(
+        "data.packing: samples in one row of a qwen3_5_moe model may mix" in line for line in lines
+    )

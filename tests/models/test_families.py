@@ -20,6 +20,7 @@ from ds_moe.models.router_forms import ROUTER_FORMS, form_of
 from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.moe.in_block import GivenRouter
 from ds_moe.moe.routers import ROUTERS
+from tests.models import family_table
 from tests.models.tiny_families import build
 
 LOSS, GRADIENT = 1e-6, 5e-6  # fp32 sums in another order; gradients relative to each tensor's largest entry
@@ -251,6 +252,13 @@ def test_each_rank_keeps_its_own_rows_of_every_weight(family):
             assert torch.equal(parameter, expected[2 * rank : 2 * rank + 2] if expert_state(name) else expected), name
 
 
+def test_loss_free_balancing_counts_the_experts_of_all_ranks():
+    model, _ = build("glm4_moe")
+    convert(model, MoEConfig(ep_size=2, balance=[{"kind": "loss_free"}]), ExpertParallel(size=2, rank=1))
+    for layer in moe_layers(model):
+        assert layer.gate.balancing.counts_E.shape == (8,) and len(layer.gate_up_proj) == 4
+
+
 def with_experts():
     """Every type of the registry whose modeling file has experts and that is a causal language model or sees images."""
     trained = {
@@ -284,3 +292,14 @@ def test_a_refusal_is_one_line_with_the_reason(family):
     with pytest.raises(UserError, match=f"the experts of a {family} model cannot be trained: ") as caught:
         convert(model, MoEConfig())
     assert "\n" not in str(caught.value)
+
+
+def test_the_table_of_families_names_every_one():
+    """That of docs/models.md; what it says of each is compared by the next test."""
+    named = re.findall(r"^\| `(\w[\w-]*)` \|", family_table.written(family_table.PAGE.read_text()), re.M)
+    assert named == ["model_type", *sorted(TEXT_BLOCKS | IMAGE_BLOCKS), *sorted(REFUSED)]
+
+
+@pytest.mark.slow
+def test_the_table_of_families_says_what_they_can_do():
+    assert family_table.written(family_table.PAGE.read_text()) == family_table.table()

@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from transformers import CONFIG_MAPPING, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoTokenizer, Qwen3_5MoeModel
 
 from ds_moe.data.digits import ANSWERS, QUESTIONS
 from ds_moe.errors import UserError
+from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import (
     SPECIAL_TOKENS,
     TextProcessor,
@@ -133,3 +135,16 @@ def test_errors_name_the_folder_and_the_fix(tmp_path):
         load_processor(tmp_path)
     with pytest.raises(ValueError, match="kind 'audio'"):
         tiny_processor("audio")
+
+
+def test_positions_are_those_that_qwen3_5_makes():
+    """Its runs are given the positions of Qwen3-VL's processor, as Qwen3-VL's are."""
+    processor = tiny_processor()
+    image, start = processor.image_token_id, processor.vision_start_token_id
+    ids_S = torch.tensor([7, 8, start, *[image] * 8, 9, start, *[image] * 4, 10])
+    grid = torch.tensor([[1, 4, 8], [1, 4, 4]])
+    with torch.device("meta"):
+        model = Qwen3_5MoeModel(preset_config("tiny-qwen3.5-moe"))
+    types = (ids_S == image).int().unsqueeze(0)
+    expected, _ = model.get_rope_index(ids_S.unsqueeze(0), mm_token_type_ids=types, image_grid_thw=grid)
+    assert torch.equal(processor.position_ids(ids_S, grid)[1:], expected.squeeze(1))

@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from ds_moe.config.moe import MoEConfig
 from ds_moe.config.sections import LoRAConfig, ModelConfig
 from ds_moe.errors import UserError
-from ds_moe.models import streaming
+from ds_moe.models import stored_names, streaming
 from ds_moe.models.convert import convert
-from ds_moe.models.families import expert_state, family_of
+from ds_moe.models.families import TRAINED_BLOCKS, expert_state
 from ds_moe.models.load import load_model
 from ds_moe.models.lora import add_lora
+from ds_moe.models.stored_names import HubNames, sources_of
 from ds_moe.models.streaming import copy_range, read_unread
 from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.weights import files as weight_files
@@ -22,6 +23,7 @@ from ds_moe.weights.layouts import stored_rows
 from ds_moe.weights.unread import is_unread
 from tests.models.streamed import FORMS, change, file_of, write
 from tests.models.test_convert import batch_for
+from tests.models.tiny_families import build
 
 NAME = "model.language_model.layers.0.mlp.experts.down_proj"
 
@@ -125,13 +127,15 @@ def test_an_unread_weight_takes_no_memory_and_poisons_what_uses_it(vl):
 def test_any_range_of_any_layout_in_blocks_of_any_size(form, tmp_path, monkeypatch):
     """ZeRO-3 shards begin and end within rows and within experts."""
     theirs = load_model(ModelConfig(path=str(write(tmp_path, form))), torch.float32)
+    stored = SafetensorsFiles.find(str(tmp_path)).shapes
+    sources = sources_of(theirs, theirs.state_dict(), stored)
     for block, mapped in itertools.product((1, 5000, 2**24), (0, 2**26)):
         monkeypatch.setattr(streaming, "BLOCK", block)
         monkeypatch.setattr(weight_files, "MAPPED", mapped)
         files = SafetensorsFiles.find(str(tmp_path))
         for name in (name for name, _ in theirs.named_parameters() if "layers.1.mlp" in name or "patch_embed" in name):
             weight = theirs.get_parameter(name).detach()
-            rows = stored_rows(files, name, weight.shape, family_of(theirs).projections)
+            rows = stored_rows(files, sources.get(name), weight.shape)
             total, width = weight.numel(), weight.shape[1:].numel()
             for start, stop in ((0, total), (1, total - 1), (total // 3, 2 * total // 3), (total - 1, total), (7, 7)):
                 into = torch.empty(stop - start)
@@ -179,15 +183,47 @@ def test_files_that_cannot_be_read(tmp_path, unread):
         load_model(ModelConfig(path=str(tmp_path)), torch.float32, unread=unread)
 
 
-def test_what_cannot_be_streamed_is_loaded_complete(tmp_path):
-    """Names that transformers translates: here those of the model inside, without the prefix."""
+def test_names_that_transformers_translates_are_streamed_too(tmp_path):
+    """Here those of the model inside, without the prefix."""
     write(tmp_path, "moe stacked")
     expected = load_model(ModelConfig(path=str(tmp_path)), torch.float32)
     file = tmp_path / "model.safetensors"
     save_file({name.removeprefix("model."): value for name, value in load_file(file).items()}, file)
     model = load_model(ModelConfig(path=str(tmp_path)), torch.float32, unread=True)
+    assert all(is_unread(parameter) for parameter in model.parameters())
+    read_unread(model, SafetensorsFiles.find(str(tmp_path)), ExpertParallel(), whole)
+    assert differing(model, expected) == []
+
+
+def test_what_cannot_be_streamed_is_loaded_complete(tmp_path, monkeypatch):
+    """Weights that transformers would compute in another way than stacking tensors."""
+    write(tmp_path, "moe per expert")
+    expected = load_model(ModelConfig(path=str(tmp_path)), torch.float32)
+    monkeypatch.setattr(stored_names, "_stacks", lambda operations: False)
+    model = load_model(ModelConfig(path=str(tmp_path)), torch.float32, unread=True)
     assert not any(is_unread(parameter) for parameter in model.parameters())
     assert differing(model, expected) == []
+
+
+@pytest.mark.parametrize("family", [*TRAINED_BLOCKS, "qwen3_5_moe"])
+def test_a_family_whose_block_stays_is_streamed_and_written_as_its_hub_names_it(family, tmp_path):
+    source, _ = build(family)
+    source.save_pretrained(tmp_path)
+    files = SafetensorsFiles.find(str(tmp_path))
+    config = ModelConfig(path=str(tmp_path), attention="eager")
+    for dtype, ep in ((torch.bfloat16, ExpertParallel()), (torch.float32, ExpertParallel(2, 1))):
+        ours, theirs = (load_model(config, dtype, unread=unread) for unread in (True, False))
+        assert all(is_unread(parameter) for parameter in ours.parameters())
+        for model in (ours, theirs):
+            convert(model, MoEConfig(ep_size=ep.size), ep)
+        read_unread(ours, files, ep, whole)
+        assert differing(ours, theirs) == []
+    names = HubNames(source)
+    weights = {name: value.detach() for name, value in source.state_dict().items()}
+    written = [names.tensors({name: weights[name] for name in group}) for group in names.groups(weights)]
+    in_files = {name: tensor for tensors in written for name, tensor in tensors.items()}
+    assert in_files.keys() == files.shapes.keys() and len(in_files) == sum(map(len, written))
+    assert all(torch.equal(in_files[name], files.read(name)) for name in in_files)
 
 
 @pytest.mark.parametrize("unread", [False, True])

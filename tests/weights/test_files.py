@@ -12,7 +12,7 @@ from ds_moe.weights.files import MappedFiles, write_tensors, write_weights
 def test_a_file_that_the_system_refuses_is_named_in_one_line(tmp_path):
     """As a full disk is: safetensors raises an error of its own kind for both."""
     with pytest.raises(UserError, match="model.safetensors cannot be written") as raised:
-        write_weights(tmp_path / "missing", [["a"]], lambda key: (key, torch.ones(2)))
+        write_weights(tmp_path / "missing", [["a"]], lambda key: {key: torch.ones(2)})
     assert "\n" not in str(raised.value)
 
 

@@ -14,10 +14,13 @@ from ds_moe.config.run import RunConfig, task_is
 if TYPE_CHECKING:  # `ds-moe train` reads a run file without torch and transformers
     from transformers import PretrainedConfig
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 
 def expert_count(model_config: PretrainedConfig) -> int | None:
-    """Experts of each MoE block (attribute_map hides two spellings), or None for a dense model."""
-    return getattr(model_config.get_text_config(), "num_experts", None)
+    """Experts of each MoE block, as the config spells it, or None for a dense model."""
+    text = model_config.get_text_config()
+    return next((found for key in EXPERTS if (found := getattr(text, key, None)) is not None), None)
 
 
 def contradictions(

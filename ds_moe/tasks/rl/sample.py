@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from ds_moe.config.rules.model import expert_count
 from ds_moe.config.sections import DataConfig, ModelConfig
 from ds_moe.data.chat import BadRecord, Sample, final_answer
 from ds_moe.data.chat_template import TokenRules, end_token
@@ -172,7 +173,7 @@ def _complete(
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling)
     scored = _SampledLogProbs(temperature or 1.0)
-    experts = getattr(model.config.get_text_config(), "num_experts", None)
+    experts = expert_count(model.config)
     width = batch["input_ids"].shape[1]
     with RoutingRecorder(model) if experts else nullcontext() as recorder:
         output = model.generate(**batch, generation_config=config, logits_processor=LogitsProcessorList([scored]))

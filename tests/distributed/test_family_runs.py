@@ -1,0 +1,147 @@
+"""Whole runs of families whose block stays: a folder is read, trained with its experts over two ranks under ZeRO-3,
+saved, resumed and exported, and plain transformers loads the export."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from ds_moe.checkpoint.files import Reader
+from ds_moe.export.model import export_checkpoint
+from ds_moe.models.families import FAMILIES, TRAINED_BLOCKS
+from ds_moe.models.presets import build_preset
+from ds_moe.models.processor import save_processor, tiny_processor
+from ds_moe.weights.files import SafetensorsFiles
+from tests.launcher import run_ranks
+from tests.models.tiny_families import build
+
+ANSWERS = {"one": "eno", "two": "owt"}
+MOVES = "glm4_moe"  # with loss-free balancing, which moves the family's own bias
+PER_EXPERT = {"deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_next"}  # in files of the hub
+WITH_IMAGES = [name for name, family in FAMILIES.items() if family.vision and not family.measured]
+EVERY = [*TRAINED_BLOCKS, *WITH_IMAGES]
+STOPPED, LAST = "step_00000002", "step_00000004"
+SPECULATION = {  # as Qwen3.5's files hold the weights of multi-token prediction, some of them one an expert
+    "mtp.fc.weight": torch.randn(64, 128).bfloat16(),
+    "mtp.norm.weight": torch.randn(64),
+    **{
+        f"mtp.layers.0.mlp.experts.{e}.{one}_proj.weight": torch.randn(48, 64) for e in (0, 1) for one in ("up", "gate")
+    },
+}
+
+
+def folder_of(family: str, path: Path) -> Path:
+    kind = "vl" if family in WITH_IMAGES else "text"
+    processor = tiny_processor(kind)
+    tokenizer = processor.tokenizer
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    if kind == "vl":
+        model: PreTrainedModel = build_preset(str(FAMILIES[family].preset))
+    else:
+        model, _ = build(family, vocab_size=len(tokenizer), **ids)
+    model.save_pretrained(path)
+    save_processor(processor, path)
+    if kind == "vl":
+        file = path / "model.safetensors"
+        save_file({**load_file(file), **SPECULATION}, file, metadata={"format": "pt"})
+    return path
+
+
+def _record(question: str, answer: str, image: str | None = None) -> str:
+    parts = [{"type": "image", "image": image}] if image else []
+    messages = [
+        {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": answer},
+    ]
+    return json.dumps({"messages": messages}) + "\n"
+
+
+def case(family: str, folder: Path, name: str) -> list[object]:
+    keys = [f"model.path={folder / family}", f"train.output_dir={folder / name / family}"]
+    keys += ["model.attention=eager"] if family == "gpt_oss" else []  # it has no other on a CPU
+    keys += ["moe.balance=[{kind: loss_free, update_rate: 0.05}]"] if family == MOVES else []
+    keys += [f"data.train={folder / 'mixed.jsonl'}", "data.shuffle=false"] if family in WITH_IMAGES else []
+    return [family, keys, "train"]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    reader = Reader(path)
+    return {key: reader.read(key) for key in reader.tensors}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("families")
+    for family in EVERY:
+        folder_of(family, folder / family)
+    (folder / "qa.jsonl").write_text("".join(_record(*pair) for pair in ANSWERS.items()) * 4)
+    Image.linear_gradient("L").resize((16, 16)).save(folder / "a.png")
+    image, text = _record("which", "a", "a.png"), _record("one", "eno")  # in some step one rank has no image
+    (folder / "mixed.jsonl").write_text((image * 2 + text * 2 + image + text + image + text) * 2)
+    run = {
+        "model": {"path": "given for each"},
+        "data": {"train": str(folder / "qa.jsonl"), "max_length": 64},
+        "moe": {"ep_size": 2},
+        "train": {"precision": "fp32", "steps": 4, "lr": 0.01, "gradient_checkpointing": True}
+        | {"micro_batch_size": 2, "global_batch_size": 4},
+        "checkpoint": {"every": 2, "keep": 2},
+        "monitor": {"tensorboard": False},
+        "deepspeed": str(Path("ds_configs/zero3.json").resolve()),
+    }
+    (folder / "run.yaml").write_text(json.dumps(run))  # JSON is YAML
+    for name in ("whole", "resumed"):
+        cases = [case(family, folder, name) for family in EVERY]
+        run_ranks("tests/distributed/resume_ranks.py", 2, [json.dumps(cases), str(folder / "run.yaml")])
+        if name == "whole":
+            for family in EVERY:
+                kept = Path("checkpoints") / STOPPED
+                shutil.copytree(folder / "whole" / family / kept, folder / "resumed" / family / kept)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", EVERY)
+def test_a_resumed_run_equals_one_that_never_stopped(runs, family):
+    whole, resumed = (tensors(runs / name / family / "checkpoints" / LAST) for name in ("whole", "resumed"))
+    stopped = tensors(runs / "whole" / family / "checkpoints" / STOPPED)
+    assert whole.keys() == resumed.keys() == stopped.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    learned = [key for key in whole if key.startswith("weight/") and not torch.equal(whole[key], stopped[key])]
+    assert "weight/lm_head.weight" in learned
+    assert any(".experts." in key for key in learned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("layout", ["hub", "memory"])
+def test_an_export_is_the_trained_model_in_plain_transformers(runs, family, layout, tmp_path):
+    written = export_checkpoint(runs / "whole" / family, tmp_path / "export", layout)
+    kind = AutoModelForImageTextToText if family in WITH_IMAGES else AutoModelForCausalLM
+    plain = kind.from_pretrained(tmp_path / "export").state_dict()
+    trained = tensors(runs / "whole" / family / "checkpoints" / LAST)
+    kept = {key.partition("/")[2]: value for key, value in trained.items() if key.startswith(("weight/", "buffer/"))}
+    assert kept.keys() == plain.keys()
+    assert all(torch.equal(plain[name], value) for name, value in kept.items())
+    stored = SafetensorsFiles.of_folder(tmp_path / "export").shapes
+    single = any(".experts.0." in name for name in stored if name not in SPECULATION)
+    assert single == (layout == "hub" and family in PER_EXPERT) and written.layout == layout
+    source = kind.from_pretrained(runs / family).state_dict()
+    biases = [name for name in plain if name.endswith("e_score_correction_bias")]
+    assert bool(biases) == (family in ("glm4_moe", "deepseek_v3"))
+    for name in biases:  # read from the file, and moved only where the run asks for it
+        assert source[name].abs().max() > 0
+        assert torch.equal(plain[name], source[name]) == (family != MOVES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", WITH_IMAGES)
+def test_weights_of_multi_token_prediction_go_through_as_they_are(runs, family, tmp_path):
+    export_checkpoint(runs / "resumed" / family, tmp_path / "export")
+    files = load_file(tmp_path / "export" / "model.safetensors")
+    for name, value in SPECULATION.items():
+        assert files[name].dtype == value.dtype and torch.equal(files[name], value)
