@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -57,6 +57,7 @@ class Template:
     """What a conversation of one question and one answer shows of a model's template."""
 
     end: str | None  # the token that ends an answer; None: the template refuses such a conversation
+    closing: str  # what stands behind the last answer but the template does not write, up to `end`; mostly nothing
     opened: str  # what a generation prompt writes of the answer itself, such as "<think>\n"
     shows_reasoning: bool  # whether `reasoning_content` is written anywhere
 
@@ -82,6 +83,7 @@ def tokenize(
     template = _template(processor)
     conversation = _Conversation(turns, tools, processor, rules.content_tokens)
     conversation.check_complete(template)
+    conversation.close(template)
     learned = [index for index in conversation.answers if turns[index].weight]
     if rules.train_on == "last":
         learned = [index for index in learned if index == conversation.answers[-1]]
@@ -145,6 +147,14 @@ class _Conversation:
             reason = "opens a thought where it asks for an answer, and writes none before this record's last one"
             raise RecordError(f"{THE_TEMPLATE} {reason} (write the thought as <think>...</think> before the answer)")
         raise self._differs(self.answers[-1])
+
+    def close(self, template: Template) -> None:
+        """Write behind the last answer what the next turn would begin with, where nothing else ends an answer."""
+        last = len(self.turns) - 1
+        if template.closing and self.answers[-1] == last and not self.turns[last].calls:  # which end otherwise
+            text = self.whole.text + template.closing
+            end = (len(text) - len(str(template.end)), len(text))
+            self.whole = replace(self.whole, text=text, special=[*self.whole.special, end])
 
     def span(self, index: int, template: Template) -> tuple[int, int]:
         """[start, end) of an answer: from where its generation starts to the end of its end token."""
@@ -288,21 +298,42 @@ def _template(processor: Processor) -> Template:
     """Raises `UserError` for a template that shows not even one question and one answer as it will be asked, be it
     with a thought."""
     question, answer = Turn("user", ("a",)), Turn("assistant", ("b",))
-    unknown = Template(None, "", False)
+    unknown = Template(None, "", "", False)
     failures: list[RecordError] = []
     for tried in (answer, Turn("assistant", ("<think>\nc\n</think>\n\nb",))):
         try:
             probe = _Conversation((question, tried), (), processor)
             probe.check_complete(None)
+            closing = _closing(probe, processor)
+            probe.close(replace(unknown, end=closing[1], closing=closing[0]))
             _, ends = probe.span(1, unknown)
         except RecordError as error:
             failures.append(error)
             continue
         end = next(probe.whole.text[start:last] for start, last in probe.whole.special if last == ends)
-        return Template(end, _opened(processor, question, answer), _shows_reasoning(processor, question))
+        return Template(end, closing[0], _opened(processor, question, answer), _shows_reasoning(processor, question))
     if any("refuses this conversation" in str(error) for error in failures):
         return unknown
     raise UserError(str(failures[0]).replace(THE_TEMPLATE, "model: its chat template", 1)) from failures[0]
+
+
+def _closing(asked: _Conversation, processor: Processor) -> tuple[str, str | None]:
+    """(text, its control token) with which the turn after an answer begins, if the template ends answers by nothing
+    else and no answer begins with that token: GLM's models stop at <|user|>. ("", None) otherwise."""
+    whole, (question, answer) = asked.whole.text, asked.turns
+    behind = max(asked.whole.at.values())
+    if any(start >= behind for start, _ in asked.whole.special):
+        return "", None
+    try:
+        longer = _Conversation((question, answer, question, answer), (), processor).whole
+    except RecordError:
+        return "", None
+    following = [(start, end) for start, end in longer.special if start >= len(whole)]
+    if not longer.text.startswith(whole) or not following:
+        return "", None
+    token = longer.text[slice(*following[0])]
+    prompted = asked.prompt[asked.whole.at[0] :]  # from the question's text on
+    return ("", None) if token in prompted else (longer.text[len(whole) : following[0][1]], token)
 
 
 def _opened(processor: Processor, question: Turn, answer: Turn) -> str:

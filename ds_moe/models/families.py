@@ -161,19 +161,22 @@ FAMILIES["qwen3_5_moe"] = Family(  # also Qwen3.6's name
     },
     measured=False,
 )
-# Causal language models that keep their block: model_type -> what the block calls its router.
-TRAINED_BLOCKS = {
-    "deepseek_v3": "gate",
-    "glm4_moe": "gate",
-    "gpt_oss": "router",
-    "mixtral": "gate",
-    "olmoe": "gate",
-    "qwen2_moe": "gate",
-    "qwen3_next": "gate",
+FAMILIES["glm4v_moe"] = Family(  # GLM-4.5V and GLM-4.6V
+    "Glm4vMoeForConditionalGeneration",
+    decoder="model.language_model",
+    vision="model.visual",
+    moe=MoEBlock(""),
+    measured=False,
+)
+# Causal language models that keep their block: the block's path in a layer, what it calls its router -> model types.
+_KEPT = {
+    ("mlp", "gate"): "deepseek_v3 glm4_moe mixtral olmoe qwen2_moe qwen3_next",
+    ("mlp", "router"): "gpt_oss",
 }
+TRAINED_BLOCKS = {name: block for block, names in _KEPT.items() for name in names.split()}
 FAMILIES |= {
-    name: Family(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], decoder="model", moe=MoEBlock("", gate=gate), measured=False)
-    for name, gate in TRAINED_BLOCKS.items()
+    name: Family(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], "model", MoEBlock("", path, gate=gate), measured=False)
+    for name, (path, gate) in TRAINED_BLOCKS.items()
 }
 TRANSPOSED_ON_HUB = [name for name, family in FAMILIES.items() if family.moe and family.moe.transposed_on_hub]
 PRESETS = {family.preset: name for name, family in FAMILIES.items() if family.preset}  # preset -> model_type
@@ -194,7 +197,8 @@ def unsupported(model_type: str) -> str:
     if model_type in REFUSED:
         return f"is not supported, because {REFUSED[model_type]}; {known}"
     if model_type in TEXT_BLOCKS | IMAGE_BLOCKS:
-        return f"is not supported by ds-moe, only by ds_moe.models.convert in a loop of your own; {known}"
+        why = ", which does not read its images" if model_type in IMAGE_BLOCKS else ""
+        return f"is not supported by ds-moe{why}; ds_moe.models.convert takes it in a loop of your own; {known}"
     return f"is not supported; {known}"
 
 

@@ -13,10 +13,12 @@ from ds_moe.errors import UserError, one_line
 from ds_moe.models.families import FAMILIES, PRESETS, family_of, unsupported
 from ds_moe.models.folder import read_model_config
 from ds_moe.models.presets import build_preset, preset_config
-from ds_moe.models.processor import Qwen3VLProcessor, load_processor, tiny_processor
+from ds_moe.models.processor import load_processor, tiny_processor
+from ds_moe.models.router_forms import selection_biases
 from ds_moe.models.stored_names import sources_of
 from ds_moe.models.ties import tie_as_stored, untie_config
 from ds_moe.models.tower import lighten_tower, outline_tower
+from ds_moe.models.vl_processors import ImagesOnly
 from ds_moe.weights.files import SafetensorsFiles
 from ds_moe.weights.layouts import stored_rows, uneven_experts
 from ds_moe.weights.unread import leave_unread
@@ -44,7 +46,7 @@ def processor_of(config: ModelConfig) -> Processor:
     else:
         family = FAMILIES.get(PRESETS.get(str(config.preset), ""))
         processor = tiny_processor("vl" if family is not None and family.vision else "text")
-    if isinstance(processor, Qwen3VLProcessor):
+    if isinstance(processor, ImagesOnly):
         processor.tower = outline_tower(model_config(config))
     return processor
 
@@ -101,20 +103,25 @@ def _load(config: ModelConfig, dtype: torch.dtype, seed: int, unread: bool) -> P
 
 
 def _readable(model: PreTrainedModel, files: SafetensorsFiles) -> Callable[[], None] | None:
-    """How to read the buffers of a model on the meta device from its files; None where they do not hold each of its
-    weights and buffers so that a rank could read its rows only."""
+    """How to read what each rank keeps whole of a model on the meta device; None where its files do not hold each of
+    its weights and buffers so that a rank could read its rows only."""
     state, parameters = model.state_dict(), dict(model.named_parameters())
     sources = sources_of(model, state, files.shapes)
-    buffers = state.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
-    rows = {name: stored_rows(files, sources.get(name), state[name].shape) for name in {*parameters, *buffers}}
+    kept = state.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()  # buffers
+    kept |= {name for name in selection_biases(model) if name in parameters}
+    rows = {name: stored_rows(files, sources.get(name), state[name].shape) for name in {*parameters, *kept}}
     if None in rows.values():
         return None
 
     def fill() -> None:
-        for name in buffers:
-            buffer, read = model.get_buffer(name), rows[name]
+        for name in kept:
+            read, value = rows[name], state[name]
             assert read is not None
-            buffer.copy_(read(0, max(1, len(buffer) if buffer.dim() else 1)))
+            read_value = read(0, max(1, len(value) if value.dim() else 1)).to(value.dtype).clone()
+            if name in parameters:
+                model.get_parameter(name).data = read_value
+            else:
+                model.get_buffer(name).copy_(read_value)
 
     return fill
 

@@ -1,25 +1,21 @@
 """Processors, which turn chat text and images into a model's inputs.
 
-The processor of a vision-language (VL) model is a `Qwen3VLProcessor`. The tokenizer of a text-only model is wrapped in
-a `TextProcessor`, so that callers read `.tokenizer`, `.image_processor` and `.chat_template` of either. Those of the
-tiny presets are built from code, offline.
+The processor of a vision-language (VL) model is one of `vl_processors.py`. The tokenizer of a text-only model is
+wrapped in a `TextProcessor`, so that callers read `.tokenizer`, `.image_processor` and `.chat_template` of either.
+Those of the tiny presets are built from code, offline.
 """
 
 import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import torch
-import transformers
 from tokenizers import AddedToken, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, Qwen2Tokenizer
-from transformers import Qwen3VLProcessor as HFQwen3VLProcessor
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -28,13 +24,9 @@ from transformers.utils import cached_file
 from ds_moe.data.digits import ANSWERS, QUESTIONS
 from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError
-from ds_moe.models.tower import tower_inputs
+from ds_moe.models.vl_processors import EOS, IMAGE, PAD, VIDEO, VL_PROCESSORS, ImagesOnly, Qwen3VLProcessor
 
-PAD, EOS, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 SPECIAL_TOKENS = [PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO]
-# The names that folders use for one image processor. Its class that resizes with PIL is always taken: AutoProcessor
-# would take the one that resizes with torchvision, to other pixels, wherever that is installed.
-IMAGE_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 VIDEO_CONFIG = "video_preprocessor_config.json"
 TINY_PATCH = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
 TINY_PIXELS = {"shortest_edge": 64, "longest_edge": 4096}  # least and most pixels of a resized image: 1 to 64 tokens
@@ -60,48 +52,6 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
-
-
-class Qwen3VLProcessor(HFQwen3VLProcessor):
-    """Qwen3-VL's processor for images and text, without the video half, which cannot be built without torchvision.
-
-    It keeps its parent's name: `save_pretrained` writes the class name, and a saved folder must name a class that
-    plain transformers knows. `video_config` holds what the folder says of videos, for the next save.
-    """
-
-    def __init__(
-        self,
-        image_processor: BaseImageProcessor | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        chat_template: str | None = None,
-    ) -> None:
-        self.image_token, self.video_token = IMAGE, VIDEO
-        self.vision_start_token, self.vision_end_token = "<|vision_start|>", "<|vision_end|>"
-        for name in ("image", "video", "vision_start", "vision_end"):
-            setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(getattr(self, f"{name}_token")))
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-        self.video_processor = None
-        self.video_config: dict[str, object] | None = None
-        self.tower: nn.Module | None = None  # of the run's model, without storage; None: not known
-
-    def tower_inputs(self, image_grid_thw: Tensor) -> dict[str, Any]:
-        """See `ds_moe.data.processor.Processor`. `transformers` hands on to the tower what begins with "image_"."""
-        made = tower_inputs(self.tower, image_grid_thw) if self.tower is not None else {}
-        return {f"image_{name}": value for name, value in made.items() if name != "grid_thw"}
-
-    def position_ids(self, input_ids_S: Tensor, image_grid_thw: Tensor | None) -> Tensor:
-        """(4, S): see `ds_moe.data.processor.Processor`. The model's own method computes them, without a model."""
-        of = transformers.Qwen3VLModel
-        merge = SimpleNamespace(spatial_merge_size=self.image_processor.merge_size)
-        stand_in = SimpleNamespace(
-            config=SimpleNamespace(vision_config=merge),
-            get_vision_position_ids=lambda *args, **kwargs: of.get_vision_position_ids(None, *args, **kwargs),
-        )
-        images_1S = (input_ids_S == self.image_token_id).long().unsqueeze(0)
-        rope, _ = of.get_rope_index(
-            stand_in, input_ids_S.unsqueeze(0), mm_token_type_ids=images_1S, image_grid_thw=image_grid_thw
-        )
-        return torch.cat([torch.arange(len(input_ids_S)).unsqueeze(0), rope.squeeze(1)])
 
 
 @dataclass(eq=False)
@@ -215,14 +165,16 @@ def _image_settings(path: str | Path) -> dict[str, object] | None:
         return None
 
 
-def _vl_processor(path: str | Path, images: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> Qwen3VLProcessor:
+def _vl_processor(path: str | Path, images: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> ImagesOnly:
     """A processor put together from its parts: AutoProcessor cannot build the video half without torchvision."""
-    name = images.get("image_processor_type", IMAGE_PROCESSORS[0])
-    if name not in IMAGE_PROCESSORS:
-        raise ValueError(f"image_processor_type {name!r} is not read; ds_moe reads images with {IMAGE_PROCESSORS[0]}")
+    name = str(images.get("image_processor_type", "Qwen2VLImageProcessor"))
+    kind = name.removesuffix("Fast").removesuffix("Pil")
+    if kind not in VL_PROCESSORS:
+        raise ValueError(f"image_processor_type {name!r} is not read; ds_moe reads images with {list(VL_PROCESSORS)}")
+    image_processor, processor_class = VL_PROCESSORS[kind]
     settings, _ = ProcessorMixin.get_processor_dict(str(path))
-    processor = Qwen3VLProcessor(
-        Qwen2VLImageProcessorPil.from_pretrained(str(path)),
+    processor = processor_class(
+        image_processor.from_pretrained(str(path)),
         tokenizer,
         chat_template=settings.get("chat_template") or tokenizer.chat_template,
     )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ds_moe.config.moe import PLAIN
+from ds_moe.models.blocks import moe_blocks
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,12 @@ def form_of(router: nn.Module) -> RouterForm | None:
     """What is known of a family's router, which may be ours already; None: ours cannot repeat it."""
     names = [kind.__name__ for kind in type(router).__mro__]
     return next((ROUTER_FORMS[name] for name in names if name in ROUTER_FORMS), None)
+
+
+def selection_biases(model: nn.Module) -> list[str]:
+    """Names of the biases, parameters or buffers, that `hold_bias` takes from a model's blocks."""
+    forms = [(block.path, form_of(block.router)) for block in moe_blocks(model)]
+    return [f"{path}.{form.bias}" for path, form in forms if form is not None and form.bias is not None]
 
 
 def hold_bias(block: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ds_moe.data.chat import parse_record
+from ds_moe.data.chat_template import end_token
 from ds_moe.data.encode import encode
 from ds_moe.data.images import RecordError, load_image
 from ds_moe.errors import UserError
@@ -107,8 +108,22 @@ OTHER_PROMPT = CHAT_TEMPLATE.replace("'<|im_start|>assistant\\n' -", "'<|im_star
 NO_IMAGES = CHAT_TEMPLATE.replace("<|image_pad|>", "")
 DECIDING = CHAT_TEMPLATE.replace("message.role +", "('other' if '<|im_end|>' in message.content else message.role) +")
 NO_END = CHAT_TEMPLATE.replace("<|im_end|>", "")
+# As GLM's: a token a role begins each turn, and nothing ends one.
+BEGINNINGS = "{%- for message in messages -%}<|{{ message.role }}|>{{ message.content }}{%- endfor -%}"
+BEGINNINGS += "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 REFUSING = "{{ raise_exception('roles must alternate') }}"
 TWO_TURNS = {"messages": chat("One?", "first")["messages"] + chat("Two?", "second")["messages"]}
+
+
+def test_an_answer_that_nothing_ends_learns_the_token_of_the_next_turn():
+    processor = with_template(BEGINNINGS)
+    roles = [f"<|{role}|>" for role in ("system", "user", "assistant")]
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": roles})
+    assert end_token(processor) == processor.tokenizer.convert_tokens_to_ids("<|user|>")
+    one = encoded(TWO_TURNS, processor)
+    assert labelled(one, processor) == "first<|user|>|second<|user|>"
+    assert processor.tokenizer.decode(one.input_ids).endswith("<|assistant|>second<|user|>")
+    assert processor.tokenizer.decode(one.input_ids[: one.prompt]).endswith("<|user|>Two?<|assistant|>")
 
 
 def test_a_template_s_own_text_is_kept_and_its_thought_is_learned_as_it_will_be_generated():

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CONFIG_MAPPING, AutoTokenizer, Qwen3_5MoeModel
+from transformers import CONFIG_MAPPING, AutoTokenizer
 
 from ds_moe.data.digits import ANSWERS, QUESTIONS
 from ds_moe.errors import UserError
-from ds_moe.models.presets import preset_config
 from ds_moe.models.processor import (
     SPECIAL_TOKENS,
     TextProcessor,
@@ -20,6 +19,8 @@ from ds_moe.models.processor import (
     special_token_ids,
     tiny_processor,
 )
+from ds_moe.models.vl_processors import Glm4vProcessor
+from tests.models.tiny_families import build, glm_processor
 
 TEXT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Which digit? é漢\r\n\n Don't 123<|im_end|>\n"
 IMAGE = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
@@ -137,14 +138,26 @@ def test_errors_name_the_folder_and_the_fix(tmp_path):
         tiny_processor("audio")
 
 
-def test_positions_are_those_that_qwen3_5_makes():
-    """Its runs are given the positions of Qwen3-VL's processor, as Qwen3-VL's are."""
-    processor = tiny_processor()
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "glm4v_moe"])
+def test_positions_are_those_that_the_model_makes(family):
+    """Qwen3-VL's own method makes them for all."""
+    processor = glm_processor() if family == "glm4v_moe" else tiny_processor()
+    model, _ = build(family)
     image, start = processor.image_token_id, processor.vision_start_token_id
     ids_S = torch.tensor([7, 8, start, *[image] * 8, 9, start, *[image] * 4, 10])
     grid = torch.tensor([[1, 4, 8], [1, 4, 4]])
-    with torch.device("meta"):
-        model = Qwen3_5MoeModel(preset_config("tiny-qwen3.5-moe"))
     types = (ids_S == image).int().unsqueeze(0)
-    expected, _ = model.get_rope_index(ids_S.unsqueeze(0), mm_token_type_ids=types, image_grid_thw=grid)
+    expected, _ = model.model.get_rope_index(ids_S.unsqueeze(0), mm_token_type_ids=types, image_grid_thw=grid)
     assert torch.equal(processor.position_ids(ids_S, grid)[1:], expected.squeeze(1))
+
+
+def test_glm_s_processor_is_read_as_it_was_saved(tmp_path):
+    saved = glm_processor()
+    save_processor(saved, tmp_path)
+    loaded = load_processor(tmp_path)
+    assert type(loaded) is Glm4vProcessor
+    text = "<|user|><|begin_of_image|><|image|><|end_of_image|>Which?"
+    ours, theirs = (one(text=[text], images=[IMAGE], return_tensors="pt") for one in (loaded, saved))
+    assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
+    assert (ours["input_ids"] == loaded.image_token_id).sum() == 4 and ours["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])

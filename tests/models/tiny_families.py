@@ -11,6 +11,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+from ds_moe.models.processor import tiny_processor
+from ds_moe.models.vl_processors import Glm4vProcessor
 
 IMAGE, VIDEO, START, END = 150, 151, 152, 153  # token ids; words are below 140
 COMMON = {
@@ -203,6 +207,32 @@ WITH_IMAGES = {
 }
 # Causal language models that AutoModelForCausalLM does not know by their text config.
 CLASSES = {"mistral4": "transformers.models.mistral4.modeling_mistral4.Mistral4ForCausalLM"}
+
+
+# As GLM's: a token a role begins each turn, and nothing ends one.
+GLM_TEMPLATE = """\
+[gMASK]<sop>
+{%- for message in messages -%}
+<|{{ message.role }}|>
+{%- if message.content is string -%}{{ message.content }}{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}<|begin_of_image|><|image|><|end_of_image|>{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
+"""
+
+
+def glm_processor() -> Glm4vProcessor:
+    """Images of 16 x 16 pixels become 4 tokens."""
+    tokenizer = tiny_processor("text").tokenizer
+    roles = [f"<|{role}|>" for role in ("system", "user", "assistant")]
+    edges = ["<|begin_of_video|>", "<|end_of_video|>"]
+    tokens = ["[gMASK]", "<sop>", *roles, *edges, *Glm4vProcessor.tokens.values()]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    images = Glm4vImageProcessorPil(size={"shortest_edge": 128, "longest_edge": 8192}, patch_size=4)
+    return Glm4vProcessor(images, tokenizer, chat_template=GLM_TEMPLATE)
 
 
 def build(family: str, std: float = 0.06, **keys: object) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
