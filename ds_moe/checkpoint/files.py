@@ -2,7 +2,8 @@
 
     <output_dir>/checkpoints/step_00000120/
         rank-00000.safetensors ...  fp32 weights and Adam moments by parameter name; experts as blocks of rows; what
-                                    the model's files hold beside the model (weights of multi-token prediction)
+                                    the model's files hold beside the model (weights of multi-token prediction). More
+                                    than 4 GiB of a rank are several files: rank-00000-000.safetensors ...
         rng-00000.safetensors ...   this rank's random states
         state.json                  step, data position, topology, Adam's step, versions
         run.yaml, deepspeed.json    the resolved run

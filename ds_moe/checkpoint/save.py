@@ -19,14 +19,17 @@ from torch import Tensor
 
 from ds_moe.checkpoint.files import FORMAT, MANIFEST, file_table, incomplete, step_folders, write_json
 from ds_moe.checkpoint.fit import persistent_buffers, saved_parameters
-from ds_moe.distributed import Topology, together
+from ds_moe.checkpoint.host_copy import HostCopy
+from ds_moe.checkpoint.room import checkpoint_bytes, no_room
+from ds_moe.distributed import Topology, raise_together, together
 from ds_moe.engine import masters as zero_state
 from ds_moe.errors import UserError
 from ds_moe.models.families import expert_state
 from ds_moe.models.stored_names import CARRIED
-from ds_moe.weights.files import write_tensors
+from ds_moe.weights.files import shards, write_tensors
 
 POLL_S = 1.0  # seconds between looks at the size of the files that are being written
+FILE_BYTES = 2**32  # a rank's tensors are in files of about this size
 PARTIAL = ".partial_"  # a folder that is being written has a name that begins with this
 
 
@@ -46,7 +49,7 @@ class Saving:
         progress: called for every parameter that is collected.
 
     Raises:
-        UserError: on every rank, if rank 0 cannot write to the folder.
+        UserError: on every rank, if rank 0 cannot write to the folder, or its disk has no room for the checkpoint.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class Saving:
             "ep_size": topology.ep_size,
             "base": base,
         }
+        size = checkpoint_bytes(engine.module, topology.ep_size, base is None)
         together(topology, f"prepare {self.partial}", self._prepare if topology.rank == 0 else lambda: None)
+        raise_together(no_room(folder, size) if topology.rank == 0 else None)
         tensors = _collect(engine, topology, base is None, progress)
         for name, value in (carried or {}).items():
             tensors[f"{CARRIED}{name}"] = (value, [0, value.shape[0] if value.dim() else 1])
@@ -111,7 +116,7 @@ class Saving:
         return self.final
 
     def _size(self) -> int:
-        return sum(file.stat().st_size for file in self.partial.glob(f"*-{self.topology.rank:05d}.safetensors"))
+        return sum(file.stat().st_size for file in self.partial.glob(f"*-{self.topology.rank:05d}*.safetensors"))
 
     def _prepare(self) -> None:
         for left in self.folder.glob(f"{PARTIAL}*"):  # a run that was killed has left these
@@ -146,6 +151,7 @@ def _collect(
     The values are the checkpoint's own: training does not change them.
     """
     mine: dict[str, tuple[Tensor, list[int]]] = {}
+    to_host = HostCopy(topology.device)
     zero_state.link_moments(engine)
     kinds = (zero_state.WEIGHT, *(zero_state.MOMENTS if zero_state.adam_step(engine) else ()))
     expert_copies = topology.world_size // topology.ep_size
@@ -159,11 +165,11 @@ def _collect(
             if writes:
                 rows = value.shape[0] if value.dim() else 1
                 start = topology.ep_rank * rows if sharded else 0
-                mine[f"{kind}/{name}"] = (value.cpu().contiguous(), [start, start + rows])
+                mine[f"{kind}/{name}"] = (to_host(value), [start, start + rows])
     if topology.rank == 0:
         for name, buffer in persistent_buffers(engine.module):
             rows = buffer.shape[0] if buffer.dim() else 1
-            mine[f"buffer/{name}"] = (buffer.detach().clone().cpu().contiguous(), [0, rows])
+            mine[f"buffer/{name}"] = (to_host(buffer), [0, rows])
     return mine
 
 
@@ -178,11 +184,20 @@ class _Share:
 def _write_rank(
     folder: Path, rank: int, tensors: dict[str, tuple[Tensor, list[int]]], rng: dict[str, Tensor]
 ) -> _Share:
-    weights_file, rng_file = (folder / f"{kind}-{rank:05d}.safetensors" for kind in ("rank", "rng"))
-    write_tensors(weights_file, {key: value for key, (value, _) in tensors.items()})
-    write_tensors(rng_file, rng)
-    pieces = {key: [weights_file.name, *rows] for key, (_, rows) in tensors.items()}
-    return _Share(file_table(folder, [weights_file, rng_file]), pieces)
+    """Write this rank's files, and hash each while the next is written. `tensors` is emptied on the way."""
+    plan = shards({key: value.nbytes for key, (value, _) in tensors.items()}, FILE_BYTES)
+    pieces: dict[str, list[Any]] = {}
+    with ThreadPoolExecutor(1, "checksums") as hashing:
+        rng_file = folder / f"rng-{rank:05d}.safetensors"
+        write_tensors(rng_file, rng)
+        tables = [hashing.submit(file_table, folder, [rng_file])]
+        for number, keys in enumerate(plan):
+            file = folder / f"rank-{rank:05d}{f'-{number:03d}' if len(plan) > 1 else ''}.safetensors"
+            values = {key: tensors.pop(key) for key in keys}
+            pieces |= {key: [file.name, *rows] for key, (_, rows) in values.items()}
+            write_tensors(file, {key: value for key, (value, _) in values.items()})
+            tables.append(hashing.submit(file_table, folder, [file]))
+        return _Share({name: entry for table in tables for name, entry in table.result().items()}, pieces)
 
 
 def _rng_states(topology: Topology) -> dict[str, Tensor]:

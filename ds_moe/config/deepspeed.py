@@ -102,7 +102,11 @@ def deepspeed_problems(
     if complaints:
         return {}, complaints
     _finish_optimizer(resolved)
-    _finish_zero(section(resolved, "zero_optimization"), hidden_size)
+    _finish_timers(resolved)
+    zero = section(resolved, "zero_optimization")
+    if zero["stage"] == 2 and not on_cpu and zero.get("overlap_comm", AUTO) == AUTO:
+        zero["overlap_comm"] = True  # reduce one bucket while the next is filled: DeepSpeed's default at stage 3 alone
+    _finish_zero(zero, hidden_size)
     resolved.pop("fp16", None)
     return {key: value for key, value in resolved.items() if value != AUTO}, []  # left out: DeepSpeed's default
 
@@ -121,6 +125,7 @@ def zero_plan(resolved: dict[str, Plain]) -> ZeroPlan:
         offload_optimizer=section(zero, "offload_optimizer").get("device") not in ("none", None),
         offload_param=section(zero, "offload_param").get("device") not in ("none", None),
         bf16=section(resolved, "bf16").get("enabled", False),
+        overlaps=zero.get("overlap_comm") is True,
         fp32_sums=section(resolved, "data_types").get("grad_accum_dtype") in FP32_NAMES,
         **{name: zero[key] for name, key in sizes.items() if zero.get(key) is not None},
     )
@@ -259,6 +264,13 @@ def _finish_optimizer(resolved: dict[str, Plain]) -> None:
         params.setdefault("torch_adam", True)
         if params["torch_adam"]:
             params["fused"] = True  # torch then makes one pass over weights and moments, without temporary copies
+
+
+def _finish_timers(resolved: dict[str, Plain]) -> None:
+    """Switch off DeepSpeed's count of samples a second unless the JSON asks for it: nothing here reads it, and it waits
+    for the device before every forward pass."""
+    resolved.setdefault("timers", {})
+    section(resolved, "timers").setdefault("throughput", {"enabled": False})
 
 
 def _finish_zero(zero: dict[str, Plain], hidden_size: int | None) -> None:

@@ -18,6 +18,7 @@ class ZeroPlan:
     reuse_distance: float = 1e9  # stage 3 keeps a gathered weight that its trace uses again within so many elements
     max_live: float = 1e9  # gathered weights that stage 3 holds at most
     bf16: bool = False  # weights and gradients are bf16; else they are fp32
+    overlaps: bool = False  # stages 1 and 2 fill a second bucket while the first is reduced
     fp32_sums: bool = False  # gradients of micro-batches are summed in fp32 (stages 2 and 3) although they are bf16
 
     @property

@@ -12,5 +12,5 @@ batch.py     a micro-batch                  processor.py       what the data nee
 marks.py     texts found in a rendering     message_keys.py    thoughts, tools, weights
 special_tokens.py   which of them texts may write
 position.py  where a checkpoint is in the data
-digits.py    the bundled data set
+digits.py    the bundled data set          workers.py         how loading processes are started
 """

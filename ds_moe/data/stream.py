@@ -21,6 +21,7 @@ from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records
 from ds_moe.data.records import DATA_CACHE, open_records
 from ds_moe.data.token_counts import TokenCounts, token_counts
+from ds_moe.data.workers import start_method
 from ds_moe.errors import UserError, all_in_one
 from ds_moe.faults.signals import leave_to_parent
 
@@ -193,6 +194,7 @@ class TrainStream:
             sampler=count(self._position),
             num_workers=data.num_workers,
             prefetch_factor=(data.prefetch_factor or PREFETCH) if data.num_workers else None,
+            multiprocessing_context=start_method(data.num_workers),
             worker_init_fn=leave_to_parent,
             generator=torch.Generator(),  # the default one would make the model's random state depend on loading
         )

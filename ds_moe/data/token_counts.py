@@ -30,6 +30,7 @@ from ds_moe.data.order import FILLER
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
 from ds_moe.data.records import DATA_CACHE, stop_message
+from ds_moe.data.workers import start_method
 from ds_moe.errors import UserError
 from ds_moe.faults.signals import leave_to_parent
 
@@ -126,6 +127,7 @@ def _measured(config: RunConfig, split: Split, records: Records, encoder: Encode
     found: list[tuple[int, int] | BadRecord] = []
     own = torch.Generator()  # the default one would make the model's random state depend on who measures
     options = {"num_workers": workers, "worker_init_fn": leave_to_parent, "generator": own}
+    options["multiprocessing_context"] = start_method(workers)
     for chunk in DataLoader(chunks, batch_size=None, **options):
         found += chunk
         if time.monotonic() - shown > SHOWN_EVERY_S:

@@ -22,6 +22,7 @@ CHECKS = [  # the cheap and certain ones first; a later check uses what an earli
     memory.check_outline,
     data.check_data,
     packing.check_packing,
+    resume.check_room,  # before the resumption converts the outline
     resume.check_resume,
     model.check_experts,
     model.check_linear_attention,

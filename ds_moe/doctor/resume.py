@@ -29,6 +29,26 @@ def find_checkpoint(case: Case) -> Iterator[Finding]:
     yield from (Finding("warning", f"{config.at('train.resume')}: {note}") for note in notes)
 
 
+def check_room(case: Case) -> Iterator[Finding]:
+    """The size of the run's checkpoints against what is free on the disk of its output folder."""
+    from ds_moe.checkpoint.room import checkpoint_bytes, no_room, outlook, soon_full
+    from ds_moe.tasks.registry import task_kind
+
+    config = case.config
+    if case.outline is None or case.zero is None:
+        return
+    with_frozen = task_kind(config).base(config) is None
+    size = checkpoint_bytes(case.outline, 1, with_frozen, case.zero.width)
+    folder, keep, where = Path(config.train.output_dir, "checkpoints"), config.checkpoint.keep, config.at("checkpoint")
+    if problem := no_room(folder, size):
+        yield Finding("error", f"{config.at('train.output_dir')}: train.output_dir {problem}")
+    elif soon_full(folder, size, keep):
+        text = f"{where}: checkpoints take {outlook(folder, size, keep)}; lower checkpoint.keep, or free some"
+        yield Finding("warning", text)
+    else:
+        yield Finding("ok", f"checkpoints: {outlook(folder, size, keep)}")
+
+
 def check_resume(case: Case) -> Iterator[Finding]:
     """Everything for which the run would refuse that checkpoint; otherwise what has changed since."""
     from ds_moe.checkpoint.changes import changes

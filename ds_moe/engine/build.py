@@ -16,6 +16,7 @@ from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import TrainConfig
 from ds_moe.engine.moe_binding import BoundInBlock, BoundMoELayer
+from ds_moe.engine.start import share_patience
 from ds_moe.errors import UserError
 from ds_moe.models.convert import moe_layers
 
@@ -78,6 +79,7 @@ def build_engine(
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     schedule = scheduler_factory(config.train, total_steps)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config, lr_scheduler=schedule)
+    share_patience()
     _check_invariants(engine, grouped, stage)
     _check_layers(model, layers, stage)
     return engine
@@ -92,6 +94,7 @@ def build_without_optimizer(model: PreTrainedModel, ds_config: dict[str, object]
     """
     layers = _mark_leaves(model, ds_config)
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    share_patience()
     _check_layers(model, layers, zero_plan(ds_config).stage)
     return engine
 

@@ -147,7 +147,9 @@ def share_cores() -> None:
         return
     import torch
 
-    torch.set_num_threads(threads_of_rank(int(ranks)))
+    threads = threads_of_rank(int(ranks))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for ops that bring an OpenMP of their own, and for children
 
 
 def _threads_are_chosen() -> bool:

@@ -11,8 +11,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -109,6 +109,19 @@ def leave_to_parent(_: int = 0) -> None:
     """Make a data worker ignore signals, so that its rank decides when it ends: launchers signal every process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def left_to_parent() -> Iterator[None]:
+    """Processes that are started inside ignore signals until they handle them, and hand that on to their children.
+
+    This process misses none: its other threads take what this one blocks.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _noted(number: int, frame: FrameType | None) -> None:

@@ -7,13 +7,13 @@ for a host that is gone. Both run while the training thread waits in a collectiv
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -219,10 +219,11 @@ class Watchdog:
         return [rank for rank, turn in enumerate(turns) if turn == min(turns)]
 
     def _end_process(self, verdict: list[str]) -> NoReturn:
-        stack = traceback.format_stack(sys._current_frames()[self._watched_thread])
         lines = [f"watchdog: {line}" for line in verdict]
-        print("\n".join([*lines, "watchdog: its training thread, innermost call last:", *stack]), file=sys.stderr)
-        sys.stderr.flush()
+        # A backward pass on a GPU runs in a thread of autograd's, while the training thread waits for it.
+        lines.append(f"watchdog: its threads, innermost call first; training is {self._watched_thread:#018x}:")
+        print("\n".join(lines), file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         os._exit(STALLED)
 
 

@@ -185,12 +185,13 @@ def _flat_gradient(counts: ParameterCounts, zero: ZeroPlan) -> float:
 
 
 def _buckets(counts: ParameterCounts, zero: ZeroPlan, on_cpu: bool) -> tuple[float, float]:
-    """Bytes of the buffer that gradients are collected in, and of the copy that is reduced.
+    """Bytes of the buffers that gradients are collected in, and of the copy that is reduced.
 
     On a CPU, memory that was never written to takes no room, so only the part of the buffer that is filled counts.
     """
     filled = min(zero.reduce_bucket, counts.held_trained)
-    return zero.width * (filled if on_cpu else zero.reduce_bucket), zero.width * filled
+    buffers = 2 if zero.overlaps and zero.stage < 3 else 1
+    return zero.width * buffers * (filled if on_cpu else zero.reduce_bucket), zero.width * filled
 
 
 def _gathered(counts: ParameterCounts, zero: ZeroPlan, repeats: bool) -> float:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ds_moe.checkpoint.files import step_folders
 from ds_moe.checkpoint.progress import Progress
+from ds_moe.checkpoint.room import checkpoint_bytes, no_room
 from ds_moe.config.check import attention_problem, check_model, warmup_problem
 from ds_moe.config.deepspeed import moves_nothing, precision, resolve_deepspeed, summed_in_bf16, zero_plan
 from ds_moe.config.run import RunConfig
@@ -43,7 +44,7 @@ from ds_moe.training.run import EarlyStopping, Run
 def set_up(config: RunConfig) -> Run:
     """Data, model, engine and monitor, in the order in which mistakes are cheapest to find (collective)."""
     ep_size = config.moe.ep_size if config.moe else 1
-    topology = start_distributed(ep_size, experts=lambda: experts_of(config.model))
+    topology = start_distributed(ep_size, lambda: experts_of(config.model), config.train.watchdog_s)
     watch = watch_job(topology.rank, topology.world_size, config.train.watchdog_s)
     stop = StopRequest(topology.rank, config.train.stop_within_s, lambda: str(watch.place))
     raise_together(unwritable(Path(config.train.output_dir), "train.output_dir"))
@@ -65,6 +66,7 @@ def set_up(config: RunConfig) -> Run:
     hidden_size = outline.config.get_text_config().hidden_size
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
     zero = zero_plan(ds_config)
+    raise_together(_no_room(config, outline, zero.width) if topology.rank == 0 else None)
     memory = predict(outline, config, zero, topology.world_size, on_cpu(), kind.streams_weights)
     model, context = load_prepared(config, topology, processor, ds_config)
     engine = build_engine(model, config, ds_config, progress.total_steps, kind.adapter_lr(config))
@@ -127,6 +129,14 @@ def unwritable(folder: Path, key: str) -> str | None:
             return None
     except OSError as error:
         return f"{key} {folder} cannot be written ({error.strerror}); choose another"
+
+
+def _no_room(config: RunConfig, outline: PreTrainedModel, width: int) -> str | None:
+    """That the disk has no room for the checkpoint that every run writes at its end, at the least."""
+    folder = Path(config.train.output_dir, "checkpoints")
+    size = checkpoint_bytes(outline, 1, with_frozen=task_kind(config).base(config) is None, frozen_width=width)
+    problem = no_room(folder, size)
+    return None if problem is None else f"{config.at('train.output_dir')}: train.output_dir {problem}"
 
 
 def seed_everything(seed: int) -> None:

@@ -1,5 +1,6 @@
 """What a run is about to do, on one screen: topology, parameters, memory, batch arithmetic."""
 
+from ds_moe.checkpoint.room import checkpoint_bytes, outlook
 from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.data.packing import PackedRows
 from ds_moe.models.freeze import parameter_table
@@ -37,6 +38,8 @@ def run_summary(run: Run) -> str:
     device, host = (sum(part.values()) / 2**30 for part in (run.memory.device, run.memory.host))
     peak = "at the peak" if run.memory.whole else "and activations, which are not predicted of this family"
     lines.append(f"memory    about {device:.1f} GiB a rank {peak}{f', {host:.1f} GiB on the host' if host else ''}")
+    size = checkpoint_bytes(engine.module, topology.ep_size, run.base is None)
+    lines.append(f"saves     {outlook(run.folder / 'checkpoints', size, config.checkpoint.keep)}")
     lines += run.kind.summary(engine.module, config)
     lines += run.kind.records_summary(parts.stream.remembered)
     lines.append("parameters on this rank's EP share (trainable / all):")

@@ -74,6 +74,17 @@ def test_shipped_files_resolve_with_nothing_left_to_guess(run, path, on_cpu):
     }
     assert params.get("torch_adam", False) is params.get("fused", False) is ("offload" not in path.stem)
     assert resolved["zero_optimization"]["reduce_bucket_size"] == 4096**2
+    assert resolved["timers"]["throughput"]["enabled"] is False
+    assert (resolved["zero_optimization"].get("overlap_comm") is True) == (path.stem == "zero2" and not on_cpu)
+
+
+def test_what_a_json_says_of_overlap_and_timers_stays(run):
+    said = {"zero_optimization": {"stage": 2, "overlap_comm": False}, "timers": {"throughput": {"enabled": True}}}
+    resolved = resolve_deepspeed(run(said), 4, False, hidden_size=64)
+    assert resolved["zero_optimization"]["overlap_comm"] is False and resolved["timers"] == said["timers"]
+    assert not zero_plan(resolved).overlaps
+    del said["zero_optimization"]["overlap_comm"]
+    assert zero_plan(resolve_deepspeed(run(said), 4, False, hidden_size=64)).overlaps
 
 
 def test_a_shipped_json_is_named_without_its_path(run):

@@ -1,12 +1,15 @@
 """Order, sharding, resume and bad records of the training stream, and the evaluation set."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections import Counter
 from itertools import islice
+from multiprocessing import forkserver
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +23,7 @@ from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.records import open_records
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
+from ds_moe.faults.signals import SIGNALS
 from ds_moe.training.set_up import forget_earlier_run
 from tests.launcher import HANGS_S, ROOT
 from tests.records import chat
@@ -74,6 +78,27 @@ def test_every_world_size_and_micro_batch_size_gives_the_same_global_batches(pat
     assert one == whole_steps(run_config(path, options), processor, 4)
     assert one == whole_steps(run_config(path, options, micro_batch_size=4), processor, 2)
     assert one == whole_steps(run_config(path, {**options, "num_workers": 2}), processor, 1)
+
+
+def test_once_cuda_runs_loading_processes_are_forks_of_a_server_that_outlives_signals(
+    path, run_config, processor, monkeypatch
+):
+    """Launchers signal every process that they find, and a rank needs its data until its checkpoint is written."""
+    expected = whole_steps(run_config(path), processor, 1, steps=5)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    stream = TrainStream(run_config(path, {"num_workers": 1}), processor, rank=0, world_size=1)
+    steps = iter(stream)
+    found = take(steps, 1, processor)
+    server = forkserver._forkserver._forkserver_pid
+    [worker] = psutil.Process(server).children()
+    for process in (server, worker.pid):
+        for number in SIGNALS:
+            os.kill(process, number)
+    found += take(steps, 4, processor)
+    assert [sorted(map(str, flat(step))) for step in found] == expected
+    assert psutil.Process(server).children() == [worker] and worker.ppid() != os.getpid()
+    stream.close()
+    assert not worker.is_running()
 
 
 def test_every_record_once_an_epoch_fillers_last_and_another_order_next_epoch(path, run_config, processor):

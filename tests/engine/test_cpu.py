@@ -89,4 +89,9 @@ def test_each_rank_takes_its_share_of_the_cores_under_every_launcher(launcher, c
     env = {"OMP_NUM_THREADS": chosen, "SLURM_CPUS_ON_NODE": None}
     run = run_ranks("tests/engine/threads.py", 2, env=env, launcher=launcher)
     assert [rank["threads"] for rank in run.json_by_rank] == [threads, threads]
+    assert [rank["variable"] for rank in run.json_by_rank] == [str(threads)] * 2  # of ops that are loaded later
+    for rank in run.json_by_rank:  # torch gives new groups its own limit, not that of the group of all
+        before, after = rank["limits"]
+        assert before[0] == 18000 and len(before) > 2 and set(before[1:]) == {1800}
+        assert set(after) == {18000}
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer*_{run.json['port']}_*"))  # DeepSpeed leaves it

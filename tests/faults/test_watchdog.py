@@ -1,6 +1,7 @@
 """The watchdog's verdicts, on a store of one process and a clock that the test sets."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -93,7 +94,7 @@ def test_turns_count_up_and_a_pulse_does_not():
 
 
 ALONE = """
-import sys, time
+import sys, threading, time
 import torch.distributed as dist
 from ds_moe.faults.watchdog import watch_job
 
@@ -113,6 +114,10 @@ if sys.argv[1] == "moves":
 def innermost():
     time.sleep(600)
 
+def of_autograd():  # where a backward pass on a GPU runs
+    time.sleep(600)
+
+threading.Thread(target=of_autograd, daemon=True).start()
 innermost()
 """
 
@@ -121,11 +126,14 @@ innermost()
 @pytest.mark.parametrize(
     ("way", "limit_s", "code"), [pytest.param("moves", 4, 0, marks=pytest.mark.slow), ("stands", 1, STALLED)]
 )
-def test_a_process_that_stands_still_is_ended_with_its_stack(way, limit_s, code):
+def test_a_process_that_stands_still_is_ended_with_the_stacks_of_its_threads(way, limit_s, code):
     assert dist.is_available()
     ended = subprocess.run(
         [sys.executable, "-c", ALONE, way, str(limit_s)], capture_output=True, text=True, timeout=HANGS_S
     )
     assert ended.returncode == code, ended.stderr
     assert ("watchdog: no progress for 1 s" in ended.stderr) == bool(code)
-    assert ("in innermost" in ended.stderr) == bool(code)
+    assert ("in innermost" in ended.stderr) == ("in of_autograd" in ended.stderr) == bool(code)
+    if code:  # the training thread is told from the others
+        training = re.search(r"training is (0x\w+):", ended.stderr).group(1)
+        assert "in innermost" in ended.stderr.split(f"hread {training} ")[1].split("hread 0x")[0]
