@@ -15,13 +15,14 @@ from ds_moe.config.sections import (
     MonitorConfig,
     TrainConfig,
 )
-from ds_moe.config.tasks import GateConfig, RLConfig
+from ds_moe.config.tasks import DPOConfig, GateConfig, RLConfig
 
 
 class RunConfig(Located):
     """A run file: everything that `ds_moe.train` must be told about a run."""
 
-    task: Literal["sft", "rl", "gate"] = "sft"  # imitate answers, reinforce the completions of rollouts, gate adapters
+    # Imitate answers, reinforce the completions of rollouts, gate adapters, prefer one of two answers.
+    task: Literal["sft", "rl", "gate", "dpo"] = "sft"
     model: ModelConfig
     data: DataConfig
     moe: MoEConfig | None = None  # absent for a dense model
@@ -29,6 +30,7 @@ class RunConfig(Located):
     train: TrainConfig = TrainConfig()
     rl: RLConfig = RLConfig()
     gate: GateConfig = GateConfig()
+    dpo: DPOConfig = DPOConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     # A DeepSpeed JSON: the name of a shipped one, such as zero3, the path of another, beside the run file or below the

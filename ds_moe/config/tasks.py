@@ -1,4 +1,4 @@
-"""The keys of the sections that one task reads: `rl` and `gate`."""
+"""The keys of the sections that one task reads: `rl`, `gate` and `dpo`."""
 
 from typing import Literal
 
@@ -49,6 +49,21 @@ class RLConfig(Section):
     correction_level: Literal["token", "sequence"] = "token"
     kl_weight: float = Field(default=0.0, ge=0)  # of the KL term, for which rollouts must have reference_logprobs
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
+
+
+class DPOConfig(Section):
+    """Used with `task: dpo`; `tasks/dpo/objective.py` has the formulas."""
+
+    loss: Literal["dpo", "ipo", "hinge", "robust", "simpo"] = "dpo"
+    beta: float = Field(default=0.1, gt=0)  # of the implicit rewards: the larger, the nearer the reference
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)  # share of pairs that are taken to be swapped
+    margin: float = Field(default=0.5, ge=0)  # simpo: by which the preferred answer's reward must be larger
+    rpo_alpha: float = Field(default=0.0, ge=0)  # weight of the preferred answer's mean cross entropy
+    # The model without its low-rank updates, or log-probs stored before the first step; default: base where that is
+    # the model that the run started from.
+    reference: Literal["base", "stored"] | None = None
+    reference_dir: str | None = None  # folder of stored log-probs; default: data_cache of train.output_dir
+    replay_reference: bool = False  # the policy uses the experts that the reference used for the same tokens
 
 
 CORRECTION_BOUNDS: dict[str, tuple[float, float]] = {"tis": (0.0, 2.0), "mis": (0.0, 2.0), "icepop": (0.5, 5.0)}

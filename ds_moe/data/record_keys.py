@@ -10,7 +10,7 @@ from ds_moe.data.images import RecordError
 from ds_moe.errors import shown
 
 ONLY = "only images and text are; remove the record"
-PAIRS = "pairs of answers are not learned; remove it to learn the answer of the turns"
+PAIRS = "task dpo learns pairs of answers; remove it to learn the answer of the turns"
 # Key -> why a record with it is refused.
 UNSUPPORTED = (
     dict.fromkeys(("videos", "video", "audios", "audio"), ONLY)

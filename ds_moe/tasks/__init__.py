@@ -4,4 +4,5 @@ registry.py   one row for each task      task.py   the base class, supervised fi
 answers.py    held-out loss and generated answers
 rl/           reinforcement with routing replay
 gate/         a learned gate over LoRA adapters
+dpo/          preferred answers
 """

@@ -14,6 +14,8 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.record_kind import CHAT, RecordKind
 from ds_moe.models.freeze import set_trainable
 from ds_moe.replay.align import RoutingShape
+from ds_moe.tasks.dpo.pairs import PAIRS
+from ds_moe.tasks.dpo.task import PreferenceOptimization
 from ds_moe.tasks.gate.adapters import adapter_files, find_adapters
 from ds_moe.tasks.gate.files import start_gate
 from ds_moe.tasks.gate.model import install_gate
@@ -125,6 +127,13 @@ TASKS = {
             streams_weights=False,
             runs_vision_itself=True,
             summary=_gate_summary,
+        ),
+        TaskKind(
+            "dpo",
+            make=PreferenceOptimization,
+            train_records=lambda config, model_config: PAIRS,
+            eval_records=lambda config: PAIRS,
+            closing={"reward margin, mean over steps": ("margin", "{:.3f}")},
         ),
     )
 }

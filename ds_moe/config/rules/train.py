@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from ds_moe.config.rules.dpo import no_generated_answers
 from ds_moe.config.rules.gate import no_answers
 from ds_moe.config.rules.rule import Complaint, Unused, needs, no_moe, value_of
 from ds_moe.config.run import RunConfig, task_is
@@ -21,8 +22,13 @@ def _no_periodic_eval(config: RunConfig) -> str | None:
     return _no_eval(config) or (None if config.train.eval_every else reason)
 
 
+def _of_task(config: RunConfig) -> str | None:
+    """Why evaluation generates no answers, where that is because of the task."""
+    return no_answers(config) or no_generated_answers(config)
+
+
 def _no_answers(config: RunConfig) -> str | None:
-    return _no_eval(config) or no_answers(config)
+    return _no_eval(config) or _of_task(config)
 
 
 def _no_generation(config: RunConfig) -> str | None:
@@ -34,8 +40,8 @@ def _no_tensorboard(config: RunConfig) -> str | None:
 
 
 def _no_samples(config: RunConfig) -> str | None:
-    """A supervised gate shows the adapters that it chooses, other runs the answers they generate."""
-    return _no_tensorboard(config) or _no_eval(config) or (None if no_answers(config) else _no_generation(config))
+    """A supervised gate shows the adapters that it chooses, dpo what it prefers, other runs generated answers."""
+    return _no_tensorboard(config) or _no_eval(config) or (None if _of_task(config) else _no_generation(config))
 
 
 def _no_answers_to_learn(config: RunConfig) -> str | None:

@@ -1,0 +1,177 @@
+"""Log-probs of the reference that are computed once, before the first step, and kept in a file.
+
+The file is named by everything that they follow from. It is written as the pass goes on: a pass that was stopped goes
+on where it was. All ranks take what rank 0 reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from ds_moe.checkpoint.base import base_identity
+from ds_moe.config.deepspeed import precision
+from ds_moe.data.order import FILLER
+from ds_moe.data.records import DATA_CACHE
+from ds_moe.distributed import over_ranks, raise_together
+from ds_moe.engine.start import on_cpu
+from ds_moe.errors import UserError
+from ds_moe.tasks.dpo.pairs import PairBatch
+from ds_moe.tasks.dpo.reference import scored
+from ds_moe.tasks.task import TrainingParts
+
+SAVED_EVERY = 64  # turns of the pass
+RULES = 1  # of how log-probs are computed: raised where they change
+
+
+class StoredReference:
+    """Log-probs under the model that a run starts from. Make it before any checkpoint is loaded (collective).
+
+    An evaluation of its own has the policy's weights, so it needs the file that the training has left.
+    """
+
+    def __init__(self, parts: TrainingParts) -> None:
+        self._parts = parts
+        self._files = {}
+        if parts.stream is not None:
+            self._files["train"] = self._complete("train", parts.config.data.train)
+        if parts.eval_set is not None:
+            self._files["held-out"] = self._complete("held-out", str(parts.config.data.eval))
+
+    def added_to(self, batch: PairBatch, split: str) -> PairBatch:
+        file = self._files[split]
+        logprob_P2 = file.of(batch.number_P.numpy())
+        if np.isnan(logprob_P2).any():
+            raise UserError(f"{file.path} lacks a record that could not be used when it was written: remove the file")
+        return replace(batch, reference_P2=torch.from_numpy(logprob_P2))
+
+    def _complete(self, split: str, data: str) -> LogprobFile:
+        """The file of a split, after the pass that fills it, if there is anything to fill."""
+        parts, folder = self._parts, self._parts.config.dpo.reference_dir
+        root = Path(folder or Path(parts.config.train.output_dir, DATA_CACHE))
+        file = LogprobFile(root / f"reference_{split}_{_fingerprint(parts, data)[:16]}.npz")
+        file.read()
+        if file.complete:
+            return file
+        if parts.stream is None:
+            fix = "set dpo.reference_dir to the folder data_cache of the run's train.output_dir"
+            raise UserError(f"the reference's log-probs of data.eval are not in {root}: {fix}")
+        parts.note(f"reference: log-probs of data.{'train' if split == 'train' else 'eval'} are computed once")
+        began = time.monotonic()
+        for turn, (micro_batches, last) in enumerate(self._passes(split, file), start=1):
+            for batch in micro_batches:
+                logprob_P2 = scored(parts.engine, batch.to(parts.topology.device)).cpu()
+                file.found += zip(batch.number_P.tolist(), *logprob_P2.T.tolist(), strict=True)
+            if last or turn % SAVED_EVERY == 0:
+                raise_together(parts.stream.error if split == "train" else parts.eval_set.error)
+                file.save(parts.topology.rank, complete=last)
+        parts.note(f"reference: {file.count:,} pairs in {time.monotonic() - began:.0f} s, kept in {file.path}")
+        return file
+
+    def _passes(self, split: str, file: LogprobFile) -> Iterator[tuple[list[PairBatch], bool]]:
+        """Micro-batches of this rank that hold all records of the split, and whether they are the last."""
+        stream, eval_set = self._parts.stream, self._parts.eval_set
+        if split == "held-out":
+            waiting: list[PairBatch] = []
+            for one in eval_set.batches():
+                yield waiting, False
+                waiting = [one.batch]
+            yield waiting, True
+            return
+        position = {**stream.order, "epoch": 0}
+        # The steps of the first epoch hold every record once; those that an earlier pass has scored are passed over.
+        last = stream.steps_per_epoch - 1
+        first = next((step for step in range(last) if not file.knows(chain(*chain(*stream.rows.of_step(step))))), last)
+        stream.load_state_dict({**position, "step": first})
+        for step, micro_batches in zip(range(first, last + 1), stream, strict=False):
+            yield micro_batches, step == last
+        stream.close()
+        stream.load_state_dict({**position, "step": 0})
+        stream.fill = None  # the closing table's is of training
+
+
+class LogprobFile:
+    """Log-probs of both answers of each record of a file; NaN where none is known."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.logprob_R2 = np.empty((0, 2))  # fp64
+        self.complete = False  # whether every record that can be used has been scored
+        self.found: list[tuple[int, float, float]] = []  # by this rank, since the file was last saved
+
+    @property
+    def count(self) -> int:
+        return int((~np.isnan(self.logprob_R2[:, 0])).sum())
+
+    def read(self) -> None:
+        """Take what rank 0 finds in the file (collective)."""
+        own: tuple[np.ndarray, bool] | None = None
+        try:
+            with np.load(self.path, allow_pickle=False) as kept:
+                own = kept["logprobs"], bool(kept["complete"])
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            pass
+        [first, *_] = over_ranks(own)
+        if first is not None:
+            self.logprob_R2, self.complete = first
+
+    def knows(self, numbers: Iterable[int]) -> bool:
+        wanted = [number for number in numbers if number != FILLER]
+        return all(number < len(self.logprob_R2) and not np.isnan(self.logprob_R2[number, 0]) for number in wanted)
+
+    def of(self, number_P: np.ndarray) -> np.ndarray:
+        """(P, 2): zeros for fillers, NaN for records that are not known."""
+        inside = (number_P >= 0) & (number_P < len(self.logprob_R2))
+        result = np.where((number_P == FILLER)[:, None], 0.0, np.full((len(number_P), 2), np.nan))
+        result[inside] = self.logprob_R2[number_P[inside]]
+        return result
+
+    def save(self, rank: int, complete: bool) -> None:
+        """Put together what all ranks have found, and write the file whole or not at all (collective)."""
+        rows = [row for of_rank in over_ranks(self.found) for row in of_rank if row[0] != FILLER]
+        self.found = []
+        size = max([len(self.logprob_R2), *(number + 1 for number, *_ in rows)])
+        grown = np.full((size, 2), np.nan)
+        grown[: len(self.logprob_R2)] = self.logprob_R2
+        for number, *logprobs in rows:
+            grown[number] = logprobs
+        self.logprob_R2, self.complete = grown, complete
+        if rank != 0:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as stream:
+            np.savez(stream, logprobs=self.logprob_R2, complete=np.array(complete))
+        partial.replace(self.path)
+
+
+def _fingerprint(parts: TrainingParts, data: str) -> str:
+    """A digest of everything that log-probs follow from: model, data, and how one becomes the input of the other."""
+    config, processor = parts.config, parts.processor
+    assert processor is not None
+    tokenizer, images, moe = processor.tokenizer, processor.image_processor, config.moe
+    with open(data, "rb") as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    routing = None if moe is None else [moe.router.model_dump(mode="json"), moe.experts.apply_weight]
+    made_of = [
+        [RULES, version("torch"), version("transformers"), version("tokenizers")],
+        base_identity(config),
+        [config.model.attention, precision(config, on_cpu()), routing],
+        content,
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab()),
+        [str(tokenizer.chat_template), str(processor.chat_template)],
+        "" if images is None else str(sorted(images.to_dict().items())),
+        [config.data.train_on, config.data.content_tokens, str(config.data.root)],
+    ]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
