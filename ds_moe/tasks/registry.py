@@ -10,12 +10,13 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.checkpoint.base import base_identity
+from ds_moe.config.rules.dpo import reference_of
 from ds_moe.config.run import RunConfig
 from ds_moe.data.record_kind import CHAT, RecordKind
 from ds_moe.models.freeze import set_trainable
 from ds_moe.replay.align import RoutingShape
 from ds_moe.tasks.dpo.pairs import PAIRS
-from ds_moe.tasks.dpo.task import PreferenceOptimization
+from ds_moe.tasks.dpo.task import REFERENCE_IS, PreferenceOptimization
 from ds_moe.tasks.gate.adapters import adapter_files, find_adapters
 from ds_moe.tasks.gate.files import start_gate
 from ds_moe.tasks.gate.model import install_gate
@@ -133,7 +134,11 @@ TASKS = {
             make=PreferenceOptimization,
             train_records=lambda config, model_config: PAIRS,
             eval_records=lambda config: PAIRS,
-            closing={"reward margin, mean over steps": ("margin", "{:.3f}")},
+            summary=lambda model, config: [f"pairs     loss {config.dpo.loss}, {REFERENCE_IS[reference_of(config)]}"],
+            closing={
+                "reward margin, mean over steps": ("margin", "{:.3f}"),
+                "pairs whose preferred answer is rewarded more": ("accuracy", "{:.3f}"),
+            },
         ),
     )
 }

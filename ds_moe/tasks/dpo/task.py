@@ -30,6 +30,11 @@ from ds_moe.tasks.rl.router_watch import RouterWatch
 from ds_moe.tasks.task import Task, TrainingParts
 
 REFERENCES: dict[str, Callable[[TrainingParts], Reference]] = {"base": BaseReference, "stored": StoredReference}
+REFERENCE_IS = {
+    "base": "the reference is the model without its low-rank updates",
+    "stored": "the reference is the model before the first step, its log-probs stored",
+    "none": "without a reference",
+}
 # Figure -> the count that its sum is divided by.
 FIGURES = {
     **dict.fromkeys(

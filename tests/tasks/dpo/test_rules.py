@@ -1,0 +1,78 @@
+"""What a run file of task dpo may not say."""
+
+import pytest
+
+from ds_moe.config.check import problems
+from ds_moe.config.rules.dpo import reference_of
+from ds_moe.config.run import RunConfig
+
+LOSS_FREE = {"balance": [{"kind": "loss_free"}]}
+LORA = {"rank": 8}
+
+
+def run(task="dpo", data=None, moe=None, lora=None, train=None, dense=False, **dpo):
+    return RunConfig(
+        task=task,
+        model={"preset": "tiny-vl-moe"},
+        data=data or {"train": "pairs.jsonl"},
+        moe=None if dense else moe or {},
+        lora=lora,
+        dpo=dpo,
+        train={"steps": 1, **(train or {})},
+        deepspeed="none",
+    )
+
+
+def test_the_reference_is_the_base_where_that_is_left():
+    assert reference_of(run()) == "stored"
+    assert reference_of(run(lora=LORA)) == "base"
+    assert reference_of(run(lora={"rank": 8, "train_router": True})) == "stored"
+    assert reference_of(run(lora=LORA, moe=LOSS_FREE)) == "stored"
+    assert reference_of(run(lora=LORA, reference="stored")) == "stored"
+    assert reference_of(run(lora=LORA, loss="simpo")) == "none"
+
+
+GOOD = [
+    run(),
+    run(lora=LORA, replay_reference=True),
+    run(loss="robust", label_smoothing=0.1, reference_dir="x"),
+    run(loss="simpo", margin=1.0, label_smoothing=0.1),
+]
+
+
+@pytest.mark.parametrize("number", range(len(GOOD)))
+def test_good_runs_are_not_complained_of(number):
+    assert problems(GOOD[number]) == []
+
+
+BAD = {
+    "digits": (run(data={"train": "digits"}), "data.train is \"digits\", whose records have one answer"),
+    "held-out digits": (run(data={"train": "p.jsonl", "eval": "digits"}), "data.eval is \"digits\""),
+    "robust without a share": (run(loss="robust"), "dpo.loss robust with dpo.label_smoothing 0 is dpo"),
+    "no base": (run(reference="base"), "but there is no lora section; write stored"),
+    "trained routers": (run(reference="base", lora={"rank": 8, "train_router": True}), "lora.train_router trains"),
+    "moving biases": (run(reference="base", lora=LORA, moe=LOSS_FREE), "moe.balance loss_free moves"),
+    "replay of stored": (run(replay_reference=True), "dpo.replay_reference needs dpo.reference base"),
+    "replay, dense": (run(replay_reference=True, dense=True, lora=LORA), "there is no moe section"),
+    "replay, capacity": (
+        run(replay_reference=True, lora=LORA, moe={"router": {"capacity_factor": 1.0}}),
+        "moe.router.capacity_factor routes otherwise in training",
+    ),
+    "margin": (run(margin=1.0), "dpo.margin would not be used: dpo.loss is dpo"),
+    "smoothing": (run(loss="ipo", label_smoothing=0.1), "dpo.label_smoothing would not be used: dpo.loss is ipo"),
+    "simpo's reference": (run(loss="simpo", reference="stored"), "dpo.reference would not be used: dpo.loss simpo"),
+    "base's folder": (run(lora=LORA, reference_dir="x"), "dpo.reference_dir would not be used"),
+    "another task": (run(task="sft", beta=0.2), "dpo would not be used: task is sft"),
+    "generation": (
+        run(data={"train": "p.jsonl", "eval": "q.jsonl"}, train={"eval_generate": True}),
+        "train.eval_generate would not be used: task dpo compares",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_runs_are_answered_in_one_line(name):
+    config, words = BAD[name]
+    found = problems(config)
+    assert any(words in line for line in found), found
+    assert all("\n" not in line for line in found)
