@@ -134,11 +134,18 @@ _ROWS = {
     "local_rank ddp_backend ddp_find_unused_parameters": "leave it out: the launcher and DeepSpeed set it",
     # what is trained, and by which command
     "do_train": "leave it out: ds-moe train trains",
-    "stage": "task is sft, rl or gate; train.stage and gate.stage are something else",
-    "rlhf_type loss_type": "write task: rl and rl.objective",
+    "stage": "task is sft, rl, gate or dpo; train.stage and gate.stage are something else",
+    "rlhf_type loss_type": "write task: dpo and dpo.loss, or task: rl and rl.objective",
+    "pref_beta dpo_beta": "dpo.beta",
+    "pref_loss": "dpo.loss",
+    "pref_ftx cpo_alpha": "dpo.rpo_alpha",
+    "simpo_gamma": "dpo.margin",
+    "ref_model ref_model_name_or_path ref_model_id_or_path": "leave it out: the reference is the model that the run "
+    "starts from, see dpo.reference",
+    "precompute_ref_log_probs": "write dpo.reference: stored",
     "epsilon cliprange": "rl.clip_low and rl.clip_high bound the ratios",
     "epsilon_high": "rl.clip_high",
-    "beta kl_coef": "rl.kl_weight",
+    "kl_coef": "rl.kl_weight",
 }
 HABITS = {name: hint for names, hint in _ROWS.items() for name in names.split()}
 

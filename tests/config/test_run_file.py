@@ -199,6 +199,7 @@ LATER = [*GATE, "gate.stage=end_to_end"]
 EVALUATED = ["data.eval=held_out.jsonl", "train.eval_every=5"]
 RL = ["task=rl", "data.train=rollouts.jsonl"]
 # Every rule about keys without effect or in contradiction: overrides that trigger it, and words of the complaint.
+PAIRS = ["task=dpo", "data.train=pairs.jsonl"]
 RULES = {
     "path and preset": (["model.path=x"], "model.path is 'x' and model.preset is 'tiny-vl-moe'; set only one"),
     "neither path nor preset": (["model.preset=null"], "neither model.path nor model.preset is set"),
@@ -333,6 +334,18 @@ RULES = {
         "gate.kl_weight would not be used: gate.stage is supervised",
     ),
     "gate.adapter_lr": ([*LATER, "gate.adapter_lr=0.1"], "adapter_lr would not be used: gate.stage is end_to_end"),
+    "dpo": (["dpo.beta=0.2"], "dpo would not be used: task is sft"),
+    "dpo.label_smoothing": ([*PAIRS, "dpo.loss=ipo", "dpo.label_smoothing=0.1"], "not be used: dpo.loss is ipo"),
+    "dpo.margin": ([*PAIRS, "dpo.margin=1.0"], "dpo.margin would not be used: dpo.loss is dpo"),
+    "dpo.reference": (
+        [*PAIRS, "dpo.loss=simpo", "dpo.reference=stored"],
+        "not be used: dpo.loss simpo has no reference",
+    ),
+    "dpo.reference_dir": ([*PAIRS, "lora.rank=8", "dpo.reference_dir=x"], "not be used: the reference is the base"),
+    "dpo.replay_reference": (
+        [*PAIRS, "dpo.loss=simpo", "dpo.replay_reference=true"],
+        "dpo.replay_reference would not be used: dpo.loss simpo has no reference",
+    ),
     "a supervised gate that would answer": (
         [*GATE, *EVALUATED, "train.eval_generate=true"],
         "train.eval_generate would not be used: gate.stage supervised learns which adapter, and answers nothing",

@@ -297,7 +297,10 @@ REFUSED = {
     ),
     "videos": (typed(HI, videos=["a.mp4"]), "'videos' is not supported (only images and text are"),
     "audios": (typed(HI, audios=["a.wav"]), "'audios' is not supported (only images and text are"),
-    "a rejected answer": (typed(HI, rejected_response="no"), "'rejected_response' is not supported (pairs of answers"),
+    "a rejected answer": (
+        typed(HI, rejected_response="no"),
+        "'rejected_response' is not supported (task dpo learns pairs",
+    ),
     "settings of one record": (typed(HI, chat_template_kwargs={"max_pixels": 1}), "'chat_template_kwargs' is not"),
     "two kinds of images": (typed(HI, images=["room.png"], image="room.png"), "both 'images' and 'image'"),
     "a size of one image": (

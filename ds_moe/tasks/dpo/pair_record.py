@@ -116,10 +116,11 @@ def _parts(record: dict[str, object]) -> tuple[Messages, Messages, Messages]:
         return _of_two_conversations(chosen, rejected, key)
     if isinstance(context, str):
         if chosen and _role(chosen[0]) in ("user", "system"):  # whole conversations, with the question again
-            prompt, *answers = _of_two_conversations(chosen, rejected, key)
-            if not any(isinstance(one, dict) and context in (one.get("content"), one.get("value")) for one in prompt):
+            parts = _of_two_conversations(chosen, rejected, key)
+            asked = [one for one in parts[0] if isinstance(one, dict)]
+            if not any(context in (one.get("content"), one.get("value")) for one in asked):
                 raise RecordError("'prompt' is no turn of 'chosen' (remove it, or write the same question)")
-            return prompt, *answers
+            return parts
         return [{"role": "user", "content": context}], chosen, rejected
     if not isinstance(context, list):
         raise RecordError(f"{contexts[0]!r} is {type_of(context)} (write a list of messages)")

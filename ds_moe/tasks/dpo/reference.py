@@ -23,7 +23,7 @@ from ds_moe.tasks.dpo.pairs import PairBatch
 from ds_moe.tasks.task import TrainingParts
 
 
-class Reference(Protocol):
+class PairReference(Protocol):
     """Gives pairs the log-probs of both answers under the model that the policy must stay near."""
 
     def added_to(self, batch: PairBatch, split: str) -> PairBatch:

@@ -22,6 +22,7 @@ import torch
 
 from ds_moe.checkpoint.base import base_identity
 from ds_moe.config.deepspeed import precision
+from ds_moe.data.batch import Batch
 from ds_moe.data.order import FILLER
 from ds_moe.data.records import DATA_CACHE
 from ds_moe.distributed import over_ranks, raise_together
@@ -79,11 +80,11 @@ class StoredReference:
         parts.note(f"reference: {file.count:,} pairs in {time.monotonic() - began:.0f} s, kept in {file.path}")
         return file
 
-    def _passes(self, split: str, file: LogprobFile) -> Iterator[tuple[list[PairBatch], bool]]:
+    def _passes(self, split: str, file: LogprobFile) -> Iterator[tuple[list[Batch], bool]]:
         """Micro-batches of this rank that hold all records of the split, and whether they are the last."""
         stream, eval_set = self._parts.stream, self._parts.eval_set
         if split == "held-out":
-            waiting: list[PairBatch] = []
+            waiting: list[Batch] = []
             for one in eval_set.batches():
                 yield waiting, False
                 waiting = [one.batch]

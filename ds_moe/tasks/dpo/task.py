@@ -24,12 +24,12 @@ from ds_moe.tasks.answers import Answered, accuracy_by_kind
 from ds_moe.tasks.dpo.objective import Preference, preference
 from ds_moe.tasks.dpo.pair_record import Pair
 from ds_moe.tasks.dpo.pairs import PairBatch
-from ds_moe.tasks.dpo.reference import BaseReference, Reference, pair_logprobs
+from ds_moe.tasks.dpo.reference import BaseReference, PairReference, pair_logprobs
 from ds_moe.tasks.dpo.stored import StoredReference
 from ds_moe.tasks.rl.router_watch import RouterWatch
 from ds_moe.tasks.task import Task, TrainingParts
 
-REFERENCES: dict[str, Callable[[TrainingParts], Reference]] = {"base": BaseReference, "stored": StoredReference}
+REFERENCES: dict[str, Callable[[TrainingParts], PairReference]] = {"base": BaseReference, "stored": StoredReference}
 REFERENCE_IS = {
     "base": "the reference is the model without its low-rank updates",
     "stored": "the reference is the model before the first step, its log-probs stored",
@@ -59,7 +59,7 @@ class PreferenceOptimization(Task):
 
     def steps(self, progress: Progress) -> Iterator[list[PairBatch]]:
         """Micro-batches with the reference's log-probs."""
-        for micro_batches in self.parts.stream:
+        for micro_batches in super().steps(progress):
             began = time.perf_counter()
             scored = [self._with_reference(batch, "train") for batch in micro_batches]
             self.scoring_s = time.perf_counter() - began

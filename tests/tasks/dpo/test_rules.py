@@ -10,9 +10,9 @@ LOSS_FREE = {"balance": [{"kind": "loss_free"}]}
 LORA = {"rank": 8}
 
 
-def run(task="dpo", data=None, moe=None, lora=None, train=None, dense=False, **dpo):
+def run(data=None, moe=None, lora=None, train=None, dense=False, **dpo):
     return RunConfig(
-        task=task,
+        task="dpo",
         model={"preset": "tiny-vl-moe"},
         data=data or {"train": "pairs.jsonl"},
         moe=None if dense else moe or {},
@@ -58,11 +58,6 @@ BAD = {
         run(replay_reference=True, lora=LORA, moe={"router": {"capacity_factor": 1.0}}),
         "moe.router.capacity_factor routes otherwise in training",
     ),
-    "margin": (run(margin=1.0), "dpo.margin would not be used: dpo.loss is dpo"),
-    "smoothing": (run(loss="ipo", label_smoothing=0.1), "dpo.label_smoothing would not be used: dpo.loss is ipo"),
-    "simpo's reference": (run(loss="simpo", reference="stored"), "dpo.reference would not be used: dpo.loss simpo"),
-    "base's folder": (run(lora=LORA, reference_dir="x"), "dpo.reference_dir would not be used"),
-    "another task": (run(task="sft", beta=0.2), "dpo would not be used: task is sft"),
     "generation": (
         run(data={"train": "p.jsonl", "eval": "q.jsonl"}, train={"eval_generate": True}),
         "train.eval_generate would not be used: task dpo compares",
