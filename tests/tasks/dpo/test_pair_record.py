@@ -1,5 +1,7 @@
 """The forms of a preference record, and what is refused."""
 
+import itertools
+
 import pytest
 from PIL import Image
 
@@ -110,3 +112,41 @@ def test_what_is_refused_says_what_to_do(name, tmp_path):
         parse_pair(record, "file:1", tmp_path.resolve())
     text = str(caught.value)
     assert words in text and text.endswith(")") and "\n" not in text
+
+
+STRANGE = [
+    None,
+    "",
+    "yes",
+    7,
+    True,
+    [],
+    [7],
+    [[]],
+    {},
+    {"role": 7},
+    {"role": []},
+    {"role": "user"},
+    ASK,
+    YES,
+    [ASK],
+    [ASK, YES],
+    [YES, ASK],
+]
+
+
+def test_nothing_strange_raises_anything_else(tmp_path):
+    """Every value in every place ends in a pair, or in one line."""
+    pairs = 0
+    places = [("messages", "rejected_response"), ("messages", "rejected_messages"), ("chosen", "rejected")]
+    places += [("prompt", "chosen", "rejected"), ("conversations", "chosen", "rejected")]
+    for keys in places:
+        for values in itertools.product(STRANGE, repeat=len(keys)):
+            try:
+                pair = parse_pair(dict(zip(keys, values, strict=True)), "file:1", tmp_path)
+            except RecordError as error:
+                assert str(error).endswith(")") and "\n" not in str(error)
+                continue
+            pairs += 1
+            assert pair.turns != pair.rejected.turns and pair.answers[0] != pair.answers[1]
+    assert pairs

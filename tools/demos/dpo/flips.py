@@ -4,7 +4,7 @@ A policy's reward of an answer is beta (log p - log p_ref). Where updates have m
 takes other experts than the reference, and a part of the reward is theirs. Here every pair is scored twice: as the
 policy routes, and under the experts that the reference used. On one process, without DeepSpeed.
 
-    python -m tools.demos.dpo.flips ds_configs/runs/dpo_demo.yaml runs/dpo_demo/right_preferred/checkpoints/step_00000120
+    python -m tools.demos.dpo.flips RUN.yaml CHECKPOINT [key=value ...]
 """
 
 import sys
