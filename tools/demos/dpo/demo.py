@@ -24,7 +24,7 @@ from tools.results import Claim, command_line, judged
 
 RUNS = ROOT / "ds_configs/runs"
 FOLDER = Path("runs/dpo_demo")
-WARM_UP = 60  # supervised steps
+WARM_UP = 200  # supervised steps
 ARMS = {"right preferred": [], "right, replay": ["dpo.replay_reference=true"], "wrong preferred": []}
 STYLES = {"right preferred": "#0072B2", "right, replay": "#009E73", "wrong preferred": "#D55E00"}  # Okabe & Ito's
 CURVES = {"margin": "dpo/margin", "accuracy": "dpo/accuracy", "chosen": "dpo/reward_chosen"}
