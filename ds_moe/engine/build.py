@@ -6,11 +6,12 @@ from typing import Any, cast
 import deepspeed
 import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules, z3_leaf_module
+from deepspeed.utils import set_z3_leaf_module, z3_leaf_parameter
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
@@ -81,7 +82,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config, lr_scheduler=schedule)
     share_patience()
     _check_invariants(engine, grouped, stage)
-    _check_layers(model, layers, stage)
+    _check_layers(layers, stage)
     return engine
 
 
@@ -95,25 +96,38 @@ def build_without_optimizer(model: PreTrainedModel, ds_config: dict[str, object]
     layers = _mark_leaves(model, ds_config)
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     share_patience()
-    _check_layers(model, layers, zero_plan(ds_config).stage)
+    _check_layers(layers, zero_plan(ds_config).stage)
     return engine
 
 
 def _mark_leaves(model: PreTrainedModel, ds_config: dict[str, object]) -> list[BoundMoELayer | BoundInBlock]:
-    """The MoE layers, each of which ZeRO-3 is told to gather together; so are the parts of an output layer with LoRA,
-    whose weights `models/head.py` reads without calling the modules that own them."""
+    """The MoE layers, all of which are told to be gathered by ZeRO-3 together with the layer of the model around them;
+    so are the parts of an output layer with LoRA, whose weights `models/head.py` reads without calling the modules that
+    own them."""
     layers = cast("list[BoundMoELayer | BoundInBlock]", moe_layers(model))
     if zero_plan(ds_config).stage == 3:
-        set_z3_leaf_module(model.get_output_embeddings(), True)
-        if layers:
-            set_z3_leaf_modules(model, list(dict.fromkeys(type(leaf) for leaf in _leaves(model, layers))))
+        for leaf in (model.get_output_embeddings(), *_leaves(model, layers)):
+            set_z3_leaf_module(leaf, True)
     return layers
 
 
 def _leaves(model: PreTrainedModel, layers: Sequence[BoundMoELayer | BoundInBlock]) -> list[nn.Module]:
-    """The module that ZeRO-3 gathers for each layer: the layer itself, or the block that holds it."""
-    around = {id(child): module for module in model.modules() for child in module.children()}
-    return [around[id(layer)] if isinstance(layer, BoundInBlock) else layer for layer in layers]
+    """The modules whose weights ZeRO-3 gathers together, at the price of one module's hooks: the model's layers.
+
+    ZeRO-3 reduces a leaf's gradients once its input has got one. The decoder's first hidden states always need a
+    gradient (`models/freeze.py`), and a tower that is trained needs one from its first weights on; a tower of which
+    LoRA trains a part does not, so its layers are left to ZeRO-3's hooks on each of their modules.
+    """
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inside = {id(inner) for module in found for inner in module.modules() if inner is not module}
+    experts = {id(layer) for layer in layers}
+    leaves = []
+    for module in found:
+        trained = {parameter.requires_grad for parameter in module.parameters()}
+        holds_experts = any(id(inner) in experts for inner in module.modules())
+        if id(module) not in inside and (holds_experts or len(trained) == 1):
+            leaves.append(module)
+    return leaves
 
 
 def _check_invariants(engine: deepspeed.DeepSpeedEngine, grouped: list[int], stage: int) -> None:
@@ -125,10 +139,10 @@ def _check_invariants(engine: deepspeed.DeepSpeedEngine, grouped: list[int], sta
         raise RuntimeError(f"every trainable parameter must be in exactly one optimizer group; lost: {lost[:5]}")
 
 
-def _check_layers(model: PreTrainedModel, layers: list[BoundMoELayer | BoundInBlock], stage: int) -> None:
-    for layer, leaf in zip(layers, _leaves(model, layers), strict=True):
-        if stage == 3 and not z3_leaf_module(leaf):
-            raise RuntimeError(f"MoE layer {layer.index} is no ZeRO-3 leaf module: ranks would gather out of step")
+def _check_layers(layers: list[BoundMoELayer | BoundInBlock], stage: int) -> None:
+    for layer in layers:
+        if stage == 3 and not all(z3_leaf_parameter(parameter) for parameter in layer.parameters()):
+            raise RuntimeError(f"MoE layer {layer.index} is in no ZeRO-3 leaf module: ranks would gather out of step")
         group = layer.dispatcher.ep.group if layer.ep_size > 1 else None
         if layer.ep_size > 1 and dist.get_world_size(group) != layer.ep_size:
             raise RuntimeError(f"MoE layer {layer.index} exchanges over {dist.get_world_size(group)} ranks")

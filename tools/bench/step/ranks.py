@@ -44,17 +44,22 @@ def build_model(plan: dict[str, Any], device: torch.device) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
 
 
-def build(contender: str, plan: dict[str, Any], topology: Topology) -> deepspeed.DeepSpeedEngine:
+def build(
+    contender: str, plan: dict[str, Any], topology: Topology, zero: int = 3, checkpointing: bool = False
+) -> deepspeed.DeepSpeedEngine:
     """The contender's engine. All get one DeepSpeed configuration, a run's own, and add what makes them contenders."""
-    config = run_config(topology, 3, lr=NO_CHANGE, schedule="constant", steps=1, precision=plan["dtype"])
+    train = {"lr": NO_CHANGE, "schedule": "constant", "steps": 1, "precision": plan["dtype"]}
+    config = run_config(topology, zero, gradient_checkpointing=checkpointing, **train)
     model = build_model(plan, topology.device)
+    if checkpointing and contender != "ds_moe":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), plan["model"]["hidden_size"])
     if contender == "ds_moe":
         prepare_model(model, config, topology)
         return build_engine(model, config, ds_config, total_steps=1)
     if contender == "zero3":
-        zero: Any = ds_config["zero_optimization"]
-        zero["leaf_module"] = {"classes": [BLOCK]}
+        section: Any = ds_config["zero_optimization"]
+        section["leaf_module"] = {"classes": [BLOCK]}
     else:
         # AutoEP's preset for this family, qwen3_moe, crashes with transformers 5.23, whose registry of recorders of
         # router logits it reads by an outdated call. The preset mixtral describes the same block (layout of weights,
