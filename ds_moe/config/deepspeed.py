@@ -61,7 +61,7 @@ def resolve_without_optimizer(config: RunConfig, on_cpu: bool, hidden_size: int 
     resolved: dict[str, Plain] = {"train_micro_batch_size_per_gpu": 1}  # DeepSpeed wants one, and makes no use of it
     if zero["stage"] == 3:
         zero.pop("offload_optimizer", None)
-        _finish_zero(zero, hidden_size)
+        _finish_zero(zero, hidden_size, keeps_weights=False)
         resolved |= {"zero_optimization": zero, "bf16": {"enabled": precision(config, on_cpu) == "bf16"}}
     return resolved
 
@@ -106,7 +106,7 @@ def deepspeed_problems(
     zero = section(resolved, "zero_optimization")
     if zero["stage"] == 2 and not on_cpu and zero.get("overlap_comm", AUTO) == AUTO:
         zero["overlap_comm"] = True  # reduce one bucket while the next is filled: DeepSpeed's default at stage 3 alone
-    _finish_zero(zero, hidden_size)
+    _finish_zero(zero, hidden_size, keeps_weights=not config.train.gradient_checkpointing)
     resolved.pop("fp16", None)
     return {key: value for key, value in resolved.items() if value != AUTO}, []  # left out: DeepSpeed's default
 
@@ -273,12 +273,21 @@ def _finish_timers(resolved: dict[str, Plain]) -> None:
     section(resolved, "timers").setdefault("throughput", {"enabled": False})
 
 
-def _finish_zero(zero: dict[str, Plain], hidden_size: int | None) -> None:
+def _finish_zero(zero: dict[str, Plain], hidden_size: int | None, keeps_weights: bool) -> None:
     """Size "auto" buckets (in elements) as transformers does, but with a floor, for models so small that each
-    collective would move next to nothing."""
+    collective would move next to nothing; and choose the linear function of stage 3.
+
+    DeepSpeed's own, in Python, keeps no gathered weight from forward to backward. It is slower than torch's, which
+    does, and has nothing to spare where the backward pass computes every layer again or where there is none.
+
+    Args:
+        keeps_weights: whether torch's linear function would keep weights of many layers at a time.
+    """
     bucket = max((hidden_size or 0) ** 2, 2**24)  # DeepSpeed's own default of 5e8 takes 2 GiB of each rank
     sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if zero["stage"] == 3:
+        if zero.get("memory_efficient_linear", AUTO) == AUTO:
+            zero["memory_efficient_linear"] = keeps_weights
         sizes["stage3_prefetch_bucket_size"] = bucket * 9 // 10
         if hidden_size:
             sizes["stage3_param_persistence_threshold"] = 10 * hidden_size

@@ -15,11 +15,11 @@ class LoadTotals(NamedTuple):
     """Sums over the real tokens of one rank and layer."""
 
     counts_E: Tensor  # int64, assignments of each expert
-    image_E: Tensor  # int64, of these, of image tokens
+    image_E: Tensor | int  # int64, of these, of image tokens; 0: there were none
     kind_GE: Tensor  # int64, of these, of tokens of each of the G kinds of records
-    tokens: Tensor  # int64 scalar
-    uncovered: Tensor  # int64 scalar, of these, tokens that no expert took
-    dropped: Tensor  # int64 scalar, assignments that the experts' capacity refused
+    tokens: int
+    uncovered: Tensor | int  # int64 scalar, of these, tokens that no expert took
+    dropped: int  # assignments that the experts' capacity refused
     entropy: Tensor  # fp32 scalar, nats, of the normalised scores
     pairs_EE: Tensor | None  # int64, tokens that use both experts; the diagonal holds the counts; None: not counted
 
@@ -30,7 +30,11 @@ class LoadTotals(NamedTuple):
 
 
 class ExpertLoad:
-    """The load of one layer's E experts by this rank's tokens, since the last `take`."""
+    """The load of one layer's E experts by this rank's tokens, since the last `take`.
+
+    Every forward in training is added, so what is known on the host stays there: an accelerator would spend as long on
+    launching such additions as on a layer's products.
+    """
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -43,26 +47,24 @@ class ExpertLoad:
         self, decision: RoutingDecision, stats: TokenStats, image_T: Tensor | None, kind_T: Tensor | None = None
     ) -> None:
         """Add one micro-batch; `image_T` and `kind_T` are those of `ForwardContext`."""
-        counts_E = stats.counts_E
-        image_E = torch.zeros_like(counts_E)
-        if image_T is not None:
-            on_image_N = image_T[decision.token_N].to(torch.int64)
-            image_E = image_E.scatter_add(0, decision.expert_N, on_image_N)
         scores_VE = normalized_scores(decision, stats)
-        tokens = counts_E.new_full((), scores_VE.shape[0])
-        covered_T = torch.zeros(decision.logits_TE.shape[0], dtype=torch.bool, device=counts_E.device)
-        covered_T[decision.token_N] = True
-        dropped = counts_E.new_full((), decision.dropped)
-        pairs_EE = _pairs(decision) if self.count_pairs else None
-        entropy = torch.special.entr(scores_VE).sum()
-        kind_GE = self._by_kind(decision, kind_T)
-        new = LoadTotals(counts_E, image_E, kind_GE, tokens, tokens - covered_T.sum(), dropped, entropy, pairs_EE)
+        new = LoadTotals(
+            counts_E=stats.counts_E,
+            image_E=0 if image_T is None else self._counts(decision, image_T.long() - 1, groups=1)[0],
+            kind_GE=self._counts(decision, kind_T, groups=self.kinds),
+            tokens=scores_VE.shape[0],
+            uncovered=_uncovered(decision, scores_VE.shape[0]),
+            dropped=decision.dropped,
+            entropy=torch.special.entr(scores_VE).sum(),
+            pairs_EE=_pairs(decision) if self.count_pairs else None,
+        )
         self._totals = new if self._totals is None else self._totals.plus(new)
 
-    def _by_kind(self, decision: RoutingDecision, kind_T: Tensor | None) -> Tensor:
-        counts = decision.expert_N.new_zeros((self.kinds + 1) * self.num_experts)  # the first row is for kind -1, none
-        if self.kinds and kind_T is not None:
-            place_N = (kind_T[decision.token_N] + 1) * self.num_experts + decision.expert_N
+    def _counts(self, decision: RoutingDecision, group_T: Tensor | None, groups: int) -> Tensor:
+        """(groups, E) assignments of the tokens of each group; tokens of group -1 count for none."""
+        counts = decision.expert_N.new_zeros((groups + 1) * self.num_experts)  # the first row is for group -1
+        if groups and group_T is not None:
+            place_N = (group_T[decision.token_N] + 1) * self.num_experts + decision.expert_N
             counts.scatter_add_(0, place_N, torch.ones_like(place_N))
         return counts.view(-1, self.num_experts)[1:]
 
@@ -75,6 +77,15 @@ class ExpertLoad:
         """Return the totals, None if nothing was added, and start again from zero."""
         totals, self._totals = self._totals, None
         return totals
+
+
+def _uncovered(decision: RoutingDecision, tokens: int) -> Tensor | int:
+    """How many of the real tokens no expert took; none where every token has K."""
+    if decision.top_k is not None:
+        return 0
+    covered_T = decision.token_N.new_zeros(decision.logits_TE.shape[0], dtype=torch.bool)
+    covered_T[decision.token_N] = True
+    return tokens - covered_T.sum()
 
 
 def _pairs(decision: RoutingDecision) -> Tensor:

@@ -53,17 +53,21 @@ def inverse(order_N: Tensor) -> Tensor:
     return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
 
 
+# Both functions keep their indices as attributes, which the plan of the dispatch holds anyway. As saved tensors, which
+# gradient checkpointing computes again, those of the way back would have a recompute go on to the end of the layer: to
+# the last product, its exchange and the sums, of which backward needs nothing.
+
+
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, order_R: Tensor) -> Tensor:
-        ctx.save_for_backward(order_R)
+        ctx.order_R = order_R
         return rows.index_select(0, order_R)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        (order_R,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse(order_R)), None
+        return grads[0].index_select(0, inverse(ctx.order_R)), None
 
 
 class _Move(torch.autograd.Function):
@@ -71,12 +75,10 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, there: MoveRows, back: MoveRows, values: Tensor, permutation: Permutation) -> Tensor:
-        ctx.back, ctx.top_k = back, permutation.top_k
-        ctx.save_for_backward(*permutation[:-1])
+        ctx.back, ctx.permutation = back, permutation
         return there(values, permutation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[None, None, Tensor, None]:
-        permutation = Permutation(*ctx.saved_tensors, ctx.top_k)
-        return None, None, ctx.back(grads[0].contiguous(), permutation), None
+        return None, None, ctx.back(grads[0].contiguous(), ctx.permutation), None

@@ -37,15 +37,17 @@ def reduce_load(
         return None
     loads = [load for load, _ in pairs]
     counts_LCE = torch.stack(
-        [torch.stack([n.counts_E, n.image_E, n.counts_E - before, *n.kind_GE]) for n, before in pairs]
+        [torch.stack([n.counts_E, torch.zeros_like(n.counts_E) + n.image_E, n.counts_E - before, *n.kind_GE]) for n, before in pairs]
     )
-    sums_L4 = torch.stack([torch.stack([n.tokens, n.uncovered, n.dropped, n.entropy]).double() for n in loads])
+    sums_L2 = torch.stack([torch.stack([n.entropy, n.entropy.new_zeros(()) + n.uncovered]).double() for n in loads])
+    known_L2 = torch.tensor([[n.tokens, n.dropped] for n in loads], dtype=sums_L2.dtype, device=sums_L2.device)
+    sums_L4 = torch.cat([known_L2, sums_L2], dim=1)
     dist.all_reduce(counts_LCE)
     dist.all_reduce(sums_L4)
     pairs_EE = loads[0].pairs_EE
     if pairs_EE is not None:
         dist.all_reduce(pairs_EE)
-    tokens, uncovered, dropped, entropy = sums_L4.sum(0).tolist()
+    tokens, dropped, entropy, uncovered = sums_L4.sum(0).tolist()
     counts_LCE = counts_LCE.cpu().numpy()
     assignments = float(counts_LCE[:, 0].sum()) + dropped
     balancings = [layer.gate.balancing for layer in layers if layer.gate.balancing is not None]

@@ -29,8 +29,8 @@ from tools.bench.step.ranks import (
     training_step,
 )
 
-NO_KERNEL = ("view", "reshape", "transpose", "permute", "slice", "select", "split", "expand", "squeeze", "detach", "t.")
-NO_KERNEL += ("alias", "as_strided", "unbind", "empty", "chunk", "_unsafe_view", "set_", "resize_", "record_stream")
+NO_KERNEL = ("view", "reshape", "transpose", "permute.", "slice", "select", "split", "expand", "squeeze", "unsqueeze", "detach")
+NO_KERNEL += ("alias", "as_strided", "unbind", "empty", "new_empty", "chunk", "_unsafe_view", "set_", "resize_", "promote_types", "lift_fresh")
 
 
 class Kernels(TorchDispatchMode):
@@ -40,7 +40,7 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.name().removeprefix("aten::")
-        self.count += not name.startswith(NO_KERNEL)
+        self.count += name != "t" and not name.startswith(NO_KERNEL)
         return function(*args, **(kwargs or {}))
 
 
