@@ -18,6 +18,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import TrainConfig
 from ds_moe.engine.moe_binding import BoundInBlock, BoundMoELayer
 from ds_moe.engine.start import share_patience
+from ds_moe.engine.unshared import spare_copies
 from ds_moe.errors import UserError
 from ds_moe.models.convert import moe_layers
 
@@ -83,6 +84,7 @@ def build_engine(
     share_patience()
     _check_invariants(engine, grouped, stage)
     _check_layers(layers, stage)
+    spare_copies(engine)
     return engine
 
 

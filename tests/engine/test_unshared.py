@@ -1,0 +1,93 @@
+"""ds_moe/engine/unshared.py, on one rank, whose gradients nobody shares: bit for bit DeepSpeed's own optimizer.
+
+Gradients of some ranks and of all are held against transformers in `tests/distributed/test_parity.py`.
+"""
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import nn
+
+from ds_moe.engine.unshared import NORM_BLOCK, Unshared, _norm, spare_copies
+from tests.launcher import free_port
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**place, "DS_ACCELERATOR": "cpu"}.items():
+            patch.setenv(name, str(value))
+        patch.setattr(nn.functional, "linear", nn.functional.linear)  # which stage 3 replaces in the whole process
+        deepspeed.init_distributed("gloo", verbose=False)
+        yield
+        dist.destroy_process_group()
+
+
+def trained(spared, steps=3, clipping=0.0, bf16=False, **zero):
+    """Weights and norms after steps of two micro-batches, with a second weight that a step may not use."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.SiLU(), nn.Linear(10, 4, bias=False))
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        **{"gradient_accumulation_steps": 2, "gradient_clipping": clipping},
+        **{"bf16": {"enabled": bf16}, "data_types": {"grad_accum_dtype": "fp32"}},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
+    }
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
+    if spared:
+        spare_copies(engine)
+    norms, data = [], torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for _ in range(2):
+            x = torch.randn(3, 6, generator=data).to(torch.bfloat16 if bf16 else torch.float32)
+            engine.backward(engine(x).square().sum())
+            engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return engine, [parameter.detach().clone() for parameter in model.parameters()], norms
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"clipping": 1e9}, {"sub_group_size": 60}], ids=str)
+def test_weights_are_bit_for_bit_those_of_deepspeed(settings):
+    engine, weights, norms = trained(True, **settings)
+    plain, expected, expected_norms = trained(False, **settings)
+    assert type(engine.optimizer) is Unshared and type(plain.optimizer) is DeepSpeedZeroOptimizer_Stage3
+    assert all(map(torch.equal, weights, expected))
+    assert norms == pytest.approx(expected_norms, rel=1e-12) and norms[0] > 0
+
+
+def test_gradients_are_clipped_by_the_norm_of_all():
+    _, weights, norms = trained(True, clipping=1e-3)
+    _, expected, _ = trained(False, clipping=1e-3)
+    _, unclipped, _ = trained(False)
+    assert min(norms) > 1e-3
+    for weight, same, other in zip(weights, expected, unclipped, strict=True):
+        assert torch.allclose(weight, same, rtol=0, atol=1e-6) and not torch.equal(weight, other)
+
+
+def test_gradients_are_read_where_they_were_written(monkeypatch):
+    """No bucket, no reduction, no flat copy: neither is called."""
+
+    def unwanted(*_):
+        raise AssertionError("a copy that nobody needs")
+
+    private = "_DeepSpeedZeroOptimizer_Stage3__"
+    for name in (f"{private}add_grad_to_ipg_bucket", f"{private}avg_scatter_grads", "_prepare_fp32_grad_for_sub_group"):
+        monkeypatch.setattr(DeepSpeedZeroOptimizer_Stage3, name, unwanted)
+    engine, _, _ = trained(True)
+    buffer = engine.optimizer.grad_partitions_flat_buffer
+    assert buffer.any() and buffer.numel() == sum(parameter.ds_numel for parameter in engine.module.parameters())
+    with pytest.raises(AssertionError, match="nobody needs"):
+        trained(False)
+
+
+@pytest.mark.parametrize("size", [0, 1, NORM_BLOCK - 1, NORM_BLOCK + 1, 3 * NORM_BLOCK])
+def test_the_norm_is_taken_in_fp64(size):
+    grad = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 1e-20
+    assert _norm(grad).dtype == torch.float64
+    assert float(_norm(grad)) == pytest.approx(float(grad.double().norm()), rel=1e-12)
+    assert not size or _norm(torch.cat([grad, torch.tensor([torch.nan])])).isnan()
