@@ -116,7 +116,9 @@ def _mark_leaves(model: PreTrainedModel, ds_config: dict[str, object]) -> list[B
 def _leaves(model: PreTrainedModel, layers: Sequence[BoundMoELayer | BoundInBlock]) -> list[nn.Module]:
     """The modules whose weights ZeRO-3 gathers together, at the price of one module's hooks: the model's layers.
 
-    ZeRO-3 reduces a leaf's gradients once its input has got one. The decoder's first hidden states always need a
+    A layer with experts must be one: ranks whose tokens visit other experts would gather out of step, and a decision of
+    our router does not pass through the tensors that a router in its block returns, to which ZeRO-3 would tie the
+    gathering of its weight. ZeRO-3 reduces a leaf's gradients once its input has got one. The decoder's first hidden states always need a
     gradient (`models/freeze.py`), and a tower that is trained needs one from its first weights on; a tower of which
     LoRA trains a part does not, so its layers are left to ZeRO-3's hooks on each of their modules.
     """

@@ -40,7 +40,7 @@ class _Bound(AutoEPMoELayer):
 
 
 class BoundMoELayer(MoELayer, _Bound):
-    """A `MoELayer` that DeepSpeed recognises. ZeRO-3 treats it as a leaf, which gathers its parameters together."""
+    """A `MoELayer` that DeepSpeed recognises."""
 
     def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
@@ -48,8 +48,7 @@ class BoundMoELayer(MoELayer, _Bound):
 
 
 class BoundInBlock(InBlock, _Bound):
-    """An `InBlock` that DeepSpeed recognises. For ZeRO-3 the block around it is the leaf: a decision of our router does
-    not pass through the tensors that the router returns, to which ZeRO-3 ties the gathering of its weight."""
+    """An `InBlock` that DeepSpeed recognises."""
 
     def set_up(self, **kwargs: object) -> None:
         super().set_up(**kwargs)

@@ -8,6 +8,7 @@ between, forward or backward, runs while the rows travel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,12 @@ class ExpertParallel:
         return arriving, work
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all layers: streams come from a small pool, which DeepSpeed's and NCCL's are taken from too."""
+    return torch.cuda.Stream(device)
+
+
 class RowCounts:
     """How many rows each rank has for each expert: exchanged by an all-to-all, then copied to the host.
 
@@ -62,7 +69,7 @@ class RowCounts:
         self._copy: tuple[Tensor, torch.cuda.Event] | None = None
         if sent_Pne.is_cuda:
             # A stream of its own waits for the counts of the other ranks; the current stream goes on packing rows.
-            with torch.cuda.stream(torch.cuda.Stream()):
+            with torch.cuda.stream(_side_stream(sent_Pne.device)):
                 self._work.wait()  # makes this stream wait, not the host
                 sums = self._sums()
                 copy = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)

@@ -148,7 +148,7 @@ def test_zero_3_with_experts_takes_no_quantized_gradients_and_no_hpz(key, value,
 
 
 def test_expert_layers_are_told_by_inheritance_and_are_no_leaves():
-    """Relied on: `BoundMoELayer` of engine/moe_binding.py. Guard: `set_z3_leaf_modules` in `build_engine`."""
+    """Relied on: `BoundMoELayer` of engine/moe_binding.py. Guard: `_leaves` of engine/build.py."""
     engine = engine_of(ExpertLayer(), zero_optimization={"stage": 3})
     assert engine.has_moe_layers and engine.num_experts == [2]
     assert not z3_leaf_module(engine.module)

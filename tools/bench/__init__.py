@@ -2,6 +2,7 @@
 
 - `balance`  does loss-free balancing balance, and what does it cost?
 - `gate`     a bank of LoRA adapters against PEFT's adapters one by one
+- `host`     what the host spends on a step, by layers, against transformers and DeepSpeed
 - `layer`    one MoE layer against those of other libraries
 - `load`     peak memory of the two ways of loading a checkpoint
 - `mix`      a real mix of images and texts: packed rows against padded ones, earlier builds and other trainers

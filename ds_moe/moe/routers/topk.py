@@ -98,7 +98,10 @@ class TopKRouter(Router, kind="topk"):
         return Assignments(token_V.repeat_interleave(self.top_k), ids_VK.flatten(), top_k=every_k)
 
     def weigh(self, scores_TE: Tensor, chosen: Assignments, tokens: int) -> Tensor:
-        weight_N = scores_TE[chosen.token_N, chosen.expert_N]
+        if chosen.top_k is None:
+            weight_N = scores_TE[chosen.token_N, chosen.expert_N]
+        else:  # the backward of `gather` needs no sort
+            weight_N = scores_TE.gather(1, chosen.expert_N.view(-1, chosen.top_k)).flatten()
         if self.normalize:
             uniform_k = self.top_k if weight_N.numel() == tokens * self.top_k else None
             weight_N = share_of_token(weight_N, chosen.token_N, scores_TE.shape[0], uniform_k, self.eps)
