@@ -118,9 +118,9 @@ def _leaves(model: PreTrainedModel, layers: Sequence[BoundMoELayer | BoundInBloc
 
     A layer with experts must be one: ranks whose tokens visit other experts would gather out of step, and a decision of
     our router does not pass through the tensors that a router in its block returns, to which ZeRO-3 would tie the
-    gathering of its weight. ZeRO-3 reduces a leaf's gradients once its input has got one. The decoder's first hidden states always need a
-    gradient (`models/freeze.py`), and a tower that is trained needs one from its first weights on; a tower of which
-    LoRA trains a part does not, so its layers are left to ZeRO-3's hooks on each of their modules.
+    gathering of its weight. ZeRO-3 reduces a leaf's gradients once its input has got one. The decoder's first hidden
+    states always need a gradient (`models/freeze.py`), and a tower that is trained needs one from its first weights on;
+    a tower of which LoRA trains a part does not, so its layers are left to ZeRO-3's hooks on each of their modules.
     """
     found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     inside = {id(inner) for module in found for inner in module.modules() if inner is not module}

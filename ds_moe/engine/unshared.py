@@ -1,9 +1,9 @@
 """ZeRO-3 without the passes over memory that gradients need only where ranks share them.
 
 An expert whose EP group spans all ranks has no replica: its gradient is complete when backward returns it. DeepSpeed
-(0.19, `runtime/zero/stage3.py`) still copies it into a bucket, concatenates the bucket, divides, reduces over a group of
-one rank and copies the result; of every gradient it makes an fp64 copy for the norm, and one more flat copy for Adam.
-The optimizer class here writes such a gradient straight to where Adam reads it. Sums, scales and their order stay.
+(0.19, `runtime/zero/stage3.py`) still copies it into a bucket, concatenates the bucket, divides, reduces over a group
+of one rank and copies the result; of every gradient it makes an fp64 copy for the norm and a flat copy for Adam. The
+optimizer class here writes such a gradient straight to where Adam reads it. Sums, scales and their order stay.
 """
 
 from __future__ import annotations

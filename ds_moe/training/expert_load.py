@@ -37,7 +37,10 @@ def reduce_load(
         return None
     loads = [load for load, _ in pairs]
     counts_LCE = torch.stack(
-        [torch.stack([n.counts_E, torch.zeros_like(n.counts_E) + n.image_E, n.counts_E - before, *n.kind_GE]) for n, before in pairs]
+        [
+            torch.stack([n.counts_E, torch.zeros_like(n.counts_E) + n.image_E, n.counts_E - before, *n.kind_GE])
+            for n, before in pairs
+        ]
     )
     sums_L2 = torch.stack([torch.stack([n.entropy, n.entropy.new_zeros(()) + n.uncovered]).double() for n in loads])
     known_L2 = torch.tensor([[n.tokens, n.dropped] for n in loads], dtype=sums_L2.dtype, device=sums_L2.device)

@@ -2,6 +2,7 @@
 
 import inspect
 from math import ceil, log2
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from ds_moe.models.freeze import set_trainable
 from ds_moe.models.load import build_outline
 from ds_moe.models.presets import preset_config
 from ds_moe.moe.all_to_all import ExpertParallel
+from ds_moe.moe.backends import Permutation
+from ds_moe.moe.dispatch import Dispatcher
 
 
 def run(preset: str = "tiny-moe", **sections) -> RunConfig:
@@ -280,6 +283,14 @@ def _saved_bytes(config: RunConfig, built) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
+    def planned(dispatcher: Dispatcher, *decision) -> Permutation:
+        """The functions that move rows keep its indices beside what autograd saves."""
+        permutation = permuted(dispatcher, *decision)
+        for indices in permutation[:-1]:
+            pack(indices)
+        return permutation
+
+    permuted = Dispatcher.permutation
     ids_BS, packed = torch.randint(10, 200, (2, config.data.max_length)), {}
     if config.data.packing:  # five samples
         attend_by_sample(model)
@@ -287,7 +298,7 @@ def _saved_bytes(config: RunConfig, built) -> int:
         positions = torch.cat([torch.arange(length) for length in lengths])
         packed = {"position_ids": positions.expand(*((4, 1) if hasattr(built, "vision_config") else (1,)), -1)}
         packed["cu_seq_lens_q"] = packed["cu_seq_lens_k"] = torch.tensor([0, *lengths]).cumsum(0).int()
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors_hooks(pack, lambda tensor: tensor), mock.patch.object(Dispatcher, "permutation", planned):
         loss = model(input_ids=ids_BS, labels=ids_BS, use_cache=False, **packed).loss
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in kept.values())

@@ -29,8 +29,32 @@ from tools.bench.step.ranks import (
     training_step,
 )
 
-NO_KERNEL = ("view", "reshape", "transpose", "permute.", "slice", "select", "split", "expand", "squeeze", "unsqueeze", "detach")
-NO_KERNEL += ("alias", "as_strided", "unbind", "empty", "new_empty", "chunk", "_unsafe_view", "set_", "resize_", "promote_types", "lift_fresh")
+NO_KERNEL = (
+    "view",
+    "reshape",
+    "transpose",
+    "permute.",
+    "slice",
+    "select",
+    "split",
+    "expand",
+    "squeeze",
+    "unsqueeze",
+    "detach",
+)
+NO_KERNEL += (
+    "alias",
+    "as_strided",
+    "unbind",
+    "empty",
+    "new_empty",
+    "chunk",
+    "_unsafe_view",
+    "set_",
+    "resize_",
+    "promote_types",
+    "lift_fresh",
+)
 
 
 class Kernels(TorchDispatchMode):
@@ -44,7 +68,9 @@ class Kernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def plain_step(plan: dict[str, Any], topology: Topology, checkpointing: bool) -> Callable[[Tensor], tuple[Tensor, float]]:
+def plain_step(
+    plan: dict[str, Any], topology: Topology, checkpointing: bool
+) -> Callable[[Tensor], tuple[Tensor, float]]:
     """A step of transformers' own model without DeepSpeed: forward, backward, clipping, fused AdamW."""
     model = build_model(plan, topology.device)
     if checkpointing:
