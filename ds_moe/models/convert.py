@@ -146,8 +146,6 @@ def _enter(
 ) -> None:
     """Make a layer of a block's experts, and a router of ours of its router if ours repeats it."""
     experts, form = block.experts, form_of(block.router)
-    if hasattr(experts, "lora"):
-        raise UserError(f"lora.experts cannot update {type(experts).__name__} yet; leave it out")
     fused = unlike_swiglu(experts, transposed=True) is None
     num_experts, gate = block.num_experts, None
     if form is not None:  # before other ranks' experts are dropped: it counts all of them

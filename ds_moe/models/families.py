@@ -154,7 +154,8 @@ FAMILIES["qwen3_5_moe"] = Family(  # also Qwen3.6's name
     preset="tiny-qwen3.5-moe",
     tiny={
         "text": {
-            **{"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 40},
+            **{"layer_types": ["linear_attention", "full_attention", "full_attention"], "num_hidden_layers": 3},
+            "shared_expert_intermediate_size": 40,
             **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
             **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "partial_rotary_factor": 1.0},
         },

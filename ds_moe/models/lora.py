@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ds_moe.config.sections import LoRAConfig
 from ds_moe.errors import UserError
 from ds_moe.models.blocks import moe_blocks
-from ds_moe.models.families import expert_state
+from ds_moe.models.families import REPLACED, expert_state
 from ds_moe.moe.expert_lora import ExpertLoRA
 
 ADAPTER = "default"  # PEFT's name of the one adapter in a model's parameter names
@@ -29,7 +29,7 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
     """Freeze an unconverted `model` and give it the updates that `config` asks for.
 
     `seed` is of the updates of the first MoE layer's experts, and each further layer counts on from it. Raises
-    `UserError` for a target that is no linear layer of the model.
+    `UserError` for a target that is no linear layer of the model, or experts that cannot be updated.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -38,6 +38,9 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
         peft.inject_adapter_in_model(peft_config(config, config.targets), model, ADAPTER)
     for index, block in enumerate(moe_blocks(model)):
         if config.experts:
+            if type(block.module).__name__ not in REPLACED:
+                text = f"lora.experts cannot update the experts of {model.config.model_type} models"
+                raise UserError(f"{text}, only those of Qwen3-MoE and Qwen3-VL-MoE; set it to false")
             weights = (block.experts.gate_up_proj, block.experts.down_proj)
             block.experts.lora = ExpertLoRA(*weights, config.rank, scaling(config), config.dropout, seed + index)
         for parameter in block.router.parameters():

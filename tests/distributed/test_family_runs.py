@@ -2,7 +2,7 @@
 saved, resumed and exported, and plain transformers loads the export."""
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import save_processor, tiny_processor
 from ds_moe.weights.files import SafetensorsFiles
 from tests.launcher import run_ranks
+from tests.models.test_families import slow_but
 from tests.models.tiny_families import build, glm_processor
 
 ANSWERS = {"one": "eno", "two": "owt"}
@@ -27,7 +28,9 @@ EAGER = {"flint", "gpt_oss", "hy_v4", "mimo_v2_flash"}  # they have no other att
 STACKED = {"gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "hy_v4", "qwen3_5_moe"}
 WITH_IMAGES = [name for name, family in FAMILIES.items() if family.vision and not family.measured]
 EVERY = [*TRAINED_BLOCKS, *WITH_IMAGES]
-A_LAUNCH = 14  # runs in one launch
+QUICK = [MOVES, "qwen3_5_moe"]
+_OTHERS = [family for family in EVERY if family not in QUICK]
+LAUNCHES = [QUICK, *(_OTHERS[start : start + 12] for start in range(0, len(_OTHERS), 12))]
 STOPPED, LAST = "step_00000002", "step_00000004"
 GLM = "glm4v_moe"
 SPECULATES = {  # what begins the names of weights of multi-token prediction in files
@@ -74,7 +77,9 @@ def case(family: str, folder: Path, name: str) -> list[object]:
     keys += ["model.attention=eager"] if family in EAGER else []
     keys += ["moe.balance=[{kind: loss_free, update_rate: 0.05}]"] if family == MOVES else []
     keys += [f"data.train={folder / 'mixed.jsonl'}", "data.shuffle=false"] if family in WITH_IMAGES else []
-    return [family, keys, "train"]
+    if name == "resumed":
+        keys += [f"train.resume={folder / 'whole' / family / 'checkpoints' / STOPPED}"]
+    return [f"{family} {name}", keys, "train"]
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -83,9 +88,22 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("families")
-    for family in EVERY:
+def runs(tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the folder in which a family was trained: without a stop, and again from where the first run was stopped.
+    The families that are trained in one launch are trained when one of them is asked for."""
+    folders: dict[str, Path] = {}
+
+    def trained(family: str) -> Path:
+        if family not in folders:
+            together = next(few for few in LAUNCHES if family in few)
+            folders.update(dict.fromkeys(together, _train(tmp_path_factory.mktemp("families"), together)))
+        return folders[family]
+
+    return trained
+
+
+def _train(folder: Path, families: list[str]) -> Path:
+    for family in families:
         folder_of(family, folder / family)
     (folder / "qa.jsonl").write_text("".join(_record(*pair) for pair in ANSWERS.items()) * 4)
     Image.linear_gradient("L").resize((16, 16)).save(folder / "a.png")
@@ -102,25 +120,15 @@ def runs(tmp_path_factory) -> Path:
         "deepspeed": str(Path("ds_configs/zero3.json").resolve()),
     }
     (folder / "run.yaml").write_text(json.dumps(run))  # JSON is YAML
-    for few in (EVERY[start : start + A_LAUNCH] for start in range(0, len(EVERY), A_LAUNCH)):
-        _train(folder, "whole", few)
-        for family in few:
-            kept = Path("checkpoints") / STOPPED
-            shutil.copytree(folder / "whole" / family / kept, folder / "resumed" / family / kept)
-        _train(folder, "resumed", few)
+    cases = [case(family, folder, name) for family in families for name in ("whole", "resumed")]
+    run_ranks("tests/distributed/resume_ranks.py", 2, [json.dumps(cases), str(folder / "run.yaml")])
     return folder
 
 
-def _train(folder: Path, name: str, families: list[str]) -> None:
-    cases = [case(family, folder, name) for family in families]
-    run_ranks("tests/distributed/resume_ranks.py", 2, [json.dumps(cases), str(folder / "run.yaml")])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", slow_but(EVERY, QUICK))
 def test_a_resumed_run_equals_one_that_never_stopped(runs, family):
-    whole, resumed = (tensors(runs / name / family / "checkpoints" / LAST) for name in ("whole", "resumed"))
-    stopped = tensors(runs / "whole" / family / "checkpoints" / STOPPED)
+    whole, resumed = (tensors(runs(family) / name / family / "checkpoints" / LAST) for name in ("whole", "resumed"))
+    stopped = tensors(runs(family) / "whole" / family / "checkpoints" / STOPPED)
     assert whole.keys() == resumed.keys() == stopped.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     learned = [key for key in whole if key.startswith("weight/") and not torch.equal(whole[key], stopped[key])]
@@ -128,21 +136,20 @@ def test_a_resumed_run_equals_one_that_never_stopped(runs, family):
     assert any(".experts." in key for key in learned)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", slow_but(EVERY, QUICK))
 @pytest.mark.parametrize("layout", ["hub", "memory"])
 def test_an_export_is_the_trained_model_in_plain_transformers(runs, family, layout, tmp_path):
-    written = export_checkpoint(runs / "whole" / family, tmp_path / "export", layout)
+    written = export_checkpoint(runs(family) / "whole" / family, tmp_path / "export", layout)
     kind = AutoModelForImageTextToText if family in WITH_IMAGES else AutoModelForCausalLM
     plain = kind.from_pretrained(tmp_path / "export").state_dict()
-    trained = tensors(runs / "whole" / family / "checkpoints" / LAST)
+    trained = tensors(runs(family) / "whole" / family / "checkpoints" / LAST)
     kept = {key.partition("/")[2]: value for key, value in trained.items() if key.startswith(("weight/", "buffer/"))}
     assert kept.keys() == plain.keys()
     assert all(torch.equal(plain[name], value) for name, value in kept.items())
     stored = SafetensorsFiles.of_folder(tmp_path / "export").shapes
     single = any(".experts.0." in name for name in stored if "mtp." not in name)
     assert single == (layout == "hub" and family not in STACKED) and written.layout == layout
-    source = kind.from_pretrained(runs / family).state_dict()
+    source = kind.from_pretrained(runs(family) / family).state_dict()
     biases = [name for name in plain if name.endswith("e_score_correction_bias")]
     assert biases or family not in ("glm4_moe", "glm4v_moe", "deepseek_v3")
     for name in biases:  # read from the file, and moved only where the run asks for it
@@ -150,10 +157,9 @@ def test_an_export_is_the_trained_model_in_plain_transformers(runs, family, layo
         assert torch.equal(plain[name], source[name]) == (family != MOVES)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", SPECULATES)
+@pytest.mark.parametrize("family", slow_but(SPECULATES, QUICK))
 def test_weights_of_multi_token_prediction_go_through_as_they_are(runs, family, tmp_path):
-    export_checkpoint(runs / "resumed" / family, tmp_path / "export")
+    export_checkpoint(runs(family) / "resumed" / family, tmp_path / "export")
     files = load_file(tmp_path / "export" / "model.safetensors")
     for name, value in SPECULATION.items():
         found = files[SPECULATES[family] + name]

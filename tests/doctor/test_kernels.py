@@ -60,7 +60,7 @@ def test_linear_attention_without_its_kernels_is_a_warning_where_they_could_run(
     assert code == 0 and "GiB a rank and activations, which are not predicted of qwen3_5_moe models" in line
     _, lines, _ = doctor(capsys, preset, "--device-memory", "80GB")
     [line] = [line for line in lines if "linear attention" in line]
-    assert "1 of 2 layers have linear attention; flash-linear-attention and causal-conv1d cannot be imported" in line
+    assert "1 of 3 layers have linear attention; flash-linear-attention and causal-conv1d cannot be imported" in line
     monkeypatch.setattr(model, "find_spec", lambda name: object())
     _, lines, _ = doctor(capsys, preset, "--device-memory", "80GB")
     assert not [line for line in lines if "linear attention" in line]

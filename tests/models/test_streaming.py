@@ -206,7 +206,8 @@ def test_what_cannot_be_streamed_is_loaded_complete(tmp_path, monkeypatch):
     assert differing(model, expected) == []
 
 
-QUICK = {"glm4_moe", "gpt_oss", "mixtral", "qwen3_5_moe"}  # a bias, stacks, other names, images
+# A bias, stacks, other names, a bias that is a frozen parameter, images.
+QUICK = {"glm4_moe", "gpt_oss", "mixtral", "qwen3_5_moe"}
 
 
 @pytest.mark.parametrize("family", slow_but([*TRAINED_BLOCKS, "qwen3_5_moe", "glm4v_moe"], QUICK))
@@ -217,7 +218,7 @@ def test_a_family_whose_block_stays_is_streamed_and_written_as_its_hub_names_it(
     config = ModelConfig(path=str(tmp_path), attention="eager")
     for dtype, ep in ((torch.bfloat16, ExpertParallel()), (torch.float32, ExpertParallel(2, 1))):
         ours, theirs = (load_model(config, dtype, unread=unread) for unread in (True, False))
-        assert any(map(is_unread, ours.parameters()))
+        assert any(map(is_unread, ours.parameters())) or family == "kimi_linear"  # it stacks projections otherwise
         for model in (ours, theirs):
             convert(model, MoEConfig(ep_size=ep.size), ep)
         read_unread(ours, files, ep, whole)
