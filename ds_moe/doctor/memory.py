@@ -21,7 +21,7 @@ RANKS_A_HOST = 8  # accelerators that a host of a job may have; the doctor is no
 def check_outline(case: Case) -> Iterator[Finding]:
     """Frozen parts and predicted memory, on the model without storage."""
     from ds_moe.memory.predict import predict, predict_loading
-    from ds_moe.models.families import expert_state
+    from ds_moe.models.freeze import trained_experts
     from ds_moe.models.load import build_outline
     from ds_moe.tasks.registry import task_kind
 
@@ -43,17 +43,17 @@ def check_outline(case: Case) -> Iterator[Finding]:
     zero, on_cpu = case.zero, case.device.on_cpu
     if zero is None:
         return
-    experts = [parameter for name, parameter in model.named_parameters() if expert_state(name)]
-    if zero.stage < 3 and experts and not any(parameter.requires_grad for parameter in experts):
-        key = "train.stage" if config.train.stage == "router_only" else "lora" if config.lora else "model.freeze"
-        text = f"{key} freezes all experts, which DeepSpeed cannot do at ZeRO stage {zero.stage}; use stage 3"
+    if zero.stage < 3 and case.experts and not trained_experts(model):
+        key = kind.freezing_key(config)
+        what = key if key != "task" else f"task {kind.name}"
+        text = f"{what} freezes all experts, which DeepSpeed cannot do at ZeRO stage {zero.stage}; use stage 3"
         yield Finding("error", f"{config.at(key)}: {text}")
         return
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     yield Finding("ok", f"model: {case.model.model_type}, {parameters:,} parameters, {trained:,} of them trained")
-    yield _memory(case, zero, lambda other: predict(model, other, zero, case.world_size, on_cpu, kind.streams_weights))
-    yield from _loading(case, zero, predict_loading(model, config, zero, case.world_size, kind.streams_weights))
+    yield _memory(case, zero, lambda other: predict(model, other, zero, case.world_size, on_cpu))
+    yield from _loading(case, zero, predict_loading(model, config, zero, case.world_size))
 
 
 def _memory(case: Case, zero: ZeroPlan, predicted: Callable[[RunConfig], Memory]) -> Finding:

@@ -128,10 +128,14 @@ def _expert_layout(shapes: dict[str, tuple[int, ...]], text: PretrainedConfig) -
 def check_experts(case: Case) -> Iterator[Finding]:
     """How experts are computed, and whether they see enough tokens to learn anything."""
     config, experts = case.config, expert_count(case.model) if case.model else None
+    from ds_moe.models.freeze import trained_experts
+
     if case.folder is not None and case.model is not None:
         yield from _slow_implementation(Path(case.folder) / "config.json")
     if case.model is None or config.moe is None or experts is None or case.tokens_a_sample is None:
         return
+    if case.outline is not None and not trained_experts(case.outline):
+        return  # frozen experts need no tokens to learn from
     top_k = config.moe.router.top_k or case.model.get_text_config().num_experts_per_tok
     step = config.train.global_batch_size * case.tokens_a_sample * top_k / experts
     text = f"an expert sees about {step:.0f} tokens a step ({experts} experts, top {top_k})"

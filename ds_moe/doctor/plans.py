@@ -103,7 +103,7 @@ def outline_of(config: RunConfig, model: PretrainedConfig) -> PreTrainedModel:
 
 def predicted(config: RunConfig, outline: PreTrainedModel, ranks: int, on_cpu: bool = False) -> Memory:
     ds = resolve_deepspeed(config, ranks, on_cpu, hidden_size=outline.config.get_text_config().hidden_size)
-    return predict(outline, config, zero_plan(ds), ranks, on_cpu, task_kind(config).streams_weights)
+    return predict(outline, config, zero_plan(ds), ranks, on_cpu)
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,8 @@ def build_engine(
     experts = [parameter for layer in layers for parameter in layer.experts.parameters()]
     if layers and stage < 3 and not any(parameter.requires_grad for parameter in experts):
         raise UserError(
-            "frozen experts (model.freeze, train.stage router_only, or lora without lora.experts) need ZeRO stage 3: "
-            "choose a DeepSpeed JSON of ZeRO stage 3, or train the experts"
+            "frozen experts (model.freeze, train.stage router_only, or lora without lora.experts, or task gate) need "
+            "ZeRO stage 3: choose a DeepSpeed JSON of ZeRO stage 3, or train the experts"
         )
     groups = parameter_groups(model, config.train.weight_decay, adapter_lr)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from ds_moe.config.run import RunConfig
 from ds_moe.errors import UserError
-from ds_moe.models.families import family_of
+from ds_moe.models.families import expert_state, family_of
 from ds_moe.models.lora import add_lora
 
 
@@ -45,6 +45,12 @@ def freeze(model: PreTrainedModel, patterns: list[str]) -> None:
         # layer again before its gradient has arrived: DeepSpeed's hook for the end of a module's backward fires at its
         # beginning when no input of the module needs a gradient.
         model.enable_input_require_grads()
+
+
+def trained_experts(model: nn.Module) -> bool:
+    """Whether any weight of an expert is trained, or an update of one."""
+    named = model.named_parameters()
+    return any(parameter.requires_grad for name, parameter in named if expert_state(name))
 
 
 def parameter_table(model: nn.Module) -> list[tuple[str, int, int]]:

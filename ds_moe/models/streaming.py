@@ -49,6 +49,18 @@ def read_unread(model: PreTrainedModel, files: SafetensorsFiles, ep: ExpertParal
     return files.bytes_read
 
 
+def stored_value(model: PreTrainedModel, weight: Tensor) -> Tensor:
+    """The values of an unread weight of an unprepared model, in full and in its dtype, from the model's own files."""
+    files = SafetensorsFiles.find(model.name_or_path)
+    assert files is not None  # load_model left the weight there
+    sources = sources_of(model, model.state_dict(), files.shapes)
+    names = [name for name, one in model.named_parameters(remove_duplicate=False) if one is weight]  # several if tied
+    found = filter(None, (stored_rows(files, sources.get(name), weight.shape) for name in names))
+    values = next(found)(0, len(weight)).to(weight.dtype)
+    files.close()
+    return values
+
+
 @torch.no_grad()
 def copy_range(rows: Rows, width: int, start: int, into: Tensor) -> None:
     """Fill the flat `into` with the elements [start, start + its size) of a flattened weight, whose rows have `width`

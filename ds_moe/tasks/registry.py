@@ -28,6 +28,10 @@ from ds_moe.tasks.rl.task import PolicyOptimization
 from ds_moe.tasks.task import Task, TrainingParts
 
 
+def _freezing_key(config: RunConfig) -> str:
+    return "train.stage" if config.train.stage == "router_only" else "lora" if config.lora else "model.freeze"
+
+
 @dataclass(frozen=True)
 class TaskKind:
     """What differs between tasks. The defaults are those of supervised fine-tuning.
@@ -38,10 +42,10 @@ class TaskKind:
         eval_records: what those of data.eval are.
         set_trainable: freezes a model and adds what is trained instead; also on the meta device.
         trainable_key: the key of the run file that most likely is to blame where that fails.
+        freezing_key: the key that freezes experts, where they are.
         begin: fills what was added from an earlier run, once the model has values.
         fixed_adapters: files of the adapters that the run takes as they are, by name; None: it takes none.
         adapter_lr: their learning rate, where they are trained at one of their own.
-        streams_weights: whether ranks may read their shares straight from the model's files.
         files_follow: whether other data files follow one another in the same run, whose steps are not known.
         runs_vision_itself: whether the task runs the vision tower, on every rank alike.
         summary: lines that the opening summary adds.
@@ -56,10 +60,10 @@ class TaskKind:
     eval_records: Callable[[RunConfig], RecordKind] = lambda config: CHAT
     set_trainable: Callable[[PreTrainedModel, RunConfig], object] = set_trainable
     trainable_key: Callable[[RunConfig], str] = lambda config: "lora" if config.lora else "model.freeze"
+    freezing_key: Callable[[RunConfig], str] = _freezing_key
     begin: Callable[[PreTrainedModel, RunConfig], None] = lambda model, config: None
     fixed_adapters: Callable[[RunConfig], Mapping[str, list[Path]] | None] = lambda config: None
     adapter_lr: Callable[[RunConfig], float | None] = lambda config: None
-    streams_weights: bool = True
     files_follow: bool = False
     runs_vision_itself: bool = False
     summary: Callable[[PreTrainedModel, RunConfig], list[str]] = lambda model, config: []
@@ -121,11 +125,11 @@ TASKS = {
             train_records=lambda config, model_config: _labelled_chats(config),
             eval_records=_labelled_chats,
             set_trainable=lambda model, config: install_gate(model, config.gate),
+            freezing_key=lambda config: "task",
             trainable_key=lambda config: "gate.adapters" if config.gate.adapters else "gate.adapters_in",
             begin=lambda model, config: start_gate(model, config.gate),
             fixed_adapters=lambda config: adapter_files(config.gate),
             adapter_lr=lambda config: config.gate.adapter_lr,
-            streams_weights=False,
             runs_vision_itself=True,
             summary=_gate_summary,
         ),

@@ -67,7 +67,7 @@ def set_up(config: RunConfig) -> Run:
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
     zero = zero_plan(ds_config)
     raise_together(_no_room(config, outline, zero.width) if topology.rank == 0 else None)
-    memory = predict(outline, config, zero, topology.world_size, on_cpu(), kind.streams_weights)
+    memory = predict(outline, config, zero, topology.world_size, on_cpu())
     model, context = load_prepared(config, topology, processor, ds_config)
     engine = build_engine(model, config, ds_config, progress.total_steps, kind.adapter_lr(config))
     engine.train()
@@ -99,7 +99,7 @@ def load_prepared(
     """The run's model as engines take it, its weights read, and what its expert layers share (collective)."""
     kind = task_kind(config)
     dtype = torch.bfloat16 if precision(config, on_cpu()) == "bf16" else torch.float32
-    model = load_model(config.model, dtype, config.train.seed, unread=kind.streams_weights)
+    model = load_model(config.model, dtype, config.train.seed, unread=True)
     if (end := end_token(processor)) is not None:
         stop_at(model, end)
     context = prepare_model(

@@ -196,6 +196,7 @@ def test_all_mistakes_are_found_at_once_in_the_order_of_the_file(run):
 LORA = "lora={rank: 8}"
 GATE = ["task=gate", "moe=null", "model.preset=tiny-vl-dense", "gate.adapters_in=adapters", "data.train=routed.jsonl"]
 LATER = [*GATE, "gate.stage=end_to_end"]
+OVER_EXPERTS = [*GATE, "model.preset=tiny-vl-moe", "moe={ep_size: 1}"]
 EVALUATED = ["data.eval=held_out.jsonl", "train.eval_every=5"]
 RL = ["task=rl", "data.train=rollouts.jsonl"]
 # Every rule about keys without effect or in contradiction: overrides that trigger it, and words of the complaint.
@@ -352,9 +353,30 @@ RULES = {
     ),
     "a gate on digits": ([*GATE, "data.train=digits"], 'data.train is "digits", whose records name no adapter'),
     "a gate without adapters": ([*GATE, "gate.adapters_in=null"], "neither gate.adapters nor gate.adapters_in is set"),
-    "a gate over experts": (
-        [*GATE, "moe={ep_size: 1}"],
-        "task gate cannot gate a model with experts: name a dense one in",
+    "a gate over routers of another kind": (
+        [*OVER_EXPERTS, "moe.router.kind=hash"],
+        "moe.router.kind hash would change the routing: task gate freezes the base",
+    ),
+    "a gate over other routing": (
+        [*OVER_EXPERTS, "moe.router.top_k=3"],
+        "moe.router.top_k 3 would change the routing: task gate freezes the base",
+    ),
+    "a gate over balanced experts": (
+        [*OVER_EXPERTS, "moe.balance=[{kind: loss_free}]"],
+        "moe.balance loss_free would not be used: task gate freezes the routers; remove it",
+    ),
+    "a gate over other weights": (
+        [*OVER_EXPERTS, "moe.experts.apply_weight=before"],
+        "moe.experts.apply_weight before would change the base",
+    ),
+    "a gate that replays": ([*OVER_EXPERTS, "moe.replay.enabled=true"], "moe.replay.enabled needs task rl"),
+    "a gate that trains routers": (
+        [*OVER_EXPERTS, "train.stage=router_only"],
+        "train.stage router_only would not be used: task gate freezes the routers; remove it",
+    ),
+    "a load that no gate makes": (
+        [*OVER_EXPERTS, "monitor.dead_alarm_steps=5"],
+        "monitor.dead_alarm_steps would not be used: gate.stage supervised trains without the experts; remove it",
     ),
     "a gate with lora": ([*GATE, LORA], "section lora would not be used: task gate brings the adapters itself"),
     "a gate upon a frozen part": ([*GATE, "model.freeze=[vision]"], "task gate freezes the whole model; remove it"),

@@ -1,29 +1,46 @@
-"""What test_gate trains on: screens beside text-only records, a base, four adapters of different ranks."""
+"""What test_gate trains on: screens beside text-only records, bases, and of each four adapters of different ranks."""
 
 import json
 import random
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import peft
 import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
-from ds_moe.models.presets import build_preset
+from ds_moe.models.families import family_of
+from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.processor import save_processor, tiny_processor
 from tests.distributed.gate_ranks import NAMES
 from tools.demos.gate import screens
 
 TRAIN, HELD_OUT = 96, 24
 PROJECTIONS = [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["o_proj", "down_proj"], ["up_proj"]]
+# Of the layer without experts; PEFT takes bare names of projections for those of experts.
+OF_ITS_MLP = [r".*layers\.(1\.mlp\.down_proj|\d\.self_attn\.o_proj)", r".*layers\.1\.mlp\.up_proj"]
+MOE_PROJECTIONS = [*PROJECTIONS[:2], *OF_ITS_MLP]
+# Two of them inside of blocks with experts, the first one's before anything else that is trained.
+SHARED = r".*language_model.*shared_expert"
+QWEN_PROJECTIONS = [*PROJECTIONS[:2], rf"{SHARED}\.(gate|up|down)_proj", rf"{SHARED}(\.up_proj|_gate)"]
+EXPERTS = 6
 
 
 def make(folder: Path) -> None:
-    """base/, adapters/<name>/ and the data files."""
-    build_preset("tiny-vl-dense", seed=3).save_pretrained(folder / "base")
-    save_processor(tiny_processor(), folder / "base")
-    for seed, (name, targets) in enumerate(zip(NAMES, PROJECTIONS, strict=True)):
-        write_adapter(folder / "adapters" / name, seed, r=2 + seed, lora_alpha=8, target_modules=targets)
+    """base/, adapters/<name>/, the same with "moe " and with "qwen3.5 " before it, and the data files."""
+    bases = {
+        "": (dense_base, PROJECTIONS),
+        "moe ": (moe_base, MOE_PROJECTIONS),
+        "qwen3.5 ": (qwen_base, QWEN_PROJECTIONS),
+    }
+    for kind, (base, projections) in bases.items():
+        base().save_pretrained(folder / f"{kind}base")
+        save_processor(tiny_processor(), folder / f"{kind}base")
+        for seed, (name, targets) in enumerate(zip(NAMES, projections, strict=True)):
+            options = {"r": 2 + seed, "lora_alpha": 8, "target_modules": targets}
+            write_adapter(folder / f"{kind}adapters" / name, seed, base, **options)
     data = folder / "data"
     screens.write_screens(data, TRAIN // 2, HELD_OUT // 2, base=1, seed=0)
     learnable(data)
@@ -73,10 +90,28 @@ def learnable(data: Path) -> None:
     jsonl(data / "learnable.jsonl", records * 2)
 
 
-def write_adapter(folder: Path, seed: int, **options) -> None:
+def dense_base() -> PreTrainedModel:
+    return build_preset("tiny-vl-dense", seed=3)
+
+
+def moe_base() -> PreTrainedModel:
+    """Experts before and behind a layer without any, in a number that two ranks and three can share."""
+    config = preset_config("tiny-vl-moe")
+    config.text_config.num_hidden_layers, config.text_config.mlp_only_layers = 3, [1]
+    config.text_config.num_experts = EXPERTS
+    torch.manual_seed(3)
+    return family_of(config).model_class(config)
+
+
+def qwen_base() -> PreTrainedModel:
+    """With a shared expert in its blocks, and linear attention."""
+    return build_preset("tiny-qwen3.5-moe", seed=3)
+
+
+def write_adapter(folder: Path, seed: int, base: Callable[[], PreTrainedModel] = dense_base, **options) -> None:
     """As PEFT saves it, with a B that is not zero."""
     torch.manual_seed(seed)
-    model = peft.get_peft_model(build_preset("tiny-vl-dense", seed=3), peft.LoraConfig(**options))
+    model = peft.get_peft_model(base(), peft.LoraConfig(**options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.03)

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import deepspeed
+import peft
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,11 +22,14 @@ from ds_moe.config.run_file import load_run
 from ds_moe.data.encode import filler
 from ds_moe.data.stream import TrainStream
 from ds_moe.engine.build import build_engine
-from ds_moe.engine.prepare import prepare_model
+from ds_moe.engine.prepare import prepare_model, read_weights
 from ds_moe.engine.start import start_distributed
 from ds_moe.errors import UserError
-from ds_moe.models.load import load_model
+from ds_moe.models.convert import moe_layers
+from ds_moe.models.families import family_of
+from ds_moe.models.load import build_outline, load_model, model_config
 from ds_moe.models.processor import load_processor
+from ds_moe.tasks.gate.adapters import KEY
 from ds_moe.tasks.gate.features import sequence_of
 from ds_moe.tasks.gate.files import start_gate
 from ds_moe.tasks.gate.model import install_gate
@@ -36,7 +40,9 @@ from ds_moe.tasks.task import TrainingParts
 from ds_moe.train import train
 from ds_moe.training.checkpoints import resume, save_checkpoint
 from ds_moe.training.set_up import set_up
+from ds_moe.training.step import _forward_backward
 from tests.launcher import leave, report
+from tests.tasks.gate.gated import fixed
 
 RUN, PACKED = "tests/runs/gate.yaml", "tests/runs/gate_packed.yaml"
 NAMES = ["agenda", "auditor", "operator", "pointer"]
@@ -58,10 +64,26 @@ PARITY = [  # ZeRO stage, overrides
     (3, [*CHECKPOINTED, "gate.text=layer", "gate.text_layer=1", "gate.start=null", "gate.kl_weight=0.0"]),
 ]
 FEW = [(1, SUPERVISED), (3, CHECKPOINTED)]  # in `make test`
+# Over experts, where a pass of the base reads the request before the pass that is trained.
+BY_LAYER = ["gate.text=layer", "gate.text_layer=2"]
+ONE_HOT = ["gate.stage=joint", "gate.start=null"]
+OVER_EXPERTS = [  # EP size, overrides
+    (ep_size, [f"train.gradient_checkpointing={checkpointing}", *text])
+    for text in ([], BY_LAYER)
+    for checkpointing in ("false", "true")
+    for ep_size in (1, 0)  # 0: all ranks
+]
+STAGES_OVER_EXPERTS = [
+    *((3, [*more, f"moe.ep_size={ep_size}"]) for ep_size in (1, 2) for more in (SUPERVISED, JOINT, CHECKPOINTED)),
+    (3, ["gate.stage=end_to_end", *REGULARISED, "moe.ep_size=2"]),
+    (3, [*SUPERVISED, "gate.text=last", "gate.start=null", "moe.ep_size=2"]),
+    (3, [*CHECKPOINTED, *BY_LAYER, "gate.start=null", "gate.kl_weight=0.0", "moe.ep_size=2"]),
+]
+PARITIES = {"parity": PARITY, "parity of a few": FEW, "parity over experts": STAGES_OVER_EXPERTS}
 
 
-def batches(file, processor):
-    """(micro-batches of ranks 0 and 1, packed rows of theirs, all joined in one padded micro-batch).
+def batches(file, processor, ranks=2):
+    """(micro-batches of each rank, packed rows of theirs, all joined in one padded micro-batch).
 
     Rank 1 has no image; one of its records names no adapter. Packed rows hold other numbers of samples on each rank,
     and a filler.
@@ -71,12 +93,14 @@ def batches(file, processor):
     nameless = {"messages": [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a tree"}]}
     samples = [record_kind.parse(record, "here", file.parent) for record in [nameless, *records]]
     encoded = [record_kind.encode(sample, processor, 512, 2**20) for sample in samples]
-    pictures = [one for one in encoded if one.pixel_values is not None][:SAMPLES]
-    texts = [one for one in encoded if one.pixel_values is None][:SAMPLES]
-    rows = [[pictures[:1], pictures[1:]], [texts[:2], [*texts[2:], filler(processor)]]]
-    padded = [[record_kind.collate(part, processor)] for part in (pictures, texts)]
+    pictures = [one for one in encoded if one.pixel_values is not None]
+    texts = [one for one in encoded if one.pixel_values is None]
+    parts = [pictures[:SAMPLES], texts[:SAMPLES], [texts[SAMPLES], *pictures[SAMPLES:][:2]]][:ranks]
+    rows = [[part[: 1 + rank % 2], part[1 + rank % 2 :]] for rank, part in enumerate(parts)]
+    rows[1][1].append(filler(processor))
+    padded = [[record_kind.collate(part, processor)] for part in parts]
     packed = [[record_kind.collate(row, processor, packed=True) for row in of_rank] for of_rank in rows]
-    return padded, packed, record_kind.collate(pictures + texts, processor)
+    return padded, packed, record_kind.collate(sum(parts, []), processor)
 
 
 def move(gate):
@@ -119,42 +143,50 @@ class Stream(list):
     remembered = LABELS
 
 
-def compare(config, zero, own, expected, breakage=None):
-    """(loss difference, largest gradient difference relative to its tensor's largest entry) of one configuration.
+def compare(config, zero, own, expected, breakage=None, chosen=None):
+    """(loss difference, largest gradient difference relative to its tensor's largest entry, assignments to experts that
+    were counted too often or too seldom) of one configuration.
 
-    `own` are the rank's micro-batches of a step.
+    `own` are the rank's micro-batches of a step. Every request gets the adapter `chosen` if there is one.
     """
     expected_loss, expected_grads = expected
-    topology = start_distributed(1)
-    model = load_model(config.model, torch.float32)
+    topology = start_distributed(config.moe.ep_size if config.moe else 1)
+    model = load_model(config.model, torch.float32, unread=True)
     torch.manual_seed(3)
     gate = task_kind(config)
-    prepare_model(model, config, topology, set_trainable=gate.prepare, keep_ranks_in_step=False)
-    move(model.adapter_gate)
+    context = prepare_model(model, config, topology, set_trainable=gate.prepare, keep_ranks_in_step=False)
+    if chosen is None:
+        move(model.adapter_gate)
+    else:
+        fixed(model, torch.eye(len(NAMES))[NAMES.index(chosen)])
     if breakage == "scale":
-        next(iter(model.adapter_bank.layers.values())).scale_R *= 1.01
+        for layer in model.adapter_bank.layers.values():
+            layer.scale_R *= 1.01
     ds_config = {
         "train_micro_batch_size_per_gpu": SAMPLES,
         "gradient_accumulation_steps": len(own),
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": zero},
+        "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     }
+    read_weights(model, config, topology, ds_config)
     engine = build_engine(model, config, ds_config, 1, gate.adapter_lr(config))
     engine.train()
     stream = Stream([own])
     if breakage == "class weights":
         stream.remembered = NAMES
-    task = GateTask(TrainingParts(config, topology, engine, None, stream=stream))
+    parts = TrainingParts(config, topology, engine, context, stream=stream)
+    task = GateTask(parts)
     micro_batches = next(task.steps(Progress(2, step=1)))
     labelled = sum(task.weight(batch) for batch in micro_batches)
     dist.all_reduce(labelled)
     total = torch.zeros((), dtype=torch.float64)  # sums add no rounding to the losses compared
-    with swapped_choices() if breakage == "choices" else nullcontext():
+    share = labelled.item() / topology.world_size / len(own)
+    with BREAKAGES.get(breakage, nullcontext)():
         for batch in micro_batches:
-            loss = task.loss(batch, labelled.item() / topology.world_size / len(own))
-            engine.backward(loss)
-            total += loss.detach() / len(own)
+            engine.set_gradient_accumulation_boundary(batch is micro_batches[-1])
+            language, of_balancers = _forward_backward(parts, task, batch, share, len(own), at=lambda phase: None)
+            total += language + of_balancers
             if batch is not micro_batches[-1]:
                 engine.step()
     dist.all_reduce(total)
@@ -164,10 +196,54 @@ def compare(config, zero, own, expected, breakage=None):
     for name, parameter in trained.items():
         ours, theirs = safe_get_full_grad(parameter), expected_grads[name]
         differences.append((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
-    worst = torch.stack([(total / topology.world_size - expected_loss).abs(), max(differences)])
+    tokens = 0 if task.supervised else sum(int(batch.tokens) for batch in micro_batches)
+    layers = moe_layers(engine.module)
+    counted = [int(torch.as_tensor(layer.load.counts_E).sum()) - tokens * layer.gate.top_k for layer in layers]
+    worst = [(total / topology.world_size - expected_loss).abs(), max(differences)]
+    worst = torch.stack([*worst, torch.tensor(max(map(abs, counted), default=0.0))])
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     engine.destroy()
     return worst.tolist()
+
+
+def of_peft(config, name, joined):
+    """Loss and gradients of one adapter, by PEFT and plain transformers; the gradients as a bank holds them."""
+    plain = family_of(model_config(config.model)).model_class.from_pretrained(config.model.path, dtype=torch.float32)
+    bank = install_gate(build_outline(model_config(config.model)), config.gate).adapter_bank
+    model = peft.PeftModel.from_pretrained(plain, Path(config.gate.adapters_in) / name, is_trainable=True).train()
+    logits_BSV = model(**joined.with_labels, use_cache=False).logits
+    loss = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).double(), joined.labels[:, 1:].flatten())
+    loss.backward()
+    own = {key.replace(".default", ""): one.grad for key, one in model.named_parameters() if one.requires_grad}
+    grads = {}
+    for path, layer in bank.layers.items():
+        mine_R = layer.owner_R == bank.names.index(name)
+        for side, rows in (("A", (mine_R,)), ("B", (slice(None), mine_R))):
+            grads[f"{path}.lora_{side}"] = torch.zeros(getattr(layer, f"lora_{side}").shape)
+            if mine_R.any():
+                grads[f"{path}.lora_{side}"][rows] = own.pop(KEY.format(module=path, side=side))
+    assert not own
+    return loss.item(), grads
+
+
+def one_hot(overrides, cases):
+    """Over experts: rows (EP, text, checkpointing, packing, what `compare` gives) against PEFT, and the same of models
+    that are broken in the last case."""
+    deepspeed.utils.logger.setLevel("ERROR")
+    config = load_run(RUN, overrides)
+    *own_of, joined = batches(Path(config.data.train), load_processor(config.model.path), dist.get_world_size())
+    if not family_of(model_config(config.model)).packs:
+        own_of = own_of[:1]
+    rank, rows, broken = dist.get_rank(), [], {}
+    expected = {name: of_peft(load_run(RUN, [*overrides, *ONE_HOT]), name, joined) for name in NAMES}
+    for (ep_size, more), name in zip(cases, itertools.cycle(NAMES), strict=False):
+        config = load_run(RUN, [*overrides, *ONE_HOT, *more, f"moe.ep_size={ep_size or dist.get_world_size()}"])
+        for packing, of_ranks in enumerate(own_of):
+            found = compare(config, 3, of_ranks[rank], expected[name], chosen=name)
+            rows.append([config.moe.ep_size, config.gate.text, config.train.gradient_checkpointing, packing, *found])
+    for breakage, chosen in (("scale", NAMES[0]), ("another adapter", NAMES[1]), ("counted twice", NAMES[0])):
+        broken[breakage] = compare(config, 3, own_of[-1][rank], expected[NAMES[0]], breakage, chosen)
+    return {"rows": rows, "broken": broken}
 
 
 def swapped_choices():
@@ -180,9 +256,14 @@ def swapped_choices():
     return patch("ds_moe.tasks.gate.model.sequence_of", swapped)
 
 
+BREAKAGES = {  # of forwards
+    "choices": swapped_choices,
+    "counted twice": lambda: patch("ds_moe.tasks.gate.model._beside_training", lambda model: nullcontext()),
+}
+
+
 def parity(overrides, cases):
-    """Rows (stage, ZeRO, text, checkpointing, packing, loss and gradient differences), and the same of models that are
-    broken."""
+    """Rows (stage, ZeRO, text, checkpointing, packing, what `compare` gives), and what it gives of broken models."""
     deepspeed.utils.logger.setLevel("ERROR")
     config = load_run(RUN, overrides)
     *own_of, joined = batches(Path(config.data.train), load_processor(config.model.path))
@@ -199,7 +280,7 @@ def parity(overrides, cases):
     for breakage, more in (("scale", JOINT), ("class weights", SUPERVISED), ("choices", JOINT)):
         config = load_run(RUN, [*overrides, *more, *BATCH])
         own = own_of[breakage == "choices"][rank]
-        broken[breakage] = compare(config, 2, own, reference(config, joined), breakage)
+        broken[breakage] = compare(config, 3 if config.moe else 2, own, reference(config, joined), breakage)
     return {"rows": rows, "broken": broken}
 
 
@@ -222,7 +303,10 @@ def main():
         if os.environ["RANK"] == "0":
             print(f"case {name}", flush=True)
         if mode.startswith("parity"):
-            report(**{name: parity(overrides, PARITY if mode == "parity" else FEW)})
+            report(**{name: parity(overrides, PARITIES[mode])})
+            continue
+        if mode.startswith("one hot"):
+            report(**{name: one_hot(overrides, OVER_EXPERTS if mode == "one hot" else OVER_EXPERTS[-1:])})
             continue
         config = load_run(PACKED if mode == "train packed" else RUN, overrides)
         if mode in ("train", "train packed"):

@@ -57,6 +57,12 @@ def overrides(made: Path, output: str | Path, *more: str) -> list[str]:
     return [*places, *data, f"train.output_dir={made / output}", *more]
 
 
+def over_experts(made: Path, output: str | Path, *more: str, kind: str = "moe") -> list[str]:
+    """As `overrides`, of a base with experts: "moe" or "qwen3.5"."""
+    places = [f"model.path={made / kind} base", f"gate.adapters_in={made / kind} adapters"]
+    return [*overrides(made, output), *places, *more]
+
+
 def launch(world_size: int, cases: list) -> Ranks:
     return run_ranks("tests/distributed/gate_ranks.py", world_size, [json.dumps(cases)])
 
@@ -74,6 +80,7 @@ def supervised(made) -> tuple[Path, Ranks]:
         ["padded", overrides(made, "padded", *short), "train"],
         ["packed", overrides(made, "packed", *short), "train packed"],
         ["parity", overrides(made, "none", start(made, "supervised")), "parity of a few"],
+        ["one hot", over_experts(made, "none"), "one hot of a few"],
     ]
     return made, launch(2, few)
 
@@ -155,15 +162,35 @@ def check_parity(found, rows, show):
     lines.append(
         "  stage       ZeRO  text        checkpointing  rows     loss difference   gradient difference / largest"
     )
-    for stage, zero, text, checkpointing, packed, loss, gradient in found["rows"]:
+    for stage, zero, text, checkpointing, packed, loss, gradient, _ in found["rows"]:
         on, laid = "on" if checkpointing else "off", "packed" if packed else "padded"
         lines.append(f"  {stage:<10}  {zero:>4}  {text:<10}  {on:>13}  {laid}   {loss:15.1e}   {gradient:19.1e}")
     show("\n".join(lines))
     assert len(found["rows"]) == 2 * rows and len(found["broken"]) == 3
     for row in found["rows"]:
-        assert row[-2] <= LOSS and row[-1] <= GRADIENT, row
-    for breakage, (loss, gradient) in found["broken"].items():  # negative controls
+        assert row[-3] <= LOSS and row[-2] <= GRADIENT and row[-1] == 0, row
+    for breakage, (loss, gradient, _) in found["broken"].items():  # negative controls
         assert loss > LOSS and gradient > GRADIENT, breakage
+
+
+def test_over_experts_one_hot_is_that_adapter_under_peft(supervised, show):
+    check_one_hot(supervised[1].json["one hot"], 1, show)
+
+
+def check_one_hot(found, rows, show, layouts=2):
+    lines = ["one adapter over experts, frozen and sharded (ZeRO 3), against plain PEFT on plain transformers"]
+    lines.append("  EP  text        checkpointing  rows     loss difference   gradient difference / largest")
+    for ep_size, text, checkpointing, packed, loss, gradient, _ in found["rows"]:
+        on, laid = "on" if checkpointing else "off", "packed" if packed else "padded"
+        lines.append(f"  {ep_size:>2}  {text:<10}  {on:>13}  {laid}   {loss:15.1e}   {gradient:19.1e}")
+    show("\n".join(lines))
+    assert len(found["rows"]) == layouts * rows
+    for row in found["rows"]:  # each real token is counted once at each layer of experts
+        assert row[-3] <= LOSS and row[-2] <= GRADIENT and row[-1] == 0, row
+    broken = found["broken"]  # negative controls
+    for breakage in ("scale", "another adapter"):
+        assert broken[breakage][0] > 10 * LOSS and broken[breakage][1] > 10 * GRADIENT, breakage
+    assert broken["counted twice"][2] > 0
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +25,7 @@ from ds_moe.doctor.report import report
 from ds_moe.doctor.run import check_intervals, versions
 from ds_moe.memory.predict import LoadingMemory, predict_loading
 from ds_moe.models.load import build_outline
-from ds_moe.models.presets import PRESETS, preset_config
+from ds_moe.models.presets import PRESETS, build_preset, preset_config
 from ds_moe.models.processor import CHAT_TEMPLATE, save_processor, tiny_processor
 from ds_moe.weights.files import SafetensorsFiles
 from tests.data.templates import with_template
@@ -567,33 +568,46 @@ def _case(*overrides: str, **known) -> Case:
     return Case(load_run("run.yaml", list(overrides)), 2, Device(True, 2**33, "test"), samples=2, **known)
 
 
-MIXED = {  # section moe, the model -> the key to which the one complaint points
-    "experts, no section": ("", "tiny-vl-moe", "run.yaml:2", "model.preset"),
-    "experts and the section": ("moe:\n  ep_size: 2\n", "tiny-vl-moe", "run.yaml:6", "model.preset"),
-    "a dense model and the section": ("moe:\n  ep_size: 2\n", "tiny-vl-dense", "run.yaml:6", "model.preset"),
-    "a text model": ("", "tiny-moe", "run.yaml:2", "model.preset"),
+SECTION = "moe:\n  ep_size: 2\n"
+MIXED = {  # section moe, the model -> the complaint, its place before it
+    "experts, no section": ("", "tiny-vl-moe", "run.yaml: a qwen3_vl_moe model has experts but the run has no moe"),
+    "a dense model and the section": (SECTION, "tiny-vl-dense", "run.yaml:6: section moe would not be used"),
+    "a text model": (SECTION, "tiny-moe", "run.yaml:2: task gate needs a vision-language model"),
 }
 
 
-@pytest.mark.parametrize(("section", "model", "where", "key"), MIXED.values(), ids=MIXED)
-def test_a_gate_over_experts_is_one_complaint_that_says_all_there_is_to_change(
-    healthy, capsys, section, model, where, key
-):
+def gated_run(section, model):
+    """A run of task gate, whose adapters do nothing."""
     for name in ("one", "two"):
-        Path("adapters", name).mkdir(parents=True)
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            Path("adapters", name, file).write_text("{}")
+        settings = peft.LoraConfig(target_modules=r".*language_model.*q_proj")
+        peft.get_peft_model(build_preset("tiny-vl-moe"), settings).save_pretrained(Path("adapters", name))
     chat = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     Path("routed.jsonl").write_text((json.dumps({"messages": chat, "adapter": "one"}) + "\n") * 16)
     edit("tiny-vl-moe", model)
-    edit("moe:\n  ep_size: 2\n", section)
+    edit(SECTION, section)
     edit("train: digits", "train: routed.jsonl")
     edit("deepspeed: zero.json", "task: gate\ngate:\n  adapters_in: adapters\ndeepspeed: zero.json")
+
+
+@pytest.mark.parametrize(("section", "model", "complaint"), MIXED.values(), ids=MIXED)
+def test_a_gate_and_its_model_must_agree_on_experts(healthy, capsys, section, model, complaint):
+    gated_run(section, model)
     code, lines, _ = doctor(capsys)
-    text = f"task gate cannot gate a model with experts: name a dense one in {key}, and write no section moe"
-    assert code == 1 and [line for line in lines if line.startswith("error")] == [f"error    {where}: {text}"]
+    errors = [line for line in lines if line.startswith("error")]
+    assert code == 1 and len(errors) == 1 and errors[0].startswith(f"error    {complaint}")
     assert main(["gate", "eval", "run.yaml"]) == 2  # and where it is loaded
-    assert capsys.readouterr().err.strip() == f"error: {where}: {text}"
+    assert capsys.readouterr().err.startswith(f"error: {complaint}")
+
+
+def test_a_gate_over_experts_needs_zero_3(healthy, capsys):
+    gated_run(SECTION, "tiny-vl-moe")
+    zero(zero_optimization={"stage": 3})
+    code, lines, _ = doctor(capsys)
+    assert code == 0 and not any("barely train" in line for line in lines)  # its experts learn nothing
+    zero(zero_optimization={"stage": 2})
+    code, lines, _ = doctor(capsys)
+    text = "task gate freezes all experts, which DeepSpeed cannot do at ZeRO stage 2; use stage 3"
+    assert [line for line in lines if line.startswith("error")] == [f"error    run.yaml:13: {text}"]
 
 
 @pytest.mark.parametrize("rewards, level", [([1, 1, 0, 0], "warning"), ([1, 0, 0, 1], "ok")])

@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator
 
+from ds_moe.config.moe import MoEConfig, TopKRouting
 from ds_moe.config.rules.rule import Complaint, Unused, in_task, needs, read_in
 from ds_moe.config.run import RunConfig, task_is
 
 
+def _supervised(config: RunConfig) -> bool:
+    return task_is(config, "gate") and config.gate.stage == "supervised"
+
+
 def no_answers(config: RunConfig) -> str | None:
     """Why evaluation generates no answers, where that is because of the gate's stage."""
-    supervised = task_is(config, "gate") and config.gate.stage == "supervised"
-    return "gate.stage supervised learns which adapter, and answers nothing" if supervised else None
+    return "gate.stage supervised learns which adapter, and answers nothing" if _supervised(config) else None
 
 
 def _no_temperature(config: RunConfig) -> str | None:
@@ -32,11 +36,9 @@ UNUSED: dict[str, Unused] = {
 }
 
 
-def over_experts(config: RunConfig) -> Complaint:
-    """That a gate's base must be dense: said at once, whether the section tells or the model's config."""
-    base = "model.path" if config.model.preset is None else "model.preset"
-    text = f"task gate cannot gate a model with experts: name a dense one in {base}, and write no section moe"
-    return (base if config.moe is None else "moe"), text
+def no_routing(config: RunConfig) -> str | None:
+    """Why no expert load is counted, where that is because of the gate's stage."""
+    return "gate.stage supervised trains without the experts" if _supervised(config) else None
 
 
 def contradictions(config: RunConfig) -> Iterator[Complaint]:
@@ -48,12 +50,15 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
     if "digits" in (data.train, data.eval):
         key = "data.train" if data.train == "digits" else "data.eval"
         yield key, f'{key} is "digits", whose records name no adapter; give a JSONL file'
-    if config.moe is not None:
-        yield over_experts(config)
-    elif config.lora is not None:
+    if config.lora is not None:
         yield "lora", "section lora would not be used: task gate brings the adapters itself; remove it"
     elif config.model.freeze:
         yield "model.freeze", "model.freeze would not be used: task gate freezes the whole model; remove it"
+    if config.moe is not None:
+        yield from _frozen_routing(config.moe)
+        if config.train.stage != "all":
+            text = f"train.stage {config.train.stage} would not be used: task gate freezes the routers; remove it"
+            yield "train.stage", text
     if gate.kl_weight and gate.start is None:
         text = "gate.kl_weight holds the gate near that of gate.start, which is not set; name the supervised run"
         yield "gate.kl_weight", text
@@ -67,3 +72,18 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
     if gate.per == "token" and gate.text != "embeddings":
         text = f"gate.per token reads each token's own embedding; gate.text {gate.text} would not be used"
         yield "gate.text", text
+
+
+def _frozen_routing(moe: MoEConfig) -> Iterator[Complaint]:
+    """What would change the frozen base, whose adapters were trained upon its own routing."""
+    frozen = "task gate freezes the base, whose adapters were trained upon its own routing"
+    default = TopKRouting().model_dump()
+    if changed := [key for key, value in moe.router.model_dump().items() if value != default.get(key)]:
+        key = f"moe.router.{changed[0]}"
+        yield key, f"{key} {getattr(moe.router, changed[0])} would change the routing: {frozen}; remove it"
+    if balances := [balance.kind for balance in moe.balance if balance.kind != "none"]:
+        text = f"moe.balance {balances[0]} would not be used: task gate freezes the routers; remove it"
+        yield "moe.balance", text
+    if moe.experts.apply_weight != "after":
+        key = "moe.experts.apply_weight"
+        yield key, f"{key} {moe.experts.apply_weight} would change the base: {frozen}; remove it"

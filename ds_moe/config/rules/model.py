@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ds_moe.config.divisors import ep_size_problem
 from ds_moe.config.moe import RouterConfig, TopKRouting
-from ds_moe.config.rules.gate import over_experts
 from ds_moe.config.rules.rule import Complaint, written
 from ds_moe.config.run import RunConfig, task_is
 
@@ -32,10 +31,6 @@ def contradictions(
 
 def _moe_section(config: RunConfig, model_config: PretrainedConfig, world_size: int | None) -> Iterator[Complaint]:
     kind, experts = model_config.model_type, expert_count(model_config)
-    if task_is(config, "gate"):
-        if experts or config.moe is not None:
-            yield over_experts(config)
-        return
     if config.moe is None:
         if experts:
             text = f"a {kind} model has experts but the run has no moe section; add `moe:` (with ep_size below it)"
@@ -77,6 +72,9 @@ def _vision(config: RunConfig, model_config: PretrainedConfig) -> Iterator[Compl
     if hasattr(model_config, "vision_config"):
         return
     kind = model_config.model_type
+    if task_is(config, "gate"):
+        key = "model.path" if config.model.preset is None else "model.preset"
+        yield key, f"task gate needs a vision-language model, and {key} is a {kind}; name another"
     for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if path == "digits":
             yield key, f'{key} is "digits", images that the text-only {kind} model cannot see'

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ds_moe.config.rules.dpo import no_generated_answers
-from ds_moe.config.rules.gate import no_answers
+from ds_moe.config.rules.gate import no_answers, no_routing
 from ds_moe.config.rules.rule import Complaint, Unused, needs, no_moe, value_of
 from ds_moe.config.run import RunConfig, task_is
 
@@ -67,6 +67,10 @@ def _no_grouping(config: RunConfig) -> str | None:
     return _no_rows_of_samples(config) or alone
 
 
+def _no_load(config: RunConfig) -> str | None:
+    return no_moe(config) or no_routing(config)
+
+
 UNUSED: dict[str, Unused] = {
     "data.root": _no_files,
     "data.train_on": _no_answers_to_learn,
@@ -81,8 +85,8 @@ UNUSED: dict[str, Unused] = {
     "train.eval_samples": _no_periodic_eval,
     "train.eval_generate": _no_answers,
     "train.max_new_tokens": _no_generation,
-    "monitor.dead_alarm_steps": no_moe,
-    "monitor.heatmap_every": lambda c: _no_tensorboard(c) or no_moe(c),
+    "monitor.dead_alarm_steps": _no_load,
+    "monitor.heatmap_every": lambda c: _no_tensorboard(c) or _no_load(c),
     "monitor.sample_images": _no_samples,
 }
 

@@ -89,12 +89,13 @@ class BankedLinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, S, in) or (B, in) to (B, S, out) or (B, out), in the dtype of x."""
+        """(B, S, in) or (B * S, in) to the same with `out`, in the dtype of x."""
         g_BSK = self.gates.at(self.layer_index)
         if g_BSK is None:
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
-        h_BSR = F.linear(rows, self.lora_A).view(len(x), -1, len(self.owner_R))
+        # By the gates' rows, because an MoE block calls its shared expert with all tokens in one dimension.
+        h_BSR = F.linear(rows, self.lora_A).view(len(g_BSK), -1, len(self.owner_R))
         g_BSR = g_BSK.float().index_select(-1, self.owner_R) * self.scale_R
         h_BSR = h_BSR * g_BSR.to(h_BSR.dtype)
         # Adding in place makes no second (B, S, out), and is safe because a product does not keep its result for

@@ -8,6 +8,8 @@ needs no DeepSpeed, but if there are several ranks, it keeps them in step.
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, cast
 
@@ -19,6 +21,7 @@ from transformers.utils import ModelOutput
 from ds_moe.config.tasks import GateConfig
 from ds_moe.distributed import parallel
 from ds_moe.errors import UserError
+from ds_moe.models.convert import moe_layers
 from ds_moe.models.generation import cache_of
 from ds_moe.models.vision import encode_blank, has_vision
 from ds_moe.tasks.gate import bank
@@ -79,6 +82,9 @@ def install_gate(model: PreTrainedModel, config: GateConfig) -> GatedModel:
     model.adapter_bank = bank.install(model, [read_adapter(name, path) for name, path in found.items()])
     model.adapter_bank.gates.per = config.per
     model.adapter_bank.train_adapters(config.stage == "joint")
+    # As `freeze` does: ZeRO-3 gathers whole layers, and would partition the first one's weights again before the gates'
+    # and adapters' gradients are computed with them if no input of the layer needed a gradient.
+    model.enable_input_require_grads()
     hidden_size = model.config.get_text_config().hidden_size
     settings = GateSettings(
         adapters=len(found),
@@ -122,6 +128,7 @@ def _gated(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             with torch.no_grad():
                 self.reference_logits = of_samples(self.gate_reference(self.features).logits)
         if gate_only:
+            _forget_announced(self)
             return self.decision
         self.adapter_bank.gates.choose(decision.weights, self.features.sequence_S)
         return base.forward(self, *args, **kwargs)
@@ -185,12 +192,37 @@ def read(model: GatedModel, inputs: Inputs) -> tuple[Features, Inputs]:
 
 def _embed(model: PreTrainedModel, input_ids_RS: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.get_input_embeddings()(input_ids_RS)
+        return model.get_input_embeddings()(input_ids_RS).detach()
 
 
 def _contextual(model: GatedModel, inputs: Inputs, layer: int | None) -> Tensor:
     """(R, S, D) output of a decoder layer (None: of the last one, after its norm), of the base without adapters."""
     model.adapter_bank.gates.weights = None
     given = {name: inputs[name] for name in OF_THE_BASE if inputs.get(name) is not None}
-    outputs = model.model(**given, use_cache=False, output_hidden_states=layer is not None)
+    with _beside_training(model):
+        outputs = model.model(**given, use_cache=False, output_hidden_states=layer is not None)
     return outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+
+
+@contextmanager
+def _beside_training(model: GatedModel) -> Iterator[None]:
+    """Within it a forward is not the one that the trainer has announced to the expert layers: they count no load of it,
+    and what they were told, such as which samples only fill up, still holds for the next forward."""
+    layers, training = moe_layers(model), model.training
+    announced = [(layer.context, dict(vars(layer.context))) for layer in layers[:1]]  # all layers share one context
+    try:
+        for layer in layers:
+            layer.training = False
+        yield
+    finally:
+        for layer in layers:
+            layer.training = training
+        for context, told in announced:
+            vars(context).update(told)
+
+
+def _forget_announced(model: GatedModel) -> None:
+    """Drop what the trainer has announced to the expert layers, where the forward that it was about ends without them:
+    the next one may be an evaluation's, with other samples."""
+    for layer in moe_layers(model)[:1]:
+        layer.context.begin(None, None)

@@ -10,15 +10,19 @@ import re
 import warnings
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import cast
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ds_moe.errors import UserError, shown
 from ds_moe.models.families import in_vision_tower
+from ds_moe.models.streaming import stored_value
 from ds_moe.tasks.gate.adapters import CONFIG, WEIGHTS, WRAPPER, Adapter, reason
+from ds_moe.weights.unread import is_unread
 
 _PEFT_NAME = "default"
 _PREFIX = re.compile(r"(?:(?:base_model|model|language_model)\.)*")
@@ -121,6 +125,8 @@ def _compare_with_base(adapter: Adapter, model: nn.Module) -> None:
         if value.shape != base.shape:
             sizes = f"{tuple(value.shape)}, in this model {tuple(base.shape)}"
             raise UserError(f"{where} is {sizes}: give the base that the adapter was trained on (its vocabulary grew?)")
+        if is_unread(base):
+            base = stored_value(cast(PreTrainedModel, model), base)
         dtype = min(value.dtype, base.dtype, key=lambda one: one.itemsize)  # a copy may have been rounded
         comparable = value.is_floating_point() == base.is_floating_point()
         if not base.is_meta and not (comparable and torch.equal(value.to(base.device, dtype), base.to(dtype))):

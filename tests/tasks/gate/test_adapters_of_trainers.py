@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ds_moe.config.sections import ModelConfig
+from ds_moe.models.load import load_model
 from ds_moe.models.presets import build_preset
 from ds_moe.tasks.gate.adapters import CONFIG, WEIGHTS, read_adapter
 from ds_moe.tasks.gate.bank import install
@@ -96,6 +98,16 @@ def test_a_trained_head_is_refused_with_the_reason(adapter, weights, config):
     path = adapter(config=config, tensors=trained)
     says = "lm_head.weight differs from the model's own: the adapter trained it beside its low-rank updates"
     refusal(lambda: updates(read_adapter("mail", path), base()), path / WEIGHTS, says)
+
+
+def test_a_base_that_is_still_in_its_files_is_compared_by_them(adapter, weights, tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    unread = load_model(ModelConfig(path=str(tmp_path / "base")), torch.float32, unread=True)
+    same = copies(weights, "lm_head", f"{DECODER}.0.input_layernorm")
+    assert updates(read_adapter("mail", adapter("mail", tensors=same)), unread).keys()
+    same[f"{ROOT}lm_head.weight"][3, 5] += 0.01
+    path = adapter("maps", tensors=same)
+    refusal(lambda: updates(read_adapter("maps", path), unread), path / WEIGHTS, "differs from the model's own")
 
 
 # --- prefixes

@@ -75,6 +75,22 @@ def test_without_gates_it_is_the_base(banked, ids_BS):
     assert made.weight is linear.weight and made.bias is linear.bias
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("per", ["example", "layer", "token"])
+def test_tokens_in_one_dimension_have_the_gates_of_their_rows(per, packed):
+    """As blocks with experts call what else is in them; a layer of B * S examples would take other gates, or none."""
+    torch.manual_seed(0)
+    gates = Gates(per=per)
+    parts = {0: Update(torch.randn(2, 5), torch.randn(6, 2), 1.5), 2: Update(torch.randn(3, 5), torch.randn(6, 3), 0.5)}
+    layer, x_BSI = BankedLinear(torch.nn.Linear(5, 6), parts, 1, gates), torch.randn(B, S, 5)
+    weights, sequence_S = gates_of(per), None
+    if packed:
+        x_BSI, sequence_S = x_BSI.view(1, B * S, 5), torch.arange(B).repeat_interleave(S)
+        weights = weights.view(1, B * S, K) if per == "token" else weights
+    gates.choose(weights, sequence_S)
+    assert torch.equal(layer(x_BSI.flatten(0, 1)), layer(x_BSI).flatten(0, 1))
+
+
 def gates_of(per: str) -> torch.Tensor:
     shape = {"example": (B, K), "layer": (B, L, K), "token": (B, S, K)}[per]
     return torch.randn(shape, generator=torch.Generator().manual_seed(5)).requires_grad_()

@@ -1,8 +1,9 @@
 """`make gate-demo`: a learned gate over four LoRA adapters, from what is asked and what the screen shows.
 
-A small dense Qwen3-VL learns to caption rendered screens, four adapters learn a task each, then the gate learns which
-of them a request needs: supervised, and from the answers. All training is `ds-moe train`, 2 processes, ZeRO-3. Held-out
-layouts and phrasings judge the gate against its baselines, the routed model against oracle, adapters and even blend.
+A small Qwen3-VL, dense or with experts (--base moe), learns to caption rendered screens, four adapters learn a task
+each, then the gate learns which of them a request needs: supervised, and from the answers. All training is `ds-moe
+train`, 2 processes, ZeRO-3; experts are then frozen, and each process has half of them. Held-out layouts and phrasings
+judge the gate against its baselines, the routed model against oracle, adapters and even blend.
 """
 
 import json
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,27 @@ RUNS = Path("ds_configs/runs")
 FOLDER = Path("runs/gate_demo")
 GATE = RUNS / "gate_demo.yaml"
 RANKS = {"agenda": 8, "pointer": 16, "auditor": 8, "operator": 4}  # of the adapters: a bank takes them as they come
+
+
+@dataclass(frozen=True)
+class Base:
+    """A preset to build the base like, and overrides of the run files for it, for each kind of training."""
+
+    preset: str
+    base: tuple[str, ...] = ()
+    adapter: tuple[str, ...] = ()
+    gate: tuple[str, ...] = ()
+
+
+BASES = {
+    "dense": Base("tiny-vl-dense"),
+    "moe": Base(
+        "tiny-vl-moe",
+        ("moe={ep_size: 2, balance: [{kind: aux, weight: 1e-2}]}", "deepspeed=zero3"),
+        ("moe={ep_size: 1}", "lora.targets=[q_proj, k_proj, v_proj, o_proj]", "deepspeed=zero3"),
+        ("moe={ep_size: 2}",),
+    ),
+}
 LATER = ("train.lr=5e-4", "train.steps=60", "train.warmup_steps=5", "train.max_new_tokens=6")
 TRAP = ("gate.text=first", "gate.modalities=text", "train.steps=60")
 ROUTED, ALONE, ORACLE_POINTS = 0.95, 0.65, 0.02
@@ -46,37 +70,41 @@ OURS, BOUND, OTHERS = "#0072B2", "#009E73", "#BBBBBB"  # Okabe & Ito's blue and 
 
 
 def main() -> int:
-    options = command_line(__doc__, "--plot", "--json").parse_args()
+    parser = command_line(__doc__, "--plot", "--json")
+    parser.add_argument("--base", choices=BASES, default="dense", help="what the adapters are of (default: dense)")
+    options = parser.parse_args()
+    base = BASES[options.base]
     disable_progress_bar()
     began = time.monotonic()
     start_anew(FOLDER)
-    make_base()
+    make_base(base)
     with ThreadPoolExecutor(2) as pool:  # two adapters at a time, a process each
-        list(pool.map(make_adapter, RANKS))
-    train_gate()
-    result = {"routing": evaluate("supervised"), "routing_end_to_end": evaluate("end_to_end")}
-    result |= {
-        "trap": fall_into_the_trap(),
-        "answers": answer_accuracy("end_to_end"),
+        list(pool.map(partial(make_adapter, base), RANKS))
+    train_gate(base)
+    result = {"base": options.base} | {
+        "routing": evaluate(base, "supervised"),
+        "routing_end_to_end": evaluate(base, "end_to_end"),
+        "trap": fall_into_the_trap(base),
+        "answers": answer_accuracy(base, "end_to_end"),
         "seconds": time.monotonic() - began,
     }
     result["claims"] = claims(result)
-    title = f"ds_moe: a gate over {len(ADAPTERS)} LoRA adapters"
+    title = f"ds_moe: a gate over {len(ADAPTERS)} LoRA adapters of a {options.base} base"
     return finish(options, result, rows(result), title, lambda file: write_figure(result, file))
 
 
-def make_base() -> None:
+def make_base(base: Base) -> None:
     write_screens(FOLDER / "data", train=6000, held_out=400, base=12_000, seed=0)
     processor = tiny_processor("vl", tuple(words()), patch_size=8)
-    build_model(processor).save_pretrained(FOLDER / "untrained")
+    build_model(base, processor).save_pretrained(FOLDER / "untrained")
     save_processor(processor, FOLDER / "untrained")
-    run(EXECUTABLE, "train", RUNS / "gate_demo_base.yaml", "--nproc", "2")
+    run(EXECUTABLE, "train", RUNS / "gate_demo_base.yaml", *base.base, "--nproc", "2")
     export_checkpoint(FOLDER / "base_run", FOLDER / "base")
 
 
-def build_model(processor: Any) -> PreTrainedModel:
-    """The tiny dense preset with the processor's vocabulary and larger patches: a screen is 16 image tokens."""
-    config: Any = preset_config("tiny-vl-dense")
+def build_model(base: Base, processor: Any) -> PreTrainedModel:
+    """The tiny preset with the processor's vocabulary and larger patches: a screen is 16 image tokens."""
+    config: Any = preset_config(base.preset)
     ids = special_token_ids(processor)
     config.text_config.vocab_size = len(processor.tokenizer)
     for key in ("pad_token_id", "eos_token_id"):
@@ -90,33 +118,33 @@ def build_model(processor: Any) -> PreTrainedModel:
     return family_of(config).model_class(config)
 
 
-def make_adapter(name: str) -> None:
+def make_adapter(base: Base, name: str) -> None:
     """A PEFT folder of the rank that `RANKS` says."""
     output, rank = FOLDER / "adapter_runs" / name, RANKS[name]
     data = f"data.train={FOLDER}/data/adapter-{name}.jsonl"
-    settings = [data, f"train.output_dir={output}", f"lora.rank={rank}", f"lora.alpha={2 * rank}"]
+    settings = [*base.adapter, data, f"train.output_dir={output}", f"lora.rank={rank}", f"lora.alpha={2 * rank}"]
     run(EXECUTABLE, "train", RUNS / "gate_demo_adapter.yaml", *settings, "--nproc", "1", log=output.with_suffix(".log"))
     export_adapter(output, FOLDER / "adapters" / name)
 
 
-def train_gate() -> None:
-    run(EXECUTABLE, "gate", "train", GATE, "--nproc", "2")
+def train_gate(base: Base) -> None:
+    run(EXECUTABLE, "gate", "train", GATE, *base.gate, "--nproc", "2")
     stage = ["gate.stage=end_to_end", "gate.kl_weight=0.1", "gate.entropy_weight=0.01"]
     folders = [f"gate.start={FOLDER / 'supervised'}", f"train.output_dir={FOLDER / 'end_to_end'}"]
-    run(EXECUTABLE, "gate", "train", GATE, *stage, *folders, *LATER, "--nproc", "2")
+    run(EXECUTABLE, "gate", "train", GATE, *base.gate, *stage, *folders, *LATER, "--nproc", "2")
 
 
-def evaluate(stage: str) -> dict[str, Any]:
+def evaluate(base: Base, stage: str) -> dict[str, Any]:
     file = FOLDER / stage / "eval.json"
-    run(EXECUTABLE, "gate", "eval", GATE, f"train.output_dir={FOLDER / stage}", "--json", file)
+    run(EXECUTABLE, "gate", "eval", GATE, *base.gate, f"train.output_dir={FOLDER / stage}", "--json", file)
     return json.loads(file.read_text())
 
 
-def fall_into_the_trap() -> dict[str, Any]:
+def fall_into_the_trap(base: Base) -> dict[str, Any]:
     """A gate that pools the first token: it predicts one adapter for every request, and the evaluation says so."""
     output = FOLDER / "first_token"
-    run(EXECUTABLE, "gate", "train", GATE, *TRAP, f"train.output_dir={output}", "--nproc", "2")
-    command = ["gate", "eval", GATE, *TRAP, f"train.output_dir={output}", "--json", output / "eval.json"]
+    run(EXECUTABLE, "gate", "train", GATE, *base.gate, *TRAP, f"train.output_dir={output}", "--nproc", "2")
+    command = ["gate", "eval", GATE, *base.gate, *TRAP, f"train.output_dir={output}", "--json", output / "eval.json"]
     done = subprocess.run([EXECUTABLE, *map(str, command)], capture_output=True, text=True)
     print(done.stderr.strip().splitlines()[-1], flush=True)
     return {**json.loads((output / "eval.json").read_text()), "exit_code": done.returncode}
@@ -134,9 +162,9 @@ class Fixed(nn.Module):
         return GateDecision(self.weights_BK.log(), self.weights_BK)
 
 
-def answer_accuracy(stage: str) -> dict[str, float]:
+def answer_accuracy(base: Base, stage: str) -> dict[str, float]:
     """Share of exactly right generated answers to the held-out requests, by who chooses the adapter."""
-    gated = load_gated(str(GATE), [f"train.output_dir={FOLDER / stage}"], None)
+    gated = load_gated(str(GATE), [*base.gate, f"train.output_dir={FOLDER / stage}"], None)
     model, names = gated.model, gated.names
     router, fixed = model.adapter_gate, Fixed(model.adapter_gate.settings)
     record_kind = Routed(names, labelled=True)
