@@ -3,6 +3,7 @@
 What is called collective must be called by every rank, in the same order.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -29,6 +30,12 @@ class Topology:
     def ep_rank(self) -> int:
         """The rank among those that share a copy of the experts."""
         return self.rank % self.ep_size
+
+
+def ranks_of_host() -> int | None:
+    """How many ranks the launcher has started on this host; None where a process was started by hand."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # of torchrun; of DeepSpeed's launcher
+    return int(ranks) if ranks else None
 
 
 def parallel() -> bool:

@@ -31,6 +31,7 @@ from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
 from ds_moe.data.records import DATA_CACHE, stop_message
 from ds_moe.data.workers import start_method
+from ds_moe.distributed import ranks_of_host
 from ds_moe.errors import UserError
 from ds_moe.faults.signals import leave_to_parent
 
@@ -121,8 +122,7 @@ def _measured(config: RunConfig, split: Split, records: Records, encoder: Encode
     began = shown = time.monotonic()
     chunks, name = _Chunks(encoder, len(records)), "data.train" if split == "train" else "data.eval"
     # The loading processes of the other ranks of this host have nothing to do meanwhile.
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # of torchrun; of DeepSpeed's launcher
-    workers = config.data.num_workers * int(ranks or 1)
+    workers = config.data.num_workers * (ranks_of_host() or 1)
     workers = min(workers, len(chunks)) if len(chunks) > 1 else 0
     found: list[tuple[int, int] | BadRecord] = []
     own = torch.Generator()  # the default one would make the model's random state depend on who measures

@@ -5,6 +5,7 @@ prepare.py             turns a loaded model into one that DeepSpeed can wrap
 activation_offload.py  moves what gradient checkpointing keeps to host memory
 build.py               builds the engine and checks its invariants
 unshared.py            spares ZeRO-3 the copies of gradients that no other rank shares
+whole_weights.py       gathers ZeRO-3's weights once for an evaluation
 moe_binding.py         shows DeepSpeed our expert layers
 masters.py             reads and writes fp32 weights and Adam's moments, by parameter
 cpu.py                 compiles DeepSpeed's CPU op, and sets the environment of CPU ranks

@@ -19,6 +19,7 @@ from ds_moe.data.eval_set import EvalBatch, EvalSet
 from ds_moe.data.processor import Processor
 from ds_moe.data.special_tokens import text_of
 from ds_moe.distributed import over_ranks, parallel, raise_together
+from ds_moe.engine.whole_weights import whole_weights
 from ds_moe.models.generation import own_generation_config
 from ds_moe.models.head import at_labels
 from ds_moe.models.vision import encode_blank, has_vision
@@ -79,18 +80,19 @@ def evaluate(
     loss_sum, label_tokens = 0.0, 0
     asked, right = Counter(), Counter()  # answers by kind of question
     samples: list[ShownSample] = []
-    for batch in eval_set.batches(limit):
-        each_batch()
-        labelled = batch.batch.to(engine.device)
-        loss_sum += at_labels(engine, labelled.inputs, labelled.labels).loss.item()
-        label_tokens += int(labelled.label_tokens)
-        answered = _answers(engine, batch, answering)
-        for one, sample in answered if answering is not None else ():
-            asked[one.kind or "all"] += 1
-            right[one.kind or "all"] += one.right
-            if len(samples) < shown:
-                samples.append(ShownSample(sample.first_image(), one.question, one.answer, one.prediction))
-        note([one for one, _ in answered])
+    with whole_weights(engine):
+        for batch in eval_set.batches(limit):
+            each_batch()
+            labelled = batch.batch.to(engine.device)
+            loss_sum += at_labels(engine, labelled.inputs, labelled.labels).loss.item()
+            label_tokens += int(labelled.label_tokens)
+            answered = _answers(engine, batch, answering)
+            for one, sample in answered if answering is not None else ():
+                asked[one.kind or "all"] += 1
+                right[one.kind or "all"] += one.right
+                if len(samples) < shown:
+                    samples.append(ShownSample(sample.first_image(), one.question, one.answer, one.prediction))
+            note([one for one, _ in answered])
     engine.train()
     raise_together(eval_set.error)
     losses, counts, all_asked, all_right = zip(*over_ranks((loss_sum, label_tokens, asked, right)), strict=True)

@@ -6,24 +6,12 @@ Gradients of some ranks and of all are held against transformers in `tests/distr
 import deepspeed
 import pytest
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
 from ds_moe.engine.unshared import NORM_BLOCK, Unshared, _norm, spare_copies
-from tests.launcher import free_port
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**place, "DS_ACCELERATOR": "cpu"}.items():
-            patch.setenv(name, str(value))
-        patch.setattr(nn.functional, "linear", nn.functional.linear)  # which stage 3 replaces in the whole process
-        deepspeed.init_distributed("gloo", verbose=False)
-        yield
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def trained(spared, steps=3, clipping=0.0, bf16=False, **zero):
