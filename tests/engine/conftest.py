@@ -3,6 +3,7 @@
 import deepspeed
 import pytest
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import nn
 
 from tests.launcher import free_port
@@ -15,6 +16,7 @@ def one_rank():
         for name, value in {**place, "DS_ACCELERATOR": "cpu"}.items():
             patch.setenv(name, str(value))
         patch.setattr(nn.functional, "linear", nn.functional.linear)  # which stage 3 replaces in the whole process
+        patch.setattr(groups, "_WORLD_GROUP", None)  # DeepSpeed keeps the group of a process group that has ended
         deepspeed.init_distributed("gloo", verbose=False)
         yield
         dist.destroy_process_group()
