@@ -9,14 +9,18 @@ import pytest
 import torch
 import transformers
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING,
+    CONFIG_MAPPING_NAMES,
+    model_type_to_module_name,
+)
 
 from ds_moe.config.moe import MoEConfig, TopKRouting
 from ds_moe.config.sections import LoRAConfig
 from ds_moe.errors import UserError
 from ds_moe.models.blocks import moe_blocks
 from ds_moe.models.convert import convert, moe_layers
-from ds_moe.models.families import IMAGE_BLOCKS, REFUSED, TEXT_BLOCKS, expert_state
+from ds_moe.models.families import IMAGE_BLOCKS, REFUSED, TEXT_BLOCKS, expert_state, family_of
 from ds_moe.models.lora import add_lora
 from ds_moe.models.router_forms import ROUTER_FORMS, form_of
 from ds_moe.moe.all_to_all import ExpertParallel
@@ -311,3 +315,18 @@ def test_lora_of_experts_in_a_block_that_stays_is_refused_before_anything_is_loa
     model, _ = build("nemotron_h")
     with pytest.raises(UserError, match="lora.experts cannot update the experts of nemotron_h models"):
         add_lora(model, LoRAConfig(rank=2, targets=[], experts=True), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("kimi_k25", "ds-moe, which does not read its images; ds_moe.models.convert takes it in a loop of your own"),
+        ("zaya", "ds-moe; ds_moe.models.convert takes it in a loop of your own"),
+        ("llama4", "because its block multiplies every token with every expert"),
+        ("llama", "not supported; supported: "),
+    ],
+)
+def test_a_type_that_no_run_takes_is_one_line_with_the_reason(family, why):
+    with pytest.raises(UserError, match="supported: .*qwen3_5_moe") as caught:
+        family_of(CONFIG_MAPPING[family]())
+    assert why in str(caught.value) and "\n" not in str(caught.value)
