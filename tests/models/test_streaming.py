@@ -207,7 +207,7 @@ def test_what_cannot_be_streamed_is_loaded_complete(tmp_path, monkeypatch):
 
 
 # A bias, stacks, other names, a bias that is a frozen parameter, images.
-QUICK = {"glm4_moe", "gpt_oss", "mixtral", "qwen3_5_moe"}
+QUICK = {"glm4_moe", "gpt_oss", "mixtral", "ernie4_5_moe", "qwen3_5_moe"}
 
 
 @pytest.mark.parametrize("family", slow_but([*TRAINED_BLOCKS, "qwen3_5_moe", "glm4v_moe"], QUICK))
