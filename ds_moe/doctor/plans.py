@@ -30,7 +30,7 @@ BUNDLED = {"qwen3-vl-30b-a3b": _SMALL, "qwen3-vl-235b-a22b": _LARGE}
 NODE = 8  # GPUs of a host, between which rows travel fast
 COLUMNS = {  # column of the table -> purposes of `Memory.device` that it sums up
     "weights": ("weights", "gathered weights"),
-    "gradients": ("gradients", "gradient buckets", "fp32 gradient of step"),
+    "gradients": ("gradients", "gradient buckets", "fp32 gradient of step", "fp64 copy of a gradient"),
     "optimizer": ("optimizer",),
     "activations": ("activations", "layer at work"),
     "all-to-all": ("all-to-all buffers",),

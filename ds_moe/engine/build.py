@@ -28,6 +28,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | 
 
     Matrices have weight decay, vectors have none, and experts have groups of their own. With an `adapter_lr`, their
     learning rate, so do the adapters of a gated model.
+
+    Experts come first: ZeRO-3 lays all it trains into one buffer, in this order and without gaps, and a grouped product
+    on a GPU takes matrices that begin at a multiple of 16 bytes, which what lies before them must not spoil.
     """
     banked = {id(one) for one in model.adapter_bank.parameters()} if adapter_lr is not None else set()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -39,6 +42,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | 
         {"name": "adapters", "params": adapters, "weight_decay": weight_decay, "lr": adapter_lr},
     ]
     split = split_params_into_different_moe_groups_for_optimizer(groups)
+    split.sort(key=lambda group: not group.get("moe", False))
     return [group for group in split if group["params"]]
 
 

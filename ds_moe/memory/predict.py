@@ -1,8 +1,9 @@
 """Peak memory of one rank, predicted from configs alone: it needs no weights and no accelerator.
 
-Memory may be largest at four moments of a step: when all activations exist and the loss goes back through the output
-layer; when the backward pass of the layers begins; when it ends and all gradients exist; while the optimizer works. The
-prediction is the largest of their sums over purposes; a benchmark finds it within 15% of the peaks of runs on CPUs.
+Memory may be largest at five moments of a step: when all activations exist and the loss goes back through the output
+layer; when the backward pass of the layers begins; when it ends and all gradients exist; when their norm is taken;
+while the optimizer works. The prediction is the largest of their sums over purposes; a benchmark finds it within 15% of
+the peaks of runs on CPUs.
 """
 
 from dataclasses import dataclass
@@ -157,6 +158,11 @@ def _moments(
             "activations": made.layer,
             **work,
         },
+        "the gradient norm is taken": {
+            "gradients": owned,
+            "gradient buckets": always,
+            "fp64 copy of a gradient": 0.0 if zero.offload_optimizer else _norm_copy(counts, zero),
+        },
         "the optimizer steps": {
             "gradients": owned,
             "gradient buckets": always,
@@ -182,6 +188,12 @@ def _flat_gradient(counts: ParameterCounts, zero: ZeroPlan) -> float:
     """
     elements = min(counts.group, zero.sub_group) if zero.stage == 3 else counts.group
     return elements * (4 + zero.sum_width if zero.sum_width < 4 else 4)
+
+
+def _norm_copy(counts: ParameterCounts, zero: ZeroPlan) -> float:
+    """Bytes of the copy in fp64 of which DeepSpeed takes a gradient's norm: of one parameter at a time, as far as it is
+    in this rank's partition."""
+    return 8 * (counts.piece if zero.stage == 3 else min(counts.whole, counts.group))
 
 
 def _buckets(counts: ParameterCounts, zero: ZeroPlan, on_cpu: bool) -> tuple[float, float]:

@@ -113,6 +113,21 @@ def _moments(config: RunConfig, ds: ZeroPlan, model, on_cpu: bool = True, world_
     return memories._moments(mine, ds, made, config, world_size, on_cpu)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_norm_takes_a_copy_of_one_gradient_in_fp64(stage):
+    """Under ZeRO-3 of a rank's share of the largest parameter; below, one rank may own it whole."""
+    config, found = run(moe={"ep_size": 4}), outline(run())
+    sizes = {name: p.numel() / (4 if ".mlp.experts." in name else 1) for name, p in found.named_parameters()}
+    made = memories._moments(
+        count_parameters(found, 4, 4), zero(stage), activations(found, config, 4, 4, False), config, 4, False
+    )
+    expected = max(p.numel() for p in found.parameters()) / 4 if stage == 3 else max(sizes.values())
+    _, rest = counts(found)
+    group = max(rest / 4, sum(size for name, size in sizes.items() if ".mlp.experts." in name))
+    copied = made["the gradient norm is taken"]["fp64 copy of a gradient"]
+    assert copied == 8 * (expected if stage == 3 else min(expected, group))
+
+
 def test_gradients_at_the_end_of_backward_by_stage():
     """ZeRO-1 has all of its copy's, and on an accelerator its partition besides; the others what is not yet reduced."""
     config, model = run(), outline(run())

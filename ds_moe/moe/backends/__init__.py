@@ -2,6 +2,7 @@
 
 base.py            what every backend offers, and the gradients of a product
 swiglu.py          SiLU-gated experts as one autograd function
+swiglu_triton.py   its passes between the products as Triton kernels, for GPUs
 grouped_mm.py      torch's grouped GEMM: the default
 reference.py       a loop over the experts, for tests
 liger.py           liger-kernel's fused experts

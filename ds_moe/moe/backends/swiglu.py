@@ -1,6 +1,12 @@
 """SiLU-gated experts as one autograd function: what it saves, and its gradients."""
 
+import os
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from shutil import which
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -59,7 +65,10 @@ def _blocks(rows_RO: Tensor) -> Iterator[slice]:
 
 
 def _activate(both_RO: Tensor, weight_R: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """(weighted activation, rounded once to the dtype of `both_RO`; the activation before its weight, if `keep`)."""
+    """(weighted activation, rounded once to the dtype of `both_RO`; the activation before its weight, if `keep` and if
+    the backward pass does not have it for nothing)."""
+    if (kernels := _kernels(both_RO, weight_R)) is not None:
+        return kernels.activate(both_RO, weight_R), None
     weighted_RF = both_RO.new_empty(both_RO.shape[0], both_RO.shape[1] // 2)
     act_RF = torch.empty_like(weighted_RF) if keep and weight_R is not None else None
     for block in _blocks(both_RO):
@@ -78,6 +87,8 @@ def _activate_backward(
     both_RO: Tensor, act_RF: Tensor | None, weight_R: Tensor | None, grad_RF: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(weighted activation, gradient of `both_RO`, gradient of `weight_R`) from the weighted activation's gradient."""
+    if act_RF is None and (kernels := _kernels(both_RO, weight_R)) is not None:
+        return kernels.activate_backward(both_RO, weight_R, grad_RF)
     weighted_RF, grad_both_RO = torch.empty_like(grad_RF), torch.empty_like(both_RO)
     grad_weight_R = None if weight_R is None else torch.empty_like(weight_R)
     for block in _blocks(both_RO):
@@ -95,6 +106,20 @@ def _activate_backward(
         torch.mul(grad, silu, out=grad_up)
         grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
     return weighted_RF, grad_both_RO, grad_weight_R
+
+
+def _kernels(both_RO: Tensor, weight_R: Tensor | None) -> ModuleType | None:
+    """The Triton kernels, for rows on a GPU that they take; Triton comes with torch's builds for CUDA."""
+    if not both_RO.is_cuda or (kernels := _triton()) is None or not kernels.takes(both_RO, weight_R):
+        return None
+    return kernels
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """Triton builds what launches its kernels with a C compiler, which not every image has."""
+    compiler = os.environ.get("CC") or which("gcc") or which("clang")
+    return import_module("ds_moe.moe.backends.swiglu_triton") if compiler and find_spec("triton") else None
 
 
 def _wide(values: Tensor) -> Tensor:
