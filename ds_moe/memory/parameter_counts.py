@@ -28,8 +28,7 @@ class ParameterCounts:
     owned_trained: float = 0.0
     dense_trained: float = 0.0  # of `owned_trained`, what is not experts; it forms an optimizer group of its own
     expert_group: float = 0.0  # of `owned_trained`, the largest of the groups that experts are split into
-    piece: float = 0.0  # of `owned_trained`, the largest of one parameter under ZeRO-3, which spreads each over all
-    whole: float = 0.0  # trained in the largest parameter; below ZeRO-3 one rank may own it, as far as it fits
+    whole: float = 0.0  # of `held_trained`, in the largest parameter; below ZeRO-3 one rank may own all of it
     gathered: float = 0.0  # of `held`, what ZeRO-3 gathers
     table: float = 0.0  # in the largest weight outside of layers, the embedding or the output layer
     table_trained: float = 0.0
@@ -64,7 +63,6 @@ def count_parameters(model: PreTrainedModel, ep_size: int, world_size: int) -> P
         found.held_trained += here * learns
         found.owned_trained += owned * learns
         found.dense_trained += owned * (learns and not expert)
-        found.piece = max(found.piece, owned * learns)
         found.whole = max(found.whole, here * learns)
         if expert and learns:  # as DeepSpeed does it, a group is closed when the next tensor would not fit
             filled = here + (filled if filled + here <= EXPERT_GROUP else 0.0)

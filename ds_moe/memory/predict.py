@@ -184,16 +184,19 @@ def _kept_free(moments: dict[str, dict[str, float]], parts: dict[str, float]) ->
 def _flat_gradient(counts: ParameterCounts, zero: ZeroPlan) -> float:
     """Bytes of the flat gradient that Adam is given, in the dtype that gradients are summed in and again in fp32.
 
-    It is that of one optimizer group at a time, and under ZeRO-3 of at most `sub_group_size` elements.
+    It is that of one optimizer group at a time, and under ZeRO-3 of at most `sub_group_size` elements; none there where
+    gradients are summed in fp32, which Adam then reads where they are (`engine/unshared.py`).
     """
+    if zero.stage == 3 and zero.sum_width == 4:
+        return 0.0
     elements = min(counts.group, zero.sub_group) if zero.stage == 3 else counts.group
     return elements * (4 + zero.sum_width if zero.sum_width < 4 else 4)
 
 
 def _norm_copy(counts: ParameterCounts, zero: ZeroPlan) -> float:
     """Bytes of the copy in fp64 of which DeepSpeed takes a gradient's norm: of one parameter at a time, as far as it is
-    in this rank's partition."""
-    return 8 * (counts.piece if zero.stage == 3 else min(counts.whole, counts.group))
+    in this rank's partition. Under ZeRO-3 the norm is taken without one (`engine/unshared.py`)."""
+    return 0.0 if zero.stage == 3 else 8 * min(counts.whole, counts.group)
 
 
 def _buckets(counts: ParameterCounts, zero: ZeroPlan, on_cpu: bool) -> tuple[float, float]:

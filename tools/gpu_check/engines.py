@@ -176,6 +176,8 @@ def train(check: Check, stage: int) -> None:
                 "reserved_GiB": round(torch.cuda.memory_reserved() / GIB, 2),
                 "retries": stats["num_alloc_retries"],
             }
+            free, whole = torch.cuda.mem_get_info()  # neither free nor torch's are context, libraries and NCCL
+            facts["outside_torch_GiB"] = round((whole - free) / GIB - facts["reserved_GiB"], 2)
             kernels = check.kernels(step, 8)
             idle = round(1 - kernels["busy_ms"] / ms, 3)
             facts |= {"idle_share": idle, "busy_ms": kernels["busy_ms"], "launches": kernels["launches"]}
