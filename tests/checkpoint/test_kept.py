@@ -23,7 +23,8 @@ FIRST, LAST = "step_00000005", "step_00000008"
 DRIFT = 1e-6  # of a tensor's norm, relative, on another kind of CPU
 # The same kernels on every x86 CPU with AVX2; the expectation was made with them.
 KERNELS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-OF_THE_MACHINE = ("loss", "tokens_per_s", "checkpoint")  # of the result: compared apart, or not at all
+# Of the result, compared apart or not at all. Since that version a recompute spares one of six exchanges of rows.
+OF_THE_MACHINE = ("loss", "tokens_per_s", "checkpoint", "ep_sent_bytes")
 
 
 def machine() -> dict[str, str]:
@@ -111,7 +112,8 @@ def resumed(copied) -> Path:
 
 
 def test_resumes_bit_for_bit(resumed, expected):
-    assert state(resumed) == expected["state"]
+    result = {key: value for key, value in expected["state"]["result"].items() if key not in OF_THE_MACHINE}
+    assert state(resumed) == {**expected["state"], "result": result}
     assert random_states(resumed) == expected["random_states"]
     found = tensors(resumed)
     assert not far_apart(found, expected["tensors"])
