@@ -3,9 +3,12 @@
 A contender has processes of its own, because ZeRO-3 replaces torch's linear function in the whole process.
 """
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -13,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GenerationConfig, PreTrainedModel
 
-from ds_moe.distributed import Topology
+from ds_moe.distributed import Topology, parallel
 from ds_moe.engine.start import start_distributed
+from ds_moe.engine.whole_weights import whole_weights
 from tools.bench.launched import leave, read_plan, write_result
 from tools.bench.step.ranks import (
     NO_CHANGE,
@@ -55,6 +60,7 @@ NO_KERNEL += (
     "promote_types",
     "lift_fresh",
 )
+ANSWERS, FEW, MORE = 5, 2, 8  # answers of FEW tokens and of MORE than that
 
 
 class Kernels(TorchDispatchMode):
@@ -68,13 +74,15 @@ class Kernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def plain_step(
-    plan: dict[str, Any], topology: Topology, checkpointing: bool
-) -> Callable[[Tensor], tuple[Tensor, float]]:
-    """A step of transformers' own model without DeepSpeed: forward, backward, clipping, fused AdamW."""
+def build_plain(plan: dict[str, Any], topology: Topology, checkpointing: bool) -> PreTrainedModel:
     model = build_model(plan, topology.device)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def plain_step(model: PreTrainedModel) -> Callable[[Tensor], tuple[Tensor, float]]:
+    """A step of transformers' own model without DeepSpeed: forward, backward, clipping, fused AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=NO_CHANGE, fused=True)
 
     def step(ids_BS: Tensor) -> tuple[Tensor, float]:
@@ -106,25 +114,44 @@ def measure(plan: dict[str, Any], topology: Topology) -> list[dict[str, Any]]:
             name, zero = plan["contender"], plan["zero"]
             note(topology, f"{name} ZeRO-{zero} EP {topology.ep_size}, {layers} layers, checkpointing {checkpointing}")
             if name == "plain":
-                step = plain_step(sized, topology, checkpointing)
+                model = build_plain(sized, topology, checkpointing)
+                step = plain_step(model)
             else:
-                step = engine_step(build(name, sized, topology, zero, checkpointing))
+                model = build(name, sized, topology, zero, checkpointing)
+                step = engine_step(model)
             loss, norm = step(ids_BS)
             found = {"loss_difference": abs(mean_over_ranks(loss) - expected[0])}
             found["norm_difference"] = abs(norm / expected[1] - 1)
             cpu_s = [timed(step, ids_BS) for _ in range(plan["steps"] + 1)][1:]
-            results.append(
-                {"layers": layers, "checkpointing": checkpointing, **found}
-                | {"cpu_s": most_of_ranks(cpu_s, ids_BS.device), "kernels": kernels(step, ids_BS)}
-            )
+            found |= {"cpu_s": most_of_ranks(cpu_s, ids_BS.device), "kernels": kernels(step, ids_BS)}
+            if name in ("plain", "ds_moe") and not checkpointing:
+                found["token_s"] = statistics.median(most_of_ranks(token_times(model, ids_BS), ids_BS.device))
+            results.append({"layers": layers, "checkpointing": checkpointing, **found})
     return results
 
 
-def timed(step: Callable[[Tensor], tuple[Tensor, float]], ids_BS: Tensor) -> float:
+def token_times(model: Any, ids_BS: Tensor) -> list[float]:
+    """Seconds of processor time a generated token, beyond the first few of an answer; some answers, one a figure."""
+    times = []
+    whole = whole_weights(model) if isinstance(model, deepspeed.DeepSpeedEngine) else nullcontext()
+    with whole, torch.no_grad():
+        for _ in range(ANSWERS + 1):
+            few, many = (timed(partial(generate, model), ids_BS[:, :8], count) for count in (FEW, FEW + MORE))
+            times.append((many - few) / MORE)
+    return times[1:]
+
+
+def generate(model: Any, ids_BS: Tensor, tokens: int) -> None:
+    module = getattr(model, "module", model).eval()
+    settings = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    module.generate(input_ids=ids_BS, generation_config=settings, use_cache=True, synced_gpus=parallel())
+
+
+def timed(work: Callable[..., object], *arguments: object) -> float:
     """Seconds of processor time of this process, all of its threads together, which waiting does not lengthen."""
     dist.barrier()
     began = time.process_time()
-    step(ids_BS)
+    work(*arguments)
     return time.process_time() - began
 
 
