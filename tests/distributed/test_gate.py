@@ -80,7 +80,8 @@ def supervised(made) -> tuple[Path, Ranks]:
         ["padded", overrides(made, "padded", *short), "train"],
         ["packed", overrides(made, "packed", *short), "train packed"],
         ["parity", overrides(made, "none", start(made, "supervised")), "parity of a few"],
-        ["one hot", over_experts(made, "none"), "one hot of a few"],
+        ["one hot", over_experts(made, "none"), "one hot, checkpointed"],
+        ["Qwen3.5, one hot", over_experts(made, "none", kind="qwen3.5"), "one hot, all at once"],
     ]
     return made, launch(2, few)
 
@@ -175,6 +176,10 @@ def check_parity(found, rows, show):
 
 def test_over_experts_one_hot_is_that_adapter_under_peft(supervised, show):
     check_one_hot(supervised[1].json["one hot"], 1, show)
+
+
+def test_one_hot_is_that_adapter_inside_of_blocks_with_experts(supervised, show):
+    check_one_hot(supervised[1].json["Qwen3.5, one hot"], 1, show, layouts=1)
 
 
 def check_one_hot(found, rows, show, layouts=2):
