@@ -66,8 +66,11 @@ class StoredReference:
         if file.complete:
             return file
         if parts.stream is None:
-            fix = "set dpo.reference_dir to the folder data_cache of the run's train.output_dir"
-            raise UserError(f"the reference's log-probs of data.eval are not in {root}: {fix}")
+            where = f"are not in {folder}" if folder else "are not at hand"
+            fix = "set dpo.reference_dir to the folder data_cache of the run that stored them"
+            raise UserError(
+                f"the reference's log-probs of data.eval {where}: {fix}, or evaluate a LoRA run's checkpoint"
+            )
         parts.note(f"reference: log-probs of data.{'train' if split == 'train' else 'eval'} are computed once")
         began = time.monotonic()
         for turn, (micro_batches, last) in enumerate(self._passes(split, file), start=1):

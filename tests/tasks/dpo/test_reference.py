@@ -152,7 +152,7 @@ def test_other_data_models_and_limits_have_other_files(parts, write_jsonl):
 
 def test_an_evaluation_without_the_file_says_where_it_is(parts):
     made = parts(dpo={"reference_dir": "elsewhere"})
-    with pytest.raises(UserError, match="set dpo.reference_dir to the folder data_cache of the run's train.output_dir"):
+    with pytest.raises(UserError, match="not in elsewhere: set dpo.reference_dir to the folder data_cache of the run"):
         StoredReference(replace(made, stream=None))
 
 
