@@ -27,6 +27,7 @@ from ds_moe.data.order import FILLER
 from ds_moe.data.records import DATA_CACHE
 from ds_moe.distributed import over_ranks, raise_together
 from ds_moe.engine.start import on_cpu
+from ds_moe.engine.whole_weights import whole_weights
 from ds_moe.errors import UserError
 from ds_moe.tasks.dpo.pairs import PairBatch
 from ds_moe.tasks.dpo.reference import scored
@@ -73,13 +74,14 @@ class StoredReference:
             )
         parts.note(f"reference: log-probs of data.{'train' if split == 'train' else 'eval'} are computed once")
         began = time.monotonic()
-        for turn, (micro_batches, last) in enumerate(self._passes(split, file), start=1):
-            for batch in micro_batches:
-                logprob_P2 = scored(parts.engine, batch.to(parts.topology.device)).cpu()
-                file.found += zip(batch.number_P.tolist(), *logprob_P2.T.tolist(), strict=True)
-            if last or turn % SAVED_EVERY == 0:
-                raise_together(parts.stream.error if split == "train" else parts.eval_set.error)
-                file.save(parts.topology.rank, complete=last)
+        with whole_weights(parts.engine):
+            for turn, (micro_batches, last) in enumerate(self._passes(split, file), start=1):
+                for batch in micro_batches:
+                    logprob_P2 = scored(parts.engine, batch.to(parts.topology.device)).cpu()
+                    file.found += zip(batch.number_P.tolist(), *logprob_P2.T.tolist(), strict=True)
+                if last or turn % SAVED_EVERY == 0:
+                    raise_together(parts.stream.error if split == "train" else parts.eval_set.error)
+                    file.save(parts.topology.rank, complete=last)
         parts.note(f"reference: {file.count:,} pairs in {time.monotonic() - began:.0f} s, kept in {file.path}")
         return file
 

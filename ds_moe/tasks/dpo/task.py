@@ -18,6 +18,7 @@ from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.rules.dpo import reference_of
 from ds_moe.data.batch import NO_LOSS
 from ds_moe.distributed import over_ranks, raise_together
+from ds_moe.engine.whole_weights import whole_weights
 from ds_moe.models.head import targets_of
 from ds_moe.monitor.reports import EvalReport, ShownSample
 from ds_moe.tasks.answers import Answered, accuracy_by_kind
@@ -125,24 +126,25 @@ class PreferenceOptimization(Task):
         parts, shown, samples = self.parts, self.parts.config.monitor.sample_images, []
         training, self._sums = self._sums, {}
         loss, asked, right = 0.0, Counter(), Counter()
-        for batch in parts.eval_set.batches(limit):
-            each_batch()
-            pairs = self._with_reference(batch.batch, "held-out").to(parts.topology.device)
-            parts.engine.eval()
-            found, logprob_P2 = self._compared(pairs)
-            self._add(self._figures(found, logprob_P2, pairs.real_P))
-            loss += torch.where(pairs.real_P, found.loss_P, 0).sum().item()
-            answered = [
-                _answered(sample, margin > 0)
-                for sample, margin in zip(batch.samples, (-found.reward_P2.diff()).flatten().tolist(), strict=True)
-                if isinstance(sample, Pair)
-            ]
-            for sample, one in zip((one for one in batch.samples if isinstance(one, Pair)), answered, strict=True):
-                asked[one.kind or "all"] += 1
-                right[one.kind or "all"] += one.right
-                if len(samples) < shown:
-                    samples.append(ShownSample(sample.first_image(), one.question, one.answer, str(one.prediction)))
-            note(answered)
+        with whole_weights(parts.engine):
+            for batch in parts.eval_set.batches(limit):
+                each_batch()
+                pairs = self._with_reference(batch.batch, "held-out").to(parts.topology.device)
+                parts.engine.eval()
+                found, logprob_P2 = self._compared(pairs)
+                self._add(self._figures(found, logprob_P2, pairs.real_P))
+                loss += torch.where(pairs.real_P, found.loss_P, 0).sum().item()
+                answered = [
+                    _answered(sample, margin > 0)
+                    for sample, margin in zip(batch.samples, (-found.reward_P2.diff()).flatten().tolist(), strict=True)
+                    if isinstance(sample, Pair)
+                ]
+                for sample, one in zip((one for one in batch.samples if isinstance(one, Pair)), answered, strict=True):
+                    asked[one.kind or "all"] += 1
+                    right[one.kind or "all"] += one.right
+                    if len(samples) < shown:
+                        samples.append(ShownSample(sample.first_image(), one.question, one.answer, str(one.prediction)))
+                note(answered)
         parts.engine.train()
         raise_together(parts.eval_set.error)
         sums, self._sums = self._sums, training
