@@ -171,10 +171,12 @@ FAMILIES["glm4v_moe"] = Family(  # GLM-4.5V and GLM-4.6V
 )
 # Causal language models that keep their block: the block's path in a layer, what it calls its router -> model types.
 _KEPT = {
-    ("mlp", "gate"): "deepseek_v2 deepseek_v3 dots1 ernie4_5_moe glm4_moe glm4_moe_lite minimax_m2 mixtral olmoe "
-    "qwen2_moe qwen3_next",
+    ("mlp", "gate"): "axk1 cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe "
+    "flex_olmo glm4_moe glm4_moe_lite glm_moe_dsa hy_v3 kimi_linear mimo_v2_flash minimax_m2 "
+    "mixtral olmoe qwen2_moe qwen3_next solar_open",
     ("mlp", "router"): "afmoe gpt_oss phimoe",
-    ("block_sparse_moe", "router"): "granitemoe granitemoehybrid",
+    ("block_sparse_moe", "router"): "granitemoe granitemoehybrid granitemoeshared",
+    ("feed_forward", "router"): "jamba",
     ("feed_forward", "gate"): "lfm2_moe",
 }
 TRAINED_BLOCKS = {name: block for block, names in _KEPT.items() for name in names.split()}
