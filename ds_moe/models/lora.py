@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from ds_moe.config.sections import LoRAConfig
 from ds_moe.errors import UserError
 from ds_moe.models.blocks import moe_blocks
-from ds_moe.models.families import REPLACED, expert_state
+from ds_moe.models.families import expert_state
+from ds_moe.models.hf_experts import unlike_swiglu
 from ds_moe.moe.expert_lora import ExpertLoRA
 
 ADAPTER = "default"  # PEFT's name of the one adapter in a model's parameter names
@@ -29,18 +30,20 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
     """Freeze an unconverted `model` and give it the updates that `config` asks for.
 
     `seed` is of the updates of the first MoE layer's experts, and each further layer counts on from it. Raises
-    `UserError` for a target that is no linear layer of the model, or experts that cannot be updated.
+    `UserError` for a target that is no linear layer of the model, and for experts that are no plain SwiGLU.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if config.targets:
         _check_targets(model, config.targets)
         peft.inject_adapter_in_model(peft_config(config, config.targets), model, ADAPTER)
-    for index, block in enumerate(moe_blocks(model)):
+    blocks = moe_blocks(model)
+    for block in blocks if config.experts else ():
+        if reason := unlike_swiglu(block.experts):
+            what = f"lora.experts cannot update the experts of {model.config.model_type} models"
+            raise UserError(f"{what}: {reason}; set it to false")
+    for index, block in enumerate(blocks):
         if config.experts:
-            if type(block.module).__name__ not in REPLACED:
-                text = f"lora.experts cannot update the experts of {model.config.model_type} models"
-                raise UserError(f"{text}, only those of Qwen3-MoE and Qwen3-VL-MoE; set it to false")
             weights = (block.experts.gate_up_proj, block.experts.down_proj)
             block.experts.lora = ExpertLoRA(*weights, config.rank, scaling(config), config.dropout, seed + index)
         for parameter in block.router.parameters():

@@ -74,12 +74,32 @@ class Experts(nn.Module):
         backend = backend_for(self.backend, rows_RD)
         if self.lora is None and self.activation == "silu":
             return backend.swiglu(rows_RD, gate_up_eOD, down_eDF, counts_e, weight_R, self.recompute)
-        product = partial(_product, backend, self.lora, experts, counts_e)
-        gate_RF, up_RF = product("gate_up", rows_RD, gate_up_eOD).chunk(2, dim=-1)
-        act_RF = ACTIVATIONS[self.activation](gate_RF) * up_RF
-        if weight_R is not None:
-            act_RF = (act_RF * weight_R.unsqueeze(1)).to(act_RF.dtype)
-        return product("down", act_RF, down_eDF)
+        product = updated_product(backend, self.lora, experts, counts_e)
+        return gated(product, ACTIVATIONS[self.activation], gate_up_eOD, down_eDF, rows_RD, weight_R)
+
+
+Product = Callable[[str, Tensor, Tensor], Tensor]  # of a part's rows and its weight, see `ExpertLoRA.forward`
+
+
+def updated_product(backend: Backend, lora: ExpertLoRA | None, experts: slice, counts_e: Tensor) -> Product:
+    """Products of experts, with low-rank updates if there are any: `experts` are those of `lora` that are given."""
+    return partial(_product, backend, lora, experts, counts_e)
+
+
+def gated(
+    product: Product,
+    activation: Callable[[Tensor], Tensor],
+    gate_up_eOD: Tensor,
+    down_eDF: Tensor,
+    rows_RD: Tensor,
+    weight_R: Tensor | None,
+) -> Tensor:
+    """Outputs (R, D) of gated experts, in operations that autograd sees."""
+    gate_RF, up_RF = product("gate_up", rows_RD, gate_up_eOD).chunk(2, dim=-1)
+    act_RF = activation(gate_RF) * up_RF
+    if weight_R is not None:
+        act_RF = (act_RF * weight_R.unsqueeze(1)).to(act_RF.dtype)
+    return product("down", act_RF, down_eDF)
 
 
 def _product(

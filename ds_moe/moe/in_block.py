@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from ds_moe.moe.backends import Recompute, backend_for
 from ds_moe.moe.balance import Balancer
@@ -20,6 +21,8 @@ from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.decision import Assignments, RoutingDecision
 from ds_moe.moe.dispatch import AllToAllDispatcher, DispatchPlan, LocalDispatcher
 from ds_moe.moe.expert_load import ExpertLoad
+from ds_moe.moe.expert_lora import ALL, ExpertLoRA
+from ds_moe.moe.experts import gated, updated_product
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.routers import Router
 
@@ -95,6 +98,10 @@ class InBlock(MoELayer):
         first, second = (weight if whole else weight[experts] for weight in (self._first, self.down_proj))
         if self.is_transposed:
             first, second = first.transpose(1, 2), second.transpose(1, 2)
+        lora = self._modules.get("lora")  # see models/lora.py, which gives it to none but plain SwiGLU
+        if lora is not None:
+            product = updated_product(backend, cast(ExpertLoRA, lora), ALL if whole else experts, counts_e)
+            return gated(product, silu, first, second, rows_RD, weight_R)
         if self.fused:
             return backend.swiglu(rows_RD, first, second, counts_e, weight_R, self.recompute)
         rows_RO = backend.multiply(rows_RD, first, counts_e)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ds_moe.checkpoint.files import Reader
-from ds_moe.export.model import export_checkpoint
+from ds_moe.export.model import export_adapter, export_checkpoint
 from ds_moe.models.families import FAMILIES, TRAINED_BLOCKS
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import save_processor, tiny_processor
@@ -28,7 +29,8 @@ EAGER = {"flint", "gpt_oss", "hy_v4", "mimo_v2_flash"}  # they have no other att
 STACKED = {"gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "hy_v4", "qwen3_5_moe"}
 WITH_IMAGES = [name for name, family in FAMILIES.items() if family.vision and not family.measured]
 EVERY = [*TRAINED_BLOCKS, *WITH_IMAGES]
-QUICK = [MOVES, "qwen3_5_moe"]
+UPDATED = "qwen3_5_moe"  # also with LoRA of its experts
+QUICK = [MOVES, UPDATED]
 _OTHERS = [family for family in EVERY if family not in QUICK]
 LAUNCHES = [QUICK, *(_OTHERS[start : start + 12] for start in range(0, len(_OTHERS), 12))]
 STOPPED, LAST = "step_00000002", "step_00000004"
@@ -72,14 +74,14 @@ def _record(question: str, answer: str, image: str | None = None) -> str:
     return json.dumps({"messages": messages}) + "\n"
 
 
-def case(family: str, folder: Path, name: str) -> list[object]:
+def case(family: str, folder: Path, name: str, *more: str) -> list[object]:
     keys = [f"model.path={folder / family}", f"train.output_dir={folder / name / family}"]
     keys += ["model.attention=eager"] if family in EAGER else []
     keys += ["moe.balance=[{kind: loss_free, update_rate: 0.05}]"] if family == MOVES else []
     keys += [f"data.train={folder / 'mixed.jsonl'}", "data.shuffle=false"] if family in WITH_IMAGES else []
     if name == "resumed":
         keys += [f"train.resume={folder / 'whole' / family / 'checkpoints' / STOPPED}"]
-    return [f"{family} {name}", keys, "train"]
+    return [f"{family} {name}", [*keys, *more], "train"]
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -121,6 +123,8 @@ def _train(folder: Path, families: list[str]) -> Path:
     }
     (folder / "run.yaml").write_text(json.dumps(run))  # JSON is YAML
     cases = [case(family, folder, name) for family in families for name in ("whole", "resumed")]
+    if UPDATED in families:
+        cases.append(case(UPDATED, folder, "lora", "lora={rank: 8, experts: true}"))
     run_ranks("tests/distributed/resume_ranks.py", 2, [json.dumps(cases), str(folder / "run.yaml")])
     return folder
 
@@ -164,3 +168,17 @@ def test_weights_of_multi_token_prediction_go_through_as_they_are(runs, family, 
     for name, value in SPECULATION.items():
         found = files[SPECULATES[family] + name]
         assert found.dtype == value.dtype and torch.equal(found, value)
+
+
+def test_lora_of_experts_in_a_block_that_stays_is_merged_and_exported(runs, tmp_path):
+    folder, inputs = runs(UPDATED), {"input_ids": torch.arange(3, 23).view(2, 10), "use_cache": False}
+    trained = tensors(folder / "lora" / UPDATED / "checkpoints" / LAST)
+    assert any(key.endswith("experts.lora.down_B") and value.any() for key, value in trained.items())
+    export_checkpoint(folder / "lora" / UPDATED, tmp_path / "merged")
+    export_adapter(folder / "lora" / UPDATED, tmp_path / "adapter")
+    with torch.no_grad():
+        base = AutoModelForImageTextToText.from_pretrained(folder / UPDATED).eval()
+        before = base(**inputs).logits
+        merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()(**inputs).logits
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(**inputs).logits
+    assert (merged - adapted).abs().max() <= 1e-5 < 1e-3 < (merged - before).abs().max()

@@ -16,12 +16,10 @@ from transformers.models.auto.configuration_auto import (
 )
 
 from ds_moe.config.moe import MoEConfig, TopKRouting
-from ds_moe.config.sections import LoRAConfig
 from ds_moe.errors import UserError
 from ds_moe.models.blocks import moe_blocks
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.families import IMAGE_BLOCKS, REFUSED, TEXT_BLOCKS, expert_state, family_of
-from ds_moe.models.lora import add_lora
 from ds_moe.models.router_forms import ROUTER_FORMS, form_of
 from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.moe.in_block import GivenRouter
@@ -309,12 +307,6 @@ def test_the_table_of_families_names_every_one():
 @pytest.mark.slow
 def test_the_table_of_families_says_what_they_can_do():
     assert family_table.written(family_table.PAGE.read_text()) == family_table.table()
-
-
-def test_lora_of_experts_in_a_block_that_stays_is_refused_before_anything_is_loaded():
-    model, _ = build("nemotron_h")
-    with pytest.raises(UserError, match="lora.experts cannot update the experts of nemotron_h models"):
-        add_lora(model, LoRAConfig(rank=2, targets=[], experts=True), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,23 @@
 """ds_moe/models/lora.py: what a model with low-rank updates needs beside them."""
 
+import copy
+
+import peft
 import pytest
 import torch
 
+from ds_moe.config.moe import MoEConfig
 from ds_moe.config.sections import LoRAConfig
+from ds_moe.errors import UserError
 from ds_moe.models.blocks import moe_blocks
-from ds_moe.models.lora import add_lora
+from ds_moe.models.convert import convert
+from ds_moe.models.lora import add_lora, peft_config, peft_value, update_of
 from ds_moe.models.presets import build_preset
+from tests.distributed.lora_ranks import from_peft
+from tests.models.test_families import GRADIENT, LOSS, run, slow_but, worst
+from tests.models.tiny_families import build
+
+PLAIN_SWIGLU = ["deepseek_v3", "glm4_moe", "glm4v_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_next"]
 
 
 @pytest.mark.parametrize("trained", [{"experts": True}, {"train_router": True}], ids=["experts", "routers"])
@@ -20,3 +31,48 @@ def test_the_first_layer_s_experts_get_an_input_that_needs_a_gradient(trained):
     block.register_forward_pre_hook(lambda _, args: needed.append(args[0].requires_grad))
     model(input_ids=torch.arange(5).unsqueeze(0), use_cache=False).logits.sum().backward()
     assert needed == [True] and not any(one.requires_grad for one in model.model.visual.parameters())
+
+
+def of_peft(plain, config):
+    """A model under PEFT, with updates of its experts that are not zero, and names of its parameters without PEFT's."""
+    experts = ".".join(moe_blocks(plain)[0].experts_path.split(".")[-2:])
+    targets = [f"{experts}.gate_up_proj", f"{experts}.down_proj"]
+    model = peft.get_peft_model(plain, peft_config(config, [], target_parameters=targets))
+    torch.manual_seed(1)
+    trained = {name.replace(".default", ""): one for name, one in model.named_parameters() if one.requires_grad}
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model, trained
+
+
+@pytest.mark.parametrize("family", slow_but(PLAIN_SWIGLU, {"qwen2_moe"}))
+def test_experts_of_a_block_that_stays_are_updated_as_under_peft(family, show):
+    config = LoRAConfig(rank=8, alpha=24, targets=[], experts=True)
+    model, batch = build(family)
+    plain = copy.deepcopy(model)
+    add_lora(model, config, seed=0)
+    convert(model, MoEConfig())
+    theirs, values = of_peft(plain, config)
+    updates = {name: update_of(name) for name, one in model.named_parameters() if one.requires_grad}
+    assert {update.peft for update in updates.values()} == values.keys()
+    for name, update in updates.items():
+        parameter = model.get_parameter(name)
+        parameter.data.copy_(from_peft(update, values[update.peft].detach(), len(parameter)))
+        assert torch.equal(peft_value(update, parameter), values[update.peft])
+    expected_loss, _ = run(theirs, batch)
+    loss, gradients = run(model, batch)
+    expected = {name: from_peft(one, values[one.peft].grad, len(gradients[name])) for name, one in updates.items()}
+    difference, name = worst(gradients, expected)
+    show(f"{family:24} loss {abs(loss - expected_loss):.1e}, gradients {difference:.1e} ({name})")
+    assert gradients.keys() == expected.keys() and abs(loss - expected_loss) <= LOSS and difference <= GRADIENT
+    model.get_parameter(name).data.copy_(model.get_parameter(name).roll(1, 0))  # negative control: other experts'
+    assert abs(run(model, batch)[0] - expected_loss) > LOSS
+
+
+NO_SWIGLU = {"gpt_oss": "they have biases", "nemotron_h": "they have no gate", "minimax_m3_vl_text": "their gate"}
+
+
+@pytest.mark.parametrize(("family", "reason"), NO_SWIGLU.items())
+def test_experts_that_are_no_plain_swiglu_get_no_updates(family, reason):
+    with pytest.raises(UserError, match=f"lora.experts cannot update the experts of {family} models: {reason}"):
+        add_lora(build(family)[0], LoRAConfig(rank=8, targets=[], experts=True), seed=0)
