@@ -36,7 +36,7 @@ class Unshared(DeepSpeedZeroOptimizer_Stage3):
         One without replicas goes to its buffer. The bucket of the others is no longer emptied where one of these comes
         between them, so that fewer and larger reductions are left.
         """
-        if dist.get_world_size(self._get_param_partition_group(param)) > 1 or self.offload_optimizer:
+        if dist.get_world_size(self._get_param_partition_group(param)) > 1:
             super().reduce_independent_p_g_buckets_and_remove_grads(param)
             return
         buffer = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[param.ds_id]
@@ -44,7 +44,9 @@ class Unshared(DeepSpeedZeroOptimizer_Stage3):
         if not get_accelerator().resolves_data_dependency():
             self.reduce_and_partition_stream.wait_stream(get_accelerator().current_stream())
         with get_accelerator().stream(self.reduce_and_partition_stream):
-            if self.micro_step_id > 0:
+            if self.offload_optimizer:  # moves it to the host, and at the end of a step to Adam
+                self.partition_grads([param], [grad.mul_(share)])
+            elif self.micro_step_id > 0:
                 buffer.add_(grad, alpha=share)
             elif grad.dtype == buffer.dtype:
                 torch.mul(grad, share, out=buffer)
@@ -53,6 +55,10 @@ class Unshared(DeepSpeedZeroOptimizer_Stage3):
             if not get_accelerator().is_synchronized_device():
                 grad.record_stream(get_accelerator().current_stream())
         param.grad = None
+
+    def _constant_buffered_norm2(self, input: Tensor, buffer_size: int = 0) -> Tensor:
+        """The norm of one gradient, of an optimizer that is offloaded."""
+        return _norm(input)
 
     def get_grad_norm_direct(self, gradients: list[Tensor], params: list[nn.Parameter], norm_type: float = 2) -> Tensor:
         """The norm over all ranks. Of a tensor of one element, DeepSpeed takes the same norm as of the gradient whose

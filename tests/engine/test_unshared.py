@@ -24,6 +24,7 @@ def trained(spared, steps=3, clipping=0.0, bf16=False, **zero):
         **{"bf16": {"enabled": bf16}, "data_types": {"grad_accum_dtype": "fp32"}},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
+        "zero_force_ds_cpu_optimizer": False,
     }
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
     if spared:
@@ -39,7 +40,14 @@ def trained(spared, steps=3, clipping=0.0, bf16=False, **zero):
         return engine, [parameter.detach().clone() for parameter in model.parameters()], norms
 
 
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"clipping": 1e9}, {"sub_group_size": 60}], ids=str)
+OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bf16": True}, {"clipping": 1e9}, {"sub_group_size": 60}, OFFLOAD, OFFLOAD | {"bf16": True}],
+    ids=str,
+)
 def test_weights_are_bit_for_bit_those_of_deepspeed(settings):
     engine, weights, norms = trained(True, **settings)
     plain, expected, expected_norms = trained(False, **settings)
