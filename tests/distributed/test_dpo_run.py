@@ -87,4 +87,4 @@ def test_three_ranks_go_on_with_the_same_pairs(runs, data, tmp_path, name, words
     ours, theirs = checkpoints(tmp_path) / LAST, checkpoints(runs / name) / LAST
     drift = differences(tensors(ours), tensors(theirs), "weight/")
     show(f"pairs, {name}, 2 ranks -> 3: weights {drift:.1e}")
-    assert drift <= 50 * DRIFT and position(ours) == position(theirs)  # lr 5e-3, where others have 1e-4
+    assert drift <= DRIFT and position(ours) == position(theirs)
