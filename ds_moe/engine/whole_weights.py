@@ -28,8 +28,14 @@ def whole_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     if not sharded or not all(over_ranks(size <= SHARE * _free_bytes(engine.device))):
         yield
         return
+    failure = None
     with unwrap_model_for_generation(engine), _linear_of_torch():
-        yield
+        try:
+            yield
+        except BaseException as error:  # DeepSpeed would not put its hooks back
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 @contextmanager

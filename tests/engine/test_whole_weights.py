@@ -37,7 +37,7 @@ def hooks(engine):
     return sum(len(one._forward_pre_hooks) + len(one._forward_hooks) for one in engine.module.modules())
 
 
-def test_weights_are_whole_inside_and_a_run_goes_on_as_without(monkeypatch):
+def test_weights_are_whole_inside_and_a_run_goes_on_as_without():
     engine, other = engine_of(3), engine_of(3)
     step(engine), step(other)
     before, linear, hooked = engine(X).detach(), F.linear, hooks(engine)
@@ -49,6 +49,15 @@ def test_weights_are_whole_inside_and_a_run_goes_on_as_without(monkeypatch):
     for _ in range(2):
         step(engine), step(other)
     assert torch.equal(engine(X), other(X)) and not torch.equal(engine(X), before)
+
+
+def test_hooks_come_back_after_an_error():
+    engine = engine_of(3)
+    hooked = hooks(engine)
+    with pytest.raises(KeyboardInterrupt), whole_weights(engine):
+        raise KeyboardInterrupt
+    assert gathered(engine) == [0, 0, 0] and hooks(engine) == hooked
+    step(engine)
 
 
 def test_nothing_changes_where_memory_is_short_or_weights_are_whole(monkeypatch):
