@@ -12,6 +12,8 @@ from torch import nn
 from ds_moe.engine.unshared import NORM_BLOCK, Unshared, _norm, spare_copies
 
 pytestmark = pytest.mark.usefixtures("one_rank")
+# Left to itself DeepSpeed takes 2 GiB an engine, and then a test that comes later cannot fork this process.
+SMALL = {"reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000}
 
 
 def trained(spared, steps=3, clipping=0.0, bf16=False, **zero):
@@ -22,7 +24,7 @@ def trained(spared, steps=3, clipping=0.0, bf16=False, **zero):
         "train_micro_batch_size_per_gpu": 1,
         **{"gradient_accumulation_steps": 2, "gradient_clipping": clipping},
         **{"bf16": {"enabled": bf16}, "data_types": {"grad_accum_dtype": "fp32"}},
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **SMALL, **zero},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
         "zero_force_ds_cpu_optimizer": False,
     }

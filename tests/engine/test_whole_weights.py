@@ -10,6 +10,7 @@ from ds_moe.engine import whole_weights as module
 from ds_moe.engine.whole_weights import whole_weights
 
 pytestmark = pytest.mark.usefixtures("one_rank")
+OF_STAGE_3 = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000}
 X = torch.arange(12.0).view(2, 6) / 12
 
 
@@ -18,7 +19,7 @@ def engine_of(stage):
     model = nn.Sequential(nn.Linear(6, 10), nn.SiLU(), nn.Linear(10, 4, bias=False))
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, **(OF_STAGE_3 if stage == 3 else {})},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
     }
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
