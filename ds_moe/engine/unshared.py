@@ -36,7 +36,8 @@ class Unshared(DeepSpeedZeroOptimizer_Stage3):
         One without replicas goes to its buffer. The bucket of the others is no longer emptied where one of these comes
         between them, so that fewer and larger reductions are left.
         """
-        if dist.get_world_size(self._get_param_partition_group(param)) > 1:
+        ready = getattr(param, "ds_grad_is_ready", True)  # false while DeepSpeed tiles a module
+        if dist.get_world_size(self._get_param_partition_group(param)) > 1 or not ready:
             super().reduce_independent_p_g_buckets_and_remove_grads(param)
             return
         buffer = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[param.ds_id]

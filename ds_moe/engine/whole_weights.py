@@ -16,6 +16,17 @@ SHARE = 0.5  # of the free memory; the rest is left to caches of attention and t
 
 
 @contextmanager
+def evaluation_mode(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """Evaluate inside, with whole weights where they fit, and train again after it, however it ends (collective)."""
+    engine.eval()
+    try:
+        with whole_weights(engine):
+            yield
+    finally:
+        engine.train()
+
+
+@contextmanager
 def whole_weights(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     """Hold every weight whole on every rank, without ZeRO-3's hooks, where all ranks have room for it (collective).
 

@@ -19,7 +19,7 @@ from ds_moe.data.eval_set import EvalBatch, EvalSet
 from ds_moe.data.processor import Processor
 from ds_moe.data.special_tokens import text_of
 from ds_moe.distributed import over_ranks, parallel, raise_together
-from ds_moe.engine.whole_weights import whole_weights
+from ds_moe.engine.whole_weights import evaluation_mode
 from ds_moe.models.generation import own_generation_config
 from ds_moe.models.head import at_labels
 from ds_moe.models.vision import encode_blank, has_vision
@@ -76,11 +76,10 @@ def evaluate(
     Raises:
         UserError: on every rank, when any of them met a bad record.
     """
-    engine.eval()
     loss_sum, label_tokens = 0.0, 0
     asked, right = Counter(), Counter()  # answers by kind of question
     samples: list[ShownSample] = []
-    with whole_weights(engine):
+    with evaluation_mode(engine):
         for batch in eval_set.batches(limit):
             each_batch()
             labelled = batch.batch.to(engine.device)
@@ -93,7 +92,6 @@ def evaluate(
                 if len(samples) < shown:
                     samples.append(ShownSample(sample.first_image(), one.question, one.answer, one.prediction))
             note([one for one, _ in answered])
-    engine.train()
     raise_together(eval_set.error)
     losses, counts, all_asked, all_right = zip(*over_ranks((loss_sum, label_tokens, asked, right)), strict=True)
     accuracy = accuracy_by_kind(sum(all_asked, Counter()), sum(all_right, Counter()))

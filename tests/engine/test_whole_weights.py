@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_moe.engine import whole_weights as module
-from ds_moe.engine.whole_weights import whole_weights
+from ds_moe.engine.whole_weights import evaluation_mode, whole_weights
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 OF_STAGE_3 = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000}
@@ -55,9 +55,10 @@ def test_weights_are_whole_inside_and_a_run_goes_on_as_without():
 def test_hooks_come_back_after_an_error():
     engine = engine_of(3)
     hooked = hooks(engine)
-    with pytest.raises(KeyboardInterrupt), whole_weights(engine):
+    with pytest.raises(KeyboardInterrupt), evaluation_mode(engine):
+        assert not engine.module.training
         raise KeyboardInterrupt
-    assert gathered(engine) == [0, 0, 0] and hooks(engine) == hooked
+    assert gathered(engine) == [0, 0, 0] and hooks(engine) == hooked and engine.module.training
     step(engine)
 
 

@@ -18,7 +18,7 @@ from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.rules.dpo import reference_of
 from ds_moe.data.batch import NO_LOSS
 from ds_moe.distributed import over_ranks, raise_together
-from ds_moe.engine.whole_weights import whole_weights
+from ds_moe.engine.whole_weights import evaluation_mode
 from ds_moe.models.head import targets_of
 from ds_moe.monitor.reports import EvalReport, ShownSample
 from ds_moe.tasks.answers import Answered, accuracy_by_kind
@@ -126,7 +126,7 @@ class PreferenceOptimization(Task):
         parts, shown, samples = self.parts, self.parts.config.monitor.sample_images, []
         training, self._sums = self._sums, {}
         loss, asked, right = 0.0, Counter(), Counter()
-        with whole_weights(parts.engine):
+        with evaluation_mode(parts.engine):
             for batch in parts.eval_set.batches(limit):
                 each_batch()
                 pairs = self._with_reference(batch.batch, "held-out").to(parts.topology.device)
@@ -145,7 +145,6 @@ class PreferenceOptimization(Task):
                     if len(samples) < shown:
                         samples.append(ShownSample(sample.first_image(), one.question, one.answer, str(one.prediction)))
                 note(answered)
-        parts.engine.train()
         raise_together(parts.eval_set.error)
         sums, self._sums = self._sums, training
         of_ranks = over_ranks((loss, {name: float(value) for name, value in sums.items()}, asked, right))
