@@ -1,7 +1,8 @@
-"""How large a checkpoint will be, and whether the disk has room for it."""
+"""How large a checkpoint will be, and whether a folder can be written and the disk has room for it."""
 
 import math
 import shutil
+import tempfile
 from pathlib import Path
 
 from torch import nn
@@ -28,6 +29,16 @@ def checkpoint_bytes(model: nn.Module, ep_size: int, with_frozen: bool, frozen_w
         * (TRAINED_BYTES if one.requires_grad else frozen_width or one.element_size())
         for name, one in saved_parameters(model, with_frozen).items()
     )
+
+
+def unwritable(folder: Path, key: str) -> str | None:
+    """Why nothing could be written below a folder, before anything is loaded for it. `key` is what names the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{key} {folder} cannot be written ({error.strerror}); choose another"
 
 
 def free_bytes(folder: Path) -> int:

@@ -94,6 +94,12 @@ def _rollouts(config: RunConfig, model_config: PretrainedConfig) -> RecordKind:
     return Rollouts(shape, config.rl.normalize_std, need_reference=config.rl.kl_weight > 0)
 
 
+def _pairs(config: RunConfig, model_config: PretrainedConfig) -> RecordKind:
+    if config.dpo.replay_reference:
+        RoutingShape.of(model_config)  # refuses families that replay has not been held against
+    return PAIRS
+
+
 def _labelled_chats(config: RunConfig) -> RecordKind:
     names = list(find_adapters(config.gate.adapters, config.gate.adapters_in))
     return Routed(names, labelled=config.gate.stage == "supervised")
@@ -136,7 +142,7 @@ TASKS = {
         TaskKind(
             "dpo",
             make=PreferenceOptimization,
-            train_records=lambda config, model_config: PAIRS,
+            train_records=_pairs,
             eval_records=lambda config: PAIRS,
             summary=lambda model, config: [f"pairs     loss {config.dpo.loss}, {REFERENCE_IS[reference_of(config)]}"],
             closing={

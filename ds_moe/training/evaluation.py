@@ -18,8 +18,10 @@ from rich.console import Console
 
 from ds_moe.checkpoint.files import step_folders
 from ds_moe.checkpoint.restore import find_together, load_weights
+from ds_moe.checkpoint.room import unwritable
 from ds_moe.config.check import check_model
 from ds_moe.config.deepspeed import precision, resolve_without_optimizer
+from ds_moe.config.rules.dpo import has_reference
 from ds_moe.config.run import RunConfig
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.eval_set import EvalSet
@@ -38,7 +40,7 @@ from ds_moe.tasks.answers import Answered
 from ds_moe.tasks.registry import task_kind
 from ds_moe.tasks.task import TrainingParts
 from ds_moe.training.eval_files import not_replaceable, partial_of, result_file, write_result, written_whole
-from ds_moe.training.set_up import load_prepared, seed_everything, unwritable
+from ds_moe.training.set_up import load_prepared, seed_everything
 
 SHOWN_BAD = 5  # bad records that are said; the result file has all of them
 
@@ -111,6 +113,9 @@ def find_weights(config: RunConfig, source: str | None, topology: Topology) -> W
         model_config(model)
     except UserError as error:
         raise UserError(f"--from {source} is no checkpoint, run, preset or model: {error}") from error
+    if has_reference(config):
+        text = "is a model, and comes without the reference that task dpo compares it with"
+        raise UserError(f"--from {source} {text}: give a checkpoint of the run")
     # A model holds all that it has learned, so there is nothing for a lora section to add to it.
     return Weights(str(source), path.resolve().name, config.model_copy(update={"model": model, "lora": None}))
 

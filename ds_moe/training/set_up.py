@@ -1,7 +1,6 @@
 """Everything a run needs."""
 
 import random
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ds_moe.checkpoint.files import step_folders
 from ds_moe.checkpoint.progress import Progress
-from ds_moe.checkpoint.room import checkpoint_bytes, no_room
+from ds_moe.checkpoint.room import checkpoint_bytes, no_room, unwritable
 from ds_moe.config.check import attention_problem, check_model, warmup_problem
 from ds_moe.config.deepspeed import moves_nothing, precision, resolve_deepspeed, summed_in_bf16, zero_plan
 from ds_moe.config.run import RunConfig
@@ -119,16 +118,6 @@ def _data(
     if config.data.eval is None:
         return stream, None
     return stream, EvalSet(config, processor, **ranks, record_kind=kind.eval_records(config))
-
-
-def unwritable(folder: Path, key: str) -> str | None:
-    """Why nothing could be written below a folder, before anything is loaded for it. `key` is what names the folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return None
-    except OSError as error:
-        return f"{key} {folder} cannot be written ({error.strerror}); choose another"
 
 
 def _no_room(config: RunConfig, outline: PreTrainedModel, width: int) -> str | None:

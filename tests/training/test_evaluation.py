@@ -7,6 +7,7 @@ import torch
 
 from ds_moe import cli, evaluate
 from ds_moe.config.run_file import load_run
+from ds_moe.config.tasks import DPOConfig
 from ds_moe.distributed import Topology
 from ds_moe.errors import UserError
 from ds_moe.models.presets import build_preset
@@ -73,3 +74,13 @@ def test_a_model_takes_the_place_of_the_run_s_own(config, tmp_path):
     assert (found.config.model.path, found.config.model.preset) == (str(tmp_path / "dense"), None)
     preset = find_weights(config, "tiny-moe", ALONE).config.model
     assert (preset.path, preset.preset) == (None, "tiny-moe")
+
+
+def test_a_model_has_no_reference_to_be_compared_with(config):
+    for dpo in ({}, {"reference": "stored"}, {"loss": "simpo"}):
+        run = config.model_copy(update={"task": "dpo", "dpo": DPOConfig(**dpo)})
+        if dpo.get("loss") == "simpo":
+            assert find_weights(run, "tiny-moe", ALONE).config.lora is None
+            continue
+        with pytest.raises(UserError, match=r"^--from tiny-moe is a model, .* dpo .*: give a checkpoint of the run$"):
+            find_weights(run, "tiny-moe", ALONE)

@@ -13,6 +13,11 @@ def reference_of(config: RunConfig) -> str:
     return config.dpo.reference or ("stored" if base_changes(config) else "base")
 
 
+def has_reference(config: RunConfig) -> bool:
+    """Whether the run compares its policy with another model."""
+    return task_is(config, "dpo") and reference_of(config) != "none"
+
+
 def base_changes(config: RunConfig) -> str | None:
     """Why the model without its low-rank updates is not the one that the run started from; None: it is."""
     if config.lora is None:

@@ -21,14 +21,16 @@ import numpy as np
 import torch
 
 from ds_moe.checkpoint.base import base_identity
+from ds_moe.checkpoint.room import unwritable
 from ds_moe.config.deepspeed import precision
 from ds_moe.data.batch import Batch
 from ds_moe.data.order import FILLER
 from ds_moe.data.records import DATA_CACHE
-from ds_moe.distributed import over_ranks, raise_together
+from ds_moe.distributed import Topology, over_ranks, raise_together, together
 from ds_moe.engine.start import on_cpu
 from ds_moe.engine.whole_weights import whole_weights
 from ds_moe.errors import UserError
+from ds_moe.models.load import model_config
 from ds_moe.tasks.dpo.pairs import PairBatch
 from ds_moe.tasks.dpo.reference import scored
 from ds_moe.tasks.task import TrainingParts
@@ -60,10 +62,10 @@ class StoredReference:
 
     def _complete(self, split: str, data: str) -> LogprobFile:
         """The file of a split, after the pass that fills it, if there is anything to fill."""
-        parts, folder = self._parts, self._parts.config.dpo.reference_dir
+        parts, folder, topology = self._parts, self._parts.config.dpo.reference_dir, self._parts.topology
         root = Path(folder or Path(parts.config.train.output_dir, DATA_CACHE))
         file = LogprobFile(root / f"reference_{split}_{_fingerprint(parts, data)[:16]}.npz")
-        file.read()
+        file.read(topology)
         if file.complete:
             return file
         if parts.stream is None:
@@ -72,23 +74,38 @@ class StoredReference:
             raise UserError(
                 f"the reference's log-probs of data.eval {where}: {fix}, or evaluate a LoRA run's checkpoint"
             )
+        steps = self._missing(file) if split == "train" else None
+        if steps is not None and not steps:
+            return file
+        key = "dpo.reference_dir" if folder else "train.output_dir"
+        raise_together(unwritable(root, key) if topology.rank == 0 else None)
+        whole = steps is None or steps.stop == parts.stream.steps_per_epoch
         parts.note(f"reference: log-probs of data.{'train' if split == 'train' else 'eval'} are computed once")
         began = time.monotonic()
         with whole_weights(parts.engine):
-            for turn, (micro_batches, last) in enumerate(self._passes(split, file), start=1):
+            for turn, (micro_batches, last) in enumerate(self._passes(steps), start=1):
                 for batch in micro_batches:
-                    logprob_P2 = scored(parts.engine, batch.to(parts.topology.device)).cpu()
+                    logprob_P2 = scored(parts.engine, batch.to(topology.device)).cpu()
                     file.found += zip(batch.number_P.tolist(), *logprob_P2.T.tolist(), strict=True)
                 if last or turn % SAVED_EVERY == 0:
                     raise_together(parts.stream.error if split == "train" else parts.eval_set.error)
-                    file.save(parts.topology.rank, complete=last)
+                    file.save(topology, complete=last and whole)
         parts.note(f"reference: {file.count:,} pairs in {time.monotonic() - began:.0f} s, kept in {file.path}")
         return file
 
-    def _passes(self, split: str, file: LogprobFile) -> Iterator[tuple[list[Batch], bool]]:
-        """Micro-batches of this rank that hold all records of the split, and whether they are the last."""
+    def _missing(self, file: LogprobFile) -> range:
+        """The steps whose records must be scored: those that the run takes of the first epoch, which holds every record
+        once, but for the first ones, which an earlier pass has scored. A run with more steps completes the file."""
+        stream = self._parts.stream
+        end = min(stream.steps_per_epoch, self._parts.config.train.steps or stream.steps_per_epoch)
+        return range(
+            next((step for step in range(end) if not file.knows(chain(*chain(*stream.rows.of_step(step))))), end), end
+        )
+
+    def _passes(self, steps: range | None) -> Iterator[tuple[list[Batch], bool]]:
+        """Micro-batches of this rank, of steps of the first epoch or (None) held out, and whether they are the last."""
         stream, eval_set = self._parts.stream, self._parts.eval_set
-        if split == "held-out":
+        if steps is None:
             waiting: list[Batch] = []
             for one in eval_set.batches():
                 yield waiting, False
@@ -96,12 +113,9 @@ class StoredReference:
             yield waiting, True
             return
         position = {**stream.order, "epoch": 0}
-        # The steps of the first epoch hold every record once; those that an earlier pass has scored are passed over.
-        last = stream.steps_per_epoch - 1
-        first = next((step for step in range(last) if not file.knows(chain(*chain(*stream.rows.of_step(step))))), last)
-        stream.load_state_dict({**position, "step": first})
-        for step, micro_batches in zip(range(first, last + 1), stream, strict=False):
-            yield micro_batches, step == last
+        stream.load_state_dict({**position, "step": steps.start})
+        for step, micro_batches in zip(steps, stream, strict=False):
+            yield micro_batches, step == steps[-1]
         stream.close()
         stream.load_state_dict({**position, "step": 0})
         stream.fill = None  # the closing table's is of training
@@ -120,17 +134,19 @@ class LogprobFile:
     def count(self) -> int:
         return int((~np.isnan(self.logprob_R2[:, 0])).sum())
 
-    def read(self) -> None:
-        """Take what rank 0 finds in the file (collective)."""
-        own: tuple[np.ndarray, bool] | None = None
-        try:
-            with np.load(self.path, allow_pickle=False) as kept:
-                own = kept["logprobs"], bool(kept["complete"])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            pass
-        [first, *_] = over_ranks(own)
+    def read(self, topology: Topology) -> None:
+        """Take what rank 0, which alone reads, finds in the file (collective)."""
+        read = self._kept if topology.rank == 0 else lambda: None
+        [first, *_] = together(topology, f"read {self.path}", read)
         if first is not None:
             self.logprob_R2, self.complete = first
+
+    def _kept(self) -> tuple[np.ndarray, bool] | None:
+        try:
+            with np.load(self.path, allow_pickle=False) as kept:
+                return kept["logprobs"], bool(kept["complete"])
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return None
 
     def knows(self, numbers: Iterable[int]) -> bool:
         wanted = [number for number in numbers if number != FILLER]
@@ -143,7 +159,7 @@ class LogprobFile:
         result[inside] = self.logprob_R2[number_P[inside]]
         return result
 
-    def save(self, rank: int, complete: bool) -> None:
+    def save(self, topology: Topology, complete: bool) -> None:
         """Put together what all ranks have found, and write the file whole or not at all (collective)."""
         rows = [row for of_rank in over_ranks(self.found) for row in of_rank if row[0] != FILLER]
         self.found = []
@@ -153,12 +169,13 @@ class LogprobFile:
         for number, *logprobs in rows:
             grown[number] = logprobs
         self.logprob_R2, self.complete = grown, complete
-        if rank != 0:
-            return
+        together(topology, f"write {self.path}", self._write if topology.rank == 0 else lambda: None)
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(f".{os.getpid()}.partial")
         with partial.open("wb") as stream:
-            np.savez(stream, logprobs=self.logprob_R2, complete=np.array(complete))
+            np.savez(stream, logprobs=self.logprob_R2, complete=np.array(self.complete))
         partial.replace(self.path)
 
 
@@ -173,6 +190,7 @@ def _fingerprint(parts: TrainingParts, data: str) -> str:
     made_of = [
         [RULES, version("torch"), version("transformers"), version("tokenizers")],
         base_identity(config),
+        {**model_config(config.model).to_dict(), "_name_or_path": None},
         [config.model.attention, precision(config, on_cpu()), routing],
         content,
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab()),
@@ -180,4 +198,4 @@ def _fingerprint(parts: TrainingParts, data: str) -> str:
         "" if images is None else str(sorted(images.to_dict().items())),
         [config.data.train_on, config.data.content_tokens, str(config.data.root)],
     ]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()

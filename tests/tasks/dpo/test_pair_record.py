@@ -58,6 +58,26 @@ def test_both_answers_see_the_images_of_the_prompt(tmp_path):
     assert [one.name for one in pair.images] == [one.name for one in pair.rejected.images] == ["a.png"]
 
 
+def test_images_behind_the_prompt_must_be_the_same(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+
+    def behind(image, answer):
+        again = [{"type": "image", "image": image}, {"type": "text", "text": "And this?"}]
+        return [YES, {"role": "user", "content": again if image else "And this?"}, answer]
+
+    def parse(chosen, rejected):
+        both = {"chosen": behind(chosen, YES), "rejected": behind(rejected, NO)}
+        return parse_pair({"messages": [ASK], **both}, "file:1", tmp_path.resolve())
+
+    pair = parse("a.png", "./a.png")
+    assert [image.path for image in pair.images] == [image.path for image in pair.rejected.images]
+    for rejected, named in (("b.png", "['b.png']"), (None, "none")):
+        with pytest.raises(RecordError) as caught:
+            parse("a.png", rejected)
+        assert f"different images: 'chosen' ['a.png'] and 'rejected' {named} (give" in str(caught.value)
+
+
 def test_tool_calls_may_lie_behind_the_prompt(tmp_path):
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {}}]}
     result = {"role": "tool", "content": "7"}

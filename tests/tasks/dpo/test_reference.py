@@ -128,6 +128,64 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(parts, monkeypatch):
     assert np.array_equal(again.logprob_R2, logprobs)
 
 
+def test_only_the_steps_of_the_run_are_scored_and_more_steps_complete_the_file(parts, monkeypatch):
+    scored_pairs, own = [], stored.scored
+    monkeypatch.setattr(
+        stored, "scored", lambda engine, batch: scored_pairs.append(len(batch.number_P)) or own(engine, batch)
+    )
+
+    def known(steps, **dpo):
+        scored_pairs.clear()
+        made = parts(evaluates=False, train={"steps": steps}, dpo=dpo)
+        before = made.stream.state_dict()
+        file = StoredReference(made)._files["train"]
+        assert made.stream.state_dict() == before
+        return file.count, file.complete, sum(scored_pairs), file.logprob_R2
+
+    assert known(2)[:3] == (4, False, 4)
+    assert known(2)[:3] == (4, False, 0)
+    *figures, logprobs = known(5)
+    assert figures == [RECORDS, True, 4]  # the last two steps of two pairs, one of them a filler
+    assert np.array_equal(logprobs, known(5, reference_dir=str(parts().config.train.output_dir) + "-at-once")[3])
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_pass(parts, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(stored, "scored", None)
+    with pytest.raises(UserError, match=r"^dpo.reference_dir \S+/file cannot be written \(File exists\); choose"):
+        StoredReference(parts(dpo={"reference_dir": str(tmp_path / "file")}, evaluates=False))
+
+
+def test_a_disk_that_fills_during_the_pass_is_one_line(parts, monkeypatch):
+    def full(*args, **named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stored.np, "savez", full)
+    with pytest.raises(UserError, match=r"^rank 0 could not write \S+\.npz: OSError: .*No space left"):
+        StoredReference(parts(evaluates=False))
+
+
+def test_other_ranks_do_not_read(tmp_path, monkeypatch):
+    file = stored.LogprobFile(tmp_path / "kept.npz")
+    np.savez(file.path, logprobs=np.zeros((3, 2)), complete=np.array(True))
+    file.read(replace(CPU, rank=1))
+    assert not file.complete
+    file.read(CPU)
+    assert file.complete and file.count == 3
+
+
+def test_an_edited_config_is_another_reference(parts, tmp_path):
+    made, names = parts(evaluates=False), []
+    for folder, eps in (("a", 1e-6), ("moved", 1e-6), ("edited", 1e-5)):
+        model = build_preset("tiny-vl-moe")
+        model.config.text_config.rms_norm_eps = eps
+        model.save_pretrained(tmp_path / folder)
+        section = made.config.model.model_copy(update={"preset": None, "path": str(tmp_path / folder)})
+        config = made.config.model_copy(update={"model": section})
+        names.append(stored._fingerprint(replace(made, config=config), config.data.train))
+    assert names[0] == names[1] != names[2]
+
+
 def test_other_data_models_and_limits_have_other_files(parts, write_jsonl):
     made = parts()
 

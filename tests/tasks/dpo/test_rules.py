@@ -1,10 +1,15 @@
 """What a run file of task dpo may not say."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from ds_moe.config.check import problems
 from ds_moe.config.rules.dpo import reference_of
 from ds_moe.config.run import RunConfig
+from ds_moe.errors import UserError
+from ds_moe.models.presets import preset_config
+from ds_moe.tasks.registry import task_kind
 
 LOSS_FREE = {"balance": [{"kind": "loss_free"}]}
 LORA = {"rank": 8}
@@ -30,6 +35,13 @@ def test_the_reference_is_the_base_where_that_is_left():
     assert reference_of(run(lora=LORA, moe=LOSS_FREE)) == "stored"
     assert reference_of(run(lora=LORA, reference="stored")) == "stored"
     assert reference_of(run(lora=LORA, loss="simpo")) == "none"
+
+
+def test_replay_is_refused_for_families_it_has_not_been_held_against():
+    for preset, refused in (("tiny-vl-moe", False), ("tiny-qwen3.5-moe", True)):
+        config = run(lora=LORA, replay_reference=True)
+        with pytest.raises(UserError, match="has not been held against qwen3_5_moe") if refused else nullcontext():
+            task_kind(config).train_records(config, preset_config(preset))
 
 
 GOOD = [
