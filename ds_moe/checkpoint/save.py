@@ -21,7 +21,7 @@ from ds_moe.checkpoint.files import FORMAT, MANIFEST, file_table, incomplete, st
 from ds_moe.checkpoint.fit import persistent_buffers, saved_parameters
 from ds_moe.checkpoint.host_copy import HostCopy
 from ds_moe.checkpoint.room import checkpoint_bytes, no_room
-from ds_moe.distributed import Topology, raise_together, together
+from ds_moe.distributed import Topology, over_ranks, raise_together, together
 from ds_moe.engine import masters as zero_state
 from ds_moe.errors import UserError
 from ds_moe.models.families import expert_state
@@ -75,9 +75,10 @@ class Saving:
             "ep_size": topology.ep_size,
             "base": base,
         }
-        size = checkpoint_bytes(engine.module, topology.ep_size, base is None)
-        together(topology, f"prepare {self.partial}", self._prepare if topology.rank == 0 else lambda: None)
-        raise_together(no_room(folder, size) if topology.rank == 0 else None)
+        shares = over_ranks(sum(value.nbytes for value in (carried or {}).values()))
+        size = checkpoint_bytes(engine.module, topology.ep_size, base is None) + sum(shares)
+        prepare = (lambda: self._prepare(size)) if topology.rank == 0 else lambda: None
+        raise_together(together(topology, f"prepare {self.partial}", prepare)[topology.rank])
         tensors = _collect(engine, topology, base is None, progress)
         for name, value in (carried or {}).items():
             tensors[f"{CARRIED}{name}"] = (value, [0, value.shape[0] if value.dim() else 1])
@@ -118,10 +119,14 @@ class Saving:
     def _size(self) -> int:
         return sum(file.stat().st_size for file in self.partial.glob(f"*-{self.topology.rank:05d}*.safetensors"))
 
-    def _prepare(self) -> None:
+    def _prepare(self, size: int) -> str | None:
+        """Make the folder to write `size` bytes in; if there is no room for them, return why, and make nothing."""
         for left in self.folder.glob(f"{PARTIAL}*"):  # a run that was killed has left these
             shutil.rmtree(left)
-        self.partial.mkdir(parents=True)
+        problem = no_room(self.folder, size)
+        if problem is None:
+            self.partial.mkdir(parents=True)
+        return problem
 
     def _complete(self, shares: list[_Share]) -> None:
         self.write_extras(self.partial)

@@ -31,13 +31,19 @@ def check_model(config: RunConfig, model_config: PretrainedConfig, world_size: i
 
 
 def attention_problem(config: RunConfig, on_cpu: bool) -> str | None:
+    """As `lacking_kernels`, with the place in the run file."""
+    problem = lacking_kernels(config.model.attention, on_cpu)
+    return None if problem is None else f"{config.at('model.attention')}: {problem}"
+
+
+def lacking_kernels(attention: str, on_cpu: bool) -> str | None:
     """Why `model.attention` has no kernels on this machine; None: it has.
 
     Without flash_attn transformers would look for kernels on the hub, which is code that nobody has read.
     """
-    if config.model.attention != "flash_attention_2":
+    if attention != "flash_attention_2":
         return None
-    text = f"{config.at('model.attention')}: model.attention flash_attention_2"
+    text = "model.attention flash_attention_2"
     if on_cpu:
         return f"{text} needs an accelerator; use sdpa"
     if find_spec("flash_attn") is None:

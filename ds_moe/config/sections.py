@@ -34,7 +34,7 @@ class Located(Section):
 
 
 class ModelConfig(Section):
-    path: str | None = None  # local folder or hub id of a qwen3_vl_moe, qwen3_moe or qwen3_vl checkpoint
+    path: str | None = None  # local folder or hub id of a checkpoint, of a family that docs/models.md lists
     preset: str | None = None  # or a tiny random model, one of ds_moe/models/presets.py
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     freeze: list[str] = []  # "vision", "router", "experts", "embeddings" or a regex that parameter names match

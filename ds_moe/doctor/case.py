@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ds_moe.data.position import DataPosition
     from ds_moe.data.processor import Processor
     from ds_moe.data.record_kind import Records
+    from ds_moe.weights.files import SafetensorsFiles
 
 GIB = 2**30
 
@@ -50,6 +51,7 @@ class Case:
     samples: int  # records of each data file that are decoded and tokenized
     folder: str | None = None  # where the model's files are on this machine
     model: PretrainedConfig | None = None
+    files: SafetensorsFiles | None = None  # of the folder, all of them there
     experts: int | None = None  # of each MoE block of the model
     outline: PreTrainedModel | None = None  # the model without storage, with its frozen parts marked
     checkpoint: Path | None = None  # that the run would go on from

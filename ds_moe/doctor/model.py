@@ -88,7 +88,7 @@ def check_files(case: Case) -> Iterator[Finding]:
 
     folder, where = Path(case.folder), case.config.at("model.path")
     try:
-        shapes = SafetensorsFiles.of_folder(folder).shapes
+        case.files = SafetensorsFiles.of_folder(folder)
     except UserError as error:
         yield Finding("error", f"{where}: {error}")
         return
@@ -97,14 +97,14 @@ def check_files(case: Case) -> Iterator[Finding]:
         yield Finding("warning", f"{where}: {text}")
     layout, square = "memory layout or that of its hub", None
     if family_of(case.model).measured:
-        layout, square = _expert_layout(shapes, case.model.get_text_config())
+        layout, square = _expert_layout(case.files.shapes, case.model.get_text_config())
     if square and layout == "hub layout":
         fix = "transformers would load them untransposed; convert the checkpoint to memory layout"
         yield Finding("error", f"{where}: {square} and in hub layout: {fix}")
         return
     if square:
         yield Finding("warning", f"{where}: {square}: export with --layout memory, a hub layout loads wrongly")
-    yield Finding("ok", f"weights: {len(shapes)} tensors in {folder}, {layout}")
+    yield Finding("ok", f"weights: {len(case.files.shapes)} tensors in {folder}, {layout}")
 
 
 def _expert_layout(shapes: dict[str, tuple[int, ...]], text: PretrainedConfig) -> tuple[str, str | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_moe.doctor.case import Case, Finding
+from ds_moe.doctor.run import GIVEN
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def find_checkpoint(case: Case) -> Iterator[Finding]:
 def check_room(case: Case) -> Iterator[Finding]:
     """The size of the run's checkpoints against what is free on the disk of its output folder."""
     from ds_moe.checkpoint.room import checkpoint_bytes, no_room, outlook, soon_full
+    from ds_moe.models.stored_names import Carried
     from ds_moe.tasks.registry import task_kind
 
     config = case.config
@@ -39,9 +41,12 @@ def check_room(case: Case) -> Iterator[Finding]:
         return
     with_frozen = task_kind(config).base(config) is None
     size = checkpoint_bytes(case.outline, 1, with_frozen, case.zero.width)
+    size += Carried(case.outline, case.files if with_frozen else None).nbytes
     folder, keep, where = Path(config.train.output_dir, "checkpoints"), config.checkpoint.keep, config.at("checkpoint")
     if problem := no_room(folder, size):
-        yield Finding("error", f"{config.at('train.output_dir')}: train.output_dir {problem}")
+        elsewhere = case.device.source == GIVEN  # the job runs on another machine, whose disk this one does not see
+        level = "warning" if elsewhere else "error"
+        yield Finding(level, f"{config.at('train.output_dir')}: train.output_dir {problem}")
     elif soon_full(folder, size, keep):
         text = f"{where}: checkpoints take {outlook(folder, size, keep)}; lower checkpoint.keep, or free some"
         yield Finding("warning", text)

@@ -29,7 +29,9 @@ class MergedReader:
     """
 
     def __init__(self, reader: Reader, config: RunConfig, lora: LoRAConfig, dtype: torch.dtype) -> None:
-        base = load_model(config.model, dtype, config.train.seed, unread=True)
+        # Nothing is computed with it: any attention will do, and every architecture has this one.
+        eager = config.model.model_copy(update={"attention": "eager"})
+        base = load_model(eager, dtype, config.train.seed, unread=True)
         self._base_files = SafetensorsFiles.find(config.model.path) if config.model.path is not None else None
         stored = self._base_files.shapes if self._base_files is not None else ()
         self._sources = sources_of(base, base.state_dict(), stored)

@@ -80,7 +80,8 @@ def predict(
     Args:
         world_size: number of ranks, a multiple of `moe.ep_size`.
         on_cpu: whether the ranks train on CPUs, where all memory is that of the host.
-        streams_weights: whether the run's task lets ranks read their shares from the files of `model.path`.
+        streams_weights: whether ranks read their shares from the files of `model.path`, as in every run; tools may ask
+            about ranks that load everything.
     """
     ep_size = config.moe.ep_size if config.moe else 1
     counts, whole = count_parameters(model, ep_size, world_size), family_of(model).measured

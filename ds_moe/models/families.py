@@ -208,8 +208,16 @@ def unsupported(model_type: str) -> str:
     return f"is not supported; {known}"
 
 
+def image_edges(config: PretrainedConfig) -> tuple[int, int]:
+    """Ids of the tokens before and after an image's: Qwen's configs call them a vision's start and end, GLM's an
+    image's."""
+    kind = "vision" if hasattr(config, "vision_start_token_id") else "image"
+    return getattr(config, f"{kind}_start_token_id"), getattr(config, f"{kind}_end_token_id")
+
+
 def moe_layers_of(config: PretrainedConfig) -> tuple[int, ...]:
-    """Indices of the decoder layers that have experts, as every family here says it in its text config."""
+    """Indices of the decoder layers that have experts, as text configs of Qwen3-MoE and Qwen3-VL-MoE say it. Others may
+    say it in other keys; replay, which asks, refuses them."""
     step = getattr(config, "decoder_sparse_step", 1)
     dense = getattr(config, "mlp_only_layers", None) or ()
     experts = getattr(config, "num_experts", None)

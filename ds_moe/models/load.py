@@ -1,11 +1,14 @@
 """Load a model of transformers and check it against its files; or only its config, processor, or an outline of it."""
 
+import re
 from collections.abc import Callable
 from typing import cast
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ds_moe.config.check import lacking_kernels
+from ds_moe.config.deepspeed import trains_on_cpu
 from ds_moe.config.rules.model import expert_count
 from ds_moe.config.sections import ModelConfig
 from ds_moe.data.processor import Processor
@@ -22,6 +25,9 @@ from ds_moe.models.vl_processors import ImagesOnly
 from ds_moe.weights.files import SafetensorsFiles
 from ds_moe.weights.layouts import stored_rows, uneven_experts
 from ds_moe.weights.unread import leave_unread
+
+# What transformers says where an architecture, or this machine, does not have the attention that it is asked for.
+OF_ATTENTION = re.compile(r"attn_implementation|attention implementation|Flash ?Attention")
 
 
 def model_config(config: ModelConfig) -> PretrainedConfig:
@@ -73,10 +79,14 @@ def load_model(config: ModelConfig, dtype: torch.dtype, seed: int = 0, unread: b
         UserError: as `model_config`; no kernels for `model.attention` on this machine; a missing, unexpected or
             misshapen weight, or a file that cannot be read.
     """
+    if problem := lacking_kernels(config.attention, trains_on_cpu()):
+        raise UserError(problem)
     try:
         model = _load(config, dtype, seed, unread)
-    except ImportError as error:  # of the kernels that model.attention asks for
-        raise UserError(f"model.attention {config.attention}: {one_line(error)}") from error
+    except (ImportError, ValueError) as error:
+        if not OF_ATTENTION.search(str(error)):
+            raise
+        raise UserError(f"model.attention {config.attention}: {one_line(error, 200)} (eager always works)") from error
     lighten_tower(model)
     return model
 
@@ -148,11 +158,6 @@ def _from_pretrained(
         raise UserError(
             f"model.path {config.path!r} has no weights in safetensors files that can be read: {one_line(error)}"
         ) from error
-    except ValueError as error:  # transformers raises it for an attention that this architecture does not have
-        if "attention" not in str(error):
-            raise
-        text = f"{model_class.__name__} has no such attention on this machine; try eager"
-        raise UserError(f"model.attention {config.attention}: {text}") from error
     except RuntimeError as error:  # transformers raises it, naming no tensor, where per-expert tensors differ in shape
         uneven = uneven_experts(files)[:5] if files is not None else []
         what = f"missing or misshapen experts: {uneven}" if uneven else error

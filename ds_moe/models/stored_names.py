@@ -2,6 +2,7 @@
 hub's files of a family hold in its place, and which tensors of files the model has no use for but must not lose.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -66,12 +67,35 @@ def unused_tensors(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
     return sorted(name for name in unknown if any(re.search(one, name) for one in patterns or ()))
 
 
-def carried_tensors(model: PreTrainedModel, path: str | None, rank: int, world_size: int) -> dict[str, Tensor]:
-    """This rank's share of the `unused_tensors` of a run's `model.path`, as the files hold them; {}: a preset."""
-    files = SafetensorsFiles.find(path) if path is not None else None
-    if files is None:
-        return {}
-    return {name: files.read(name) for name in unused_tensors(model, files.shapes)[rank::world_size]}
+class Carried:
+    """The `unused_tensors` of a model's files, which every checkpoint of the whole model holds as they do.
+
+    Args:
+        model: may be an outline.
+        files: of `model.path`; None: a preset, which has nothing to carry.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: SafetensorsFiles | None) -> None:
+        self._files, self.names = files, unused_tensors(model, files.shapes) if files is not None else []
+
+    @property
+    def nbytes(self) -> int:
+        """Of all ranks together."""
+        if self._files is None:
+            return 0
+        files, size = self._files, 0
+        for name in self.names:
+            size += files.dtype(name).itemsize * math.prod(files.shapes[name])
+        files.close()  # until the first checkpoint
+        return size
+
+    def share(self, rank: int, world_size: int) -> dict[str, Tensor]:
+        """What one rank saves. Raises as `MappedFiles` where the files are gone by now."""
+        if self._files is None:
+            return {}
+        read = {name: self._files.read(name) for name in self.names[rank::world_size]}
+        self._files.close()
+        return read
 
 
 class HubNames:

@@ -13,9 +13,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import Glm4vProcessor as HFGlm4vProcessor
+from transformers import Glm46VProcessor as HFGlm46VProcessor
 from transformers import Qwen3VLProcessor as HFQwen3VLProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -82,8 +84,8 @@ class Qwen3VLProcessor(ImagesOnly, HFQwen3VLProcessor):
     }
 
 
-class Glm4vProcessor(ImagesOnly, HFGlm4vProcessor):
-    """Of GLM-4.5V and GLM-4.6V."""
+class GLMImagesOnly(ImagesOnly):
+    """What the processors of GLM's models have in common."""
 
     tokens = {
         **{"image": "<|image|>", "video": "<|video|>"},
@@ -100,9 +102,18 @@ class Glm4vProcessor(ImagesOnly, HFGlm4vProcessor):
         return self.tokenizer.convert_tokens_to_ids("<|end_of_video|>")
 
 
+class Glm4vProcessor(GLMImagesOnly, HFGlm4vProcessor):
+    """Of GLM-4.5V."""
+
+
+class Glm46VProcessor(GLMImagesOnly, HFGlm46VProcessor):
+    """Of GLM-4.6V."""
+
+
 # What folders call an image processor, without the end of the name that says with what it resizes -> its class that
 # resizes with PIL, and the processor around it.
 VL_PROCESSORS: dict[str, tuple[Any, type[ImagesOnly]]] = {
     "Qwen2VLImageProcessor": (Qwen2VLImageProcessorPil, Qwen3VLProcessor),
     "Glm4vImageProcessor": (Glm4vImageProcessorPil, Glm4vProcessor),
+    "Glm46VImageProcessor": (Glm46VImageProcessorPil, Glm46VProcessor),
 }

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from torch import Tensor
 
 from ds_moe.checkpoint.changes import changes
 from ds_moe.checkpoint.fit import Resumption, misfits
@@ -12,11 +13,11 @@ from ds_moe.checkpoint.save import Saving
 from ds_moe.config.deepspeed import precision
 from ds_moe.config.run_file import write_run
 from ds_moe.data.position import same_file
-from ds_moe.distributed import together
+from ds_moe.distributed import Topology, together
 from ds_moe.engine.start import on_cpu
 from ds_moe.errors import all_in_one
 from ds_moe.models.processor import save_processor
-from ds_moe.models.stored_names import carried_tensors
+from ds_moe.models.stored_names import Carried
 from ds_moe.training.run import Run
 
 
@@ -74,14 +75,23 @@ def save_checkpoint(run: Run) -> None:
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
     folder, keep = run.folder / "checkpoints", run.config.checkpoint.keep
-    topology, carried = run.parts.topology, {}
-    if run.base is None:  # otherwise an export reads them from the base, as it does the base's weights
-        carried = carried_tensors(run.engine.module, run.config.model.path, topology.rank, topology.world_size)
+    carried = read_carried(run.carried, run.parts.topology, run.config.model.path)
     run.saving = Saving(
-        run.engine, topology, folder, state, write_extras, keep, run.base, carried, progress=run.watch.pulse
+        run.engine, run.parts.topology, folder, state, write_extras, keep, run.base, carried, progress=run.watch.pulse
     )
     if not run.config.checkpoint.background:
         finish_saving(run)
+
+
+def read_carried(carried: Carried, topology: Topology, path: str | None) -> dict[str, Tensor]:
+    """This rank's share of what is carried (collective). Raises `UserError` on all ranks if one cannot read its own."""
+    share: dict[str, Tensor] = {}
+    if carried.names:
+        what = (
+            f"read {carried.names[0]} and others, which checkpoints hold too, from model.path {path!r}; keep its files"
+        )
+        together(topology, what, lambda: share.update(carried.share(topology.rank, topology.world_size)))
+    return share
 
 
 def finish_saving(run: Run) -> None:

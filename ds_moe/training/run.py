@@ -15,6 +15,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.faults.signals import StopRequest
 from ds_moe.faults.watchdog import Watchdog
 from ds_moe.memory.predict import Memory
+from ds_moe.models.stored_names import Carried
 from ds_moe.monitor.monitor import Monitor
 from ds_moe.monitor.reports import StepReport
 from ds_moe.tasks.registry import TaskKind, task_kind
@@ -81,6 +82,7 @@ class Run:
     progress: Progress
     monitor: Monitor
     memory: Memory  # predicted, of one rank
+    carried: Carried  # goes from the model's files into checkpoints; nothing where these leave the base out
     watch: Watchdog
     stop: StopRequest
     patience: EarlyStopping | None = None

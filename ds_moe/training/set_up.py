@@ -31,6 +31,7 @@ from ds_moe.models.convert import moe_layers
 from ds_moe.models.generation import stop_at
 from ds_moe.models.load import build_outline, experts_of, load_model, model_config, processor_of
 from ds_moe.models.routing import routing_note
+from ds_moe.models.stored_names import Carried
 from ds_moe.moe.context import ForwardContext
 from ds_moe.monitor.flops import active_flops_per_token, patch_cost, peak_flops
 from ds_moe.monitor.monitor import make_monitor
@@ -38,6 +39,7 @@ from ds_moe.tasks.registry import TaskKind, task_kind
 from ds_moe.tasks.task import TrainingParts
 from ds_moe.training.expert_load import watch as count_load
 from ds_moe.training.run import EarlyStopping, Run
+from ds_moe.weights.files import SafetensorsFiles
 
 
 def set_up(config: RunConfig) -> Run:
@@ -65,7 +67,11 @@ def set_up(config: RunConfig) -> Run:
     hidden_size = outline.config.get_text_config().hidden_size
     ds_config = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
     zero = zero_plan(ds_config)
-    raise_together(_no_room(config, outline, zero.width) if topology.rank == 0 else None)
+    base = kind.base(config)  # an export reads what is carried from it, as it does its weights
+    from_files = base is None and config.model.path is not None
+    carried = Carried(outline, SafetensorsFiles.find(str(config.model.path)) if from_files else None)
+    size = checkpoint_bytes(outline, 1, with_frozen=base is None, frozen_width=zero.width) + carried.nbytes
+    raise_together(_no_room(config, size) if topology.rank == 0 else None)
     memory = predict(outline, config, zero, topology.world_size, on_cpu())
     model, context = load_prepared(config, topology, processor, ds_config)
     engine = build_engine(model, config, ds_config, progress.total_steps, kind.adapter_lr(config))
@@ -89,7 +95,7 @@ def set_up(config: RunConfig) -> Run:
         monitor.note(f"note: {note}")
     parts = TrainingParts(config, topology, engine, context, processor, stream, eval_set, monitor.note)
     patience = EarlyStopping(config.train.patience) if config.train.patience else None
-    return Run(parts, kind.make(parts), progress, monitor, memory, watch, stop, patience)
+    return Run(parts, kind.make(parts), progress, monitor, memory, carried, watch, stop, patience)
 
 
 def load_prepared(
@@ -120,11 +126,9 @@ def _data(
     return stream, EvalSet(config, processor, **ranks, record_kind=kind.eval_records(config))
 
 
-def _no_room(config: RunConfig, outline: PreTrainedModel, width: int) -> str | None:
+def _no_room(config: RunConfig, size: int) -> str | None:
     """That the disk has no room for the checkpoint that every run writes at its end, at the least."""
-    folder = Path(config.train.output_dir, "checkpoints")
-    size = checkpoint_bytes(outline, 1, with_frozen=task_kind(config).base(config) is None, frozen_width=width)
-    problem = no_room(folder, size)
+    problem = no_room(Path(config.train.output_dir, "checkpoints"), size)
     return None if problem is None else f"{config.at('train.output_dir')}: train.output_dir {problem}"
 
 

@@ -38,7 +38,7 @@ def run_summary(run: Run) -> str:
     device, host = (sum(part.values()) / 2**30 for part in (run.memory.device, run.memory.host))
     peak = "at the peak" if run.memory.whole else "and activations, which are not predicted of this family"
     lines.append(f"memory    about {device:.1f} GiB a rank {peak}{f', {host:.1f} GiB on the host' if host else ''}")
-    size = checkpoint_bytes(engine.module, topology.ep_size, run.base is None)
+    size = checkpoint_bytes(engine.module, topology.ep_size, run.base is None) + run.carried.nbytes
     lines.append(f"saves     {outlook(run.folder / 'checkpoints', size, config.checkpoint.keep)}")
     lines += run.kind.summary(engine.module, config)
     lines += run.kind.records_summary(parts.stream.remembered)

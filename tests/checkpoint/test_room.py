@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ds_moe.checkpoint import room, save
 from ds_moe.checkpoint.files import file_table, read_manifest
 from ds_moe.checkpoint.host_copy import HostCopy
 from ds_moe.config.sections import ModelConfig
+from ds_moe.distributed import Topology
+from ds_moe.errors import UserError
 from ds_moe.models.load import build_outline, model_config
-from ds_moe.weights.files import MappedFiles
+from ds_moe.models.presets import build_preset, preset_config
+from ds_moe.models.stored_names import Carried
+from ds_moe.training.checkpoints import read_carried
+from ds_moe.weights.files import MappedFiles, SafetensorsFiles
 
 Disk = namedtuple("Disk", "total used free")
 KEPT = Path(__file__).parents[1] / "kept/e49d3ff/output/checkpoints"
@@ -49,6 +55,42 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(0, 0, 100 * 10**9))
     assert not room.soon_full(folder, 40 * 10**9, 2)  # one of the three is there already
+
+
+def test_without_room_no_folder_is_made_and_what_a_killed_run_left_is_gone(tmp_path, monkeypatch):
+    saving, left = save.Saving.__new__(save.Saving), tmp_path / f"{save.PARTIAL}step_00000001"
+    saving.folder, saving.partial = tmp_path, tmp_path / f"{save.PARTIAL}step_00000002"
+    left.mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(0, 0, 99 if left.exists() else 100))
+    assert "a checkpoint takes 0.101 kB, 0.1 kB are free" in saving._prepare(101)
+    assert list(tmp_path.iterdir()) == []
+    left.mkdir()
+    assert saving._prepare(100) is None  # the leftovers took that room
+    assert list(tmp_path.iterdir()) == [saving.partial]
+
+
+SPECULATION = {"mtp.fc.weight": torch.randn(3, 5).bfloat16(), "mtp.norm.weight": torch.randn(7)}
+
+
+def test_what_the_model_does_not_use_is_counted_and_never_dropped_in_silence(tmp_path):
+    build_preset("tiny-qwen3.5-moe").save_pretrained(tmp_path)
+    save_file(SPECULATION, tmp_path / "other.safetensors")
+    outline = build_outline(preset_config("tiny-qwen3.5-moe"))
+    files = [tmp_path / "model.safetensors", tmp_path / "other.safetensors"]
+    carried, ranks = Carried(outline, SafetensorsFiles(files, lambda *of: str(of))), []
+    assert carried.names == sorted(SPECULATION) and carried.nbytes == 3 * 5 * 2 + 7 * 4
+    for rank in range(3):
+        ranks.append(read_carried(carried, Topology(rank, 3, rank, 1, torch.device("cpu")), "base"))
+    assert [sorted(one) for one in ranks] == [["mtp.fc.weight"], ["mtp.norm.weight"], []]
+    assert all(torch.equal(value, SPECULATION[name]) for one in ranks for name, value in one.items())
+    (tmp_path / "other.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"^rank 0 could not read mtp\.fc\.weight .* model\.path 'base'.*No such file"
+    ) as caught:
+        read_carried(carried, Topology(0, 1, 0, 1, torch.device("cpu")), "base")
+    assert "\n" not in str(caught.value)
+    nothing = Carried(outline, None)
+    assert nothing.names == [] and nothing.nbytes == 0 and nothing.share(0, 1) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])

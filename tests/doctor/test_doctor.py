@@ -292,6 +292,15 @@ def test_too_little_memory_is_an_error_with_the_table_and_what_helps(healthy, ca
     assert "activations" in output and "runtime" in output and "accelerators of 0.1 GiB (--device-memory)" in output
 
 
+def test_this_machine_s_disk_is_no_error_for_a_job_elsewhere(healthy, capsys, monkeypatch):
+    monkeypatch.setattr("ds_moe.checkpoint.room.free_bytes", lambda folder: 10**4)
+    code, lines, _ = doctor(capsys)
+    assert code == 1 and lines[-1].startswith("error ") and "10 kB are free" in lines[-1]
+    _, lines, _ = doctor(capsys, "--device-memory", "3GB")
+    [line] = [line for line in lines if "10 kB are free" in line]
+    assert line.startswith("warning ")
+
+
 def test_the_longest_packed_rows_are_named(healthy, capsys):
     """In place of rows that do not fit, and beside those that do; a run with the rows that are named fits."""
     edit("  max_length: 64", "  max_length: 64\n  packing: true")

@@ -23,6 +23,7 @@ from ds_moe.models.load import load_model
 from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.processor import tiny_processor
 from ds_moe.moe.tape import checkpoint_contexts
+from tests.models import tiny_families
 from tests.samples import joined, losses, without_image
 
 LOSS, GRADIENT = 1e-6, 5e-6
@@ -305,5 +306,21 @@ def test_positions_are_those_of_the_models_own_method(preset):
 
 
 def test_kernels_that_this_machine_lacks_are_one_line_that_names_the_key():
-    with pytest.raises(UserError, match=r"^model\.attention flash_attention_2: .*Flash"):
+    with pytest.raises(UserError, match=r"^model\.attention flash_attention_2 needs an accelerator; use sdpa"):
         load_model(ModelConfig(preset="tiny-vl-moe", attention="flash_attention_2"), torch.bfloat16)
+
+
+def test_only_errors_about_attention_are_blamed_on_its_key(tmp_path, monkeypatch):
+    model, _ = tiny_families.build("gpt_oss")
+    model.save_pretrained(tmp_path)
+    for unread in (True, False):
+        with pytest.raises(UserError, match=r"^model\.attention sdpa: GptOssForCausalLM does not support.*\(eager "):
+            load_model(ModelConfig(path=str(tmp_path)), torch.float32, unread=unread)
+    for error in (ImportError("no module kernels"), ValueError("layer_types names linear_attention")):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(type(model), "from_pretrained", fail)
+        with pytest.raises(type(error), match=str(error)):
+            load_model(ModelConfig(path=str(tmp_path)), torch.float32)

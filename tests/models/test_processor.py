@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
@@ -19,7 +20,7 @@ from ds_moe.models.processor import (
     special_token_ids,
     tiny_processor,
 )
-from ds_moe.models.vl_processors import Glm4vProcessor
+from ds_moe.models.vl_processors import Glm4vProcessor, Glm46VProcessor
 from tests.models.tiny_families import build, glm_processor
 
 TEXT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Which digit? é漢\r\n\n Don't 123<|im_end|>\n"
@@ -151,11 +152,18 @@ def test_positions_are_those_that_the_model_makes(family):
     assert torch.equal(processor.position_ids(ids_S, grid)[1:], expected.squeeze(1))
 
 
-def test_glm_s_processor_is_read_as_it_was_saved(tmp_path):
-    saved = glm_processor()
+@pytest.mark.parametrize("kind", [Glm4vProcessor, Glm46VProcessor])
+def test_glm_s_processor_is_read_as_it_was_saved(tmp_path, kind):
+    """Of GLM-4.5V and of GLM-4.6V, which make the same pixels; their names are those that plain transformers knows."""
+    saved, name = glm_processor(), kind.__name__.replace("Processor", "ImageProcessor")
     save_processor(saved, tmp_path)
+    file = next(file for file in tmp_path.iterdir() if "Glm4vImageProcessor" in file.read_text(errors="ignore"))
+    file.write_text(file.read_text().replace("Glm4vImageProcessor", name))
     loaded = load_processor(tmp_path)
-    assert type(loaded) is Glm4vProcessor
+    assert type(loaded) is kind and type(loaded.image_processor).__name__ == f"{name}Pil"
+    save_processor(loaded, tmp_path / "again")
+    texts = " ".join(file.read_text(errors="ignore") for file in (tmp_path / "again").iterdir())
+    assert f'"{kind.__name__}"' in texts and f'"{name}' in texts and hasattr(transformers, f"{name}Pil")
     text = "<|user|><|begin_of_image|><|image|><|end_of_image|>Which?"
     ours, theirs = (one(text=[text], images=[IMAGE], return_tensors="pt") for one in (loaded, saved))
     assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()

@@ -22,6 +22,7 @@ from ds_moe.config.tasks import GateConfig
 from ds_moe.distributed import parallel
 from ds_moe.errors import UserError
 from ds_moe.models.convert import moe_layers
+from ds_moe.models.families import image_edges
 from ds_moe.models.generation import cache_of
 from ds_moe.models.vision import encode_blank, has_vision
 from ds_moe.tasks.gate import bank
@@ -171,13 +172,13 @@ def read(model: GatedModel, inputs: Inputs) -> tuple[Features, Inputs]:
             inputs["mm_encoder_outputs"] = {"image": encoded}
         elif cache_of(inputs) is None and parallel():
             encode_blank(model, input_ids.device)
-        ids = model.config
-        not_text = (ids.image_token_id, ids.video_token_id, ids.vision_start_token_id, ids.vision_end_token_id)
+        ids, edges = model.config, image_edges(model.config)
+        not_text = (ids.image_token_id, ids.video_token_id, *edges)
         read_RS = prompt_mask(input_ids, padding_RS, inputs.get("labels"), not_text, lengths)
         kind, layer = model.reads.text, model.reads.text_layer
         embeds_RSD = _embed(model, input_ids)
         hidden_RSD = embeds_RSD if kind == "embeddings" else _contextual(model, inputs, layer)
-        counts_B = image_counts(input_ids, ids.image_token_id, ids.vision_start_token_id, lengths)
+        counts_B = image_counts(input_ids, ids.image_token_id, edges[0], lengths)
         pooled = encoded.pooler_output if encoded is not None else []
         statistics = vision_statistics if model.reads.vision == "mean_std" else mean_vision
         features = Features(

@@ -4,10 +4,12 @@ import peft
 import pytest
 import torch
 
+from ds_moe.config.tasks import GateConfig
 from ds_moe.data.encode import NO_LOSS, collate, collate_prompts
 from ds_moe.tasks.gate import model as gate
 from ds_moe.tasks.gate.model import hold_reference
 from ds_moe.tasks.gate.network import GateDecision, divergence, gate_loss
+from tests.models.tiny_families import build
 from tests.tasks.gate.gated import PROCESSOR, SAMPLES, WITHOUT_IMAGES, batch, encoded, fixed, gated
 from tests.tasks.gate.lora_folders import ADAPTERS, base, difference, write
 
@@ -33,6 +35,27 @@ def test_one_hot_is_that_adapter_with_images(folder, index):
     ours = logits(model, inputs)
     assert difference(ours, logits(base(), inputs)) > 1e-3
     assert difference(ours, logits(plain, inputs)) <= 1e-6
+
+
+@torch.no_grad()
+def test_glm_s_edges_of_images_are_known_too(tmp_path):
+    """Its config calls them otherwise than Qwen's."""
+    for seed, name in enumerate(("mail", "maps")):
+        torch.manual_seed(seed)
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(build("glm4v_moe")[0], lora).save_pretrained(tmp_path / name)
+    model, inputs = build("glm4v_moe")
+    gate.install_gate(model, GateConfig(adapters_in=str(tmp_path))).eval()
+    model(**inputs, use_cache=False)
+    features, config = model.features, model.config
+    assert features.present_B.tolist() == [True, False]
+    ids_S = inputs["input_ids"][0]
+    of_image = (
+        (ids_S == config.image_start_token_id) | (ids_S == config.image_end_token_id) | (ids_S == config.image_token_id)
+    )
+    before_S = ~of_image & ((inputs["labels"][0] != NO_LOSS).cumsum(0) == 0)
+    expected_D = model.get_input_embeddings()(ids_S[before_S]).float().sum(0) / before_S.sum().clamp(min=1)
+    torch.testing.assert_close(features.text_BD[0], expected_D)
 
 
 def test_an_even_mixture_is_the_naive_blend(folder):
