@@ -1,16 +1,19 @@
 """ds_moe/models/lora.py: what a model with low-rank updates needs beside them."""
 
 import copy
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 
 from ds_moe.config.moe import MoEConfig
-from ds_moe.config.sections import LoRAConfig
+from ds_moe.config.sections import LoRAConfig, ModelConfig
 from ds_moe.errors import UserError
+from ds_moe.export.lora import MergedReader
 from ds_moe.models.blocks import moe_blocks
 from ds_moe.models.convert import convert
+from ds_moe.models.load import load_model
 from ds_moe.models.lora import add_lora, peft_config, peft_value, update_of
 from ds_moe.models.presets import build_preset
 from tests.distributed.lora_ranks import from_peft
@@ -76,3 +79,13 @@ NO_SWIGLU = {"gpt_oss": "they have biases", "nemotron_h": "they have no gate", "
 def test_experts_that_are_no_plain_swiglu_get_no_updates(family, reason):
     with pytest.raises(UserError, match=f"lora.experts cannot update the experts of {family} models: {reason}"):
         add_lora(build(family)[0], LoRAConfig(rank=8, targets=[], experts=True), seed=0)
+
+
+def test_a_run_s_attention_is_not_needed_to_merge_its_updates():
+    model = ModelConfig(preset="tiny-moe", attention="flash_attention_2")
+    with pytest.raises(UserError, match="flash_attention_2 needs an accelerator"):
+        load_model(model, torch.float32)
+    config = SimpleNamespace(model=model, train=SimpleNamespace(seed=3))
+    merged = MergedReader(SimpleNamespace(tensors={}), config, LoRAConfig(), torch.float32)
+    head = build_preset("tiny-moe", 3).get_parameter("lm_head.weight")
+    assert torch.equal(merged.read("weight/lm_head.weight"), head)
