@@ -306,7 +306,7 @@ def test_positions_are_those_of_the_models_own_method(preset):
 
 
 def test_kernels_that_this_machine_lacks_are_one_line_that_names_the_key():
-    with pytest.raises(UserError, match=r"^model\.attention flash_attention_2 needs an accelerator; use sdpa"):
+    with pytest.raises(UserError, match=r"^model\.attention flash_attention_2.*use sdpa$"):
         load_model(ModelConfig(preset="tiny-vl-moe", attention="flash_attention_2"), torch.bfloat16)
 
 
