@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 CASES = [Case(PLAIN, 0, 1), *(Case(OURS, zero, ep) for ep in (1, 2) for zero in (1, 2, 3)), Case("zero3", 3, 1)]
 CASES += [Case("autoep", zero, ep) for ep in (1, 2) for zero in (2, 3)]
-SUITES = {"smoke": ([2], 1), "cpu": ([12, 24, 48], 7)}  # layers, timed steps
+SUITES = {"smoke": ([2], 1), "cpu": ([12, 24, 48], 5)}  # layers, timed steps
 
 
 def main(arguments: list[str] | None = None) -> int:
