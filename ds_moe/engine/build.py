@@ -118,24 +118,17 @@ def _mark_leaves(model: PreTrainedModel, ds_config: dict[str, object]) -> list[B
 
 
 def _leaves(model: PreTrainedModel, layers: Sequence[BoundMoELayer | BoundInBlock]) -> list[nn.Module]:
-    """The modules whose weights ZeRO-3 gathers together, at the price of one module's hooks: the model's layers.
+    """The modules whose weights ZeRO-3 gathers together, at the price of one module's hooks: layers with experts.
 
     A layer with experts must be one: ranks whose tokens visit other experts would gather out of step, and a decision of
     our router does not pass through the tensors that a router in its block returns, to which ZeRO-3 would tie the
-    gathering of its weight. ZeRO-3 reduces a leaf's gradients once its input has got one. The decoder's first hidden
-    states always need a gradient (`models/freeze.py`), and a tower that is trained needs one from its first weights on;
-    a tower of which LoRA trains a part does not, so its layers are left to ZeRO-3's hooks on each of their modules.
+    gathering of its weight. ZeRO-3 reduces a leaf's gradients once its input has got one, which the decoder's first
+    hidden states always do (`models/freeze.py`). Other layers, such as a vision tower's, whose input need not, stay as
+    they are.
     """
     found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    inside = {id(inner) for module in found for inner in module.modules() if inner is not module}
     experts = {id(layer) for layer in layers}
-    leaves = []
-    for module in found:
-        trained = {parameter.requires_grad for parameter in module.parameters()}
-        holds_experts = any(id(inner) in experts for inner in module.modules())
-        if id(module) not in inside and (holds_experts or len(trained) == 1):
-            leaves.append(module)
-    return leaves
+    return [module for module in found if any(id(inner) in experts for inner in module.modules())]
 
 
 def _check_invariants(engine: deepspeed.DeepSpeedEngine, grouped: list[int], stage: int) -> None:

@@ -154,7 +154,7 @@ def load_processor(path: str | Path) -> Processor:
         raise UserError(f"{path}: no processor or tokenizer could be loaded from it ({reason})") from error
     if not processor.chat_template:
         raise UserError(f"{path}: its processor has no chat template (add chat_template.jinja to the folder)")
-    return processor
+    return cast("Processor", processor)
 
 
 def _image_settings(path: str | Path) -> dict[str, object] | None:
