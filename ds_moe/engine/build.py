@@ -107,9 +107,8 @@ def build_without_optimizer(model: PreTrainedModel, ds_config: dict[str, object]
 
 
 def _mark_leaves(model: PreTrainedModel, ds_config: dict[str, object]) -> list[BoundMoELayer | BoundInBlock]:
-    """The MoE layers, all of which are told to be gathered by ZeRO-3 together with the layer of the model around them;
-    so are the parts of an output layer with LoRA, whose weights `models/head.py` reads without calling the modules that
-    own them."""
+    """The MoE layers. ZeRO-3 is told to gather together what a layer of the model with experts holds, and the parts of
+    an output layer with LoRA, whose weights `models/head.py` reads without calling the modules that own them."""
     layers = cast("list[BoundMoELayer | BoundInBlock]", moe_layers(model))
     if zero_plan(ds_config).stage == 3:
         for leaf in (model.get_output_embeddings(), *_leaves(model, layers)):
