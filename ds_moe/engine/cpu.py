@@ -142,12 +142,14 @@ def share_cores() -> None:
 
     Left alone, each rank under DeepSpeed's launcher takes all of them, and each of several under torchrun a single one.
     """
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # of torchrun; of DeepSpeed's launcher
-    if ranks is None or _threads_are_chosen():
-        return
     import torch
 
-    threads = threads_of_rank(int(ranks))
+    from ds_moe.distributed import ranks_of_host
+
+    ranks = ranks_of_host()
+    if ranks is None or _threads_are_chosen():
+        return
+    threads = threads_of_rank(ranks)
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for ops that bring an OpenMP of their own, and for children
 
