@@ -20,6 +20,7 @@ memory/         the memory of a rank, predicted
 assembly/       one MoE model out of dense ones
 checkpoint/     saving and resuming on any number of ranks
 export/         checkpoints -> folders that plain libraries load
+rollout/        completions from an inference engine
 tasks/          what a run minimises: answers, rewards, a gate over adapters
 training/       one run from its set-up to its closing table
 doctor/         what would fail or be slow, said beforehand

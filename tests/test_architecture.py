@@ -19,7 +19,7 @@ Sources = dict[str, str]
 
 # A room (a folder or a file of the package's root) imports from itself and from rooms to the left of it.
 ROOMS = """errors distributed faults config moe weights data models monitor replay engine memory assembly checkpoint
-    export tasks training doctor train evaluate launcher cli __main__""".split()
+    export rollout tasks training doctor train evaluate launcher cli __main__""".split()
 ROOT_FILES = 7  # at most, in the root of the package
 ANYS = 120  # at most, in the package
 LONG_FILE, LONG_FUNCTION = 250, 50  # lines; guides, not walls
