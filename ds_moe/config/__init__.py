@@ -1,6 +1,6 @@
 """Every key of a run file, and what is wrong with a file.
 
-run.py, sections.py, moe.py, tasks.py   the typed tree of keys with their defaults
+run.py, sections.py, moe.py, tasks.py, rollout.py   the typed tree of keys with their defaults
 run_file.py      from YAML and overrides to that tree; load_run is where runs start
 yaml_lines.py    YAML that knows the line of each key
 habits.py        keys that users of other trainers write, and ours
