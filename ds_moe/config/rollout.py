@@ -1,5 +1,6 @@
-"""The keys of `rl.engine`: the servers that sample the completions of a run."""
+"""The keys of `rl.engine`, the servers that sample the completions of a run, and of `rl.reward`, which judges them."""
 
+import re
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -47,3 +48,67 @@ def _url_problem(url: str) -> str | None:
     if parts.path.endswith("/v1"):
         return f"{url!r} ends with /v1, which the client adds"
     return None
+
+
+BUILT_IN_REWARDS = ("exact", "contains")
+FUNCTION = re.compile(
+    r"(?P<file>[^:]+\.py):(?P<of_file>[^\W\d]\w*)|(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<of_module>[^\W\d]\w*)"
+)
+
+
+class RewardFunction(Section):
+    """One of several rewards, whose weighted sum is the reward of a completion."""
+
+    function: str  # exact, contains, "file.py:name" or "package.module:name"
+    weight: float = 1.0
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # in curves; default: the function's
+
+    @field_validator("function")
+    @classmethod
+    def _is_a_function(cls, function: str) -> str:
+        return _checked_function(function)
+
+    @property
+    def curve(self) -> str:
+        """The name under which it is reported."""
+        return self.name or self.function.rpartition(":")[2]
+
+
+class RewardConfig(Section):
+    """What a sampled completion is worth. Functions of the user run in processes of their own, beside the trainer."""
+
+    function: str = "exact"  # exact, contains, "file.py:name" (beside the run file or below the working directory) or
+    # "package.module:name"; called as name(completion, answer, record)
+    functions: list[RewardFunction] = []  # instead, where there are several
+    timeout_s: float = Field(
+        default=10.0, gt=0, le=86_400
+    )  # of one call; a slower one is killed, its completion dropped
+    processes: int = Field(default=2, gt=0, le=256)  # in which functions are called at the same time
+    memory_gb: float = Field(
+        default=8.0, gt=0
+    )  # GiB of data of each of these processes, whose calls then raise MemoryError
+    max_failed: float = Field(default=0.5, ge=0, lt=1)  # share of recent completions; when more fail, the run ends
+    overlong_buffer: int | None = Field(default=None, gt=0)  # the last tokens before max_new_tokens, which cost reward
+    overlong_penalty: float = Field(default=1.0, gt=0)  # at max_new_tokens; it grows linearly within the buffer
+
+    @field_validator("function")
+    @classmethod
+    def _is_a_function(cls, function: str) -> str:
+        return _checked_function(function)
+
+    @property
+    def all(self) -> list[RewardFunction]:
+        """Every reward, whether it was written as the only one or as one of several."""
+        return self.functions or [RewardFunction(function=self.function)]
+
+    @property
+    def own_functions(self) -> list[RewardFunction]:
+        """Those that are no built-in ones, and so run in processes of their own."""
+        return [one for one in self.all if one.function not in BUILT_IN_REWARDS]
+
+
+def _checked_function(function: str) -> str:
+    if function not in BUILT_IN_REWARDS and not FUNCTION.fullmatch(function):
+        forms = f'{", ".join(BUILT_IN_REWARDS)}, "file.py:name" or "package.module:name"'
+        raise PydanticCustomError("reward", "{text}", {"text": f"must be one of {forms}"})
+    return function

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ds_moe.config.rules.model import expert_count
 from ds_moe.config.sections import DataConfig, ModelConfig
-from ds_moe.data.chat import BadRecord, Sample, final_answer
+from ds_moe.data.chat import BadRecord, Sample
 from ds_moe.data.chat_template import TokenRules, end_token
 from ds_moe.data.encode import Encoded, answer_text, collate_prompts, encode
 from ds_moe.data.images import RecordError
@@ -27,14 +27,11 @@ from ds_moe.models.generation import own_generation_config
 from ds_moe.models.load import load_model
 from ds_moe.models.processor import load_processor
 from ds_moe.replay import RoutingRecorder, RoutingTrace, joined, to_record
+from ds_moe.rollout.reward import BUILT_IN, exact
 from ds_moe.tasks.rl.write import Record, check_out, write_rollouts
 
 # Options of `generate_rollouts`.
 SAMPLING = ("per_prompt", "temperature", "max_new_tokens", "batch_size", "seed", "max_length", "content_tokens")
-REWARDS: dict[str, Callable[[str, str], float]] = {  # of (completion, right answer)
-    "exact": lambda completion, answer: float(completion.strip() == answer.strip()),
-    "contains": lambda completion, answer: float(answer.strip() in completion),
-}
 
 
 def load_policy(folder: Path, dtype: torch.dtype, experts: str | None = None) -> tuple[PreTrainedModel, Processor]:
@@ -85,7 +82,7 @@ def generate_rollouts(
     max_new_tokens: int = 16,
     batch_size: int = 64,
     seed: int = 0,
-    reward: Callable[[str, str], float] = REWARDS["exact"],
+    reward: Callable[[str, str], float] = exact,
     max_length: int = 4096,
     max_pixels: int = 16_777_216,
     content_tokens: Sequence[str] = (),
@@ -129,7 +126,7 @@ def generate_rollouts(
         if processor.image_token_id in record["tokens"][encoded[number].prompt :]:
             continue
         sample, answer = samples[number], answer_text(encoded[number], processor, content_tokens)
-        facts = {"reward": reward(final_answer(record["completion"]), answer), "group": f"{number} {sample.where}"}
+        facts = {"reward": reward(record["completion"], answer), "group": f"{number} {sample.where}"}
         facts |= {"answer": answer, "images": sample.images}
         records.append(record | facts | ({"kind": sample.kind} if sample.kind else {}))
     return records
@@ -215,7 +212,7 @@ def rollouts(options: argparse.Namespace) -> None:
     unread = len(bad or ())
     began = time.perf_counter()
     asked = {key: getattr(options, key) for key in SAMPLING}
-    records = generate_rollouts(model, processor, samples, reward=REWARDS[options.reward], bad=bad, **asked)
+    records = generate_rollouts(model, processor, samples, reward=BUILT_IN[options.reward], bad=bad, **asked)
     seconds = time.perf_counter() - began
     if not records:
         raise UserError("every completion holds an image token, which no model can read back (train it first)")
