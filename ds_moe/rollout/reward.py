@@ -37,7 +37,7 @@ BUILT_IN: dict[str, Callable[[str, str], float]] = dict(zip(BUILT_IN_REWARDS, (e
 
 
 @dataclass(frozen=True)
-class Case:
+class Candidate:
     """A completion that is to be judged.
 
     Attributes:
@@ -70,7 +70,7 @@ class Scored:
 class Waiting:
     """A completion whose functions are at work, for `RewardPool.collect`."""
 
-    case: Case
+    case: Candidate
     future: "Future[dict[str, float] | Failure]"  # of the functions that are no built-in ones, by their names
 
 
@@ -146,7 +146,7 @@ class RewardPool:
             except BaseException as error:  # such as a record that JSON cannot hold: a mistake of the caller
                 waiting.future.set_exception(error)
 
-    def submit(self, case: Case) -> Waiting:
+    def submit(self, case: Candidate) -> Waiting:
         """Begin to score a completion."""
         waiting = Waiting(case, Future())
         if self._own:
@@ -179,11 +179,11 @@ class RewardPool:
             found.append(None if isinstance(scored, Failure) else scored)
         return found
 
-    def score(self, cases: Sequence[Case]) -> list[Scored | None]:
+    def score(self, cases: Sequence[Candidate]) -> list[Scored | None]:
         """`submit` and `collect` in one."""
         return self.collect([self.submit(case) for case in cases])
 
-    def _weighted(self, case: Case, values: dict[str, float]) -> Scored | Failure:
+    def _weighted(self, case: Candidate, values: dict[str, float]) -> Scored | Failure:
         parts, total = {}, 0.0
         for one in self._config.all:
             built_in = BUILT_IN.get(one.function)
@@ -197,7 +197,7 @@ class RewardPool:
             return Failure("too large a sum", f"the weighted sum is {total:g}, which is beyond {LARGEST:g}")
         return Scored(total, parts)
 
-    def _count(self, case: Case, scored: Scored | Failure) -> None:
+    def _count(self, case: Candidate, scored: Scored | Failure) -> None:
         self.scored += 1
         self._recent.append(isinstance(scored, Failure))
         if not isinstance(scored, Failure):

@@ -69,7 +69,7 @@ def keep(requests: int, answers: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # launchers signal every process; the trainer decides when this one ends
     _prctl(SET_CHILD_SUBREAPER, 1)  # orphans of the worker become the keeper's children, wherever they went
-    lines, trainer = Lines(requests), os.getppid()
+    lines, trainer = PipeLines(requests), os.getppid()
     settings: Settings | None = None
     worker: Worker | None = None
     try:
@@ -98,7 +98,7 @@ class TrainerGone(Exception):
     """The trainer has closed its end, or died."""
 
 
-def _from_trainer(lines: "Lines", trainer: int) -> bytes:
+def _from_trainer(lines: "PipeLines", trainer: int) -> bytes:
     """The next line. A process that the trainer has forked may hold its end open, so its parentage is looked at too."""
     while (line := lines.take()) is None:
         readable, _, _ = select.select([lines.fd], [], [], LOOKS_UP_S)
@@ -107,8 +107,8 @@ def _from_trainer(lines: "Lines", trainer: int) -> bytes:
     return line
 
 
-class Lines:
-    """Lines of a pipe, read as they come."""
+class PipeLines:
+    """PipeLines of a pipe, read as they come."""
 
     def __init__(self, fd: int, longest: int | None = None) -> None:
         self.fd, self._longest, self._held, self._ended = fd, longest, bytearray(), False
@@ -153,7 +153,7 @@ class Worker:
         for fd in (ask, answer, printed):
             os.close(fd)
         os.set_blocking(self._ask, False)
-        self._lines = Lines(self._answers, LINE)
+        self._lines = PipeLines(self._answers, LINE)
         try:
             self._wait(b"", settings["import_s"])
         except BaseException:
@@ -351,7 +351,7 @@ def _serve(settings: Settings, ask: int, answer: int) -> None:
             reply({"turn": 0, **_told(error), "kind": "import", "name": one["name"]})
             return
     reply({"turn": 0, "values": {}})
-    lines = Lines(ask)
+    lines = PipeLines(ask)
     while (line := lines.next()) is not None:
         case = json.loads(line)
         turn, values = case["turn"], {}

@@ -15,7 +15,7 @@ import pytest
 from ds_moe.config.rollout import BUILT_IN_REWARDS, RewardConfig
 from ds_moe.errors import UserError
 from ds_moe.rollout import reward_worker
-from ds_moe.rollout.reward import BUILT_IN, Case, RewardPool, Scored, overlong
+from ds_moe.rollout.reward import BUILT_IN, Candidate, RewardPool, Scored, overlong
 
 TIMEOUT_S = 3.0
 
@@ -97,7 +97,7 @@ def deeds_file():
 
 def test_whatever_a_function_does_costs_its_completion_alone(rewards):
     pool, notes = rewards(deeds_file(), "deeds.py", processes=3, max_failed=0.9, memory_gb=1.0)
-    cases = [one for name in DEEDS for one in (Case(name, "", where="prompts.jsonl:3"), Case("fine", ""))]
+    cases = [one for name in DEEDS for one in (Candidate(name, "", where="prompts.jsonl:3"), Candidate("fine", ""))]
     scored = pool.score(cases)
     assert scored[1::2] == [Scored(1.0, {"score": 1.0})] * len(DEEDS), "the run goes on"
     expected: dict[str, str] = {}  # what is said: the first of each kind
@@ -151,7 +151,7 @@ LEAVES = """
 def test_what_a_function_leaves_behind_is_killed_with_it(rewards, tmp_path, end):
     pool, _ = rewards(LEAVES, timeout_s=1.5)
     left = tmp_path / "pid"
-    assert pool.score([Case(str(left), end)]) == [Scored(1.0, {"score": 1.0}) if end == "close" else None]
+    assert pool.score([Candidate(str(left), end)]) == [Scored(1.0, {"score": 1.0}) if end == "close" else None]
     process = int(left.read_text())
     if end == "close":
         assert Path(f"/proc/{process}").exists()
@@ -162,11 +162,11 @@ def test_what_a_function_leaves_behind_is_killed_with_it(rewards, tmp_path, end)
 TRAINER = """
 import os, sys, time
 from ds_moe.config.rollout import RewardConfig
-from ds_moe.rollout.reward import Case, RewardPool
+from ds_moe.rollout.reward import Candidate, RewardPool
 
 pool = RewardPool(RewardConfig(function=sys.argv[1], processes=2, timeout_s=1000.0), 10)
 for number in range(2):
-    pool.submit(Case(f"{sys.argv[2]}{number}", "hang"))
+    pool.submit(Candidate(f"{sys.argv[2]}{number}", "hang"))
 if os.fork() == 0:  # holds the trainer's ends of all pipes
     time.sleep(60)
 time.sleep(60)
@@ -218,7 +218,7 @@ def test_a_process_knows_nothing_of_the_job(rewards, monkeypatch):
                 }
                 raise ValueError(str(found))
         """)
-        assert pool.score([Case("", "")]) == [None]
+        assert pool.score([Candidate("", "")]) == [None]
     expected = "{'job': [], 'sockets': [], 'gpu': '', 'own': 'kept', 'torch': False, 'ignored': False}"
     assert notes[0].startswith(f"reward score: ValueError: {expected}")
 
@@ -235,7 +235,7 @@ def test_several_rewards_their_weights_and_the_penalty_for_length(tmp_path):
     ]
     record = {"messages": [{"role": "user", "content": "why?"}]}
     with RewardPool(RewardConfig(functions=functions, overlong_buffer=4, overlong_penalty=3.0), 10) as pool:
-        found = pool.score([Case("<think>so</think>four", "four", record, tokens) for tokens in (6, 7, 10)])
+        found = pool.score([Candidate("<think>so</think>four", "four", record, tokens) for tokens in (6, 7, 10)])
         lines = pool.lines()
     parts = {"exact": 1.0, "brevity": 1 / 21, "asked": 1.0}
     penalties = [0.0, -0.75, -3.0]
@@ -257,7 +257,7 @@ def test_the_penalty_is_that_of_dapo(tokens, cost):
 def test_built_in_rewards_need_no_process():
     before = below_this_process()
     with RewardPool(RewardConfig(functions=[{"function": name} for name in BUILT_IN]), 10) as pool:
-        [one, other] = pool.score([Case("<think>7 or 9</think> 7 ", "7"), Case("it is 7", "7")])
+        [one, other] = pool.score([Candidate("<think>7 or 9</think> 7 ", "7"), Candidate("it is 7", "7")])
         assert below_this_process() == before
     assert one == Scored(2.0, {"exact": 1.0, "contains": 1.0}) and other == Scored(1.0, {"exact": 0.0, "contains": 1.0})
     assert tuple(BUILT_IN) == BUILT_IN_REWARDS
@@ -269,14 +269,14 @@ def test_a_module_by_name_and_a_file_with_a_neighbour(tmp_path, monkeypatch, rew
     (tmp_path / "mine/rewards.py").write_text("def half(completion, answer, record):\n    return 0.5\n")
     monkeypatch.chdir(tmp_path)
     with RewardPool(RewardConfig(function="mine.rewards:half", processes=1), 10) as pool:
-        assert pool.score([Case("", "")]) == [Scored(0.5, {"half": 0.5})]
+        assert pool.score([Candidate("", "")]) == [Scored(0.5, {"half": 0.5})]
     monkeypatch.chdir("/")
     (tmp_path / "neighbour.py").write_text("value = 0.125\n")
     text = "import neighbour, json\ndef score(completion, answer, record): return neighbour.value\n"
     for name in ("my_rewards.py", "json.py", "ctypes.py"):  # the last two have names of Python's own modules
         (tmp_path / name).write_text(text)
         with RewardPool(RewardConfig(function=f"{tmp_path}/{name}:score", processes=1), 10) as pool:
-            assert pool.score([Case("", "")]) == [Scored(0.125, {"score": 0.125})]
+            assert pool.score([Candidate("", "")]) == [Scored(0.125, {"score": 0.125})]
         (tmp_path / name).unlink()
 
 
@@ -284,9 +284,10 @@ def test_an_edited_file_does_not_change_the_reward_of_a_run(rewards, tmp_path):
     text = "import os\ndef score(completion, answer, record):\n    return {} if completion else os._exit(1)\n"
     pool, _ = rewards(text.format(1))
     (tmp_path / "my_rewards.py").write_text(text.format(2))
-    assert pool.score([Case("a", ""), Case("", ""), Case("a", "")]) == [Scored(1.0, {"score": 1.0}), None] + [
-        Scored(1.0, {"score": 1.0})
-    ]
+    assert pool.score([Candidate("a", ""), Candidate("", ""), Candidate("a", "")]) == [
+        Scored(1.0, {"score": 1.0}),
+        None,
+    ] + [Scored(1.0, {"score": 1.0})]
 
 
 def test_a_process_that_ends_between_two_calls_costs_nothing(rewards):
@@ -297,7 +298,7 @@ def test_a_process_that_ends_between_two_calls_costs_nothing(rewards):
             return 1
     """)
     for _ in range(2):
-        assert pool.score([Case("", "")]) == [Scored(1.0, {"score": 1.0})]
+        assert pool.score([Candidate("", "")]) == [Scored(1.0, {"score": 1.0})]
         time.sleep(0.6)
     assert not notes
 
@@ -342,7 +343,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_too_many_failures_end_the_run(rewards):
     pool, notes = rewards("def score(completion, answer, record):\n    return len(completion) or None\n")
-    fine, bad = Case("a", ""), Case("", "")
+    fine, bad = Candidate("a", ""), Candidate("", "")
     assert pool.score([bad] * 15) == [None] * 15, "too few to judge"
     text = r"run.yaml:7: the reward failed for 16 of the last 16 completions \(16 score: returned None\); rl.reward.max"
     with pytest.raises(UserError, match=text):
@@ -366,6 +367,6 @@ def test_a_wait_can_be_ended(rewards):
 
     began = time.monotonic()
     with pytest.raises(Stop):
-        pool.collect([pool.submit(Case("", ""))], while_waiting=stop)
+        pool.collect([pool.submit(Candidate("", ""))], while_waiting=stop)
     pool.close()
     assert time.monotonic() - began < 20
