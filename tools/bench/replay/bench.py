@@ -127,6 +127,11 @@ def build(preset: str, seed: int, scale: float, options: argparse.Namespace) -> 
         config.vision_config.out_hidden_size = text.hidden_size
     torch.manual_seed(seed)
     model = family_of(config).model_class(config).eval()
+    set_weights(model, scale)
+    return model
+
+
+def set_weights(model: PreTrainedModel, scale: float) -> None:
     gains = {"gate.weight": scale, "lm_head.weight": LOGIT_STD}
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
@@ -134,7 +139,6 @@ def build(preset: str, seed: int, scale: float, options: argparse.Namespace) -> 
             inputs = 1 if embedding else weight.shape[-1] if experts else weight[0].numel()
             gain = next((gain for end, gain in gains.items() if name.endswith(end)), 1.0)
             torch.nn.init.normal_(weight, 0, gain * inputs**-0.5)
-    return model
 
 
 def prompts(kind: str, processor: Processor, seed: int, count: int) -> list[Encoded]:
