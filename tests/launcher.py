@@ -4,7 +4,8 @@
     assert run.json["loss_diff"] < 1e-6
 
 In the script: `from tests.launcher import report`, then `report(loss_diff=...)`, on one rank or on all, as often as it
-likes. Starting costs several seconds a process (imports), so put many cases into one launch.
+likes. Imports take a rank 8 seconds of a core: ranks that need no launcher are forked from a process that has them
+(tests/forked.py), unless the environment has DS_MOE_TEST_LAUNCHER=torchrun.
 Only the standard library and psutil are imported here: a rank that reports pays nothing.
 """
 
@@ -24,7 +25,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import psutil
 
@@ -35,6 +36,8 @@ HANGS_S = 1200.0  # seconds after which a process is taken to hang; what takes 5
 TAIL_LINES = 40  # of each log, in the error message of a failed run
 MARK = "DS_MOE_TEST_RUN"  # environment variable whose value marks the processes of one run
 REPORTS = "DS_MOE_TEST_REPORTS"  # environment variable: folder the ranks write their reports to
+LAUNCHER = "DS_MOE_TEST_LAUNCHER"  # environment variable: what starts ranks where a test names nothing
+Launcher = Literal["forked", "torchrun", "deepspeed"]
 
 
 def report(**results: Any) -> None:
@@ -71,7 +74,7 @@ class Ranks:
     """One launched run. `returncode` is the launcher's, None while it runs."""
 
     command: list[str]
-    process: subprocess.Popen
+    process: subprocess.Popen | Forked
     folder: Path  # launcher.log, logs/ per rank, reports/
     mark: str
     nproc: int
@@ -116,13 +119,20 @@ class Ranks:
         tails = ["\n".join([f"--- {name}", *text.splitlines()[-TAIL_LINES:]]) for name, text in logs.items()]
         return "\n".join([f"$ {' '.join(self.command)}", *tails])
 
+    @property
+    def _session(self) -> int | None:
+        """Of a forked launcher and its ranks, whose environment still looks like that of the process they are from."""
+        file = self.folder / "session"
+        return int(file.read_text()) if file.exists() else None
+
     def alive(self) -> Iterator[psutil.Process]:
         """Every living process of the run: launcher, ranks and their workers, in whatever session they are."""
         for process in psutil.process_iter():
             try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                marked = process.environ().get(MARK) == self.mark
+                if (marked or os.getsid(process.pid) == self._session) and process.status() != psutil.STATUS_ZOMBIE:
                     yield process
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
+            except (psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
                 continue
 
     def kill(self, rank: int | None = None, with_signal: signal.Signals = signal.SIGKILL) -> None:
@@ -158,6 +168,35 @@ class Ranks:
             time.sleep(0.05)
 
 
+class Forked:
+    """A launcher that tests/forked.py forks, as a `Popen`. Its processes are in one session, but for those
+    that they start as programs of their own, which have the run's MARK in their environment."""
+
+    _server: ClassVar[subprocess.Popen | None] = None
+
+    def __init__(self, folder: Path, **request: Any) -> None:
+        if Forked._server is None or Forked._server.poll() is not None:
+            command = [sys.executable, "-m", "tests.forked"]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            Forked._server = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        self.folder, self.server = folder, Forked._server
+        self.server.stdin.write(json.dumps({"folder": str(folder), **request}).encode() + b"\n")
+        self.server.stdin.flush()
+
+    def poll(self) -> int | None:
+        if (status := self.folder / "status").exists():
+            return int(status.read_text())
+        return None if self.server.poll() is None else 1
+
+    def wait(self, timeout: float = HANGS_S) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("tests.forked", timeout)
+            time.sleep(0.02)
+        return status
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -169,13 +208,14 @@ def start_ranks(
     nproc: int,
     args: Sequence[str | Path] = (),
     env: Mapping[str, str | None] | None = None,
-    launcher: Literal["deepspeed", "torchrun"] = "torchrun",
+    launcher: Launcher = "torchrun",
 ) -> Ranks:
     """Start `nproc` CPU processes (gloo) of a script (a path ending in .py) or a module, and return at once.
 
     `env` adds variables (None removes one). torchrun starts and ends 2 trivial processes in 1.7 s; the deepspeed
     launcher takes 5.6 s (two more imports of DeepSpeed, a poll a second) and passes --local_rank=N before `args`:
-    choose it where the launcher itself is part of what is tested.
+    choose it where the launcher itself is part of what is tested. To forked ranks what `env` says to libraries that are
+    being imported comes too late, and one alone cannot be killed.
     """
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -200,6 +240,10 @@ def start_ranks(
     is_module = not str(target).endswith(".py")
     words = ["--module"] * is_module + [str(target), *map(str, args)]
     logs = str(folder / "logs")
+    if launcher == "forked":
+        what = {"module": is_module, "target": str(target), "args": [*map(str, args)], "nproc": nproc}
+        process = Forked(folder, **what, environment=environment, cwd=str(ROOT), port=free_port())
+        return Ranks(["(forked)", *words], process, folder, mark, nproc)
     if launcher == "deepspeed":
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(nproc)]
         command += ["--master_port", str(free_port()), "--enable_each_rank_log", logs, *words]
@@ -225,13 +269,16 @@ def run_ranks(
     args: Sequence[str | Path] = (),
     env: Mapping[str, str | None] | None = None,
     timeout: float = HANGS_S,
-    launcher: Literal["deepspeed", "torchrun"] = "torchrun",
+    launcher: Launcher | None = None,
     check: bool = True,
 ) -> Ranks:
     """`start_ranks`, then wait. RanksFailed on a time-out, and, with `check`, on a non-zero status.
 
+    Ranks are forked unless a `launcher` is named or `env` given, which may matter to imports.
+
     Whatever the end, no process of the run survives it.
     """
+    launcher = launcher or ("torchrun" if env else os.environ.get(LAUNCHER, "forked"))
     run = start_ranks(target, nproc, args, env, launcher)
     code = run.wait(timeout)
     if check and code != 0:

@@ -43,7 +43,7 @@ def script(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["forked", "torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_every_rank_reports(script, launcher):
     run = run_ranks(script(REPORTING), 2, ["two words", "moe.x=$(echo no);1"], launcher=launcher)
     assert [result["rank"] for result in run.json_by_rank] == [0, 1]
@@ -52,15 +52,17 @@ def test_every_rank_reports(script, launcher):
     assert "said by 1" in run.log(1) and "said by 0" not in run.log(1)
 
 
-def test_a_failing_rank_fails_the_run_and_is_shown(script):
+@pytest.mark.parametrize("launcher", ["forked", "torchrun"])
+def test_a_failing_rank_fails_the_run_and_is_shown(script, launcher):
     with pytest.raises(RanksFailed, match="planted in rank 1") as failure:
-        run_ranks(script(ONE_FAILS), 2)
+        run_ranks(script(ONE_FAILS), 2, launcher=launcher)
     assert failure.value.run.json == {"got_here": True}
     assert not list(failure.value.run.alive())
 
 
-def test_a_hanging_run_is_killed_with_its_workers(script):
-    run = start_ranks(script(HANGS), 2)
+@pytest.mark.parametrize("launcher", ["forked", "torchrun"])
+def test_a_hanging_run_is_killed_with_its_workers(script, launcher):
+    run = start_ranks(script(HANGS), 2, launcher=launcher)
     run.wait_for("started", rank=1)
     assert sum(process.name() == "sleep" for process in run.alive()) >= 1
     with pytest.raises(RanksFailed, match="not finished after 0 s"):

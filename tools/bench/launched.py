@@ -42,9 +42,10 @@ def run_plan(
 
 
 def run_config(
-    topology: Topology, zero: int, samples: int = 1, moe: Any = None, model: Any = None, **train: Any
+    topology: Topology, zero: int | str, samples: int = 1, moe: Any = None, model: Any = None, **train: Any
 ) -> RunConfig:
-    """A run of EP over the ranks, of `samples` a micro-batch. It must name a model, whatever the engine is given."""
+    """A run of EP over the ranks, of `samples` a micro-batch; `zero` is how the shipped DeepSpeed JSON's name ends. It
+    must name a model, whatever the engine is given."""
     batch = {"micro_batch_size": samples, "global_batch_size": samples * topology.world_size}
     return RunConfig(
         model=model or {"preset": "tiny-moe"},

@@ -100,6 +100,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="only this one (repeatable)")
     parser.add_argument("--repeats", type=int, help="turns of each contender (default: the suite's)")
     parser.add_argument("--steps", type=int, help="timed steps of a turn (default: the suite's)")
+    parser.add_argument("--offload", action="store_true", help="optimizer states in host memory: zero3_offload.json")
     parser.add_argument("--scaling", action="store_true", help="ds_moe alone, on more and more processes; times only")
     options = parser.parse_args(arguments)
     suite = SUITES[options.suite]
@@ -134,7 +135,7 @@ def launch(
     """What the ranks find, one thread each: of `what`, "time" or "memory" or both, one after the other."""
     suite = SUITES[options.suite]
     plan = {"measure": what, "contenders": contenders, "processes": processes, "tokens": options.tokens}
-    plan |= {"steps": options.steps, "repeats": options.repeats}
+    plan |= {"steps": options.steps, "repeats": options.repeats, "zero": "3_offload" if options.offload else 3}
     plan |= {key: getattr(suite, key) for key in ("dtype", "sequence", "loss_tolerance", "norm_tolerance", "model")}
     settings = cpu_settings(processes) | {"OMP_NUM_THREADS": "1"} if suite.device == "cpu" else {}
     found = run_plan("tools.bench.step.ranks", plan, processes, settings, folder)

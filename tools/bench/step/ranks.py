@@ -45,7 +45,7 @@ def build_model(plan: dict[str, Any], device: torch.device) -> PreTrainedModel:
 
 
 def build(
-    contender: str, plan: dict[str, Any], topology: Topology, zero: int = 3, checkpointing: bool = False
+    contender: str, plan: dict[str, Any], topology: Topology, zero: int | str = 3, checkpointing: bool = False
 ) -> deepspeed.DeepSpeedEngine:
     """The contender's engine. All get one DeepSpeed configuration, a run's own, and add what makes them contenders."""
     train = {"lr": NO_CHANGE, "schedule": "constant", "steps": 1, "precision": plan["dtype"]}
@@ -154,7 +154,7 @@ def measure_times(plan: dict[str, Any], topology: Topology) -> list[dict[str, An
     batches = {tokens: random_tokens(tokens, plan, topology) for tokens in plan["tokens"]}
     expected = {tokens: reference(plain, ids_BS) for tokens, ids_BS in batches.items()}
     del plain  # a GPU would miss its memory
-    engines = {contender: build(contender, plan, topology) for contender in plan["contenders"]}
+    engines = {contender: build(contender, plan, topology, plan["zero"]) for contender in plan["contenders"]}
     results = []
     for tokens, ids_BS in batches.items():
         note(topology, f"{topology.world_size} processes, {tokens} tokens a rank: checking and timing")
@@ -177,7 +177,7 @@ def measure_memory(plan: dict[str, Any], topology: Topology) -> list[dict[str, A
     results = []
     for contender in plan["contenders"]:
         imported = memory("VmRSS")
-        engine = build(contender, plan, topology)
+        engine = build(contender, plan, topology, plan["zero"])
         for tokens in sorted(plan["tokens"]):
             note(topology, f"{contender}, {tokens} tokens a rank: peak memory")
             ids_BS = random_tokens(tokens, plan, topology)
