@@ -23,6 +23,7 @@ class Prompt:
     token_ids: list[int]
     messages: list[dict[str, object]]
     images: list[Image.Image] = field(default_factory=list)
+    tools: list[dict[str, object]] | None = None  # functions that the template shows, of a prompt with images
     where: str = ""
 
 
@@ -54,7 +55,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float
     seed: int
-    forbidden: tuple[int, ...] = ()  # token ids that are never sampled, such as image tokens
+    forbidden: tuple[int, ...] = ()  # a completion with one of these ids, such as image tokens, is left out
 
 
 class EnginesGone(Exception):
@@ -74,9 +75,13 @@ class RolloutEngine(Protocol):
         prompts: Sequence[Prompt],
         sampling: Sampling,
         deliver: Callable[[int, list[Completion]], None],
+        pulse: Callable[[], None] = lambda: None,
     ) -> None:
         """Sample all prompts; `deliver(number of the prompt, its completions)` is called from this thread, as they
-        come. A completion that is lost for good is missing from its list.
+        come, once for each prompt. A completion that is lost for good is missing from its list.
+
+        Args:
+            pulse: called about once a second from this thread. What it or `deliver` raises ends the sampling.
 
         Raises:
             EnginesGone: after waiting.
@@ -86,11 +91,18 @@ class RolloutEngine(Protocol):
 
     def publish(self, folder: Path, version: str) -> None:
         """Make the engine sample from the weights of `folder`, a plain Hugging Face folder in hub layout, once nothing
-        that is in flight can mix them with older ones."""
+        that is in flight can mix them with older ones. A server that does not answer now gets them before it is asked
+        again. May be called while another thread is in `sample`.
+
+        Raises:
+            EnginesGone: after waiting.
+            UserError: no server could load them.
+        """
         ...
 
     def greedy(self, prompt: Prompt, max_new_tokens: int) -> list[Completion]:
-        """The most likely answer, of every server, to be compared with the trainer's own."""
+        """The most likely answer, of every server that answers, to be compared with the trainer's own. Its log-probs
+        are those at temperature 1. Raises `EnginesGone` where none answers."""
         ...
 
     def close(self) -> None:
