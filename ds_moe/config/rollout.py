@@ -20,6 +20,13 @@ class EngineConfig(Section):
     in_flight: int = Field(default=64, gt=0)  # requests that a server answers at a time
     timeout_s: float = Field(default=600.0, gt=0)  # of one request; a slower answer is asked of another server
     wait_s: float = Field(default=900.0, ge=0)  # while no server answers, before the run ends with a checkpoint
+    prompts: int = Field(default=128, gt=0)  # of a round, each a record of data.train
+    completions: int = Field(default=8, gt=1)  # of each prompt; their rewards are compared with each other
+    max_new_tokens: int = Field(default=1024, gt=0)  # of a completion
+    lag: int = Field(default=0, ge=0)  # rounds that sampling may be ahead of training
+    resample: int = Field(default=0, ge=0)  # how often prompts of equal rewards are exchanged for others in a round
+    weights_dir: str | None = Field(default=None, min_length=1)  # handed over in it; default: weights of output_dir
+    weights_dtype: Literal["fp32", "bf16"] | None = None  # of these weights; default: train.precision
 
     @field_validator("urls")
     @classmethod

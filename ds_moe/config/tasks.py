@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ds_moe.config.rollout import EngineConfig
 from ds_moe.config.sections import Section
 
 
@@ -32,6 +33,7 @@ class GateConfig(Section):
 class RLConfig(Section):
     """Used with `task: rl`; `replay/objective.py` has the formulas, and the defaults of each objective."""
 
+    engine: EngineConfig | None = None  # samples the rollouts during the run; absent: data.train is a rollout file
     objective: Literal["grpo", "dapo", "gspo", "cispo"] = "grpo"
     clip_low: float | None = Field(default=None, ge=0)  # ratios are clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float | None = Field(default=None, ge=0)
@@ -47,7 +49,7 @@ class RLConfig(Section):
     correction_low: float | None = Field(default=None, ge=0)
     correction_high: float | None = Field(default=None, gt=0)
     correction_level: Literal["token", "sequence"] = "token"
-    kl_weight: float = Field(default=0.0, ge=0)  # of the KL term, for which rollouts must have reference_logprobs
+    kl_weight: float = Field(default=0.0, ge=0)  # of the KL to the start; in files to their reference_logprobs
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
 
 

@@ -21,21 +21,20 @@ from ds_moe.config.rules.model import expert_count
 from ds_moe.config.run_file import load_run
 from ds_moe.errors import UserError, shown
 from ds_moe.export.lora import MergedReader, write_adapter
+from ds_moe.export.stored_form import TRAINING_ONLY, StoredForm, layout_of
 from ds_moe.models.card import model_card
 from ds_moe.models.convert import EXPERT_BIAS
-from ds_moe.models.families import BIAS_SUFFIX, TRANSPOSED_ON_HUB, expert_state, family_of
+from ds_moe.models.families import BIAS_SUFFIX, family_of
 from ds_moe.models.folder import read_model_config
-from ds_moe.models.load import build_outline
 from ds_moe.models.routing import routing_note
-from ds_moe.models.stored_names import CARRIED, HubNames
+from ds_moe.models.stored_names import CARRIED
 from ds_moe.models.ties import ties_of
 from ds_moe.weights.files import SHARD_BYTES, check_empty, dtype_name, make_folder, shards, write_tensors, write_weights
-from ds_moe.weights.layouts import LAYOUTS, ExpertLayout, choose_layout, in_layout
+from ds_moe.weights.layouts import LAYOUTS, ExpertLayout
 
 Note = Callable[[str], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS = ("weight/", "buffer/", CARRIED)  # begin the keys of what an export holds
-TRAINING_ONLY = ".gate.noise_weight"  # ends the names of weights that evaluation does not use and exports leave out
 
 
 @dataclass(frozen=True)
@@ -73,17 +72,15 @@ def export_checkpoint(
     check_empty(out)
     state = json.loads((checkpoint / "state.json").read_text())
     config = _model_config(checkpoint)
-    layout, dtype = _layout(config, layout), _dtype(checkpoint, state)
+    layout, dtype = layout_of(config, layout), _dtype(checkpoint, state)
     reader = _reader(checkpoint, state, dtype)
     _check_ties(config, reader, checkpoint)
     routing = routing_note(load_run(str(checkpoint / "run.yaml")).moe, config)
     # Biases that the model has no place for; one of its own is among its buffers, by its name.
     apart = {key: reader.read(key) for key in reader.tensors if key.endswith(BIAS_SUFFIX)}
-    moe = family_of(config).moe
-    as_in_memory = layout == "memory" or moe is None or moe.transposed_on_hub or moe.stacked_on_hub
-    names = None if as_in_memory else HubNames(build_outline(config))
+    form = StoredForm(config, layout)
     keys = [key for key in reader.tensors if key.startswith(KINDS) and key not in apart]
-    groups = _groups([key for key in keys if not key.endswith(TRAINING_ONLY)], names)
+    groups = _groups([key for key in keys if not key.endswith(TRAINING_ONLY)], form)
     sizes = {
         first: sum(math.prod(reader.shape(key)) * dtype.itemsize for key in group) for first, group in groups.items()
     }
@@ -95,9 +92,8 @@ def export_checkpoint(
             tensor = reader.read(key)
             if kind == "weight" and tensor.is_floating_point():  # buffers, such as biases, keep their precision
                 tensor = tensor.to(dtype)
-            transposes = moe is not None and moe.transposed_on_hub and expert_state(key)
-            tensors[name] = in_layout(tensor, layout) if transposes else tensor
-        return names.tensors(tensors) if names is not None and not first.startswith(CARRIED) else tensors
+            tensors[name] = tensor
+        return tensors if first.startswith(CARRIED) else form.tensors(tensors)
 
     make_folder(out)
     for name in map(Path, read_manifest(checkpoint)["files"]):  # no other file that may lie in the folder is copied
@@ -117,19 +113,10 @@ def export_checkpoint(
     return Exported(out, layout, written.files, written.parameters, written.bytes)
 
 
-def _layout(config: PretrainedConfig, asked: ExpertLayout | None) -> ExpertLayout:
-    """See `choose_layout`. Where the hub does not store experts transposed, any model can be stored as there."""
-    if family_of(config).moe is None or config.model_type in TRANSPOSED_ON_HUB:
-        return choose_layout(config, asked, TRANSPOSED_ON_HUB)
-    return asked or "hub"
-
-
-def _groups(keys: list[str], names: HubNames | None) -> dict[str, list[str]]:
+def _groups(keys: list[str], form: StoredForm) -> dict[str, list[str]]:
     """First key -> the keys of tensors that are written together, since files hold one tensor of several."""
-    if names is None:
-        return {key: [key] for key in keys}
     of_name = {key.split("/", 1)[1]: key for key in keys if not key.startswith(CARRIED)}
-    groups = [[of_name[name] for name in group] for group in names.groups(of_name)]
+    groups = [[of_name[name] for name in group] for group in form.groups(of_name)]
     return {group[0]: group for group in groups} | {key: [key] for key in keys if key.startswith(CARRIED)}
 
 

@@ -80,6 +80,8 @@ def _other_routing(moe: MoEConfig) -> Iterator[Complaint]:
 def _rollouts(config: RunConfig) -> Iterator[Complaint]:
     train = config.train
     biases = [balance for balance in config.moe.balance if balance.kind == "loss_free"] if config.moe else []
+    if config.rl.engine is not None:  # data.train holds prompts, see engine.py
+        return
     if config.data.train == "digits":
         text = "data.train is digits, but task rl reads a rollout file; ds-moe rollouts makes one"
         yield "data.train", text
