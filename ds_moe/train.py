@@ -1,7 +1,7 @@
 """`python -m ds_moe.train RUN.yaml [key=value ...]`, started once a rank by `deepspeed` or `torchrun`: the loop.
 
 Exit status: 0 the run is complete; 1 it crashed; 2 it cannot go on as it is written, one line says why; 3 the watchdog
-has ended it; 128 + a signal: stopped by it, with a checkpoint.
+has ended it; 4 no rollout engine answers any more, with a checkpoint; 128 + a signal: stopped by it, with a checkpoint.
 """
 
 import json
@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import dump, load_run
 from ds_moe.data.batch import Batch
 from ds_moe.errors import UserError, printed
-from ds_moe.faults.signals import Stopped, agreed
+from ds_moe.faults.signals import Stopped
 from ds_moe.monitor.meters import max_vio
 from ds_moe.monitor.reports import EvalReport, RoutingReport
+from ds_moe.rollout.engine import EnginesGone
 from ds_moe.tasks.registry import task_kind
 from ds_moe.training.checkpoints import finish_saving, resume, save_checkpoint
 from ds_moe.training.expert_load import reduce_load
@@ -31,6 +31,7 @@ from ds_moe.training.set_up import set_up
 from ds_moe.training.step import check_skipped, train_step
 from ds_moe.training.summary import result_rows, run_summary
 
+ENGINES_GONE = 4  # exit status
 SAID_WITHIN_S = 60.0  # seconds that the first rank of a host may take longer than the others to read the run file
 
 
@@ -63,6 +64,10 @@ def status_of(load: Callable[[], RunConfig], work: Callable[[RunConfig], object]
     except Stopped as stopped:
         dist.destroy_process_group()
         return stopped.exit_status
+    except EnginesGone as gone:
+        print(f"error: rl.engine: {gone}", file=sys.stderr, flush=True)
+        dist.destroy_process_group()
+        return ENGINES_GONE
     except Exception:
         traceback.print_exc()
         return 1
@@ -87,6 +92,7 @@ def train(config: RunConfig) -> dict[str, object]:
 
     Raises:
         Stopped: a signal has ended the run before, and its checkpoint is written.
+        EnginesGone: the same, because no server samples for it any more.
     """
     run, complete = set_up(config), False
     progress = run.progress
@@ -102,6 +108,7 @@ def train(config: RunConfig) -> dict[str, object]:
             finish(run)
             complete = True
     finally:
+        run.task.close()
         run.monitor.close()
         run.parts.stream.close()
         run.stop.close()
@@ -123,7 +130,14 @@ def train_steps(run: Run) -> None:
     steps = run.task.steps(progress)
     while progress.step < progress.total_steps or progress.evaluation_due:
         if not progress.evaluation_due or run.stopping:
-            one_step(run, steps)
+            try:
+                one_step(run, steps)
+            except Stopped as stopped:  # while the ranks waited for rollouts; no step was begun
+                run.stopping = stopped.signal
+            except EnginesGone:
+                save_checkpoint(run)
+                finish_saving(run)
+                raise
             save_due = save_due or (progress.last and run.patience is None)
             save_due = save_due or due(progress.step, run.config.checkpoint.every)
         if progress.evaluation_due and not run.stopping:
@@ -169,7 +183,7 @@ def run_evaluation(run: Run) -> bool:
     is resumed."""
     try:
         limit = None if run.progress.last else run.config.train.eval_samples
-        report = run.task.evaluate(run.progress.step, limit, each_batch=lambda: evaluating(run))
+        report = run.task.evaluate(run.progress.step, limit, each_batch=lambda: run.parts.turn("evaluation"))
     except Stopped as stopped:
         run.stopping = stopped.signal
         return False
@@ -177,15 +191,6 @@ def run_evaluation(run: Run) -> bool:
     run.monitor.evaluated(report)
     run.progress.figures.eval_loss, run.progress.figures.accuracy = report.loss, report.accuracy
     return best_so_far(run, report)
-
-
-def evaluating(run: Run) -> None:
-    """Before every batch of an evaluation; raises `Stopped` on every rank when any has got a signal (collective)."""
-    run.watch.at("evaluation")
-    votes = torch.tensor(run.stop.votes(), device=run.parts.topology.device)
-    dist.all_reduce(votes)
-    if (number := agreed(votes.tolist())) is not None:
-        raise Stopped(number)
 
 
 def best_so_far(run: Run, report: EvalReport) -> bool:

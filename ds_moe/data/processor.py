@@ -15,6 +15,7 @@ class ImageProcessor(Protocol):
     """Turns images into patches: "pixel_values" (P, D) and "image_grid_thw" (I, 3)."""
 
     merge_size: int  # patches a side that become one image token
+    patch_size: int  # pixels a side
     do_resize: bool  # whether an image is resized to a whole number of patches; it is refused otherwise
 
     def __call__(self, *, images: list[Image.Image], return_tensors: str) -> BatchFeature: ...

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +27,40 @@ from ds_moe.errors import UserError, all_in_one
 from ds_moe.faults.signals import leave_to_parent
 
 PREFETCH = 2  # steps that a loading process prepares ahead, unless the run file says otherwise
+
+
+class StepStream(Protocol):
+    """What a run asks of its training data; `TrainStream` says what each of it means."""
+
+    kinds: tuple[str, ...]
+    steps_per_epoch: int
+
+    @property
+    def rows(self) -> PaddedRows | PackedRows | None:
+        """None: not known yet."""
+        ...
+
+    @property
+    def fill(self) -> Fill | None: ...
+
+    @property
+    def remembered(self) -> list[object]: ...
+
+    @property
+    def error(self) -> str | None: ...
+
+    @property
+    def order(self) -> DataPosition: ...
+
+    def __iter__(self) -> Iterator[list[Batch]]: ...
+
+    def close(self) -> None: ...
+
+    def samples_of(self, position: int) -> list[list[str]]: ...
+
+    def state_dict(self) -> DataPosition: ...
+
+    def load_state_dict(self, state: DataPosition) -> None: ...
 
 
 @dataclass

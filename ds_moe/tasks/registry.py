@@ -11,9 +11,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.checkpoint.base import base_identity
 from ds_moe.config.rules.dpo import reference_of
+from ds_moe.config.rules.engine import engine_of
 from ds_moe.config.run import RunConfig
+from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind
+from ds_moe.data.stream import StepStream, TrainStream
 from ds_moe.models.freeze import set_trainable
+from ds_moe.models.load import model_config
 from ds_moe.replay.align import RoutingShape
 from ds_moe.tasks.dpo.pairs import PAIRS
 from ds_moe.tasks.dpo.task import REFERENCE_IS, PreferenceOptimization
@@ -22,6 +26,8 @@ from ds_moe.tasks.gate.files import start_gate
 from ds_moe.tasks.gate.model import install_gate
 from ds_moe.tasks.gate.records import Routed
 from ds_moe.tasks.gate.task import GateTask
+from ds_moe.tasks.rl.online.stream import OnlineStream
+from ds_moe.tasks.rl.online.task import OnlinePolicyOptimization, online_summary
 from ds_moe.tasks.rl.rewards import reward_spread
 from ds_moe.tasks.rl.rollouts import Rollouts
 from ds_moe.tasks.rl.task import PolicyOptimization
@@ -39,6 +45,7 @@ class TaskKind:
     Attributes:
         make: the task of one run.
         train_records: what the records of data.train are, given the config of the model.
+        stream: what is trained on, of the arguments of a `TrainStream`.
         eval_records: what those of data.eval are.
         set_trainable: freezes a model and adds what is trained instead; also on the meta device.
         trainable_key: the key of the run file that most likely is to blame where that fails.
@@ -57,6 +64,7 @@ class TaskKind:
     name: str
     make: Callable[[TrainingParts], Task] = Task
     train_records: Callable[[RunConfig, PretrainedConfig], RecordKind] = lambda config, model_config: CHAT
+    stream: Callable[..., StepStream] = TrainStream
     eval_records: Callable[[RunConfig], RecordKind] = lambda config: CHAT
     set_trainable: Callable[[PreTrainedModel, RunConfig], object] = set_trainable
     trainable_key: Callable[[RunConfig], str] = lambda config: "lora" if config.lora else "model.freeze"
@@ -83,15 +91,21 @@ class TaskKind:
 
 def task_kind(config: RunConfig) -> TaskKind:
     """The row of a run's task."""
-    return TASKS[config.task]
+    return ONLINE if engine_of(config) is not None else TASKS[config.task]
 
 
-def _rollouts(config: RunConfig, model_config: PretrainedConfig) -> RecordKind:
+def _rollouts(config: RunConfig, model: PretrainedConfig) -> Rollouts:
     shape = None
     if config.moe is not None and config.moe.replay.enabled:
-        shape = RoutingShape.of(model_config)
+        shape = RoutingShape.of(model)
         shape = replace(shape, top_k=config.moe.router.top_k or shape.top_k)
     return Rollouts(shape, config.rl.normalize_std, need_reference=config.rl.kl_weight > 0)
+
+
+def _rounds(config: RunConfig, processor: Processor, *, rank: int, world_size: int, patch_cost: float, **_: object):
+    rollouts = replace(_rollouts(config, model_config(config.model)), need_reference=False)
+    ranks = {"rank": rank, "world_size": world_size}
+    return OnlineStream(config, processor, rollouts=rollouts, patch_cost=patch_cost, **ranks)
 
 
 def _pairs(config: RunConfig, model_config: PretrainedConfig) -> RecordKind:
@@ -152,3 +166,25 @@ TASKS = {
         ),
     )
 }
+
+# `task: rl` whose rollouts are sampled during the run: data.train are conversations, the same ones in every resumption.
+ONLINE = replace(
+    TASKS["rl"],
+    make=OnlinePolicyOptimization,
+    train_records=lambda config, model: CHAT,
+    stream=_rounds,
+    files_follow=False,
+    records_summary=lambda remembered: [],
+    summary=lambda model, config: online_summary(config),
+    closing={
+        **TASKS["rl"].closing,
+        "completions dropped, a round": ("dropped_completions", "{:.1f}"),
+        "completions cut off": ("truncated", "{:.1%}"),
+        "lag, rounds": ("lag", "{:.2f}"),
+        "seconds of a round: sampling": ("sample_s", "{:.1f}"),
+        "seconds of a round: rewards behind it": ("score_s", "{:.1f}"),
+        "seconds of a round: training": ("train_s", "{:.1f}"),
+        "seconds of a round: weights written": ("weights_s", "{:.2f}"),
+        "seconds of a round: weights read by the engine": ("load_s", "{:.2f}"),
+    },
+)

@@ -12,7 +12,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.batch import Batch
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
-from ds_moe.data.stream import TrainStream
+from ds_moe.data.stream import StepStream
 from ds_moe.distributed import Topology
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.head import at_labels
@@ -37,9 +37,12 @@ class TrainingParts:
     engine: deepspeed.DeepSpeedEngine
     context: ForwardContext | None  # of the expert layers; None for a dense model
     processor: Processor | None = None
-    stream: TrainStream | None = None
+    stream: StepStream | None = None
     eval_set: EvalSet | None = None
     note: Callable[[str], None] = print  # tells the person who runs the job one line
+    at: Callable[[str], None] = lambda phase: None  # tells the watchdog what this rank does next
+    # As `at`, for a wait of all ranks; raises `Stopped` on every rank when any has got a signal (collective).
+    turn: Callable[[str], None] = lambda phase: None
 
     @cached_property
     def layers(self) -> list[MoELayer]:
@@ -79,6 +82,9 @@ class Task:
     def metrics(self, progress: Progress) -> dict[str, float]:
         """What else the optimizer step is reported by, over all ranks (collective)."""
         return {}
+
+    def close(self) -> None:
+        """End what was started beside the engine; called once, however the run ends."""
 
     def closing_rows(self) -> dict[str, str]:
         """What the closing table says of this process's steps beside the figures of the run: name -> value."""

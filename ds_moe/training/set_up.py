@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ds_moe.checkpoint.files import step_folders
@@ -17,13 +18,13 @@ from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.data.chat_template import end_token
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
-from ds_moe.data.stream import TrainStream
+from ds_moe.data.stream import StepStream
 from ds_moe.distributed import Topology, raise_together
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model, read_weights
 from ds_moe.engine.start import on_cpu, start_distributed
 from ds_moe.errors import UserError
-from ds_moe.faults.signals import StopRequest
+from ds_moe.faults.signals import Stopped, StopRequest, agreed
 from ds_moe.faults.watchdog import watch_job
 from ds_moe.memory.predict import predict
 from ds_moe.models.attention import check_packable
@@ -93,7 +94,17 @@ def set_up(config: RunConfig) -> Run:
         monitor.note(f"note: {note}")
     if note := routing_note(config.moe, outline.config):
         monitor.note(f"note: {note}")
-    parts = TrainingParts(config, topology, engine, context, processor, stream, eval_set, monitor.note)
+
+    def turn(phase: str) -> None:
+        watch.at(phase)
+        votes = torch.tensor(stop.votes(), device=topology.device)
+        dist.all_reduce(votes)
+        if (number := agreed(votes.tolist())) is not None:
+            raise Stopped(number)
+
+    parts = TrainingParts(
+        config, topology, engine, context, processor, stream, eval_set, monitor.note, at=watch.at, turn=turn
+    )
     patience = EarlyStopping(config.train.patience) if config.train.patience else None
     return Run(parts, kind.make(parts), progress, monitor, memory, carried, watch, stop, patience)
 
@@ -116,11 +127,11 @@ def load_prepared(
 
 def _data(
     config: RunConfig, topology: Topology, processor: Processor, kind: TaskKind, patch_cost: float
-) -> tuple[TrainStream, EvalSet | None]:
+) -> tuple[StepStream, EvalSet | None]:
     """What is trained on and what is held out. Bad records are kept for the first step, where ranks compare them."""
     ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
     records = kind.train_records(config, model_config(config.model))
-    stream = TrainStream(config, processor, **ranks, record_kind=records, patch_cost=patch_cost)
+    stream = kind.stream(config, processor, record_kind=records, patch_cost=patch_cost, **ranks)
     if config.data.eval is None:
         return stream, None
     return stream, EvalSet(config, processor, **ranks, record_kind=kind.eval_records(config))

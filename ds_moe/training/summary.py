@@ -56,6 +56,8 @@ def _batch(run: Run) -> list[str]:
     if isinstance(rows, PackedRows):
         of = f"{train.global_batch_size} samples a step, packed into rows of {rows.capacity:,} tokens on {ranks} ranks"
         return [f"batch     {of}", f"packing   {rows.outlook()}"]
+    if run.config.data.packing:
+        return [f"batch     {train.global_batch_size} samples a step, packed on {ranks} ranks"]
     accumulation = train.global_batch_size // (train.micro_batch_size * ranks)
     size = f"{train.micro_batch_size} a rank x {ranks} ranks x {accumulation} micro-batches"
     return [f"batch     {train.global_batch_size} samples a step = {size}"]

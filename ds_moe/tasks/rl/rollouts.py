@@ -70,6 +70,7 @@ class Rollouts(RecordKind[Rollout]):
     shape: RoutingShape | None  # the model's, where a routing is to be replayed; None: those of records are not used
     normalize_std: bool = True  # whether advantages are divided by the standard deviation of their group's rewards
     need_reference: bool = False  # whether every record must have the log-probs of a reference policy
+    kinds: tuple[str, ...] | None = None  # labels that a record may have; None: those that the file's records have
 
     def parse(self, record: object, where: str, root: Path) -> Rollout:
         return parse_rollout(record, where, root, self.need_reference)
@@ -155,17 +156,23 @@ class Rollouts(RecordKind[Rollout]):
         return Outcome(parsed.reward, parsed.group, parsed.advantage, parsed.routing is not None)
 
     def complete(self, records: Records[Rollout]) -> RolloutRecords:
-        return RolloutRecords(records, self.normalize_std, need_routing=self.shape is not None)
+        return RolloutRecords(records, self.normalize_std, need_routing=self.shape is not None, kinds=self.kinds)
 
 
 class RolloutRecords:
     """The rollouts of a file, with the advantages that follow from rewards; satisfies `Records`."""
 
-    def __init__(self, records: Records[Rollout], normalize_std: bool, need_routing: bool = False) -> None:
+    def __init__(
+        self,
+        records: Records[Rollout],
+        normalize_std: bool,
+        need_routing: bool = False,
+        kinds: tuple[str, ...] | None = None,
+    ) -> None:
         """Raises `UserError` if a routing is to be replayed and no record has one."""
         self._records = records
         self.sha256, self.lengths, self.bad = records.sha256, records.lengths, records.bad
-        self.kinds, self.record_kind = records.kinds, records.record_kind
+        self.kinds, self.record_kind = records.kinds if kinds is None else kinds, records.record_kind
         self.remembered: list[Outcome] = records.remembered
         if need_routing and not any(outcome.routed for outcome in self.remembered):
             raise UserError(

@@ -120,7 +120,7 @@ def generate_rollouts(
         torch.manual_seed(seed)
         for start in range(0, len(jobs), batch_size):
             prompts = [encoded[number] for number in jobs[start : start + batch_size]]
-            completions += _complete(model, processor, prompts, temperature, max_new_tokens, content_tokens)
+            completions += complete(model, processor, prompts, temperature, max_new_tokens, content_tokens)
     records = []
     for number, record in zip(jobs, completions, strict=True):
         if processor.image_token_id in record["tokens"][encoded[number].prompt :]:
@@ -152,7 +152,7 @@ class _SampledLogProbs(LogitsProcessor):
         return torch.cat(steps[: new_BN.shape[1]], dim=1)
 
 
-def _complete(
+def complete(
     model: PreTrainedModel,
     processor: Processor,
     prompts: list[Encoded],
@@ -160,12 +160,14 @@ def _complete(
     max_new_tokens: int,
     content_tokens: Sequence[str],
 ) -> Iterator[Record]:
-    """One completion of each prompt: tokens, completion_mask, logprobs, its text, and if it has any its routing."""
+    """One completion of each prompt: tokens, completion_mask, logprobs, its text, and if it has any its routing.
+
+    Call it without gradients and inside `own_generation_config`; `generate` draws from torch's global random state.
+    """
     batch = collate_prompts(prompts, processor).to(model.device).inputs
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    own_end = processor.tokenizer.eos_token_id
-    ends = list(dict.fromkeys(end for end in (end_token(processor), own_end) if end is not None))
+    ends = ends_of(processor)
     pad = processor.tokenizer.pad_token_id
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling)
@@ -191,6 +193,12 @@ def _complete(
         if trace is not None:
             made["routing"] = to_record(trace)
         yield made
+
+
+def ends_of(processor: Processor) -> list[int]:
+    """The tokens that end a completion: the one that answers are taught to end with, and the tokenizer's own."""
+    own = processor.tokenizer.eos_token_id
+    return list(dict.fromkeys(end for end in (end_token(processor), own) if end is not None))
 
 
 def _completion_length(new_N: Tensor, ends: list[int]) -> int:

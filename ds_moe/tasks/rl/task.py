@@ -52,15 +52,19 @@ class PolicyOptimization(Task):
         """Takes `updates_per_batch` steps at a time and scores them under the policy of that moment."""
         stream = iter(self.parts.stream)
         while progress.step < progress.total_steps:
-            batch = list(islice(stream, min(self.config.updates_per_batch, progress.total_steps - progress.step)))
-            began = time.perf_counter()
-            if len(batch) > 1:
-                batch = [[self._with_old(one) for one in step] for step in batch]
-            self.scoring_s = time.perf_counter() - began
-            for number, step in enumerate(batch, start=1):
-                self._waiting = len(batch) - number
-                yield step
-                self.scoring_s = 0.0
+            left = progress.total_steps - progress.step
+            yield from self._updates(list(islice(stream, min(self.config.updates_per_batch, left))))
+
+    def _updates(self, batch: list[list[RolloutBatch]]) -> Iterator[list[RolloutBatch]]:
+        """The steps of a batch, whose ratios refer to the policy of this moment."""
+        began = time.perf_counter()
+        if len(batch) > 1:
+            batch = [[self._with_old(one) for one in step] for step in batch]
+        self.scoring_s = time.perf_counter() - began
+        for number, step in enumerate(batch, start=1):
+            self._waiting = len(batch) - number
+            yield step
+            self.scoring_s = 0.0
 
     def weight(self, batch: RolloutBatch) -> Tensor:
         mask_BS = batch.completion_BS
@@ -101,11 +105,15 @@ class PolicyOptimization(Task):
         found = means(values)
         share = found.get("mismatch_large", 0.0)
         if share > SUSPICIOUS and progress.step == progress.file_from + 1:  # later the policy has moved on
-            self.parts.note(
+            self.note_mismatch(
                 f"step {progress.step}: {share:.0%} of the completion tokens are half or twice as likely as the "
-                "rollouts say: was data.train sampled from this model at rl.temperature?"
+                "rollouts say"
             )
         return found
+
+    def note_mismatch(self, what: str) -> None:
+        """Told where the rollouts seem to be another model's."""
+        self.parts.note(f"{what}: was data.train sampled from this model at rl.temperature?")
 
     @cached_property
     def _spread(self) -> RewardSpread:
@@ -144,14 +152,18 @@ class PolicyOptimization(Task):
                 expert_BSLK = _in_samples(self.router.logprobs()[predicts_T], mask_BS)
         return _in_samples(found.logits, mask_BS), expert_BSLK, routed_BS
 
-    @torch.no_grad()
     def _with_old(self, batch: RolloutBatch) -> RolloutBatch:
         """The micro-batch with its log-probs under the policy as it stands (collective)."""
+        old_BS, old_expert_BSLK = self.scored(batch)
+        return replace(batch, old_BS=old_BS, old_expert_BSLK=old_expert_BSLK)
+
+    @torch.no_grad()
+    def scored(self, batch: RolloutBatch) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of a micro-batch under the weights of this moment, see `_score`, on the CPU (collective)."""
         self.parts.engine.eval()  # nothing is counted, no loss of a balancer is made
-        old_BS, old_expert_BSLK, _ = self._score(batch.to(self.parts.topology.device))
+        logprob_BS, expert_BSLK, _ = self._score(batch.to(self.parts.topology.device))
         self.parts.engine.train()
-        old_expert_BSLK = None if old_expert_BSLK is None else old_expert_BSLK.cpu()
-        return replace(batch, old_BS=old_BS.cpu(), old_expert_BSLK=old_expert_BSLK)
+        return logprob_BS.cpu(), None if expert_BSLK is None else expert_BSLK.cpu()
 
     def _add(self, sums: dict[str, Tensor]) -> None:
         for name, value in sums.items():

@@ -1,0 +1,24 @@
+"""The engine that a run file asks for."""
+
+from ds_moe.config.deepspeed import precision
+from ds_moe.config.rules.engine import engine_of
+from ds_moe.config.run import RunConfig
+from ds_moe.data.processor import Processor
+from ds_moe.engine.start import on_cpu
+from ds_moe.rollout.engine import RolloutEngine
+from ds_moe.tasks.rl.online.local import LocalEngine
+
+
+def engine_dtype(config: RunConfig) -> str:
+    """Of the weights that the engine is given: "fp32" or "bf16"."""
+    engine = engine_of(config)
+    return (engine and engine.weights_dtype) or precision(config, on_cpu())
+
+
+def make_engine(config: RunConfig, processor: Processor) -> RolloutEngine:
+    """What `rl.engine` asks for; nothing is started or asked yet."""
+    engine = engine_of(config)
+    assert engine is not None
+    if engine.kind == "local":
+        return LocalEngine(engine_dtype(config))
+    raise NotImplementedError

@@ -1,0 +1,128 @@
+"""Whether an engine computes with the weights that it was given: its greedy answers against the trainer's own.
+
+A server may answer that it has loaded a folder and be wrong: experts in another layout, an old cache, the weights of
+before. Log-probs of a few tokens tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ds_moe.data.encode import Encoded, collate_prompts
+from ds_moe.data.processor import Processor
+from ds_moe.distributed import parallel
+from ds_moe.engine.whole_weights import evaluation_mode
+from ds_moe.errors import UserError
+from ds_moe.models.generation import own_generation_config
+from ds_moe.rollout.engine import Completion, Prompt, RolloutEngine
+from ds_moe.tasks.task import TrainingParts
+
+TOKENS = 8  # of each answer
+# By the dtype of the engine: how far its log-probs may be from the trainer's, on average. In bf16 rounding flips
+# routers, which costs .03 to .1; weights in a wrong place cost .3 and more.
+TOLERANCE = {"fp32": 2e-3, "bf16": 0.15}
+GAP = 4  # tolerances that the answer of an engine may be less likely than the most likely one
+MOVED = 0.1  # tolerances by which a log-prob of the trainer has moved for certain
+
+
+@dataclass(frozen=True)
+class OwnAnswer:
+    """The trainer's greedy answer to a prompt: N tokens, and the log-probs (N, V) that they were chosen by."""
+
+    tokens_N: list[int]
+    logprob_NV: Tensor
+
+    def of(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of other tokens, up to the first at which they part from the answer's, it included."""
+        found = []
+        for own, token, logprob_V in zip(self.tokens_N, tokens, self.logprob_NV, strict=False):
+            found.append(float(logprob_V[token]))
+            if token != own:
+                break
+        return found
+
+
+@torch.no_grad()
+def own_answers(parts: TrainingParts, prompts: Sequence[Encoded], processor: Processor) -> list[OwnAnswer]:
+    """The trainer's answers under its weights of now; all ranks answer the same prompts (collective)."""
+    model = parts.engine.module
+    batch = collate_prompts(list(prompts), processor).to(parts.topology.device).inputs
+    own = model.generation_config
+    greedy = GenerationConfig(
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    with evaluation_mode(parts.engine), own_generation_config(model):
+        found = model.generate(**batch, generation_config=greedy, use_cache=True, synced_gpus=parallel())
+    new_BN = found.sequences[:, batch["input_ids"].shape[1] :].tolist()
+    logprob_NBV = [step.float().log_softmax(-1).cpu() for step in found.logits[: len(new_BN[0])]]
+    return [
+        OwnAnswer(tokens, torch.stack([one[row] for one in logprob_NBV[: len(tokens)]]))
+        for row, tokens in enumerate(new_BN)
+    ]
+
+
+class WeightsCheck:
+    """Compares every hand-over, and remembers the one before.
+
+    Args:
+        dtype: of the engine's weights, a key of `TOLERANCE`.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self._tolerance = TOLERANCE[dtype]
+        self._before: list[tuple[list[Completion], OwnAnswer]] = []
+
+    def compare(self, engine: RolloutEngine, version: str, prompts: Sequence[Prompt], own: Sequence[OwnAnswer]) -> None:
+        """Raises `UserError` where the answers of a server are not those of the trainer's weights."""
+        answered = [engine.greedy(prompt, TOKENS) for prompt in prompts]
+        for server in range(len(answered[0])):
+            of_server = [answers[server] for answers in answered]
+            if (problem := self._differs(of_server, own) or self._has_not_moved(server, of_server, own)) is not None:
+                which = f"server {server + 1} of {len(answered[0])}" if len(answered[0]) > 1 else "the engine"
+                text = f"rl.engine: {which} was given the weights {version} and answers as if it had others: {problem}"
+                raise UserError(f"{text}; no step was taken on its rollouts (does it load this family's hub layout?)")
+        self._before = list(zip(answered, own, strict=True))
+
+    def _differs(self, found: Sequence[Completion], own: Sequence[OwnAnswer]) -> str | None:
+        differences, worst = [], 0.0
+        for one, answer in zip(found, own, strict=True):
+            expected = answer.of(one.token_ids)
+            differences += [abs(a - b) for a, b in zip(one.logprobs, expected, strict=False)]
+            last = len(expected) - 1
+            if last >= 0:
+                worst = max(worst, float(answer.logprob_NV[last].max()) - expected[last])
+        if not differences:
+            return "it answers nothing"
+        mean = fmean(differences)
+        if not mean <= self._tolerance:  # a NaN is no match
+            return f"log-probs of {len(differences)} greedy tokens differ by {mean:.3g} on average"
+        if not worst <= GAP * self._tolerance:
+            return f"its greedy token is less likely than the trainer's, by {worst:.3g} in log-prob"
+        return None
+
+    def _has_not_moved(self, server: int, found: Sequence[Completion], own: Sequence[OwnAnswer]) -> str | None:
+        """That all is exactly as before the hand-over, although the trainer's own log-probs have moved."""
+        if not self._before:
+            return None
+        same, moved = True, 0.0
+        for one, answer, (before, own_before) in zip(found, own, self._before, strict=True):
+            earlier = before[server] if server < len(before) else None
+            if earlier is None or earlier.token_ids != one.token_ids or earlier.logprobs != one.logprobs:
+                same = False
+                break
+            both = zip(answer.of(one.token_ids), own_before.of(one.token_ids), strict=False)
+            moved = max([moved, *(abs(now - then) for now, then in both)])
+        if same and moved > MOVED * self._tolerance:
+            return f"its log-probs are exactly those of before, the trainer's have moved by {moved:.3g}"
+        return None

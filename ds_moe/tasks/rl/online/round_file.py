@@ -1,0 +1,59 @@
+"""Files of rounds below the output folder: rollouts in the form of tasks/rl, and beside each file what is known of it.
+
+<output_dir>/rollouts/
+    round_000012.jsonl      the rollouts, complete: `data.train` of another run may be this file
+    round_000012_images/    their images
+    round_000012.json       `RoundFacts`, written last: without it the round is sampled anew
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from ds_moe.checkpoint.files import sha256_of, write_json
+
+ROLLOUTS = "rollouts"  # in a run's output folder
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """One round of rollouts.
+
+    Attributes:
+        run: identity of the run that sampled it.
+        begin: position of its first prompt; `end` is the one at which the next round begins.
+        version: of the weights that the engine was given before it, and `step` the optimizer steps these had taken.
+        figures: what is reported of it, by name.
+    """
+
+    number: int
+    run: str
+    begin: int
+    end: int
+    version: str
+    step: int
+    records: int
+    sha256: str
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def round_file(output_dir: str, number: int) -> Path:
+    return Path(output_dir, ROLLOUTS, f"round_{number:06d}.jsonl")
+
+
+def finish_round(file: Path, facts: RoundFacts) -> None:
+    """Call it when `file` is complete."""
+    partial = file.with_name(f".{file.stem}.json")
+    write_json(partial, asdict(facts))
+    os.replace(partial, file.with_suffix(".json"))
+
+
+def finished_round(file: Path) -> RoundFacts | None:
+    """What is known of a round whose file is complete and unchanged; None: there is none."""
+    try:
+        saved = json.loads(file.with_suffix(".json").read_text())
+        facts = RoundFacts(**{one.name: saved[one.name] for one in fields(RoundFacts)})
+        return facts if sha256_of(file) == facts.sha256 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,174 @@
+"""The rounds of a run, seen from all ranks: weights are handed over, rollouts are waited for, a round begins."""
+
+import hashlib
+import json
+import time
+from concurrent.futures import Future, wait
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from ds_moe.checkpoint.base import base_identity
+from ds_moe.checkpoint.changes import BOOKKEEPING
+from ds_moe.checkpoint.progress import Progress
+from ds_moe.config.rules.engine import engine_of, steps_of_round
+from ds_moe.config.run import RunConfig
+from ds_moe.distributed import over_ranks, raise_together
+from ds_moe.errors import UserError
+from ds_moe.rollout.engine import EnginesGone
+from ds_moe.rollout.reward import RewardPool
+from ds_moe.tasks.rl.online.engines import engine_dtype, make_engine
+from ds_moe.tasks.rl.online.handover import HandOver
+from ds_moe.tasks.rl.online.probe import WeightsCheck
+from ds_moe.tasks.rl.online.round import RoundMaker
+from ds_moe.tasks.rl.online.round_file import RoundFacts, finished_round, round_file
+from ds_moe.tasks.rl.online.sampler import Sampler
+from ds_moe.tasks.rl.online.stream import OnlineStream
+from ds_moe.tasks.task import TrainingParts
+
+POLL_S = 0.2  # seconds between looks at the rollouts that are waited for
+WAITING = "rollouts"  # what a rank does meanwhile, for the watchdog
+
+
+class Rounds:
+    """Begins the rounds of one run in turn (collective).
+
+    Attributes:
+        seconds: of the last `begin`, by what was waited for.
+    """
+
+    def __init__(self, parts: TrainingParts, stream: OnlineStream) -> None:
+        self._parts, self._stream = parts, stream
+        engine = engine_of(parts.config)
+        assert engine is not None
+        self._settings, self._run = engine, run_identity(parts.config, stream.prompts.records.sha256)
+        self._sampler: Sampler | None = None
+        error = None
+        if parts.topology.rank == 0:
+            try:
+                self._sampler = self._make_sampler()
+            except (UserError, EnginesGone) as problem:
+                error = str(problem)
+        raise_together(error)
+        self._hand_over = HandOver(parts, stream.prompts, self._sampler, self._run)
+        self.seconds: dict[str, float] = {}
+
+    def _make_sampler(self) -> Sampler:
+        config, prompts, processor = self._parts.config, self._stream.prompts, self._parts.processor
+        engine = make_engine(config, processor)
+        for line in engine.check():
+            self._parts.note(f"engine    {line}")
+        rewards = RewardPool(config.rl.reward, self._settings.max_new_tokens, self._parts.note, config.at)
+        for line in rewards.lines():
+            self._parts.note(line)
+
+        def maker(stopping):
+            return RoundMaker(config, self._settings, prompts, processor, engine, rewards, self._run, stopping)
+
+        return Sampler(engine, rewards, maker, WeightsCheck(engine_dtype(config)))
+
+    def begin(self, progress: Progress) -> RoundFacts:
+        """The round that comes next, or the one that a checkpoint was in; the stream is opened at its place.
+
+        Raises:
+            Stopped: a signal has come while rollouts were waited for.
+            EnginesGone: on every rank.
+            UserError: on every rank.
+        """
+        place, began = self._stream.place, time.perf_counter()
+        facts = self._of_checkpoint() if place.step else None
+        if place.step and facts is None:
+            self._stream.sample_anew()
+            place = self._stream.place
+        self.seconds = {}
+        if facts is None or self._settings.lag:
+            self._hand_over(progress.step, trained=place.number)
+            self.seconds = {"weights_s": self._hand_over.write_s, "own_answers_s": self._hand_over.answer_s}
+            first = place.number if facts is None else place.number + 1
+            begin = place.prompt if facts is None else facts.end
+            wanted = self._ask(first, begin, progress)
+            if facts is None:
+                facts = self._waited_for(wanted)
+        self.seconds["wait_s"] = time.perf_counter() - began - sum(self.seconds.values())
+        progress.file_from = progress.step - self._stream.place.step
+        self._stream.open(facts)
+        return facts
+
+    def _ask(self, first: int, begin: int, progress: Progress) -> "Future[RoundFacts] | None":
+        """Want the rounds that may be sampled now, on rank 0; the first of them."""
+        if self._sampler is None:
+            return None
+        number, left = self._stream.place.number, progress.total_steps - progress.step + self._stream.place.step
+        last = min(
+            number + self._settings.lag, number + -(-left // steps_of_round(self._parts.config, self._settings)) - 1
+        )
+        wanted = [self._sampler.want(one, begin if one == first else None) for one in range(first, last + 1)]
+        return wanted[0] if wanted else None
+
+    def _of_checkpoint(self) -> RoundFacts | None:
+        """The round that the checkpoint was in, if its file is as it was (collective)."""
+        place, found = self._stream.place, None
+        if self._parts.topology.rank == 0:
+            found = finished_round(round_file(self._parts.config.train.output_dir, place.number))
+            if found is None or found.sha256 != place.sha256:
+                text = f"round {place.number} of rollouts is not there any more as the checkpoint knows it"
+                self._parts.note(f"{text}: it is sampled anew")
+                found = None
+        [saved, *_] = over_ranks(None if found is None else asdict(found))
+        return None if saved is None else RoundFacts(**saved)
+
+    def _waited_for(self, wanted: "Future[RoundFacts] | None") -> RoundFacts:
+        """What rank 0's thread has made (collective)."""
+        done = torch.zeros(1, device=self._parts.topology.device)
+        while True:
+            if wanted is not None:
+                wait([wanted], timeout=POLL_S)
+                done.fill_(float(wanted.done()))
+            self._parts.turn(WAITING)
+            dist.all_reduce(done)
+            if done.item():
+                break
+        outcome = None
+        if wanted is not None:
+            error = wanted.exception()
+            outcome = (asdict(wanted.result()), "", "") if error is None else (None, type(error).__name__, str(error))
+        [(saved, kind, text), *_] = over_ranks(outcome)
+        if saved is not None:
+            return RoundFacts(**saved)
+        if wanted is not None:
+            wanted.result()
+        raise {"EnginesGone": EnginesGone, "UserError": UserError}.get(kind, RuntimeError)(text)
+
+    @property
+    def load_s(self) -> float:
+        """Seconds that the engine took for the weights it was given last, on rank 0."""
+        return self._sampler.load_s if self._sampler is not None else 0.0
+
+    def close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+
+
+def run_identity(config: RunConfig, data_sha256: str) -> str:
+    """The same for a run that goes on as it was, so that rounds which a killed process has finished are its own.
+
+    Another model, data, seed or key that rollouts or weights depend on is another run.
+    """
+    kept = {
+        key: value for key, value in config.model_dump(mode="json").items() if key not in ("deepspeed", "gate", "dpo")
+    }
+    for key in (*BOOKKEEPING, *OF_SERVERS):
+        section: dict | None = kept
+        *parents, name = key.split(".")
+        for parent in parents:
+            section = (section or {}).get(parent)
+        if section:
+            section.pop(name, None)
+    whole = json.dumps([kept, base_identity(config), data_sha256], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:12]
+
+
+# Where completions come from, and how they are asked for: that changes nothing in them.
+OF_SERVERS = tuple(f"rl.engine.{key}" for key in ("urls", "model", "key_from", "in_flight", "timeout_s", "wait_s"))
+OF_SERVERS += ("rl.engine.weights_dir", "train.micro_batch_size", "train.tokens_per_micro_batch", "data.root")
