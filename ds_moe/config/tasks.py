@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ds_moe.config.rollout import EngineConfig
+from ds_moe.config.rollout import EngineConfig, RewardConfig
 from ds_moe.config.sections import Section
 
 
@@ -34,6 +34,7 @@ class RLConfig(Section):
     """Used with `task: rl`; `replay/objective.py` has the formulas, and the defaults of each objective."""
 
     engine: EngineConfig | None = None  # samples the rollouts during the run; absent: data.train is a rollout file
+    reward: RewardConfig = RewardConfig()  # what a completion is worth, with an engine
     objective: Literal["grpo", "dapo", "gspo", "cispo"] = "grpo"
     clip_low: float | None = Field(default=None, ge=0)  # ratios are clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float | None = Field(default=None, ge=0)

@@ -25,7 +25,7 @@ from ds_moe.tasks.rl.router_watch import RouterWatch
 from ds_moe.tasks.task import Task, TrainingParts
 
 SUSPICIOUS = 0.2  # share of tokens: engines of one model differ in a few, other models in most
-NOT_OF_THE_OBJECTIVE = {"objective", "normalize_std", "updates_per_batch", "temperature"}
+NOT_OF_THE_OBJECTIVE = {"engine", "reward", "objective", "normalize_std", "updates_per_batch", "temperature"}
 
 
 class PolicyOptimization(Task):

@@ -63,7 +63,7 @@ def own_answers(parts: TrainingParts, prompts: Sequence[Encoded], processor: Pro
         return_dict_in_generate=True,
     )
     with evaluation_mode(parts.engine), own_generation_config(model):
-        found = model.generate(**batch, generation_config=greedy, use_cache=True, synced_gpus=parallel())
+        found = model.generate(**batch, generation_config=greedy, synced_gpus=parallel())
     new_BN = found.sequences[:, batch["input_ids"].shape[1] :].tolist()
     logprob_NBV = [step.float().log_softmax(-1).cpu() for step in found.logits[: len(new_BN[0])]]
     return [

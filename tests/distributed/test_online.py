@@ -1,0 +1,94 @@
+"""Runs with rl.engine through the real launcher: rounds, weights for the engine, what a stop leaves behind."""
+
+import json
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ds_moe.checkpoint.files import Reader
+from ds_moe.export.model import export_checkpoint
+from ds_moe.weights.files import SafetensorsFiles
+from tests.launcher import run_ranks
+
+SCRIPT = "tests/distributed/online_ranks.py"
+NO_ENGINE = ["rl.engine=null"]
+
+
+def launch(folder, *cases, ranks=2, check=True):
+    """The reports of all ranks, by case; each case trains into the folder of its name unless it says otherwise."""
+    told = [[name, [f"train.output_dir={folder / name}", *overrides], *fault] for name, overrides, *fault in cases]
+    return run_ranks(SCRIPT, ranks, [json.dumps(told)], check=check)
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same bits."""
+    ours, theirs = Reader(one), Reader(other)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    return all(torch.equal(ours.read(key), theirs.read(key)) for key in ours.tensors)
+
+
+def assert_exported(run: Path, step: int, tmp_path: Path) -> None:
+    """What the engine was given is what an export of the checkpoint of that step holds, bit for bit."""
+    out = tmp_path / f"export_{run.name}"
+    export_checkpoint(run / f"checkpoints/step_{step:08d}", out, note=lambda text: None)
+    theirs, ours = SafetensorsFiles.of_folder(out), SafetensorsFiles.of_folder(run / f"weights/step_{step:08d}")
+    assert ours.shapes == theirs.shapes
+    for name in theirs.shapes:
+        assert torch.equal(ours.read(name), theirs.read(name)), name
+    assert json.loads((run / f"weights/step_{step:08d}/config.json").read_text()) == json.loads(
+        (out / "config.json").read_text()
+    )
+
+
+def board(run: Path) -> EventAccumulator:
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    return found
+
+
+def curves(run: Path) -> set[str]:
+    return set(board(run).Tags()["scalars"])
+
+
+def curve(run: Path, name: str) -> dict[int, float]:
+    return {event.step: event.value for event in board(run).Scalars(name)}
+
+
+def facts(run: Path) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted((run / "rollouts").glob("round_*.json"))]
+
+
+def assert_rounds(run: Path, count: int) -> None:
+    """No round is missing or there twice, and no prompt of one is another's."""
+    found = facts(run)
+    assert [one["number"] for one in found] == list(range(count))
+    assert [one["begin"] for one in found] == [0, *(one["end"] for one in found[:-1])]
+
+
+def test_rounds_are_sampled_trained_and_handed_over(tmp_path):
+    round_0 = tmp_path / "plain/rollouts/round_000000.jsonl"
+    cases = [
+        ("plain", []),
+        ("replayed", [*NO_ENGINE, f"data.train={round_0}", "train.steps=2"]),
+        ("wrong", [], "wrong"),
+    ]
+    run = launch(tmp_path, *cases)
+    found = run.json["plain"]
+    result = found["result"]["rl"]
+    assert found["result"]["step"] == 6 and result["lag"] == 0
+    mismatch = curve(tmp_path / "plain", "rl/mismatch_k3")
+    on_policy, moved = [mismatch[step] for step in (1, 3, 5)], [mismatch[step] for step in (2, 4, 6)]
+    assert max(on_policy) < 1e-9 and min(moved) > 1e-6  # the first step of a round has the weights that sampled it
+    assert {"rl/reward_score", "rl/truncated", "rl/sample_s", "rl/load_s", "rl/weights_s"} <= curves(tmp_path / "plain")
+    versions = [version.rpartition(":") for version in found["published"]]
+    assert [step for _, _, step in versions] == ["0", "2", "4"] and len({run for run, *_ in versions}) == 1
+    assert_rounds(tmp_path / "plain", 3)
+    assert sorted(path.name for path in (tmp_path / "plain/weights").iterdir()) == ["step_00000002", "step_00000004"]
+    assert_exported(tmp_path / "plain", 4, tmp_path)
+    # The file of a round is rollouts like any other: without an engine its steps are the same ones, to the bit.
+    assert same(tmp_path / "replayed/checkpoints/step_00000002", tmp_path / "plain/checkpoints/step_00000002")
+    for report in run.json_by_rank:
+        error = report["wrong"]
+        assert error["kind"] == "UserError" and "was given the weights" in error["error"] and "\n" not in error["error"]
+    assert not (tmp_path / "wrong/checkpoints/step_00000003").exists()  # no step was taken on them
