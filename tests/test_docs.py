@@ -256,10 +256,11 @@ def key_rows(model: type[BaseModel] = RunConfig, parent: str = "") -> dict[str, 
                 rows[f"{key}.kind"] = (", ".join(f"`{kind}`" for kind in kinds), "topk")
             continue
         rows[key] = (values(field), default(field))
-        kinds = [option for item in inside for option in get_args(item.model_fields["kind"].annotation)]
+        of_kind = [item for item in inside if "kind" in item.model_fields]
+        kinds = [option for item in of_kind for option in get_args(item.model_fields["kind"].annotation)]
         for item in inside:
             rows |= key_rows(item, f"{key}[].")
-        if inside:
+        if kinds:
             rows[f"{key}[].kind"] = (", ".join(f"`{kind}`" for kind in kinds), "required")
     return rows
 

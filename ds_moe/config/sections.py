@@ -54,7 +54,7 @@ ContentToken = Annotated[str, Field(min_length=1)]
 
 
 class DataConfig(Section):
-    train: str  # JSONL or Parquet file, or "digits" (bundled scans as chats); in task rl rollouts
+    train: str  # JSONL or Parquet file, or "digits" (bundled scans as chats); in task rl without engine rollouts
     eval: str | None = None  # as train; here "digits" is the held-out split
     root: str | None = None  # folder that images must lie in; default: that of the data file
     max_length: int = Field(default=2048, gt=0)  # tokens a sample, image tokens included

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ds_moe.config.run_file import parse_run
-from ds_moe.doctor import data, memory, model, packing, resume, run
+from ds_moe.doctor import data, engine, memory, model, packing, resume, run
 from ds_moe.doctor.case import Case, Finding
 from ds_moe.errors import UserError
 
@@ -22,6 +22,7 @@ CHECKS = [  # the cheap and certain ones first; a later check uses what an earli
     memory.check_outline,
     data.check_data,
     packing.check_packing,
+    engine.check_engine,
     resume.check_room,  # before the resumption converts the outline
     resume.check_resume,
     model.check_experts,

@@ -16,7 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.checkpoint.fit import persistent_buffers
 from ds_moe.checkpoint.host_copy import HostCopy
@@ -66,7 +66,8 @@ class LiveExport:
         self._model, self._topology, self._processor, self._dtype = model, topology, processor, dtype
         self._scaling = scaling(config.lora) if config.lora is not None else 1.0
         self._weights = _weights_of(model)
-        _check(model, config, self._weights)
+        if problem := unlike_hub(config, model.config) or _tied_apart(model.config, self._weights):
+            raise UserError(f"{config.at('rl.engine')}: {problem}")
         self._form = StoredForm(model.config, layout_of(model.config, None))
         self._to_host = HostCopy(topology.device)
 
@@ -210,15 +211,19 @@ def _weights_of(model: nn.Module) -> dict[str, _Weight]:
     return weights
 
 
-def _check(model: PreTrainedModel, config: RunConfig, weights: dict[str, _Weight]) -> None:
-    """Raise `UserError` for what an engine would load wrong or compute otherwise."""
-    where = config.at("rl.engine")
-    problem = hub_layout_problem(model.config, TRANSPOSED_ON_HUB)
-    if problem is not None and model.config.model_type in TRANSPOSED_ON_HUB:
-        raise UserError(f"{where}: rl.engine cannot be given the weights of this model in hub layout: {problem}")
-    for pair in ties_of(model.config).items():
+def unlike_hub(config: RunConfig, model: PretrainedConfig) -> str | None:
+    """Why an engine would load weights of a run's model wrong or compute otherwise; None: it would not."""
+    problem = hub_layout_problem(model, TRANSPOSED_ON_HUB)
+    if problem is not None and model.model_type in TRANSPOSED_ON_HUB:
+        return f"rl.engine cannot be given the weights of this model in hub layout: {problem}"
+    if (note := routing_note(config.moe, model)) is not None:
+        return f"rl.engine would sample from another model: {note.partition(';')[0]}"
+    return None
+
+
+def _tied_apart(model: PretrainedConfig, weights: dict[str, _Weight]) -> str | None:
+    for pair in ties_of(model).items():
         if all(name in weights for name in pair):
             text = f"config.json has tie_word_embeddings: true, but {' and '.join(pair)} are trained apart"
-            raise UserError(f"{where}: {text}; an engine would load one for both: set it to false in model.path")
-    if (note := routing_note(config.moe, model.config)) is not None:
-        raise UserError(f"{where}: rl.engine would sample from another model: {note.partition(';')[0]}; remove it")
+            return f"{text}, and rl.engine would load one for both: set it to false in model.path"
+    return None

@@ -199,6 +199,7 @@ LATER = [*GATE, "gate.stage=end_to_end"]
 OVER_EXPERTS = [*GATE, "model.preset=tiny-vl-moe", "moe={ep_size: 1}"]
 EVALUATED = ["data.eval=held_out.jsonl", "train.eval_every=5"]
 RL = ["task=rl", "data.train=rollouts.jsonl"]
+LOCAL = [*RL, "rl.engine={kind: local, prompts: 4, max_new_tokens: 16}"]  # 4 steps a round
 # Every rule about keys without effect or in contradiction: overrides that trigger it, and words of the complaint.
 PAIRS = ["task=dpo", "data.train=pairs.jsonl"]
 RULES = {
@@ -411,6 +412,27 @@ RULES = {
         [*RL, "moe.replay.enabled=true", "moe.router.kind=hash"],
         "moe.replay.enabled needs moe.router.kind topk, which is hash",
     ),
+    "rl.reward": ([*RL, "rl.reward.function=contains"], "rl.reward would not be used: there is no rl.engine"),
+    **{
+        f"rl.engine.{key}": ([*LOCAL, f"rl.engine.{key}={value}"], f"rl.engine.{key} would not be used: rl.engine.kind")
+        for key, value in {
+            "urls": "[http://h:1]",
+            "model": "m",
+            "key_from": "KEY",
+            "in_flight": 8,
+            "timeout_s": 1.0,
+            "wait_s": 1.0,
+        }.items()
+    },
+    "an engine nowhere": ([*RL, "rl.engine={prompts: 8}"], "rl.engine.kind vllm needs rl.engine.urls"),
+    "a round of broken steps": (
+        [*LOCAL, "rl.engine.completions=3"],
+        "4 x rl.engine.completions 3 = 12 is no multiple of",
+    ),
+    "updates beyond a round": ([*LOCAL, "rl.updates_per_batch=3"], "does not divide the 4 steps of a round"),
+    "an engine under epochs": ([*LOCAL, "train.steps=null", "train.epochs=2"], "makes new rollouts; set train.steps"),
+    "lag without correction": ([*LOCAL, "rl.engine.lag=1"], "set rl.correction to tis, mis or icepop"),
+    "no room for a prompt": ([*LOCAL, "rl.engine.max_new_tokens=4096"], "leaves no room for a prompt in data.max_leng"),
     "rl.clip_low": ([*RL, "rl.clip_low=0.1"], "rl.clip_low would not be used: rl.updates_per_batch is 1"),
     "rl.clip_high": ([*RL, "rl.clip_high=0.1"], "rl.clip_high would not be used: rl.updates_per_batch is 1"),
     "rl with dropout": ([*RL, "moe.router.expert_dropout=0.1"], "routes otherwise than the rollouts were; remove it"),

@@ -42,12 +42,14 @@ class EngineHere:
     def check(self):
         return ["in the process of rank 0"]
 
-    def sample(self, prompts, sampling, deliver):
+    def sample(self, prompts, sampling, deliver, pulse):
         self.rounds += 1
         if self._fault == "gone" and self.rounds == 2:
             raise EnginesGone("no server has answered for 1 s")
         if self._fault.startswith("slow"):
-            time.sleep(float(self._fault.split(":")[1]))
+            for _ in range(int(10 * float(self._fault.split(":")[1]))):
+                pulse()
+                time.sleep(0.1)
         kill(self._fault, "sampling", self.rounds - 1)
         asked = {"temperature": sampling.temperature, "max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed}
         found = self._model.sample([_message(one) for one in prompts], sampling.completions, **asked)["completions"]

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -67,28 +68,64 @@ def assert_rounds(run: Path, count: int) -> None:
 
 
 def test_rounds_are_sampled_trained_and_handed_over(tmp_path):
+    run = launch(tmp_path, ("plain", ["train.steps=4", "checkpoint.every=2"]))
+    found = run.json["plain"]
+    assert found["result"]["step"] == 4 and found["result"]["rl"]["lag"] == 0
+    versions = [version.rpartition(":") for version in found["published"]]
+    assert [step for _, _, step in versions] == ["0", "2"] and len({run for run, *_ in versions}) == 1
+    mismatch = curve(tmp_path / "plain", "rl/mismatch_k3")
+    # The first step of a round has the weights that sampled it.
+    assert max(mismatch[1], mismatch[3]) < 1e-9 and min(mismatch[2], mismatch[4]) > 1e-6
+    assert {"rl/reward_score", "rl/truncated", "rl/sample_s", "rl/load_s", "rl/weights_s"} <= curves(tmp_path / "plain")
+    assert_rounds(tmp_path / "plain", 2)
+    assert_exported(tmp_path / "plain", 2, tmp_path)
+
+
+LORA = "lora={rank: 8, targets: [q_proj, v_proj], experts: true}"
+FAR_KL = ["rl.kl_weight=1e-30"]
+
+
+@pytest.mark.slow
+def test_a_round_is_a_file_like_others_and_wrong_weights_stop_a_run(tmp_path):
     round_0 = tmp_path / "plain/rollouts/round_000000.jsonl"
     cases = [
         ("plain", []),
         ("replayed", [*NO_ENGINE, f"data.train={round_0}", "train.steps=2"]),
+        ("kl", [*FAR_KL]),
+        ("near", ["rl.kl_weight=0.5"]),
+        ("lora", [LORA, "rl.kl_weight=0.5", "train.lr=1e-2"]),
+        ("packed", ["data.packing=true", "train.tokens_per_micro_batch=256", "train.micro_batch_size=null"]),
+        ("bf16", ["rl.engine.weights_dtype=bf16"]),
         ("wrong", [], "wrong"),
+        ("stale", [], "stale"),
+        ("gone", [], "gone"),
     ]
     run = launch(tmp_path, *cases)
-    found = run.json["plain"]
-    result = found["result"]["rl"]
-    assert found["result"]["step"] == 6 and result["lag"] == 0
-    mismatch = curve(tmp_path / "plain", "rl/mismatch_k3")
-    on_policy, moved = [mismatch[step] for step in (1, 3, 5)], [mismatch[step] for step in (2, 4, 6)]
-    assert max(on_policy) < 1e-9 and min(moved) > 1e-6  # the first step of a round has the weights that sampled it
-    assert {"rl/reward_score", "rl/truncated", "rl/sample_s", "rl/load_s", "rl/weights_s"} <= curves(tmp_path / "plain")
-    versions = [version.rpartition(":") for version in found["published"]]
-    assert [step for _, _, step in versions] == ["0", "2", "4"] and len({run for run, *_ in versions}) == 1
+    print({name: found.get("error") for name, found in run.json.items()})
+    assert [name for name, found in run.json.items() if "error" in found] == ["wrong", "stale", "gone"]
     assert_rounds(tmp_path / "plain", 3)
     assert sorted(path.name for path in (tmp_path / "plain/weights").iterdir()) == ["step_00000002", "step_00000004"]
-    assert_exported(tmp_path / "plain", 4, tmp_path)
     # The file of a round is rollouts like any other: without an engine its steps are the same ones, to the bit.
     assert same(tmp_path / "replayed/checkpoints/step_00000002", tmp_path / "plain/checkpoints/step_00000002")
+    # A copy of the starting weights takes the place of the run's for some forwards, and nothing of them stays.
+    assert same(tmp_path / "kl/checkpoints/step_00000006", tmp_path / "plain/checkpoints/step_00000006")
+    for name in ("kl", "near", "lora"):
+        kl = curve(tmp_path / name, "rl/kl")
+        assert abs(kl[1]) < 1e-7 < 1e-5 < kl[6], kl
+    assert curve(tmp_path / "near", "rl/kl")[6] < curve(tmp_path / "kl", "rl/kl")[6]
+    assert_exported(tmp_path / "lora", 4, tmp_path)
+    bf16 = curve(tmp_path / "bf16", "rl/mismatch_k3")
+    assert 1e-9 < bf16[1] < 1e-2
     for report in run.json_by_rank:
-        error = report["wrong"]
-        assert error["kind"] == "UserError" and "was given the weights" in error["error"] and "\n" not in error["error"]
-    assert not (tmp_path / "wrong/checkpoints/step_00000003").exists()  # no step was taken on them
+        for name, text in (("wrong", "log-probs of "), ("stale", "exactly those of before")):
+            error = report[name]
+            assert text in error["error"]
+            assert (
+                error["kind"] == "UserError"
+                and "was given the weights" in error["error"]
+                and "\n" not in error["error"]
+            )
+        assert report["gone"] == {**report["gone"], "kind": "EnginesGone", "error": "no server has answered for 1 s"}
+    for name in ("wrong", "stale"):
+        assert not (tmp_path / name / "checkpoints/step_00000003").exists()  # no step was taken on them
+    assert (tmp_path / "gone/checkpoints/step_00000002").is_dir()

@@ -21,7 +21,7 @@ from ds_moe.replay.traces import decode
 KEYS = {"tokens", "completion_mask", "messages", "tools", "images", "logprobs", "reference_logprobs", "advantage"}
 OF_ROUTING = ("routing_format", "routing_start", "extra_row", "short")  # how to read `routing`, see `align`
 KEYS |= {"reward", "group", "routing", *OF_ROUTING, "kind"}
-KEYS |= {"completion", "answer", "version", "rewards"}  # for people
+KEYS |= {"completion", "answer", "version", "reward_parts"}  # for people
 OF_TURNS = ("messages", "tools", "images", "objects", "literal", "kind")  # what `parse_record` reads
 KEYS |= set(OF_TURNS)
 UNKNOWN = float("nan")  # a number that the record does not tell

@@ -198,7 +198,7 @@ def complete(
 def ends_of(processor: Processor) -> list[int]:
     """The tokens that end a completion: the one that answers are taught to end with, and the tokenizer's own."""
     own = processor.tokenizer.eos_token_id
-    return list(dict.fromkeys(end for end in (end_token(processor), own) if end is not None))
+    return list(dict.fromkeys(end for end in (end_token(processor), own) if isinstance(end, int)))
 
 
 def _completion_length(new_N: Tensor, ends: list[int]) -> int:

@@ -5,6 +5,7 @@ from ds_moe.config.rules.engine import engine_of
 from ds_moe.config.run import RunConfig
 from ds_moe.data.processor import Processor
 from ds_moe.engine.start import on_cpu
+from ds_moe.errors import UserError
 from ds_moe.rollout.engine import RolloutEngine
 from ds_moe.tasks.rl.online.local import LocalEngine
 
@@ -21,4 +22,4 @@ def make_engine(config: RunConfig, processor: Processor) -> RolloutEngine:
     assert engine is not None
     if engine.kind == "local":
         return LocalEngine(engine_dtype(config))
-    raise NotImplementedError
+    raise UserError(f"{config.at('rl.engine')}: rl.engine.kind {engine.kind}: no client yet; set it to local")

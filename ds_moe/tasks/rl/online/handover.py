@@ -19,15 +19,13 @@ PROBES = 4  # prompts whose answers are compared
 class HandOver:
     """Hands over the weights of one run, step after step (collective).
 
-    Args:
-        sampler: of rank 0; other ranks have none.
-
     Attributes:
         write_s: seconds that the last folder took, of which own answers took `answer_s`.
     """
 
-    def __init__(self, parts: TrainingParts, prompts: Prompts, sampler: Sampler | None, run: str) -> None:
-        self._parts, self._sampler, self._run = parts, sampler, run
+    def __init__(self, parts: TrainingParts, prompts: Prompts, run: str) -> None:
+        """Raises `UserError` for a model that an engine would load wrong."""
+        self._parts, self._run = parts, run
         config, engine = parts.config, engine_of(parts.config)
         assert engine is not None and parts.processor is not None
         self._folder = Path(engine.weights_dir or Path(config.train.output_dir) / WEIGHTS)
@@ -36,7 +34,7 @@ class HandOver:
         self._probes, _ = prompts.take(0, min(PROBES, len(prompts)))
         self.write_s = self.answer_s = 0.0
 
-    def __call__(self, step: int, trained: int) -> None:
+    def __call__(self, step: int, trained: int, sampler: Sampler | None) -> None:
         """Write the weights of now, which have taken `step` steps in `trained` whole rounds; rank 0's thread gives them
         to the engine when it has done what it was told before."""
         began, folder = time.perf_counter(), self._folder / f"step_{step:08d}"
@@ -45,6 +43,6 @@ class HandOver:
         encoded = [one.encoded for one in self._probes]
         own = own_answers(self._parts, encoded, self._parts.processor)
         self.write_s, self.answer_s = written - began, time.perf_counter() - written
-        if self._sampler is not None:
+        if sampler is not None:
             prompts = [one.prompt for one in self._probes]
-            self._sampler.hand_over(folder, f"{self._run}:{step}", step, trained, prompts, own)
+            sampler.hand_over(folder, f"{self._run}:{step}", step, trained, prompts, own)

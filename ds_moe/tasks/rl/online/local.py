@@ -42,12 +42,14 @@ class LocalEngine:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         deliver: Callable[[int, list[Completion]], None],
+        pulse: Callable[[], None] = lambda: None,
     ) -> None:
         """As `RolloutEngine.sample`. A completion that holds a forbidden token is lost: the others are samples of the
         whole softmax then."""
         forbidden = set(sampling.forbidden)
         at_a_time = max(1, SEQUENCES // sampling.completions)
         for start in range(0, len(prompts), at_a_time):
+            pulse()
             some = prompts[start : start + at_a_time]
             found = self._ask(
                 do="sample",

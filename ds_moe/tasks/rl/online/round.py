@@ -13,7 +13,7 @@ from ds_moe.data.processor import Processor
 from ds_moe.data.special_tokens import text_of
 from ds_moe.errors import UserError
 from ds_moe.rollout.engine import Completion, RolloutEngine, Sampling
-from ds_moe.rollout.reward import Case, RewardPool, Scored, Waiting
+from ds_moe.rollout.reward import Candidate, RewardPool, Scored, Waiting
 from ds_moe.tasks.rl.online.prompts import Asked, Prompts
 from ds_moe.tasks.rl.online.round_file import RoundFacts, finish_round, finished_round, round_file
 from ds_moe.tasks.rl.write import Record, write_rollouts
@@ -23,7 +23,7 @@ ASKED_AGAIN = 3  # times that a round with less than half of its prompts is fill
 SEEDS = 1 << 12  # of one round
 
 
-class Abandoned(Exception):
+class RunEnded(Exception):
     """The run ends while a round is sampled."""
 
 
@@ -130,9 +130,11 @@ class RoundMaker:
         groups = [Group(one) for one in asked]
 
         def deliver(index: int, completions: list[Completion]) -> None:
-            if self._stopping():
-                raise Abandoned
             self._take(groups[index], completions, number)
+
+        def pulse() -> None:
+            if self._stopping():
+                raise RunEnded
 
         sampling = Sampling(
             completions=settings.completions,
@@ -141,9 +143,9 @@ class RoundMaker:
             seed=(self._config.train.seed * (1 << 20) + seed) % 2**31,
             forbidden=forbidden_tokens(self._processor),
         )
-        self._engine.sample([one.prompt for one in asked], sampling, deliver)
+        self._engine.sample([one.prompt for one in asked], sampling, deliver, pulse)
         sampled = time.perf_counter()
-        self._score(groups)
+        self._score(groups, pulse)
         self._seconds["sample"] += sampled - began
         self._seconds["score"] += time.perf_counter() - sampled
         return [group for group in groups if len(group.completions) >= LEAST]
@@ -161,13 +163,13 @@ class RoundMaker:
                 group.completions.append(one)
                 group.waiting.append(self._rewards.submit(self._case(group.asked, one)))
 
-    def _case(self, asked: Asked, completion: Completion) -> Case:
+    def _case(self, asked: Asked, completion: Completion) -> Candidate:
         text = text_of(completion.token_ids, self._processor, self._config.data.content_tokens)
         record = {"messages": asked.prompt.messages, "kind": asked.sample.kind, "where": asked.sample.where}
-        return Case(text, asked.answer, record, len(completion.token_ids), asked.sample.where)
+        return Candidate(text, asked.answer, record, len(completion.token_ids), asked.sample.where)
 
-    def _score(self, groups: list[Group]) -> None:
-        scores = iter(self._rewards.collect([one for group in groups for one in group.waiting]))
+    def _score(self, groups: list[Group], pulse: Callable[[], None]) -> None:
+        scores = iter(self._rewards.collect([one for group in groups for one in group.waiting], pulse))
         for group in groups:
             both = [(one, next(scores)) for one in group.completions]
             group.completions = [one for one, score in both if score is not None]
@@ -184,7 +186,7 @@ class RoundMaker:
                 "logprobs": [min(value, 0.0) for value in one.logprobs],
                 "completion": text_of(one.token_ids, self._processor, self._config.data.content_tokens),
                 "reward": score.reward,
-                "rewards": score.parts,
+                "reward_parts": score.parts,
                 "group": f"{asked.position} {asked.sample.where}",
                 "answer": asked.answer,
                 "images": asked.sample.images,

@@ -43,7 +43,8 @@ class Rounds:
         engine = engine_of(parts.config)
         assert engine is not None
         self._settings, self._run = engine, run_identity(parts.config, stream.prompts.records.sha256)
-        self._sampler: Sampler | None = None
+        self._hand_over = HandOver(parts, stream.prompts, self._run)
+        self._sampler: Sampler | None = None  # of rank 0
         error = None
         if parts.topology.rank == 0:
             try:
@@ -51,7 +52,6 @@ class Rounds:
             except (UserError, EnginesGone) as problem:
                 error = str(problem)
         raise_together(error)
-        self._hand_over = HandOver(parts, stream.prompts, self._sampler, self._run)
         self.seconds: dict[str, float] = {}
 
     def _make_sampler(self) -> Sampler:
@@ -83,7 +83,7 @@ class Rounds:
             place = self._stream.place
         self.seconds = {}
         if facts is None or self._settings.lag:
-            self._hand_over(progress.step, trained=place.number)
+            self._hand_over(progress.step, place.number, self._sampler)
             self.seconds = {"weights_s": self._hand_over.write_s, "own_answers_s": self._hand_over.answer_s}
             first = place.number if facts is None else place.number + 1
             begin = place.prompt if facts is None else facts.end
@@ -129,7 +129,7 @@ class Rounds:
             dist.all_reduce(done)
             if done.item():
                 break
-        outcome = None
+        outcome: tuple[dict | None, str, str] = (None, "", "")
         if wanted is not None:
             error = wanted.exception()
             outcome = (asdict(wanted.result()), "", "") if error is None else (None, type(error).__name__, str(error))

@@ -10,7 +10,7 @@ from typing import TypeVar
 from ds_moe.rollout.engine import Prompt, RolloutEngine
 from ds_moe.rollout.reward import RewardPool
 from ds_moe.tasks.rl.online.probe import OwnAnswer, WeightsCheck
-from ds_moe.tasks.rl.online.round import Abandoned, RoundMaker
+from ds_moe.tasks.rl.online.round import RoundMaker, RunEnded
 from ds_moe.tasks.rl.online.round_file import RoundFacts
 
 KEPT = 2  # versions of weights
@@ -71,7 +71,7 @@ class Sampler:
     def _submit(self, work: Callable[[], T]) -> "Future[T]":
         def guarded() -> T:
             if self._closed:
-                raise Abandoned
+                raise RunEnded
             if self._failure is not None:
                 raise self._failure
             try:

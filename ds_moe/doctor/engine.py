@@ -1,0 +1,46 @@
+"""Checks of `rl.engine`: the prompts, and the servers as a run would find them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ds_moe.config.rules.engine import engine_of, steps_of_round
+from ds_moe.doctor.case import Case, Finding
+from ds_moe.doctor.run import GIVEN
+from ds_moe.errors import UserError
+
+
+def check_engine(case: Case) -> Iterator[Finding]:
+    """The rounds of a run, whether its engine can be given this model, and what the engine says of itself."""
+    from ds_moe.export.live import unlike_hub
+
+    config, engine = case.config, engine_of(case.config)
+    if engine is None:
+        return
+    where = config.at("rl.engine")
+    steps = steps_of_round(config, engine)
+    total = f", {-(-case.steps // steps)} rounds" if case.steps is not None else ""
+    text = f"rounds: {engine.prompts} prompts x {engine.completions} completions, {steps} steps each{total}"
+    yield Finding("ok", text)
+    if case.records is not None and engine.prompts > case.records:
+        text = f"{where}: a round asks {engine.prompts} prompts of {case.records} records, some of them twice"
+        yield Finding("warning", text)
+    if case.model is not None and (problem := unlike_hub(config, case.model)):
+        yield Finding("error", f"{where}: {problem}")
+    elif case.processor is not None:
+        yield from _answers(case, where)
+
+
+def _answers(case: Case, where: str) -> Iterator[Finding]:
+    from ds_moe.rollout.engine import EnginesGone
+    from ds_moe.tasks.rl.online.engines import make_engine
+
+    assert case.processor is not None
+    try:
+        for line in make_engine(case.config, case.processor).check():
+            yield Finding("ok", f"engine: {line}")
+    except EnginesGone as gone:
+        elsewhere = case.device.source == GIVEN  # the job runs on another machine, which may reach the servers
+        yield Finding("warning" if elsewhere else "error", f"{where}: {gone}")
+    except UserError as error:
+        yield Finding("error", f"{where}: {error}")

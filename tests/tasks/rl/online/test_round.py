@@ -1,0 +1,197 @@
+"""A round of rollouts by an engine that says what it is told: which completions are kept, exchanged and written."""
+
+import json
+from itertools import count, islice
+
+import pytest
+
+from ds_moe.checkpoint.files import sha256_of
+from ds_moe.config.rollout import EngineConfig, RewardConfig
+from ds_moe.data.record_kind import CHAT
+from ds_moe.errors import UserError
+from ds_moe.rollout.engine import Completion
+from ds_moe.rollout.reward import RewardPool
+from ds_moe.tasks.rl.online.prompts import Prompts
+from ds_moe.tasks.rl.online.round import RoundMaker, RunEnded
+from ds_moe.tasks.rl.online.round_file import finished_round, round_file
+from ds_moe.tasks.rl.rollout_record import parse_rollout
+from tests.records import chat
+
+SETTINGS = {"kind": "local", "prompts": 4, "completions": 3, "max_new_tokens": 8}
+
+
+class Told:
+    """An engine whose completions of each prompt are those of `answers`: texts, or a change of a completion."""
+
+    def __init__(self, processor, answers):
+        self._processor, self._answers, self.asked = processor, answers, []
+
+    def sample(self, prompts, sampling, deliver, pulse):
+        pulse()
+        self.asked.append((prompts, sampling))
+        for number, prompt in reversed(list(enumerate(prompts))):  # in any order
+            deliver(number, [self._completion(one) for one in self._answers(prompt, number)])
+
+    def _completion(self, told):
+        text, changes = told if isinstance(told, tuple) else (told, {})
+        ids = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        made = {"routing": None, "routing_format": "record", "finish_reason": "stop", "version": "r:4"}
+        return Completion(ids, [-0.5] * len(ids), **{**made, **changes})
+
+
+@pytest.fixture
+def maker(write_jsonl, run_config, processor, tmp_path):
+    """maker(answers, settings) -> the maker, its engine and its config, with an output folder of its own."""
+    folders = (str(tmp_path / f"run_{number}") for number in count())
+
+    def make(answers, records=8, stopping=lambda: False, **settings):
+        path = write_jsonl([chat(f"question {number}", "7") for number in range(records)])
+        config = run_config(path, {"max_length": 64}, output_dir=next(folders))
+        engine = EngineConfig(**{**SETTINGS, **settings})
+        config = config.model_copy(update={"task": "rl", "rl": config.rl.model_copy(update={"engine": engine})})
+        told = Told(processor, answers)
+        prompts, rewards = Prompts(config, engine, processor, 0), RewardPool(RewardConfig(), 8)
+        made = RoundMaker(config, engine, prompts, processor, told, rewards, "r", stopping)
+        made.trained, made.version, made.step = {"r:4": 2}, "r:4", 4
+        return made, told, config
+
+    return make
+
+
+def written(config, number=2):
+    return [json.loads(line) for line in round_file(config.train.output_dir, number).read_text().splitlines()]
+
+
+def test_a_round_becomes_a_file_that_is_read_as_rollouts(maker, tmp_path):
+    made, told, config = maker(lambda prompt, number: ["7", "8", ("9", {"finish_reason": "length"})])
+    facts = made.round(2, begin=0)
+    assert (facts.number, facts.begin, facts.end, facts.records, facts.step) == (2, 0, 4, 12, 4)
+    assert facts.figures["round_reward"] == pytest.approx(1 / 3) and facts.figures["reward_exact"] == pytest.approx(
+        1 / 3
+    )
+    assert facts.figures["truncated"] == pytest.approx(1 / 3) and facts.figures["dropped_completions"] == 0
+    records = written(config)
+    assert [record["reward"] for record in records] == [1.0, 0.0, 0.0] * 4
+    parsed = [parse_rollout(record, "f:1", tmp_path) for record in records]
+    assert len({one.group for one in parsed}) == 4 and all(sum(one.mask) == len(one.logprobs) for one in parsed)
+    [(prompts, sampling)] = told.asked
+    assert sampling.completions == 3 and parsed[0].tokens[: -sum(parsed[0].mask)] == prompts[0].token_ids
+    assert finished_round(round_file(config.train.output_dir, 2)) == facts
+    assert made.round(2, begin=0) == facts and len(told.asked) == 1  # it is there already
+
+
+def test_a_round_of_other_weights_prompts_or_content_is_sampled_anew(maker):
+    made, told, config = maker(lambda prompt, number: ["7", "8"])
+    file = round_file(config.train.output_dir, 2)
+    made.round(2, begin=0)
+    made.round(2, begin=4)
+    assert len(told.asked) == 2
+    made.step = 6
+    made.round(2, begin=4)
+    assert len(told.asked) == 3
+    file.write_text(file.read_text() + "\n")
+    assert finished_round(file) is None
+    made.round(2, begin=4)
+    assert len(told.asked) == 4 and finished_round(file).sha256 == sha256_of(file)
+
+
+def test_what_is_too_old_lost_or_unknown_is_dropped_and_counted(maker):
+    def answers(prompt, number):
+        return {
+            0: ["7", "8", ("9", {"version": "r:2"})],  # two rounds old
+            1: ["7", ("8", {"finish_reason": "abort"})],  # one left: nothing to compare it with
+            2: [("7", {"version": "other:4"}), ("8", {"version": ""}), "9"],
+            3: ["7", "8", "9"],
+        }[number]
+
+    made, _, config = maker(answers)
+    made.trained["r:2"] = 1
+    facts = made.round(2, begin=0)
+    assert facts.records == 5 and facts.figures["too_old"] == 3
+    assert facts.figures["dropped_completions"] == 3 + 1 + 1  # of those that were sampled, and one was never delivered
+    assert facts.figures["lag"] == 0
+    made, _, config = maker(answers, lag=1)
+    made.trained["r:2"] = 1
+    facts = made.round(2, begin=0)
+    assert facts.records == 6 and facts.figures["too_old"] == 2 and facts.figures["lag"] == pytest.approx(1 / 6)
+
+
+def test_groups_of_equal_rewards_are_exchanged_as_often_as_asked(maker):
+    turns = count()
+
+    def answers(prompt, number):
+        return ["7", "7", "8"] if next(turns) in (0, 5) else ["8", "8", "9"]
+
+    made, told, config = maker(answers, resample=2)
+    facts = made.round(2, begin=0)
+    assert [len(prompts) for prompts, _ in told.asked] == [4, 3, 2]
+    assert facts.end == 9 and len({sampling.seed for _, sampling in told.asked}) == 3
+    rewards = [record["reward"] for record in written(config)]
+    assert len(rewards) == 12 and sum(rewards) == 4  # the two that differ, and two that nothing better was found for
+    assert facts.figures["exchanged_prompts"] == 9 - 4
+    made, told, _ = maker(lambda prompt, number: ["8", "8"])  # without resample they stay
+    assert made.round(2, begin=0).end == 4 and len(told.asked) == 1
+
+
+def test_a_round_that_is_mostly_lost_asks_on_and_one_without_any_says_so(maker):
+    turns = count()
+    made, told, _ = maker(lambda prompt, number: ["7", "8"] if next(turns) >= 3 else [])
+    facts = made.round(2, begin=0)
+    assert [len(prompts) for prompts, _ in told.asked] == [4, 3] and facts.records == 8
+    made, told, _ = maker(lambda prompt, number: [])
+    with pytest.raises(UserError, match="round 2 of rollouts: not one prompt has 2 completions to compare"):
+        made.round(2, begin=0)
+    assert len(told.asked) == 4
+
+
+def test_a_round_is_abandoned_when_the_run_ends(maker):
+    made, _, config = maker(lambda prompt, number: ["7", "8"], stopping=lambda: True)
+    with pytest.raises(RunEnded):
+        made.round(2, begin=0)
+    assert not round_file(config.train.output_dir, 2).exists()
+
+
+def test_prompts_are_a_function_of_seed_and_position(write_jsonl, run_config, processor):
+    path = write_jsonl([chat(f"question {number}") for number in range(5)])
+
+    def indices(seed, start, **data):
+        config = run_config(path, {"max_length": 64, **data}, seed=seed)
+        prompts = Prompts(config, EngineConfig(**SETTINGS), processor, 0)
+        return [prompts.index(one.position) for one in islice(prompts.ahead(start), 10 - start)]
+
+    assert sorted(indices(0, 0)[:5]) == sorted(indices(0, 0)[5:]) == list(range(5))
+    assert indices(0, 3) == indices(0, 0)[3:] != indices(1, 3)
+    assert indices(0, 0, shuffle=False) == [0, 1, 2, 3, 4] * 2
+
+
+def test_a_prompt_without_room_for_its_completion_is_a_bad_record(write_jsonl, run_config, processor):
+    path = write_jsonl([chat("question"), chat("a longer question " * 2)])
+    config = run_config(path, {"max_length": 64, "shuffle": False})
+    with pytest.raises(
+        UserError, match=r"train.jsonl:2: over-long: a prompt of \d+ tokens and rl.engine.max_new_tokens"
+    ):
+        Prompts(config, EngineConfig(**{**SETTINGS, "max_new_tokens": 36}), processor, 0).take(0, 2)
+    skipping = run_config(path, {"max_length": 64, "shuffle": False, "on_bad_record": "skip"})
+    asked, end = Prompts(skipping, EngineConfig(**{**SETTINGS, "max_new_tokens": 36}), processor, 0).take(0, 2)
+    assert [one.position for one in asked] == [0, 2] and end == 3
+
+
+def test_images_have_the_size_that_the_processor_leaves_alone(write_jsonl, run_config, processor, folder):
+    from PIL import Image
+
+    from ds_moe.data.encode import encode_images
+    from ds_moe.data.images import ImageSource
+
+    Image.effect_noise((37, 21), 80).convert("RGB").save(folder / "noise.png")
+    question = [{"type": "image", "image": "noise.png"}, {"type": "text", "text": "what?"}]
+    path = write_jsonl([{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "7"}]}])
+    config = run_config(path, {"max_length": 128})
+    [asked], _ = Prompts(config, EngineConfig(**SETTINGS), processor, 0).take(0, 1)
+    [image] = asked.prompt.images
+    assert image.size != (37, 21)
+    image.save(folder / "sent.png")
+    sent, grid, _ = encode_images([ImageSource("sent", path=folder / "sent.png")], processor, 10**9)
+    assert sent.equal(asked.encoded.pixel_values) and grid.equal(asked.encoded.image_grid_thw)
+    assert asked.prompt.messages[0]["content"][0] == {"type": "image"}
+    assert asked.prompt.token_ids == asked.encoded.input_ids[: asked.encoded.prompt].tolist()
+    assert CHAT is Prompts(config, EngineConfig(**SETTINGS), processor, 0).records.record_kind
