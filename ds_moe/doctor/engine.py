@@ -37,7 +37,7 @@ def _answers(case: Case, where: str) -> Iterator[Finding]:
 
     assert case.processor is not None
     try:
-        for line in make_engine(case.config, case.processor).check():
+        for line in make_engine(case.config).check():
             yield Finding("ok", f"engine: {line}")
     except EnginesGone as gone:
         elsewhere = case.device.source == GIVEN  # the job runs on another machine, which may reach the servers

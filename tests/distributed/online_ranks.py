@@ -109,7 +109,7 @@ def run(name, overrides, fault=""):
     config = load_run(RUN, [*(REWARD if "rl.engine=null" not in overrides else []), *overrides])
     engines = []
 
-    def made(config, processor):
+    def made(config, note):
         engines.append(EngineHere(config, fault))
         return engines[-1]
 

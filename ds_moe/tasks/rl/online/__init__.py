@@ -4,7 +4,7 @@ task.py       the loss of tasks/rl, over rounds         stream.py     a round's 
 sampler.py    the thread of rank 0 that uses the engine  round.py     one round: prompts, completions, rewards, a file
 prompts.py    records of data.train as prompts          round_file.py  files of rounds, and what is known of them
 handover.py   weights for the engine, and a comparison  probe.py      the trainer's own greedy answers
-reference.py  the model that the run began with         scoring.py    rewards of completions
+rounds.py     what all ranks do between two rounds      reference.py  the model that the run began with
 local.py      plain transformers as the engine          local_worker.py  the process in which that runs
 engines.py    the engine that a run file asks for
 """

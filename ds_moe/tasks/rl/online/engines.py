@@ -1,12 +1,13 @@
 """The engine that a run file asks for."""
 
+from collections.abc import Callable
+
 from ds_moe.config.deepspeed import precision
 from ds_moe.config.rules.engine import engine_of
 from ds_moe.config.run import RunConfig
-from ds_moe.data.processor import Processor
 from ds_moe.engine.start import on_cpu
-from ds_moe.errors import UserError
 from ds_moe.rollout.engine import RolloutEngine
+from ds_moe.rollout.servers import Servers
 from ds_moe.tasks.rl.online.local import LocalEngine
 
 
@@ -16,10 +17,14 @@ def engine_dtype(config: RunConfig) -> str:
     return (engine and engine.weights_dtype) or precision(config, on_cpu())
 
 
-def make_engine(config: RunConfig, processor: Processor) -> RolloutEngine:
-    """What `rl.engine` asks for; nothing is started or asked yet."""
+def make_engine(config: RunConfig, note: Callable[[str], None] = print) -> RolloutEngine:
+    """What `rl.engine` asks for; nothing is started or asked yet. `note` is told of servers that are lost and found.
+
+    Raises `UserError` as `Servers`.
+    """
     engine = engine_of(config)
     assert engine is not None
     if engine.kind == "local":
         return LocalEngine(engine_dtype(config))
-    raise UserError(f"{config.at('rl.engine')}: rl.engine.kind {engine.kind}: no client yet; set it to local")
+    routing = config.moe is not None and config.moe.replay.enabled
+    return Servers(engine, routing=routing, longest=config.data.max_length, note=note)

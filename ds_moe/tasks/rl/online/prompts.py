@@ -110,6 +110,7 @@ class Prompts:
             token_ids=encoded.input_ids[: encoded.prompt].tolist(),
             messages=[dict(plain_message(turn)) for turn in turns],
             images=self._images(sample, encoded),
+            tools=[dict(tool) for tool in sample.tools] or None,
             where=sample.where,
         )
         answer = answer_text(encoded, self._processor, data.content_tokens)

@@ -56,7 +56,7 @@ class Rounds:
 
     def _make_sampler(self) -> Sampler:
         config, prompts, processor = self._parts.config, self._stream.prompts, self._parts.processor
-        engine = make_engine(config, processor)
+        engine = make_engine(config, self._parts.note)
         for line in engine.check():
             self._parts.note(f"engine    {line}")
         rewards = RewardPool(config.rl.reward, self._settings.max_new_tokens, self._parts.note, config.at)
