@@ -9,4 +9,5 @@ whole_weights.py       gathers ZeRO-3's weights once for an evaluation
 moe_binding.py         shows DeepSpeed our expert layers
 masters.py             reads and writes fp32 weights and Adam's moments, by parameter
 cpu.py                 compiles DeepSpeed's CPU op, and sets the environment of CPU ranks
+exchange.py   another set of weights in the place of an engine's own for some forwards
 """

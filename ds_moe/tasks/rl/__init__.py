@@ -5,5 +5,6 @@ rollout_record.py   one record, checked        rollouts.py       its tensors, an
 rewards.py          how much a file's rewards can teach
 sample.py           makes records with plain transformers: `ds-moe rollouts`
 write.py            their file, and the folder of their images
+online/    `rl.engine`: rounds of rollouts that are sampled during the run
 cli.py              the options of that command
 """
