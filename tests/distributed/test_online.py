@@ -129,3 +129,64 @@ def test_a_round_is_a_file_like_others_and_wrong_weights_stop_a_run(tmp_path):
     for name in ("wrong", "stale"):
         assert not (tmp_path / name / "checkpoints/step_00000003").exists()  # no step was taken on them
     assert (tmp_path / "gone/checkpoints/step_00000002").is_dir()
+
+
+KILLS = ["sampling:0", "file:0", "step:0", "publishing:1", "writing:1", "sampling:1", "file:1", "step:1"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_anywhere_comes_to_the_same_bits(tmp_path):
+    """Each launch goes on where the one before was killed: while it sampled, between a round's file and what is known
+    of it, between that and a step, while weights were written or read."""
+    launch(tmp_path, ("whole", []))
+    for fault in KILLS:
+        where, number = fault.split(":")
+        run = launch(tmp_path, ("killed", [], f"kill:{where}:{number}"), check=False)
+        assert run.returncode != 0 and f"killed in {where}" in run.log(0), run.tails()
+    run = launch(tmp_path, ("killed", []))
+    assert run.json["killed"]["result"]["step"] == 6
+    assert_rounds(tmp_path / "killed", 3)
+    assert same(tmp_path / "killed/checkpoints/step_00000006", tmp_path / "whole/checkpoints/step_00000006")
+    for number in range(3):
+        ours, theirs = ((tmp_path / run / f"rollouts/round_{number:06d}.jsonl") for run in ("killed", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_round_whose_file_is_gone_is_sampled_anew(tmp_path):
+    launch(tmp_path, ("run", ["train.steps=3"]))
+    (tmp_path / "run/rollouts/round_000001.jsonl").unlink()
+    run = launch(tmp_path, ("run", ["train.steps=6"]))
+    assert "round 1 of rollouts is not there any more as the checkpoint knows it" in run.log(0)
+    assert run.json["run"]["result"]["step"] == 6
+
+
+@pytest.mark.slow
+def test_sampling_ahead_overlaps_with_training_and_drops_what_is_too_old(tmp_path):
+    lag = ["rl.engine.lag=1", "rl.correction=tis", "train.steps=8"]
+    run = launch(
+        tmp_path, ("none", ["train.steps=8"], "slow:3"), ("one", lag, "slow:3"), ("two", ["rl.engine.lag=2", *lag[1:]])
+    )
+    for name, expected in (("none", [0, 0, 0, 0]), ("one", [0, 1, 1, 1]), ("two", [0, 1, 2, 2])):
+        found = curve(tmp_path / name, "rl/lag")
+        assert [found[step] for step in (1, 3, 5, 7)] == expected, (name, found)
+        assert_rounds(tmp_path / name, 4)
+    waited = {name: curve(tmp_path / name, "rl/wait_s") for name in ("none", "one")}
+    trained = curve(tmp_path / "one", "rl/train_s")
+    print(waited, trained)
+    for step in (5, 7):  # a round waits less by what was trained meanwhile
+        saved = waited["none"][step] - waited["one"][step]
+        assert saved > 0.5 * min(trained[step], 3.0)
+    assert run.json["one"]["published"][0].endswith(":0")
+
+
+@pytest.mark.slow
+def test_the_engine_of_this_machine_trains_on_three_ranks(tmp_path):
+    """No EP, ZeRO-2, the engine in a process of its own, which ends with the run."""
+    words = ["tests/runs/online.yaml", f"train.output_dir={tmp_path / 'run'}", "moe.ep_size=1", "deepspeed=zero2"]
+    words += ["train.global_batch_size=12", "rl.engine.completions=6", "rl.updates_per_batch=2", "train.steps=4"]
+    run = run_ranks("ds_moe.train", 3, words)
+    assert "round 1 from step 3: reward 0.000" in run.log(0)
+    assert_rounds(tmp_path / "run", 2)
+    assert_exported(tmp_path / "run", 2, tmp_path)
+    assert not list(run.alive())

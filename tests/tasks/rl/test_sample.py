@@ -158,7 +158,7 @@ def test_the_end_token_belongs_to_the_completion():
 def test_a_completion_with_image_tokens_is_left_out(model, processor, samples, monkeypatch):
     whole = rollouts(model, processor, samples, per_prompt=1)
     spoiled = {**whole[0], "tokens": [*whole[0]["tokens"][:-1], processor.image_token_id]}
-    monkeypatch.setattr(tool, "_complete", lambda *args: iter([spoiled, *whole[1:]]))
+    monkeypatch.setattr(tool, "complete", lambda *args: iter([spoiled, *whole[1:]]))
     assert len(rollouts(model, processor, samples, per_prompt=1)) == len(whole) - 1
 
 

@@ -28,7 +28,7 @@ class HandOver:
         self._parts, self._run = parts, run
         config, engine = parts.config, engine_of(parts.config)
         assert engine is not None and parts.processor is not None
-        self._folder = Path(engine.weights_dir or Path(config.train.output_dir) / WEIGHTS)
+        self._folder = Path(engine.weights_dir or Path(config.train.output_dir) / WEIGHTS).absolute()
         dtype = DTYPES[engine_dtype(config)]
         self._export = LiveExport(parts.engine.module, parts.topology, config, parts.processor, dtype)
         self._probes, _ = prompts.take(0, min(PROBES, len(prompts)))

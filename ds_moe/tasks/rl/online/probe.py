@@ -86,10 +86,15 @@ class WeightsCheck:
     def compare(self, engine: RolloutEngine, version: str, prompts: Sequence[Prompt], own: Sequence[OwnAnswer]) -> None:
         """Raises `UserError` where the answers of a server are not those of the trainer's weights."""
         answered = [engine.greedy(prompt, TOKENS) for prompt in prompts]
-        for server in range(len(answered[0])):
-            of_server = [answers[server] for answers in answered]
-            if (problem := self._differs(of_server, own) or self._has_not_moved(server, of_server, own)) is not None:
-                which = f"server {server + 1} of {len(answered[0])}" if len(answered[0]) > 1 else "the engine"
+        servers = max(map(len, answered))  # one may be lost in between
+        for server in range(servers):
+            of_server = [answers[server] for answers in answered if server < len(answers)]
+            of_own = [one for answers, one in zip(answered, own, strict=True) if server < len(answers)]
+            problem = self._differs(of_server, of_own)
+            if problem is None and len(of_server) == len(own):
+                problem = self._has_not_moved(server, of_server, own)
+            if problem is not None:
+                which = f"server {server + 1} of {servers}" if servers > 1 else "the engine"
                 text = f"rl.engine: {which} was given the weights {version} and answers as if it had others: {problem}"
                 raise UserError(f"{text}; no step was taken on its rollouts (does it load this family's hub layout?)")
         self._before = list(zip(answered, own, strict=True))

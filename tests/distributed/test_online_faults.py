@@ -1,0 +1,143 @@
+"""Twenty rounds on servers that misbehave in every way the fake one knows, with a trainer that is killed: no round is
+lost or there twice, none is sampled by other weights than the run's."""
+
+import json
+import threading
+import time
+
+import pytest
+import torch
+
+from ds_moe.models.presets import build_preset
+from ds_moe.models.processor import save_processor, tiny_processor
+from ds_moe.replay.traces import decode
+from ds_moe.tasks.rl.online.local_worker import LocalModel
+from tests.distributed.test_online import assert_rounds, curve
+from tests.launcher import start_ranks
+from tests.records import chat
+from tests.rollout.fake_vllm import FakeVllm, Made
+
+ROUNDS = 20
+PASSING = ["500", "hang_up", "slow", "cut_body", "no_json", "null_routes", "cut_routes", "no_logprobs", "nan"]
+PASSING += ["nan_logprob", "abort", "few", "die", "reload"]
+
+
+class Models:
+    """What servers compute with: the folder that each has loaded, by plain transformers."""
+
+    def __init__(self, start):
+        self._start, self._models, self._lock = str(start), {}, threading.Lock()
+
+    def answer(self, prompt, body, number, fake):
+        folder = self._start if fake.folder == "at the start" else fake.folder
+        with self._lock:
+            if folder not in self._models:  # a folder of a step is never another one
+                self._models[folder] = LocalModel(torch.float32)
+                self._models[folder].load(folder, "")
+            asked = {"temperature": body["temperature"], "max_new_tokens": body["max_tokens"]}
+            asked["seed"] = (body.get("seed") or 0) + number
+            found = self._models[folder].sample([{"tokens": prompt, "images": []}], 1, **asked)["completions"][0][0]
+        return Made(found["token_ids"], found["logprobs"], decode(found["routing"], kind="record").ids)
+
+
+@pytest.fixture
+def files(tmp_path):
+    model = build_preset("tiny-moe")
+    model.save_pretrained(tmp_path / "model")
+    save_processor(tiny_processor("text"), tmp_path / "model")
+    lines = [json.dumps(chat(f"question {number}", "7")) for number in range(30)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def words(files, fakes, *more):
+    return [
+        "tests/runs/online.yaml",
+        f"model={{path: {files / 'model'}}}",
+        f"data.train={files / 'prompts.jsonl'}",
+        f"train.output_dir={files / 'run'}",
+        "rl.engine.kind=vllm",
+        f"rl.engine.urls=[{', '.join(fake.url for fake in fakes)}]",
+        *("rl.engine.timeout_s=3.0", "rl.engine.wait_s=60.0", "rl.engine.completions=2"),
+        *("rl.reward.function=tests/distributed/online_reward.py:score", "rl.reward.processes=1"),
+        *(f"train.steps={ROUNDS}", "checkpoint.keep=2"),
+        *more,
+    ]
+
+
+def finished(files):
+    return len(list((files / "run/rollouts").glob("round_*.json")))
+
+
+def misbehave(fault, fake):
+    if fault == "reload":
+        fake.failing_reloads = 1
+    elif fake.alive:
+        fake.slow_s = 4.0
+        fake.fail(fault)
+
+
+@pytest.mark.slow
+def test_no_round_is_lost_or_sampled_by_other_weights(files):
+    models = Models(files / "model")
+    with FakeVllm(models.answer) as one, FakeVllm(models.answer) as other:
+        fakes, told, kills = [one, other], [], {6: [], 13: [one]}  # the second time a server dies with the trainer
+        one.paused = True  # a trainer that is gone has left it so
+        run = start_ranks("ds_moe.train", 2, words(files, fakes))
+        began = time.monotonic()
+        while run.returncode is None or kills:
+            assert time.monotonic() - began < 1200
+            time.sleep(0.05)
+            done = finished(files)
+            while len(told) < 2 * len(PASSING) and len(told) <= 1.5 * done:
+                fault = PASSING[len(told) % len(PASSING)]
+                misbehave(fault, fakes[len(told) % 2])
+                told.append(fault)
+            for fake in fakes:
+                if not fake.alive:
+                    threading.Timer(0.5, fake.start).start()  # with its first weights, under version "default"
+                    time.sleep(0.6)
+            if kills and done >= min(kills):
+                run.kill()
+                run.wait()
+                for fake in kills.pop(min(kills)):
+                    fake.die()
+                run = start_ranks("ds_moe.train", 2, words(files, fakes))
+        print(run.output[-6000:])
+        assert run.wait() == 0
+        assert told == 2 * PASSING
+        assert not any(fake.paused for fake in fakes)
+    assert_rounds(files / "run", ROUNDS)
+    mismatch = curve(files / "run", "rl/mismatch_k3")
+    assert sorted(mismatch) == list(range(1, ROUNDS + 1))
+    assert max(mismatch.values()) < 1e-8, mismatch
+    steps = set()
+    for number in range(ROUNDS):
+        lines = (files / f"run/rollouts/round_{number:06d}.jsonl").read_text().splitlines()
+        steps |= {(number, json.loads(line)["version"].rpartition(":")[2]) for line in lines}
+    assert steps == {(number, str(number)) for number in range(ROUNDS)}
+
+
+@pytest.mark.slow
+def test_servers_that_lie_or_are_gone_end_the_run_in_one_line(files):
+    models = Models(files / "model")
+    with FakeVllm(models.answer) as one, FakeVllm(models.answer) as other:
+        run = start_ranks("ds_moe.train", 2, words(files, [one, other], "train.lr=1e-2"))
+        while finished(files) < 2:
+            assert run.returncode is None, run.output
+            time.sleep(0.05)
+        other.wrong_reloads = 1000
+        assert run.wait() != 0
+        assert "was given the weights" in run.log(0) and "exit" not in run.log(0).splitlines()[-1]
+        done = finished(files)
+        last = max(int(path.name[5:]) for path in (files / "run/checkpoints").glob("step_*"))
+        assert last <= done
+        other.wrong_reloads = 0
+        run = start_ranks("ds_moe.train", 2, words(files, [one, other], "train.lr=1e-2", "rl.engine.wait_s=2.0"))
+        run.wait_for(f"round {done} from step")
+        one.die()
+        other.die()
+        assert run.wait() != 0
+        assert "error: rl.engine: no server of rl.engine.urls answers for" in run.log(0)
+        saved = sorted((files / "run/checkpoints").glob("step_*"))[-1]
+        assert f"checkpoint {saved}" in run.log(0)
