@@ -8,6 +8,7 @@
 - `mix`      a real mix of images and texts: packed rows against padded ones, earlier builds and other trainers
 - `memory`   predicted against measured peaks of a training step
 - `replay`   mismatch of rollout engine and trainer, with routing replay and without
+- `rollout`  the same with a real vLLM server as the engine
 - `routers`  loads of every router before any training
 - `step`     a whole training step against DeepSpeed's own expert layers
 - `chaos`    kills, stops and starts a run again, round after round

@@ -1,0 +1,135 @@
+"""What does routing replay leave of the mismatch between a real vLLM server and the trainer?
+
+    python -m tools.bench.rollout.bench --seeds 0       a first look
+    python -m tools.bench.rollout.bench --show FILE     print an earlier result
+
+As tools.bench.replay, which explains the figures, but with vLLM in bf16 as the engine: it needs the environment that
+`python -m tools.vllm_cpu.install` makes. One server a model; the weights of the seeds are handed to it by the client.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_moe.config.moe import MoEConfig
+from ds_moe.config.run_file import load_run
+from ds_moe.models.convert import convert
+from ds_moe.rollout.engine import Sampling
+from tools.bench.replay.bench import DTYPES, RUN, compare
+from tools.bench.replay.plot import COMPLETION, LIVE, REPLAY, SHIFTED, show
+from tools.bench.rollout.engine import CASES, questions, rollouts_of, serving
+from tools.results import Claim, command_line, judged, markdown, print_claims, refusing, write_json
+from tools.vllm_cpu.install import missing
+
+LIMIT = 0.10  # of live's k3, for prompt + completion: the mean over seeds
+
+
+@refusing
+def main(arguments: list[str] | None = None) -> int:
+    parser = command_line(__doc__, "--suite", "--json", "--show")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of weights and sampling")
+    parser.add_argument("--prompts", type=int, default=8, help="of a seed (default %(default)s)")
+    parser.add_argument("--completions", type=int, default=2, help="of a prompt (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=40, help="of a completion at most (default %(default)s)")
+    parser.add_argument("--router-scale", type=float, default=2.0, help="see tools.bench.replay (default %(default)s)")
+    options = parser.parse_args(arguments)
+    result = json.loads(options.show.read_text()) if options.show else measure(options)
+    result["claims"] = claims(result["runs"])
+    print_result(result)
+    write_json(result, options.json, indent=1)
+    return 0 if all(claim["holds"] for claim in result["claims"]) else 1
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    if reason := missing():
+        print(f"nothing is measured: the benchmark {reason}")
+        return {"runs": [], "seconds": 0.0}
+    began, runs = time.monotonic(), []
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as work:
+        for name in CASES:
+            runs += one_model(name, options, Path(work))
+            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    about = {key: getattr(options, key) for key in ("prompts", "completions", "tokens", "router_scale", "seeds")}
+    machine = {"cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()[0]}
+    return {**about, "machine": machine, "runs": runs, "seconds": time.monotonic() - began}
+
+
+def one_model(name: str, options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    case, moe = CASES[name], load_run(RUN).moe or MoEConfig()
+    folders = {seed: case.write(work / f"{case.kind}{seed}", seed, options.router_scale) for seed in options.seeds}
+    runs = []
+    with serving(folders[options.seeds[0]], work / f"{case.kind}.log", "bfloat16") as (_, servers):
+        for seed, folder in folders.items():
+            began = time.monotonic()
+            servers.publish(folder, f"seed {seed}")
+            handed = time.monotonic()
+            sampling = Sampling(options.completions, options.tokens, 1.0, seed)
+            rollouts = rollouts_of(servers, questions(case, seed, options.prompts), sampling, case.processor)
+            sampled = time.monotonic()
+            tokens = sum(len(one.logprob_N) for one in rollouts)
+            times = {"hand_over_s": handed - began, "sample_s": sampled - handed, "tokens": tokens}
+            model = case.model(seed, options.router_scale)
+            for dtype in DTYPES:
+                trainer = copy.deepcopy(model).to(DTYPES[dtype])
+                convert(trainer, moe)
+                figures = compare(trainer, case.processor, rollouts)
+                runs.append({"model": name, "dtype": dtype, "seed": seed, **times, **figures})
+    return runs
+
+
+def rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per model and dtype of the trainer: k3 by mode, means over seeds and those of each."""
+    found = []
+    for model, dtype in dict.fromkeys((run["model"], run["dtype"]) for run in runs):
+        mine = [run for run in runs if (run["model"], run["dtype"]) == (model, dtype)]
+        k3 = {mode: [run["modes"][mode]["k3"] for run in mine] for mode in (LIVE, COMPLETION, REPLAY, SHIFTED)}
+        of_live = statistics.mean(k3[REPLAY]) / statistics.mean(k3[LIVE])
+        by_seed = [ours / live for ours, live in zip(k3[REPLAY], k3[LIVE], strict=True)]
+        row = {"model": model, "dtype": dtype, "k3": k3, "of_live": of_live, "by_seed": by_seed}
+        row |= {key: statistics.mean(run[key] for run in mine) for key in ("tokens", "routers", "least_weight")}
+        found.append(row | {"changed": statistics.mean(run["modes"][LIVE]["large"] for run in mine)})
+    return found
+
+
+def claims(runs: list[dict[str, Any]]) -> list[Claim]:
+    found = []
+    for row in rows(runs):
+        seeds = ", ".join(f"{share:.3f}" for share in row["by_seed"])
+        text = (
+            f"{row['model']}, {row['dtype']} trainer: replay leaves {row['of_live']:.3f} of live's k3, at most {LIMIT}"
+        )
+        found.append((f"{text} (seeds: {seeds})", row["of_live"] <= LIMIT))
+    return judged(found)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    cells = []
+    for row in rows(result["runs"]):
+        k3 = [show(row["k3"][mode]) for mode in (LIVE, COMPLETION, REPLAY, SHIFTED)]
+        shares = [
+            f"{row['of_live']:.3f}",
+            f"{row['routers']:.1%}",
+            f"{row['least_weight']:.1%}",
+            f"{row['tokens']:.0f}",
+        ]
+        cells.append([row["model"], row["dtype"], *k3, *shares])
+    heads = "model | trainer | k3 live | completion only | prompt + completion | shifted | of live | routers"
+    print(f"\nvLLM in bf16; {result['seconds'] / 60:.1f} minutes\n")
+    print(markdown(f"{heads} | least weight | tokens a seed", cells))
+    print("\nmean ± standard deviation over seeds; routers: that differ between engine and live trainer\n")
+    print_claims(result["claims"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
