@@ -21,7 +21,7 @@ def answering():
         def serve():
             try:
                 connection, _ = listener.accept()
-                asked.append(connection.recv(65536))
+                asked.append(whole_request(connection))
                 for piece in pieces:
                     connection.sendall(piece)
                     time.sleep(pause)
@@ -37,6 +37,19 @@ def answering():
     yield start
     for listener in listeners:
         listener.close()
+
+
+def whole_request(connection):
+    """All of it: a connection that is closed with something unread is reset, and the answer may be lost."""
+    found = b""
+    while b"\r\n\r\n" not in found or len(found.split(b"\r\n\r\n", 1)[1]) < body_length(found):
+        found += connection.recv(65536)
+    return found
+
+
+def body_length(request):
+    lengths = [line.split(b":")[1] for line in request.split(b"\r\n") if line.lower().startswith(b"content-length")]
+    return int(lengths[0]) if lengths else 0
 
 
 def reply(status=200, body=b"{}", length=None, more=b""):
