@@ -14,7 +14,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo replay-demo gate-demo dpo-demo assemble-demo test test-all test-transformers lint format bench clean
+.PHONY: help setup demo replay-demo rl-demo gate-demo dpo-demo assemble-demo test test-all test-transformers lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ demo: $(READY)  ## train a tiny Qwen3-VL-MoE on real images (2 processes), expor
 
 replay-demo: $(READY)  ## reinforcement on real images, with routing replay and without (2 processes, under 10 minutes)
 	@$(PY) -m tools.demos.replay.demo
+
+rl-demo: $(READY)  ## reinforcement with an engine in the loop (2 processes, under 15 minutes); ARGS="--engine vllm": a real server
+	@$(PY) -m tools.demos.rl.demo $(ARGS)
 
 gate-demo: $(READY)  ## a learned gate over four LoRA adapters, on rendered screens (2 processes, under 10 minutes)
 	@$(PY) -m tools.demos.gate.demo $(ARGS)

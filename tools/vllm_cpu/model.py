@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.data.processor import Processor
 from ds_moe.models.families import TRANSPOSED_ON_HUB, expert_state, family_of
@@ -17,13 +17,8 @@ HEAD_DIM = 32  # the least that vLLM's attention on CPUs has
 SECTIONS = [8, 4, 4]  # of a multimodal rotary embedding, half of the head's numbers together
 
 
-def tiny_model(preset: str, seed: int, router_scale: float = 1.0, **text: int) -> PreTrainedModel:
-    """A preset in fp32 with heads of 32 numbers and random weights, those of `tools.bench.replay`.
-
-    Args:
-        router_scale: times which the routers' weights are larger.
-        text: keys of the text model's config, such as num_experts.
-    """
+def tiny_config(preset: str, **text: int) -> PretrainedConfig:
+    """A preset with heads of 32 numbers, and other keys of the text model's config, such as num_experts."""
     config = preset_config(preset)
     of_text = config.get_text_config()
     for key, value in {"head_dim": HEAD_DIM, **text}.items():
@@ -31,6 +26,17 @@ def tiny_model(preset: str, seed: int, router_scale: float = 1.0, **text: int) -
     if hasattr(config, "vision_config"):
         config.vision_config.out_hidden_size = of_text.hidden_size
         of_text.rope_parameters = {**of_text.rope_parameters, "mrope_section": SECTIONS}
+    return config
+
+
+def tiny_model(preset: str, seed: int, router_scale: float = 1.0, **text: int) -> PreTrainedModel:
+    """A preset in fp32 with heads of 32 numbers and random weights, those of `tools.bench.replay`.
+
+    Args:
+        router_scale: times which the routers' weights are larger.
+        text: as of `tiny_config`.
+    """
+    config = tiny_config(preset, **text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family_of(config).model_class(config).eval()
