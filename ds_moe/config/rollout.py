@@ -57,9 +57,10 @@ def _url_problem(url: str) -> str | None:
     return None
 
 
+OVERLONG = "overlong"  # the name of the penalty for length among the parts of a reward
 BUILT_IN_REWARDS = ("exact", "contains")
 FUNCTION = re.compile(
-    r"(?P<file>[^:]+\.py):(?P<of_file>[^\W\d]\w*)|(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<of_module>[^\W\d]\w*)"
+    r"(?P<file>.+\.py):(?P<of_file>[^\W\d]\w*)|(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<of_module>[^\W\d]\w*)"
 )
 
 

@@ -3,6 +3,7 @@
 Runs start from `load_run`, which raises all complaints as one error; `parse_run` gives them as a list.
 """
 
+from collections.abc import Sequence
 from os.path import isfile
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ds_moe.config.check import problems, unused_keys
 from ds_moe.config.complaints import Schema, descend, read_mapping
 from ds_moe.config.deepspeed_json import SHIPPED, json_text
 from ds_moe.config.habits import habit
+from ds_moe.config.rollout import FUNCTION, RewardConfig, RewardFunction
+from ds_moe.config.rules.engine import engine_of
 from ds_moe.config.run import RunConfig
 from ds_moe.config.yaml_lines import Plain, compose_lines, join
 from ds_moe.errors import UserError, all_in_one, shown
@@ -56,6 +59,8 @@ def parse_run(path: str | Path, overrides: list[str] | None = None) -> tuple[Run
         config.deepspeed = _find_json(config, Path(path))
     except UserError as error:
         complaints.append(str(error))
+    if engine_of(config) is not None:
+        complaints += _find_rewards(config, Path(path))
     return config, complaints
 
 
@@ -117,6 +122,38 @@ def _override(data: dict[str, Plain], origins: dict[str, str], override: str) ->
     origins[dotted] = f"override {override}"
 
 
+def _find_rewards(config: RunConfig, run_file: Path) -> list[str]:
+    """Give the files of reward functions as `_find_file` finds them; complaints about those that are nowhere."""
+    complaints = []
+    key, reward = "rl.reward.functions", config.rl.reward
+    holders: Sequence[RewardConfig | RewardFunction] = reward.functions
+    if not holders:
+        key, holders = "rl.reward.function", [reward]
+    for holder in holders:
+        match = FUNCTION.fullmatch(holder.function)
+        if match is None or match["file"] is None:
+            continue
+        if (path := _find_file(match["file"], run_file)) is not None:
+            holder.function = f"{path}:{match['of_file']}"
+        else:
+            text = f"{shown(match['file'])} is neither a file beside the run file nor below the working directory"
+            complaints.append(f"{config.at(key)}: {key}: {text} {Path.cwd()}")
+    return complaints
+
+
+def _find_file(given: str, run_file: Path) -> str | None:
+    """The path of a file that is named relative to the folder of the run file, or else to the working directory.
+
+    It is without "..", and relative to the working directory if it lies below that. None: there is no such file.
+    """
+    for folder in (run_file.parent, Path()):
+        found = folder / given
+        if isfile(found):  # which Path.is_file raises about where the name is too long for one
+            found = found.resolve()
+            return str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)
+    return None
+
+
 def _find_json(config: RunConfig, run_file: Path) -> str | dict[str, object]:
     """`deepspeed` of a run file: a path relative to that file's folder, or else to the working directory, is found.
 
@@ -126,12 +163,8 @@ def _find_json(config: RunConfig, run_file: Path) -> str | dict[str, object]:
     given = config.deepspeed
     if not isinstance(given, str) or given in SHIPPED:
         return given
-    for folder in (run_file.parent, Path()):
-        found = folder / given
-        if isfile(found):  # which Path.is_file raises about where the name is too long for one
-            found = found.resolve()
-            path = str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found)
-            return f"./{path}" if path in SHIPPED else path
+    if (path := _find_file(given, run_file)) is not None:
+        return f"./{path}" if path in SHIPPED else path
     text = f"deepspeed is {shown(given)}, which is neither a file beside the run file nor below the working directory"
     text, name = f"{config.at('deepspeed')}: {text} {Path.cwd()}", Path(given).stem
     if name in SHIPPED:

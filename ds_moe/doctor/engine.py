@@ -1,4 +1,4 @@
-"""Checks of `rl.engine`: the prompts, and the servers as a run would find them."""
+"""Checks of `rl.engine` and `rl.reward`: the prompts, the servers as a run would find them, the functions."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def check_engine(case: Case) -> Iterator[Finding]:
         yield Finding("error", f"{where}: {problem}")
     elif case.processor is not None:
         yield from _answers(case, where)
+    yield from _rewards(case)
+
+
+def _rewards(case: Case) -> Iterator[Finding]:
+    """Whether every reward can be imported; none is called."""
+    from ds_moe.rollout.reward import RewardPool
+
+    engine, one = engine_of(case.config), {"processes": 1}
+    assert engine is not None
+    try:
+        with RewardPool(case.config.rl.reward.model_copy(update=one), engine.max_new_tokens, at=case.config.at) as pool:
+            yield from (Finding("ok", line) for line in pool.lines())
+    except UserError as error:
+        yield Finding("error", str(error))
 
 
 def _answers(case: Case, where: str) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from ds_moe.config.rollout import BUILT_IN_REWARDS, FUNCTION, RewardConfig, RewardFunction
+from ds_moe.config.rollout import BUILT_IN_REWARDS, FUNCTION, OVERLONG, RewardConfig, RewardFunction
 from ds_moe.data.chat import final_answer
 from ds_moe.errors import UserError, one_line, shown
 from ds_moe.rollout.reward_process import Failure, RewardProcess
@@ -20,7 +20,6 @@ RECENT = 256  # completions whose share of failures ends a run
 FEWEST = 16  # of them, before it is judged
 SAID = 20  # kinds of failures that are said, each once
 MOST_SOURCE = 1 << 20  # bytes of the file of a function
-OVERLONG = "overlong"  # the name of the penalty among the parts of a reward
 
 
 def exact(completion: str, answer: str) -> float:
