@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.utils.logging import disable_progress_bar
 
 from ds_moe.export.model import export_checkpoint
 from ds_moe.models.families import family_of
 from ds_moe.models.processor import tiny_processor
+from ds_moe.monitor.plot import read_run
 from tools.demos.rl.check import HandOvers, checked
 from tools.demos.rl.plot import PHASES, write_figure
 from tools.demos.running import EXECUTABLE, ROOT, finish, run, start_anew
@@ -37,7 +37,13 @@ FOLDER = Path("runs/rl_demo")
 WARM_UP = 40  # supervised steps
 NO_EVALUATION = ("data.eval=null", "train.eval_every=null", "train.eval_batch_size=null")
 ARMS = {"with replay": "true", "without": "false"}
-OF_STEPS = ("reward", "mismatch_k3", "routers_changed", "mismatch_large")  # of a round's first step: nothing has moved
+OF_STEPS = {  # of the first step of a round, before the policy has moved: name -> curve
+    "reward": "rl/round_reward",
+    "loss": "train/loss",
+    **{
+        name: f"rl/{name}" for name in ("mismatch_k3", "mismatch_large", "routers_changed", "tokens_changed", "entropy")
+    },
+}
 
 
 def main() -> int:
@@ -111,17 +117,14 @@ def reinforce(arm: str, engine: str, url: str | None) -> list[dict[str, Any]]:
 
 def read_rounds(output: Path) -> list[dict[str, Any]]:
     """What the run says of its rounds: seconds by phase, and the curves at the first step of each."""
-    events = EventAccumulator(str(output), {"scalars": 0}).Reload()
-    curves = {tag: {one.step: one.value for one in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-    losses = [tag for tag in curves if tag.split("/")[-1] == "loss"]
+    curves = {tag: dict(points) for tag, points in read_run(output).curves.items()}
     found = []
     for file in sorted((output / "rollouts").glob("round_*.json")):
         facts = json.loads(file.read_text())
         step = facts["step"] + 1
-        here = {name: curves[f"rl/{name}"][step] for name in OF_STEPS if f"rl/{name}" in curves}
+        here = {name: curves[tag][step] for name, tag in OF_STEPS.items() if tag in curves}
         seconds = {phase: curves[f"rl/{phase}"].get(step, 0.0) for phase in PHASES if f"rl/{phase}" in curves}
-        loss = [curves[tag][step] for tag in losses if step in curves[tag]]
-        found.append({**here, "loss": loss[0], "completions": facts["records"], "seconds": seconds})
+        found.append({**here, "completions": facts["records"], "seconds": seconds})
     for one, after in zip(found, found[1:], strict=False):  # a round's training is known when the next one begins
         one["seconds"]["train_s"] = after["seconds"].get("train_s", 0.0)
     return found
