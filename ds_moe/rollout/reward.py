@@ -114,6 +114,7 @@ class RewardPool:
         self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self.failures: Counter[str] = Counter()
         self.scored = 0
+        self._closed = False
         self._own = [_described(one, config, at) for one in config.own_functions]
         if self._own:
             self._start()
@@ -197,6 +198,8 @@ class RewardPool:
         return Scored(total, parts)
 
     def _count(self, case: Candidate, scored: Scored | Failure) -> None:
+        if self._closed:  # the run ends, and what was asked meanwhile says nothing about the function
+            return
         self.scored += 1
         self._recent.append(isinstance(scored, Failure))
         if not isinstance(scored, Failure):
@@ -230,7 +233,8 @@ class RewardPool:
         return found
 
     def close(self) -> None:
-        """End every process, and all that came of it. What was not collected is lost."""
+        """End every process, and all that came of it. What was not collected is lost: it has no reward."""
+        self._closed = True
         for process in self._processes:
             process.close()
             self._queue.put(None)

@@ -357,7 +357,7 @@ def test_too_many_failures_end_the_run(rewards):
 
 
 def test_a_wait_can_be_ended(rewards):
-    pool, _ = rewards("import time\ndef score(completion, answer, record):\n    time.sleep(60)\n", timeout_s=60.0)
+    pool, notes = rewards("import time\ndef score(completion, answer, record):\n    time.sleep(60)\n", timeout_s=60.0)
 
     class Stop(Exception):
         pass
@@ -365,8 +365,9 @@ def test_a_wait_can_be_ended(rewards):
     def stop():
         raise Stop
 
-    began = time.monotonic()
+    began, waiting = time.monotonic(), [pool.submit(Candidate("", "")) for _ in range(99)]
     with pytest.raises(Stop):
-        pool.collect([pool.submit(Candidate("", ""))], while_waiting=stop)
+        pool.collect(waiting, while_waiting=stop)
     pool.close()
+    assert pool.collect(waiting) == [None] * 99 and not pool.failures and not notes
     assert time.monotonic() - began < 20
