@@ -49,9 +49,10 @@ def _answers(case: Case, where: str) -> Iterator[Finding]:
     from ds_moe.rollout.engine import EnginesGone
     from ds_moe.tasks.rl.online.engines import make_engine
 
-    assert case.processor is not None
+    config = case.config
+    at_once = config.rl.model_copy(update={"engine": config.rl.engine.model_copy(update={"wait_s": 0.0})})
     try:
-        for line in make_engine(case.config).check():
+        for line in make_engine(config.model_copy(update={"rl": at_once})).check():
             yield Finding("ok", f"engine: {line}")
     except EnginesGone as gone:
         elsewhere = case.device.source == GIVEN  # the job runs on another machine, which may reach the servers

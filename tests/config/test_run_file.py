@@ -413,6 +413,18 @@ RULES = {
         "moe.replay.enabled needs moe.router.kind topk, which is hash",
     ),
     "rl.reward": ([*RL, "rl.reward.function=contains"], "rl.reward would not be used: there is no rl.engine"),
+    "rl.reward.function": (
+        [*LOCAL, "rl.reward.function=exact", "rl.reward.functions=[{function: contains}]"],
+        "rl.reward.function would not be used: rl.reward.functions lists them",
+    ),
+    **{
+        f"rl.reward.{key}": ([*LOCAL, f"rl.reward.{key}={value}"], "would not be used: the rewards are built in")
+        for key, value in {"timeout_s": 1.0, "processes": 1, "memory_gb": 1.0, "max_failed": 0.1}.items()
+    },
+    "rl.reward.overlong_penalty": (
+        [*LOCAL, "rl.reward.overlong_penalty=2.0"],
+        "rl.reward.overlong_penalty would not be used: rl.reward.overlong_buffer is not set",
+    ),
     **{
         f"rl.engine.{key}": ([*LOCAL, f"rl.engine.{key}={value}"], f"rl.engine.{key} would not be used: rl.engine.kind")
         for key, value in {

@@ -22,13 +22,9 @@ def _no_server(config: RunConfig) -> str | None:
     return "rl.engine.kind is local" if engine is not None and engine.kind == "local" else None
 
 
-def _no_engine(config: RunConfig) -> str | None:
-    reinforces_file = task_is(config, "rl") and config.rl.engine is None
-    return "there is no rl.engine, and the records of data.train bring their rewards" if reinforces_file else None
-
-
-UNUSED: dict[str, Unused] = {"rl.reward": _no_engine}
-UNUSED |= {f"rl.engine.{key}": _no_server for key in ("urls", "model", "key_from", "in_flight", "timeout_s", "wait_s")}
+UNUSED: dict[str, Unused] = {
+    f"rl.engine.{key}": _no_server for key in ("urls", "model", "key_from", "in_flight", "timeout_s", "wait_s")
+}
 
 
 def contradictions(config: RunConfig) -> Iterator[Complaint]:

@@ -10,7 +10,7 @@ from ds_moe.config.run import RunConfig, task_is
 
 def _no_engine(config: RunConfig) -> str | None:
     alone = task_is(config, "rl") and config.rl.engine is None
-    return "there is no rl.engine, and the rollouts of a file bring their rewards" if alone else None
+    return "there is no rl.engine, and the records of data.train bring their rewards" if alone else None
 
 
 def _built_in(config: RunConfig) -> str | None:
