@@ -17,11 +17,13 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.position import DataPosition, position_problems, same_file
 from ds_moe.errors import UserError
 from ds_moe.models.families import full_shape
+from ds_moe.models.matrices import ADAM_MOMENTS, by_muon
 
-MODEL = ("weight/", "buffer/")  # begin the keys of a model's tensors; those of Adam's moments begin otherwise
+MODEL = ("weight/", "buffer/")  # begin the keys of a model's tensors; those of moments begin otherwise
 NAMED = 5  # parameters that a message names
 OTHER_FOLDER = "choose another train.output_dir"
 START_ANEW = f"{OTHER_FOLDER}, and begin from an export of it (model.path)"
+KEEP_MUON = f"leave train.optimizer muon, or {START_ANEW}"
 
 
 def chosen(
@@ -89,7 +91,7 @@ def misfits(path: Path, run: Resumption) -> list[str]:
     state, found = json.loads((path / STATE).read_text()), list(_other_task(path, run.config))
     if run.model is not None:
         of_model = model_misfits(path, run.model, run.ep_size, run.base)
-        found += of_model or (_unlearned(path, run.model) if state["adam_step"] else [])
+        found += of_model or (_unlearned(path, run) if state["adam_step"] else [])
     if run.files_follow and not same_file(state["data"], run.order):
         return found
     return found + position_problems(state["data"], run.order)
@@ -118,12 +120,15 @@ def model_misfits(path: Path, model: torch.nn.Module, ep_size: int, base: dict[s
     return found
 
 
-def _unlearned(path: Path, model: torch.nn.Module) -> list[str]:
-    """A complaint about parameters that are trained now and were frozen."""
-    learned = {key.split("/", 1)[1] for key in Reader(path).tensors if not key.startswith(MODEL)}
-    new = [name for name, one in model.named_parameters() if one.requires_grad and name not in learned]
+def _unlearned(path: Path, run: Resumption) -> list[str]:
+    """A complaint about parameters that are trained now and were frozen, or were trained by Muon and now by AdamW."""
+    saved, short = Reader(path).tensors, by_muon(run.model, run.config)
+    trained = [name for name, one in run.model.named_parameters() if one.requires_grad]
+    new = [name for name in trained if f"{ADAM_MOMENTS[0]}/{name}" not in saved]
     if not new:
-        return []
+        if all(name in short or f"{ADAM_MOMENTS[1]}/{name}" in saved for name in trained):
+            return []
+        return [f"checkpoint {path} was trained by Muon, and holds no second moments for AdamW: {KEEP_MUON}"]
     more = f" and {len(new) - NAMED} more" if len(new) > NAMED else ""
     return [
         f"checkpoint {path} holds no Adam moments of {', '.join(new[:NAMED])}{more}, frozen there and trained here: "

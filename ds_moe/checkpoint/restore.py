@@ -56,7 +56,7 @@ def load(engine: deepspeed.DeepSpeedEngine, topology: Topology, path: Path, with
         rows = _own_rows(name, parameter, topology)
         zero_state.write(parameter, zero_state.WEIGHT, reader.read(f"weight/{name}", rows))
         if parameter.requires_grad and state["adam_step"]:
-            for moment in zero_state.MOMENTS:
+            for moment in zero_state.moments(parameter):
                 zero_state.write(parameter, moment, reader.read(f"{moment}/{name}", rows))
     _load_buffers(engine.module, reader)
     _restore_progress(engine, state)

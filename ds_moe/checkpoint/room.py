@@ -3,6 +3,7 @@
 import math
 import shutil
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 
 from torch import nn
@@ -12,9 +13,16 @@ from ds_moe.checkpoint.fit import persistent_buffers, saved_parameters
 from ds_moe.models.families import full_shape
 
 TRAINED_BYTES = 12  # of an element: the fp32 weight and Adam's two moments
+MUON_BYTES = 8  # the weight and the momentum
 
 
-def checkpoint_bytes(model: nn.Module, ep_size: int, with_frozen: bool, frozen_width: int | None = None) -> int:
+def checkpoint_bytes(
+    model: nn.Module,
+    ep_size: int,
+    with_frozen: bool,
+    frozen_width: int | None = None,
+    by_muon: Container[str] = (),
+) -> int:
     """Bytes of the tensors of one checkpoint, those of all ranks together.
 
     Args:
@@ -22,11 +30,16 @@ def checkpoint_bytes(model: nn.Module, ep_size: int, with_frozen: bool, frozen_w
         ep_size: ranks that its experts are those of one of; 1 for an outline.
         with_frozen: whether parameters that are not trained are saved too.
         frozen_width: bytes of their elements; None: what they have in `model`.
+        by_muon: names of the parameters that Muon trains.
     """
+
+    def trained(name: str) -> int:
+        return MUON_BYTES if name in by_muon else TRAINED_BYTES
+
     buffers = sum(buffer.nbytes for _, buffer in persistent_buffers(model))
     return buffers + sum(
         math.prod(full_shape(name, one, ep_size))
-        * (TRAINED_BYTES if one.requires_grad else frozen_width or one.element_size())
+        * (trained(name) if one.requires_grad else frozen_width or one.element_size())
         for name, one in saved_parameters(model, with_frozen).items()
     )
 

@@ -76,7 +76,9 @@ class Saving:
             "base": base,
         }
         shares = over_ranks(sum(value.nbytes for value in (carried or {}).values()))
-        size = checkpoint_bytes(engine.module, topology.ep_size, base is None) + sum(shares)
+        parameters = saved_parameters(engine.module, base is None).items()
+        short = {name for name, one in parameters if len(zero_state.moments(one)) == 1}
+        size = checkpoint_bytes(engine.module, topology.ep_size, base is None, by_muon=short) + sum(shares)
         prepare = (lambda: self._prepare(size)) if topology.rank == 0 else lambda: None
         raise_together(together(topology, f"prepare {self.partial}", prepare)[topology.rank])
         tensors = _collect(engine, topology, base is None, progress)
@@ -158,14 +160,15 @@ def _collect(
     mine: dict[str, tuple[Tensor, list[int]]] = {}
     to_host = HostCopy(topology.device)
     zero_state.link_moments(engine)
-    kinds = (zero_state.WEIGHT, *(zero_state.MOMENTS if zero_state.adam_step(engine) else ()))
+    has_moments = zero_state.adam_step(engine) > 0
     expert_copies = topology.world_size // topology.ep_size
     for index, (name, parameter) in enumerate(saved_parameters(engine.module, with_frozen).items()):
         progress()
         sharded = expert_state(name)
         writer = topology.rank // topology.ep_size if sharded else topology.rank
         writes = writer == index % (expert_copies if sharded else topology.world_size)
-        for kind in kinds if parameter.requires_grad else (zero_state.WEIGHT,):
+        moments = zero_state.moments(parameter) if has_moments and parameter.requires_grad else ()
+        for kind in (zero_state.WEIGHT, *moments):
             value = zero_state.read(parameter, kind)
             if writes:
                 rows = value.shape[0] if value.dim() else 1

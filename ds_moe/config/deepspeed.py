@@ -8,6 +8,7 @@ import json
 import os
 from copy import deepcopy
 
+from ds_moe.config import deepspeed_keys as keys
 from ds_moe.config.deepspeed_json import (
     AUTO,
     DeepSpeedJson,
@@ -17,7 +18,6 @@ from ds_moe.config.deepspeed_json import (
     section,
     without_switched_off,
 )
-from ds_moe.config.deepspeed_keys import FP32_NAMES
 from ds_moe.config.divisors import accumulation_steps, ep_size_problem
 from ds_moe.config.rules.rule import written
 from ds_moe.config.run import RunConfig
@@ -99,9 +99,11 @@ def deepspeed_problems(
         complaints += _fill(resolved, key, yaml_key, value, source, config)
     _finish_data_types(resolved, accumulates=accumulation != 1)
     complaints += _other_optimizer(resolved, source)
+    muon = config.train.optimizer == "muon"
+    complaints += _beside_muon(resolved, source, config) if muon else []
     if complaints:
         return {}, complaints
-    _finish_optimizer(resolved)
+    _finish_optimizer(resolved, muon)
     _finish_timers(resolved)
     zero = section(resolved, "zero_optimization")
     if zero["stage"] == 2 and not on_cpu and zero.get("overlap_comm", AUTO) == AUTO:
@@ -126,7 +128,7 @@ def zero_plan(resolved: dict[str, Plain]) -> ZeroPlan:
         offload_param=section(zero, "offload_param").get("device") not in ("none", None),
         bf16=section(resolved, "bf16").get("enabled", False),
         overlaps=zero.get("overlap_comm") is True,
-        fp32_sums=section(resolved, "data_types").get("grad_accum_dtype") in FP32_NAMES,
+        fp32_sums=section(resolved, "data_types").get("grad_accum_dtype") in keys.FP32_NAMES,
         **{name: zero[key] for name, key in sizes.items() if zero.get(key) is not None},
     )
 
@@ -249,18 +251,34 @@ def _other_optimizer(resolved: dict[str, Plain], source: DeepSpeedJson) -> list[
     return [f"{source.at(key)}: {text}, has no checkpoints of ours; remove it, or use stage 2 or 3"]
 
 
-def _finish_optimizer(resolved: dict[str, Plain]) -> None:
+def _beside_muon(resolved: dict[str, Plain], source: DeepSpeedJson, config: RunConfig) -> list[str]:
+    """Complaints about what a run by Muon would not use or cannot do."""
+    params, found = section(section(source.values, "optimizer"), "params"), []
+    at = f"{config.at('train.optimizer')} train.optimizer is muon"
+    for key in params:
+        if key in keys.ADAM_KEYS and key not in keys.BESIDE_MUON:
+            dotted = f"optimizer.params.{key}"
+            found.append(f"{source.at(dotted)}: {dotted} would not be used: {at}, whose AdamW is torch's; remove it")
+    if zero_plan(resolved).offload_optimizer:
+        key = "zero_optimization.offload_optimizer"
+        why = "whose step multiplies matrices, which would be slow on the host"
+        found.append(f"{source.at(key)}: {key} is not supported: {at}, {why}; remove one of them")
+    return found
+
+
+def _finish_optimizer(resolved: dict[str, Plain], muon: bool) -> None:
     """Let torch's fused AdamW step wherever the optimizer state lies beside the weights.
 
     DeepSpeed's own Adam would be compiled at the first start: on a GPU with nvcc, which images of torch lack. The one
-    for offloaded state needs g++ alone, and is several times as fast there as torch's.
+    for offloaded state needs g++ alone, and is several times as fast there as torch's. `engine/muon.py` asks for the
+    same of torch itself.
     """
     optimizer = section(resolved, "optimizer")
     optimizer.setdefault("type", "AdamW")
     params = section(optimizer, "params")
     if params.get("eps", AUTO) == AUTO:
         params["eps"] = 1e-8
-    if not zero_plan(resolved).offload_optimizer:
+    if not muon and not zero_plan(resolved).offload_optimizer:
         params.setdefault("torch_adam", True)
         if params["torch_adam"]:
             params["fused"] = True  # torch then makes one pass over weights and moments, without temporary copies

@@ -105,6 +105,10 @@ def _check_optimizer(source: DeepSpeedJson) -> list[str]:
     found = _check_names(source, "optimizer", optimizer, ["type", "params"], {})
     found += _check_names(source, "optimizer.params", section(optimizer, "params"), keys.ADAM_KEYS, {})
     kind = optimizer.get("type", "AdamW")
+    if isinstance(kind, str) and kind.lower() == "muon":
+        text = "DeepSpeed's takes an expert's gate and up rows for one matrix and clips finished updates"
+        fix = "write train.optimizer: muon in the run file, and 'AdamW' here, which trains the rest"
+        return [*found, f"{source.at('optimizer.type')}: optimizer.type is {kind!r}: {text}; {fix}"]
     if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
         found.append(f"{source.at('optimizer.type')}: optimizer.type is {kind!r}; must be 'AdamW' or 'Adam'")
     return found

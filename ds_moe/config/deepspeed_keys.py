@@ -84,4 +84,5 @@ KINDS = {
         zero_optimization.allgather_partitions zero_optimization.round_robin_gradients""",
 }
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")  # names of fp32 in data_types
+BESIDE_MUON = ("lr", "betas", "eps", "weight_decay")  # keys of Adam that a run with train.optimizer muon reads
 ADAM_KEYS = ["lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "fp32_optimizer_states"]

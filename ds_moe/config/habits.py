@@ -59,6 +59,8 @@ _ROWS = {
     # optimizer and schedule
     "learning_rate": "train.lr",
     "vit_lr aligner_lr embedding_learning_rate loraplus_lr_ratio": "ds_moe has one learning rate, train.lr",
+    "muon_learning_rate muon_matched_adamw_rms": "write train.muon_lr, for updates of AdamW's size (RMS 0.2)",
+    "use_muon": "write train.optimizer: muon",
     "lr_scheduler_type lr_scheduler lr_decay_style scheduler": "write train.schedule: cosine, linear or constant",
     "lr_scheduler_kwargs": "write train.min_lr_ratio, the end of the cosine as a share of train.lr",
     "min_lr": "write train.min_lr_ratio: min_lr / lr",
@@ -66,7 +68,7 @@ _ROWS = {
     "lr_warmup_iters num_warmup_steps": "train.warmup_steps",
     "adam_beta1 adam_beta2 beta1 beta2": "write train.betas: [beta1, beta2]",
     "adam_epsilon adam_eps": "write it into the DeepSpeed JSON, optimizer.params.eps",
-    "optim optimizer": "leave it out: the optimizer is AdamW",
+    "optim": "write train.optimizer: adamw or muon",
     "gradient_clipping clip_grad gradient_clip_val": "train.max_grad_norm",
     "label_smoothing_factor neftune_noise_alpha": "ds_moe has no label smoothing and no noise on embeddings",
     "bf16 pure_bf16 mixed_precision": "write train.precision: bf16 for true, fp32 for false",

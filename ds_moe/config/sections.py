@@ -82,7 +82,10 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(default=1, gt=0)  # samples of one rank in one forward; with data.packing instead
     tokens_per_micro_batch: int | None = Field(default=None, gt=0)  # at most so many tokens; default data.max_length
     global_batch_size: int = Field(default=8, gt=0)  # samples of an optimizer step; determines the accumulation
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices of hidden layers, AdamW for the rest
     lr: float = Field(default=1e-5, gt=0)
+    muon_lr: float | None = Field(default=None, gt=0)  # of Muon's matrices, which AdamW's would suit; default lr
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)  # where the cosine ends, as a share of lr

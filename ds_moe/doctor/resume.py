@@ -33,6 +33,7 @@ def find_checkpoint(case: Case) -> Iterator[Finding]:
 def check_room(case: Case) -> Iterator[Finding]:
     """The size of the run's checkpoints against what is free on the disk of its output folder."""
     from ds_moe.checkpoint.room import checkpoint_bytes, no_room, outlook, soon_full
+    from ds_moe.models.matrices import by_muon
     from ds_moe.models.stored_names import Carried
     from ds_moe.tasks.registry import task_kind
 
@@ -40,7 +41,8 @@ def check_room(case: Case) -> Iterator[Finding]:
     if case.outline is None or case.zero is None:
         return
     with_frozen = task_kind(config).base(config) is None
-    size = checkpoint_bytes(case.outline, 1, with_frozen, case.zero.width)
+    matrices = by_muon(case.outline, config)
+    size = checkpoint_bytes(case.outline, 1, with_frozen, case.zero.width, matrices)
     size += Carried(case.outline, case.files if with_frozen else None).nbytes
     folder, keep, where = Path(config.train.output_dir, "checkpoints"), config.checkpoint.keep, config.at("checkpoint")
     if problem := no_room(folder, size):

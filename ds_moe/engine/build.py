@@ -1,9 +1,11 @@
 """Builds a DeepSpeed engine from a model and a run's settings, and checks what must hold before the first step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import set_z3_leaf_module, z3_leaf_parameter
@@ -17,29 +19,40 @@ from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import TrainConfig
 from ds_moe.engine.moe_binding import BoundInBlock, BoundMoELayer
+from ds_moe.engine.muon import MuonAdamW
 from ds_moe.engine.start import share_patience
 from ds_moe.engine.unshared import spare_copies
 from ds_moe.errors import UserError
 from ds_moe.models.convert import moe_layers
+from ds_moe.models.matrices import Stack, by_muon
+
+NO_MATRICES: Mapping[str, Stack] = MappingProxyType({})
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, adapter_lr: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    adapter_lr: float | None = None,
+    matrices: Mapping[str, Stack] = NO_MATRICES,
+    **muon: float,
+) -> list[dict[str, Any]]:
     """The optimizer's groups, as DeepSpeed wants them.
 
-    Matrices have weight decay, vectors have none, and experts have groups of their own. With an `adapter_lr`, their
-    learning rate, so do the adapters of a gated model.
+    Matrices have weight decay, vectors have none, and experts have groups of their own. So do the adapters of a gated
+    model, with an `adapter_lr`, their learning rate, and the `matrices` that Muon trains, with the keys of `muon`.
 
     Experts come first: ZeRO-3 lays all it trains into one buffer, in this order and without gaps, and a grouped product
     on a GPU takes matrices that begin at a multiple of 16 bytes, which what lies before them must not spoil.
     """
     banked = {id(one) for one in model.adapter_bank.parameters()} if adapter_lr is not None else set()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    others = [parameter for parameter in trained if id(parameter) not in banked]
-    adapters = [parameter for parameter in trained if id(parameter) in banked]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters = [parameter for parameter in trained.values() if id(parameter) in banked]
+    others = [one for name, one in trained.items() if id(one) not in banked and name not in matrices]
     groups = [
+        {"name": "adapters", "params": adapters, "weight_decay": weight_decay, "lr": adapter_lr},
+        {"name": "muon", "params": [trained[name] for name in matrices], "weight_decay": weight_decay, **muon},
         {"name": "matrices", "params": [one for one in others if _dimensions(one) > 1], "weight_decay": weight_decay},
         {"name": "vectors", "params": [one for one in others if _dimensions(one) <= 1], "weight_decay": 0.0},
-        {"name": "adapters", "params": adapters, "weight_decay": weight_decay, "lr": adapter_lr},
     ]
     split = split_params_into_different_moe_groups_for_optimizer(groups)
     split.sort(key=lambda group: not group.get("moe", False))
@@ -81,15 +94,29 @@ def build_engine(
             "frozen experts (model.freeze, train.stage router_only, or lora without lora.experts, or task gate) need "
             "ZeRO stage 3: choose a DeepSpeed JSON of ZeRO stage 3, or train the experts"
         )
-    groups = parameter_groups(model, config.train.weight_decay, adapter_lr)
+    train, matrices = config.train, by_muon(model, config)
+    muon = {"lr": train.muon_lr or train.lr, "momentum": train.muon_momentum} if matrices else {}
+    groups = parameter_groups(model, train.weight_decay, adapter_lr, matrices, **muon)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    schedule = scheduler_factory(config.train, total_steps)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config, lr_scheduler=schedule)
+    schedule = scheduler_factory(train, total_steps)
+    stepped = _by_muon(groups, ds_config) if matrices else {"model_parameters": groups, "config": ds_config}
+    named = dict(model.named_parameters())
+    engine, *_ = deepspeed.initialize(model=model, lr_scheduler=schedule, **stepped)
+    if matrices:
+        engine.basic_optimizer.find_matrices(engine, {named[name]: stack for name, stack in matrices.items()})
     share_patience()
     _check_invariants(engine, grouped, stage)
     _check_layers(layers, stage)
     spare_copies(engine)
     return engine
+
+
+def _by_muon(groups: list[dict[str, Any]], ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `deepspeed.initialize` for an optimizer that DeepSpeed does not know."""
+    rest = {**ds_config, "zero_allow_untested_optimizer": True}
+    adam = rest.pop("optimizer")["params"]
+    precision = torch.bfloat16 if zero_plan(ds_config).bf16 else torch.float32
+    return {"optimizer": MuonAdamW(groups, precision, **adam), "config": rest}
 
 
 def build_without_optimizer(model: PreTrainedModel, ds_config: dict[str, object]) -> deepspeed.DeepSpeedEngine:

@@ -20,8 +20,14 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from ds_moe.models.matrices import ADAM_MOMENTS, MUON_MOMENTS
+
 WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def moments(trained: Tensor) -> tuple[str, ...]:
+    """The moments of a trained parameter, or of a flat partition."""
+    return MUON_MOMENTS if getattr(trained, "by_muon", False) else ADAM_MOMENTS
 
 
 def is_stage3(engine: deepspeed.DeepSpeedEngine) -> bool:
@@ -53,7 +59,7 @@ def start_adam(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
         state = optimizer.state[flat]
         # torch's fused Adam counts in a tensor beside the weights; DeepSpeed's count in integers.
         state["step"] = torch.tensor(float(step), device=flat.device) if counts_in_tensors else step
-        for moment in MOMENTS:
+        for moment in moments(flat):
             state[moment] = torch.zeros_like(flat, dtype=torch.float32)
     if isinstance(optimizer, DeepSpeedCPUAdam):
         _count_up(optimizer, step)

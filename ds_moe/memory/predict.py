@@ -15,10 +15,13 @@ from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.memory.activations import NO_ACTIVATIONS, Activations, activations
 from ds_moe.memory.parameter_counts import ParameterCounts, count_parameters
 from ds_moe.models.families import family_of
+from ds_moe.models.matrices import by_muon
 
 GIB = 2**30
 BUSY = 0.9  # share of the memory that a run may plan with; the rest is for fragmentation
 ADAM_BYTES = 12  # per element: two moments and an fp32 master weight, which ZeRO makes of fp32 weights too
+MUON_SAVES = 4  # of them: it has one moment
+MUON_BUCKET = 2**26  # elements that the ranks of a group exchange at a time (`engine/flat_matrices.py`)
 RUNTIME_BYTES = {"cpu": GIB // 2, "accelerator": 3 * GIB // 2}  # libraries, context, communication buffers
 READING_BYTES = 2**27  # at most, while models/streaming.py reads: mapped pages of the files and a block of a tensor
 KEPT_FREE = "freed, kept by malloc"
@@ -86,9 +89,13 @@ def predict(
     ep_size = config.moe.ep_size if config.moe else 1
     counts, whole = count_parameters(model, ep_size, world_size), family_of(model).measured
     made = activations(model, config, zero.width, ep_size, on_cpu) if whole else NO_ACTIVATIONS
-    states, host = _states(counts, zero)
+    stacks = by_muon(model, config).values()
+    muon = sum(stack.count * stack.rows * stack.columns for stack in stacks) / world_size
+    states, host = _states(counts, zero, muon)
     host |= {"inputs of layers": made.moved} if made.moved else {}
     moments = _moments(counts, zero, made, config, world_size, on_cpu)
+    if muon:
+        moments["the optimizer steps"]["matrices at work"] = _orthogonalised(muon, zero, world_size)
     moment, parts = max(moments.items(), key=lambda one: sum(one[1].values()))
     device = {**states, **parts}
     if on_cpu:
@@ -103,10 +110,10 @@ def _whole_bytes(sizes: dict[str, float]) -> dict[str, int]:
     return {name: int(size) for name, size in sizes.items()}
 
 
-def _states(counts: ParameterCounts, zero: ZeroPlan) -> tuple[dict[str, float], dict[str, float]]:
+def _states(counts: ParameterCounts, zero: ZeroPlan, muon: float) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes that are in use all the time, on the device and on the host."""
     weights = zero.width * (counts.owned if zero.stage == 3 else counts.held)
-    device: dict[str, float] = {"weights": weights, "optimizer": ADAM_BYTES * counts.owned_trained}
+    device: dict[str, float] = {"weights": weights, "optimizer": ADAM_BYTES * counts.owned_trained - MUON_SAVES * muon}
     host: dict[str, float] = {}
     if zero.offload_optimizer:
         host["optimizer"] = device.pop("optimizer")
@@ -192,6 +199,12 @@ def _flat_gradient(counts: ParameterCounts, zero: ZeroPlan) -> float:
         return 0.0
     elements = min(counts.group, zero.sub_group) if zero.stage == 3 else counts.group
     return elements * (4 + zero.sum_width if zero.sum_width < 4 else 4)
+
+
+def _orthogonalised(muon: float, zero: ZeroPlan, world_size: int) -> float:
+    """Bytes of what Muon works with: its share of a bucket thrice, as it is sent, received and put together, and four
+    tensors of Newton-Schulz in the precision of weights (`engine/muon.py`)."""
+    return (3 * 4 + 4 * zero.width) * min(muon, MUON_BUCKET / world_size)
 
 
 def _norm_copy(counts: ParameterCounts, zero: ZeroPlan) -> float:

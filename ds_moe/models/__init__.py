@@ -15,6 +15,7 @@ convert.py      MoE blocks, or their experts, become our layers
 router_forms.py routers of families that ours repeats
 hooks.py        what the layers are told of each forward
 freeze.py       what a run trains, and what not
+matrices.py     what Muon trains of a model
 lora.py         low-rank updates
 vision.py       ranks without images
 attention.py    rows that hold several samples

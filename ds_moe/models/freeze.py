@@ -9,6 +9,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.errors import UserError
 from ds_moe.models.families import expert_state, family_of
 from ds_moe.models.lora import add_lora
+from ds_moe.models.matrices import hidden_matrices
 
 
 def set_trainable(model: PreTrainedModel, config: RunConfig) -> None:
@@ -18,11 +19,16 @@ def set_trainable(model: PreTrainedModel, config: RunConfig) -> None:
     """
     if config.lora is not None:
         add_lora(model, config.lora, config.train.seed)
-        return
-    patterns = list(config.model.freeze)
-    if config.train.stage == "router_only":
-        patterns.append(rf"^(?!.*{family_of(model).parts['router']})")
-    freeze(model, patterns)
+    else:
+        patterns = list(config.model.freeze)
+        if config.train.stage == "router_only":
+            patterns.append(rf"^(?!.*{family_of(model).parts['router']})")
+        freeze(model, patterns)
+    if config.train.optimizer == "muon" and not hidden_matrices(model):
+        raise UserError(
+            f"{config.at('train.optimizer')}: train.optimizer muon: nothing that is trained is a matrix of a hidden "
+            "layer; leave it out"
+        )
 
 
 def freeze(model: PreTrainedModel, patterns: list[str]) -> None:

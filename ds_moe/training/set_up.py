@@ -31,6 +31,7 @@ from ds_moe.models.attention import check_packable
 from ds_moe.models.convert import moe_layers
 from ds_moe.models.generation import stop_at
 from ds_moe.models.load import build_outline, experts_of, load_model, model_config, processor_of
+from ds_moe.models.matrices import by_muon
 from ds_moe.models.routing import routing_note
 from ds_moe.models.stored_names import Carried
 from ds_moe.moe.context import ForwardContext
@@ -71,7 +72,7 @@ def set_up(config: RunConfig) -> Run:
     base = kind.base(config)  # an export reads what is carried from it, as it does its weights
     from_files = base is None and config.model.path is not None
     carried = Carried(outline, SafetensorsFiles.find(str(config.model.path)) if from_files else None)
-    size = checkpoint_bytes(outline, 1, with_frozen=base is None, frozen_width=zero.width) + carried.nbytes
+    size = checkpoint_bytes(outline, 1, base is None, zero.width, by_muon(outline, config)) + carried.nbytes
     raise_together(_no_room(config, size) if topology.rank == 0 else None)
     memory = predict(outline, config, zero, topology.world_size, on_cpu())
     model, context = load_prepared(config, topology, processor, ds_config)

@@ -71,7 +71,7 @@ def optimizer_step(
     share = max(labels, 1) / all_micro_batches
     if parts.context is not None:
         parts.context.mean_sequences = samples / all_micro_batches
-    lr = engine.get_lr()[0]
+    lr = engine.get_lr()[-1]  # of the last group, whose rate is train.lr unless there is none beside Muon's
     losses = torch.zeros(2, dtype=torch.float64, device=device)  # language, auxiliary
     ep = parts.layers[0].dispatcher.ep if parts.layers else ExpertParallel()
     ep.sent_bytes = 0

@@ -5,6 +5,7 @@ from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.data.packing import PackedRows
 from ds_moe.models.freeze import parameter_table
 from ds_moe.models.lora import coverage
+from ds_moe.models.matrices import by_muon
 from ds_moe.moe.backends import choose_backend
 from ds_moe.training.run import SKIPPED_STEPS, Run
 
@@ -38,7 +39,11 @@ def run_summary(run: Run) -> str:
     device, host = (sum(part.values()) / 2**30 for part in (run.memory.device, run.memory.host))
     peak = "at the peak" if run.memory.whole else "and activations, which are not predicted of this family"
     lines.append(f"memory    about {device:.1f} GiB a rank {peak}{f', {host:.1f} GiB on the host' if host else ''}")
-    size = checkpoint_bytes(engine.module, topology.ep_size, run.base is None) + run.carried.nbytes
+    matrices = by_muon(engine.module, config)
+    if matrices:
+        rate = config.train.muon_lr or config.train.lr
+        lines.append(f"muon      {len(matrices)} tensors of hidden matrices, lr {rate:g}; AdamW trains the rest")
+    size = checkpoint_bytes(engine.module, topology.ep_size, run.base is None, by_muon=matrices) + run.carried.nbytes
     lines.append(f"saves     {outlook(run.folder / 'checkpoints', size, config.checkpoint.keep)}")
     lines += run.kind.summary(engine.module, config)
     lines += run.kind.records_summary(parts.stream.remembered)

@@ -42,6 +42,7 @@ def test_frozen_parts_count_as_they_are_saved():
     assert room.checkpoint_bytes(model, 1, with_frozen=False) == 12 * 15
     assert room.checkpoint_bytes(model, 1, with_frozen=True) == 12 * 15 + 2 * 3
     assert room.checkpoint_bytes(model, 1, with_frozen=True, frozen_width=4) == 12 * 15 + 4 * 3
+    assert room.checkpoint_bytes(model, 1, with_frozen=False, by_muon={"weight"}) == 8 * 15
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):

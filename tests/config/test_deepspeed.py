@@ -307,6 +307,11 @@ REFUSALS = {
     ),
     "scheduler": ({"scheduler": {"type": "WarmupLR"}}, "scheduler is not supported: the learning rate follows train."),
     "fp16": ({"fp16": {"enabled": True}}, "fp16.enabled is True; ds_moe trains in bf16 or fp32"),
+    "DeepSpeed's Muon": (
+        {"optimizer": {"type": "Muon"}},
+        "optimizer.type is 'Muon': DeepSpeed's takes an expert's gate and up rows for one matrix and clips finished "
+        "updates; write train.optimizer: muon in the run file, and 'AdamW' here, which trains the rest",
+    ),
     "optimizer": ({"optimizer": {"type": "Lion"}}, "optimizer.type is 'Lion'; must be 'AdamW' or 'Adam'"),
     "no stage": ({"zero_optimization": {}}, "zero_optimization.stage is None; must be 1, 2 or 3"),
     "stage 0": ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0; must be 1, 2 or 3"),
@@ -383,6 +388,32 @@ def test_a_json_that_sums_in_bf16_is_warned_about(run):
     config = run({}, "train.precision=bf16")
     warning = summed_in_bf16(config, zero_plan(resolve_deepspeed(config, 2, on_cpu=True)), 2)
     assert "the gradients of 4 micro-batches are summed in bf16" in warning and "grad_accum_dtype" in warning
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"optimizer": {"params": {"torch_adam": True}}},
+            "zero.json:7: optimizer.params.torch_adam would not be used: override train.optimizer=muon train.optimizer "
+            "is muon, whose AdamW is torch's; remove it",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "zero.json:4: zero_optimization.offload_optimizer is not supported: override train.optimizer=muon "
+            "train.optimizer is muon, whose step multiplies matrices, which would be slow on the host; remove one",
+        ),
+    ],
+)
+def test_what_muon_cannot_have_beside_it(run, values, expected):
+    assert expected in complaint(run(values, "train.optimizer=muon"))
+
+
+@pytest.mark.parametrize("name", SHIPPED_NAMES[:3])
+def test_shipped_files_serve_muon(run, name):
+    text = next(path for path in SHIPPED if path.stem == name).read_text()
+    params = resolve_deepspeed(run(text, "train.optimizer=muon"), 2, on_cpu=True)["optimizer"]["params"]
+    assert params == {"lr": 0.003, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 
 
 def test_fp32_optimizer_states_may_be_written(run):

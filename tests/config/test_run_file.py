@@ -291,6 +291,13 @@ RULES = {
         "train.offload_activations would not be used: gate.stage supervised runs the model without gradients",
     ),
     "train.min_lr_ratio": (["train.min_lr_ratio=0.1", "train.schedule=linear"], "train.schedule is linear"),
+    "train.muon_lr": (["train.muon_lr=0.1"], "train.muon_lr would not be used: train.optimizer is adamw"),
+    "train.muon_momentum": (["train.muon_momentum=0.9"], "would not be used: train.optimizer is adamw"),
+    "muon of a gate": ([*GATE, "train.optimizer=muon"], "train.optimizer muon is for the hidden layers of a model"),
+    "muon of routers alone": (
+        ["train.optimizer=muon", "train.stage=router_only"],
+        "train.optimizer muon leaves routers to AdamW, and train.stage router_only trains nothing else; leave it out",
+    ),
     "train.eval_every": (["train.eval_every=5"], "train.eval_every would not be used: data.eval is not set"),
     "train.eval_batch_size": (["train.eval_batch_size=5"], "eval_batch_size would not be used: data.eval is not set"),
     "train.eval_samples": (["train.eval_samples=5", "data.eval=digits"], "train.eval_every is not set"),

@@ -286,3 +286,18 @@ def test_stage_3_replaces_linear_in_the_whole_process():
     assert not keeps()
     engine_of(nn.Linear(4, 4), zero_optimization={"stage": 3})
     assert keeps()
+
+
+def test_its_muon_moves_an_idle_expert_by_full_steps():
+    """Guard: `engine/muon.py`, which stands in its place."""
+    from deepspeed.runtime.zero.muon.original_muon import muon_update
+
+    torch.manual_seed(0)
+    momentum_eRC = torch.zeros(2, 8, 6)
+    with torch.compiler.set_stance("force_eager"):
+        first = muon_update(torch.randn(2, 8, 6), momentum_eRC, is_expert_group=True)[1].clone()
+        for _ in range(150):
+            grad_eRC = torch.randn(2, 8, 6)
+            grad_eRC[1] = 0
+            later = muon_update(grad_eRC, momentum_eRC, is_expert_group=True)[1]
+    assert momentum_eRC[1].norm() < 1e-3 and torch.isclose(later.norm(), first.norm(), rtol=0.05)

@@ -13,6 +13,7 @@ from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.engine.activation_offload import KEPT_LAYERS, LAYERS_ON_THE_WAY
+from ds_moe.engine.flat_matrices import BUCKET
 from ds_moe.memory import predict as memories
 from ds_moe.memory.activations import INPUTS_ON_DEVICE, activations
 from ds_moe.memory.parameter_counts import EXPERT_GROUP, count_parameters
@@ -106,6 +107,19 @@ def test_experts_form_the_groups_that_deepspeed_makes_of_them(preset, limit, mon
     found = count_parameters(build_outline(built), 1, 4)
     assert found.expert_group == max(sizes) / 4
     assert found.group == max(found.expert_group, found.dense_trained)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_muon_has_one_moment_of_hidden_matrices_and_works_with_a_bucket(stage):
+    adamw, muon = (run(train={"optimizer": name}) for name in ("adamw", "muon"))
+    left = ("embed_tokens", "lm_head", "norm", ".mlp.gate.")
+    named = outline(muon).named_parameters()
+    matrices = sum(p.numel() for name, p in named if not any(part in name for part in left))
+    theirs, ours = (predicted(config, zero(stage)) for config in (adamw, muon))
+    assert theirs.device["optimizer"] - ours.device["optimizer"] == 4 * matrices / 4
+    assert memories.MUON_BUCKET == BUCKET
+    work = memories._orthogonalised(matrices / 4, zero(stage), 4), memories._orthogonalised(1e12, zero(stage, True), 4)
+    assert work == (28 * matrices / 4, 20 * BUCKET / 4)
 
 
 def _moments(config: RunConfig, ds: ZeroPlan, model, on_cpu: bool = True, world_size: int = 4) -> dict:

@@ -79,6 +79,8 @@ UNUSED: dict[str, Unused] = {
     "train.tokens_per_micro_batch": needs("data.packing", True),
     "data.prefetch_factor": lambda c: None if c.data.num_workers else "data.num_workers is 0",
     "train.min_lr_ratio": needs("train.schedule", "cosine"),
+    "train.muon_lr": needs("train.optimizer", "muon"),
+    "train.muon_momentum": needs("train.optimizer", "muon"),
     "train.offload_activations": _nothing_to_offload,
     "train.eval_every": _no_eval,
     "train.eval_batch_size": _no_eval,
@@ -104,6 +106,12 @@ def alternatives(config: RunConfig) -> Iterator[Complaint]:
 
 def contradictions(config: RunConfig) -> Iterator[Complaint]:
     train = config.train
+    if train.optimizer == "muon" and task_is(config, "gate"):
+        text = "train.optimizer muon is for the hidden layers of a model, and task gate trains none"
+        yield "train.optimizer", f"{text}; leave it out"
+    if train.optimizer == "muon" and train.stage == "router_only":
+        text = "train.optimizer muon leaves routers to AdamW, and train.stage router_only trains nothing else"
+        yield "train.optimizer", f"{text}; leave it out"
     if train.patience is not None:
         if train.eval_every is None:
             yield "train.patience", "train.patience counts periodic evaluations; set train.eval_every (and data.eval)"

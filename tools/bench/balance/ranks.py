@@ -118,9 +118,10 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: list[Batch]) -> tuple[f
     return loss.item() / dist.get_world_size(), counts_LE.numpy()
 
 
-def start_run(balance: list[dict[str, Any]], seed: int, steps: int, topology: Topology) -> TrainingParts:
-    """The trainer's parts around the small language model, without those of images and files."""
-    train = {**TRAIN, "warmup_steps": min(TRAIN["warmup_steps"], steps - 1), "precision": "fp32"}
+def start_run(balance: list[dict[str, Any]], seed: int, steps: int, topology: Topology, **train: Any) -> TrainingParts:
+    """The trainer's parts around the small language model, without those of images and files; `train` replaces keys of
+    TRAIN."""
+    train = {**TRAIN, "warmup_steps": min(TRAIN["warmup_steps"], steps - 1), "precision": "fp32", **train}
     config = run_config(topology, 1, MICRO_BATCH, moe={"balance": balance}, seed=seed, steps=steps, **train)
     seed_everything(seed)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MODEL))
@@ -133,7 +134,8 @@ def start_run(balance: list[dict[str, Any]], seed: int, steps: int, topology: To
 
 def measure(plan: dict[str, Any], method: str, seed: int, texts: tuple[np.ndarray, np.ndarray], topology: Topology):
     """Train one method with one seed; yields the run's record after every evaluation, complete at the last."""
-    parts = start_run(plan["methods"][method], seed, plan["steps"], topology)
+    own = plan.get("train_of", {}).get(method, {})  # of `tools.bench.optimizers`
+    parts = start_run(plan["methods"][method], seed, plan["steps"], topology, **own)
     task, progress = Task(parts), Progress(plan["steps"])
     batches = training_steps(texts[0], seed, topology)
     held_out = held_out_batches(texts[1], topology)
