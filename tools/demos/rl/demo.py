@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,13 +38,12 @@ FOLDER = Path("runs/rl_demo")
 WARM_UP = 40  # supervised steps
 NO_EVALUATION = ("data.eval=null", "train.eval_every=null", "train.eval_batch_size=null")
 ARMS = {"with replay": "true", "without": "false"}
-OF_STEPS = {  # of the first step of a round, before the policy has moved: name -> curve
+FIRST = {  # of the first step of a round, before the policy has moved: name -> curve
     "reward": "rl/round_reward",
     "loss": "train/loss",
-    **{
-        name: f"rl/{name}" for name in ("mismatch_k3", "mismatch_large", "routers_changed", "tokens_changed", "entropy")
-    },
+    **{name: f"rl/{name}" for name in ("routers_changed", "tokens_changed", "entropy")},
 }
+MEANS = {name: f"rl/{name}" for name in ("mismatch_k3", "mismatch_large")}  # of all its steps: engine to old policy
 
 
 def main() -> int:
@@ -118,11 +118,12 @@ def reinforce(arm: str, engine: str, url: str | None) -> list[dict[str, Any]]:
 def read_rounds(output: Path) -> list[dict[str, Any]]:
     """What the run says of its rounds: seconds by phase, and the curves at the first step of each."""
     curves = {tag: dict(points) for tag, points in read_run(output).curves.items()}
-    found = []
-    for file in sorted((output / "rollouts").glob("round_*.json")):
-        facts = json.loads(file.read_text())
+    found, last = [], max(curves["train/loss"])
+    rounds = [json.loads(file.read_text()) for file in sorted((output / "rollouts").glob("round_*.json"))]
+    for facts, after in zip(rounds, [*rounds[1:], {"step": last}], strict=True):
         step = facts["step"] + 1
-        here = {name: curves[tag][step] for name, tag in OF_STEPS.items() if tag in curves}
+        here = {name: curves[tag][step] for name, tag in FIRST.items() if tag in curves}
+        here |= {name: fmean(curves[tag][at] for at in range(step, after["step"] + 1)) for name, tag in MEANS.items()}
         seconds = {phase: curves[f"rl/{phase}"].get(step, 0.0) for phase in PHASES if f"rl/{phase}" in curves}
         found.append({**here, "completions": facts["records"], "seconds": seconds})
     for one, after in zip(found, found[1:], strict=False):  # a round's training is known when the next one begins

@@ -36,8 +36,11 @@ def write_figure(rounds: dict[str, list[dict[str, Any]]], file: Path) -> None:
                 axes.plot(*zip(*values, strict=True), color=color, marker=marker, markersize=4, label=arm)
         finish_axes(axes, title, "round")
         axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-        axes.ticklabel_format(axis="y", scilimits=(-3, 3))
+        if name == "mismatch_k3":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+            axes.ticklabel_format(axis="y", scilimits=(-3, 3))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     draw_seconds(panels[-1], rounds)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -55,10 +58,11 @@ def draw_seconds(axes: Axes, rounds: dict[str, list[dict[str, Any]]]) -> None:
         axes.barh(list(means), list(means.values()), left=list(left.values()), color=color, label=what, height=0.5)
         left = {arm: left[arm] + seconds for arm, seconds in means.items()}
     finish_axes(axes, "Seconds of a round, by phase", "s")
-    axes.invert_yaxis()
+    axes.grid(False)
+    axes.set_ylim(len(rounds) - 0.4, -0.6)
 
 
 def mean_seconds(found: list[dict[str, Any]], phase: str) -> float:
-    """Over the rounds but the last, whose training ends with the run."""
-    whole = found[:-1] or found
+    """Over the rounds but the first, in which the engine starts, and the last, whose training ends with the run."""
+    whole = found[1:-1] or found
     return sum(one["seconds"].get(phase, 0.0) for one in whole) / len(whole)
