@@ -48,9 +48,13 @@ def _url_problem(url: str) -> str | None:
         return f"{url!r} is no url: {error}"
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         return f"{url!r} is no url of a server"
+    try:
+        parts.hostname.encode("idna")  # as the look-up of a name does it
+    except UnicodeError:
+        return f"{url!r} has no name of a host"
     if parts.username is not None or parts.password is not None:
         return f"the url of {parts.hostname} contains a name or password"  # which the message must not repeat
-    if parts.query or parts.fragment or any(character.isspace() for character in url):
+    if parts.query or parts.fragment or any(not character.isprintable() or character.isspace() for character in url):
         return f"{url!r} is more than the address of a server"
     if parts.path.endswith("/v1"):
         return f"{url!r} ends with /v1, which the client adds"

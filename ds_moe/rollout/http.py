@@ -209,4 +209,6 @@ def _left(ends: float) -> float:
 
 def finite(value: object) -> bool:
     """Whether it is a number, and not NaN or an infinity."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63  # JSON's integers have no end

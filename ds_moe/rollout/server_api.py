@@ -12,6 +12,7 @@ from ds_moe.rollout.http import Http, Malformed, finite
 
 CONTROL_S = 30.0  # seconds for an answer that needs no computation
 SMALL = 2**24  # bytes of such an answer at most
+MOST_ID = 2**31  # of a token: tokenizers and rollout files take no larger ones
 LARGEST = 1e-3  # by which rounding may put a log-prob above 0
 REASONS: dict[object, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 
@@ -62,7 +63,7 @@ def entries(value: object, key: str, where: str) -> list[dict[str, object]]:
 
 
 def token_ids(value: object, what: str, where: str) -> list[int]:
-    if not isinstance(value, list) or not value or not all(type(one) is int and one >= 0 for one in value):
+    if not isinstance(value, list) or not value or not all(type(one) is int and 0 <= one < MOST_ID for one in value):
         raise Malformed(f"{where}: {what} are no token ids (is the server older than the client is written for?)")
     return value
 

@@ -23,6 +23,10 @@ def test_urls_lose_a_slash_at_their_end():
         "http://ho st",
         "http://host/v1",
         "http://[::1",
+        "http://10.0.0..7:8000",
+        "http://.:80",
+        f"http://{'a' * 64}.com",
+        "http://host\x00",
         "",
     ],
 )

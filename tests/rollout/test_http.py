@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from ds_moe.rollout.http import Abandoned, Http, Malformed, Refused, Unanswered
+from ds_moe.rollout.http import Abandoned, Http, Malformed, Refused, Unanswered, finite
+from ds_moe.rollout.server_api import token_ids
 
 
 @pytest.fixture
@@ -105,3 +106,15 @@ def test_close_ends_what_is_under_way(answering):
         http.get("/x", 30.0)
     with pytest.raises(Abandoned):
         http.get("/x", 30.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, -(10**400), 2**63, True, "1", None])
+def test_what_is_no_finite_number(value):
+    assert not finite(value)
+
+
+def test_numbers_without_end_are_no_token_ids():
+    assert finite(-9999.0) and finite(3) and token_ids([0, 2**31 - 1], "ids", "here") == [0, 2**31 - 1]
+    for ids in ([10**400], [2**31], [-1], [1.0], [True], [], None):
+        with pytest.raises(Malformed, match="here: ids are no token ids"):
+            token_ids(ids, "ids", "here")
