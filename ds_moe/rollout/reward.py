@@ -220,6 +220,12 @@ class RewardPool:
         """Kinds of failures with their counts, the most frequent ones; empty without a failure."""
         return ", ".join(f"{count} {kind}" for kind, count in self.failures.most_common(5))
 
+    @property
+    def digest(self) -> str:
+        """Of the files of all functions, as they were read; empty where there are none."""
+        sources = [str(one["source"]) for one in self._own if "source" in one]
+        return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:12] if sources else ""
+
     def lines(self) -> list[str]:
         """What rewards there are, a line each, for a summary."""
         sources = {str(one["name"]): str(one.get("source", "")) for one in self._own}

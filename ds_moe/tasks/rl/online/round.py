@@ -65,7 +65,8 @@ class RoundMaker:
         stopping: Callable[[], bool],
     ) -> None:
         self._config, self._settings, self._prompts, self._processor = config, settings, prompts, processor
-        self._engine, self._rewards, self._run, self._stopping = engine, rewards, run, stopping
+        self._engine, self._rewards, self._stopping = engine, rewards, stopping
+        self._run = f"{run} {rewards.digest}".strip()  # a round that other functions have judged is another one
         self.trained: dict[str, int] = {}
         self.version, self.step = "", 0  # of the weights that the engine has
 

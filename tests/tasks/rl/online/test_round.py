@@ -44,18 +44,25 @@ def maker(write_jsonl, run_config, processor, tmp_path):
     """maker(answers, settings) -> the maker, its engine and its config, with an output folder of its own."""
     folders = (str(tmp_path / f"run_{number}") for number in count())
 
-    def make(answers, records=8, stopping=lambda: False, **settings):
+    def make(answers, records=8, stopping=lambda: False, reward="exact", **settings):
         path = write_jsonl([chat(f"question {number}", "7") for number in range(records)])
         config = run_config(path, {"max_length": 64}, output_dir=next(folders))
         engine = EngineConfig(**{**SETTINGS, **settings})
         config = config.model_copy(update={"task": "rl", "rl": config.rl.model_copy(update={"engine": engine})})
         told = Told(processor, answers)
-        prompts, rewards = Prompts(config, engine, processor, 0), RewardPool(RewardConfig(), 8)
+        prompts, rewards = (
+            Prompts(config, engine, processor, 0),
+            RewardPool(RewardConfig(function=reward, processes=1), 8),
+        )
         made = RoundMaker(config, engine, prompts, processor, told, rewards, "r", stopping)
         made.trained, made.version, made.step = {"r:4": 2}, "r:4", 4
+        opened.append(rewards)
         return made, told, config
 
-    return make
+    opened: list[RewardPool] = []
+    yield make
+    for rewards in opened:
+        rewards.close()
 
 
 def written(config, number=2):
@@ -78,6 +85,18 @@ def test_a_round_becomes_a_file_that_is_read_as_rollouts(maker, tmp_path):
     assert sampling.completions == 3 and parsed[0].tokens[: -sum(parsed[0].mask)] == prompts[0].token_ids
     assert finished_round(round_file(config.train.output_dir, 2)) == facts
     assert made.round(2, begin=0) == facts and len(told.asked) == 1  # it is there already
+
+
+def test_a_round_that_another_function_has_judged_is_sampled_anew(maker, tmp_path):
+    rewards, facts = tmp_path / "my_rewards.py", []
+    for value in (1, 1, 2):
+        rewards.write_text(f"def score(completion, answer, record):\n    return {value} * float(completion)\n")
+        made, told, config = maker(lambda prompt, number: ["7", "8", "9"], reward=f"{rewards}:score")
+        facts.append(made.round(2, begin=0))
+        again = made.round(2, begin=0)
+        assert again == facts[-1] and len(told.asked) == 1
+    assert facts[0].run == facts[1].run != facts[2].run and facts[0].run.startswith("r ")
+    assert [record["reward"] for record in written(config)][:3] == [14.0, 16.0, 18.0]
 
 
 def test_a_round_of_other_weights_prompts_or_content_is_sampled_anew(maker):
