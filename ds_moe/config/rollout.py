@@ -25,6 +25,7 @@ class EngineConfig(Section):
     max_new_tokens: int = Field(default=1024, gt=0)  # of a completion
     lag: int = Field(default=0, ge=0)  # rounds that sampling may be ahead of training
     resample: int = Field(default=0, ge=0)  # how often prompts of equal rewards are exchanged for others in a round
+    keep_rounds: int | None = Field(default=None, gt=0)  # whose files stay, of those that were trained on; default: all
     weights_dir: str | None = Field(default=None, min_length=1)  # handed over in it; default: weights of output_dir
     weights_dtype: Literal["fp32", "bf16"] | None = None  # of these weights; default: train.precision
 

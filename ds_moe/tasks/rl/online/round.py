@@ -15,7 +15,7 @@ from ds_moe.errors import UserError
 from ds_moe.rollout.engine import Completion, RolloutEngine, Sampling
 from ds_moe.rollout.reward import Candidate, RewardPool, Scored, Waiting
 from ds_moe.tasks.rl.online.prompts import Asked, Prompts
-from ds_moe.tasks.rl.online.round_file import RoundFacts, finish_round, finished_round, round_file
+from ds_moe.tasks.rl.online.round_file import RoundFacts, finish_round, finished_round, remove_rounds, round_file
 from ds_moe.tasks.rl.write import Record, write_rollouts
 
 LEAST = 2  # completions of a prompt, whose rewards can be compared
@@ -95,6 +95,8 @@ class RoundMaker:
             self._figures(groups, number),
         )
         finish_round(file, facts)
+        if self._settings.keep_rounds is not None:  # rounds up to `lag` before this one are still trained on
+            remove_rounds(self._config.train.output_dir, number - self._settings.lag - self._settings.keep_rounds - 1)
         return facts
 
     def _is_of_now(self, found: RoundFacts, begin: int) -> bool:

@@ -8,10 +8,15 @@
 
 import json
 import os
+import re
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from ds_moe.checkpoint.files import sha256_of, write_json
+from ds_moe.errors import UserError
+from ds_moe.tasks.rl.write import images_of
 
 ROLLOUTS = "rollouts"  # in a run's output folder
 
@@ -47,6 +52,18 @@ def finish_round(file: Path, facts: RoundFacts) -> None:
     partial = file.with_name(f".{file.stem}.json")
     write_json(partial, asdict(facts))
     os.replace(partial, file.with_suffix(".json"))
+
+
+def remove_rounds(output_dir: str, last: int) -> None:
+    """Remove the files of all rounds up to the number `last`; what of them cannot be removed stays."""
+    for file in Path(output_dir, ROLLOUTS).glob("round_*.jsonl"):
+        number = re.fullmatch(r"round_(\d{6,})", file.stem)
+        if number is None or int(number[1]) > last:
+            continue
+        with suppress(OSError, UserError):
+            file.with_suffix(".json").unlink(missing_ok=True)  # first: without it the round is none
+            shutil.rmtree(images_of(file), ignore_errors=True)
+            file.unlink()
 
 
 def finished_round(file: Path) -> RoundFacts | None:

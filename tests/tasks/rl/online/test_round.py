@@ -214,3 +214,19 @@ def test_images_have_the_size_that_the_processor_leaves_alone(write_jsonl, run_c
     assert asked.prompt.messages[0]["content"][0] == {"type": "image"}
     assert asked.prompt.token_ids == asked.encoded.input_ids[: asked.encoded.prompt].tolist()
     assert CHAT is Prompts(config, EngineConfig(**SETTINGS), processor, 0).records.record_kind
+
+
+@pytest.mark.parametrize("lag, left", [(0, [4, 5]), (1, [3, 4, 5])])
+def test_files_of_older_rounds_are_removed_where_a_run_says_so(maker, lag, left):
+    made, _, config = maker(lambda prompt, number: ["7", "8", "9"], lag=lag, keep_rounds=1)
+    folder = round_file(config.train.output_dir, 0).parent
+    for number in range(6):
+        made.trained["r:4"] = number
+        made.round(number, begin=4 * number)
+        (folder / f"round_{number:06d}_images").mkdir()
+    (folder / "round_mine.jsonl").touch()
+    (folder / "round_000000_images").mkdir(exist_ok=True)
+    (folder / "round_000000_images/mine.txt").touch()
+    names = sorted(file.name for file in folder.iterdir())
+    rounds = [f"round_{number:06d}{end}" for number in left for end in (".json", ".jsonl", "_images")]
+    assert names == sorted([*rounds, "round_000000_images", "round_mine.jsonl"])
