@@ -6,6 +6,7 @@ What is called collective must be called by every rank, in the same order.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar, cast
 
 import torch
@@ -18,18 +19,61 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this process stands. `ep_size` consecutive ranks share one copy of the experts."""
+    """Where this process stands.
+
+    `ep_size` consecutive ranks share one copy of the experts, `sequence_parallel` consecutive ranks each packed row.
+    """
 
     rank: int  # of all processes of the job
     world_size: int
     local_rank: int  # of the processes of this host
     ep_size: int
     device: torch.device
+    sequence_parallel: int = 1
 
     @property
     def ep_rank(self) -> int:
         """The rank among those that share a copy of the experts."""
         return self.rank % self.ep_size
+
+    @property
+    def data_ranks(self) -> int:
+        """How many rows are trained at the same time: ranks that share one count once."""
+        return self.world_size // self.sequence_parallel
+
+    @property
+    def data_rank(self) -> int:
+        """Which of these rows this rank takes, or shares."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def part(self) -> int:
+        """Which part of the row is this rank's."""
+        return self.rank % self.sequence_parallel
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The ranks that share each packed row."""
+
+    size: int
+    rank: int  # this process's among them, which is the part of a row that it takes
+    group: dist.ProcessGroup
+
+
+def sequence_group(topology: Topology) -> SequenceGroup | None:
+    """The ranks that share rows with this one; None: it takes whole rows (collective, the first time)."""
+    if topology.sequence_parallel == 1:
+        return None
+    group = _consecutive(topology.sequence_parallel, topology.world_size)
+    return SequenceGroup(topology.sequence_parallel, topology.part, group)
+
+
+@cache
+def _consecutive(size: int, world_size: int) -> dist.ProcessGroup:
+    """The group of this process, where every `size` consecutive ranks form one."""
+    groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world_size, size)]
+    return cast(dist.ProcessGroup, groups[dist.get_rank() // size])  # else: a number, to ranks outside of a group
 
 
 def ranks_of_host() -> int | None:

@@ -18,7 +18,8 @@ from ds_moe.config.deepspeed_json import (
     section,
     without_switched_off,
 )
-from ds_moe.config.divisors import accumulation_steps, ep_size_problem
+from ds_moe.config.deepspeed_keys import FP32_NAMES
+from ds_moe.config.divisors import accumulation_steps, ep_size_problem, row_sharing_problem
 from ds_moe.config.rules.rule import written
 from ds_moe.config.run import RunConfig
 from ds_moe.config.yaml_lines import Plain
@@ -92,6 +93,8 @@ def deepspeed_problems(
         accumulation = 1
     if config.moe and (problem := ep_size_problem(config.moe.ep_size, world_size, experts, of="ranks")):
         complaints.append(f"{config.at('moe.ep_size')}: {problem}")
+    if problem := row_sharing_problem(config.train.sequence_parallel, world_size):
+        complaints.append(f"{config.at('train.sequence_parallel')}: {problem}")
     resolved = without_switched_off(deepcopy(source.values))
     if config.data.packing:
         complaints += _packed_batches(resolved, world_size, source)

@@ -1,4 +1,5 @@
-"""Numbers that must divide others: the EP size divides ranks and experts, a micro-batch of all ranks the batch."""
+"""Numbers that must divide others: the EP size divides ranks and experts, ranks that share rows all ranks, a
+micro-batch of all ranks the batch."""
 
 import math
 from typing import Literal
@@ -25,6 +26,19 @@ def ep_size_problem(
     too = f", and {names['experts' if of == 'ranks' else 'ranks']}" if other is not None else ""
     advised = f"{', '.join(map(str, fits))} {'do' if len(fits) > 1 else 'does'}"
     return f"moe.ep_size {ep_size} does not divide {names[of]} ({advised}{too})"
+
+
+def row_sharing_problem(sequence_parallel: int, ranks: int) -> str | None:
+    """The complaint about ranks that cannot share rows by so many."""
+    if ranks % sequence_parallel == 0:
+        return None
+    return f"train.sequence_parallel {sequence_parallel} does not divide the {ranks} ranks ({divisors(ranks)})"
+
+
+def divisors(count: int) -> str:
+    """The numbers that divide `count`, as advice."""
+    found = [size for size in range(1, count + 1) if count % size == 0]
+    return f"{', '.join(map(str, found))} {'do' if len(found) > 1 else 'does'}"
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int | None:

@@ -106,8 +106,9 @@ _ROWS = {
     "moe_router_dtype": "leave it out: routers score in fp32",
     "moe_expert_capacity_factor": "moe.router.capacity_factor",
     "moe_token_dispatcher_type": "write moe.dispatch.kind: auto",
-    "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size sequence_parallel_size fsdp "
-    "fsdp_config": "ds_moe spreads experts by moe.ep_size, and all else by the ZeRO stage of deepspeed",
+    "context_parallel_size sequence_parallel_size ulysses_sequence_parallel_size cp_size": "train.sequence_parallel",
+    "tensor_model_parallel_size pipeline_model_parallel_size fsdp fsdp_config": "ds_moe spreads experts by "
+    "moe.ep_size, and all else by the ZeRO stage of deepspeed",
     # evaluation, log, checkpoints
     "eval_steps eval_interval": "train.eval_every",
     "eval_strategy evaluation_strategy do_eval": "write train.eval_every: steps; with data.eval the end is evaluated",

@@ -83,6 +83,7 @@ class TrainConfig(Section):
     tokens_per_micro_batch: int | None = Field(default=None, gt=0)  # at most so many tokens; default data.max_length
     global_batch_size: int = Field(default=8, gt=0)  # samples of an optimizer step; determines the accumulation
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices of hidden layers, AdamW for the rest
+    sequence_parallel: int = Field(default=1, gt=0)  # consecutive ranks that share each packed row, a part each
     lr: float = Field(default=1e-5, gt=0)
     muon_lr: float | None = Field(default=None, gt=0)  # of Muon's matrices, which AdamW's would suit; default lr
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)

@@ -16,11 +16,17 @@ class BadRecordLog:
 
     Under `data.on_bad_record: stop` nothing is listed and the first bad record is an error, which is raised, or with
     `raise_errors` False only kept as `error`.
+
+    Args:
+        lists: whether this rank writes what it finds: of ranks that load the same records one does.
     """
 
-    def __init__(self, config: RunConfig, bad: list[BadRecord], rank: int, raise_errors: bool = True):
+    def __init__(
+        self, config: RunConfig, bad: list[BadRecord], rank: int, raise_errors: bool = True, lists: bool = True
+    ):
         self._stop, self._raise_errors = config.data.on_bad_record == "stop", raise_errors
         self._file = Path(config.train.output_dir) / BAD_RECORDS
+        self._lists = lists
         self._listed: set[str] = set()  # lines that any rank has written, as far as the file has been read
         self._read_to = 0
         self._known = set(bad)
@@ -44,7 +50,7 @@ class BadRecordLog:
         self._write(new)
 
     def _write(self, bad: list[BadRecord]) -> None:
-        if not bad:
+        if not bad or not self._lists:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"where": record.where, "reason": record.reason}) for record in bad]

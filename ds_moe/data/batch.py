@@ -33,6 +33,8 @@ class Batch:
         sequence_of_token: (R, S) int64, the sample that each token belongs to, -1 for padding.
         real_B: (B,) bool, false for samples that only fill up the batch.
         kind_B: (B,) int64, index of the record's kind, -1 for a record without one; None: kinds are not told apart.
+        next_label: (R,) int64, the label of the token behind each row, where the rows are parts of longer ones (see
+            `row_part.py`); None: nothing is behind.
         whole: true where every token is real, as the loading process has seen it; false: not known. Reading it from the
             tensors would wait for an accelerator.
     """
@@ -42,6 +44,7 @@ class Batch:
     sequence_of_token: Tensor
     real_B: Tensor
     kind_B: Tensor | None = None
+    next_label: Tensor | None = None
     whole: bool = False
 
     @classmethod
@@ -109,7 +112,8 @@ class Batch:
     @property
     def label_tokens(self) -> Tensor:
         """Integer scalar: the number of tokens with a loss. Nothing predicts the first token of a sample."""
-        return (self.labels[:, 1:] != NO_LOSS).sum()
+        within = (self.labels[:, 1:] != NO_LOSS).sum()
+        return within if self.next_label is None else within + (self.next_label != NO_LOSS).sum()
 
     def to(self, device: torch.device) -> Self:
         """The batch on `device`. Copies to CUDA start from pinned memory and run beside the computation."""

@@ -21,6 +21,7 @@ from ds_moe.data.position import DataPosition, order_of, position_problems
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records
 from ds_moe.data.records import DATA_CACHE, open_records
+from ds_moe.data.row_part import part_of_row
 from ds_moe.data.token_counts import TokenCounts, token_counts
 from ds_moe.data.workers import start_method
 from ds_moe.errors import UserError, all_in_one
@@ -85,7 +86,9 @@ class _StepDataset(Dataset):
         processor: Processor,
         records: Records,
         counts: TokenCounts | None,
+        part: tuple[int, int],
     ):
+        self.part, self.parts = part
         self.rows, self.rank, self.encoder, self.processor, self.counts = rows, rank, encoder, processor, counts
         self.record_kind = records.record_kind
         self.kind_ids = {kind: number for number, kind in enumerate(records.kinds)}
@@ -108,6 +111,8 @@ class _StepDataset(Dataset):
                 self.counts.check(used, encoded, self.encoder)
             batch = self.record_kind.collate(encoded, self.processor, packed=self.counts is not None)
             batch.kind_B = torch.tensor([self.kind_ids.get(sample.kind, -1) for sample in encoded])
+            if self.parts > 1:
+                batch = part_of_row(batch, self.part, self.parts, self.processor)
             step.micro_batches.append(batch)
             step.bad += bad
 
@@ -123,6 +128,8 @@ class TrainStream:
     stop together.
 
     Args:
+        rank, world_size: which rows are this rank's; ranks that share rows count as one.
+        part: which part of each packed row this rank takes, and of how many.
         patch_cost: the time of a patch in that of a token, by which packed rows are balanced over the ranks.
 
     Attributes:
@@ -144,6 +151,7 @@ class TrainStream:
         rank: int,
         world_size: int,
         raise_errors: bool = True,
+        part: tuple[int, int] = (0, 1),
         record_kind: RecordKind = CHAT,
         patch_cost: float = 0.0,
     ):
@@ -158,7 +166,7 @@ class TrainStream:
         self._records, self.kinds = records, records.kinds
         order = EpochOrder(records.lengths, train.global_batch_size, train.seed, data.shuffle, data.length_grouping)
         self._config, self._processor, self._encoder = config, processor, Encoder(config, records, processor)
-        self._rank, self._counts, bad = rank, None, list(records.bad)
+        self._rank, self._part, self._counts, bad = rank, part, None, list(records.bad)
         self.rows: PaddedRows | PackedRows = PaddedRows(order, train.micro_batch_size, world_size)
         if data.packing:
             self._counts = token_counts(config, "train", records, self._encoder, processor)
@@ -169,7 +177,7 @@ class TrainStream:
         self._loading: Iterator[Step] | None = None
         self.steps_per_epoch = order.steps_per_epoch
         self.fill: Fill | None = None
-        self._log = BadRecordLog(config, bad, rank, raise_errors)
+        self._log = BadRecordLog(config, bad, rank, raise_errors, lists=part[0] == 0)
         self.skipped = self._log.records
 
     @property
@@ -222,7 +230,7 @@ class TrainStream:
 
     def _loader(self) -> DataLoader:
         data, made_of = self._config.data, (self._encoder, self._processor, self._records, self._counts)
-        dataset = _StepDataset(self.rows, self._rank, *made_of)
+        dataset = _StepDataset(self.rows, self._rank, *made_of, self._part)
         return DataLoader(
             dataset,
             batch_size=None,
@@ -235,9 +243,10 @@ class TrainStream:
         )
 
     def samples_of(self, position: int) -> list[list[str]]:
-        """file:line of the samples of one step, by rank; `position` counts steps since the very first."""
+        """file:line of the samples of one step, by rank of the job; `position` counts steps since the very first."""
         by_rank = zip(*self.rows.of_step(position), strict=True)
-        return [[self._records.where(index) for row in rows for index in row if index != FILLER] for rows in by_rank]
+        found = [[self._records.where(index) for row in rows for index in row if index != FILLER] for rows in by_rank]
+        return [samples for samples in found for _ in range(self._part[1])]
 
     @property
     def order(self) -> DataPosition:

@@ -80,6 +80,7 @@ def add_plan(commands: Commands) -> None:
     add("--sequence", default=4096, **whole, help="tokens of a sample (default 4096)")
     add("--micro-batch", **whole, help="samples of a rank and forward (default 1)")
     add("--rows", **whole, help="packed rows of N tokens instead (data.packing, train.tokens_per_micro_batch)")
+    add("--sequence-parallel", default=1, **whole, help="ranks that share each of these rows (default 1)")
     add("--checkpointing", action="store_true", help="gradient checkpointing")
     add("--offload-activations", action="store_true", help="with what it keeps in host memory")
     add("--freeze-vision", action="store_true", help="freeze the vision tower")

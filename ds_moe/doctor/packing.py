@@ -37,11 +37,12 @@ def check_packing(case: Case) -> Iterator[Finding]:
     train, data = config.train, config.data
     order = EpochOrder(tokens, train.global_batch_size, train.seed, data.shuffle, data.length_grouping)
     cost = patch_cost(case.outline) if case.outline is not None else 0.0
-    fill = PackedRows(order, tokens, patches, cost, config.tokens_per_row, case.world_size).outlook()
+    rows_at_once = max(1, case.world_size // train.sequence_parallel)
+    fill = PackedRows(order, tokens, patches, cost, config.tokens_per_row, rows_at_once).outlook()
     line = f"packing: {fill} (by the tokens of {source}; a patch counts as {cost:.2f} tokens)"
     if fill.share >= EMPTY:
         yield Finding("ok", line)
         return
-    of_a_step = fill.tokens // fill.steps // case.world_size
+    of_a_step = fill.tokens // fill.steps // rows_at_once
     fix = f"a rank has about {of_a_step:,} tokens a step: make train.global_batch_size larger"
     yield Finding("warning", f"{config.at('train.global_batch_size')}: {line}; {fix}, or rows shorter")

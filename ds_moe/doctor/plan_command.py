@@ -36,6 +36,13 @@ def settings_of(options: argparse.Namespace, model: PretrainedConfig) -> dict[st
         raise UserError(f"--rows {options.rows} is less than --sequence {options.sequence}: a sample is never cut")
     else:
         settings |= {"data.packing": True, "train.tokens_per_micro_batch": options.rows}
+    if options.sequence_parallel > 1:
+        heads = model.get_text_config().num_attention_heads
+        if options.rows is None:
+            raise UserError(f"--sequence-parallel {options.sequence_parallel} shares packed rows: give --rows too")
+        if heads % options.sequence_parallel:
+            raise UserError(f"--sequence-parallel {options.sequence_parallel} does not divide {heads} attention heads")
+        settings["train.sequence_parallel"] = options.sequence_parallel
     if options.freeze_vision:
         if not hasattr(model, "vision_config"):
             raise UserError("--freeze-vision: this model has no vision tower")

@@ -157,7 +157,8 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
     accumulated = f"{case.world_size} ranks x {resolved['gradient_accumulation_steps']} accumulated"
     size = f"{train.micro_batch_size} x {accumulated} = {train.global_batch_size}"
     if config.data.packing:
-        size = f"packed into rows of {config.tokens_per_row} tokens: {train.global_batch_size}"
+        shared = f", {train.sequence_parallel} ranks a row" if train.sequence_parallel > 1 else ""
+        size = f"packed into rows of {config.tokens_per_row} tokens{shared}: {train.global_batch_size}"
     split = f"EP {ep_size} x EDP {case.world_size // ep_size}, ZeRO {case.zero.stage}"
     yield Finding("ok", f"batch: {size} samples a step; {split}, {precision(config, case.device.on_cpu)}")
     if warning := summed_in_bf16(config, case.zero, case.world_size):

@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 
 from ds_moe.config.deepspeed import zero_plan
 from ds_moe.config.run import RunConfig
-from ds_moe.distributed import Topology
+from ds_moe.distributed import Topology, sequence_group
 from ds_moe.engine.activation_offload import ActivationOffload
 from ds_moe.engine.moe_binding import BOUND, create_groups, zero3_home
 from ds_moe.models.attention import attend_by_sample
 from ds_moe.models.convert import convert_for, load_expert_bias
 from ds_moe.models.freeze import set_trainable
+from ds_moe.models.shared_rows import share_rows
 from ds_moe.models.streaming import read_unread
 from ds_moe.models.vision import has_vision, keep_vision_in_step
 from ds_moe.moe.all_to_all import ExpertParallel
@@ -43,10 +44,14 @@ def prepare_model(
     """
     set_trainable(model, config)
     attend_by_sample(model)
+    if (row_group := sequence_group(topology)) is not None:
+        share_rows(model, row_group)
     if config.moe is not None:
         create_groups(topology.ep_size)
     ep = ExpertParallel(topology.ep_size, topology.ep_rank)
     context = convert_for(model, config, ep, BOUND)
+    if context is not None:
+        context.row_group = row_group
     if context is not None and config.model.path is not None:
         load_expert_bias(model, config.model.path)
     if has_vision(model) and keep_ranks_in_step:

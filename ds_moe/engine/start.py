@@ -12,7 +12,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
-from ds_moe.config.divisors import ep_size_problem
+from ds_moe.config.divisors import ep_size_problem, row_sharing_problem
 from ds_moe.distributed import Topology
 from ds_moe.engine import cpu as ops
 from ds_moe.errors import UserError
@@ -27,12 +27,15 @@ def on_cpu() -> bool:
 
 
 def start_distributed(
-    ep_size: int, experts: Callable[[], int | None] = lambda: None, watchdog_s: float = 0.0
+    ep_size: int,
+    experts: Callable[[], int | None] = lambda: None,
+    watchdog_s: float = 0.0,
+    sequence_parallel: int = 1,
 ) -> Topology:
     """Join the job that the launcher started, or make one of a single process, and bind this process to its device.
 
     Collectives wait longer than `watchdog_s`, see `patience`. Raises `UserError` where `ep_size` does not divide the
-    number of processes; what would must divide the model's `experts`, too.
+    number of processes, or `sequence_parallel` does not; an EP size that would must divide the model's `experts`, too.
     """
     ops.use_environment()
     ops.share_cores()
@@ -43,6 +46,8 @@ def start_distributed(
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size % ep_size:
         raise UserError(ep_size_problem(ep_size, world_size, experts(), of="ranks"))
+    if problem := row_sharing_problem(sequence_parallel, world_size):
+        raise UserError(problem)
     # DeepSpeed 0.19 uses old names of collectives, about which torch 2.13 warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not on_cpu():
@@ -53,7 +58,7 @@ def start_distributed(
     if on_cpu():
         _unlink_shared_memory()
     device = torch.device(get_accelerator().device_name(local_rank) if not on_cpu() else "cpu")
-    return Topology(dist.get_rank(), dist.get_world_size(), local_rank, ep_size, device)
+    return Topology(dist.get_rank(), dist.get_world_size(), local_rank, ep_size, device, sequence_parallel)
 
 
 def patience(watchdog_s: float) -> timedelta:

@@ -8,6 +8,7 @@ images. Letters of shapes are explained in `ds_moe/moe/decision.py`.
 
 import re
 from dataclasses import dataclass
+from math import lcm
 from typing import NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -42,8 +43,10 @@ NO_ACTIVATIONS = Activations(0, 0, 0, 0, 0, 0, 0)
 
 
 def tokens_of(config: RunConfig) -> int:
-    """Tokens of the largest micro-batch of a rank."""
-    return config.tokens_per_row if config.data.packing else config.train.micro_batch_size * config.data.max_length
+    """Tokens of the largest micro-batch of a rank, or of its part where ranks share a row."""
+    if config.data.packing:
+        return -(-config.tokens_per_row // config.train.sequence_parallel)
+    return config.train.micro_batch_size * config.data.max_length
 
 
 def activations(
@@ -123,11 +126,14 @@ def _attention(text: PretrainedConfig, config: RunConfig, width: int, learns: di
     """Bytes per token of a layer's first half.
 
     Its norm, q and k with their norms, and what the kernel saves: q, k, v, the output and the log-sum-exp in fp32.
+    Ranks that share rows repeat k and v until each has one of their heads.
     """
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     q, kv = head_dim * text.num_attention_heads, head_dim * text.num_key_value_heads
     normed = _norm(text.hidden_size, width, learns["norms"]) + width * text.hidden_size * learns["attention"]
-    size = normed + _norm(q + kv, width, learns["norms"]) + width * (2 * q + 2 * kv) + 4 * text.num_attention_heads
+    repeated = lcm(text.num_key_value_heads, config.train.sequence_parallel) // text.num_key_value_heads
+    kernel = width * (2 * q + 2 * kv * repeated) + 4 * text.num_attention_heads
+    size = normed + _norm(q + kv, width, learns["norms"]) + kernel
     if config.data.packing and config.model.attention == "sdpa":
         size += width * q  # `models/attention.py` joins the outputs of the samples
     if config.model.attention == "eager":  # keys and values of every head, the softmax (in fp32) and its cast

@@ -19,6 +19,7 @@ matrices.py     what Muon trains of a model
 lora.py         low-rank updates
 vision.py       ranks without images
 attention.py    rows that hold several samples
+shared_rows.py  rows that several ranks share
 tower.py        how a vision tower computes
 generation.py   where a model stops
 routing.py      where plain transformers routes otherwise than a run

@@ -6,7 +6,7 @@ lengths only. Padded rows are what transformers' `sdpa` makes of them; where the
 mask for that.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ds_moe.config.run import RunConfig
+from ds_moe.distributed import SequenceGroup
 from ds_moe.errors import UserError
 from ds_moe.models.families import FAMILIES, family_of
+from ds_moe.models.shared_rows import to_heads, to_tokens
 
 BY_SAMPLE = "sdpa_by_sample"  # the name under which transformers knows the functions below
 
@@ -53,6 +55,7 @@ def _attention(
     attention_mask: Tensor | None,
     cu_seq_lens_q: Tensor | None = None,
     sample_lengths: tuple[int, ...] | None = None,
+    row_group: SequenceGroup | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`sdpa_attention_forward` of every sample of a packed row, or of padded rows as they are.
@@ -64,6 +67,8 @@ def _attention(
         cu_seq_lens_q: (B + 1,) where the samples of one packed row begin; None: rows are padded.
         sample_lengths: the same as lengths, on the host. None: they are read from `cu_seq_lens_q`, which waits for an
             accelerator.
+        row_group: the ranks that share the row, of which the tokens here are one part and both arguments above tell
+            all; None: it is this rank's alone.
 
     Returns:
         ((R, S, H, D), None)
@@ -81,12 +86,23 @@ def _attention(
     if attention_mask is not None and attention_mask.numel():
         raise ValueError("the samples of a packed row attend causally to all of themselves; this layer has a mask")
     lengths = list(sample_lengths or (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist())
-    if query.shape[0] != 1 or sum(lengths) != query.shape[2] or key.shape[2] != query.shape[2]:
-        rows, tokens = query.shape[0], query.shape[2]
+    rows, tokens = query.shape[0], query.shape[2] * (row_group.size if row_group is not None else 1)
+    if rows != 1 or sum(lengths) != tokens or key.shape[2] != query.shape[2]:
         raise ValueError(f"a packed batch has one row; lengths {lengths} do not lay out {rows} rows of {tokens} tokens")
+    if row_group is not None:
+        query, key, value = to_heads(query, key, value, row_group)
+    heads = _Heads(query.shape[1] // key.shape[1], getattr(module, "is_causal", True))
     parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    outputs = [sdpa_attention_forward(module, *sample, None, **kwargs)[0] for sample in zip(*parts, strict=True)]
-    return torch.cat(outputs, dim=1), None
+    outputs = [sdpa_attention_forward(heads, *sample, None, **kwargs)[0] for sample in zip(*parts, strict=True)]
+    output = torch.cat(outputs, dim=1)
+    return output if row_group is None else to_tokens(output, row_group), None
+
+
+class _Heads(NamedTuple):
+    """What `sdpa_attention_forward` reads of its module; that tells of all heads, and not of those on this rank."""
+
+    num_key_value_groups: int  # heads of queries that read the same keys
+    is_causal: bool
 
 
 def _mask(

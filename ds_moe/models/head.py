@@ -33,6 +33,7 @@ def at_labels(
     inputs: dict[str, Tensor],
     labels_RS: Tensor,
     *,
+    next_R: Tensor | None = None,
     temperature: float = 1.0,
     num_items: float = 1,
 ) -> ModelOutput:
@@ -42,6 +43,7 @@ def at_labels(
         model: a causal language model of transformers, or the DeepSpeed engine around one. It must be called by all
             ranks together where weights are sharded; a rank without any label takes part like the others.
         labels_RS: int64, NO_LOSS where no loss is taken. Nothing predicts the first token of a row.
+        next_R: int64, the label of the token behind each row, for rows that are parts of longer ones.
         temperature: logits are divided by it, in fp32.
         num_items: what the sum of losses is divided by.
 
@@ -49,7 +51,7 @@ def at_labels(
         The model's output. Its `loss` is the cross entropy, summed over the labels and divided by `num_items`; its
         `logits` are the labels' log-probabilities, fp32 (N,), row by row. Both have a gradient.
     """
-    target_RS = targets_of(labels_RS)
+    target_RS = targets_of(labels_RS, next_R)
     keep_RS = target_RS != NO_LOSS
     target_N = target_RS[keep_RS]
     inner = cast(PreTrainedModel, getattr(model, "module", model))
@@ -66,8 +68,10 @@ def at_labels(
         return model(**inputs, labels=labels_RS, use_cache=False, logits_to_keep=keep_RS, num_items_in_batch=num_items)
 
 
-def targets_of(labels_RS: Tensor) -> Tensor:
-    """The label that each position predicts, (R, S): the next token's; NO_LOSS at the end of a row."""
+def targets_of(labels_RS: Tensor, next_R: Tensor | None = None) -> Tensor:
+    """The label that each position predicts, (R, S): the next token's; at the end of a row `next_R`, else NO_LOSS."""
+    if next_R is not None:
+        return torch.cat([labels_RS[:, 1:], next_R.unsqueeze(1)], dim=1)
     return F.pad(labels_RS[:, 1:], (0, 1), value=NO_LOSS)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_moe.distributed import SequenceGroup
 from ds_moe.moe.decision import RoutingDecision, count_experts
 
 Scope = Literal["micro_batch", "global_batch", "sequence"]
@@ -23,6 +24,14 @@ class GlobalCounts(NamedTuple):
     ranks: int
 
 
+class SharedCounts(NamedTuple):
+    """Sums over the parts of a micro-batch that several ranks share."""
+
+    counts_BE: Tensor  # int64, assignments of each sequence and expert
+    tokens_B: Tensor  # int64, padding left out
+    ranks: int
+
+
 class TokenStats(NamedTuple):
     """What a balancer may know about a micro-batch beside the decision; nothing here has a gradient."""
 
@@ -31,6 +40,7 @@ class TokenStats(NamedTuple):
     counts_E: Tensor  # int64, this rank's assignments of each expert
     global_counts: GlobalCounts | None = None  # None unless some balancer's scope is global_batch
     sequence_T: Tensor | None = None  # int64 sequence of each token; None: B of equal length, padding included
+    shared: SharedCounts | None = None  # None: this rank has the whole micro-batch
     mean_sequences: float | None = None  # a micro-batch's share of the optimizer step's sequences; None: those of this
 
 
@@ -63,7 +73,8 @@ class AuxLoss:
             ranks run at the same time; averaged over the ranks, it equals the loss of their concatenated
             micro-batches. The micro-batches of gradient accumulation stay apart. `sequence` (DeepSeek-V3): those of
             each sequence, averaged over the sequences that have a real token: all of the optimizer step's count alike,
-            however many a micro-batch holds.
+            however many a micro-batch holds. Ranks that share a micro-batch share its loss: each adds its own tokens'
+            part, times the ranks, so that the average over all ranks is what it would be without them.
         normalize_by_k: divide by K = assignments a token.
     """
 
@@ -98,7 +109,10 @@ class ZLoss:
 
     def loss(self, decision: RoutingDecision, stats: TokenStats) -> Tensor:
         logits_VE = _real(decision.logits_TE, stats).float()
-        return self.weight * logits_VE.logsumexp(-1).square().sum() / max(logits_VE.shape[0], 1)
+        total = self.weight * logits_VE.logsumexp(-1).square().sum()
+        if stats.shared is not None:
+            return stats.shared.ranks * total / stats.shared.tokens_B.sum().clamp_min(1)
+        return total / max(logits_VE.shape[0], 1)
 
 
 def global_counts(token_V: Tensor | None, tokens: int, counts_E: Tensor) -> GlobalCounts:
@@ -110,6 +124,14 @@ def global_counts(token_V: Tensor | None, tokens: int, counts_E: Tensor) -> Glob
         ranks = dist.get_world_size()
         dist.all_reduce(sums)
     return GlobalCounts(sums[:-1], sums[-1], ranks)
+
+
+def shared_counts(decision: RoutingDecision, stats: TokenStats, group: SequenceGroup) -> SharedCounts:
+    """Sum the counts of the ranks that share this micro-batch (collective, as `global_counts`)."""
+    counts_BE, tokens_B = _by_sequence(decision, stats)
+    sums = torch.cat([counts_BE, tokens_B.unsqueeze(1)], dim=1)
+    dist.all_reduce(sums, group=group.group)
+    return SharedCounts(sums[:, :-1], sums[:, -1], group.size)
 
 
 # Of G groups of tokens: sums of scores (G, E), assignments (G, E) and tokens (G,), then the number of groups that the
@@ -125,24 +147,44 @@ def _over_batch(decision: RoutingDecision, stats: TokenStats, scope: Scope) -> _
         # trainer's average of the ranks' losses then is the loss of the sums.
         counts_E, tokens, ranks = stats.global_counts
         return ranks * sums_E.unsqueeze(0), counts_E.unsqueeze(0), tokens.view(1), 1
+    if stats.shared is not None:
+        counts_BE, tokens_B, ranks = stats.shared
+        return ranks * sums_E.unsqueeze(0), counts_BE.sum(0, keepdim=True), tokens_B.sum().view(1), 1
     tokens = stats.counts_E.new_tensor([scores_VE.shape[0]])
     return sums_E.unsqueeze(0), stats.counts_E.unsqueeze(0), tokens, 1
 
 
 def _over_sequences(decision: RoutingDecision, stats: TokenStats) -> _Groups:
-    tokens, experts = decision.logits_TE.shape
-    sequence_T = stats.sequence_T
-    if sequence_T is None:
-        length = max(tokens // max(stats.sequences, 1), 1)  # without tokens there is nothing to place
-        sequence_T = torch.arange(tokens, device=decision.logits_TE.device) // length
-    sequence_V = sequence_T if stats.token_V is None else sequence_T[stats.token_V]
-    place_N = sequence_T[decision.token_N] * experts + decision.expert_N
-    counts_BE = count_experts(place_N, stats.sequences * experts)
-    sums_BE = decision.scores_TE.new_zeros(stats.sequences, experts)
-    sums_BE = sums_BE.index_add(0, sequence_V, normalized_scores(decision, stats))
-    tokens_B = torch.bincount(sequence_V, minlength=stats.sequences)
+    sums_BE = decision.scores_TE.new_zeros(stats.sequences, decision.scores_TE.shape[1])
+    sums_BE = sums_BE.index_add(0, _sequence_V(decision, stats), normalized_scores(decision, stats))
+    if stats.shared is not None:
+        counts_BE, tokens_B, ranks = stats.shared
+        sums_BE = ranks * sums_BE
+    else:
+        counts_BE, tokens_B = _by_sequence(decision, stats)
     groups = stats.mean_sequences or (tokens_B > 0).sum().clamp_min(1)
-    return sums_BE, counts_BE.view(-1, experts), tokens_B, groups
+    return sums_BE, counts_BE, tokens_B, groups
+
+
+def _by_sequence(decision: RoutingDecision, stats: TokenStats) -> tuple[Tensor, Tensor]:
+    """(B, E) assignments and (B,) real tokens of each sequence, of those of this rank."""
+    experts = decision.logits_TE.shape[1]
+    place_N = _sequence_T(decision, stats)[decision.token_N] * experts + decision.expert_N
+    counts_BE = count_experts(place_N, stats.sequences * experts).view(-1, experts)
+    return counts_BE, torch.bincount(_sequence_V(decision, stats), minlength=stats.sequences)
+
+
+def _sequence_T(decision: RoutingDecision, stats: TokenStats) -> Tensor:
+    if stats.sequence_T is not None:
+        return stats.sequence_T
+    tokens = decision.logits_TE.shape[0]
+    length = max(tokens // max(stats.sequences, 1), 1)  # without tokens there is nothing to place
+    return torch.arange(tokens, device=decision.logits_TE.device) // length
+
+
+def _sequence_V(decision: RoutingDecision, stats: TokenStats) -> Tensor:
+    sequence_T = _sequence_T(decision, stats)
+    return sequence_T if stats.token_V is None else sequence_T[stats.token_V]
 
 
 def normalized_scores(decision: RoutingDecision, stats: TokenStats) -> Tensor:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ds_moe.distributed import SequenceGroup
+
 
 @dataclass
 class ForwardContext:
@@ -20,6 +22,7 @@ class ForwardContext:
     sequences: int = 0  # of the next forward and then of the one that runs: how many there are; used with sequence_T
     sequence_T: Tensor | None = None  # int64 sequence of each token; None: each row is one
     mean_sequences: float | None = None  # real sequences of the optimizer step over its micro-batches; None: not known
+    row_group: SequenceGroup | None = None  # the ranks that share each row in training; None: each has its own
     rows: int = 1  # of the batch that runs, padding included; for layers that see a flat list of tokens
     image_T: Tensor | None = None  # bool, true at image tokens; None: there is none
     kind_BS: Tensor | None = None  # of the next forward: int64 kind of record of each token, -1 none

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ds_moe.moe import parts
 from ds_moe.moe.backends import Recompute
-from ds_moe.moe.balance import Balancer, TokenStats, global_counts
+from ds_moe.moe.balance import Balancer, TokenStats, global_counts, shared_counts
 from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.decision import RoutingDecision
 from ds_moe.moe.dispatch import AllToAllDispatcher, ApplyWeight, DispatchPlan, LocalDispatcher
@@ -155,7 +155,7 @@ class MoELayer(nn.Module):
         else:
             decision = choose(self.context.token_V, replayed_TK=self._replayed())
             plan = self.dispatcher.plan(decision)
-            stats = self._token_stats(tokens, rows, plan)
+            stats = self._token_stats(tokens, rows, plan, decision)
             if tape is not None:
                 tape.entries[self.index] = TapeEntry(decision.chosen, plan, stats)
         if self.training:
@@ -180,14 +180,18 @@ class MoELayer(nn.Module):
         live_N = replayed_TK[decision.token_N, 0] < 0
         return torch.zeros_like(plan.counts_E).scatter_add_(0, decision.expert_N, live_N.long())
 
-    def _token_stats(self, tokens: int, rows: int, plan: DispatchPlan) -> TokenStats:
+    def _token_stats(self, tokens: int, rows: int, plan: DispatchPlan, decision: RoutingDecision) -> TokenStats:
         """What the balancers may know. The tape keeps it, because a recompute must not run the all-reduce again."""
         token_V, sequence_T = self.context.token_V, self.context.sequence_T
         sequences = rows if sequence_T is None else self.context.sequences
         counts = None
         if self.training and any(balancer.scope == "global_batch" for balancer in self.balancers):
             counts = global_counts(token_V, tokens, plan.counts_E)
-        return TokenStats(token_V, sequences, plan.counts_E, counts, sequence_T, self.context.mean_sequences)
+        mean, group = self.context.mean_sequences, self.context.row_group
+        stats = TokenStats(token_V, sequences, plan.counts_E, counts, sequence_T, mean_sequences=mean)
+        if self.training and self.balancers and group is not None:
+            stats = stats._replace(shared=shared_counts(decision, stats, group))
+        return stats
 
 
 class StandaloneLayer(MoELayer):

@@ -77,7 +77,8 @@ class Task:
 
     def loss(self, batch: Batch, share: float) -> Tensor:
         """The micro-batch's loss, with grad: a sum divided by `share`, the global count over ranks x accumulation."""
-        return at_labels(self.parts.engine, batch.inputs, batch.labels, num_items=share).loss
+        engine, behind = self.parts.engine, batch.next_label
+        return at_labels(engine, batch.inputs, batch.labels, next_R=behind, num_items=share).loss
 
     def metrics(self, progress: Progress) -> dict[str, float]:
         """What else the optimizer step is reported by, over all ranks (collective)."""

@@ -47,7 +47,8 @@ from ds_moe.weights.files import SafetensorsFiles
 def set_up(config: RunConfig) -> Run:
     """Data, model, engine and monitor, in the order in which mistakes are cheapest to find (collective)."""
     ep_size = config.moe.ep_size if config.moe else 1
-    topology = start_distributed(ep_size, lambda: experts_of(config.model), config.train.watchdog_s)
+    sharing = config.train.sequence_parallel
+    topology = start_distributed(ep_size, lambda: experts_of(config.model), config.train.watchdog_s, sharing)
     watch = watch_job(topology.rank, topology.world_size, config.train.watchdog_s)
     stop = StopRequest(topology.rank, config.train.stop_within_s, lambda: str(watch.place))
     raise_together(unwritable(Path(config.train.output_dir), "train.output_dir"))
@@ -130,11 +131,19 @@ def _data(
     config: RunConfig, topology: Topology, processor: Processor, kind: TaskKind, patch_cost: float
 ) -> tuple[StepStream, EvalSet | None]:
     """What is trained on and what is held out. Bad records are kept for the first step, where ranks compare them."""
-    ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}
-    records = kind.train_records(config, model_config(config.model))
-    stream = kind.stream(config, processor, record_kind=records, patch_cost=patch_cost, **ranks)
+    stream = kind.stream(
+        config,
+        processor,
+        rank=topology.data_rank,
+        world_size=topology.data_ranks,
+        part=(topology.part, topology.sequence_parallel),
+        raise_errors=False,
+        record_kind=kind.train_records(config, model_config(config.model)),
+        patch_cost=patch_cost,
+    )
     if config.data.eval is None:
         return stream, None
+    ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}  # of whole rows
     return stream, EvalSet(config, processor, **ranks, record_kind=kind.eval_records(config))
 
 

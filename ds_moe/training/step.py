@@ -67,6 +67,7 @@ def optimizer_step(
     at("count of the batch's tokens")
     labels, tokens, samples = _global_counts(task, micro_batches, bad_record, device)
     # The losses are averaged over ranks and micro-batches; each is divided so that the average is the mean.
+    # A row that ranks share has a micro-batch on each of them: part of its labels, and all of its samples.
     all_micro_batches = parts.topology.world_size * len(micro_batches)
     share = max(labels, 1) / all_micro_batches
     if parts.context is not None:
@@ -140,7 +141,7 @@ def train_step(run: Run, steps: Iterator[list[Batch]]) -> StepReport:
 def _fill(run: Run, tokens: int, micro_batches: int) -> float | None:
     """The share of real tokens in what the step's packed rows can hold; None: rows are padded."""
     config = run.config
-    room = config.tokens_per_row * micro_batches * run.parts.topology.world_size
+    room = config.tokens_per_row * micro_batches * run.parts.topology.data_ranks
     return tokens / room if config.data.packing else None
 
 

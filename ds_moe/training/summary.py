@@ -21,6 +21,9 @@ def run_summary(run: Run) -> str:
         f"topology  {topology.world_size} ranks on {topology.device.type}, ZeRO-{engine.zero_optimization_stage()}, "
         f"ep_size {topology.ep_size} ({replicas} expert {'replica' if replicas == 1 else 'replicas'})"
     )
+    if topology.sequence_parallel > 1:
+        shared = f"{topology.sequence_parallel} ranks share each row, {topology.data_ranks} rows at a time"
+        lines.append(f"sequence  {shared}; held-out rows are whole on every rank")
     if layers:
         lines.append(
             f"experts   {len(layers)} MoE layers x {layers[0].num_experts} experts, top-{layers[0].gate.top_k}, "

@@ -198,6 +198,7 @@ GATE = ["task=gate", "moe=null", "model.preset=tiny-vl-dense", "gate.adapters_in
 LATER = [*GATE, "gate.stage=end_to_end"]
 OVER_EXPERTS = [*GATE, "model.preset=tiny-vl-moe", "moe={ep_size: 1}"]
 EVALUATED = ["data.eval=held_out.jsonl", "train.eval_every=5"]
+SHARED = ["data.packing=true", "train.sequence_parallel=2"]  # rows that two ranks share
 RL = ["task=rl", "data.train=rollouts.jsonl"]
 LOCAL = [*RL, "rl.engine={kind: local, prompts: 4, max_new_tokens: 16}"]  # 4 steps a round
 # Every rule about keys without effect or in contradiction: overrides that trigger it, and words of the complaint.
@@ -277,6 +278,30 @@ RULES = {
     "rows that hold less than a sample may have": (
         ["data.packing=true", "train.tokens_per_micro_batch=1024"],
         "train.tokens_per_micro_batch 1024 is less than data.max_length 2048: a sample is never cut; make it as large",
+    ),
+    "shared rows that are padded": (
+        ["train.sequence_parallel=2"],
+        "train.sequence_parallel 2 shares packed rows, and data.packing is false; set it to true",
+    ),
+    "shared rows of another task": (
+        [*RL, *SHARED],
+        "train.sequence_parallel 2 is for task sft, and task is rl; remove it",
+    ),
+    "shared rows and flash attention": (
+        [*SHARED, "model.attention=flash_attention_2"],
+        "train.sequence_parallel 2 runs sdpa sample by sample",
+    ),
+    "shared rows and experts that choose": (
+        [*SHARED, "moe.router={kind: expert_choice, allow_noncausal: true}"],
+        "moe.router.kind expert_choice chooses among all tokens of a row, of which train.sequence_parallel 2 gives",
+    ),
+    "shared rows and places": (
+        [*SHARED, "moe.router.kind=hash"],
+        "moe.router.kind hash places tokens by their index in a row, of which train.sequence_parallel 2 gives a rank",
+    ),
+    "shared rows and capacity": (
+        [*SHARED, "moe.router.capacity_factor=1.5"],
+        "moe.router.capacity_factor counts the tokens of a row, of which train.sequence_parallel 2 gives a rank a part",
     ),
     "data.prefetch_factor": (
         ["data.prefetch_factor=2"],
@@ -547,6 +572,11 @@ MOE, DENSE, TEXT = Qwen3VLMoeConfig(), Qwen3VLConfig(), Qwen3MoeConfig()  # 60, 
     [
         (MOE, ["moe=null"], "a qwen3_vl_moe model has experts but the run has no moe section"),
         (DENSE, [], "run.yaml:5: section moe would not be used: qwen3_vl is a dense model"),
+        (
+            DENSE,
+            ["moe=null", *SHARED[:1], "train.sequence_parallel=5"],
+            "train.sequence_parallel 5 does not divide the ",
+        ),
         (MOE, ["moe.ep_size=8"], "moe.ep_size 8 does not divide the model's 60 experts (1, 2, 3, 4, 5, 6, 10, 12"),
         (MOE, ["moe.router.top_k=61"], "moe.router.top_k 61 exceeds the model's 60 experts"),
         (MOE, ["moe.router={groups: 7, top_groups: 2}"], "moe.router.groups 7 does not divide the 60 experts"),

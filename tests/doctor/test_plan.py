@@ -57,6 +57,10 @@ def test_packed_rows_and_the_longest_that_fit(capsys, tmp_path):
     assert 8192 < rows[0] < rows[1]
     out = command(capsys, SMALL, "--ep-size", 8, "--checkpointing", "--memory", "60GB", "--rows", 8192)[1]
     assert out.endswith("no row for a whole sample fits (train.tokens_per_micro_batch)\n")
+    shared = command(capsys, *usual, "--rows", 8192, "--sequence-parallel", 4)[1]
+    assert 3 * rows[0] < int(shared.split("rows of up to ")[1].split()[0]) < 4 * rows[0] + 1024
+    assert "give --rows too" in command(capsys, SMALL, "--sequence-parallel", 4)[2]
+    assert "does not divide 32 attention heads" in command(capsys, *usual, "--rows", 8192, "--sequence-parallel", 3)[2]
     memory = plans.Memory({"weights": 1}, {}, "the loss goes back")
     found = [plans.Forecast(plans.Plan(8, 8, stage), memory, stage == 3, 10_240 * (stage == 3)) for stage in (2, 3)]
     Console(width=170).print(plans.sweep_table(8, found, "rows"))

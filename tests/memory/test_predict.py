@@ -241,6 +241,8 @@ def test_a_packed_row_counts_by_its_tokens():
     padded, packed = run(), run(data={"packing": True})
     one, other = (activations(outline(config), config, 4, 2) for config in (padded, packed))
     assert (one.logits, one.work, one.exchange) == (other.logits, other.work, other.exchange)
+    shared = run(data={"packing": True}, train={"tokens_per_micro_batch": 256, "sequence_parallel": 2})
+    assert activations(outline(shared), shared, 4, 2) == other  # two ranks share a row that is twice as long
     longer = run(data={"packing": True}, train={"tokens_per_micro_batch": 256})
     assert activations(outline(longer), longer, 4, 2).kept == 2 * other.kept
     # A step of 8 samples on 4 ranks may have several rows a rank: gradients wait between them.

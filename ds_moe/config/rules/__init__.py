@@ -5,5 +5,5 @@ train.py   train, data, monitor, checkpoint    moe.py    moe
 lora.py    lora                                rl.py     rl and moe.replay
 gate.py    gate                                dpo.py    dpo
 engine.py  rl.engine                           reward.py rl.reward
-model.py   rules that need the model's config
+model.py   rules that need the model's config  sequence_parallel.py   train.sequence_parallel
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ds_moe.config.divisors import ep_size_problem
+from ds_moe.config.divisors import divisors, ep_size_problem
 from ds_moe.config.moe import RouterConfig, TopKRouting
 from ds_moe.config.rules.rule import Complaint, written
 from ds_moe.config.run import RunConfig, task_is
@@ -27,6 +27,7 @@ def contradictions(
 ) -> Iterator[Complaint]:
     yield from _moe_section(config, model_config, world_size)
     yield from _vision(config, model_config)
+    yield from _shared_rows(config.train.sequence_parallel, model_config)
 
 
 def _moe_section(config: RunConfig, model_config: PretrainedConfig, world_size: int | None) -> Iterator[Complaint]:
@@ -49,6 +50,12 @@ def _moe_section(config: RunConfig, model_config: PretrainedConfig, world_size: 
         yield "moe.router.top_k", f"moe.router.top_k {top_k} exceeds the model's {experts} experts"
         return
     yield from _router(config.moe.router, experts, model_config.get_text_config().num_experts_per_tok)
+
+
+def _shared_rows(ranks: int, model_config: PretrainedConfig) -> Iterator[Complaint]:
+    if ranks > 1 and (heads := model_config.get_text_config().num_attention_heads) % ranks:
+        text = f"train.sequence_parallel {ranks} does not divide the model's {heads} attention heads"
+        yield "train.sequence_parallel", f"{text} ({divisors(heads)})"
 
 
 def _router(router: RouterConfig, experts: int, models_top_k: int) -> Iterator[Complaint]:
