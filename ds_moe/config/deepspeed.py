@@ -18,7 +18,6 @@ from ds_moe.config.deepspeed_json import (
     section,
     without_switched_off,
 )
-from ds_moe.config.deepspeed_keys import FP32_NAMES
 from ds_moe.config.divisors import accumulation_steps, ep_size_problem, row_sharing_problem
 from ds_moe.config.rules.rule import written
 from ds_moe.config.run import RunConfig

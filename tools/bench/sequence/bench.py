@@ -1,12 +1,11 @@
 """Memory and speed of a long row that ranks share: train.sequence_parallel 1, 2 and 4 on CPU processes.
 
-    python -m tools.bench.sequence.bench --json sequence_parallel.json     # 15 minutes on 2 quiet cores
+    python -m tools.bench.sequence.bench --json sequence_parallel.json
     python -m tools.bench.sequence.bench --tokens 4096 --samples 2 --ranks 1 2
 
 A row of 32,768 tokens, a quarter of them of images, goes through a small Qwen3-VL-MoE: an optimizer step of ZeRO-2 with
-experts over all ranks, fp32. The peak is that of the largest rank's resident memory (VmHWM) above its libraries; glibc
-returns what is freed, so that it is what was in use at once. Seconds are of a second run, in which glibc keeps it, with
-one thread a rank.
+experts over all ranks, fp32, one thread a rank. The peak is that of the largest rank's resident memory (VmHWM) above
+its libraries; glibc returns what is freed, so that it is what was in use at once. Seconds are of the second step.
 Exit status 1 if a loss differs by more than 1e-6, or memory is above the shares of one rank's that are promised.
 """
 
@@ -47,17 +46,15 @@ def plan_of(ranks: int, tokens: int, samples: int, checkpointing: bool) -> dict[
 
 
 def measure(ranks: int, tokens: int, samples: int, checkpointing: bool) -> dict[str, Any]:
-    """A run for memory and another for time; sizes are bytes of the largest rank."""
-    plan, found = plan_of(ranks, tokens, samples, checkpointing), {}
-    for kept in (False, True):
-        settings = {**cpu_settings(ranks), "OMP_NUM_THREADS": "1", **({} if kept else RETURNED)}
-        print(f"{ranks} ranks, freed memory {'kept' if kept else 'returned'}", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                result = run_plan("tools.bench.sequence.ranks", plan, ranks, settings, Path(folder))
-            except SystemExit as stopped:
-                raise UserError(f"{ranks} ranks failed with exit code {stopped.code}") from stopped
-        found = {**found, "seconds": result["seconds"]} if kept else result
+    """Sizes are bytes of the largest rank."""
+    print(f"{ranks} ranks", file=sys.stderr, flush=True)
+    settings = {**cpu_settings(ranks), "OMP_NUM_THREADS": "1", **RETURNED}
+    plan = plan_of(ranks, tokens, samples, checkpointing)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = run_plan("tools.bench.sequence.ranks", plan, ranks, settings, Path(folder))
+        except SystemExit as stopped:
+            raise UserError(f"{ranks} ranks failed with exit code {stopped.code}") from stopped
     above = found["peak_bytes"] - found["libraries_bytes"]
     return {"ranks": ranks, "checkpointing": checkpointing, "above_libraries_bytes": above, **found}
 
