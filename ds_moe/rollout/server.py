@@ -33,7 +33,6 @@ class Server:
 
     Attributes:
         state: "gone" until `prepare` has found it in order; "left out" for good.
-        about: what it is, on one line.
         reason: why it is gone or left out.
     """
 
@@ -43,7 +42,7 @@ class Server:
         self.url = url
         self.http = Http(url, key)
         self.state: Literal["ready", "gone", "left out"] = "gone"
-        self.about = self.reason = ""
+        self.reason = ""
         self.version = ""  # of what it has loaded, as far as is known
         self.in_flight = 0
         self._api, self._timeout_s, self._note = api, timeout_s, note
@@ -52,6 +51,7 @@ class Server:
         self._asked_at = -IDLE_S
         self._changing = threading.Lock()  # of weights
         self._paused = False
+        self._loaded: PublishedWeights | None = None  # by this process: names of versions may come again in another
 
     # --- requests
 
@@ -96,6 +96,10 @@ class Server:
 
     # --- weights
 
+    def look(self) -> str:
+        """What it is, on one line; changes nothing. Raises `Unanswered`, and `UserError` for wrong settings."""
+        return self._api.check(self.http)
+
     def prepare(self, weights: PublishedWeights | None) -> None:
         """Find out whether the server is in order, hand it the weights if it has others, and make it ready.
 
@@ -105,9 +109,9 @@ class Server:
             LeftOut: it cannot load the weights.
         """
         with self._changing:
-            self.about = self._api.check(self.http)
+            self._api.check(self.http)
             self.version = self._api.version(self.http)
-            if weights is not None and self.version != weights.version:
+            if weights is not None and (self._loaded is not weights or self.version != weights.version):
                 with self._drained():
                     self._load(weights)
             else:  # a trainer that died may have left it paused
@@ -144,7 +148,7 @@ class Server:
                 self.state, self.reason = "left out", one_line(again, 400)
                 fix = "is it a folder that the server sees, in hub layout?"
                 raise LeftOut(f"{self.url} cannot load {weights.folder}: {self.reason} ({fix})") from again
-        self.version = weights.version
+        self.version, self._loaded = weights.version, weights
         self._api.resume(self.http)
         self._paused = False
 

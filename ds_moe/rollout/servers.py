@@ -52,14 +52,20 @@ class Servers:
         self._closed = False
 
     def check(self) -> list[str]:
-        """See `RolloutEngine`; waits for the first server, and leaves those that do not answer yet for later.
+        """See `RolloutEngine`; waits for the first server, and leaves those that do not answer yet for later. It
+        changes nothing: another run may be about to hand weights to the same servers.
 
         Raises:
             EnginesGone: none has answered in `wait_s` seconds.
             UserError: a line for each wrong setting of each server.
         """
-        self._until_one(lambda server: server.prepare(self._weights))
-        return [server.about if server.state == "ready" else f"{server.reason} (later?)" for server in self._servers]
+        found: dict[str, str] = {}
+
+        def look(server: Server) -> None:
+            found[server.url] = server.look()
+
+        self._until(lambda: bool(found), look, self._servers)
+        return [found.get(server.url) or f"{server.reason} (it is looked for later)" for server in self._servers]
 
     def sample(
         self,
@@ -78,7 +84,8 @@ class Servers:
         weights = self._weights = PublishedWeights(folder, version)
         known = [server for server in self._servers if server.state == "ready"]
         self._on_each(known, lambda server: server.hand_over(weights))
-        self._until_one(lambda server: server.prepare(weights), [one for one in self._servers if one not in known])
+        others = [server for server in self._servers if server not in known]
+        self._until(self._any_ready, lambda server: server.prepare(weights), others)
 
     def greedy(self, prompt: Prompt, max_new_tokens: int) -> list[Completion]:
         """See `RolloutEngine`."""
@@ -103,13 +110,15 @@ class Servers:
         for thread in threads:
             thread.join()
 
-    def _until_one(self, what: Callable[[Server], None], missing: Sequence[Server] | None = None) -> None:
-        """Do `what` with servers that are not ready; again, as long as none is, until `wait_s` seconds are over."""
+    def _any_ready(self) -> bool:
+        return any(server.state == "ready" for server in self._servers)
+
+    def _until(self, enough: Callable[[], bool], what: Callable[[Server], None], servers: Sequence[Server]) -> None:
+        """Do `what` with those of the servers that are gone; again, until it is enough or `wait_s` seconds are over."""
         began, pause = time.monotonic(), FIRST_S
-        missing = self._servers if missing is None else missing
         while True:
-            self._on_each([server for server in missing if server.state == "gone"], what)
-            if any(server.state == "ready" for server in self._servers):
+            self._on_each([server for server in servers if server.state == "gone"], what)
+            if enough():
                 return
             waited = time.monotonic() - began
             if waited >= self._config.wait_s:
