@@ -12,8 +12,9 @@ MODES = ("live", "completion only", "prompt + completion", "shifted by one")
 def result(replayed: float) -> dict:
     k3 = dict(zip(MODES, (1e-3, 5e-4, replayed, 2.0), strict=True))
     modes = {mode: {"k3": value, "large": 0.0, "max": 1.0} for mode, value in k3.items()}
-    shares = {"routers": 0.1, "tokens": 640, "least_weight": 0.05}
-    runs = [{"model": "Qwen3-MoE", "dtype": "fp32", "seed": seed, "modes": modes} | shares for seed in (0, 1, 2)]
+    shares = {"routers": 0.1, "tokens": 0.4, "least_weight": 0.05, "completion_tokens": 640}
+    about = {"model": "Qwen3-MoE", "dtype": "fp32", "modes": modes, **shares}
+    runs = [{**about, "scale": scale, "seed": seed} for scale in (1.0, 2.0) for seed in (0, 1, 2)]
     return {"runs": runs, "seconds": 60.0}
 
 

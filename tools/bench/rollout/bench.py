@@ -31,6 +31,7 @@ from tools.results import Claim, command_line, judged, markdown, print_claims, r
 from tools.vllm_cpu.install import missing
 
 LIMIT = 0.10  # of live's k3, for prompt + completion: the mean over seeds
+SCALE = 1.0  # the router scale that the claims are about: the flatter routers are, the more replay is worth
 
 
 @refusing
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=8, help="of a seed (default %(default)s)")
     parser.add_argument("--completions", type=int, default=2, help="of a prompt (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=40, help="of a completion at most (default %(default)s)")
-    parser.add_argument("--router-scale", type=float, default=2.0, help="see tools.bench.replay (default %(default)s)")
+    parser.add_argument("--router-scales", type=float, nargs="+", default=[1.0, 2.0], metavar="X")
     options = parser.parse_args(arguments)
     result = json.loads(options.show.read_text()) if options.show else measure(options)
     result["claims"] = claims(result["runs"])
@@ -60,51 +61,55 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name in CASES:
             runs += one_model(name, options, Path(work))
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    about = {key: getattr(options, key) for key in ("prompts", "completions", "tokens", "router_scale", "seeds")}
+    about = {key: getattr(options, key) for key in ("prompts", "completions", "tokens", "router_scales", "seeds")}
     machine = {"cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()[0]}
     return {**about, "machine": machine, "runs": runs, "seconds": time.monotonic() - began}
 
 
 def one_model(name: str, options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     case, moe = CASES[name], load_run(RUN).moe or MoEConfig()
-    folders = {seed: case.write(work / f"{case.kind}{seed}", seed, options.router_scale) for seed in options.seeds}
+    cases = [(scale, seed) for scale in options.router_scales for seed in options.seeds]
+    folders = {one: case.write(work / f"{case.kind}{number}", one[1], one[0]) for number, one in enumerate(cases)}
     runs = []
-    with serving(folders[options.seeds[0]], work / f"{case.kind}.log", "bfloat16") as (_, servers):
-        for seed, folder in folders.items():
+    with serving(folders[cases[0]], work / f"{case.kind}.log", "bfloat16") as (_, servers):
+        for scale, seed in cases:
             began = time.monotonic()
-            servers.publish(folder, f"seed {seed}")
+            servers.publish(folders[scale, seed], f"scale {scale:g}, seed {seed}")
             handed = time.monotonic()
             sampling = Sampling(options.completions, options.tokens, 1.0, seed)
             rollouts = rollouts_of(servers, questions(case, seed, options.prompts), sampling, case.processor)
-            sampled = time.monotonic()
-            tokens = sum(len(one.logprob_N) for one in rollouts)
-            times = {"hand_over_s": handed - began, "sample_s": sampled - handed, "tokens": tokens}
-            model = case.model(seed, options.router_scale)
+            times = {"hand_over_s": handed - began, "sample_s": time.monotonic() - handed}
+            about = {"model": name, "scale": scale, "seed": seed, **times}
+            about["completion_tokens"] = sum(len(one.logprob_N) for one in rollouts)
+            model = case.model(seed, scale)
             for dtype in DTYPES:
                 trainer = copy.deepcopy(model).to(DTYPES[dtype])
                 convert(trainer, moe)
-                figures = compare(trainer, case.processor, rollouts)
-                runs.append({"model": name, "dtype": dtype, "seed": seed, **times, **figures})
+                runs.append({"dtype": dtype, **about, **compare(trainer, case.processor, rollouts)})
     return runs
 
 
 def rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per model and dtype of the trainer: k3 by mode, means over seeds and those of each."""
+    """Per model, router scale and dtype of the trainer: k3 by mode, means over seeds and those of each."""
     found = []
-    for model, dtype in dict.fromkeys((run["model"], run["dtype"]) for run in runs):
-        mine = [run for run in runs if (run["model"], run["dtype"]) == (model, dtype)]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["model"], run["scale"], run["dtype"]), []).append(run)
+    for (model, scale, dtype), mine in groups.items():
         k3 = {mode: [run["modes"][mode]["k3"] for run in mine] for mode in (LIVE, COMPLETION, REPLAY, SHIFTED)}
         of_live = statistics.mean(k3[REPLAY]) / statistics.mean(k3[LIVE])
         by_seed = [ours / live for ours, live in zip(k3[REPLAY], k3[LIVE], strict=True)]
-        row = {"model": model, "dtype": dtype, "k3": k3, "of_live": of_live, "by_seed": by_seed}
-        row |= {key: statistics.mean(run[key] for run in mine) for key in ("tokens", "routers", "least_weight")}
-        found.append(row | {"changed": statistics.mean(run["modes"][LIVE]["large"] for run in mine)})
+        row = {"model": model, "scale": scale, "dtype": dtype, "k3": k3, "of_live": of_live, "by_seed": by_seed}
+        shares = ("completion_tokens", "routers", "tokens", "least_weight")
+        found.append(row | {key: statistics.mean(run[key] for run in mine) for key in shares})
     return found
 
 
 def claims(runs: list[dict[str, Any]]) -> list[Claim]:
     found = []
     for row in rows(runs):
+        if row["scale"] != SCALE:
+            continue
         seeds = ", ".join(f"{share:.3f}" for share in row["by_seed"])
         text = (
             f"{row['model']}, {row['dtype']} trainer: replay leaves {row['of_live']:.3f} of live's k3, at most {LIMIT}"
@@ -117,17 +122,14 @@ def print_result(result: dict[str, Any]) -> None:
     cells = []
     for row in rows(result["runs"]):
         k3 = [show(row["k3"][mode]) for mode in (LIVE, COMPLETION, REPLAY, SHIFTED)]
-        shares = [
-            f"{row['of_live']:.3f}",
-            f"{row['routers']:.1%}",
-            f"{row['least_weight']:.1%}",
-            f"{row['tokens']:.0f}",
-        ]
-        cells.append([row["model"], row["dtype"], *k3, *shares])
-    heads = "model | trainer | k3 live | completion only | prompt + completion | shifted | of live | routers"
+        shares = [f"{row[key]:.1%}" for key in ("least_weight", "routers", "tokens")]
+        about = [row["model"], f"{row['scale']:g}", row["dtype"]]
+        cells.append([*about, *k3, f"{row['of_live']:.3f}", *shares, f"{row['completion_tokens']:.0f}"])
+    heads = "model | router scale | trainer | k3 live | completion only | prompt + completion | shifted | of live"
     print(f"\nvLLM in bf16; {result['seconds'] / 60:.1f} minutes\n")
-    print(markdown(f"{heads} | least weight | tokens a seed", cells))
-    print("\nmean ± standard deviation over seeds; routers: that differ between engine and live trainer\n")
+    print(markdown(f"{heads} | least weight | routers | tokens | completion tokens", cells))
+    print("\nmean ± standard deviation over seeds; completion tokens: of a seed")
+    print("least weight: of a token's last expert; routers, tokens: that differ between engine and live trainer\n")
     print_claims(result["claims"])
 
 
