@@ -219,7 +219,7 @@ class FakeVllm:
 
     def _completed(self, path: str, body: dict[str, Any], fault: str | None) -> tuple[int, object]:
         if fault == "die":
-            threading.Thread(target=self.die).start()
+            self.die()  # before the connection ends: whoever sees that finds no server
         if fault in ("hang_up", "die"):
             raise ConnectionAbortedError
         if fault in ("500", "400"):
