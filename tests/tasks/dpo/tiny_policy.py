@@ -121,3 +121,41 @@ def reference_logprobs(reference, processor):
             kept = target != NO_LOSS
             found.append(logprob_SV[kept].gather(1, target[kept].unsqueeze(1)).sum())
     return torch.stack(found).view(-1, 2)
+
+
+def found_in_float64(name):
+    """Loss and gradients by plain formulas, each sequence in a forward of its own, from the same fp32 weights."""
+    settings, processor = LOSSES[name], tiny_processor("text")
+    policy, reference = (model.double() for model in policy_and_reference())
+    pairs = encoded_pairs(processor)
+    for pair in pairs:
+        chosen, rejected = (_sums(policy, reference, one) for one in pair.sequences())
+        (_plain_loss(settings, *chosen, *rejected) / len(pairs)).backward()
+    return gradient_digest(policy)
+
+
+def _sums(policy, reference, sequence):
+    """Log-prob of an answer by the policy, by the reference, and its tokens."""
+    target = sequence.labels[1:]
+    kept, found = target != NO_LOSS, []
+    for model in (policy, reference):
+        logprob_SV = model(sequence.input_ids.unsqueeze(0)).logits[0, :-1].log_softmax(-1)
+        found.append(logprob_SV[kept].gather(1, target[kept].unsqueeze(1)).sum())
+    return found[0], found[1].detach(), int(kept.sum())
+
+
+def _plain_loss(settings, chosen, chosen_reference, chosen_tokens, rejected, rejected_reference, rejected_tokens):
+    smoothing, kind = settings.get("label_smoothing", 0.0), settings["loss"]
+    first, second = chosen - chosen_reference, rejected - rejected_reference
+    margin = BETA * (first - second)
+    if kind == "simpo":
+        margin = BETA * (chosen / chosen_tokens - rejected / rejected_tokens) - settings["margin"]
+    wins, loses = -torch.log(torch.sigmoid(margin)), -torch.log(torch.sigmoid(-margin))
+    loss = {
+        "dpo": lambda: wins,
+        "ipo": lambda: (first / chosen_tokens - second / rejected_tokens - 1 / (2 * BETA)) ** 2,
+        "hinge": lambda: (1 - margin).clamp(min=0),
+        "robust": lambda: ((1 - smoothing) * wins - smoothing * loses) / (1 - 2 * smoothing),
+        "simpo": lambda: (1 - smoothing) * wins + smoothing * loses,
+    }[kind]()
+    return loss - settings.get("rpo_alpha", 0.0) * chosen / chosen_tokens
