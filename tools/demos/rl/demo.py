@@ -11,6 +11,7 @@ on it.
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -67,7 +68,8 @@ def main() -> int:
     export_checkpoint(FOLDER / "supervised", FOLDER / "start")
     with serving(options.engine) as url:
         rounds = {arm: reinforce(arm, options.engine, url) for arm in ARMS}
-    result = {"engine": options.engine, "rounds": rounds, "seconds": time.monotonic() - began}
+    seconds, load = time.monotonic() - began, os.getloadavg()[2]  # the mean of the last 15 minutes
+    result = {"engine": options.engine, "rounds": rounds, "seconds": seconds, "load_average": load}
     result["claims"] = claims(rounds)
     rows = {f"{arm}, last round": figures(found[-1]) for arm, found in rounds.items()}
     title = f"ds_moe: reinforcement, engine {options.engine}"
