@@ -85,8 +85,8 @@ def test_no_round_is_lost_or_sampled_by_other_weights(files):
         one.paused = True  # a trainer that is gone has left it so
         run = start_ranks("ds_moe.train", 2, words(files, fakes))
         began = time.monotonic()
-        while run.returncode is None or kills:
-            assert time.monotonic() - began < 1200
+        while run.returncode is None:
+            assert time.monotonic() - began < 500
             time.sleep(0.05)
             done = finished(files)
             while len(told) < 2 * len(PASSING) and len(told) <= 1.5 * done:
@@ -103,8 +103,7 @@ def test_no_round_is_lost_or_sampled_by_other_weights(files):
                 for fake in kills.pop(min(kills)):
                     fake.die()
                 run = start_ranks("ds_moe.train", 2, words(files, fakes))
-        print(run.output[-6000:])
-        assert run.wait() == 0
+        assert run.wait() == 0, run.tails()
         assert told == 2 * PASSING
         assert not any(fake.paused for fake in fakes)
     assert_rounds(files / "run", ROUNDS)

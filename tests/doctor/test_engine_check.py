@@ -1,0 +1,52 @@
+"""What the doctor says of rl.engine."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.doctor.test_doctor import BASE, doctor, edit, healthy, square_in_hub_layout
+from tests.rollout.fake_vllm import FakeVllm
+
+__all__ = ["healthy"]
+ENGINE = "rl: {engine: {kind: local, prompts: 16, completions: 4, max_new_tokens: 8}}\n"
+
+
+@pytest.fixture
+def engine(healthy):
+    Path("run.yaml").write_text(f"task: rl\n{ENGINE}{BASE}")
+
+
+def test_an_engine_of_this_machine(engine, capsys):
+    code, lines, output = doctor(capsys)
+    assert code == 0 and not lines, output
+    assert "rounds: 16 prompts x 4 completions, 4 steps each, 25 rounds" in output
+    assert "engine: plain transformers on the host of rank 0, fp32" in output
+
+
+def test_a_model_that_files_of_the_hub_cannot_hold_is_refused(engine, capsys):
+    square_in_hub_layout()
+    _, lines, _ = doctor(capsys)
+    assert any(
+        "rl.engine cannot be given the weights of this model in hub layout: hidden_size 64" in one for one in lines
+    )
+
+
+def test_a_model_that_routes_otherwise_is_refused(engine, capsys):
+    edit("  ep_size: 2", "  ep_size: 2\n  balance: [{kind: loss_free}]")
+    _, lines, _ = doctor(capsys)
+    assert any("rl.engine would sample from another model: plain transformers cannot repeat" in one for one in lines)
+
+
+def test_servers_are_asked_and_their_settings_named(engine, capsys):
+    with FakeVllm(settings={"max_model_len": 64}) as fake:
+        edit("kind: local", f"urls: [{fake.url}]")
+        code, lines, output = doctor(capsys)
+        assert code == 0 and fake.url in output, output
+    with FakeVllm(settings={"max_model_len": 32}) as fake:
+        text = Path("run.yaml").read_text()
+        edit(text[text.index("http") : text.index("], prompts")], fake.url)
+        _, lines, _ = doctor(capsys)
+        assert any("rl.engine" in one and fake.url in one for one in lines), lines
+    edit("prompts: 16", "wait_s: 0.5, prompts: 16")
+    code, lines, _ = doctor(capsys)
+    assert code == 1 and any("no server of rl.engine.urls answers" in one for one in lines), lines
