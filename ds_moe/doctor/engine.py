@@ -58,4 +58,4 @@ def _answers(case: Case, where: str) -> Iterator[Finding]:
         elsewhere = case.device.source == GIVEN  # the job runs on another machine, which may reach the servers
         yield Finding("warning" if elsewhere else "error", f"{where}: {gone}")
     except UserError as error:
-        yield Finding("error", f"{where}: {error}")
+        yield from (Finding("error", f"{where}: {line}") for line in str(error).splitlines())

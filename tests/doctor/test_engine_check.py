@@ -46,7 +46,7 @@ def test_servers_are_asked_and_their_settings_named(engine, capsys):
         text = Path("run.yaml").read_text()
         edit(text[text.index("http") : text.index("], prompts")], fake.url)
         _, lines, _ = doctor(capsys)
-        assert any("rl.engine" in one and fake.url in one for one in lines), lines
+        assert any(f"{fake.url}: --max-model-len is 32" in one for one in lines), lines
     edit("prompts: 16", "wait_s: 0.5, prompts: 16")
     code, lines, _ = doctor(capsys)
     assert code == 1 and any("no server of rl.engine.urls answers" in one for one in lines), lines
