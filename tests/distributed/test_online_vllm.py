@@ -9,8 +9,8 @@ from tools.vllm_cpu.install import missing
 from tools.vllm_cpu.model import tiny_model, write_model
 from tools.vllm_cpu.server import VllmServer
 
-SIZE = ["rl.engine.prompts=8", "rl.engine.completions=8", "rl.engine.max_new_tokens=12", "train.global_batch_size=32"]
-SIZE += ["train.micro_batch_size=8", "data.max_length=256", "train.steps=8"]  # 4 rounds of 2 steps
+SIZE = ["rl.engine.prompts=4", "rl.engine.completions=4", "rl.engine.max_new_tokens=6", "train.lr=1e-4"]
+SIZE += ["train.global_batch_size=8", "train.steps=8"]  # 4 rounds of 2 steps
 
 
 @pytest.mark.slow
