@@ -129,7 +129,8 @@ class LiveExport:
         assert weight.base is not None
         value = weight.base.detach()
         if weight.halves:
-            value = merged(value, weight.halves["A"].detach(), weight.halves["B"].detach(), self._scaling)
+            wide = value.to(torch.promote_types(value.dtype, self._dtype))  # `merged` rounds to what it is given
+            value = merged(wide, weight.halves["A"].detach(), weight.halves["B"].detach(), self._scaling)
         return value.to(self._dtype) if value.is_floating_point() else value
 
     def _rows_of_all(self, value: Tensor, writer: int) -> Tensor:

@@ -475,6 +475,10 @@ RULES = {
     ),
     "updates beyond a round": ([*LOCAL, "rl.updates_per_batch=3"], "does not divide the 4 steps of a round"),
     "an engine under epochs": ([*LOCAL, "train.steps=null", "train.epochs=2"], "makes new rollouts; set train.steps"),
+    "weights among checkpoints": (
+        [*LOCAL, "train.output_dir=runs/a", "rl.engine.weights_dir=runs/a/checkpoints"],
+        "rl.engine.weights_dir runs/a/checkpoints lies in the folder of checkpoints",
+    ),
     "lag without correction": ([*LOCAL, "rl.engine.lag=1"], "set rl.correction to tis, mis or icepop"),
     "no room for a prompt": ([*LOCAL, "rl.engine.max_new_tokens=4096"], "leaves no room for a prompt in data.max_leng"),
     "rl.clip_low": ([*RL, "rl.clip_low=0.1"], "rl.clip_low would not be used: rl.updates_per_batch is 1"),

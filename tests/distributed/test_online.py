@@ -104,7 +104,10 @@ def test_a_round_is_a_file_like_others_and_wrong_weights_stop_a_run(tmp_path):
     print({name: found.get("error") for name, found in run.json.items()})
     assert [name for name, found in run.json.items() if "error" in found] == ["wrong", "stale", "gone"]
     assert_rounds(tmp_path / "plain", 3)
-    assert sorted(path.name for path in (tmp_path / "plain/weights").iterdir()) == ["step_00000002", "step_00000004"]
+    assert sorted(path.name for path in (tmp_path / "plain/weights").glob("step_*")) == [
+        "step_00000002",
+        "step_00000004",
+    ]
     # The file of a round is rollouts like any other: without an engine its steps are the same ones, to the bit.
     assert same(tmp_path / "replayed/checkpoints/step_00000002", tmp_path / "plain/checkpoints/step_00000002")
     # A copy of the starting weights takes the place of the run's for some forwards, and nothing of them stays.

@@ -1,6 +1,7 @@
 """Rules about `rl.engine`, the servers or the model of this machine that sample a run's completions."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ds_moe.config.rollout import EngineConfig
 from ds_moe.config.rules.rule import Complaint, Unused
@@ -46,6 +47,10 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
     if engine.lag and config.rl.correction == "none":
         text = f"rl.engine.lag {engine.lag} trains on completions of older weights; set rl.correction to tis, mis or"
         yield "rl.engine.lag", f"{text} icepop"
+    checkpoints = Path(train.output_dir, "checkpoints").resolve()
+    if engine.weights_dir is not None and Path(engine.weights_dir).resolve().is_relative_to(checkpoints):
+        text = f"rl.engine.weights_dir {engine.weights_dir} lies in the folder of checkpoints, and older weights are"
+        yield "rl.engine.weights_dir", f"{text} removed; choose another"
     if engine.max_new_tokens >= config.data.max_length:
         text = f"rl.engine.max_new_tokens {engine.max_new_tokens} leaves no room for a prompt in data.max_length"
         yield "rl.engine.max_new_tokens", f"{text} {config.data.max_length}; raise data.max_length, or lower it"

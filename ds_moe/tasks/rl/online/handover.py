@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from ds_moe.config.rules.engine import engine_of
+from ds_moe.errors import UserError, one_line
 from ds_moe.export.live import LiveExport
 from ds_moe.export.model import DTYPES
 from ds_moe.tasks.rl.online.engines import engine_dtype
@@ -13,6 +14,7 @@ from ds_moe.tasks.rl.online.sampler import Sampler
 from ds_moe.tasks.task import TrainingParts
 
 WEIGHTS = "weights"  # in a run's output folder, unless rl.engine.weights_dir says otherwise
+OWNER = ".ds_moe_run"  # a file in the folder of weights: the run whose `step_*` they are, and which alone removes them
 PROBES = 4  # prompts whose answers are compared
 
 
@@ -34,6 +36,16 @@ class HandOver:
         self._probes, _ = prompts.take(0, min(PROBES, len(prompts)))
         self.write_s = self.answer_s = 0.0
 
+    def claim(self) -> None:
+        """Make the folder of weights this run's, on rank 0. Raises `UserError` where it is not for this run."""
+        config, engine = self._parts.config, engine_of(self._parts.config)
+        assert engine is not None
+        owner = str(Path(config.train.output_dir).resolve()) if engine.weights_dir else "the run of this output folder"
+        try:
+            claim(self._folder, owner)
+        except UserError as error:
+            raise UserError(f"{config.at('rl.engine.weights_dir')}: {error}") from error
+
     def __call__(self, step: int, trained: int, sampler: Sampler | None) -> None:
         """Write the weights of now, which have taken `step` steps in `trained` whole rounds; rank 0's thread gives them
         to the engine when it has done what it was told before."""
@@ -46,3 +58,21 @@ class HandOver:
         if sampler is not None:
             prompts = [one.prompt for one in self._probes]
             sampler.hand_over(folder, f"{self._run}:{step}", step, trained, prompts, own)
+
+
+def claim(folder: Path, owner: str) -> None:
+    """Mark a folder as the one in which `owner` writes, replaces and removes versions of weights.
+
+    Raises `UserError` for one that holds anything and is not marked so: checkpoints have names like weights'.
+    """
+    mark, other = folder / OWNER, "rl.engine.weights_dir needs a folder that holds nothing else; choose another"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not mark.exists():
+            if (found := next(folder.iterdir(), None)) is not None:
+                raise UserError(f"{folder} holds {found.name}, and no weights of this run: {other}, or empty it")
+            mark.write_text(owner)
+        elif (of := mark.read_text()) != owner:
+            raise UserError(f"{folder} has the weights of {one_line(of, 200)}: {other}, or remove it")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used for weights: {error.strerror or error}") from error

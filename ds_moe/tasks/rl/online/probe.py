@@ -73,7 +73,7 @@ def own_answers(parts: TrainingParts, prompts: Sequence[Encoded], processor: Pro
 
 
 class WeightsCheck:
-    """Compares every hand-over, and remembers the one before.
+    """Compares every hand-over, and remembers since when each server answers what it answers.
 
     Args:
         dtype: of the engine's weights, a key of `TOLERANCE`.
@@ -81,7 +81,8 @@ class WeightsCheck:
 
     def __init__(self, dtype: str) -> None:
         self._tolerance = TOLERANCE[dtype]
-        self._before: list[tuple[list[Completion], OwnAnswer]] = []
+        self._since: dict[int, tuple[list[Completion], Sequence[OwnAnswer]]] = {}  # by server: its answers, and ours
+        # at the first hand-over at which it gave them
 
     def compare(self, engine: RolloutEngine, version: str, prompts: Sequence[Prompt], own: Sequence[OwnAnswer]) -> None:
         """Raises `UserError` where the answers of a server are not those of the trainer's weights."""
@@ -97,7 +98,6 @@ class WeightsCheck:
                 which = f"server {server + 1} of {servers}" if servers > 1 else "the engine"
                 text = f"rl.engine: {which} was given the weights {version} and answers as if it had others: {problem}"
                 raise UserError(f"{text}; no step was taken on its rollouts (does it load this family's hub layout?)")
-        self._before = list(zip(answered, own, strict=True))
 
     def _differs(self, found: Sequence[Completion], own: Sequence[OwnAnswer]) -> str | None:
         differences, worst = [], 0.0
@@ -117,17 +117,16 @@ class WeightsCheck:
         return None
 
     def _has_not_moved(self, server: int, found: Sequence[Completion], own: Sequence[OwnAnswer]) -> str | None:
-        """That all is exactly as before the hand-over, although the trainer's own log-probs have moved."""
-        if not self._before:
+        """That all is exactly as at earlier hand-overs, although the trainer's own log-probs have moved since the first
+        of them: by little at a time, perhaps."""
+        before, own_before = self._since.get(server, ((), ()))
+        if [(one.token_ids, one.logprobs) for one in found] != [(one.token_ids, one.logprobs) for one in before]:
+            self._since[server] = (list(found), own)
             return None
-        same, moved = True, 0.0
-        for one, answer, (before, own_before) in zip(found, own, self._before, strict=True):
-            earlier = before[server] if server < len(before) else None
-            if earlier is None or earlier.token_ids != one.token_ids or earlier.logprobs != one.logprobs:
-                same = False
-                break
-            both = zip(answer.of(one.token_ids), own_before.of(one.token_ids), strict=False)
-            moved = max([moved, *(abs(now - then) for now, then in both)])
-        if same and moved > MOVED * self._tolerance:
+        moved = 0.0
+        for one, now, then in zip(found, own, own_before, strict=True):
+            both = zip(now.of(one.token_ids), then.of(one.token_ids), strict=False)
+            moved = max([moved, *(abs(a - b) for a, b in both)])
+        if moved > MOVED * self._tolerance:
             return f"its log-probs are exactly those of before, the trainer's have moved by {moved:.3g}"
         return None

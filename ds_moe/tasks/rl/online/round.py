@@ -15,7 +15,14 @@ from ds_moe.errors import UserError
 from ds_moe.rollout.engine import Completion, RolloutEngine, Sampling
 from ds_moe.rollout.reward import Candidate, RewardPool, Scored, Waiting
 from ds_moe.tasks.rl.online.prompts import Asked, Prompts
-from ds_moe.tasks.rl.online.round_file import RoundFacts, finish_round, finished_round, remove_rounds, round_file
+from ds_moe.tasks.rl.online.round_file import (
+    RoundFacts,
+    finish_round,
+    finished_round,
+    forget_rounds,
+    remove_rounds,
+    round_file,
+)
 from ds_moe.tasks.rl.write import Record, write_rollouts
 
 LEAST = 2  # completions of a prompt, whose rewards can be compared
@@ -67,6 +74,7 @@ class RoundMaker:
         self._config, self._settings, self._prompts, self._processor = config, settings, prompts, processor
         self._engine, self._rewards, self._stopping = engine, rewards, stopping
         self._run = f"{run} {rewards.digest}".strip()  # a round that other functions have judged is another one
+        self._vocabulary = len(processor.tokenizer)  # a model's is often padded, and engines sample from all of it
         self.trained: dict[str, int] = {}
         self.version, self.step = "", 0  # of the weights that the engine has
 
@@ -78,7 +86,7 @@ class RoundMaker:
         file = round_file(self._config.train.output_dir, number)
         if (found := finished_round(file)) is not None and self._is_of_now(found, begin):
             return found
-        file.with_suffix(".json").unlink(missing_ok=True)
+        forget_rounds(self._config.train.output_dir, number)
         self._seconds, self._counts = Counter[str](), Counter[str]()
         groups, end = self._groups(number, begin)
         records = [record for group in groups for record in self._records(group)]
@@ -158,7 +166,7 @@ class RoundMaker:
         self._counts["lost"] += self._settings.completions - len(completions)
         for one in completions:
             trained = self.trained.get(one.version)
-            if one.finish_reason == "abort" or not one.token_ids:
+            if one.finish_reason == "abort" or not one.token_ids or max(one.token_ids) >= self._vocabulary:
                 self._counts["lost"] += 1
             elif trained is None or number - trained > self._settings.lag:
                 self._counts["too old"] += 1

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -54,11 +55,24 @@ def finish_round(file: Path, facts: RoundFacts) -> None:
     os.replace(partial, file.with_suffix(".json"))
 
 
+def forget_rounds(output_dir: str, first: int) -> None:
+    """Make the round `first` and all later ones unfinished: a killed process sampled them by weights that followed from
+    another `first` than the one that is sampled now. Their rollouts stay until others take their place."""
+    for number, file in _files_of_rounds(output_dir, ".json"):
+        if number >= first:
+            file.unlink()
+
+
+def _files_of_rounds(output_dir: str, suffix: str) -> Iterator[tuple[int, Path]]:
+    for file in Path(output_dir, ROLLOUTS).glob(f"round_*{suffix}"):
+        if number := re.fullmatch(r"round_(\d{6,})", file.stem):
+            yield int(number[1]), file
+
+
 def remove_rounds(output_dir: str, last: int) -> None:
     """Remove the files of all rounds up to the number `last`; what of them cannot be removed stays."""
-    for file in Path(output_dir, ROLLOUTS).glob("round_*.jsonl"):
-        number = re.fullmatch(r"round_(\d{6,})", file.stem)
-        if number is None or int(number[1]) > last:
+    for number, file in _files_of_rounds(output_dir, ".jsonl"):
+        if number > last:
             continue
         with suppress(OSError, UserError):
             file.with_suffix(".json").unlink(missing_ok=True)  # first: without it the round is none

@@ -48,6 +48,7 @@ class Rounds:
         error = None
         if parts.topology.rank == 0:
             try:
+                self._hand_over.claim()
                 self._sampler = self._make_sampler()
             except (UserError, EnginesGone) as problem:
                 error = str(problem)

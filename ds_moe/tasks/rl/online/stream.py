@@ -65,6 +65,7 @@ class OnlineStream:
         self.place = RoundPlace()
         self.rows = None
         self._open: TrainStream | None = None
+        self._number = 0  # of the open round
         self._filled: Fill | None = None  # of the rounds before the open one
 
     @property
@@ -74,7 +75,10 @@ class OnlineStream:
 
     @property
     def error(self) -> str | None:
-        return self._open.error if self._open is not None else None
+        if self._open is None or self._open.error is None:
+            return None
+        facts = round_file(self._config.train.output_dir, self._number).with_suffix(".json")
+        return f"{self._open.error}; remove {facts}, and the round is sampled anew"
 
     @property
     def fill(self) -> Fill | None:
@@ -92,7 +96,7 @@ class OnlineStream:
         self._open = TrainStream(
             config, self._processor, **self._ranks, record_kind=self._rollouts, patch_cost=self._patch_cost
         )
-        step = self.place.step
+        step, self._number = self.place.step, facts.number
         self._open.load_state_dict({**self._open.order, "epoch": 0, "step": step})
         self.place = RoundPlace(facts.number, step, facts.end, facts.sha256, facts.version)
 

@@ -62,6 +62,15 @@ def test_an_engine_that_keeps_its_weights_is_told_from_one_that_follows():
     compared(check, after, found(after))
     with pytest.raises(UserError, match="exactly those of before, the trainer's have moved by 0.1"):
         compared(check, before, found(after))
+    check, number = WeightsCheck("bf16"), 0
+    with pytest.raises(UserError, match="exactly those of before, the trainer's have moved by 0.02"):
+        for number in range(9):  # by less than the limit each time
+            compared(check, own(shift=0.01 * number), found(before))
+    assert number == 2
+    check = WeightsCheck("bf16")
+    for number in range(15):
+        answer = own(shift=0.01 * number)
+        compared(check, answer, found(answer))  # one that follows may go as far as it likes
     check = WeightsCheck("bf16")
     for _ in range(2):  # an update that moves nothing leaves the answers as they are
         compared(check, before, found(before))

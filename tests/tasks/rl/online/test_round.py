@@ -36,7 +36,7 @@ class Told:
         text, changes = told if isinstance(told, tuple) else (told, {})
         ids = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         made = {"routing": None, "routing_format": "record", "finish_reason": "stop", "version": "r:4"}
-        return Completion(ids, [-0.5] * len(ids), **{**made, **changes})
+        return Completion(**{"token_ids": ids, "logprobs": [-0.5] * len(ids), **made, **changes})
 
 
 @pytest.fixture
@@ -112,6 +112,33 @@ def test_a_round_of_other_weights_prompts_or_content_is_sampled_anew(maker):
     assert finished_round(file) is None
     made.round(2, begin=4)
     assert len(told.asked) == 4 and finished_round(file).sha256 == sha256_of(file)
+
+
+def test_rounds_after_one_that_is_sampled_anew_are_sampled_anew_too(maker):
+    """A killed process made them, by weights that followed from another file of that round."""
+    process = ["8"]
+    made, told, config = maker(lambda prompt, number: ["7", process[0]], records=20)
+
+    def rounds(first):
+        for number in range(first, 4):
+            made.step = 2 * number
+            made.trained["r:4"] = number
+            made.round(number, begin=4 * number)
+        return [written(config, number)[1]["completion"] for number in range(4)]
+
+    assert rounds(0) == ["8", "8", "8", "8"]
+    process[0] = "9"
+    assert rounds(1) == ["8", "8", "8", "8"] and len(told.asked) == 4  # all of them are there
+    round_file(config.train.output_dir, 1).unlink()
+    assert rounds(1) == ["8", "9", "9", "9"]
+
+
+def test_ids_beyond_the_tokenizer_are_lost(maker, processor):
+    """Embeddings are padded, and an engine samples from all of them; no record may hold such an id."""
+    beyond = {"token_ids": [len(processor.tokenizer)], "logprobs": [-0.5]}
+    made, _, config = maker(lambda prompt, number: ["7", "8", ("9", beyond)])
+    facts = made.round(2, begin=0)
+    assert facts.records == 8 and facts.figures["dropped_completions"] == 4
 
 
 def test_what_is_too_old_lost_or_unknown_is_dropped_and_counted(maker):
