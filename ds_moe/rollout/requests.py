@@ -63,10 +63,11 @@ class SampleRequests:
         api: ServerApi,
         config: EngineConfig,
         weights: Callable[[], PublishedWeights | None],
+        verify: Callable[[Server], str | None],
         note: Callable[[str], None],
     ) -> None:
         self._servers, self._api, self._config = servers, api, config
-        self._weights, self._note = weights, note
+        self._weights, self._verify, self._note = weights, verify, note
         self._results: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._looks = {server.url: Look() for server in servers}
         self._none_since: float | None = None  # time.monotonic since which no server is ready
@@ -208,7 +209,7 @@ class SampleRequests:
     def _look(self, server: Server, weights: PublishedWeights | None) -> None:
         """In a thread: whether a server is there and in order, and has the weights."""
         try:
-            server.prepare(weights)
+            server.prepare(weights, self._verify)
         except BaseException as error:
             self._results.put(lambda error=error: self._not_found(server, error))
         else:
@@ -222,7 +223,7 @@ class SampleRequests:
     def _not_found(self, server: Server, error: BaseException) -> None:
         look = self._looks[server.url]
         if isinstance(error, LeftOut):
-            self._note(f"{error}; it stays paused and is left out")
+            self._note(f"{error}; it is left out")
         elif isinstance(error, UserError):  # it was restarted with other settings
             server.state, server.reason = "left out", str(error).splitlines()[0]
             self._note(f"{server.reason}; it is left out")

@@ -100,13 +100,16 @@ class Server:
         """What it is, on one line; changes nothing. Raises `Unanswered`, and `UserError` for wrong settings."""
         return self._api.check(self.http)
 
-    def prepare(self, weights: PublishedWeights | None) -> None:
+    def prepare(self, weights: PublishedWeights | None, verify: Callable[["Server"], str | None] | None = None) -> None:
         """Find out whether the server is in order, hand it the weights if it has others, and make it ready.
+
+        Args:
+            verify: says what is wrong with the answers of a server that was given the weights; None: nothing.
 
         Raises:
             Unanswered: it is not there, or not yet.
             UserError: its settings are wrong.
-            LeftOut: it cannot load the weights.
+            LeftOut: it cannot load the weights, or computes with others.
         """
         with self._changing:
             self._api.check(self.http)
@@ -114,6 +117,9 @@ class Server:
             if weights is not None and (self._loaded is not weights or self.version != weights.version):
                 with self._drained():
                     self._load(weights)
+                if verify is not None and (problem := verify(self)):
+                    self.state, self.reason = "left out", problem
+                    raise LeftOut(f"{self.url} was given {weights.folder} again and computes otherwise: {problem}")
             else:  # a trainer that died may have left it paused
                 self._api.resume(self.http)
                 self._paused = False

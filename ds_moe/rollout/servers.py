@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from ds_moe.config.rollout import EngineConfig
 from ds_moe.errors import UserError, all_in_one
@@ -17,6 +18,8 @@ from ds_moe.rollout.sglang import SglangApi
 from ds_moe.rollout.vllm import VllmApi
 
 APIS: dict[str, Callable[[Wanted], ServerApi]] = {"vllm": VllmApi, "sglang": SglangApi}
+KNOWN = 2  # greedy answers that are kept, to be compared with those of servers that come back
+UNLIKE = 0.2  # nats that their log-probs may differ: rounding to bf16 costs up to .1, weights in a wrong place .3
 FIRST_S, MOST_S = 0.5, 15.0  # between two looks for servers that do not answer: doubled from the first to the second
 
 
@@ -49,7 +52,7 @@ class Servers:
         self._config, self._api, self._note = config, api, note
         self._servers = [Server(url, api, key, config.timeout_s, note) for url in config.urls]
         self._weights: PublishedWeights | None = None
-        self._closed = False
+        self._known: list[tuple[Prompt, int, Completion]] = []  # greedy answers under these weights
 
     def check(self) -> list[str]:
         """See `RolloutEngine`; waits for the first server, and leaves those that do not answer yet for later. It
@@ -75,13 +78,15 @@ class Servers:
         pulse: Callable[[], None] = lambda: None,
     ) -> None:
         """See `RolloutEngine`. `SampleRequests` has the rules."""
-        SampleRequests(self._servers, self._api, self._config, lambda: self._weights, self._note).run(
-            prompts, sampling, deliver, pulse
+        requests = SampleRequests(
+            self._servers, self._api, self._config, lambda: self._weights, self._verify, self._note
         )
+        requests.run(prompts, sampling, deliver, pulse)
 
     def publish(self, folder: Path, version: str) -> None:
         """See `RolloutEngine`; the servers load at the same time."""
         weights = self._weights = PublishedWeights(folder, version)
+        self._known = []
         known = [server for server in self._servers if server.state == "ready"]
         self._on_each(known, lambda server: server.hand_over(weights))
         others = [server for server in self._servers if server not in known]
@@ -89,21 +94,39 @@ class Servers:
 
     def greedy(self, prompt: Prompt, max_new_tokens: int) -> list[Completion]:
         """See `RolloutEngine`."""
-        sampling = Sampling(completions=1, max_new_tokens=max_new_tokens, temperature=0.0, seed=0)
         answers: dict[str, Completion] = {}
 
         def ask(server: Server) -> None:
-            [answer] = self._api.sample(server.http, prompt, sampling, 0, self._config.timeout_s)
-            answers[server.url] = answer
+            answers[server.url] = self._most_likely(server, prompt, max_new_tokens)
 
         self._on_each([server for server in self._servers if server.state == "ready"], ask)
         if not answers:
             raise EnginesGone(self._gone(0))
+        self._known = [*self._known, (prompt, max_new_tokens, next(iter(answers.values())))][-KNOWN:]
         return [answers[server.url] for server in self._servers if server.url in answers]
+
+    def _most_likely(self, server: Server, prompt: Prompt, max_new_tokens: int) -> Completion:
+        sampling = Sampling(completions=1, max_new_tokens=max_new_tokens, temperature=0.0, seed=0)
+        [answer] = self._api.sample(server.http, prompt, sampling, 0, self._config.timeout_s)
+        return answer
+
+    def _verify(self, server: Server) -> str | None:
+        """How the greedy answers of a server that came back differ from those that the run has seen and accepted.
+
+        At a near tie two servers go on with different tokens: up to there their log-probs are those of the most likely
+        token, which rounding changes little.
+        """
+        for prompt, count, known in self._known:
+            found = self._most_likely(server, prompt, count)
+            pairs = list(zip(found.token_ids, known.token_ids, strict=False))
+            same = next((place for place, (one, other) in enumerate(pairs) if one != other), len(pairs) - 1) + 1
+            off = fmean(abs(a - b) for a, b in zip(found.logprobs[:same], known.logprobs[:same], strict=True))
+            if off > UNLIKE:
+                return f"log-probs of {same} greedy tokens differ by {off:.3g} on average from those of before"
+        return None
 
     def close(self) -> None:
         """See `RolloutEngine`. A server that could not load its weights stays paused."""
-        self._closed = True
         threads = [threading.Thread(target=server.close, daemon=True) for server in self._servers]
         for thread in threads:
             thread.start()

@@ -185,10 +185,12 @@ def test_routes_are_not_missed_where_nobody_replays(fake):
 
 
 def test_a_server_that_dies_is_done_without(fake, other):
-    right, notes = sample(engine(other), 6), []
+    servers, notes = engine(fake, other, note=lambda line: notes.append(line)), []
+    servers.publish(FOLDER, "run:1")
+    right = sample(servers, 6)
     other.delay_s = 0.5  # longer than it takes to see that the first is gone
     fake.fail("die")
-    assert sample(engine(fake, other, note=notes.append), 6) == right
+    assert sample(servers, 6) == right
     assert any(fake.url in line and "1 other servers go on" in line for line in notes)
 
 
@@ -203,6 +205,26 @@ def test_a_restarted_server_gets_the_weights_before_it_is_asked(fake):
     revived.start()
     assert sample(servers, 6) == right
     assert (fake.folder, fake.version) == (str(FOLDER), "run:1") and any("is back" in line for line in notes)
+
+
+def test_a_server_that_comes_back_and_loads_wrongly_is_left_out(fake, other, monkeypatch):
+    """Its reload answers 200, its greedy answers are others than those that the run has accepted."""
+    monkeypatch.setattr(server_module, "IDLE_S", 0.05)
+    servers, notes = engine(fake, other, note=lambda line: notes.append(line)), []
+    servers.publish(FOLDER, "run:1")
+    servers.greedy(prompts(1)[0], 8)
+    right = sample(engine(other), 4)
+    fake.die()
+    fake.wrong_reloads = 1
+    other.delay_s = 0.5  # longer than it takes to see what the first answers
+    fake.start()
+    fake.calls.clear()
+    time.sleep(0.1)
+    assert {n: [c.token_ids for c in made] for n, made in sample(servers, 4).items()} == {
+        n: [c.token_ids for c in made] for n, made in right.items()
+    }
+    assert [line for line in notes if "computes otherwise: log-probs of" in line]
+    assert [call.body["temperature"] for call in fake.asked("/v1/completions")] == [0.0]
 
 
 def test_a_restart_between_two_rounds_is_seen(fake, monkeypatch):
