@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,6 +27,7 @@ from ds_moe.tasks.rl.online.engines import engine_dtype
 from ds_moe.tasks.rl.online.local import _completion, _message
 from ds_moe.tasks.rl.online.local_worker import LocalModel
 from ds_moe.tasks.rl.online.stream import OnlineStream
+from ds_moe.tasks.rl.online.task import OnlinePolicyOptimization
 from ds_moe.train import train
 from tests.launcher import leave, report
 
@@ -85,24 +88,26 @@ def kill(fault, where, number):
 
 
 def killing(fault):
-    """Patches that end rank 0 between two of its doings."""
-    calls = {"file": 0, "step": 0, "writing": 0}
+    """Patches that end rank 0 before one of its doings."""
+    counts = Counter()
 
-    def before(function, where):
+    def before(owner, name, where):
+        function = getattr(owner, name)
+
         def called(*arguments, **keywords):
-            kill(fault, where, calls[where])
-            calls[where] += 1
+            if os.environ["RANK"] == "0":
+                kill(fault, where, counts[where])
+                counts[where] += 1
             return function(*arguments, **keywords)
 
-        return called
+        return patch.object(owner, name, called)
 
-    return (
-        patch.object(round_module, "finish_round", before(round_module.finish_round, "file")),
-        patch.object(
-            OnlineStream, "open", before(OnlineStream.open, "step") if os.environ["RANK"] == "0" else OnlineStream.open
-        ),
-        patch.object(LiveExport, "_complete", before(LiveExport._complete, "writing")),
-    )
+    stack = ExitStack()
+    stack.enter_context(before(round_module, "finish_round", "file"))
+    stack.enter_context(before(OnlineStream, "open", "open"))
+    stack.enter_context(before(LiveExport, "_complete", "writing"))
+    stack.enter_context(before(OnlinePolicyOptimization, "metrics", "metrics"))
+    return stack
 
 
 def run(name, overrides, fault=""):
@@ -113,9 +118,8 @@ def run(name, overrides, fault=""):
         engines.append(EngineHere(config, fault))
         return engines[-1]
 
-    first, second, third = killing(fault)
     before = Path(config.train.output_dir, "rollouts")
-    with patch.object(rounds_module, "make_engine", made), first, second, third:
+    with patch.object(rounds_module, "make_engine", made), killing(fault):
         try:
             found = {"result": train(config)}
         except Exception as error:
