@@ -18,7 +18,9 @@ class EngineConfig(Section):
     model: str | None = Field(default=None, min_length=1)  # the name that the servers give it; default: their only one
     key_from: str | None = Field(default=None, min_length=1)  # environment variable with the servers' API key
     in_flight: int = Field(default=64, gt=0)  # requests that a server answers at a time
-    timeout_s: float = Field(default=600.0, gt=0)  # of one request; a slower answer is asked of another server
+    timeout_s: float = Field(
+        default=600.0, gt=0
+    )  # of one request; a server that is slower loses it to another, local ends the run
     wait_s: float = Field(default=900.0, ge=0)  # while no server answers, before the run ends with a checkpoint
     prompts: int = Field(default=128, gt=0)  # of a round, each a record of data.train
     completions: int = Field(default=8, gt=1)  # of each prompt; their rewards are compared with each other

@@ -51,7 +51,8 @@ class FrozenCopy:
 def _gather_again(parameter: nn.Parameter) -> None:
     """DeepSpeed keeps small parameters gathered between forwards."""
     group = parameter.ds_process_group
-    pieces = [torch.empty_like(parameter.ds_tensor.data) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(pieces, parameter.ds_tensor.data, group=group)
+    share = parameter.ds_tensor.data.to(parameter.data.device)  # in host memory where parameters are offloaded
+    pieces = [torch.empty_like(share) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(pieces, share, group=group)
     whole = torch.cat([piece.flatten() for piece in pieces])[: parameter.ds_numel]
     parameter.data.copy_(whole.view(parameter.ds_shape))

@@ -464,7 +464,6 @@ RULES = {
             "model": "m",
             "key_from": "KEY",
             "in_flight": 8,
-            "timeout_s": 1.0,
             "wait_s": 1.0,
         }.items()
     },

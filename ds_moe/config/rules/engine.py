@@ -24,7 +24,7 @@ def _no_server(config: RunConfig) -> str | None:
 
 
 UNUSED: dict[str, Unused] = {
-    f"rl.engine.{key}": _no_server for key in ("urls", "model", "key_from", "in_flight", "timeout_s", "wait_s")
+    f"rl.engine.{key}": _no_server for key in ("urls", "model", "key_from", "in_flight", "wait_s")
 }
 
 

@@ -25,6 +25,6 @@ def make_engine(config: RunConfig, note: Callable[[str], None] = print) -> Rollo
     engine = engine_of(config)
     assert engine is not None
     if engine.kind == "local":
-        return LocalEngine(engine_dtype(config))
+        return LocalEngine(engine_dtype(config), engine.timeout_s)
     routing = config.moe is not None and config.moe.replay.enabled
     return Servers(engine, routing=routing, longest=config.data.max_length, note=note)

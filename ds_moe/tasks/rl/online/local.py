@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,10 +29,11 @@ class LocalEngine:
 
     Args:
         dtype: "fp32" or "bf16", that the model computes in.
+        timeout_s: of one answer, of up to `SEQUENCES` completions.
     """
 
-    def __init__(self, dtype: str) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: str, timeout_s: float) -> None:
+        self._dtype, self._timeout_s = dtype, timeout_s
         self._process: subprocess.Popen[str] | None = None
 
     def check(self) -> list[str]:
@@ -80,18 +82,32 @@ class LocalEngine:
         if self._process is None:
             self._process = _start(self._dtype)
         assert self._process.stdin is not None and self._process.stdout is not None
+        late = threading.Event()
+        timer = threading.Timer(self._timeout_s, _end, (self._process, late))
+        timer.daemon = True
+        timer.start()
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except OSError:
             line = ""
+        finally:
+            timer.cancel()
+        if late.is_set():
+            text = f"rl.engine local has not answered within {self._timeout_s:g} s"
+            raise EnginesGone(f"{text} (raise rl.engine.timeout_s, if it was at work)")
         if not line:
             raise EnginesGone(f"the process of rl.engine local has ended with status {self._process.wait()}")
         found = json.loads(line)
         if "error" in found:
             raise UserError(f"rl.engine local: {found['error']}")
         return found
+
+
+def _end(process: "subprocess.Popen[str]", late: threading.Event) -> None:
+    late.set()
+    process.kill()
 
 
 def _start(dtype: str) -> subprocess.Popen[str]:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from ds_moe.checkpoint.files import sha256_of, write_json
+from ds_moe.checkpoint.files import STATE, sha256_of, step_folders, write_json
 from ds_moe.errors import UserError
 from ds_moe.tasks.rl.write import images_of
 
@@ -69,10 +69,24 @@ def _files_of_rounds(output_dir: str, suffix: str) -> Iterator[tuple[int, Path]]
             yield int(number[1]), file
 
 
+def _rounds_of_checkpoints(output_dir: str) -> tuple[set[int], float]:
+    """(those in the middle of which a checkpoint is, the one from which on the newest goes on; infinity: none)."""
+    inside, newest = set[int](), float("inf")
+    for number, folder in enumerate(step_folders(Path(output_dir, "checkpoints"))):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # one that cannot be read needs no round
+            place = json.loads((folder / STATE).read_text())["data"]
+            if place["step"]:
+                inside.add(place["round"])
+            if number == 0:
+                newest = place["round"]
+    return inside, newest
+
+
 def remove_rounds(output_dir: str, last: int) -> None:
-    """Remove the files of all rounds up to the number `last`; what of them cannot be removed stays."""
+    """Remove the files of all rounds up to the number `last` that no checkpoint needs; what cannot be removed stays."""
+    inside, newest = _rounds_of_checkpoints(output_dir)
     for number, file in _files_of_rounds(output_dir, ".jsonl"):
-        if number > last:
+        if number > last or number in inside or number >= newest:
             continue
         with suppress(OSError, UserError):
             file.with_suffix(".json").unlink(missing_ok=True)  # first: without it the round is none

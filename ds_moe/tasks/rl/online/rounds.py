@@ -14,7 +14,7 @@ from ds_moe.checkpoint.changes import BOOKKEEPING
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.rules.engine import engine_of, steps_of_round
 from ds_moe.config.run import RunConfig
-from ds_moe.distributed import over_ranks, raise_together
+from ds_moe.distributed import over_ranks
 from ds_moe.errors import UserError
 from ds_moe.rollout.engine import EnginesGone
 from ds_moe.rollout.reward import RewardPool
@@ -28,6 +28,7 @@ from ds_moe.tasks.rl.online.stream import OnlineStream
 from ds_moe.tasks.task import TrainingParts
 
 POLL_S = 0.2  # seconds between looks at the rollouts that are waited for
+SAID = (EnginesGone, UserError)  # failures that are one line, on every rank
 WAITING = "rollouts"  # what a rank does meanwhile, for the watchdog
 
 
@@ -43,16 +44,18 @@ class Rounds:
         engine = engine_of(parts.config)
         assert engine is not None
         self._settings, self._run = engine, run_identity(parts.config, stream.prompts.records.sha256)
+        # A server may be paused, loaded twice and asked for every probe, each within `timeout_s`.
+        self._most_s = engine.wait_s + 10 * engine.timeout_s
         self._hand_over = HandOver(parts, stream.prompts, self._run)
         self._sampler: Sampler | None = None  # of rank 0
-        error = None
+        failure = None
         if parts.topology.rank == 0:
             try:
                 self._hand_over.claim()
                 self._sampler = self._make_sampler()
-            except (UserError, EnginesGone) as problem:
-                error = str(problem)
-        raise_together(error)
+            except Exception as error:  # of any kind, because the other ranks are waiting for this one
+                failure = error
+        raise_on_all(failure)
         self.seconds: dict[str, float] = {}
 
     def _make_sampler(self) -> Sampler:
@@ -125,21 +128,25 @@ class Rounds:
         while True:
             if wanted is not None:
                 wait([wanted], timeout=POLL_S)
-                done.fill_(float(wanted.done()))
+                done.fill_(float(wanted.done() or self._is_stuck()))
             self._parts.turn(WAITING)
             dist.all_reduce(done)
             if done.item():
                 break
-        outcome: tuple[dict | None, str, str] = (None, "", "")
+        failure = None
         if wanted is not None:
-            error = wanted.exception()
-            outcome = (asdict(wanted.result()), "", "") if error is None else (None, type(error).__name__, str(error))
-        [(saved, kind, text), *_] = over_ranks(outcome)
-        if saved is not None:
-            return RoundFacts(**saved)
-        if wanted is not None:
-            wanted.result()
-        raise {"EnginesGone": EnginesGone, "UserError": UserError}.get(kind, RuntimeError)(text)
+            failure = (
+                wanted.exception() if wanted.done() else EnginesGone(f"sampling has stood still for {self._most_s:g} s")
+            )
+        raise_on_all(failure)
+        [saved, *_] = over_ranks(None if wanted is None else asdict(wanted.result()))
+        assert saved is not None
+        return RoundFacts(**saved)
+
+    def _is_stuck(self) -> bool:
+        """Whether the thread of rank 0 has shown no life for longer than anything that it does may take. The watchdog
+        cannot see it: the ranks that wait for it do move."""
+        return self._sampler is not None and self._sampler.quiet_s > self._most_s
 
     @property
     def load_s(self) -> float:
@@ -149,6 +156,19 @@ class Rounds:
     def close(self) -> None:
         if self._sampler is not None:
             self._sampler.close()
+
+
+def raise_on_all(failure: BaseException | None) -> None:
+    """Raise what rank 0 has failed with, if it has: there itself, elsewhere as the kind of error that it is, so that
+    all ranks end in the same way (collective)."""
+    if isinstance(failure, OSError):  # no room, or a folder that cannot be written
+        failure = UserError(f"rollouts: {failure}")
+    kind = next((one for one in SAID if isinstance(failure, one)), RuntimeError)
+    [told, *_] = over_ranks(None if failure is None else (kind.__name__, str(failure)))
+    if failure is not None:
+        raise failure
+    if told is not None:
+        raise {one.__name__: one for one in SAID}.get(told[0], RuntimeError)(told[1])
 
 
 def run_identity(config: RunConfig, data_sha256: str) -> str:
@@ -170,6 +190,12 @@ def run_identity(config: RunConfig, data_sha256: str) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
 
-# Where completions come from, and how they are asked for: that changes nothing in them.
+# Where completions come from, and how they are asked for and judged: that changes nothing in them.
 OF_SERVERS = tuple(f"rl.engine.{key}" for key in ("urls", "model", "key_from", "in_flight", "timeout_s", "wait_s"))
-OF_SERVERS += ("rl.engine.weights_dir", "train.micro_batch_size", "train.tokens_per_micro_batch", "data.root")
+OF_SERVERS += (
+    "rl.engine.weights_dir",
+    "rl.engine.keep_rounds",
+    "train.micro_batch_size",
+    "train.tokens_per_micro_batch",
+)
+OF_SERVERS += tuple(f"rl.reward.{key}" for key in ("processes", "timeout_s", "memory_gb", "max_failed"))

@@ -31,7 +31,8 @@ class Sampler:
     ) -> None:
         self._engine, self._rewards, self._check = engine, rewards, check
         self._closed = False
-        self._maker = maker(lambda: self._closed)
+        self._moved = time.monotonic()  # when the thread last began something, or was seen at work
+        self._maker = maker(self._stopping)
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._rounds: dict[int, Future[RoundFacts]] = {}
         self._end = 0  # position behind the prompts of the round that was made last
@@ -75,9 +76,19 @@ class Sampler:
             self._rounds[number] = self._submit(work)
         return self._rounds[number]
 
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since the thread last gave a sign of life."""
+        return time.monotonic() - self._moved
+
+    def _stopping(self) -> bool:
+        """Whether the run has ended; asked by the thread about once a second while it samples and scores."""
+        self._moved = time.monotonic()
+        return self._closed
+
     def _submit(self, work: Callable[[], T]) -> "Future[T]":
         def guarded() -> T:
-            if self._closed:
+            if self._stopping():
                 raise RunEnded
             if self._failure is not None:
                 raise self._failure

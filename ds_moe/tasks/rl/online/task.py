@@ -48,18 +48,19 @@ class OnlinePolicyOptimization(PolicyOptimization):
             began, steps = time.perf_counter(), iter(self._stream)
             while progress.step < progress.total_steps:
                 left = min(self.config.updates_per_batch, progress.total_steps - progress.step)
-                batch = [self._with_reference(step) for step in islice(steps, left)]
+                batch = list(islice(steps, left))
                 if not batch:
                     break
-                yield from self._updates(batch)
+                yield from self._updates(self._with_reference(batch))
             trained_s = time.perf_counter() - began
 
-    def _with_reference(self, step: list[RolloutBatch]) -> list[RolloutBatch]:
-        """The micro-batches of a step with their log-probs under the model that the run began with (collective)."""
+    def _with_reference(self, steps: list[list[RolloutBatch]]) -> list[list[RolloutBatch]]:
+        """The micro-batches of some steps with their log-probs under the model that the run began with (collective).
+        That takes the place of the run's once for all of them: both are copied between host and device each time."""
         if self._start is None:
-            return step
+            return steps
         with self._start.in_place():
-            return [replace(batch, reference_BS=self.scored(batch)[0]) for batch in step]
+            return [[replace(batch, reference_BS=self.scored(batch)[0]) for batch in step] for step in steps]
 
     def _say(self, facts: RoundFacts, progress: Progress) -> None:
         found, lag = self._figures, engine_of(self.parts.config).lag

@@ -2,6 +2,7 @@
 
 import json
 from itertools import count, islice
+from pathlib import Path
 
 import pytest
 
@@ -257,3 +258,18 @@ def test_files_of_older_rounds_are_removed_where_a_run_says_so(maker, lag, left)
     names = sorted(file.name for file in folder.iterdir())
     rounds = [f"round_{number:06d}{end}" for number in left for end in (".json", ".jsonl", "_images")]
     assert names == sorted([*rounds, "round_000000_images", "round_mine.jsonl"])
+
+
+def test_a_round_that_a_checkpoint_needs_stays(maker):
+    """Without its file a run cannot go on in the middle of it, and those after it would be sampled by other weights."""
+    made, _, config = maker(lambda prompt, number: ["7", "8", "9"], keep_rounds=1)
+    for step, (number, inside) in {2: (0, 0), 4: (1, 3), 6: (3, 0)}.items():
+        folder = Path(config.train.output_dir, f"checkpoints/step_{step:08d}")
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"data": {"round": number, "step": inside}}))
+    Path(config.train.output_dir, "checkpoints/step_00000001").mkdir()
+    for number in range(8):
+        made.trained["r:4"] = number
+        made.round(number, begin=4 * number)
+    left = [int(file.stem[-6:]) for file in round_file(config.train.output_dir, 0).parent.glob("*.jsonl")]
+    assert sorted(left) == [1, 3, 4, 5, 6, 7]
