@@ -189,7 +189,7 @@ class SampleRequests:
             look = self._looks[server.url]
             if server.state == "gone" and not look.under_way and look.due <= now:
                 look.under_way = True
-                threading.Thread(target=self._look, args=(server, weights), daemon=True).start()
+                threading.Thread(target=self._look, args=(server,), daemon=True).start()
         self._wait_or_end(now)
 
     def _wait_or_end(self, now: float) -> None:
@@ -206,10 +206,10 @@ class SampleRequests:
             waited = f"for {now - self._none_since:.0f} s (rl.engine.wait_s)"
             raise EnginesGone(f"no server of rl.engine.urls answers {waited}: {gone[0].reason}")
 
-    def _look(self, server: Server, weights: PublishedWeights | None) -> None:
+    def _look(self, server: Server) -> None:
         """In a thread: whether a server is there and in order, and has the weights."""
         try:
-            server.prepare(weights, self._verify)
+            server.prepare(self._weights, self._verify)
         except BaseException as error:
             self._results.put(lambda error=error: self._not_found(server, error))
         else:

@@ -100,10 +100,15 @@ class Server:
         """What it is, on one line; changes nothing. Raises `Unanswered`, and `UserError` for wrong settings."""
         return self._api.check(self.http)
 
-    def prepare(self, weights: PublishedWeights | None, verify: Callable[["Server"], str | None] | None = None) -> None:
+    def prepare(
+        self,
+        wanted: Callable[[], PublishedWeights | None],
+        verify: Callable[["Server"], str | None] | None = None,
+    ) -> None:
         """Find out whether the server is in order, hand it the weights if it has others, and make it ready.
 
         Args:
+            wanted: the weights of now: others may be published while this waits for the server.
             verify: says what is wrong with the answers of a server that was given the weights; None: nothing.
 
         Raises:
@@ -114,10 +119,16 @@ class Server:
         with self._changing:
             self._api.check(self.http)
             self.version = self._api.version(self.http)
+            weights = wanted()
             if weights is not None and (self._loaded is not weights or self.version != weights.version):
                 with self._drained():
                     self._load(weights)
-                if verify is not None and (problem := verify(self)):
+                try:
+                    problem = verify(self) if verify is not None else None
+                except Unanswered:
+                    self._loaded = None  # so that it is verified the next time
+                    raise
+                if problem is not None:
                     self.state, self.reason = "left out", problem
                     raise LeftOut(f"{self.url} was given {weights.folder} again and computes otherwise: {problem}")
             else:  # a trainer that died may have left it paused

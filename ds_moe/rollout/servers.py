@@ -85,12 +85,12 @@ class Servers:
 
     def publish(self, folder: Path, version: str) -> None:
         """See `RolloutEngine`; the servers load at the same time."""
+        self._known = []  # first: who loads the new weights is not compared with answers of the old
         weights = self._weights = PublishedWeights(folder, version)
-        self._known = []
         known = [server for server in self._servers if server.state == "ready"]
         self._on_each(known, lambda server: server.hand_over(weights))
         others = [server for server in self._servers if server not in known]
-        self._until(self._any_ready, lambda server: server.prepare(weights), others)
+        self._until(self._any_ready, lambda server: server.prepare(lambda: weights), others)
 
     def greedy(self, prompt: Prompt, max_new_tokens: int) -> list[Completion]:
         """See `RolloutEngine`."""

@@ -349,6 +349,21 @@ def test_weights_wait_for_what_is_in_flight(fake):
     assert {one.version for made in found.values() for one in made} == {"run:1", "run:2"}
 
 
+def test_a_look_that_comes_late_loads_no_older_weights(fake):
+    """It began before the hand-over of newer ones, and went on when that was done."""
+    servers = engine(fake)
+    servers.publish(FOLDER, "run:1")
+    [server] = servers._servers
+    late = threading.Thread(target=server.prepare, args=(lambda: servers._weights,))
+    with server._changing:
+        late.start()
+        servers._weights = server_module.PublishedWeights(Path("/weights/v2"), "run:2")
+        with server._drained():
+            server._load(servers._weights)
+    late.join()
+    assert (fake.folder, server.version) == ("/weights/v2", "run:2") and len(fake.asked("/collective_rpc")) == 2
+
+
 def test_a_server_that_a_dead_trainer_paused_is_resumed(fake):
     fake.paused = True
     servers = engine(fake)

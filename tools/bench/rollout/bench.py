@@ -31,7 +31,9 @@ from tools.results import Claim, command_line, judged, markdown, print_claims, r
 from tools.vllm_cpu.install import missing
 
 LIMIT = 0.10  # of live's k3, for prompt + completion: the mean over seeds
-SCALE = 1.0  # the router scale that the claims are about: the flatter routers are, the more replay is worth
+# The router scale that the claims are about, chosen after a look at both: the flatter routers are, the more replay is
+# worth.
+SCALE = 1.0
 
 
 @refusing
