@@ -49,3 +49,13 @@ def test_both_places_that_complain_advise_the_same(ranks, experts, ep_size, advi
     found = model_problems(config, model, ranks) + [line for line in complaints if "ep_size" in line]
     assert len(found) == (experts % ep_size > 0) + (ranks % ep_size > 0) > 0
     assert all(f"({advised}, and the " in line for line in found), found
+
+
+def test_ranks_that_share_rows_divide_the_ranks():
+    config = load_run("tests/runs/packed.yaml", ["data.eval=digits", "train.sequence_parallel=4"])
+    _, complaints = deepspeed_problems(config, 6, True)
+    expected = (
+        "override train.sequence_parallel=4: train.sequence_parallel 4 does not divide the 6 ranks (1, 2, 3, 6 do)"
+    )
+    assert expected in complaints
+    assert not any("sequence_parallel" in line for line in deepspeed_problems(config, 8, True)[1])

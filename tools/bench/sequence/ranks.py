@@ -15,6 +15,7 @@ from ds_moe.config.deepspeed import resolve_deepspeed, zero_plan
 from ds_moe.config.run import RunConfig
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.row_part import part_of_row
+from ds_moe.distributed import over_ranks
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import on_cpu, start_distributed
@@ -72,16 +73,18 @@ def measure(plan: dict[str, Any]) -> dict[str, Any]:
         unread.tower_inputs = lambda grid: {}  # the tower makes them itself
         batch = part_of_row(batch, topology.part, ranks, unread)
     new_peak()
-    parts, seconds, losses = TrainingParts(config, topology, engine, context), [], []
+    parts, seconds, cpu_seconds, losses = TrainingParts(config, topology, engine, context), [], [], []
     for _ in range(plan["steps"]):
         dist.barrier()
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         losses.append(optimizer_step(parts, Task(parts), [batch], Progress(plan["steps"])).loss)
         seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(over_ranks(time.process_time() - worked))
     sizes = torch.tensor([libraries, resident("VmHWM")])
     dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
     found = dict(zip(("libraries_bytes", "peak_bytes"), sizes.tolist(), strict=True))
-    return found | {"seconds": seconds, "losses": losses, "predicted_bytes": predicted.device}
+    found |= {"seconds": seconds, "cpu_seconds": [sum(of_ranks) for of_ranks in cpu_seconds], "losses": losses}
+    return found | {"predicted_bytes": predicted.device}
 
 
 if __name__ == "__main__":
