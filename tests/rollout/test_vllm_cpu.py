@@ -60,6 +60,12 @@ def test_engine_and_trainer_agree_in_fp32(name, tmp_path, show):
             ids, logprobs = greedy_of(model, begins[0][1], begins[0][0], case.processor, 8)
             assert answer.token_ids == ids[: len(answer.token_ids)]
             assert answer.logprobs == pytest.approx(logprobs[: len(answer.token_ids)], abs=1e-4)
+        if case.kind == "text":  # back with the weights of its start, and given those of now before it is asked
+            server.kill()
+            server.start()
+            again = compare(trainer, case.processor, rollouts_of(servers, begins, SAMPLING, case.processor))
+            assert again["routers"] == 0 and again["modes"][LIVE]["max"] <= 1e-5
+            assert any("is back, with weights 'seed 1'" in line for line in notes)
         with pytest.raises(UserError, match="no server could load the weights"):
             servers.publish(tmp_path / "nowhere", "seed 2")
     assert not [line for line in notes if "paused" in line and "left out" not in line]
