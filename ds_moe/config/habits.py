@@ -5,6 +5,8 @@ The names are those of transformers' TrainingArguments, PEFT's LoraConfig, LLaMA
 
 import re
 
+from ds_moe.config.tasks import TASK_SECTIONS
+
 # Names -> our key, where it means the same in the same unit; else a clause that says what to write, or what there is
 # not. Names that are keys of ours in one other section have no row: the section is found without one.
 _ROWS = {
@@ -137,20 +139,10 @@ _ROWS = {
     "local_rank ddp_backend ddp_find_unused_parameters": "leave it out: the launcher and DeepSpeed set it",
     # what is trained, and by which command
     "do_train": "leave it out: ds-moe train trains",
-    "stage": "task is sft, rl, gate or dpo; train.stage and gate.stage are something else",
-    "rlhf_type loss_type": "write task: dpo and dpo.loss, or task: rl and rl.objective",
-    "pref_beta dpo_beta": "dpo.beta",
-    "pref_loss": "dpo.loss",
-    "pref_ftx cpo_alpha": "dpo.rpo_alpha",
-    "simpo_gamma": "dpo.margin",
-    "ref_model ref_model_name_or_path ref_model_id_or_path": "leave it out: the reference is the model that the run "
-    "starts from, see dpo.reference",
-    "precompute_ref_log_probs": "write dpo.reference: stored",
-    "epsilon cliprange": "rl.clip_low and rl.clip_high bound the ratios",
-    "epsilon_high": "rl.clip_high",
-    "kl_coef": "rl.kl_weight",
+    "stage": f"task is sft, {', '.join(TASK_SECTIONS)}; train.stage and gate.stage are something else",
 }
-HABITS = {name: hint for names, hint in _ROWS.items() for name in names.split()}
+_OF_TASKS = [section.habits for section in TASK_SECTIONS.values()]
+HABITS = {name: hint for rows in (_ROWS, *_OF_TASKS) for names, hint in rows.items() for name in names.split()}
 
 
 def habit(name: str) -> str | None:

@@ -15,7 +15,7 @@ from ds_moe.config.sections import (
     MonitorConfig,
     TrainConfig,
 )
-from ds_moe.config.tasks import DPOConfig, GateConfig, RLConfig
+from ds_moe.config.tasks import DPOConfig, GateConfig, RLConfig, TaskSection
 
 
 class RunConfig(Located):
@@ -54,6 +54,11 @@ class RunConfig(Located):
 def task_is(config: RunConfig, name: str) -> bool:
     """Whether a rule or command about the task `name` concerns this run."""
     return config.task == name
+
+
+def task_section(config: RunConfig) -> TaskSection:
+    """The section of the run's task; one without keys for `sft`."""
+    return getattr(config, config.task, TaskSection())
 
 
 def other_task(config: RunConfig, name: str) -> str | None:

@@ -1,6 +1,7 @@
-"""The keys of the sections that one task reads: `rl`, `gate` and `dpo`."""
+"""The keys of the sections that one task reads, and what those who know no task must be told of a run's."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -8,7 +9,21 @@ from ds_moe.config.rollout import EngineConfig, RewardConfig
 from ds_moe.config.sections import Section
 
 
-class GateConfig(Section):
+class TaskSection(Section):
+    """The section that a task has its name from."""
+
+    habits: ClassVar[Mapping[str, str]] = {}  # rows of `habits.py`: another trainer's keys, and what to write for them
+
+    def answers_nothing(self) -> str | None:
+        """Why an evaluation generates no answers, where that is because of the task."""
+        return None
+
+    def needs_more_than_a_model(self) -> str | None:
+        """What a model, as an export is one, lacks for an evaluation of this task."""
+        return None
+
+
+class GateConfig(TaskSection):
     """Used with `task: gate`: a learned gate over LoRA adapters of one model."""
 
     adapters: dict[str, str] = {}  # name: folder of a PEFT adapter
@@ -29,8 +44,12 @@ class GateConfig(Section):
     kl_weight: float = Field(default=0.0, ge=0)  # pulls the gate towards the supervised one
     adapter_lr: float | None = Field(default=None, gt=0)  # learning rate of the adapters; default: train.lr
 
+    def answers_nothing(self) -> str | None:
+        supervised = self.stage == "supervised"
+        return "gate.stage supervised learns which adapter, and answers nothing" if supervised else None
 
-class RLConfig(Section):
+
+class RLConfig(TaskSection):
     """Used with `task: rl`; `replay/objective.py` has the formulas, and the defaults of each objective."""
 
     engine: EngineConfig | None = None  # samples the rollouts during the run; absent: data.train is a rollout file
@@ -53,8 +72,14 @@ class RLConfig(Section):
     kl_weight: float = Field(default=0.0, ge=0)  # of the KL to the start; in files to their reference_logprobs
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
 
+    habits: ClassVar[Mapping[str, str]] = {
+        "epsilon cliprange": "rl.clip_low and rl.clip_high bound the ratios",
+        "epsilon_high": "rl.clip_high",
+        "kl_coef": "rl.kl_weight",
+    }
 
-class DPOConfig(Section):
+
+class DPOConfig(TaskSection):
     """Used with `task: dpo`; `tasks/dpo/objective.py` has the formulas."""
 
     loss: Literal["dpo", "ipo", "hinge", "robust", "simpo"] = "dpo"
@@ -67,6 +92,27 @@ class DPOConfig(Section):
     reference: Literal["base", "stored"] | None = None
     reference_dir: str | None = None  # folder of stored log-probs; default: data_cache of train.output_dir
     replay_reference: bool = False  # the policy uses the experts that the reference used for the same tokens
+
+    habits: ClassVar[Mapping[str, str]] = {
+        "rlhf_type loss_type": "write task: dpo and dpo.loss, or task: rl and rl.objective",
+        "pref_beta dpo_beta": "dpo.beta",
+        "pref_loss": "dpo.loss",
+        "pref_ftx cpo_alpha": "dpo.rpo_alpha",
+        "simpo_gamma": "dpo.margin",
+        "ref_model ref_model_name_or_path ref_model_id_or_path": "leave it out: the reference is the model that the "
+        "run starts from, see dpo.reference",
+        "precompute_ref_log_probs": "write dpo.reference: stored",
+    }
+
+    def answers_nothing(self) -> str | None:
+        return "task dpo compares the answers of pairs and generates none"
+
+    def needs_more_than_a_model(self) -> str | None:
+        return None if self.loss == "simpo" else "comes without the reference that task dpo compares it with"
+
+
+TASK_SECTIONS: dict[str, type[TaskSection]] = {"rl": RLConfig, "gate": GateConfig, "dpo": DPOConfig}
+LEARNS_PAIRS = "dpo"  # the task whose records are pairs of answers, for those whose records are not
 
 
 CORRECTION_BOUNDS: dict[str, tuple[float, float]] = {"tis": (0.0, 2.0), "mis": (0.0, 2.0), "icepop": (0.5, 5.0)}

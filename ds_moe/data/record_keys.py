@@ -6,11 +6,12 @@ Every key of a part is read or refused. Of a record those are refused that would
 
 import re
 
+from ds_moe.config.tasks import LEARNS_PAIRS
 from ds_moe.data.images import RecordError
 from ds_moe.errors import shown
 
 ONLY = "only images and text are; remove the record"
-PAIRS = "task dpo learns pairs of answers; remove it to learn the answer of the turns"
+PAIRS = f"task {LEARNS_PAIRS} learns pairs of answers; remove it to learn the answer of the turns"
 # Key -> why a record with it is refused.
 UNSUPPORTED = (
     dict.fromkeys(("videos", "video", "audios", "audio"), ONLY)

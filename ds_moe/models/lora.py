@@ -6,9 +6,12 @@ In files both kinds of update are one PEFT adapter: `update_of` and `peft_value`
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import peft
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -124,3 +127,24 @@ def coverage(model: nn.Module, ep_size: int = 1) -> list[str]:
         f"{f', {total // (layers * experts):,} an expert' if experts > 1 else ''}"
         for kind, (layers, total, experts) in kinds.items()
     ]
+
+
+@contextmanager
+def without_updates(model: nn.Module) -> Iterator[None]:
+    """The model computes as its base does: every low-rank update is multiplied by 0.
+
+    The updates are still computed. So ZeRO-3 sees the same modules in the same order as in training, and goes on to
+    fetch weights ahead of their use.
+    """
+    linear = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    of_experts = [module for module in model.modules() if isinstance(module, ExpertLoRA)]
+    scalings = [dict(module.scaling) for module in linear], [module.scaling for module in of_experts]
+    try:
+        for module in linear:
+            module.scaling = dict.fromkeys(module.scaling, 0.0)
+        for module in of_experts:
+            module.scaling = 0.0
+        yield
+    finally:
+        for module, scaling in zip(linear + of_experts, scalings[0] + scalings[1], strict=True):
+            module.scaling = scaling

@@ -21,8 +21,7 @@ from ds_moe.checkpoint.restore import find_together, load_weights
 from ds_moe.checkpoint.room import unwritable
 from ds_moe.config.check import check_model
 from ds_moe.config.deepspeed import precision, resolve_without_optimizer
-from ds_moe.config.rules.dpo import has_reference
-from ds_moe.config.run import RunConfig
+from ds_moe.config.run import RunConfig, task_section
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.distributed import Topology, over_ranks, raise_together
@@ -113,9 +112,8 @@ def find_weights(config: RunConfig, source: str | None, topology: Topology) -> W
         model_config(model)
     except UserError as error:
         raise UserError(f"--from {source} is no checkpoint, run, preset or model: {error}") from error
-    if has_reference(config):
-        text = "is a model, and comes without the reference that task dpo compares it with"
-        raise UserError(f"--from {source} {text}: give a checkpoint of the run")
+    if lacking := task_section(config).needs_more_than_a_model():
+        raise UserError(f"--from {source} is a model, and {lacking}: give a checkpoint of the run")
     # A model holds all that it has learned, so there is nothing for a lora section to add to it.
     return Weights(str(source), path.resolve().name, config.model_copy(update={"model": model, "lora": None}))
 

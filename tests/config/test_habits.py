@@ -85,7 +85,7 @@ CONVERTED = {
     "use_dora": "ds_moe has LoRA and rsLoRA only",
     "eval_strategy": "write train.eval_every: steps",
     "overwrite_output_dir": "leave it out: no run is overwritten; choose another train.output_dir",
-    "stage": "task is sft, rl, gate or dpo",
+    "stage": "task is sft, rl, gate, dpo",
     "loss_type": "write task: dpo and dpo.loss",
     "ref_model": "the model that the run starts from",
     "trust_remote_code": "ds_moe runs no code of a model's folder",

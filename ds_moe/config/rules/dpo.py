@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from ds_moe.config.rules.lora import base_changes
 from ds_moe.config.rules.rule import Complaint, Unused, in_task, needs, read_in
 from ds_moe.config.run import RunConfig, task_is
 
@@ -11,21 +12,6 @@ def reference_of(config: RunConfig) -> str:
     if config.dpo.loss == "simpo":
         return "none"
     return config.dpo.reference or ("stored" if base_changes(config) else "base")
-
-
-def has_reference(config: RunConfig) -> bool:
-    """Whether the run compares its policy with another model."""
-    return task_is(config, "dpo") and reference_of(config) != "none"
-
-
-def base_changes(config: RunConfig) -> str | None:
-    """Why the model without its low-rank updates is not the one that the run started from; None: it is."""
-    if config.lora is None:
-        return "there is no lora section"
-    if config.lora.train_router:
-        return "lora.train_router trains the routers themselves"
-    biased = config.moe is not None and any(balance.kind == "loss_free" for balance in config.moe.balance)
-    return "moe.balance loss_free moves the routers' biases" if biased else None
 
 
 def replays_experts(config: RunConfig) -> str | None:
@@ -63,10 +49,6 @@ UNUSED: dict[str, Unused] = {
     ),
     "dpo.replay_reference": in_task("dpo", _no_reference),
 }
-
-
-def no_generated_answers(config: RunConfig) -> str | None:
-    return "task dpo compares the answers of pairs and generates none" if task_is(config, "dpo") else None
 
 
 def contradictions(config: RunConfig) -> Iterator[Complaint]:

@@ -11,11 +11,6 @@ def _supervised(config: RunConfig) -> bool:
     return task_is(config, "gate") and config.gate.stage == "supervised"
 
 
-def no_answers(config: RunConfig) -> str | None:
-    """Why evaluation generates no answers, where that is because of the gate's stage."""
-    return "gate.stage supervised learns which adapter, and answers nothing" if _supervised(config) else None
-
-
 def _no_temperature(config: RunConfig) -> str | None:
     reason = "gate.select top_k with gate.top_k 1 has weights of 1 at any temperature"
     return reason if (config.gate.select, config.gate.top_k) == ("top_k", 1) else None

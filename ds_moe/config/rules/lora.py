@@ -31,3 +31,13 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
     if lora.experts and moe is not None and moe.experts.backend == "liger":
         text = "moe.experts.backend liger would not be used: experts with LoRA updates need torch's products"
         yield "moe.experts.backend", f"{text}; write auto"
+
+
+def base_changes(config: RunConfig) -> str | None:
+    """Why the model without its low-rank updates is not the one that the run started from; None: it is."""
+    if config.lora is None:
+        return "there is no lora section"
+    if config.lora.train_router:
+        return "lora.train_router trains the routers themselves"
+    biased = config.moe is not None and any(balance.kind == "loss_free" for balance in config.moe.balance)
+    return "moe.balance loss_free moves the routers' biases" if biased else None

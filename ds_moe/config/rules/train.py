@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-from ds_moe.config.rules.dpo import no_generated_answers
-from ds_moe.config.rules.gate import no_answers, no_routing
+from ds_moe.config.rules.gate import no_routing
 from ds_moe.config.rules.rule import Complaint, Unused, needs, no_moe, value_of
-from ds_moe.config.run import RunConfig, task_is
+from ds_moe.config.run import RunConfig, task_is, task_section
 
 
 def _no_files(config: RunConfig) -> str | None:
@@ -22,13 +21,8 @@ def _no_periodic_eval(config: RunConfig) -> str | None:
     return _no_eval(config) or (None if config.train.eval_every else reason)
 
 
-def _of_task(config: RunConfig) -> str | None:
-    """Why evaluation generates no answers, where that is because of the task."""
-    return no_answers(config) or no_generated_answers(config)
-
-
 def _no_answers(config: RunConfig) -> str | None:
-    return _no_eval(config) or _of_task(config)
+    return _no_eval(config) or task_section(config).answers_nothing()
 
 
 def _no_generation(config: RunConfig) -> str | None:
@@ -40,8 +34,9 @@ def _no_tensorboard(config: RunConfig) -> str | None:
 
 
 def _no_samples(config: RunConfig) -> str | None:
-    """A supervised gate shows the adapters that it chooses, dpo what it prefers, other runs generated answers."""
-    return _no_tensorboard(config) or _no_eval(config) or (None if _of_task(config) else _no_generation(config))
+    """A task that answers nothing shows what it chooses instead."""
+    chooses = task_section(config).answers_nothing() is not None
+    return _no_tensorboard(config) or _no_eval(config) or (None if chooses else _no_generation(config))
 
 
 def _no_answers_to_learn(config: RunConfig) -> str | None:

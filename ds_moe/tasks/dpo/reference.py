@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
 import deepspeed
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_moe.config.rules.dpo import replays_experts
 from ds_moe.data.batch import NO_LOSS
 from ds_moe.errors import UserError
 from ds_moe.models.head import at_labels, targets_of
-from ds_moe.moe.expert_lora import ExpertLoRA
+from ds_moe.models.lora import without_updates
 from ds_moe.moe.routers import Router
 from ds_moe.replay.record import RoutingRecorder
 from ds_moe.tasks.dpo.pairs import PairBatch
@@ -75,24 +72,3 @@ class BaseReference:
         routing = ids_TLK.unflatten(0, batch.labels.shape).cpu()
         inputs = {**batch.inputs, "routing": routing} if self.replays else batch.inputs
         return replace(batch, inputs=inputs, reference_P2=logprob_P2, reference_routing=routing)
-
-
-@contextmanager
-def without_updates(model: nn.Module) -> Iterator[None]:
-    """The model computes as its base does: every low-rank update is multiplied by 0.
-
-    The updates are still computed. So ZeRO-3 sees the same modules in the same order as in training, and goes on to
-    fetch weights ahead of their use.
-    """
-    linear = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    of_experts = [module for module in model.modules() if isinstance(module, ExpertLoRA)]
-    scalings = [dict(module.scaling) for module in linear], [module.scaling for module in of_experts]
-    try:
-        for module in linear:
-            module.scaling = dict.fromkeys(module.scaling, 0.0)
-        for module in of_experts:
-            module.scaling = 0.0
-        yield
-    finally:
-        for module, scaling in zip(linear + of_experts, scalings[0] + scalings[1], strict=True):
-            module.scaling = scaling

@@ -12,10 +12,11 @@ from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.models.convert import convert_for
 from ds_moe.models.freeze import set_trainable
+from ds_moe.models.lora import without_updates
 from ds_moe.models.presets import build_preset
 from ds_moe.tasks.dpo import stored
 from ds_moe.tasks.dpo.pairs import PAIRS
-from ds_moe.tasks.dpo.reference import BaseReference, pair_logprobs, without_updates
+from ds_moe.tasks.dpo.reference import BaseReference, pair_logprobs
 from ds_moe.tasks.dpo.stored import StoredReference
 from ds_moe.tasks.task import TrainingParts
 from tests.distributed.packing_ranks import fill_lora

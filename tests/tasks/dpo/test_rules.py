@@ -1,9 +1,12 @@
 """What a run file of task dpo may not say."""
 
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
+import ds_moe
 from ds_moe.config.check import problems
 from ds_moe.config.rules.dpo import reference_of
 from ds_moe.config.run import RunConfig
@@ -83,3 +86,18 @@ def test_bad_runs_are_answered_in_one_line(name):
     found = problems(config)
     assert any(words in line for line in found), found
     assert all("\n" not in line for line in found)
+
+
+def test_five_files_know_of_it():
+    """Beside its folder and the maps of folders: a task is a section, its rules, and a row."""
+    root = Path(ds_moe.__file__).parent
+    files = (file.relative_to(root).as_posix() for file in root.rglob("*.py") if file.name != "__init__.py")
+    outside = (file for file in files if not file.startswith("tasks/dpo/"))
+    knowing = [file for file in outside if re.search(r"dpo\b|\bdpo", (root / file).read_text(), re.IGNORECASE)]
+    assert sorted(knowing) == [
+        "config/check.py",
+        "config/rules/dpo.py",
+        "config/run.py",
+        "config/tasks.py",
+        "tasks/registry.py",
+    ]

@@ -6,10 +6,10 @@ from typing import Protocol
 from torch import nn
 
 from ds_moe.checkpoint.fit import persistent_buffers
-from ds_moe.config.rules.dpo import base_changes
+from ds_moe.config.rules.lora import base_changes
 from ds_moe.config.run import RunConfig
 from ds_moe.engine.exchange import FrozenCopy
-from ds_moe.tasks.dpo.reference import without_updates
+from ds_moe.models.lora import without_updates
 
 
 class StartingPolicy(Protocol):

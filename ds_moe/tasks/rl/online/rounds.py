@@ -14,6 +14,7 @@ from ds_moe.checkpoint.changes import BOOKKEEPING
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.rules.engine import engine_of, steps_of_round
 from ds_moe.config.run import RunConfig
+from ds_moe.config.tasks import TASK_SECTIONS
 from ds_moe.distributed import over_ranks
 from ds_moe.errors import UserError
 from ds_moe.rollout.engine import EnginesGone
@@ -176,9 +177,8 @@ def run_identity(config: RunConfig, data_sha256: str) -> str:
 
     Another model, data, seed or key that rollouts or weights depend on is another run.
     """
-    kept = {
-        key: value for key, value in config.model_dump(mode="json").items() if key not in ("deepspeed", "gate", "dpo")
-    }
+    others = {"deepspeed", *TASK_SECTIONS} - {"rl"}
+    kept = {key: value for key, value in config.model_dump(mode="json").items() if key not in others}
     for key in (*BOOKKEEPING, *OF_SERVERS):
         section: dict | None = kept
         *parents, name = key.split(".")
