@@ -141,8 +141,8 @@ _ROWS = {
     "do_train": "leave it out: ds-moe train trains",
     "stage": f"task is sft, {', '.join(TASK_SECTIONS)}; train.stage and gate.stage are something else",
 }
-_OF_TASKS = [section.habits for section in TASK_SECTIONS.values()]
-HABITS = {name: hint for rows in (_ROWS, *_OF_TASKS) for names, hint in rows.items() for name in names.split()}
+ROWS = [row for rows in (_ROWS, *(section.habits for section in TASK_SECTIONS.values())) for row in rows.items()]
+HABITS = {name: hint for names, hint in ROWS for name in names.split()}
 
 
 def habit(name: str) -> str | None:

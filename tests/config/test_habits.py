@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe.config.habits import _ROWS, HABITS, habit
+from ds_moe.config.habits import HABITS, ROWS, habit
 from ds_moe.config.run_file import ALL_KEYS, load_run, parse_run
 from ds_moe.errors import MOST, UserError
 
@@ -147,7 +147,7 @@ def test_every_row_is_reached_and_names_keys_that_exist(run):
 
 
 def test_no_name_is_in_two_rows():
-    names = " ".join(_ROWS).split()
+    names = " ".join(names for names, _ in ROWS).split()
     assert sorted(names) == sorted(HABITS)
 
 
