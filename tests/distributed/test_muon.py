@@ -1,6 +1,10 @@
 """Runs by Muon, stopped and resumed: on the same ranks bit for bit, on others within rounding, by another optimizer."""
 
+import json
+from pathlib import Path
+
 import pytest
+import yaml
 
 from ds_moe.checkpoint.files import Reader
 from tests.distributed.test_resume import bit_equal, checkpoints, differences, tensors
@@ -62,3 +66,19 @@ def test_a_change_of_the_optimizer(model, tmp_path):  # noqa: F811
     words = run(model, tmp_path, "adamw after muon", 2, 3, 2, *adamw, from_checkpoint(tmp_path, "muon"))[1]
     failed = run_ranks("ds_moe.train", 2, ["tests/runs/resume.yaml", *words], check=False)
     assert "was trained by Muon, and holds no second moments for AdamW: leave train.optimizer muon" in failed.output
+
+
+@pytest.mark.slow
+def test_rows_that_ranks_share(tmp_path):
+    """Two ranks that share every packed row step as one rank does that has it whole."""
+    base = yaml.safe_load(Path("tests/runs/resume.yaml").read_text())
+    del base["train"]["micro_batch_size"]
+    base["deepspeed"] = "zero2"
+    file, both = tmp_path / "run.yaml", [*MUON, "train.lr=1e-3", "train.steps=2", "train.warmup_steps=0"]
+    file.write_text(yaml.safe_dump(base))
+    both += ["data.packing=true", "train.tokens_per_micro_batch=512"]
+    for world, more in ((2, ["train.sequence_parallel=2"]), (1, ["moe.ep_size=1"])):
+        case = [str(world), [*both, f"train.output_dir={tmp_path / str(world)}", *more], "train"]
+        run_ranks("tests/distributed/resume_ranks.py", world, [json.dumps([case]), str(file)])
+    two, one = (tensors(checkpoints(tmp_path / name) / HALFWAY) for name in "21")
+    assert max(differences(two, one, kind) for kind in ("weight/", "exp_avg/")) < DRIFT
