@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ds_moe.monitor.plot import finish_axes
 
@@ -38,6 +38,7 @@ def write_figure(rounds: dict[str, list[dict[str, Any]]], file: Path) -> None:
         axes.set_xlim(left=0)
         if name == "mismatch_k3":
             axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
             axes.ticklabel_format(axis="y", scilimits=(-3, 3))
