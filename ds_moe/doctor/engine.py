@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ds_moe.config.rules.engine import engine_of, steps_of_round
 from ds_moe.doctor.case import Case, Finding
 from ds_moe.doctor.run import GIVEN
 from ds_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_engine(case: Case) -> Iterator[Finding]:
@@ -25,11 +29,30 @@ def check_engine(case: Case) -> Iterator[Finding]:
     if case.records is not None and engine.prompts > case.records:
         text = f"{where}: a round asks {engine.prompts} prompts of {case.records} records, some of them twice"
         yield Finding("warning", text)
+    if case.outline is not None:
+        yield _room(case, case.outline)
     if case.model is not None and (problem := unlike_hub(config, case.model)):
         yield Finding("error", f"{where}: {problem}")
     elif case.processor is not None:
         yield from _answers(case, where)
     yield from _rewards(case)
+
+
+def _room(case: Case, outline: PreTrainedModel) -> Finding:
+    """Whether the versions of weights that a run hands over have room on their disk."""
+    from ds_moe.checkpoint.room import written
+    from ds_moe.export.live import folder_bytes
+    from ds_moe.export.model import DTYPES
+    from ds_moe.tasks.rl.online.engines import engine_dtype
+    from ds_moe.tasks.rl.online.handover import no_room_for_weights, weights_folder
+
+    config, engine = case.config, engine_of(case.config)
+    assert engine is not None
+    size, folder = folder_bytes(outline, 1, DTYPES[engine_dtype(config)]), weights_folder(config)
+    if problem := no_room_for_weights(folder, size, engine.lag):
+        elsewhere = case.device.source == GIVEN  # the job runs on another machine, whose disk this one does not see
+        return Finding("warning" if elsewhere else "error", f"{config.at('rl.engine.weights_dir')}: {problem}")
+    return Finding("ok", f"weights for the engine: {written(size)} each, in {folder}")
 
 
 def _rewards(case: Case) -> Iterator[Finding]:

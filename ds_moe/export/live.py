@@ -6,6 +6,7 @@ the others send their rows to the one that writes.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from ds_moe.data.processor import Processor
 from ds_moe.distributed import Topology, together
 from ds_moe.errors import UserError
 from ds_moe.export.stored_form import TRAINING_ONLY, StoredForm, layout_of
-from ds_moe.models.families import BIAS_SUFFIX, TRANSPOSED_ON_HUB, expert_state
+from ds_moe.models.families import BIAS_SUFFIX, TRANSPOSED_ON_HUB, expert_state, full_shape
 from ds_moe.models.lora import merged, scaling, stored_name, update_of
 from ds_moe.models.processor import save_processor
 from ds_moe.models.routing import routing_note
@@ -70,6 +71,11 @@ class LiveExport:
             raise UserError(f"{config.at('rl.engine')}: {problem}")
         self._form = StoredForm(model.config, layout_of(model.config, None))
         self._to_host = HostCopy(topology.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors of a folder."""
+        return folder_bytes(self._model, self._topology.ep_size, self._dtype)
 
     def write(self, folder: Path, progress: Callable[[], None] = lambda: None) -> None:
         """Write `folder`, which takes the place of one that is there when it is complete (collective).
@@ -195,6 +201,22 @@ class _RankFiles:
         self._written |= dict.fromkeys(self._tensors, name)
         self._bytes += self._held
         self._tensors, self._held, self._number = {}, 0, self._number + 1
+
+
+def folder_bytes(model: nn.Module, ep_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a model's tensors in such a folder.
+
+    Args:
+        model: of a rank, or an outline without values.
+        ep_size: ranks that its experts are those of one of; 1 for an outline.
+    """
+    return sum(
+        weight.buffer.nbytes
+        if weight.buffer is not None
+        else math.prod(full_shape(name, weight.base, ep_size)) * dtype.itemsize
+        for name, weight in _weights_of(model).items()
+        if weight.buffer is not None or weight.base is not None
+    )
 
 
 def _weights_of(model: nn.Module) -> dict[str, _Weight]:

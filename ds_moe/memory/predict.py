@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from ds_moe.config.rules.engine import keeps_start
 from ds_moe.config.run import RunConfig
 from ds_moe.config.zero_plan import ZeroPlan
 from ds_moe.memory.activations import NO_ACTIVATIONS, Activations, activations
@@ -93,6 +94,8 @@ def predict(
     muon = sum(stack.count * stack.rows * stack.columns for stack in stacks) / world_size
     states, host = _states(counts, zero, muon)
     host |= {"inputs of layers": made.moved} if made.moved else {}
+    if keeps_start(config):
+        (states if on_cpu else host)["starting policy"] = states.get("weights") or host["weights"]
     moments = _moments(counts, zero, made, config, world_size, on_cpu)
     if muon:
         moments["the optimizer steps"]["matrices at work"] = _orthogonalised(muon, zero, world_size)

@@ -1,5 +1,6 @@
 """What the doctor says of rl.engine."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def test_an_engine_of_this_machine(engine, capsys):
     assert code == 0 and not lines, output
     assert "rounds: 16 prompts x 4 completions, 4 steps each, 25 rounds" in output
     assert "engine: plain transformers on the host of rank 0, fp32" in output
+    assert re.search(r"weights for the engine: [\d.]+ [kM]B each, in ", output)
 
 
 def test_a_model_that_files_of_the_hub_cannot_hold_is_refused(engine, capsys):

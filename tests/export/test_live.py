@@ -5,7 +5,7 @@ import torch
 
 from ds_moe.config.run_file import load_run
 from ds_moe.distributed import Topology
-from ds_moe.export.live import LiveExport
+from ds_moe.export.live import LiveExport, folder_bytes
 from ds_moe.models.convert import convert
 from ds_moe.models.lora import add_lora
 from ds_moe.models.presets import build_preset
@@ -24,7 +24,9 @@ def exported(model, overrides, dtype, folder):
     config = load_run("tests/runs/online.yaml", ["model={preset: tiny-moe}", "moe.ep_size=1", *overrides])
     topology = Topology(0, 1, 0, 1, torch.device("cpu"))
     LiveExport(model, topology, config, tiny_processor("text"), dtype).write(folder)
-    return SafetensorsFiles.of_folder(folder)
+    files = SafetensorsFiles.of_folder(folder)
+    assert folder_bytes(model, 1, dtype) == sum(files.read(name).nbytes for name in files.shapes)
+    return files
 
 
 def test_a_small_update_of_a_bf16_base_is_in_a_folder_in_fp32(tmp_path):

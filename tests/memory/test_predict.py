@@ -190,6 +190,17 @@ def test_offloaded_states_are_on_the_host():
     assert predicted(run(), both, on_cpu=False).host["weights"] == int(2 * owned)
 
 
+def test_the_starting_policy_is_a_copy_of_the_weights_on_the_host():
+    rl = {"kl_weight": 0.1, "engine": {"kind": "local"}}
+    with_copy, without = (run(task="rl", rl={**rl, "kl_weight": weight}) for weight in (0.1, 0.0))
+    for on_cpu in (False, True):
+        copied, plain = (predicted(one, zero(3), on_cpu=on_cpu) for one in (with_copy, without))
+        where, before = (copied.device, plain.device) if on_cpu else (copied.host, plain.host)
+        assert where.pop("starting policy") == copied.device["weights"] and where == before
+    lora = {"rank": 2, "targets": ["q_proj"]}
+    assert "starting policy" not in predicted(run(task="rl", rl=rl, lora=lora), zero(3), on_cpu=False).host
+
+
 def test_lora_trains_its_updates_alone():
     config = run(lora={"rank": 4, "experts": True})
     trained = sum(p.numel() for p in outline(config).parameters() if p.requires_grad)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ds_moe.config.rollout import EngineConfig
+from ds_moe.config.rules.dpo import base_changes
 from ds_moe.config.rules.rule import Complaint, Unused
 from ds_moe.config.run import RunConfig, task_is
 
@@ -16,6 +17,11 @@ def engine_of(config: RunConfig) -> EngineConfig | None:
 def steps_of_round(config: RunConfig, engine: EngineConfig) -> int:
     """Optimizer steps that a full round of rollouts takes."""
     return -(-engine.prompts * engine.completions // config.train.global_batch_size)
+
+
+def keeps_start(config: RunConfig) -> bool:
+    """Whether a run keeps a copy of its first weights: for rl.kl_weight, where it trains more than LoRA."""
+    return engine_of(config) is not None and config.rl.kl_weight > 0 and base_changes(config) is not None
 
 
 def _no_server(config: RunConfig) -> str | None:

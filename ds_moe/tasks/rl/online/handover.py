@@ -3,14 +3,16 @@
 import time
 from pathlib import Path
 
+from ds_moe.checkpoint.room import free_bytes, written
 from ds_moe.config.rules.engine import engine_of
+from ds_moe.config.run import RunConfig
 from ds_moe.errors import UserError, one_line
 from ds_moe.export.live import LiveExport
 from ds_moe.export.model import DTYPES
 from ds_moe.tasks.rl.online.engines import engine_dtype
 from ds_moe.tasks.rl.online.probe import own_answers
 from ds_moe.tasks.rl.online.prompts import Prompts
-from ds_moe.tasks.rl.online.sampler import Sampler
+from ds_moe.tasks.rl.online.sampler import KEPT, Sampler
 from ds_moe.tasks.task import TrainingParts
 
 WEIGHTS = "weights"  # in a run's output folder, unless rl.engine.weights_dir says otherwise
@@ -30,19 +32,22 @@ class HandOver:
         self._parts, self._run = parts, run
         config, engine = parts.config, engine_of(parts.config)
         assert engine is not None and parts.processor is not None
-        self._folder = Path(engine.weights_dir or Path(config.train.output_dir) / WEIGHTS).absolute()
+        self._folder = weights_folder(config)
         dtype = DTYPES[engine_dtype(config)]
         self._export = LiveExport(parts.engine.module, parts.topology, config, parts.processor, dtype)
         self._probes, _ = prompts.take(0, min(PROBES, len(prompts)))
         self.write_s = self.answer_s = 0.0
 
     def claim(self) -> None:
-        """Make the folder of weights this run's, on rank 0. Raises `UserError` where it is not for this run."""
+        """Make the folder of weights this run's, on rank 0. Raises `UserError` where it is not for this run, or has
+        no room."""
         config, engine = self._parts.config, engine_of(self._parts.config)
         assert engine is not None
         owner = str(Path(config.train.output_dir).resolve()) if engine.weights_dir else "the run of this output folder"
         try:
             claim(self._folder, owner)
+            if problem := no_room_for_weights(self._folder, self._export.nbytes, engine.lag):
+                raise UserError(problem)
         except UserError as error:
             raise UserError(f"{config.at('rl.engine.weights_dir')}: {error}") from error
 
@@ -58,6 +63,24 @@ class HandOver:
         if sampler is not None:
             prompts = [one.prompt for one in self._probes]
             sampler.hand_over(folder, f"{self._run}:{step}", step, trained, prompts, own)
+
+
+def weights_folder(config: RunConfig) -> Path:
+    engine = engine_of(config)
+    return Path((engine and engine.weights_dir) or Path(config.train.output_dir, WEIGHTS)).absolute()
+
+
+def no_room_for_weights(folder: Path, size: int, lag: int) -> str | None:
+    """Why the versions of weights that exist at a time, each of `size` bytes, have no room; None: they have.
+
+    These are those that are kept, the one that is written, and with a `lag` those that wait for the engine.
+    """
+    count = KEPT + 1 + max(lag - 1, 0)
+    needed = (count - min(len(list(folder.glob("step_*"))), KEPT)) * size
+    if needed <= (free := free_bytes(folder)):
+        return None
+    text = f"{folder}: {count} versions of weights take {written(size)} each, {written(free)} are free"
+    return f"{text}; free some, or choose another folder"
 
 
 def claim(folder: Path, owner: str) -> None:

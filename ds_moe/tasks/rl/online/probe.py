@@ -91,9 +91,9 @@ class WeightsCheck:
         for server in range(servers):
             of_server = [answers[server] for answers in answered if server < len(answers)]
             of_own = [one for answers, one in zip(answered, own, strict=True) if server < len(answers)]
-            problem = self._differs(of_server, of_own)
-            if problem is None and len(of_server) == len(own):
-                problem = self._has_not_moved(server, of_server, own)
+            # First what says more: weights of before may also be far from those of now.
+            problem = self._has_not_moved(server, of_server, own) if len(of_server) == len(own) else None
+            problem = problem or self._differs(of_server, of_own)
             if problem is not None:
                 which = f"server {server + 1} of {servers}" if servers > 1 else "the engine"
                 text = f"rl.engine: {which} was given the weights {version} and answers as if it had others: {problem}"

@@ -1,9 +1,12 @@
-"""Whose folder of weights it is."""
+"""The folder of weights: whose it is, and what has room there."""
+
+from types import SimpleNamespace
 
 import pytest
 
+from ds_moe.checkpoint import room
 from ds_moe.errors import UserError
-from ds_moe.tasks.rl.online.handover import claim
+from ds_moe.tasks.rl.online.handover import claim, no_room_for_weights
 
 
 def test_a_folder_of_weights_is_one_run_s(tmp_path):
@@ -21,3 +24,13 @@ def test_a_folder_of_weights_is_one_run_s(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file cannot be used for weights: File exists"):
         claim(tmp_path / "file", "runs/a")
+
+
+def test_versions_of_weights_need_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=35 * 10**9))
+    assert no_room_for_weights(tmp_path, 10 * 10**9, lag=0) is None  # two are kept, one is written
+    assert no_room_for_weights(tmp_path, 10 * 10**9, lag=1) is None
+    text = "4 versions of weights take 10 GB each, 35 GB are free; free some, or choose another folder"
+    assert no_room_for_weights(tmp_path, 10 * 10**9, lag=2) == f"{tmp_path}: {text}"
+    (tmp_path / "step_00000002").mkdir()
+    assert no_room_for_weights(tmp_path, 10 * 10**9, lag=2) is None  # one of them is there

@@ -67,6 +67,10 @@ def test_an_engine_that_keeps_its_weights_is_told_from_one_that_follows():
         for number in range(9):  # by less than the limit each time
             compared(check, own(shift=0.01 * number), found(before))
     assert number == 2
+    check = WeightsCheck("fp32")
+    compared(check, before, found(before))
+    with pytest.raises(UserError, match="exactly those of before, the trainer's have moved by 0.1"):
+        compared(check, after, found(before))  # and far apart, as others would be
     check = WeightsCheck("bf16")
     for number in range(15):
         answer = own(shift=0.01 * number)
