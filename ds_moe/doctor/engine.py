@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ds_moe.config.deepspeed import precision
 from ds_moe.config.rules.engine import engine_of, steps_of_round
 from ds_moe.doctor.case import Case, Finding
 from ds_moe.doctor.run import GIVEN
@@ -74,8 +75,9 @@ def _answers(case: Case, where: str) -> Iterator[Finding]:
 
     config = case.config
     at_once = config.rl.model_copy(update={"engine": config.rl.engine.model_copy(update={"wait_s": 0.0})})
+    there = config.train.model_copy(update={"precision": precision(config, case.device.on_cpu)})  # where the job runs
     try:
-        for line in make_engine(config.model_copy(update={"rl": at_once})).check():
+        for line in make_engine(config.model_copy(update={"rl": at_once, "train": there})).check():
             yield Finding("ok", f"engine: {line}")
     except EnginesGone as gone:
         elsewhere = case.device.source == GIVEN  # the job runs on another machine, which may reach the servers

@@ -62,6 +62,11 @@ class EnginesGone(Exception):
     """No server has answered for as long as the run is willing to wait."""
 
 
+# Name of a server and its greedy completions (log-probs at temperature 1) -> what is wrong with them, or None. It is
+# called from several threads, for one server a time.
+Problem = Callable[[str, Sequence[Completion]], str | None]
+
+
 class RolloutEngine(Protocol):
     """Servers, or a model of this machine. One process of a job, rank 0, has it."""
 
@@ -100,9 +105,14 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def greedy(self, prompt: Prompt, max_new_tokens: int) -> list[Completion]:
-        """The most likely answer, of every server that answers, to be compared with the trainer's own. Its log-probs
-        are those at temperature 1. Raises `EnginesGone` where none answers."""
+    def prove(self, prompts: Sequence[Prompt], max_new_tokens: int, problem: Problem) -> None:
+        """Have the most likely answers to all prompts judged, of every server that has been given the weights. One that
+        is given them later is judged before it samples, and left out where there is a problem.
+
+        Raises:
+            EnginesGone: after waiting.
+            UserError: what `problem` has found in a server that answers now.
+        """
         ...
 
     def close(self) -> None:

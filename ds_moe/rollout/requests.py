@@ -13,14 +13,18 @@ from dataclasses import dataclass, field
 from ds_moe.config.rollout import EngineConfig
 from ds_moe.errors import UserError, one_line
 from ds_moe.rollout.engine import Completion, EnginesGone, Prompt, Sampling
-from ds_moe.rollout.http import Abandoned, Malformed, Unanswered
+from ds_moe.rollout.http import Abandoned, Malformed, Refused, Unanswered
 from ds_moe.rollout.server import LeftOut, PublishedWeights, Server
-from ds_moe.rollout.server_api import ServerApi
+from ds_moe.rollout.server_api import OtherPrompt, ServerApi
 
 TRIES = 6  # of a prompt, until it is given up
 FIRST_S, MOST_S = 0.25, 15.0  # between two tries of a prompt, or two looks for a server: doubled up to the second
 TICK_S = 0.25  # of waiting for results, after which it is seen what else has become due
 PULSE_S = 1.0
+OF_PROMPT = (400, 413, 422)  # statuses by which a server says that a prompt is wrong
+WRONG = (
+    8  # prompts that no server can answer as they are; where they are more, and half of all, the fault is not theirs
+)
 
 
 @dataclass
@@ -63,16 +67,20 @@ class SampleRequests:
         api: ServerApi,
         config: EngineConfig,
         weights: Callable[[], PublishedWeights | None],
-        verify: Callable[[Server], str | None],
         note: Callable[[str], None],
+        answered: bool = False,
     ) -> None:
+        """
+        Args:
+            answered: whether a server has answered anything before, so that it is not the settings that are wrong.
+        """
         self._servers, self._api, self._config = servers, api, config
-        self._weights, self._verify, self._note = weights, verify, note
+        self._weights, self._note = weights, note
         self._results: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._looks = {server.url: Look() for server in servers}
         self._none_since: float | None = None  # time.monotonic since which no server is ready
-        self._answered = False  # whether any prompt has completions
-        self._over = False
+        self.answered = answered
+        self._wrong = 0  # prompts that were given up for a reason that does not pass
 
     def run(
         self,
@@ -102,11 +110,9 @@ class SampleRequests:
 
     def _end(self) -> None:
         """Close what is under way: servers notice, and stop computing it."""
-        self._over = True
         for server in self._servers:
             if server.in_flight and self._open:
-                server.http.close()
-                server.http.open_again()
+                server.abandon()
 
     # --- prompts
 
@@ -142,7 +148,7 @@ class SampleRequests:
             server.leave()
 
     def _done(self, job: OpenPrompt, made: list[Completion], version: str) -> None:
-        self._answered = True
+        self.answered = True
         self._open -= 1
         forbidden = set(self._sampling.forbidden)
         kept = [
@@ -153,25 +159,32 @@ class SampleRequests:
         self._deliver(job.number, kept)
 
     def _failed(self, server: Server, job: OpenPrompt, error: BaseException) -> None:
-        if not isinstance(error, Unanswered):
-            if isinstance(error, Abandoned):
-                error = UserError(f"{server.url}: the engine was closed while it sampled")
+        if isinstance(error, Abandoned):
+            raise UserError(f"{server.url}: the engine was closed while it sampled") from error
+        passes = isinstance(error, Unanswered)
+        if not passes and not _of_prompt(error):
             raise error
-        if server.state == "ready" and not isinstance(error, Malformed):
+        if passes and server.state == "ready" and not isinstance(error, Malformed):
             self._lose(server, str(error))
         job.tries += 1
         job.reason = str(error)
         job.failed_on.add(server.url)
-        if job.tries < TRIES:
+        if passes and job.tries < TRIES:
             job.due = time.monotonic() + min(FIRST_S * 2 ** (job.tries - 1), MOST_S)
             self._waiting.append(job)
-        elif isinstance(error, Malformed) or (self._open == 1 and not self._answered):
-            raise UserError(job.reason) from error
         else:
-            where = self._prompts[job.number].where or f"prompt {job.number}"
-            self._note(f"{where} is given up after {TRIES} tries: {job.reason}")
-            self._open -= 1
-            self._deliver(job.number, [])
+            self._give_up(job, error)
+
+    def _give_up(self, job: OpenPrompt, error: BaseException) -> None:
+        """Do without a prompt, unless it is not the prompt that is wrong."""
+        self._open -= 1
+        self._wrong += isinstance(error, Malformed | UserError)
+        nothing = not self._open and not self.answered
+        if nothing or self._wrong > max(WRONG, len(self._prompts) // 2):
+            raise UserError(job.reason) from error
+        where = self._prompts[job.number].where or f"prompt {job.number}"
+        self._note(f"{where} is given up after {job.tries} tries: {job.reason}")
+        self._deliver(job.number, [])
 
     # --- servers
 
@@ -201,7 +214,7 @@ class SampleRequests:
             self._none_since = now
         gone = [server for server in self._servers if server.state == "gone"]
         if not gone:
-            raise UserError(f"no server is left: {self._servers[0].url}: {self._servers[0].reason}")
+            raise UserError(f"no server is left: {self._servers[0].reason}")
         if now - self._none_since > self._config.wait_s and all(self._looks[one.url].noted for one in gone):
             waited = f"for {now - self._none_since:.0f} s (rl.engine.wait_s)"
             raise EnginesGone(f"no server of rl.engine.urls answers {waited}: {gone[0].reason}")
@@ -209,7 +222,7 @@ class SampleRequests:
     def _look(self, server: Server) -> None:
         """In a thread: whether a server is there and in order, and has the weights."""
         try:
-            server.prepare(self._weights, self._verify)
+            server.prepare(self._weights)
         except BaseException as error:
             self._results.put(lambda error=error: self._not_found(server, error))
         else:
@@ -223,9 +236,9 @@ class SampleRequests:
     def _not_found(self, server: Server, error: BaseException) -> None:
         look = self._looks[server.url]
         if isinstance(error, LeftOut):
-            self._note(f"{error}; it is left out")
-        elif isinstance(error, UserError):  # it was restarted with other settings
-            server.state, server.reason = "left out", str(error).splitlines()[0]
+            self._note(f"{error}; it stays paused and is left out")
+        elif isinstance(error, UserError):  # it was restarted with other settings, or loads wrong
+            server.leave_out(str(error).splitlines()[0])
             self._note(f"{server.reason}; it is left out")
         elif not isinstance(error, Unanswered):
             raise error
@@ -235,3 +248,8 @@ class SampleRequests:
                 others = sum(one.state == "ready" for one in self._servers)
                 self._note(f"{one_line(error)}; {others} other servers go on, and it is looked for")
             self._looks[server.url] = Look(time.monotonic() + look.pause, waits(look.pause), noted=True)
+
+
+def _of_prompt(error: BaseException) -> bool:
+    """Whether a request failed because of its prompt, which another try or server will not change."""
+    return isinstance(error, OtherPrompt) or (isinstance(error, Refused) and error.status in OF_PROMPT)

@@ -9,19 +9,25 @@ from pathlib import Path
 from typing import Literal
 
 from ds_moe.errors import UserError, one_line
-from ds_moe.rollout.http import Abandoned, Http, Refused, Unanswered
+from ds_moe.rollout.http import CONNECT_S, Abandoned, Http, Refused, Unanswered
 from ds_moe.rollout.server_api import ServerApi
 
 IDLE_S = 2.0  # after which a server is asked for its version before it gets work: it may have been restarted
 AGAIN_S = 1.0  # before a failed load is tried once more
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PublishedWeights:
-    """What every server must have loaded before it samples."""
+    """What every server must have loaded before it samples.
 
-    folder: Path  # as the servers see it
+    Attributes:
+        folder: as the servers see it.
+        proof: raises `UserError` for a server that does not answer as these weights do; None: not known yet.
+    """
+
+    folder: Path
     version: str
+    proof: "Callable[[Server], None] | None" = None
 
 
 class LeftOut(Exception):
@@ -34,6 +40,7 @@ class Server:
     Attributes:
         state: "gone" until `prepare` has found it in order; "left out" for good.
         reason: why it is gone or left out.
+        proven: the weights as which it was found to answer.
     """
 
     def __init__(
@@ -52,6 +59,8 @@ class Server:
         self._changing = threading.Lock()  # of weights
         self._paused = False
         self._loaded: PublishedWeights | None = None  # by this process: names of versions may come again in another
+        self.proven: PublishedWeights | None = None
+        self._ended = False
 
     # --- requests
 
@@ -71,7 +80,9 @@ class Server:
 
     def has(self, weights: PublishedWeights | None) -> bool:
         """Whether it has what is to be sampled from: others may have been published while it was looked for."""
-        return weights is None or self._shut or self.version == weights.version
+        if weights is None or self._shut:
+            return True
+        return self.version == weights.version and (weights.proof is None or self.proven is weights)
 
     def idle(self) -> bool:
         """Whether nothing has been asked for so long that the server may have been restarted unnoticed."""
@@ -81,6 +92,9 @@ class Server:
     def lose(self, reason: str) -> None:
         if self.state != "left out":
             self.state, self.reason = "gone", reason
+
+    def leave_out(self, reason: str) -> None:
+        self.state, self.reason = "left out", reason
 
     @contextmanager
     def _drained(self) -> Iterator[None]:
@@ -100,40 +114,30 @@ class Server:
         """What it is, on one line; changes nothing. Raises `Unanswered`, and `UserError` for wrong settings."""
         return self._api.check(self.http)
 
-    def prepare(
-        self,
-        wanted: Callable[[], PublishedWeights | None],
-        verify: Callable[["Server"], str | None] | None = None,
-    ) -> None:
+    def prepare(self, current: Callable[[], PublishedWeights | None]) -> None:
         """Find out whether the server is in order, hand it the weights if it has others, and make it ready.
 
         Args:
-            wanted: the weights of now: others may be published while this waits for the server.
-            verify: says what is wrong with the answers of a server that was given the weights; None: nothing.
+            current: the weights of now, which may be others than when the server was lost.
 
         Raises:
             Unanswered: it is not there, or not yet.
-            UserError: its settings are wrong.
-            LeftOut: it cannot load the weights, or computes with others.
+            UserError: its settings are wrong, or it answers otherwise than the weights do.
+            LeftOut: it cannot load the weights.
         """
         with self._changing:
             self._api.check(self.http)
             self.version = self._api.version(self.http)
-            weights = wanted()
+            weights = current()
             if weights is not None and (self._loaded is not weights or self.version != weights.version):
                 with self._drained():
                     self._load(weights)
-                try:
-                    problem = verify(self) if verify is not None else None
-                except Unanswered:
-                    self._loaded = None  # so that it is verified the next time
-                    raise
-                if problem is not None:
-                    self.state, self.reason = "left out", problem
-                    raise LeftOut(f"{self.url} was given {weights.folder} again and computes otherwise: {problem}")
             else:  # a trainer that died may have left it paused
                 self._api.resume(self.http)
                 self._paused = False
+            if weights is not None and weights.proof is not None and self.proven is not weights:
+                weights.proof(self)
+                self.proven = weights
             self._ready()
 
     def hand_over(self, weights: PublishedWeights) -> None:
@@ -149,7 +153,9 @@ class Server:
 
     def _load(self, weights: PublishedWeights) -> None:
         """Pause, load, name the version, resume. Where the load fails twice the server stays paused for good."""
-        self._paused = True
+        if self._ended:
+            raise Abandoned
+        self._paused, self.proven = True, None
         self._api.pause(self.http, self._timeout_s)
         try:
             self._api.load(self.http, weights.folder, weights.version, self._timeout_s)
@@ -162,20 +168,38 @@ class Server:
             except (UserError, Unanswered) as again:
                 if isinstance(again, Unanswered) and not again.reached:
                     raise
-                self.state, self.reason = "left out", one_line(again, 400)
                 fix = "is it a folder that the server sees, in hub layout?"
-                raise LeftOut(f"{self.url} cannot load {weights.folder}: {self.reason} ({fix})") from again
+                text = f"{self.url} cannot load {weights.folder}: {one_line(again, 400)} ({fix})"
+                self.leave_out(text)
+                raise LeftOut(text) from again
         self.version, self._loaded = weights.version, weights
         self._api.resume(self.http)
         self._paused = False
 
-    def close(self) -> None:
-        """End what is under way; a server that is paused, and not because it could not load, is resumed."""
+    def abandon(self) -> None:
+        """End what is under way."""
         self.http.close()
-        if self._paused and self.state != "left out":
+        if not self._ended:
             self.http.open_again()
-            try:
-                self._api.resume(self.http)
-                self._paused = False
-            except (Unanswered, Refused, Abandoned) as error:
-                self._note(f"{self.url} may be paused: {one_line(error, 200)}")
+
+    def close(self) -> None:
+        """End what is under way for good; a server that is paused, and not because it could not load, is resumed."""
+        self._ended = True
+        self.http.close()
+        done = self._changing.acquire(timeout=CONNECT_S)  # a thread that loads weights has noticed, and pauses no more
+        try:
+            if self._paused and self.state != "left out":
+                self._resume_at_last()
+        finally:
+            if done:
+                self._changing.release()
+
+    def _resume_at_last(self) -> None:
+        self.http.open_again()
+        try:
+            self._api.resume(self.http)
+            self._paused = False
+        except (Unanswered, Refused, Abandoned) as error:
+            self._note(f"{self.url} may be paused: {one_line(error, 200)}")
+        finally:
+            self.http.close()

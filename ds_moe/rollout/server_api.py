@@ -14,6 +14,7 @@ CONTROL_S = 30.0  # seconds for an answer that needs no computation
 SMALL = 2**24  # bytes of such an answer at most
 MOST_ID = 2**31  # of a token: tokenizers and rollout files take no larger ones
 LARGEST = 1e-3  # by which rounding may put a log-prob above 0
+NAMES = {"fp32": "float32", "bf16": "bfloat16"}  # of a dtype, as servers have it
 REASONS: dict[object, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 
 
@@ -25,11 +26,26 @@ class Wanted:
         routing: whether completions must come with the experts that were used.
         longest: tokens of a prompt and its completion together.
         model: the name that the servers give the model; None: they serve one alone.
+        dtype: of the weights that they are given, "fp32" or "bf16"; None: any.
     """
 
     routing: bool
     longest: int
     model: str | None = None
+    dtype: str | None = None
+
+    def wrong_dtype(self, found: object) -> str | None:
+        """What is wrong with a server that computes in `found`, such as bfloat16: log-probs of fp32 weights would be
+        further from the trainer's than those of other weights."""
+        wanted = None if self.dtype is None else NAMES[self.dtype]
+        if wanted is None or found == wanted:
+            return None
+        fix = f"start it with --dtype {wanted}, or set rl.engine.weights_dtype"
+        return f"its dtype is {found}, but it is given weights in {self.dtype} ({fix})"
+
+
+class OtherPrompt(UserError):
+    """A server has read other ids than the trainer's."""
 
 
 class ServerApi(Protocol):
@@ -69,7 +85,7 @@ def token_ids(value: object, what: str, where: str) -> list[int]:
 
 
 def check_prompt(found: object, prompt: Prompt, where: str) -> None:
-    """Raise `UserError` where a server has read other ids than the trainer's."""
+    """Raise `OtherPrompt` where a server has read other ids than the trainer's."""
     ids = token_ids(found, "the ids of the prompt", where)
     if ids == prompt.token_ids:
         return
@@ -77,7 +93,7 @@ def check_prompt(found: object, prompt: Prompt, where: str) -> None:
     first = next((place for place, (theirs, ours) in pairs if theirs != ours), min(len(ids), len(prompt.token_ids)))
     numbers = f"{len(ids)} token ids, where the trainer has {len(prompt.token_ids)}; the first to differ is {first}"
     fix = "serve the folder that the trainer reads, with its chat template and processor"
-    raise UserError(f"{where}: {prompt.where or 'a prompt'} becomes {numbers} ({fix})")
+    raise OtherPrompt(f"{where}: {prompt.where or 'a prompt'} becomes {numbers} ({fix})")
 
 
 def check_logprobs(values: object, tokens: Sequence[int], where: str, fix: str) -> list[float]:
@@ -111,6 +127,6 @@ def check_routing(value: object, form: str, rows: int, where: str, flag: str) ->
 
 
 def finished(reason: object, where: str) -> Literal["stop", "length"]:
-    if reason not in REASONS:
+    if not isinstance(reason, str) or reason not in REASONS:
         raise Malformed(f"{where}: a completion ended by {reason!r} (is somebody else pausing the server?)")
     return REASONS[reason]

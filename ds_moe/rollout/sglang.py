@@ -51,6 +51,8 @@ class SglangApi:
             wrong.append(f"serves {name!r}, not {wanted.model!r} (set rl.engine.model)")
         if wanted.routing and settings.get("enable_return_routed_experts") is not True:
             wrong.append(f"it returns no routed experts, which moe.replay needs (add {ROUTING_FLAG})")
+        if problem := wanted.wrong_dtype(settings.get("dtype")):  # "auto" makes float16 of float32
+            wrong.append(problem)
         longest = settings.get("context_length")  # None: what the model's config says
         if type(longest) is int and longest < wanted.longest:
             text = f"a prompt and its completion may have {wanted.longest} tokens"

@@ -58,11 +58,9 @@ class VllmApi:
         wrong = list(self._wrong(settings, longest))
         if wrong:
             raise UserError("\n".join(f"{http.url}: {line}" for line in wrong))
-        model = settings["model_config"]
-        dtype = str(_of(model, "dtype")).removeprefix("torch.")
         routed = "with routed experts" if _routes(settings) else "without routed experts"
         version = self.version(http)
-        return f"{http.url}: vLLM serves {name} in {dtype}, {routed}, {longest} tokens, weights {version!r}"
+        return f"{http.url}: vLLM serves {name} in {_dtype(settings)}, {routed}, {longest} tokens, weights {version!r}"
 
     def _model(self, http: Http) -> tuple[str, int]:
         """Name of the model, and how many tokens a prompt and its completion may have."""
@@ -99,6 +97,8 @@ class VllmApi:
             yield f"its log-probs are {mode}, not those of what was sampled (add --logprobs-mode processed_logprobs)"
         if self.wanted.routing and not _routes(settings):
             yield f"it returns no routed experts, which moe.replay needs (add {ROUTING_FLAG})"
+        if problem := self.wanted.wrong_dtype(_dtype(settings)):
+            yield problem
         if longest < self.wanted.longest:
             wanted = f"a prompt and its completion may have {self.wanted.longest} tokens"
             yield f"--max-model-len is {longest}, but {wanted} (start it with at least that many)"
@@ -117,12 +117,16 @@ class VllmApi:
 
     def read(self, answer: object, prompt: Prompt, sampling: Sampling, where: str) -> list[Completion]:
         """The completions in the answer to a request."""
-        choices = {choice.get("index"): choice for choice in entries(answer, "choices", where)}
+        choices: dict[int, Json] = {}
+        for choice in entries(answer, "choices", where):
+            if type(index := choice.get("index")) is not int:
+                raise Malformed(f"{where}: a completion has the number {index!r} (is another program behind the url?)")
+            choices[index] = choice
         if choices.keys() != set(range(sampling.completions)):
             raise Malformed(f"{where}: {len(choices)} completions, where {sampling.completions} were asked for")
         chat = isinstance(answer, dict) and "prompt_token_ids" in answer
         completions = []
-        for choice in map(choices.get, range(sampling.completions)):
+        for choice in map(choices.__getitem__, range(sampling.completions)):
             check_prompt(answer["prompt_token_ids"] if chat else choice.get("prompt_token_ids"), prompt, where)
             ids = token_ids(choice.get("token_ids"), "the ids of a completion", where)
             reason = finished(choice.get("finish_reason"), where)
@@ -199,6 +203,10 @@ def _logprobs(choice: Json) -> object:
     if isinstance(content := found.get("content"), list):
         return [one.get("logprob") if isinstance(one, dict) else None for one in content]
     return found.get("token_logprobs")
+
+
+def _dtype(settings: Json) -> str:
+    return str(_of(settings["model_config"], "dtype")).removeprefix("torch.")
 
 
 def _routes(settings: Json) -> bool:

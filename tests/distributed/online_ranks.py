@@ -18,9 +18,10 @@ from unittest.mock import patch
 import torch
 
 from ds_moe.config.run_file import load_run
+from ds_moe.errors import UserError
 from ds_moe.export.live import LiveExport
 from ds_moe.export.model import DTYPES
-from ds_moe.rollout.engine import Completion, EnginesGone
+from ds_moe.rollout.engine import EnginesGone
 from ds_moe.tasks.rl.online import round as round_module
 from ds_moe.tasks.rl.online import rounds as rounds_module
 from ds_moe.tasks.rl.online.engines import engine_dtype
@@ -73,9 +74,10 @@ class EngineHere:
                 if name.endswith("experts.down_proj"):
                     parameter.data = parameter.data.roll(1, 0)
 
-    def greedy(self, prompt, max_new_tokens) -> list[Completion]:
-        [[answer]] = self._model.sample([_message(prompt)], 1, 0.0, max_new_tokens, 0)["completions"]
-        return [_completion(answer, max_new_tokens)]
+    def prove(self, prompts, max_new_tokens, problem):
+        found = [self._model.sample([_message(one)], 1, 0.0, max_new_tokens, 0)["completions"][0][0] for one in prompts]
+        if text := problem("the engine", [_completion(one, max_new_tokens) for one in found]):
+            raise UserError(text)
 
     def close(self):
         pass

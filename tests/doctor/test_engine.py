@@ -14,9 +14,9 @@ from tests.rollout.fake_vllm import FakeVllm
 RUN = Path(__file__).resolve().parents[1] / "runs" / "online.yaml"
 
 
-def findings(fake):
-    overrides = ["rl.engine.kind=vllm", f"rl.engine.urls=[{fake.url}]"]
-    case = Case(load_run(RUN, overrides), 2, Device(True, 2**33, "this machine"), 4, processor=tiny_processor("vl"))
+def findings(fake, on_cpu=True):
+    overrides = ["rl.engine.kind=vllm", f"rl.engine.urls=[{fake.url}]", "train.precision=null"]
+    case = Case(load_run(RUN, overrides), 2, Device(on_cpu, 2**33, "this machine"), 4, processor=tiny_processor("vl"))
     return [(one.level, one.text) for one in check_engine(case) if fake.url in one.text]
 
 
@@ -39,6 +39,14 @@ def test_each_wrong_setting_is_a_line_with_its_flag(fake):
     assert [level for level, _ in found] == ["error", "error"]
     for flag in ("--enable-return-routed-experts", "--max-model-len is 127"):
         assert sum(flag in text for _, text in found) == 1
+
+
+def test_the_dtype_is_that_of_the_machine_where_the_job_runs(fake):
+    fake.settings["model_config.dtype"] = "torch.bfloat16"
+    [(level, text)] = findings(fake)
+    assert level == "error" and "its dtype is bfloat16, but it is given weights in fp32" in text
+    [(level, text)] = findings(fake, on_cpu=False)
+    assert level == "ok"
 
 
 def test_no_server_is_told_at_once(fake):

@@ -92,7 +92,10 @@ class FakeVllm:
         self.delay_s = 0.0  # of every request for completions
         self.failing_reloads = 0  # so many of the next ones answer 500
         self.wrong_reloads = 0  # so many of the next ones answer 200 and load nothing
+        self.poisoned: dict[int, str] = {}  # fault of every request whose prompt begins with an id; text alone
+        self.served: list[tuple[str, bool]] = []  # faults that requests met, and whether they were greedy ones
         self._faults: deque[str] = deque()
+        self._greedy_faults: deque[str] = deque()
         self._lock = threading.Lock()
         self._http: ThreadingHTTPServer | None = None
         self.port = 0
@@ -109,11 +112,16 @@ class FakeVllm:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def fail(self, fault: str, times: int = 1) -> None:
-        """Let the next requests for completions fail so."""
+    def fail(self, fault: str, times: int = 1, greedy: bool = False) -> None:
+        """Let the next requests for completions fail so, or the next ones at temperature 0."""
         assert fault in FAULTS, fault
         with self._lock:
-            self._faults.extend([fault] * times)
+            (self._greedy_faults if greedy else self._faults).extend([fault] * times)
+
+    @property
+    def open_faults(self) -> list[str]:
+        """Those that no request has met yet."""
+        return [*self._faults, *self._greedy_faults]
 
     def start(self) -> "FakeVllm":
         """Listen: at first on a port that is free, after `die` on the same."""
@@ -208,7 +216,7 @@ class FakeVllm:
 
     def _complete(self, path: str, body: dict[str, Any]) -> tuple[int, object]:
         with self._lock:
-            fault = self._faults.popleft() if self._faults else None
+            fault = self._fault_of(body)
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
         try:
@@ -216,6 +224,14 @@ class FakeVllm:
         finally:
             with self._lock:
                 self._at_once -= 1
+
+    def _fault_of(self, body: dict[str, Any]) -> str | None:
+        greedy = body.get("temperature") == 0
+        faults = self._greedy_faults if greedy and self._greedy_faults else self._faults
+        fault = faults.popleft() if faults else self.poisoned.get(body.get("prompt", [None])[0])
+        if fault is not None:
+            self.served.append((fault, greedy))
+        return fault
 
     def _completed(self, path: str, body: dict[str, Any], fault: str | None) -> tuple[int, object]:
         if fault == "die":

@@ -13,7 +13,7 @@ from ds_moe.rollout import requests as requests_module
 from ds_moe.rollout import server as server_module
 from ds_moe.rollout import servers as servers_module
 from ds_moe.rollout.engine import EnginesGone, Prompt, Sampling
-from tests.rollout.engines import SAMPLING, Collected, engine, prompts, sample
+from tests.rollout.engines import SAMPLING, Collected, engine, greedy, prompts, sample
 from tests.rollout.fake_vllm import FakeVllm, made_up
 
 FOLDER = Path("/weights/v1")
@@ -212,7 +212,12 @@ def test_a_server_that_comes_back_and_loads_wrongly_is_left_out(fake, other, mon
     monkeypatch.setattr(server_module, "IDLE_S", 0.05)
     servers, notes = engine(fake, other, note=lambda line: notes.append(line)), []
     servers.publish(FOLDER, "run:1")
-    servers.greedy(prompts(1)[0], 8)
+    accepted = made_up(prompts(1)[0].token_ids, {"temperature": 0, "max_tokens": 8}, 0, fake)
+
+    def problem(server, found):
+        return None if found[0].logprobs == accepted.logprobs else f"{server} computes otherwise"
+
+    servers.prove(prompts(1), 8, problem)
     right = sample(engine(other), 4)
     fake.die()
     fake.wrong_reloads = 1
@@ -223,7 +228,7 @@ def test_a_server_that_comes_back_and_loads_wrongly_is_left_out(fake, other, mon
     assert {n: [c.token_ids for c in made] for n, made in sample(servers, 4).items()} == {
         n: [c.token_ids for c in made] for n, made in right.items()
     }
-    assert [line for line in notes if "computes otherwise: log-probs of" in line]
+    assert [line for line in notes if f"{fake.url} computes otherwise; it is left out" in line]
     assert [call.body["temperature"] for call in fake.asked("/v1/completions")] == [0.0]
 
 
@@ -315,7 +320,7 @@ def test_a_server_that_cannot_load_stays_paused_and_is_left_out(fake, other):
     servers.publish(FOLDER, "run:1")
     assert {one.version for made in sample(servers, 3).values() for one in made} == {"run:1"}
     servers.publish(FOLDER, "run:2")
-    assert len(servers.greedy(prompts(1)[0], 3)) == 1
+    assert len(greedy(servers, prompts(1)[0], 3)) == 1
     servers.close()
     assert control(fake) == ["pause", "load", "load"] and fake.paused and not fake.asked("/v1/completions")
     assert [line for line in notes if "cannot load" in line and "no such folder" in line]
@@ -325,7 +330,7 @@ def test_no_server_could_load(fake):
     servers = engine(fake)
     servers.check()
     fake.failing_reloads = 100
-    with pytest.raises(UserError, match="no server could load the weights.*no such folder"):
+    with pytest.raises(UserError, match="no server is left: .* cannot load .*no such folder"):
         servers.publish(FOLDER, "run:1")
 
 
@@ -393,7 +398,7 @@ def test_greedy_is_asked_of_every_server(fake, other):
     servers = engine(fake, other)
     servers.publish(FOLDER, "run:1")
     other.folder = "something else"  # a load that answered 200 and was wrong
-    one, two = servers.greedy(prompts(1)[0], 4)
+    one, two = greedy(servers, prompts(1)[0], 4)
     assert len(one.token_ids) == 4 and one.token_ids != two.token_ids
     assert body_of(fake)["temperature"] == 0.0
 

@@ -17,6 +17,11 @@ def engine_dtype(config: RunConfig) -> str:
     return (engine and engine.weights_dtype) or precision(config, on_cpu())
 
 
+def compared_dtype(config: RunConfig) -> str:
+    """The coarser dtype of engine and trainer, whose rounding their log-probs differ by."""
+    return "bf16" if "bf16" in (engine_dtype(config), precision(config, on_cpu())) else "fp32"
+
+
 def make_engine(config: RunConfig, note: Callable[[str], None] = print) -> RolloutEngine:
     """What `rl.engine` asks for; nothing is started or asked yet. `note` is told of servers that are lost and found.
 
@@ -27,4 +32,5 @@ def make_engine(config: RunConfig, note: Callable[[str], None] = print) -> Rollo
     if engine.kind == "local":
         return LocalEngine(engine_dtype(config), engine.timeout_s)
     routing = config.moe is not None and config.moe.replay.enabled
-    return Servers(engine, routing=routing, longest=config.data.max_length, note=note)
+    longest, dtype = config.data.max_length, engine_dtype(config)
+    return Servers(engine, routing=routing, longest=longest, dtype=dtype, note=note)

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from ds_moe.errors import UserError
-from ds_moe.rollout.engine import Completion, EnginesGone, Prompt, Sampling
+from ds_moe.rollout.engine import Completion, EnginesGone, Problem, Prompt, Sampling
 
 SEQUENCES = 64  # that are sampled at a time
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -68,10 +68,11 @@ class LocalEngine:
     def publish(self, folder: Path, version: str) -> None:
         self._ask(do="load", folder=str(folder.resolve()), version=version)
 
-    def greedy(self, prompt: Prompt, max_new_tokens: int) -> list[Completion]:
+    def prove(self, prompts: Sequence[Prompt], max_new_tokens: int, problem: Problem) -> None:
         asked = {"completions": 1, "temperature": 0.0, "max_new_tokens": max_new_tokens, "seed": 0}
-        found = self._ask(do="sample", prompts=[_message(prompt)], **asked)
-        return [_completion(found["completions"][0][0], max_new_tokens)]
+        found = [self._ask(do="sample", prompts=[_message(one)], **asked)["completions"][0][0] for one in prompts]
+        if text := problem("the engine", [_completion(one, max_new_tokens) for one in found]):
+            raise UserError(text)
 
     def close(self) -> None:
         if self._process is not None:

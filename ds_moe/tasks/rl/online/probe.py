@@ -18,7 +18,6 @@ from ds_moe.data.encode import Encoded, collate_prompts
 from ds_moe.data.processor import Processor
 from ds_moe.distributed import parallel
 from ds_moe.engine.whole_weights import evaluation_mode
-from ds_moe.errors import UserError
 from ds_moe.models.generation import own_generation_config
 from ds_moe.rollout.engine import Completion, Prompt, RolloutEngine
 from ds_moe.tasks.task import TrainingParts
@@ -76,28 +75,27 @@ class WeightsCheck:
     """Compares every hand-over, and remembers since when each server answers what it answers.
 
     Args:
-        dtype: of the engine's weights, a key of `TOLERANCE`.
+        dtype: the coarser one of engine and trainer, a key of `TOLERANCE`.
     """
 
     def __init__(self, dtype: str) -> None:
         self._tolerance = TOLERANCE[dtype]
-        self._since: dict[int, tuple[list[Completion], Sequence[OwnAnswer]]] = {}  # by server: its answers, and ours
+        self._since: dict[str, tuple[list[Completion], Sequence[OwnAnswer]]] = {}  # by server: its answers, and ours
         # at the first hand-over at which it gave them
 
     def compare(self, engine: RolloutEngine, version: str, prompts: Sequence[Prompt], own: Sequence[OwnAnswer]) -> None:
-        """Raises `UserError` where the answers of a server are not those of the trainer's weights."""
-        answered = [engine.greedy(prompt, TOKENS) for prompt in prompts]
-        servers = max(map(len, answered))  # one may be lost in between
-        for server in range(servers):
-            of_server = [answers[server] for answers in answered if server < len(answers)]
-            of_own = [one for answers, one in zip(answered, own, strict=True) if server < len(answers)]
+        """Raises `UserError` where the answers of a server are not those of the trainer's weights, and has those of
+        later servers compared as `RolloutEngine.prove` does."""
+
+        def problem(server: str, found: Sequence[Completion]) -> str | None:
             # First what says more: weights of before may also be far from those of now.
-            problem = self._has_not_moved(server, of_server, own) if len(of_server) == len(own) else None
-            problem = problem or self._differs(of_server, of_own)
-            if problem is not None:
-                which = f"server {server + 1} of {servers}" if servers > 1 else "the engine"
-                text = f"rl.engine: {which} was given the weights {version} and answers as if it had others: {problem}"
-                raise UserError(f"{text}; no step was taken on its rollouts (does it load this family's hub layout?)")
+            text = self._has_not_moved(server, found, own) or self._differs(found, own)
+            if text is None:
+                return None
+            given = f"{server} was given the weights {version} and answers as if it had others: {text}"
+            return f"rl.engine: {given}; no step was taken on its rollouts (does it load this family's hub layout?)"
+
+        engine.prove(prompts, TOKENS, problem)
 
     def _differs(self, found: Sequence[Completion], own: Sequence[OwnAnswer]) -> str | None:
         differences, worst = [], 0.0
@@ -116,7 +114,7 @@ class WeightsCheck:
             return f"its greedy token is less likely than the trainer's, by {worst:.3g} in log-prob"
         return None
 
-    def _has_not_moved(self, server: int, found: Sequence[Completion], own: Sequence[OwnAnswer]) -> str | None:
+    def _has_not_moved(self, server: str, found: Sequence[Completion], own: Sequence[OwnAnswer]) -> str | None:
         """That all is exactly as at earlier hand-overs, although the trainer's own log-probs have moved since the first
         of them: by little at a time, perhaps."""
         before, own_before = self._since.get(server, ((), ()))

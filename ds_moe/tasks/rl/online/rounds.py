@@ -19,7 +19,7 @@ from ds_moe.distributed import over_ranks
 from ds_moe.errors import UserError
 from ds_moe.rollout.engine import EnginesGone
 from ds_moe.rollout.reward import RewardPool
-from ds_moe.tasks.rl.online.engines import engine_dtype, make_engine
+from ds_moe.tasks.rl.online.engines import compared_dtype, make_engine
 from ds_moe.tasks.rl.online.handover import HandOver
 from ds_moe.tasks.rl.online.probe import WeightsCheck
 from ds_moe.tasks.rl.online.round import RoundMaker
@@ -71,7 +71,7 @@ class Rounds:
         def maker(stopping):
             return RoundMaker(config, self._settings, prompts, processor, engine, rewards, self._run, stopping)
 
-        return Sampler(engine, rewards, maker, WeightsCheck(engine_dtype(config)))
+        return Sampler(engine, rewards, maker, WeightsCheck(compared_dtype(config)))
 
     def begin(self, progress: Progress) -> RoundFacts:
         """The round that comes next, or the one that a checkpoint was in; the stream is opened at its place.

@@ -7,14 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from ds_moe.rollout.engine import EnginesGone, Prompt, RolloutEngine
+from ds_moe.rollout.engine import Prompt, RolloutEngine
 from ds_moe.rollout.reward import RewardPool
 from ds_moe.tasks.rl.online.probe import OwnAnswer, WeightsCheck
 from ds_moe.tasks.rl.online.round import RoundMaker, RunEnded
 from ds_moe.tasks.rl.online.round_file import RoundFacts
 
 KEPT = 2  # versions of weights
-HANDED = 3  # times that weights are handed over where every server is lost while it is compared
 T = TypeVar("T")
 
 
@@ -50,14 +49,8 @@ class Sampler:
 
         def work() -> None:
             began = time.perf_counter()
-            for left in reversed(range(HANDED)):
-                self._engine.publish(folder, version)  # waits for a server, where none answers
-                try:
-                    self._check.compare(self._engine, version, prompts, own)
-                    break
-                except EnginesGone:
-                    if not left:
-                        raise
+            self._engine.publish(folder, version)
+            self._check.compare(self._engine, version, prompts, own)
             self._maker.trained[version], self._maker.version, self._maker.step = trained, version, step
             self.load_s = time.perf_counter() - began
             _remove_older(folder)
