@@ -39,4 +39,4 @@ def test_rounds_on_a_real_server_and_what_a_lag_saves(tmp_path, show):
             assert [lag[step] for step in (1, 3, 5, 7)] == ([0, 0, 0, 0] if name == "lag 0" else [0, 1, 1, 1])
             phases = ("sample_s", "score_s", "wait_s", "weights_s", "own_answers_s", "load_s", "train_s")
             times[name] = {phase: [round(v, 2) for v in curve(run, f"rl/{phase}").values()][2::2] for phase in phases}
-    show(["lag", *next(iter(times.values()))], [[name, *map(str, row.values())] for name, row in times.items()])
+    show("\n".join(f"{name}: {phases}" for name, phases in times.items()))
