@@ -79,8 +79,8 @@ def no_room_for_weights(folder: Path, size: int, lag: int) -> str | None:
     needed = (count - min(len(list(folder.glob("step_*"))), KEPT)) * size
     if needed <= (free := free_bytes(folder)):
         return None
-    text = f"{folder}: {count} versions of weights take {written(size)} each, {written(free)} are free"
-    return f"{text}; free some, or choose another folder"
+    text = f"{count} versions of weights take {written(size)} each, {written(free)} are free"
+    return f"rl.engine.weights_dir {folder}: {text}; free some, or choose another folder"
 
 
 def claim(folder: Path, owner: str) -> None:
@@ -88,14 +88,14 @@ def claim(folder: Path, owner: str) -> None:
 
     Raises `UserError` for one that holds anything and is not marked so: checkpoints have names like weights'.
     """
-    mark, other = folder / OWNER, "rl.engine.weights_dir needs a folder that holds nothing else; choose another"
+    mark, key, other = folder / OWNER, f"rl.engine.weights_dir {folder}", "choose a folder that holds nothing else"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not mark.exists():
             if (found := next(folder.iterdir(), None)) is not None:
-                raise UserError(f"{folder} holds {found.name}, and no weights of this run: {other}, or empty it")
+                raise UserError(f"{key} holds {found.name}, and no weights of this run; {other}, or empty it")
             mark.write_text(owner)
         elif (of := mark.read_text()) != owner:
-            raise UserError(f"{folder} has the weights of {one_line(of, 200)}: {other}, or remove it")
+            raise UserError(f"{key} has the weights of {one_line(of, 200)}; {other}, or remove it")
     except OSError as error:
-        raise UserError(f"{folder} cannot be used for weights: {error.strerror or error}") from error
+        raise UserError(f"{key} cannot be written ({error.strerror or error}); choose another") from error

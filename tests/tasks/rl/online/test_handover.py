@@ -15,14 +15,16 @@ def test_a_folder_of_weights_is_one_run_s(tmp_path):
     claim(folder, "runs/a")
     (folder / "step_00000002").mkdir()
     claim(folder, "runs/a")
-    with pytest.raises(UserError, match="weights has the weights of runs/a: .* needs a folder that holds nothing else"):
+    with pytest.raises(
+        UserError, match="weights_dir .*weights has the weights of runs/a; choose a folder that holds nothing"
+    ):
         claim(folder, "runs/b")
     (tmp_path / "checkpoints/step_00000002").mkdir(parents=True)
-    with pytest.raises(UserError, match="checkpoints holds step_00000002, and no weights of this run"):
+    with pytest.raises(UserError, match="weights_dir .*checkpoints holds step_00000002, and no weights of this run"):
         claim(tmp_path / "checkpoints", "runs/a")
     assert (tmp_path / "checkpoints/step_00000002").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file cannot be used for weights: File exists"):
+    with pytest.raises(UserError, match=r"rl.engine.weights_dir .*file cannot be written \(File exists\)"):
         claim(tmp_path / "file", "runs/a")
 
 
@@ -31,6 +33,6 @@ def test_versions_of_weights_need_room(tmp_path, monkeypatch):
     assert no_room_for_weights(tmp_path, 10 * 10**9, lag=0) is None  # two are kept, one is written
     assert no_room_for_weights(tmp_path, 10 * 10**9, lag=1) is None
     text = "4 versions of weights take 10 GB each, 35 GB are free; free some, or choose another folder"
-    assert no_room_for_weights(tmp_path, 10 * 10**9, lag=2) == f"{tmp_path}: {text}"
+    assert no_room_for_weights(tmp_path, 10 * 10**9, lag=2) == f"rl.engine.weights_dir {tmp_path}: {text}"
     (tmp_path / "step_00000002").mkdir()
     assert no_room_for_weights(tmp_path, 10 * 10**9, lag=2) is None  # one of them is there

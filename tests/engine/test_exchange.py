@@ -1,0 +1,22 @@
+"""Another set of weights in the place of a model's own, of one process and without DeepSpeed."""
+
+import torch
+
+from ds_moe.engine.exchange import FrozenCopy
+
+
+def test_forwards_inside_are_those_of_the_copy_and_nothing_of_it_stays():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).to(torch.bfloat16).eval()
+    at_start, given = {key: value.clone() for key, value in model.state_dict().items()}, torch.ones(2, 4).bfloat16()
+    copy, first = FrozenCopy(model, model.buffers()), model(given)
+    with torch.no_grad():
+        for value in (*model.parameters(), model[1].running_mean):
+            value += 0.25
+    trained = {key: value.clone() for key, value in model.state_dict().items()}
+    held = [value.data_ptr() for value in model.state_dict().values()]
+    for _ in range(2):
+        with copy.in_place():
+            assert torch.equal(model(given), first)
+            assert all(torch.equal(value, at_start[key]) for key, value in model.state_dict().items())
+        assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+    assert held == [value.data_ptr() for value in model.state_dict().values()]  # an optimizer refers to these
