@@ -121,7 +121,7 @@ def test_a_round_is_a_file_like_others_and_wrong_weights_stop_a_run(tmp_path):
     bf16 = curve(tmp_path / "bf16", "rl/mismatch_k3")
     assert 1e-9 < bf16[1] < 1e-2
     for report in run.json_by_rank:
-        for name, text in (("wrong", "log-probs of "), ("stale", "log-probs of ")):
+        for name, text in (("wrong", "log-probs of "), ("stale", "exactly those of before")):
             error = report[name]
             assert text in error["error"]
             assert (
