@@ -27,12 +27,13 @@ REFUSED = {
 }
 ZERO_KEYS = """stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
     allgather_partitions allgather_bucket_size overlap_comm load_from_fp32_weights offload_param offload_optimizer
-    sub_group_size ignore_unused_parameters round_robin_gradients memory_efficient_linear override_module_apply
+    sub_group_size ignore_unused_parameters memory_efficient_linear override_module_apply
     pipeline_loading_checkpoint log_trace_cache_warnings enable_sanity_checks parameter_alignment
     stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold
     stage3_max_live_parameters stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save
     stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential""".split()
 ZERO_REFUSED = {
+    "round_robin_gradients": "DeepSpeed then finds the fp32 weights of other parameters, for checkpoints too",
     "stage3_module_granularity_threshold": "it regroups the modules that ds_moe has ZeRO-3 gather together",
     "zenflow": "DeepSpeed's ZenFlow takes neither experts of three dimensions nor CPUs",
     "zero_quantized_gradients": "DeepSpeed does not support it with expert parallelism",
@@ -81,7 +82,7 @@ KINDS = {
     "true or false": """disable_python_gc dump_state memory_breakdown wall_clock_breakdown
         zero_allow_untested_optimizer zero_force_ds_cpu_optimizer optimizer.params.torch_adam
         zero_optimization.contiguous_gradients zero_optimization.reduce_scatter zero_optimization.overlap_comm
-        zero_optimization.allgather_partitions zero_optimization.round_robin_gradients""",
+        zero_optimization.allgather_partitions""",
 }
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")  # names of fp32 in data_types
 BESIDE_MUON = ("lr", "betas", "eps", "weight_decay")  # keys of Adam that a run with train.optimizer muon reads

@@ -430,6 +430,7 @@ SWITCHED_OFF = {
     "no leaf modules": {"zero_optimization": {"stage": 3, "leaf_module": {}}},
     "elastic checkpoint": {"zero_optimization": {"stage": 3, "elastic_checkpoint": False}},
     "the gradient norm": {"zero_optimization": {"stage": 3, "compute_grad_norm": True}},
+    "no round robin": {"zero_optimization": {"stage": 2, "round_robin_gradients": False}},
     "no granularity": {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 0}},
     "gathered 16-bit saves": {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}},
     "no gathered saves, stage 2": {
@@ -479,6 +480,10 @@ SWITCHED_ON = {
     "hpZ over zero ranks": (
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}},
         "zero_hpz_partition_size",
+    ),
+    "round robin": (
+        {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+        "round_robin_gradients is not supported: DeepSpeed then finds the fp32 weights of other parameters",
     ),
     "granularity": (
         {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 3000}},
