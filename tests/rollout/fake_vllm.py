@@ -91,11 +91,11 @@ class FakeVllm:
         self.slow_s = 3.0
         self.delay_s = 0.0  # of every request for completions
         self.failing_reloads = 0  # so many of the next ones answer 500
+        self.dying_reloads = 0  # at so many of the next ones the server ends
         self.wrong_reloads = 0  # so many of the next ones answer 200 and load nothing
         self.poisoned: dict[int, str] = {}  # fault of every request whose prompt begins with an id; text alone
         self.served: list[tuple[str, bool]] = []  # faults that requests met, and whether they were greedy ones
-        self._faults: deque[str] = deque()
-        self._greedy_faults: deque[str] = deque()
+        self._faults: deque[tuple[str, bool | None]] = deque()
         self._lock = threading.Lock()
         self._http: ThreadingHTTPServer | None = None
         self.port = 0
@@ -112,16 +112,16 @@ class FakeVllm:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def fail(self, fault: str, times: int = 1, greedy: bool = False) -> None:
-        """Let the next requests for completions fail so, or the next ones at temperature 0."""
+    def fail(self, fault: str, times: int = 1, greedy: bool | None = None) -> None:
+        """Let the next requests for completions fail so: those at temperature 0 (greedy), the others, or any (None)."""
         assert fault in FAULTS, fault
         with self._lock:
-            (self._greedy_faults if greedy else self._faults).extend([fault] * times)
+            self._faults.extend([(fault, greedy)] * times)
 
     @property
     def open_faults(self) -> list[str]:
         """Those that no request has met yet."""
-        return [*self._faults, *self._greedy_faults]
+        return [fault for fault, _ in self._faults]
 
     def start(self) -> "FakeVllm":
         """Listen: at first on a port that is free, after `die` on the same."""
@@ -204,6 +204,10 @@ class FakeVllm:
             return 200, {"success": True, "new_version": self.version}
         if path == "/collective_rpc" and body.get("method") == "reload_weights":
             assert self.paused, "weights were loaded while requests are computed"
+            if self.dying_reloads:
+                self.dying_reloads -= 1
+                threading.Thread(target=self.die).start()
+                raise ConnectionAbortedError
             if self.failing_reloads:
                 self.failing_reloads -= 1
                 return 500, {"error": {"message": "no such folder", "type": "InternalServerError", "code": 500}}
@@ -227,8 +231,10 @@ class FakeVllm:
 
     def _fault_of(self, body: dict[str, Any]) -> str | None:
         greedy = body.get("temperature") == 0
-        faults = self._greedy_faults if greedy and self._greedy_faults else self._faults
-        fault = faults.popleft() if faults else self.poisoned.get(body.get("prompt", [None])[0])
+        entry = next((one for one in self._faults if one[1] in (None, greedy)), None)
+        if entry is not None:
+            self._faults.remove(entry)
+        fault = entry[0] if entry else self.poisoned.get(body.get("prompt", [None])[0])
         if fault is not None:
             self.served.append((fault, greedy))
         return fault
