@@ -53,4 +53,5 @@ for stage in (1, 2):
 if dist.get_rank() == 0:
     print("as described")
 PY
+export TORCH_EXTENSIONS_DIR=$folder/ops
 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 env/bin/torchrun --nproc_per_node 2 check.py 2>&1 | grep -v -e INFO -e WARNING -e Warning -e "return func" -e "loss.backward"
