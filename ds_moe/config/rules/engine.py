@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ds_moe.config.rollout import EngineConfig
-from ds_moe.config.rules.dpo import base_changes
+from ds_moe.config.rules.lora import base_changes
 from ds_moe.config.rules.rule import Complaint, Unused
 from ds_moe.config.run import RunConfig, task_is
 
