@@ -139,6 +139,11 @@ def compare(config, topology, split=apart):
     return dict(zip(("adamw", "muon", "idle", "momentum"), worst.tolist(), strict=True))
 
 
+def gate_and_up_together(name, tensor):
+    """The matrices of a parameter, but for those of experts, of which gate and up are taken for one."""
+    return list(tensor) if tensor.dim() == 3 else apart(name, tensor)
+
+
 def main():
     for name, (stage, ep_size, more) in json.loads(sys.argv[1]).items():
         topology = start_distributed(ep_size)
@@ -147,8 +152,7 @@ def main():
         with patch.object(flat_matrices, "BUCKET", bucket):
             report(**{name: compare(config, topology)})
         if name == sys.argv[2]:  # the negative control: gate and up as one matrix
-            stacked = lambda name, tensor: list(tensor) if tensor.dim() == 3 else apart(name, tensor)  # noqa: E731
-            report(stacked=compare(config, topology, stacked))
+            report(stacked=compare(config, topology, gate_and_up_together))
     leave()
 
 

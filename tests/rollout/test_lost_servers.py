@@ -8,38 +8,18 @@ import pytest
 
 from ds_moe.errors import UserError
 from ds_moe.rollout import requests as requests_module
-from ds_moe.rollout import server as server_module
-from ds_moe.rollout import servers as servers_module
 from ds_moe.rollout.engine import EnginesGone
 from ds_moe.rollout.http import Abandoned, Malformed
 from ds_moe.rollout.server import PublishedWeights
 from ds_moe.rollout.server_api import Wanted, finished
 from ds_moe.rollout.vllm import VllmApi
 from tests.rollout.engines import SAMPLING, engine, greedy, prompts, sample
-from tests.rollout.fake_vllm import FakeVllm, made_up
+from tests.rollout.fake_vllm import made_up
 
 FIRST, SECOND = Path("/weights/v1"), Path("/weights/v2")
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """The same rules with shorter pauses."""
-    for module in (requests_module, servers_module):
-        monkeypatch.setattr(module, "FIRST_S", 0.005)
-    monkeypatch.setattr(requests_module, "TICK_S", 0.01)
-    monkeypatch.setattr(server_module, "AGAIN_S", 0.01)
-
-
-@pytest.fixture
-def fake():
-    with FakeVllm() as one:
-        yield one
-
-
-@pytest.fixture
-def other():
-    with FakeVllm() as one:
-        yield one
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 def in_order(*fakes, **keys):
