@@ -108,7 +108,7 @@ def _from_trainer(lines: "PipeLines", trainer: int) -> bytes:
 
 
 class PipeLines:
-    """PipeLines of a pipe, read as they come."""
+    """The lines of a pipe, read as they come."""
 
     def __init__(self, fd: int, longest: int | None = None) -> None:
         self.fd, self._longest, self._held, self._ended = fd, longest, bytearray(), False
@@ -143,7 +143,7 @@ class Worker:
     def __init__(self, settings: Settings, trainer: int) -> None:
         """Raises `WorkerFailed` where a function cannot be imported."""
         self._settings, self._trainer, self._parent, self._turn = settings, trainer, os.getppid(), 0
-        self._tail = b""
+        self._tail, self._status = b"", None
         ask, self._ask = os.pipe()
         self._answers, answer = os.pipe()
         self._printed, printed = os.pipe()
@@ -153,6 +153,7 @@ class Worker:
         for fd in (ask, answer, printed):
             os.close(fd)
         os.set_blocking(self._ask, False)
+        os.set_blocking(self._printed, False)
         self._lines = PipeLines(self._answers, LINE)
         try:
             self._wait(b"", settings["import_s"])
@@ -175,10 +176,17 @@ class Worker:
 
     def is_gone(self) -> bool:
         """Whether the worker has ended by itself, after its last answer."""
-        gone = os.waitpid(self._pid, os.WNOHANG)[0] != 0
+        gone = self._exit_status() is not None
         if gone:
             self._close()
         return gone
+
+    def _exit_status(self) -> int | None:
+        """As waitpid(2) has it; None: the worker is alive."""
+        if self._status is None:
+            ended, status = os.waitpid(self._pid, os.WNOHANG)
+            self._status = status if ended else None
+        return self._status
 
     def _close(self) -> None:
         for fd in (self._ask, self._answers, self._printed):
@@ -205,14 +213,14 @@ class Worker:
 
     def _turn_of_pipes(self, request: bytes, wait_s: float, name: str) -> bytes:
         """Read and write what can be; the rest of the request."""
+        gone = self._exit_status() is not None  # looked at first: all that it answered is in the pipe by then
         reads, writes, _ = select.select(
-            [self._trainer, self._answers, self._printed], [self._ask] if request else [], [], wait_s
+            [self._trainer, self._answers, self._printed], [self._ask] if request else [], [], 0 if gone else wait_s
         )
         if self._trainer in reads or os.getppid() != self._parent:  # the trainer sends nothing while it waits
             raise TrainerGone
         if self._printed in reads:
-            printed = os.read(self._printed, 1 << 16)
-            self._tail = (self._tail + printed)[-TAIL:]
+            self._read_printed()
         if self._ask in writes:
             try:
                 request = request[os.write(self._ask, request[: 1 << 16]) :]
@@ -221,20 +229,21 @@ class Worker:
         if self._answers in reads:
             if not self._lines.read():
                 self._ended(name)
-        else:  # a forked copy may hold the pipe of its answers open
-            ended, status = os.waitpid(self._pid, os.WNOHANG)
-            if ended:
-                self._ended(name, status)
+        elif gone:  # a forked copy may hold the pipe of its answers open
+            self._ended(name)
         return request
 
-    def _ended(self, name: str, status: int | None = None) -> NoReturn:
+    def _read_printed(self) -> None:
+        with suppress(BlockingIOError):
+            self._tail = (self._tail + os.read(self._printed, 1 << 16))[-TAIL:]
+
+    def _ended(self, name: str) -> NoReturn:
         """Raise what is known of a worker that will not answer any more."""
         how = "closed the pipe of its answers"
         deadline = time.monotonic() + 1
-        while status is None and time.monotonic() < deadline:  # it may be on its way out
-            ended, found = os.waitpid(self._pid, os.WNOHANG)
-            status = found if ended else None
+        while (status := self._exit_status()) is None and time.monotonic() < deadline:  # it may be on its way out
             time.sleep(0.01)
+        self._read_printed()
         if status is not None and status != CLOSED << 8:
             code = os.waitstatus_to_exitcode(status)
             how = f"ended its process with status {code}" if code >= 0 else f"died of {signal.Signals(-code).name}"

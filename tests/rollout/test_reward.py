@@ -114,6 +114,44 @@ def test_whatever_a_function_does_costs_its_completion_alone(rewards):
     assert len(DEEDS) >= 15
 
 
+ANSWERS_AND_ENDS = """
+    import os, threading
+    def score(completion, answer, record):
+        if completion == "ends at once":
+            print("so long")
+            os._exit(7)
+        threading.Thread(target=lambda: (ended.wait(0.05), os._exit(7))).start()
+        return 1
+    ended = threading.Event()
+"""
+
+
+def test_a_slow_keeper_misses_nothing_of_a_worker_that_ends(tmp_path, monkeypatch):
+    """What a worker printed and answered counts, also where its keeper finds out late that it has ended."""
+    file = tmp_path / "ends.py"
+    source = textwrap.dedent(ANSWERS_AND_ENDS)
+    one = {"name": "score", "module": "ends", "attribute": "score", "source": source, "file": str(file)}
+    settings = {"functions": [one], "timeout_s": TIMEOUT_S, "import_s": 30.0, "memory": 1 << 33}
+    reads, _ = os.pipe()
+
+    waitpid = os.waitpid
+
+    def late(*given):
+        time.sleep(0.3)
+        return waitpid(*given)
+
+    def case(completion):
+        return {"completion": completion, "answer": "", "record": {}}
+
+    answers, ends = (reward_worker.Worker(settings, reads) for _ in range(2))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "waitpid", late)
+        assert answers.call(case("answers")) == {"values": {"score": 1.0}}
+        with pytest.raises(reward_worker.WorkerFailed, match="ended its process with status 7; it printed last: so lo"):
+            ends.call(case("ends at once"))
+    assert answers.is_gone()
+
+
 def below_this_process() -> set[int]:
     return set(reward_worker.below(os.getpid()))
 
