@@ -104,6 +104,7 @@ class Bench:
             "train": {
                 **{"output_dir": str(output), "steps": 10_000, "global_batch_size": self.options.batch, **batch},
                 **{"lr": 1e-20, "schedule": "constant", "precision": "fp32", "resume": "never"},
+                **{"watchdog_s": 86_400},  # while others take their turns this job makes no progress
             },
             "monitor": {"tensorboard": False},
             "deepspeed": str(checkout / "ds_configs/zero3.json"),
