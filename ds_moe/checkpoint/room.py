@@ -60,13 +60,11 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def no_room(folder: Path, size: int) -> str | None:
-    """Why a checkpoint of `size` bytes cannot be written beside those that are there; None: it can."""
+def no_room(folder: Path, size: int, what: str = "a checkpoint") -> str | None:
+    """Why `what`, of `size` bytes, cannot be written beside what is there; None: it can."""
     if size <= (free := free_bytes(folder)):
         return None
-    return (
-        f"{folder}: a checkpoint takes {written(size)}, {written(free)} are free; free some, or choose another folder"
-    )
+    return f"{folder}: {what} takes {written(size)}, {written(free)} are free; free some, or choose another folder"
 
 
 def outlook(folder: Path, size: int, keep: int) -> str:

@@ -44,12 +44,14 @@ def _room(case: Case, outline: PreTrainedModel) -> Finding:
     from ds_moe.checkpoint.room import written
     from ds_moe.export.live import folder_bytes
     from ds_moe.export.model import DTYPES
+    from ds_moe.models.stored_names import Carried
     from ds_moe.tasks.rl.online.engines import engine_dtype
     from ds_moe.tasks.rl.online.handover import no_room_for_weights, weights_folder
 
     config, engine = case.config, engine_of(case.config)
     assert engine is not None
-    size, folder = folder_bytes(outline, 1, DTYPES[engine_dtype(config)]), weights_folder(config)
+    dtype, carried = DTYPES[engine_dtype(config)], Carried(outline, case.files)
+    size, folder = folder_bytes(outline, 1, dtype, carried), weights_folder(config)
     if problem := no_room_for_weights(folder, size, engine.lag):
         elsewhere = case.device.source == GIVEN  # the job runs on another machine, whose disk this one does not see
         return Finding("warning" if elsewhere else "error", f"{config.at('rl.engine.weights_dir')}: {problem}")

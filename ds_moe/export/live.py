@@ -1,8 +1,9 @@
 """A running model -> plain Hugging Face folder in hub layout, for an inference engine that follows its training.
 
-The weights are those that the next forward computes with. Every rank writes a share of the tensors: below ZeRO-3 it
-reads these alone, under ZeRO-3 a group of parameters is gathered at a time, and of experts that are spread over ranks
-the others send their rows to the one that writes.
+The weights are those that the next forward computes with; what the files of `model.path` hold beside them, such as
+weights of multi-token prediction, goes along as it is. Every rank writes a share of the tensors: below ZeRO-3 it reads
+these alone, under ZeRO-3 a group of parameters is gathered at a time, and of experts that are spread over ranks the
+others send their rows to the one that writes.
 """
 
 import json
@@ -21,17 +22,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.checkpoint.fit import persistent_buffers
 from ds_moe.checkpoint.host_copy import HostCopy
+from ds_moe.checkpoint.room import no_room
 from ds_moe.config.run import RunConfig
 from ds_moe.data.processor import Processor
-from ds_moe.distributed import Topology, together
+from ds_moe.distributed import Topology, raise_together, together
 from ds_moe.errors import UserError
 from ds_moe.export.stored_form import TRAINING_ONLY, StoredForm, layout_of
 from ds_moe.models.families import BIAS_SUFFIX, TRANSPOSED_ON_HUB, expert_state, full_shape
+from ds_moe.models.load import build_outline
 from ds_moe.models.lora import merged, scaling, stored_name, update_of
 from ds_moe.models.processor import save_processor
 from ds_moe.models.routing import routing_note
+from ds_moe.models.stored_names import Carried
 from ds_moe.models.ties import ties_of
-from ds_moe.weights.files import INDEX, dtype_name, write_tensors
+from ds_moe.weights.files import INDEX, SafetensorsFiles, dtype_name, write_tensors
 from ds_moe.weights.layouts import hub_layout_problem
 
 PARTIAL = ".partial_"  # a folder that is being written has a name that begins with this
@@ -71,20 +75,19 @@ class LiveExport:
             raise UserError(f"{config.at('rl.engine')}: {problem}")
         self._form = StoredForm(model.config, layout_of(model.config, None))
         self._to_host = HostCopy(topology.device)
-
-    @property
-    def nbytes(self) -> int:
-        """Of the tensors of a folder."""
-        return folder_bytes(self._model, self._topology.ep_size, self._dtype)
+        path = config.model.path
+        self._carried = Carried(build_outline(model.config), SafetensorsFiles.find(path) if path is not None else None)
+        self.nbytes = folder_bytes(model, topology.ep_size, dtype, self._carried)  # of the tensors of a folder
 
     def write(self, folder: Path, progress: Callable[[], None] = lambda: None) -> None:
         """Write `folder`, which takes the place of one that is there when it is complete (collective).
 
-        Raises `UserError` on every rank, if any could not write.
+        Raises `UserError` on every rank, if any could not write, or the disk has no room.
         """
         topology, partial = self._topology, folder.with_name(f"{PARTIAL}{folder.name}")
         what = f"write weights for the engine to {folder}"
-        together(topology, what, lambda: self._begin(partial) if topology.rank == 0 else None)
+        begin = (lambda: self._begin(partial)) if topology.rank == 0 else lambda: None
+        raise_together(together(topology, what, begin)[topology.rank])
         files = _RankFiles(partial, topology.rank)
         failure: list[Exception] = []
         for number, group in enumerate(self._form.groups(self._weights)):
@@ -98,15 +101,21 @@ class LiveExport:
         def finish() -> tuple[dict[str, str], int]:
             if failure:
                 raise failure[0]
+            for name, value in self._carried.share(topology.rank, topology.world_size).items():
+                files.add({name: value})
             return files.close()
 
         shares = together(topology, what, finish)
         together(topology, what, lambda: self._complete(partial, folder, shares) if topology.rank == 0 else None)
 
-    def _begin(self, partial: Path) -> None:
+    def _begin(self, partial: Path) -> str | None:
+        """Make the folder to write in; if there is no room for the weights, return why, and make nothing."""
         for left in partial.parent.glob(f"{PARTIAL}*"):  # a run that was killed has left these
             shutil.rmtree(left)
+        if (problem := no_room(partial.parent, self.nbytes, "a version of the weights")) is not None:
+            return f"rl.engine.weights_dir {problem}"
         partial.mkdir(parents=True)
+        return None
 
     @torch.no_grad()
     def _collect(self, group: list[str], number: int) -> dict[str, Tensor]:
@@ -203,14 +212,15 @@ class _RankFiles:
         self._tensors, self._held, self._number = {}, 0, self._number + 1
 
 
-def folder_bytes(model: nn.Module, ep_size: int, dtype: torch.dtype) -> int:
-    """Bytes of a model's tensors in such a folder.
+def folder_bytes(model: nn.Module, ep_size: int, dtype: torch.dtype, carried: Carried) -> int:
+    """Bytes of the tensors of such a folder.
 
     Args:
         model: of a rank, or an outline without values.
         ep_size: ranks that its experts are those of one of; 1 for an outline.
+        carried: what goes along from the model's files.
     """
-    return sum(
+    return carried.nbytes + sum(
         weight.buffer.nbytes
         if weight.buffer is not None
         else math.prod(full_shape(name, weight.base, ep_size)) * dtype.itemsize

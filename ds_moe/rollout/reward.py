@@ -83,7 +83,9 @@ class RewardPool:
     Functions of the user run in processes of their own, which see no accelerator and nothing of the job. A call that
     fails or takes longer than timeout_s costs its completion, never the run: the process is killed with all that came
     of it, and another one is started. The first failure of each kind is said once, in one line, to `note`.
-    The files of functions are read once, here: an edit counts from the next start on.
+    The files of functions are read once, here: an edit counts from the next start on. An edit of a module that they
+    import, or that a function is named by, is found when a process is started in the place of another, whose
+    completions then have no reward.
 
     Attributes:
         failures: how many completions were dropped, by kind of failure.
@@ -116,6 +118,7 @@ class RewardPool:
         self.scored = 0
         self._closed = False
         self._own = [_described(one, config, at) for one in config.own_functions]
+        self._code: dict[str, str] = {}  # of the modules that they are made of, beside the files that were read
         if self._own:
             self._start()
 
@@ -130,6 +133,11 @@ class RewardPool:
                     key = "rl.reward.functions" if config.functions else "rl.reward.function"
                     function = next((one["function"] for one in self._own if one["name"] == failed.name), "")
                     raise UserError(one_line(f"{self._at(key)}: {key} {function}: {failed.error}"))
+            self._code, *others = [process.code or {} for process in self._processes]
+            if any(code != self._code for code in others):
+                raise UserError(
+                    f"{self._at('rl.reward')}: the code of rewards was edited just now: start the run again"
+                )
         except BaseException:
             self.close()
             raise
@@ -222,21 +230,27 @@ class RewardPool:
 
     @property
     def digest(self) -> str:
-        """Of the files of all functions, as they were read; empty where there are none."""
+        """Of the files of all functions, as they were read, and of the modules that they import; empty where there are
+        none. Installed packages do not count, but for one that a function is named by."""
         sources = [str(one["source"]) for one in self._own if "source" in one]
+        sources += [f"{name} {digest}" for name, digest in sorted(self._code.items())]
         return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:12] if sources else ""
 
     def lines(self) -> list[str]:
         """What rewards there are, a line each, for a summary."""
-        sources = {str(one["name"]): str(one.get("source", "")) for one in self._own}
+        digests = {str(one["name"]): self._digest_of(one) for one in self._own}
         found = []
         for one in self._config.all:
             weight = "" if len(self._config.all) == 1 else f", weight {one.weight:g}"
-            source = sources.get(one.curve)
-            digest = f", sha256 {hashlib.sha256(source.encode()).hexdigest()[:12]}" if source else ""
+            digest = f", sha256 {digests[one.curve][:12]}" if digests.get(one.curve) else ""
             name = one.function if one.curve == one.function else f"{one.curve} is {one.function}"
             found.append(f"reward {name}{weight}{digest}")
         return found
+
+    def _digest_of(self, told: Json) -> str:
+        if "source" in told:
+            return hashlib.sha256(str(told["source"]).encode()).hexdigest()
+        return self._code.get(str(told["module"]), "")
 
     def close(self) -> None:
         """End every process, and all that came of it. What was not collected is lost: it has no reward."""

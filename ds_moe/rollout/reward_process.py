@@ -49,7 +49,12 @@ class Failure:
 
 
 class RewardProcess:
-    """A keeper (see reward_worker.py) and the pipes to it. One thread at a time asks it; any may `close` it."""
+    """A keeper (see reward_worker.py) and the pipes to it. One thread at a time asks it; any may `close` it.
+
+    Attributes:
+        code: what the functions are made of beside the texts that were given, see `reward_worker.code_of`; None: not
+            known yet.
+    """
 
     def __init__(self, functions: Sequence[Json], timeout_s: float, memory: int) -> None:
         """Start it; `ready` waits for it.
@@ -59,8 +64,8 @@ class RewardProcess:
             timeout_s: of a call of one of them.
             memory: bytes of data of the process that calls them.
         """
-        settings = {"functions": functions, "timeout_s": timeout_s, "import_s": IMPORT_S, "memory": memory}
-        self._settings = json.dumps(settings).encode() + b"\n"
+        self._settings = {"functions": functions, "timeout_s": timeout_s, "import_s": IMPORT_S, "memory": memory}
+        self.code: dict[str, str] | None = None
         self._limit_s = (IMPORT_S + timeout_s) * len(functions) + KILLED_S + GRACE_S
         self._closed, self._closing = False, threading.Lock()
         self._keeper = self._started()
@@ -78,7 +83,7 @@ class RewardProcess:
         )
         self._held = b""
         with suppress(OSError):  # one that is gone at once is found when it is asked
-            keeper.stdin.write(self._settings)
+            keeper.stdin.write(json.dumps({**self._settings, "code": self.code}).encode() + b"\n")
             keeper.stdin.flush()
         return keeper
 
@@ -110,6 +115,7 @@ class RewardProcess:
         if line is None:
             return self._lost()
         told = json.loads(line)
+        self.code = told.get("code", self.code)
         return told["values"] if "values" in told else Failure(told["kind"], told["error"], told["name"])
 
     def _line(self) -> bytes | None:

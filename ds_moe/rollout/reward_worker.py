@@ -5,12 +5,14 @@ and writes it a line of JSON for each completion; the keeper hands it on, waits 
 with one line. Whatever a function does (hang, crash, fork, print without end, close what is open), the keeper kills
 the worker with all that came of it, and starts another. When the trainer is gone, the keeper ends in the same way.
 
-    trainer -> keeper   {"functions": [...], "timeout_s": ..., "import_s": ..., "memory": bytes}  once
+    trainer -> keeper   {"functions": [...], "timeout_s": ..., "import_s": ..., "memory": bytes, "code": ...}  once
                         {"completion": text, "answer": text, "record": object}                    for each call
     keeper -> trainer   {"values": {name: number}} or {"kind": ..., "error": ..., "name": ...}    for both
+                        with "code", see `code_of`, once
 """
 
 import fcntl
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -22,12 +24,13 @@ import resource
 import select
 import signal
 import sys
+import sysconfig
 import time
 import traceback
 import types
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn, TypedDict
+from typing import NoReturn, NotRequired, TypedDict
 
 ENDS_A_WORKER = ("import", "MemoryError")  # failures after which a worker that answers is of no use
 LARGEST = 1e9  # of a reward, of either sign, as rollout files have it
@@ -40,6 +43,8 @@ KILLED_S = 10.0  # for killed processes to be gone
 HIGH_FD = 900  # the worker's pipes are moved up to here, away from what functions close or write to by number
 CLOSED = 121  # exit status of a worker that finds its pipe closed
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
+INSTALLED = ("site-packages", "dist-packages")  # folders of packages that are not the user's own
+STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 
 Json = dict[str, object]
 
@@ -51,6 +56,7 @@ class Settings(TypedDict):
     timeout_s: float  # of a call of one function
     import_s: float  # of the import of one
     memory: int  # bytes of data of the worker
+    code: NotRequired[dict[str, str] | None]  # of an earlier worker, see `code_of`
 
 
 class WorkerFailed(Exception):
@@ -82,7 +88,7 @@ def keep(requests: int, answers: int) -> None:
                     kill_children()
                 if worker is None:
                     worker = Worker(settings, requests)
-                answer = {"values": {}} if first else worker.call(case)
+                answer = {"values": {}, "code": worker.code} if first else worker.call(case)
             except WorkerFailed as failed:
                 answer = failed.answer
                 worker = None
@@ -138,10 +144,14 @@ class PipeLines:
 
 
 class Worker:
-    """A forked process that has imported the functions, and the pipes to it."""
+    """A forked process that has imported the functions, and the pipes to it.
+
+    Attributes:
+        code: that they are made of, see `code_of`.
+    """
 
     def __init__(self, settings: Settings, trainer: int) -> None:
-        """Raises `WorkerFailed` where a function cannot be imported."""
+        """Raises `WorkerFailed` where a function cannot be imported, or its code is not that of an earlier worker."""
         self._settings, self._trainer, self._parent, self._turn = settings, trainer, os.getppid(), 0
         self._tail, self._status = b"", None
         ask, self._ask = os.pipe()
@@ -156,7 +166,12 @@ class Worker:
         os.set_blocking(self._printed, False)
         self._lines = PipeLines(self._answers, LINE)
         try:
-            self._wait(b"", settings["import_s"])
+            found = self._wait(b"", settings["import_s"]).get("code")
+            self.code: dict[str, str] = found if isinstance(found, dict) else {}
+            before = settings.get("code")
+            if before is not None and (edited := _edited(before, self.code)):
+                raise WorkerFailed("was edited", f"{edited} has changed since the run began: start the run again")
+            settings["code"] = self.code
         except BaseException:
             self._close()
             raise
@@ -339,7 +354,7 @@ def _moved_up(ask: int, answer: int, printed: int) -> tuple[int, int]:
 
 
 def _serve(settings: Settings, ask: int, answer: int) -> None:
-    pid = os.getpid()
+    pid, before = os.getpid(), set(sys.modules)
 
     def reply(told: Json) -> None:
         if os.getpid() != pid:  # a function has forked, and this is the child on its way back
@@ -359,7 +374,7 @@ def _serve(settings: Settings, ask: int, answer: int) -> None:
         except BaseException as error:  # an import may raise anything, SystemExit included
             reply({"turn": 0, **_told(error), "kind": "import", "name": one["name"]})
             return
-    reply({"turn": 0, "values": {}})
+    reply({"turn": 0, "values": {}, "code": code_of(settings["functions"], before)})
     lines = PipeLines(ask)
     while (line := lines.next()) is not None:
         case = json.loads(line)
@@ -412,6 +427,33 @@ def _from_source(one: Json) -> types.ModuleType:
         sys.path.insert(0, folder)  # as for a script: modules beside it can be imported
     exec(compile(str(one["source"]), file, "exec"), module.__dict__)
     return module
+
+
+def code_of(functions: list[Json], before: set[str]) -> dict[str, str]:
+    """Name of a module -> digest of its file, of what the functions are made of beside the texts that are known.
+
+    These are the modules that their import has loaded, but for Python's own and those of installed packages; of a
+    package that a function is named by, also an installed one, all that was loaded.
+
+    Args:
+        before: names of the modules that were there before.
+    """
+    packages = {str(one["module"]).partition(".")[0] for one in functions if "source" not in one}
+    texts = {one["file"] for one in functions if "source" in one}
+    found = {}
+    for name in sys.modules.keys() - before:
+        with suppress(Exception):  # what stands there may be anything, and its file may be none
+            file = os.path.abspath(sys.modules[name].__file__ or "")
+            others = file.startswith(STDLIB) or any(part in INSTALLED for part in file.split(os.sep))
+            if file not in texts and (name.partition(".")[0] in packages or not others):
+                with open(file, "rb") as stream:
+                    found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def _edited(before: dict[str, str], now: dict[str, str]) -> str | None:
+    """A module that is another one now."""
+    return min((name for name in before.keys() | now.keys() if before.get(name) != now.get(name)), default=None)
 
 
 class NoReward(Exception):

@@ -328,6 +328,66 @@ def test_an_edited_file_does_not_change_the_reward_of_a_run(rewards, tmp_path):
     ] + [Scored(1.0, {"score": 1.0})]
 
 
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """`mine(name, text)` writes a file below a folder in which packages are found."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{tmp_path}/site-packages")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # two edits within a second would be one to Python's cache
+
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+
+    write("mine/__init__.py", "")
+    write("mine/parts.py", "value = 1\n")
+    write("mine/rewards.py", "import far\nfrom mine.parts import value\ndef score(*_): return value\n")
+    write("site-packages/far.py", "")
+    return write
+
+
+def test_the_digest_is_of_all_that_functions_are_made_of(mine, tmp_path):
+    mine("beside/by_file.py", "import neighbour\ndef of_file(*_): return neighbour.value\n")
+    mine("beside/neighbour.py", "value = 2\n")
+    functions = [{"function": "mine.rewards:score"}, {"function": f"{tmp_path}/beside/by_file.py:of_file"}]
+
+    def digest(functions=functions):
+        with RewardPool(RewardConfig(functions=functions, processes=2), 10) as pool:
+            assert all(", sha256 " in line for line in pool.lines())
+            return pool.digest
+
+    found = [digest()]
+    mine("site-packages/far.py", "other = 1\n")  # an installed package, by which no function is named
+    assert digest() == found[0]
+    edits = {"mine/rewards.py": "from mine.parts import value\ndef score(*_): return value\n"}
+    edits |= {"mine/parts.py": "value = 3\n", "beside/neighbour.py": "value = 4\n"}
+    for name, text in edits.items():
+        mine(name, text)
+        found.append(digest())
+    assert len(set(found)) == 4
+    mine("site-packages/far.py", "def named(*_): return 1\n")
+    named = [digest([{"function": "far:named"}])]
+    mine("site-packages/far.py", "def named(*_): return 2\n")
+    assert digest([{"function": "far:named"}]) != named[0]
+
+
+@pytest.mark.parametrize("end", ["os._exit(1)", "os.kill(os.getppid(), 9) or time.sleep(9)"])
+def test_a_module_that_was_edited_gives_no_more_rewards(mine, end):
+    """Another process would compute other ones in the same round."""
+    score = f"def score(one, *_): return value if one else {end}\n"
+    mine("mine/rewards.py", f"import os, time\nfrom mine.parts import value\n{score}")
+    notes = []
+    with RewardPool(RewardConfig(function="mine.rewards:score", processes=1), 10, notes.append) as pool:
+        assert pool.score([Candidate("a", ""), Candidate("", "")]) == [Scored(1.0, {"score": 1.0}), None]
+        assert pool.score([Candidate("a", "")]) == [Scored(1.0, {"score": 1.0})]  # another process, of the same code
+        mine("mine/parts.py", "value = 2\n")
+        assert pool.score([Candidate("a", ""), Candidate("", "")]) == [Scored(1.0, {"score": 1.0}), None]
+        assert pool.score([Candidate("a", ""), Candidate("b", "")]) == [None, None]
+        text = "reward: mine.parts has changed since the run began: start the run again (completion 'a', dropped)"
+        assert notes[1:] == [text]
+        mine("mine/parts.py", "value = 1\n")
+        assert pool.score([Candidate("a", "")]) == [Scored(1.0, {"score": 1.0})]
+
+
 def test_a_process_that_ends_between_two_calls_costs_nothing(rewards):
     pool, notes = rewards("""
         import os, threading

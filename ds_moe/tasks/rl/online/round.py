@@ -20,6 +20,7 @@ from ds_moe.tasks.rl.online.round_file import (
     finish_round,
     finished_round,
     forget_rounds,
+    no_room_for_round,
     remove_rounds,
     round_file,
 )
@@ -81,12 +82,14 @@ class RoundMaker:
     def round(self, number: int, begin: int) -> RoundFacts:
         """The round whose first prompt is at `begin`: as an earlier process has finished it, or sampled now.
 
-        Raises what `RolloutEngine.sample` and `RewardPool.collect` raise.
+        Raises what `RolloutEngine.sample` and `RewardPool.collect` raise, and `UserError` where the disk has no room.
         """
         file = round_file(self._config.train.output_dir, number)
         if (found := finished_round(file)) is not None and self._is_of_now(found, begin):
             return found
         forget_rounds(self._config.train.output_dir, number)
+        if problem := no_room_for_round(self._config.train.output_dir):  # before anything is sampled in vain
+            raise UserError(f"round {number} of rollouts: {self._config.at('train.output_dir')}: {problem}")
         self._seconds, self._counts = Counter[str](), Counter[str]()
         groups, end = self._groups(number, begin)
         records = [record for group in groups for record in self._records(group)]

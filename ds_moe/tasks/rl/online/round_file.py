@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from ds_moe.checkpoint.files import STATE, sha256_of, step_folders, write_json
+from ds_moe.checkpoint.room import no_room
 from ds_moe.errors import UserError
 from ds_moe.tasks.rl.write import images_of
 
@@ -61,6 +62,16 @@ def forget_rounds(output_dir: str, first: int) -> None:
     for number, file in _files_of_rounds(output_dir, ".json"):
         if number >= first:
             file.unlink()
+
+
+def no_room_for_round(output_dir: str) -> str | None:
+    """Why one more round, if it is as large as the largest one that is there, has no room; None: it has."""
+    sizes = []
+    for _, file in _files_of_rounds(output_dir, ".jsonl"):
+        with suppress(OSError, UserError):
+            sizes.append(sum(one.stat().st_size for one in (file, *images_of(file).glob("*"))))
+    problem = no_room(Path(output_dir, ROLLOUTS), max(sizes, default=0), "a round of rollouts")
+    return problem and f"train.output_dir {problem} (rl.engine.keep_rounds removes older ones)"
 
 
 def _files_of_rounds(output_dir: str, suffix: str) -> Iterator[tuple[int, Path]]:

@@ -3,9 +3,11 @@
 import json
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from ds_moe.checkpoint import room
 from ds_moe.checkpoint.files import sha256_of
 from ds_moe.config.rollout import EngineConfig, RewardConfig
 from ds_moe.data.record_kind import CHAT
@@ -16,6 +18,7 @@ from ds_moe.tasks.rl.online.prompts import Prompts
 from ds_moe.tasks.rl.online.round import RoundMaker, RunEnded
 from ds_moe.tasks.rl.online.round_file import finished_round, round_file
 from ds_moe.tasks.rl.rollout_record import parse_rollout
+from ds_moe.tasks.rl.write import images_of
 from tests.records import chat
 
 SETTINGS = {"kind": "local", "prompts": 4, "completions": 3, "max_new_tokens": 8}
@@ -88,16 +91,37 @@ def test_a_round_becomes_a_file_that_is_read_as_rollouts(maker, tmp_path):
     assert made.round(2, begin=0) == facts and len(told.asked) == 1  # it is there already
 
 
-def test_a_round_that_another_function_has_judged_is_sampled_anew(maker, tmp_path):
+@pytest.mark.parametrize("named", ["{folder}/my_rewards.py:score", "my_rewards:score"])
+def test_a_round_that_another_function_has_judged_is_sampled_anew(maker, tmp_path, monkeypatch, named):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # two edits within a second would be one to Python's cache
     rewards, facts = tmp_path / "my_rewards.py", []
     for value in (1, 1, 2):
         rewards.write_text(f"def score(completion, answer, record):\n    return {value} * float(completion)\n")
-        made, told, config = maker(lambda prompt, number: ["7", "8", "9"], reward=f"{rewards}:score")
+        made, told, config = maker(lambda prompt, number: ["7", "8", "9"], reward=named.format(folder=tmp_path))
         facts.append(made.round(2, begin=0))
         again = made.round(2, begin=0)
         assert again == facts[-1] and len(told.asked) == 1
     assert facts[0].run == facts[1].run != facts[2].run and facts[0].run.startswith("r ")
     assert [record["reward"] for record in written(config)][:3] == [14.0, 16.0, 18.0]
+
+
+def test_a_round_that_has_no_room_is_not_sampled(maker, monkeypatch):
+    """It is taken to be as large as the largest one that is there, with its images."""
+    made, told, config = maker(lambda prompt, number: ["7", "8"])
+    made.round(2, begin=0)
+    file = round_file(config.train.output_dir, 2)
+    images_of(file).mkdir()
+    (images_of(file) / f"{0:016x}.png").write_bytes(bytes(5000))
+    free = [5000 + file.stat().st_size - 1]
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    text = "^round 3 of rollouts: .*train.output_dir .*rollouts: a round of rollouts takes .* are free; free some, or"
+    with pytest.raises(UserError, match=text) as caught:
+        made.round(3, begin=4)
+    assert "\n" not in str(caught.value) and len(told.asked) == 1
+    free[0] += 1
+    made.trained["r:4"] = 3
+    assert made.round(3, begin=4).number == 3
 
 
 def test_a_round_of_other_weights_prompts_or_content_is_sampled_anew(maker):
