@@ -14,4 +14,5 @@ special_tokens.py   which of them texts may write
 row_part.py  the part of a row that one of several ranks computes
 position.py  where a checkpoint is in the data
 digits.py    the bundled data set          workers.py         how loading processes are started
+kept_arrays.py      arrays in files, for later starts
 """

@@ -9,7 +9,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import Sample
-from ds_moe.data.encode import answer_text, collate_prompts, filler
+from ds_moe.data.encode import Encoded, answer_text, collate_prompts, filler
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.order import FILLER
 from ds_moe.data.packing import rows_in_order
@@ -27,10 +27,15 @@ class EvalBatch:
     """B samples of one rank. A filler has the weight 0, no label and an empty answer."""
 
     batch: Batch
-    prompts: list[Batch]  # left-padded, for `generate`; each ends where the last answer begins; perhaps fillers behind
+    asked: list[list[Encoded]]  # the same samples, as they are answered; perhaps fillers behind
     answers: list[str]
     weights: list[int]
     samples: list[Sample]
+    processor: Processor
+
+    def prompts(self) -> Iterator[Batch]:
+        """Left-padded, for `generate`; each ends where the last answer begins."""
+        return (collate_prompts(some, self.processor) for some in self.asked)
 
 
 class EvalSet:
@@ -102,11 +107,11 @@ class EvalSet:
         self._log.note(bad)
         samples = [self._encoder.sample(index) for index in used]
         starts = range(0, longest, self._size)
-        asked = [encoded[start : start + self._size] or [filler(self._processor)] for start in starts]
         return EvalBatch(
             batch=self._record_kind.collate(encoded, self._processor, packed=packed),
-            prompts=[collate_prompts(some, self._processor) for some in asked],
+            asked=[encoded[start : start + self._size] or [filler(self._processor)] for start in starts],
             answers=[answer_text(one, self._processor, self._content_tokens) for one in encoded],
             weights=[int(index != FILLER) for index in used],
             samples=samples,
+            processor=self._processor,
         )

@@ -7,7 +7,6 @@ run's output folder, under everything that it follows from. The ranks of a host 
 import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from ds_moe.data.chat import BadRecord
 from ds_moe.data.digits import Split
 from ds_moe.data.encode import Encoded
 from ds_moe.data.encoder import Encoder
+from ds_moe.data.kept_arrays import read_arrays, write_arrays
 from ds_moe.data.order import FILLER
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
@@ -86,12 +85,10 @@ def kept_counts(
     config: RunConfig, split: Split, records: Records, encoder: Encoder, processor: Processor
 ) -> TokenCounts | None:
     """The counts of an earlier measurement; None: there are none, they are of something else, or damaged."""
-    try:
-        with np.load(_file(config, split), allow_pickle=False) as kept:
-            about = json.loads(str(kept["about"]))
-            tokens, patches = kept["tokens"], kept["patches"]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    kept = read_arrays(_file(config, split), "about", "tokens", "patches")
+    if kept is None:
         return None
+    (about, tokens, patches) = json.loads(str(kept[0])), *kept[1:]
     if about["key"] != _fingerprint(config, records, processor):
         return None
     bad = {int(index): BadRecord(records.where(int(index)), reason) for index, reason in about["bad"].items()}
@@ -171,9 +168,5 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 def _keep(counts: TokenCounts, key: str) -> None:
-    """Write the file whole or not at all."""
     about = json.dumps({"key": key, "bad": {index: one.reason for index, one in counts.bad.items()}})
-    partial = counts.file.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, about=np.array(about), tokens=counts.tokens, patches=counts.patches)
-    partial.replace(counts.file)
+    write_arrays(counts.file, about=np.array(about), tokens=counts.tokens, patches=counts.patches)

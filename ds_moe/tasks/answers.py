@@ -1,6 +1,6 @@
-"""Held-out loss, and the share of generated answers that match exactly, per kind of question.
+"""Held-out loss and the share of right answers, per kind of question.
 
-The thought of an answer is generated but not compared.
+Of conversations an answer is right that matches exactly; its thought is generated but not compared.
 """
 
 from __future__ import annotations
@@ -53,11 +53,37 @@ class Answered:
         return None if self.prediction is None else self.prediction == self.answer
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What is found of one batch on this rank.
+
+    Attributes:
+        loss: a sum over what the mean loss is a mean of.
+        count: how many of these there are.
+        answered: of each sample but fillers.
+    """
+
+    loss: float
+    count: int
+    answered: list[tuple[Answered, Sample]]
+
+
+def conversations(engine: deepspeed.DeepSpeedEngine, answering: Answering | None) -> Callable[[EvalBatch], Judged]:
+    """How `evaluate` judges conversations: by the loss of labelled tokens, and by generated answers."""
+
+    def judged(batch: EvalBatch) -> Judged:
+        labelled = batch.batch.to(engine.device)
+        loss = at_labels(engine, labelled.inputs, labelled.labels).loss.item()
+        return Judged(loss, int(labelled.label_tokens), _answers(engine, batch, answering))
+
+    return judged
+
+
 @torch.no_grad()
 def evaluate(
     engine: deepspeed.DeepSpeedEngine,
     eval_set: EvalSet,
-    answering: Answering | None,
+    judged: Callable[[EvalBatch], Judged],
     *,
     step: int,
     limit: int | None = None,
@@ -68,6 +94,7 @@ def evaluate(
     """Evaluate on all ranks together (collective); every rank returns the same numbers, rank 0 the samples to show.
 
     Args:
+        judged: says what is found of a batch (collective).
         limit: samples to use, over all ranks; None: all.
         shown: how many samples to return with question, answer and prediction.
         each_batch: called before every batch.
@@ -76,24 +103,24 @@ def evaluate(
     Raises:
         UserError: on every rank, when any of them met a bad record.
     """
-    loss_sum, label_tokens = 0.0, 0
+    loss, count = 0.0, 0
     asked, right = Counter(), Counter()  # answers by kind of question
     samples: list[ShownSample] = []
     with evaluation_mode(engine):
         for batch in eval_set.batches(limit):
             each_batch()
-            labelled = batch.batch.to(engine.device)
-            loss_sum += at_labels(engine, labelled.inputs, labelled.labels).loss.item()
-            label_tokens += int(labelled.label_tokens)
-            answered = _answers(engine, batch, answering)
-            for one, sample in answered if answering is not None else ():
+            found = judged(batch)
+            loss, count = loss + found.loss, count + found.count
+            for one, sample in found.answered:
+                if one.prediction is None:
+                    continue
                 asked[one.kind or "all"] += 1
-                right[one.kind or "all"] += one.right
+                right[one.kind or "all"] += bool(one.right)
                 if len(samples) < shown:
                     samples.append(ShownSample(sample.first_image(), one.question, one.answer, one.prediction))
-            note([one for one, _ in answered])
+            note([one for one, _ in found.answered])
     raise_together(eval_set.error)
-    losses, counts, all_asked, all_right = zip(*over_ranks((loss_sum, label_tokens, asked, right)), strict=True)
+    losses, counts, all_asked, all_right = zip(*over_ranks((loss, count, asked, right)), strict=True)
     accuracy = accuracy_by_kind(sum(all_asked, Counter()), sum(all_right, Counter()))
     return EvalReport(step, sum(losses) / max(sum(counts), 1), accuracy, samples)
 
@@ -104,7 +131,7 @@ def _answers(
     """What is found of each sample of a batch but its fillers (collective)."""
     predictions: list[str | None] = [None] * len(batch.samples)
     if answering is not None:
-        prompts = (prompt.to(engine.device) for prompt in batch.prompts)
+        prompts = (prompt.to(engine.device) for prompt in batch.prompts())
         generated = [text for prompt in prompts for text in generate_answers(engine.module, prompt, answering)]
         predictions = [final_answer(text).strip() for text in generated[: len(batch.samples)]]
     compared = zip(batch.samples, batch.answers, predictions, batch.weights, strict=True)

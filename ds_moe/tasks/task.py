@@ -10,7 +10,7 @@ from torch import Tensor
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.run import RunConfig
 from ds_moe.data.batch import Batch
-from ds_moe.data.eval_set import EvalSet
+from ds_moe.data.eval_set import EvalBatch, EvalSet
 from ds_moe.data.processor import Processor
 from ds_moe.data.stream import StepStream
 from ds_moe.distributed import Topology
@@ -20,7 +20,7 @@ from ds_moe.moe.context import ForwardContext
 from ds_moe.moe.layer import MoELayer
 from ds_moe.moe.loss_free import LossFreeBalancing, loss_free
 from ds_moe.monitor.reports import EvalReport
-from ds_moe.tasks.answers import Answered, Answering, evaluate
+from ds_moe.tasks.answers import Answered, Answering, Judged, conversations, evaluate
 
 DEFAULT_NEW_TOKENS = 16
 
@@ -91,6 +91,14 @@ class Task:
         """What the closing table says of this process's steps beside the figures of the run: name -> value."""
         return {}
 
+    def judges(self) -> Callable[[EvalBatch], Judged]:
+        """What is found of each batch of one evaluation."""
+        config, answering = self.parts.config.train, None
+        if config.eval_generate:
+            longest = config.max_new_tokens or DEFAULT_NEW_TOKENS
+            answering = Answering(self.parts.processor, longest, self.parts.config.data.content_tokens)
+        return conversations(self.parts.engine, answering)
+
     def evaluate(
         self,
         step: int,
@@ -99,17 +107,10 @@ class Task:
         note: Callable[[list[Answered]], None] = lambda answered: None,
     ) -> EvalReport:
         """On `limit` held-out samples, or all of them, see `answers.evaluate` (collective). `step` is the report's."""
-        config, answering = self.parts.config.train, None
-        if config.eval_generate:
-            answering = Answering(
-                self.parts.processor,
-                config.max_new_tokens or DEFAULT_NEW_TOKENS,
-                self.parts.config.data.content_tokens,
-            )
         return evaluate(
             self.parts.engine,
             self.parts.eval_set,
-            answering,
+            self.judges(),
             step=step,
             limit=limit,
             shown=self.parts.config.monitor.sample_images,

@@ -210,21 +210,21 @@ def test_held_out_rows_keep_the_order_of_the_file_and_ranks_generate_equally_oft
     order, rows = [], 0
     for turn in held_out(config, processor, world_size):
         rows += len(turn)
-        assert len({len(batch.prompts) for batch in turn}) == 1
+        assert len({len(batch.asked) for batch in turn}) == 1
         for batch in turn:
             assert batch.batch.packed and batch.batch.labels.shape[1] <= CAPACITY
-            assert all(len(prompt.labels) <= size for prompt in batch.prompts)
+            assert all(len(prompt.labels) <= size for prompt in batch.prompts())
             real = sum(batch.weights)
             order += [sample.answer for sample, weight in zip(batch.samples, batch.weights, strict=True) if weight]
             assert batch.answers == [answer or "" for answer in answers(batch.batch, processor)]
-            prompts = [row for prompt in batch.prompts for row in prompt.inputs["input_ids"]]
+            prompts = [row for prompt in batch.prompts() for row in prompt.inputs["input_ids"]]
             for row, sample in list(zip(prompts, batch.samples, strict=False))[:real]:
                 assert sample.last_question() in processor.tokenizer.decode(row).replace("<|image_pad|>", "")
     assert order == [f"n {number}" for number in range(RECORDS)] and rows < RECORDS
     some = [s.answer for turn in held_out(config, processor, world_size, 5) for b in turn for s in b.samples]
     assert len([answer for answer in some if answer]) == 5
     padded = [EvalSet(config, processor, rank=0, world_size=1).batches(padded=True)]
-    assert all(len(batch.prompts) == 1 and not batch.batch.packed for one in padded for batch in one)
+    assert all(len(batch.asked) == 1 and not batch.batch.packed for one in padded for batch in one)
 
 
 def test_packing_draws_nothing_from_the_global_generator(path, packed_config, processor):

@@ -370,9 +370,10 @@ def test_evaluation_gives_every_sample_once_in_equally_many_batches(path, run_co
         assert batch.batch.real_B.tolist() == [bool(weight) for weight in batch.weights]
         assert batch.answers == given == [sample.answer for sample in batch.samples]
         assert [int(answer != "") for answer in given] == batch.weights
-        ends = processor.tokenizer.batch_decode(batch.prompts[0].inputs["input_ids"])
+        [prompt] = batch.prompts()
+        ends = processor.tokenizer.batch_decode(prompt.inputs["input_ids"])
         assert all(end.endswith("assistant\n") for end, w in zip(ends, batch.weights, strict=True) if w)
-        assert len(batch.prompts[0].inputs["input_ids"]) == len(batch.weights) == 4
+        assert len(prompt.inputs["input_ids"]) == len(batch.weights) == 4
 
 
 def test_evaluation_limit_is_a_fixed_choice_that_ranks_share(run_config, processor):

@@ -8,13 +8,13 @@ import yaml
 
 from ds_moe.checkpoint.files import Reader
 from tests.distributed.test_resume import bit_equal, checkpoints, differences, tensors
-from tests.distributed.test_worlds import DRIFT, END, HALFWAY, check_bits, launch, model, overrides  # noqa: F401
+from tests.distributed.test_worlds import DRIFT, END, HALFWAY, check_bits, launch, overrides
 from tests.launcher import run_ranks
 
 MUON = ["train.optimizer=muon", "train.muon_lr=2e-4", "moe.balance=[{kind: loss_free, update_rate: 1e-3}]"]
 
 
-def run(model, folder, name, world, stage, ep_size, *more, mode="train"):  # noqa: F811
+def run(model, folder, name, world, stage, ep_size, *more, mode="train"):
     return [name, overrides(model, folder / name, world, stage, ep_size, *MUON, *more), mode]
 
 
@@ -22,7 +22,7 @@ def from_checkpoint(folder, name):
     return f"train.resume={checkpoints(folder / name) / HALFWAY}"
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(model, tmp_path):  # noqa: F811
+def test_a_stopped_run_goes_on_bit_for_bit(model, tmp_path):
     """Two ranks, EP 2, ZeRO-3. The checkpoint holds one moment of matrices and two of the rest."""
     name = "zero3-ep2"
     launch(2, [run(model, tmp_path, name, 2, 3, 2), run(model, tmp_path, f"{name} resumed", 2, 3, 2,
@@ -35,7 +35,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(model, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow  # in `make test`: two ranks that resume their own, above
-def test_it_goes_on_on_three_ranks_other_stages_and_ep_sizes(model, tmp_path, show):  # noqa: F811
+def test_it_goes_on_on_three_ranks_other_stages_and_ep_sizes(model, tmp_path, show):
     launch(2, [run(model, tmp_path, "two", 2, 2, 2)])
     source, lines = tensors(checkpoints(tmp_path / "two") / HALFWAY), []
     topologies = {2: [(1, 1), (3, 1)], 3: [(1, 3), (2, 1), (3, 1), (3, 3)]}
@@ -58,7 +58,7 @@ def test_it_goes_on_on_three_ranks_other_stages_and_ep_sizes(model, tmp_path, sh
 
 
 @pytest.mark.slow
-def test_a_change_of_the_optimizer(model, tmp_path):  # noqa: F811
+def test_a_change_of_the_optimizer(model, tmp_path):
     """From AdamW a run goes on by Muon, upon its first moments; from Muon it does not by AdamW, in one line."""
     adamw = ["train.optimizer=adamw", "train.muon_lr=null"]
     launch(2, [run(model, tmp_path, "muon", 2, 3, 2), run(model, tmp_path, "adamw", 2, 3, 2, *adamw)])

@@ -8,28 +8,14 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import Qwen3VLMoeForConditionalGeneration
 
-from ds_moe.models.presets import preset_config
-from ds_moe.models.processor import save_processor, tiny_processor
+from tests.distributed.conftest import EXPERTS
 from tests.distributed.test_resume import bit_equal, checkpoints, differences, position, tensors
 from tests.launcher import run_ranks
 
-EXPERTS = 30
 HALFWAY, END = "step_00000002", "step_00000003"
 DRIFT = 1e-6  # of weights and moments after one step on another number of ranks
 STAGES = (1, 2, 3)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A folder with a tiny Qwen3-VL-MoE of 30 experts."""
-    folder = tmp_path_factory.mktemp("model")
-    config = preset_config("tiny-vl-moe")
-    config.text_config.num_experts = EXPERTS
-    Qwen3VLMoeForConditionalGeneration._from_config(config).save_pretrained(folder)
-    save_processor(tiny_processor("vl"), folder)
-    return folder
 
 
 def overrides(model: Path, output: Path, world: int, stage: int, ep_size: int, *more: str) -> list[str]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from ds_moe.checkpoint.base import base_identity
 from ds_moe.checkpoint.room import unwritable
 from ds_moe.config.deepspeed import precision
 from ds_moe.data.batch import Batch
+from ds_moe.data.kept_arrays import read_arrays, write_arrays
 from ds_moe.data.order import FILLER
 from ds_moe.data.records import DATA_CACHE
 from ds_moe.distributed import Topology, over_ranks, raise_together, together
@@ -136,17 +135,10 @@ class LogprobFile:
 
     def read(self, topology: Topology) -> None:
         """Take what rank 0, which alone reads, finds in the file (collective)."""
-        read = self._kept if topology.rank == 0 else lambda: None
+        read = (lambda: read_arrays(self.path, "logprobs", "complete")) if topology.rank == 0 else lambda: None
         [first, *_] = together(topology, f"read {self.path}", read)
         if first is not None:
-            self.logprob_R2, self.complete = first
-
-    def _kept(self) -> tuple[np.ndarray, bool] | None:
-        try:
-            with np.load(self.path, allow_pickle=False) as kept:
-                return kept["logprobs"], bool(kept["complete"])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            return None
+            self.logprob_R2, self.complete = first[0], bool(first[1])
 
     def knows(self, numbers: Iterable[int]) -> bool:
         wanted = [number for number in numbers if number != FILLER]
@@ -169,14 +161,9 @@ class LogprobFile:
         for number, *logprobs in rows:
             grown[number] = logprobs
         self.logprob_R2, self.complete = grown, complete
-        together(topology, f"write {self.path}", self._write if topology.rank == 0 else lambda: None)
-
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as stream:
-            np.savez(stream, logprobs=self.logprob_R2, complete=np.array(self.complete))
-        partial.replace(self.path)
+        arrays = {"logprobs": grown, "complete": np.array(complete)}
+        write = (lambda: write_arrays(self.path, **arrays)) if topology.rank == 0 else lambda: None
+        together(topology, f"write {self.path}", write)
 
 
 def _fingerprint(parts: TrainingParts, data: str) -> str:

@@ -7,8 +7,8 @@ the reference's forwards are evaluations, which nothing counts.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -17,11 +17,11 @@ from torch import Tensor
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.config.rules.dpo import reference_of
 from ds_moe.data.batch import NO_LOSS
-from ds_moe.distributed import over_ranks, raise_together
-from ds_moe.engine.whole_weights import evaluation_mode
+from ds_moe.data.eval_set import EvalBatch
+from ds_moe.distributed import over_ranks
 from ds_moe.models.head import targets_of
-from ds_moe.monitor.reports import EvalReport, ShownSample
-from ds_moe.tasks.answers import Answered, accuracy_by_kind
+from ds_moe.monitor.reports import EvalReport
+from ds_moe.tasks.answers import Answered, Judged
 from ds_moe.tasks.dpo.objective import Preference, preference
 from ds_moe.tasks.dpo.pair_record import Pair
 from ds_moe.tasks.dpo.pairs import PairBatch
@@ -114,7 +114,6 @@ class PreferenceOptimization(Task):
         dist.all_reduce(totals)
         return _means(dict(zip(sums, totals.tolist(), strict=True)))
 
-    @torch.no_grad()
     def evaluate(
         self,
         step: int,
@@ -123,36 +122,31 @@ class PreferenceOptimization(Task):
         note: Callable[[list[Answered]], None] = lambda answered: None,
     ) -> EvalReport:
         """Held-out loss, and the share of pairs whose preferred answer has the larger reward (collective)."""
-        parts, shown, samples = self.parts, self.parts.config.monitor.sample_images, []
         training, self._sums = self._sums, {}
-        loss, asked, right = 0.0, Counter(), Counter()
-        with evaluation_mode(parts.engine):
-            for batch in parts.eval_set.batches(limit):
-                each_batch()
-                pairs = self._with_reference(batch.batch, "held-out").to(parts.topology.device)
-                parts.engine.eval()
-                found, logprob_P2 = self._compared(pairs)
-                self._add(self._figures(found, logprob_P2, pairs.real_P))
-                loss += torch.where(pairs.real_P, found.loss_P, 0).sum().item()
-                answered = [
-                    _answered(sample, margin > 0)
-                    for sample, margin in zip(batch.samples, (-found.reward_P2.diff()).flatten().tolist(), strict=True)
-                    if isinstance(sample, Pair)
-                ]
-                for sample, one in zip((one for one in batch.samples if isinstance(one, Pair)), answered, strict=True):
-                    asked[one.kind or "all"] += 1
-                    right[one.kind or "all"] += one.right
-                    if len(samples) < shown:
-                        samples.append(ShownSample(sample.first_image(), one.question, one.answer, str(one.prediction)))
-                note(answered)
-        raise_together(parts.eval_set.error)
+        report = super().evaluate(step, limit, each_batch, note)
         sums, self._sums = self._sums, training
-        of_ranks = over_ranks((loss, {name: float(value) for name, value in sums.items()}, asked, right))
-        losses, all_sums, all_asked, all_right = zip(*of_ranks, strict=True)
+        all_sums = over_ranks({name: float(value) for name, value in sums.items()})
         total = {name: sum(one.get(name, 0.0) for one in all_sums) for name in {key for one in all_sums for key in one}}
-        accuracy = accuracy_by_kind(sum(all_asked, Counter()), sum(all_right, Counter()))
         scalars = {f"eval/{name}": value for name, value in _means(total).items() if name != "accuracy"}
-        return EvalReport(step, sum(losses) / max(total.get("pairs", 0.0), 1.0), accuracy, samples, scalars)
+        return replace(report, scalars=scalars)
+
+    def judges(self) -> Callable[[EvalBatch], Judged]:
+        """By the loss of pairs, and by which answer has the larger reward."""
+
+        def judged(batch: EvalBatch) -> Judged:
+            pairs = self._with_reference(batch.batch, "held-out").to(self.parts.topology.device)
+            self.parts.engine.eval()  # which scoring the reference ends
+            found, logprob_P2 = self._compared(pairs)
+            self._add(self._figures(found, logprob_P2, pairs.real_P))
+            margin_P = (-found.reward_P2.diff()).flatten().tolist()
+            answered = [
+                (_answered(sample, margin > 0), sample)
+                for sample, margin in zip(batch.samples, margin_P, strict=True)
+                if isinstance(sample, Pair)
+            ]
+            return Judged(torch.where(pairs.real_P, found.loss_P, 0).sum().item(), len(answered), answered)
+
+        return judged
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:

@@ -82,7 +82,7 @@ def survey(
     loss, rows, samples = 0.0, [], []
     for batch in eval_set.batches(limit, padded=True):  # requests alone, as the gate meets them when it serves
         each_batch()
-        [prompt] = batch.prompts
+        [prompt] = batch.prompts()
         decision = model(**prompt.to(inner.device).inputs, gate_only=True)
         mask_BS = inner.counted_BS
         probabilities_BK = per_sample(decision.logits, mask_BS).cpu()
