@@ -85,6 +85,7 @@ def add_plan(commands: Commands) -> None:
     add("--offload-activations", action="store_true", help="with what it keeps in host memory")
     add("--freeze-vision", action="store_true", help="freeze the vision tower")
     add("--precision", choices=("bf16", "fp32"), default="bf16")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: of hidden matrices (default adamw)")
     add("--sweep", action="store_true", help="every EP size, ZeRO stage, offload and LoRA of each number of GPUs")
     add("--json", type=Path, metavar="FILE", help="also write figures and settings here")
     parser.set_defaults(command=_plan)

@@ -23,6 +23,7 @@ def settings_of(options: argparse.Namespace, model: PretrainedConfig) -> dict[st
         "data.max_length": options.sequence,
         "train.gradient_checkpointing": options.checkpointing,
         "train.precision": options.precision,
+        "train.optimizer": options.optimizer,
     }
     if options.offload_activations:
         if not options.checkpointing:

@@ -125,13 +125,15 @@ def sweep(
 ) -> dict[int, list[Forecast]]:
     """For each number of GPUs: every EP size that is possible, with ZeRO 1, 2, 3, 3 with offload, 3 with LoRA.
 
-    `lora` is the rank of the updates.
+    `lora` is the rank of the updates. Muon's states cannot be offloaded.
     """
     outlines: dict[int, PreTrainedModel] = {}
     found = {}
     for count in gpus:
         found[count] = []
         for plan in (plan for ep_size in ep_sizes(model, count) for plan in plans(count, ep_size, lora)):
+            if plan.offload and settings.get("train.optimizer") == "muon":
+                continue
             config = run_of(plan, name, model, settings)
             outline = outlines.get(plan.lora) or outlines.setdefault(plan.lora, outline_of(config, model))
             found[count].append(forecast(plan, config, outline, device))

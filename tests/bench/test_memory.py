@@ -35,6 +35,7 @@ def test_an_unknown_case_is_refused_in_one_line(capsys):
 
 
 @pytest.mark.slow
-def test_predictions_are_within_15_percent_of_measured_peaks(capsys):
-    status = bench.main(["--cases", "images, ZeRO-3"])
+@pytest.mark.parametrize("cases", ["images, ZeRO-3", "Muon"])
+def test_predictions_are_within_15_percent_of_measured_peaks(capsys, cases):
+    status = bench.main(["--cases", cases])
     assert status == 0, capsys.readouterr().out

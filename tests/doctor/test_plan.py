@@ -41,6 +41,21 @@ def test_one_plan(capsys, tmp_path):
     assert "DOES NOT FIT" in command(capsys, SMALL, "--ep-size", 8, "--checkpointing", "--memory", "70GB")[1]
 
 
+def test_muon_needs_one_moment_of_hidden_matrices(capsys, tmp_path):
+    file, found = tmp_path / "plan.json", {}
+    for optimizer in ("adamw", "muon"):
+        words = (SMALL, "--ep-size", 8, "--checkpointing", "--optimizer", optimizer, "--json", file)
+        assert command(capsys, *words)[0] == 0
+        found[optimizer] = json.loads(file.read_text())["plans"][0]["device_bytes"]["optimizer"]
+    tables = 2 * 151_936 * 2048  # embedding and output layer, which AdamW trains
+    saved = found["adamw"] - found["muon"]
+    assert saved == pytest.approx(4 * (31.07e9 - tables) / 8, rel=2e-3)
+    assert "train.optimizer is muon" in command(capsys, SMALL, "--offload", "--optimizer", "muon")[2]
+    assert command(capsys, SMALL, "--gpus", 8, "--sweep", "--optimizer", "muon", "--json", file)[0] == 0
+    plans_of_8 = json.loads(file.read_text())["gpus"]["8"]
+    assert len(plans_of_8) == 4 * 4 and not any(one["plan"]["offload"] for one in plans_of_8)
+
+
 def test_packed_rows_and_the_longest_that_fit(capsys, tmp_path):
     """The row that is named fits, and one 256 tokens longer does not."""
     usual = (SMALL, "--ep-size", 8, "--checkpointing", "--memory", "100GB")

@@ -39,6 +39,7 @@ SEES = TEXT | {"num_hidden_layers": 4, "vision": VISION}  # 44 million
 
 SPEAKS = TEXT | {"vocab_size": 50_000, "num_hidden_layers": 2}  # 46 million, more than half of them in two tables
 PACKED = {"data": {"packing": True}}
+MUON = {"train": {"optimizer": "muon"}}
 
 
 class Case(NamedTuple):
@@ -69,6 +70,8 @@ CASES = [
     Case("vocabulary of 50,000, ZeRO-3, EP 2, checkpointing", 3, 2, checkpointing=True, model=SPEAKS),
     Case("packed rows of 8,192 tokens, ZeRO-2, EP 2, checkpointing", 2, 2, samples=16, checkpointing=True, more=PACKED),
     Case("bf16, ZeRO-3, EP 2, 512 tokens", 3, 2, samples=1, more={"train": {"precision": "bf16"}}),
+    Case("Muon, ZeRO-2, EP 2", 2, 2, more=MUON),
+    Case("Muon, ZeRO-3, EP 2", 3, 2, more=MUON),
 ]
 
 
