@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 from ds_moe.cli import _parser
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import ALL_KEYS, load_run
+from ds_moe.config.sections import FORMS
 from ds_moe.monitor.meters import routing_scalars, window_scalars
 from ds_moe.monitor.reports import RoutingReport, StepReport
 
@@ -215,6 +216,8 @@ def sections(annotation: Any) -> list[type[BaseModel]]:
 def values(field: FieldInfo) -> str:
     """What a key may hold, as the table writes it."""
     annotation = field.annotation
+    if takes_forms(annotation):
+        return "text, a section, or a list of both"
     options = [option for option in get_args(annotation) if option is not type(None)]
     optional = len(options) == 1 and get_origin(annotation) not in (Literal, list)
     kind = options[0] if optional else annotation
@@ -232,6 +235,12 @@ def values(field: FieldInfo) -> str:
     return ", ".join([name, *(f"{sign} {getattr(bound, name)}" for (sign, name), bound in bounds)])
 
 
+def takes_forms(annotation: Any) -> bool:
+    """Whether a key takes a text, a section, or a list of them."""
+    inner = [option for option in get_args(annotation) if option is not type(None)]
+    return FORMS[0] in str(inner)
+
+
 def default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
@@ -247,8 +256,8 @@ def key_rows(model: type[BaseModel] = RunConfig, parent: str = "") -> dict[str, 
     """Dotted key -> (values, default) of every key of a run file; `[]` stands for each item of a list."""
     rows: dict[str, tuple[str, str]] = {}
     for name, field in model.model_fields.items():
-        key, inside = f"{parent}{name}", sections(field.annotation)
-        if inside and get_origin(field.annotation) is not list:
+        key, inside = f"{parent}{name}", list(dict.fromkeys(sections(field.annotation)))
+        if inside and get_origin(field.annotation) is not list and not takes_forms(field.annotation):
             for item in inside:  # where kinds share a key, the first one's default is what the table says
                 rows |= {name: row for name, row in key_rows(item, f"{key}.").items() if name not in rows}
             if len(inside) > 1:

@@ -2,6 +2,7 @@
 
 run.py, sections.py, moe.py, tasks.py, rollout.py   the typed tree of keys with their defaults
 run_file.py      from YAML and overrides to that tree; load_run is where runs start
+sources.py       the names of the sources of data.train and data.eval
 yaml_lines.py    YAML that knows the line of each key
 habits.py        keys that users of other trainers write, and ours
 complaints.py    pydantic's errors, one line each

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ds_moe.config.rules import dpo, engine, gate, lora, model, moe, reward, rl, sequence_parallel, train
+from ds_moe.config.rules import data, dpo, engine, gate, lora, model, moe, reward, rl, sequence_parallel, train
 from ds_moe.config.rules.rule import Complaint, Unused, written
 from ds_moe.config.run import RunConfig, task_is
 from ds_moe.errors import UserError
@@ -17,11 +17,11 @@ from ds_moe.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-SECTIONS = (rl, engine, reward, lora, gate, dpo, moe, train)
+SECTIONS = (rl, engine, reward, lora, gate, dpo, moe, train, data)
 UNUSED: dict[str, Unused] = {key: rule for section in SECTIONS for key, rule in section.UNUSED.items()}
 CONTRADICTIONS = [  # in the order of the complaints: users see the first
     train.alternatives,
-    *(section.contradictions for section in (moe, rl, engine, reward, lora, gate, dpo, train, sequence_parallel)),
+    *(section.contradictions for section in (moe, rl, engine, reward, lora, gate, dpo, train, data, sequence_parallel)),
 ]
 
 

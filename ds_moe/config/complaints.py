@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from ds_moe.config.sections import origin_of
+from ds_moe.config.sections import FORMS, origin_of
 from ds_moe.config.yaml_lines import Plain, compose_lines, join, nearest, read_text
 from ds_moe.errors import UserError, shown
 
@@ -39,15 +39,18 @@ class Schema:
         self.sections: dict[str, list[str]] = {}  # dotted name of each section, "" of the root -> names of its keys
         self.kinds: dict[str, list[str]] = {}  # name of each section that has a key `kind` -> its values
         self.fields: dict[str, FieldInfo] = {}  # dotted name of each key -> its type and default, of its first kind
+        self.forms: set[str] = set()  # sections in whose place a text may stand
         for key, section in _sections(root):
             names = self.sections.setdefault(key, [])
             names += [name for name in section.model_fields if name not in names]
             for name, field in section.model_fields.items():
                 self.fields.setdefault(join(key, name), field)
+                if _models_in(field.annotation) and _takes_text(field.annotation):
+                    self.forms.add(join(key, name))
             if kind := section.model_fields.get("kind"):
                 self.kinds.setdefault(key, []).extend(get_args(kind.annotation))
         self.keys = [join(section, name) for section, names in self.sections.items() for name in names]
-        self._tags = {kind for kinds in self.kinds.values() for kind in kinds}
+        self._tags = {kind for kinds in self.kinds.values() for kind in kinds} | set(FORMS)
 
     def complaints(self, error: ValidationError, origins: dict[str, str], file: str) -> list[str]:
         """One line for each mistake that pydantic found, in the order of the file; keys not written are of `file`."""
@@ -134,10 +137,11 @@ class Schema:
         return f"did you mean {near}?" if near else f"keys here: {', '.join(siblings or self.sections[''])}"
 
     def _key_of(self, location: tuple[int | str, ...]) -> str:
-        """Dotted key of pydantic's error location, without the tags it inserts where a section is a union of kinds."""
+        """Dotted key of pydantic's error location, without the tags it inserts where a section is a union of kinds or
+        forms, and without the mark that the key of a mapping, not its value, is wrong."""
         names: list[str] = []
         tagged = False
-        for name in location:
+        for name in location if location[-1:] != ("[key]",) else location[:-1]:
             tagged = name in self._tags and not tagged  # no key is called like a kind, but a misspelt one may be
             if not tagged:
                 names.append(str(name))
@@ -180,6 +184,11 @@ def _models_in(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _takes_text(annotation: object) -> bool:
+    """Whether a field may hold a text, by itself or in a list."""
+    return annotation is str or any(_takes_text(argument) for argument in get_args(annotation))
 
 
 def _line(complaint: str) -> int:

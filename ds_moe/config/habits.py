@@ -40,6 +40,12 @@ _ROWS = {
     "streaming lazy_tokenize": "leave it out: records are read and tokenized while the run trains",
     "max_samples max_train_samples": "ds_moe takes all records of data.train: write a smaller file",
     "max_eval_samples": "train.eval_samples",
+    "datasets test_datasets": "data.train and data.eval take a list of sources",
+    "interleave_probs interleave_prob probabilities dataset_weights": "write a weight for each source of data.train",
+    "mix_strategy stopping_strategy": "write data.mixture.epoch: shortest (interleave_under, first_exhausted) or "
+    "longest (interleave_over, all_exhausted)",
+    "columns_mapping field_messages message_property_mappings": "write columns in the source of data.train",
+    "dataset_split train_on_split dataset_revision": "write split and revision in the source of data.train",
     "template chat_template": "leave it out: the model's own chat template is used",
     "system default_system": "write it as the system turn of each record",
     "dataloader_num_workers num_proc preprocessing_num_workers dataset_num_proc": "data.num_workers",

@@ -47,6 +47,8 @@ def parse_run(path: str | Path, overrides: list[str] | None = None) -> tuple[Run
     for key in SCHEMA.sections:  # `train:` with nothing below it is an empty section
         parent, _, name = key.rpartition(".")
         holder = descend(data, parent)
+        if key in SCHEMA.forms:
+            continue
         if isinstance(holder, dict) and name in holder and holder[name] is None and key in origins:
             holder[name] = None if origins[key].startswith("override ") else {}
     try:
@@ -69,11 +71,13 @@ def dump(config: RunConfig) -> dict[str, Plain]:
     unused = unused_keys(config)
 
     def prune(section: dict[str, Plain], key: str) -> dict[str, Plain]:
-        kept = {}
+        kept: dict[str, Plain] = {}
         for name, value in section.items():
             dotted = join(key, name)
             if dotted not in unused and value is not None:
                 kept[name] = prune(value, dotted) if isinstance(value, dict) else value
+            if dotted in SCHEMA.forms and isinstance(value, list):
+                kept[name] = [prune(item, dotted) if isinstance(item, dict) else item for item in value]
         return kept
 
     return prune(config.model_dump(mode="json"), "")

@@ -7,7 +7,7 @@ classes; `check.py` refuses keys that a run would not use.
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, field_validator
 
 
 class Section(BaseModel):
@@ -51,11 +51,87 @@ class ModelConfig(Section):
 
 
 ContentToken = Annotated[str, Field(min_length=1)]
+DIGITS = "digits"  # the path of the bundled scans
+# Keys that records of any task have; `columns` gives them columns of other names.
+RecordKey = Literal[
+    "messages", "system", "images", "videos", "tools", "objects", "literal", "kind", "adapter", "prompt", "chosen",
+    "rejected",
+]  # fmt: skip
+
+
+class SourceConfig(Section):
+    """Where records come from, if a path alone does not say all of it."""
+
+    path: str = Field(min_length=1)  # JSONL (.gz, .zst), Parquet or tar files, a folder, a glob, hub:OWNER/NAME, digits
+    name: str | None = Field(
+        default=None, min_length=1
+    )  # label of its records; of several sources the path's last part
+    columns: dict[RecordKey, str] = {}  # key of a record: the column of the source that holds it
+    root: str | None = None  # as data.root; of a hub dataset a folder within it
+    split: str | None = Field(default=None, min_length=1)  # of a hub dataset (default train), or of a saved DatasetDict
+    subset: str | None = Field(default=None, min_length=1)  # of a hub dataset that has several
+    revision: str | None = Field(default=None, min_length=1)  # of a hub dataset: a commit, tag or branch
+
+
+class TrainSource(SourceConfig):
+    weight: float | None = Field(default=None, gt=0)  # share of the records, in that of the other sources
+    epochs: float | None = Field(default=None, gt=0)  # passes over this source in an epoch of the run
+
+
+# The forms of data.train and data.eval. pydantic puts the name of the form into the location of an error; no key may be
+# called like one, see `complaints.py`.
+TEXT, SECTION, LIST = FORMS = ("(text)", "(section)", "(list)")
+
+
+def _form(value: object) -> str:
+    return LIST if isinstance(value, list) else _form_of_one(value)
+
+
+def _form_of_one(value: object) -> str:
+    return SECTION if isinstance(value, dict | SourceConfig) else TEXT
+
+
+AsText = Annotated[str, Field(min_length=1), Tag(TEXT)]
+OneToTrain = Annotated[AsText | Annotated[TrainSource, Tag(SECTION)], Discriminator(_form_of_one)]
+OneToEvaluate = Annotated[AsText | Annotated[SourceConfig, Tag(SECTION)], Discriminator(_form_of_one)]
+ToTrain = Annotated[
+    AsText | Annotated[TrainSource, Tag(SECTION)] | Annotated[list[OneToTrain], Field(min_length=1), Tag(LIST)],
+    Discriminator(_form),
+]
+ToEvaluate = Annotated[
+    AsText | Annotated[SourceConfig, Tag(SECTION)] | Annotated[list[OneToEvaluate], Field(min_length=1), Tag(LIST)],
+    Discriminator(_form),
+]
+Sources = str | SourceConfig | list[str | TrainSource] | list[str | SourceConfig]
+
+
+def sources_of(given: Sources | None) -> list[TrainSource]:
+    """The sources of data.train or data.eval, in their order, each as a section; those of data.eval have no share."""
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    return [TrainSource(path=one) if isinstance(one, str) else TrainSource(**dict(one)) for one in listed]
+
+
+def has_digits(given: Sources | None) -> bool:
+    """Whether the bundled scans are among the sources."""
+    return any(source.path == DIGITS for source in sources_of(given))
+
+
+def sources_named(given: Sources | None) -> str:
+    """The sources in a line for people: their paths."""
+    return ", ".join(source.path for source in sources_of(given))
+
+
+class MixtureConfig(Section):
+    """How often the records of several sources are drawn; what no key says is once an epoch, each record."""
+
+    temperature: float | None = Field(default=None, ge=1)  # shares by size^(1 / temperature): 1 as large as they are
+    epoch: Literal["all", "shortest", "longest"] = "all"  # how many records one has, with weights or a temperature
 
 
 class DataConfig(Section):
-    train: str  # JSONL or Parquet file, or "digits" (bundled scans as chats); in task rl without engine rollouts
-    eval: str | None = None  # as train; here "digits" is the held-out split
+    train: ToTrain  # a source of records, or a list; "digits": bundled scans; in task rl without engine rollouts
+    eval: ToEvaluate | None = None  # as train; here "digits" is the held-out split
+    mixture: MixtureConfig = MixtureConfig()  # of several sources
     root: str | None = None  # folder that images must lie in; default: that of the data file
     max_length: int = Field(default=2048, gt=0)  # tokens a sample, image tokens included
     max_pixels: int = Field(default=16_777_216, gt=0)  # of one image as stored; a larger one is a bad record

@@ -1,6 +1,6 @@
 """Chat records with images -> micro-batches, the same for any number of ranks.
 
-records.py   files, by position             record_kind.py     what a record is
+records.py   data.train and data.eval, by position   record_kind.py   what a record is
 chat.py      conversations in any dialect   chat_template.py   which tokens are learned
 grounding.py names and boxes in texts       placeholders.py    <image>, <img>path</img> and others
 images.py    pixels, within limits          record_keys.py     keys that are refused or count as absent
@@ -15,4 +15,5 @@ row_part.py  the part of a row that one of several ranks computes
 position.py  where a checkpoint is in the data
 digits.py    the bundled data set          workers.py         how loading processes are started
 kept_arrays.py      arrays in files, for later starts
+sources/     files, folders, archives, hub datasets, mixtures
 """

@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from ds_moe.data.grounding import Objects
-from ds_moe.data.images import ImageSource, RecordError, image_source, load_image
+from ds_moe.data.images import ImageRoot, ImageSource, RecordError, image_source, load_image
 from ds_moe.data.message_keys import (
     OF_ANSWERS,
     OF_RESULTS,
@@ -121,12 +121,12 @@ def final_answer(text: str) -> str:
     return text.rpartition("</think>")[2].strip() if "</think>" in text else text
 
 
-def parse_record(record: object, where: str, root: Path) -> Sample:
+def parse_record(record: object, where: str, root: Path | ImageRoot) -> Sample:
     """The sample that a record of JSON or Arrow holds. What only decoding or tokenizing can show is not checked here.
 
     Args:
         where: file:line of the record.
-        root: the folder below which images must be, symlinks resolved.
+        root: the folder below which images must be, symlinks resolved, or what takes its place.
 
     Raises:
         RecordError: the record cannot be trained on; the message ends with the fix.
@@ -192,7 +192,9 @@ def _as_role_and_content(value: object, number: int) -> dict[str, object]:
     return message
 
 
-def _turn(message: dict[str, object], number: int, literal: frozenset[str], root: Path) -> tuple[Turn, list[Part]]:
+def _turn(
+    message: dict[str, object], number: int, literal: frozenset[str], root: Path | ImageRoot
+) -> tuple[Turn, list[Part]]:
     """A message without its parts, and these."""
     role = ROLES.get(message["role"]) if isinstance(message["role"], str) else None
     if role is None:
@@ -236,7 +238,7 @@ def _joined(parts: list[Part]) -> list[Part]:
     return joined
 
 
-def _part(part: object, number: int, root: Path) -> Part:
+def _part(part: object, number: int, root: Path | ImageRoot) -> Part:
     """One entry of a list of content parts."""
     if not isinstance(part, dict):
         raise RecordError(
@@ -251,7 +253,7 @@ def _part(part: object, number: int, root: Path) -> Part:
     return text
 
 
-def image_pool(record: dict[str, object], root: Path) -> list[ImageSource]:
+def image_pool(record: dict[str, object], root: Path | ImageRoot) -> list[ImageSource]:
     """The entries of a record's `images`, or its `image`."""
     values = record.get("images", record.get("image", []))
     if isinstance(values, str | dict):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ds_moe.data.chat import BadRecord, Sample, Turn
 from ds_moe.data.images import ImageSource
-from ds_moe.data.record_kind import CHAT, RecordKind
+from ds_moe.data.record_kind import CHAT, RecordKind, SourceFacts
 
 Split = Literal["train", "held-out"]
 
@@ -62,6 +62,7 @@ class DigitsRecords:
     def __init__(self, split: Split):
         self._samples = digits_samples(split)
         self.bad: list[BadRecord] = []
+        self.sources: tuple[SourceFacts, ...] = ()
         self.remembered: list[None] = [None] * len(self._samples)
         self.kinds: tuple[str, ...] = tuple(sorted(QUESTIONS))
         self.record_kind: RecordKind[Sample] = CHAT

@@ -41,7 +41,7 @@ class EvalBatch:
 class EvalSet:
     """The records of data.eval, dealt out to the ranks in the order of the file.
 
-    `skipped`, `raise_errors` and `error` mean what they mean in `TrainStream`.
+    `skipped`, `raise_errors` and `error` mean what they mean in `TrainStream`; `sha256` is that of the records' files.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class EvalSet:
             raise UserError('data.eval: is not set (give a JSONL or Parquet file, or "digits")')
         cache_dir = Path(config.train.output_dir) / DATA_CACHE
         records = open_records(config.data.eval, "held-out", config.data, cache_dir, record_kind)
+        self.sha256 = records.sha256
         self._record_kind, self._content_tokens = record_kind, config.data.content_tokens
         by_default = PROMPTS if config.data.packing else config.train.micro_batch_size
         self._size, self._capacity = config.train.eval_batch_size or by_default, config.tokens_per_row

@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -41,11 +42,19 @@ class ImageSource:
     data: bytes | None = None
 
 
-def image_source(value: object, root: Path) -> ImageSource:
+class ImageRoot(Protocol):
+    """Where the images of a record are if that is no folder: an archive, a dataset of the hub."""
+
+    def image(self, name: str) -> ImageSource:
+        """The image that a record calls so. Raises `RecordError`."""
+        ...
+
+
+def image_source(value: object, root: Path | ImageRoot) -> ImageSource:
     """The image that a record names by a path, or by {"bytes": ..., "path": ...} as Parquet files do.
 
     Args:
-        root: the data root, symlinks resolved.
+        root: the data root, symlinks resolved, or what takes the place of a folder.
 
     Raises:
         RecordError: the path leaves the root, no file is there, or the value is of another type.
@@ -62,6 +71,8 @@ def image_source(value: object, root: Path) -> ImageSource:
         raise RecordError(f'an image is {shown(value)}, not a path (write "image": "folder/name.png")')
     if "://" in value or value.startswith("data:"):
         raise RecordError(f"image {shown(value)} is a URL (download it below the data root)")
+    if not isinstance(root, Path):
+        return root.image(value)
     try:
         path = (root / value).resolve()
         found = path.is_file()

@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from ds_moe.data.sources.mixture import Mixture, mixed
+
 FILLER = -1  # index of no record; fills up the last global batch of an epoch
 Rows = list[list[list[int]]]  # of a step: [micro-step][rank] -> indices of records
 
@@ -22,24 +24,37 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """Which records make up which optimizer step, whatever the number of ranks."""
+    """Which records make up which optimizer step, whatever the number of ranks.
+
+    An epoch is every record once, or what the `mixture` of several sources says.
+    """
 
     lengths: np.ndarray  # (records,) estimated tokens
     global_batch_size: int
     seed: int
     shuffle: bool
     length_grouping: bool
+    mixture: Mixture | None = None
+
+    @property
+    def records_per_epoch(self) -> int:
+        return len(self.lengths) if self.mixture is None else self.mixture.records
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.lengths) // self.global_batch_size)
+        return -(-self.records_per_epoch // self.global_batch_size)
+
+    def epoch(self, number: int) -> np.ndarray:
+        """(records of an epoch,) int64: indices of the records in the order of an epoch."""
+        if self.mixture is not None:
+            return mixed(self.mixture, self.seed, number, self.shuffle)
+        count = len(self.lengths)
+        return epoch_order(count, self.seed, number) if self.shuffle else np.arange(count)
 
     def global_batch(self, position: int) -> list[int]:
         """The records of a step, longest first, then FILLERs. `position` counts steps from the first one of the run."""
         epoch, step = divmod(position, self.steps_per_epoch)
-        size = len(self.lengths)
-        order = epoch_order(size, self.seed, epoch) if self.shuffle else np.arange(size)
-        chosen = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+        chosen = self.epoch(epoch)[step * self.global_batch_size : (step + 1) * self.global_batch_size]
         if self.length_grouping:
             chosen = chosen[np.argsort(-self.lengths[chosen], kind="stable")]
         return chosen.tolist() + [FILLER] * (self.global_batch_size - len(chosen))

@@ -8,7 +8,7 @@ import re
 from enum import Enum
 from pathlib import Path
 
-from ds_moe.data.images import ImageSource, RecordError, image_source
+from ds_moe.data.images import ImageRoot, ImageSource, RecordError, image_source
 from ds_moe.errors import shown
 
 IMAGE, PATH, REF, BOX = "<image>", "<img>", "<ref-object>", "<bbox>"
@@ -36,7 +36,7 @@ def read_literal(value: object) -> frozenset[str]:
     return frozenset(value)
 
 
-def pieces(text: str, number: int, literal: frozenset[str], root: Path) -> list[Part]:
+def pieces(text: str, number: int, literal: frozenset[str], root: Path | ImageRoot) -> list[Part]:
     """A text of message `number`, cut where images stand. `<ref-object>` and `<bbox>` are left in it.
 
     Raises:
@@ -62,7 +62,7 @@ def check_no_image(text: str, number: int, literal: frozenset[str]) -> str:
     return text
 
 
-def _image(name: str, path: str | None, number: int, root: Path) -> Part:
+def _image(name: str, path: str | None, number: int, root: Path | ImageRoot) -> Part:
     if path is not None:
         return image_source(path, root)
     if name == IMAGE:

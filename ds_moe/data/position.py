@@ -1,26 +1,46 @@
 """The place in the data that a checkpoint holds, and whether the data go on from there."""
 
+import re
 from collections.abc import Mapping
 
+import numpy as np
+
 from ds_moe.config.run import RunConfig
+from ds_moe.data.order import EpochOrder
 from ds_moe.data.record_kind import Records
+from ds_moe.data.sources.mixture import mixture_of
 
 DataPosition = Mapping[str, int | str]  # as a checkpoint's state.json holds it
 FILE = "data.train sha256"
+SOURCE = re.compile(r"data\.train\.\d+ sha256")  # of each of several sources
+MIXTURE = "records of each source in an epoch"  # of a mixture alone
 PACKING, ROW = "data.packing", "train.tokens_per_micro_batch"  # of packed rows alone
 
 
 def order_of(config: RunConfig, records: Records | None = None) -> dict[str, int | str]:
     """Everything that the order of the data depends on, by the run file's names; of `records` too if they are known."""
-    of_file = {FILE: records.sha256, "data.train records": len(records)} if records is not None else {}
+    of_data: dict[str, int | str] = {}
+    if records is not None:
+        of_data = {FILE: records.sha256, "data.train records": len(records)}
+        of_data |= {f"data.train.{number} sha256": one.sha256 for number, one in enumerate(records.sources)}
+        if mixture := mixture_of(config.data, records):
+            of_data[MIXTURE] = ", ".join(map(str, mixture.quotas))
     return {
-        **of_file,
+        **of_data,
         "train.seed": config.train.seed,
         "train.global_batch_size": config.train.global_batch_size,
         "data.shuffle": config.data.shuffle,
         "data.length_grouping": config.data.length_grouping,
         **({PACKING: True, ROW: config.tokens_per_row} if config.data.packing else {}),
     }
+
+
+def epoch_order_of(config: RunConfig, records: Records, lengths: np.ndarray | None = None) -> EpochOrder:
+    """The order of a run's records. `lengths`: tokens of each record, where more than estimates are known."""
+    train, data = config.train, config.data
+    lengths = records.lengths if lengths is None else lengths
+    sizes = train.global_batch_size, train.seed
+    return EpochOrder(lengths, *sizes, data.shuffle, data.length_grouping, mixture_of(data, records))
 
 
 def same_file(saved: DataPosition, order: DataPosition) -> bool:
@@ -33,6 +53,8 @@ def position_problems(saved: DataPosition, order: DataPosition) -> list[str]:
     saved, order = {PACKING: False, **saved}, {PACKING: False, **order}
     if saved[PACKING] != order[PACKING]:
         order = {key: value for key, value in order.items() if key != ROW}
+    if FILE in order:
+        saved, order = _of_equal_sources(saved, order)
     missing = [key for key in ("epoch", "step", *order) if key not in saved]
     if missing:
         return [f"train.resume: the checkpoint's data position lacks {missing[0]!r} (use another checkpoint)"]
@@ -46,3 +68,14 @@ def position_problems(saved: DataPosition, order: DataPosition) -> list[str]:
         for key, now in order.items()
         if saved[key] != now
     ]
+
+
+def _of_equal_sources(saved: DataPosition, order: DataPosition) -> tuple[DataPosition, DataPosition]:
+    """Both with an entry for every source that one of them has. Of several sources those that changed are named, and
+    not their sum."""
+    keys = dict.fromkeys(key for key in (*order, *saved) if SOURCE.fullmatch(key) or key == MIXTURE)
+    absent = dict.fromkeys(keys, "absent")
+    saved, order = {**absent, **saved}, {**order, **{key: order.get(key, "absent") for key in keys}}
+    if any(saved[key] != order[key] for key in keys if key != MIXTURE):
+        order = {key: value for key, value in order.items() if key not in (FILE, "data.train records")}
+    return saved, order

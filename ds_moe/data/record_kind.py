@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from ds_moe.data.batch import Batch
 from ds_moe.data.chat import BadRecord, Sample, parse_record
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
 from ds_moe.data.encode import Encoded, collate, encode
-from ds_moe.data.images import ImageSource, image_size
+from ds_moe.data.images import ImageRoot, ImageSource, image_size
 from ds_moe.data.processor import Processor
 
 # Rough figures of Qwen3-VL: they only rank samples by length.
@@ -41,13 +42,15 @@ Parsed = TypeVar("Parsed", bound=ParsedRecord)
 class RecordKind(ABC, Generic[Parsed]):
     """One kind of record. Loading processes get a pickled copy, which parses, encodes and collates."""
 
+    one_file: ClassVar[str] = ""  # why the records of a run must stand in one file; empty: they need not
+
     @abstractmethod
-    def parse(self, record: object, where: str, root: Path) -> Parsed:
+    def parse(self, record: object, where: str, root: Path | ImageRoot) -> Parsed:
         """Check the structure of a record that JSON or Arrow has given.
 
         Args:
             where: file:line of the record.
-            root: the folder below which images must be, symlinks resolved.
+            root: the folder below which images must be, symlinks resolved, or what takes its place.
 
         Raises:
             RecordError: the message says what is wrong and ends with the fix.
@@ -88,10 +91,20 @@ class RecordKind(ABC, Generic[Parsed]):
         return records
 
 
-class Records(Protocol[Parsed]):
-    """The records of a file whose structure is good, by index; `bad` are the others."""
+@dataclass(frozen=True)
+class SourceFacts:
+    """One of several sources of records."""
 
-    sha256: str  # of the file's content: a run does not resume with other data
+    name: str
+    records: int
+    sha256: str
+
+
+class Records(Protocol[Parsed]):
+    """The records of a file, or of several, whose structure is good, by index; `bad` are the others."""
+
+    sha256: str  # of the files' content: a run does not resume with other data
+    sources: tuple[SourceFacts, ...]  # in the order of their records; none where all records have one source
     lengths: np.ndarray  # (len(self),) int64, estimated tokens
     bad: list[BadRecord]
     kinds: tuple[str, ...]  # labels of its records, sorted: the same on every rank
@@ -112,7 +125,7 @@ class Records(Protocol[Parsed]):
 class Chat(RecordKind[Sample]):
     """Conversations, as `ds_moe.data.chat` reads them."""
 
-    def parse(self, record: object, where: str, root: Path) -> Sample:
+    def parse(self, record: object, where: str, root: Path | ImageRoot) -> Sample:
         return parse_record(record, where, root)
 
     def estimate(self, parsed: Sample, max_pixels: int) -> int:

@@ -1,75 +1,70 @@
-"""Data files as indexed records, checked once when a file is opened, and parsed again whenever a sample is needed.
+"""The records of data.train and data.eval: files, folders, archives, hub datasets and mixtures, opened and checked."""
 
-JSONL is indexed by line, because Arrow wants one type for `content` and does not say which line is broken. Parquet is
-memory-mapped through `datasets`. Offsets, length estimates and bad records stay in memory, but no text and no pixel.
-"""
-
+import atexit
 import hashlib
 import json
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
 
-import numpy as np
-
-from ds_moe.config.sections import DataConfig
+from ds_moe.config.sections import DIGITS, DataConfig, Sources, TrainSource, sources_of
+from ds_moe.config.sources import source_names
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.digits import DigitsRecords, Split
-from ds_moe.data.images import RecordError
-from ds_moe.data.record_kind import CHAT, Parsed, RecordKind, Records
+from ds_moe.data.record_kind import CHAT, Parsed, RecordKind, Records, SourceFacts
+from ds_moe.data.sources.find import data_files
+from ds_moe.data.sources.indexed import IndexedRecords, Reading
+from ds_moe.data.sources.joined import JoinedRecords
 from ds_moe.errors import UserError, shown
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-DATA_CACHE = "data_cache"  # in a run's output folder: the memory maps of Parquet files
+DATA_CACHE = "data_cache"  # in a run's output folder: the memory maps of Parquet files, unpacked files
 SKIPPING = "data.on_bad_record: skip goes on without"  # what helps against any bad record
-MAX_LINE = 2**27  # bytes; twice what a rollout of 64k tokens takes with the routing of 48 layers
-
-
-Raw = TypeVar("Raw")  # a record as its file holds it
 
 
 def open_records(
-    path: str, split: Split, config: DataConfig, cache_dir: Path | None = None, record_kind: RecordKind = CHAT
+    given: Sources, split: Split, config: DataConfig, cache_dir: Path | None = None, record_kind: RecordKind = CHAT
 ) -> Records:
-    """The records of data.train ("train") or data.eval ("held-out"): that split of the bundled scans where `path` is
-    "digits", else those of a file, as `read_records` gives them."""
-    return DigitsRecords(split) if path == "digits" else read_records(path, config, cache_dir, record_kind)
+    """The records of data.train ("train") or data.eval ("held-out"), the structure of each checked.
+
+    "digits" is that split of the bundled scans. Records of several sources that bring no `kind` have the name of their
+    source as one.
+
+    Args:
+        cache_dir: where the memory maps of Parquet files and unpacked files are written; None: a temporary folder.
+
+    Raises:
+        UserError: a file cannot be read or has no record to use, or, under `on_bad_record: stop`, a bad record. Under
+            `skip` the bad ones are in `.bad`.
+    """
+    sources, names = sources_of(given), source_names(given)
+    if len(sources) == 1 and sources[0].path == DIGITS:
+        return DigitsRecords(split)
+    parts: list[Records] = []
+    for source, name in zip(sources, names, strict=True):
+        label = name if len(sources) > 1 else source.name
+        of_digits = source.path == DIGITS
+        parts.append(DigitsRecords(split) if of_digits else _open(source, label, config, cache_dir, record_kind))
+    bad = [one for part in parts for one in part.bad]
+    if bad and config.on_bad_record == "stop":
+        raise UserError(stop_message(bad))
+    for source, part in zip(sources, parts, strict=True):
+        if not len(part):
+            first = f"; the first: {part.bad[0]}" if part.bad else ""
+            raise UserError(f"data: {source.path} has no record to use ({len(part.bad)} bad{first})")
+    if len(parts) == 1:
+        return record_kind.complete(parts[0])
+    facts = [SourceFacts(name, len(part), part.sha256) for name, part in zip(names, parts, strict=True)]
+    return record_kind.complete(JoinedRecords(parts, tuple(facts)))
 
 
 def read_records(
     path: str, config: DataConfig, cache_dir: Path | None = None, record_kind: RecordKind[Parsed] = CHAT
 ) -> Records[Parsed]:
-    """The records of a JSONL or Parquet file, their structure checked.
-
-    Args:
-        cache_dir: where the memory map of a Parquet file is written; None: a temporary folder.
-
-    Raises:
-        UserError: the file cannot be read or has no record to use, or, under `on_bad_record: stop`, a bad record. Under
-            `skip` the bad ones are in `.bad`.
-    """
-    file = Path(path)
-    if not file.is_file():  # reading a pipe or a device might never end
-        what = "is no regular file" if file.exists() else "does not exist"
-        raise UserError(f'data: {path} {what} (give a JSONL or Parquet file, or "digits")')
-    root = Path(config.root or file.parent).resolve()
-    if not root.is_dir():
-        raise UserError(f"data.root: {config.root} is not a folder (give the folder that the image paths start from)")
-    if file.suffix in (".jsonl", ".ndjson", ".json"):
-        records = JsonlRecords(file, root, config.max_pixels, record_kind)
-    elif file.suffix == ".parquet":
-        records = ParquetRecords(file, root, config.max_pixels, record_kind, cache_dir)
-    else:
-        raise UserError(f"data: {path} is neither .jsonl nor .parquet (convert it, or rename it)")
-    if records.bad and config.on_bad_record == "stop":
-        raise UserError(stop_message(records.bad))
-    if not len(records):
-        first = f"; the first: {records.bad[0]}" if records.bad else ""
-        raise UserError(f"data: {path} has no record to use ({len(records.bad)} bad{first})")
-    return record_kind.complete(records)
+    """As `open_records`, of one path, which also names a file that is called like the bundled scans."""
+    return open_records(path if path != DIGITS else f"./{path}", "train", config, cache_dir, record_kind)
 
 
 def stop_message(bad: list[BadRecord]) -> str:
@@ -78,122 +73,69 @@ def stop_message(bad: list[BadRecord]) -> str:
     return f"{bad[0]}{others}; {SKIPPING}"
 
 
-class _FileRecords(Generic[Raw, Parsed]):
-    """What both file types have in common. A subclass walks over its raw records, and reads one by its key."""
-
-    def __init__(self, file: Path, root: Path, max_pixels: int, record_kind: RecordKind[Parsed]):
-        self.record_kind = record_kind
-        self.sha256 = ""
-        self.bad: list[BadRecord] = []
-        self.remembered: list[object] = []
-        self._file, self._root = file, root
-        keys, numbers, lengths, kinds = [], [], [], set()
-        for key, number, raw in self._walk():
-            try:
-                parsed = self._parse(raw, number)
-                lengths.append(record_kind.estimate(parsed, max_pixels))
-            except RecordError as error:
-                self.bad.append(BadRecord(f"{file}:{number}", str(error)))
-                continue
-            if parsed.kind is not None:
-                kinds.add(parsed.kind)
-            self.remembered.append(record_kind.remember(parsed))
-            keys.append(key)
-            numbers.append(number)
-        self.kinds: tuple[str, ...] = tuple(sorted(kinds))
-        self._keys, self._numbers, self.lengths = (np.array(one, dtype=np.int64) for one in (keys, numbers, lengths))
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def sample(self, index: int) -> Parsed:
-        return self._parse(self._read(int(self._keys[index])), int(self._numbers[index]))
-
-    def where(self, index: int) -> str:
-        return f"{self._file}:{self._numbers[index]}"
-
-    def _parse(self, raw: Raw, number: int) -> Parsed:
-        return self.record_kind.parse(self._decode(raw), f"{self._file}:{number}", self._root)
-
-    def _walk(self) -> Iterator[tuple[int, int, Raw]]:
-        """(key, number of the line or row from 1, raw record) of every record."""
-        raise NotImplementedError
-
-    def _read(self, key: int) -> Raw:
-        raise NotImplementedError
-
-    def _decode(self, raw: Raw) -> object:
-        """The value that the file holds. Raises `RecordError` where it holds none."""
-        return raw
+def _open(
+    source: TrainSource, label: str | None, config: DataConfig, cache_dir: Path | None, record_kind: RecordKind[Parsed]
+) -> Records[Parsed]:
+    """The records of one source; no bad record is an error yet."""
+    files = data_files(source)
+    if record_kind.one_file and len(files) > 1:
+        raise UserError(f"data: {source.path} is {len(files)} files, and {record_kind.one_file} (name one file)")
+    if source.root is not None and files[0].form == "tar":
+        raise UserError(
+            f"data: root {shown(source.root)} would not be used: {source.path} holds its images (remove it)"
+        )
+    reading = Reading(
+        record_kind=record_kind,
+        max_pixels=config.max_pixels,
+        cache_dir=cache_dir or _scratch(),
+        columns=source.columns,
+        label=label,
+    )
+    roots = [file.root or _folder(source.root or config.root) for file in files]  # a hub dataset brings its own
+    opened = [_reader(file.form)(file, replace(reading, root=root)) for file, root in zip(files, roots, strict=True)]
+    _check_columns(source, opened)
+    records = opened[0] if len(opened) == 1 else JoinedRecords(opened)
+    if source.columns:  # other columns are other records
+        made_of = [records.sha256, sorted(source.columns.items())]
+        records.sha256 = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    return records
 
 
-class JsonlRecords(_FileRecords[bytes, Parsed]):
-    """One JSON object a line; its key is the byte offset of the line. Blank lines are ignored."""
+def _reader(form: str) -> type[IndexedRecords]:
+    if form == "tar":
+        from ds_moe.data.sources.tar import TarRecords
 
-    def _walk(self) -> Iterator[tuple[int, int, bytes]]:
-        digest = hashlib.sha256()
-        offset = 0
-        with self._file.open("rb") as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
-                if len(line) > MAX_LINE:
-                    fix = "write one record a line"
-                    raise UserError(f"{self._file}:{number}: a line of more than {MAX_LINE} bytes ({fix})")
-                digest.update(line)
-                if number == 1 and line.lstrip()[:1] == b"[":
-                    fix = f"jq -c '.[]' {self._file} > {self._file.with_suffix('.converted.jsonl')}"
-                    raise UserError(f"{self._file}:1: a JSON array, not one record a line (convert it: {fix})")
-                if line.strip():
-                    yield offset, number, line
-                offset += len(line)
-        self.sha256 = digest.hexdigest()
+        return TarRecords
+    if form == "jsonl":
+        from ds_moe.data.sources.jsonl import JsonlRecords
 
-    def _read(self, key: int) -> bytes:
-        with self._file.open("rb") as lines:
-            lines.seek(key)
-            return lines.readline()
+        return JsonlRecords
+    from ds_moe.data.sources.arrow import ArrowRecords
 
-    def _decode(self, raw: bytes) -> object:
-        try:
-            return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
-        except UnicodeDecodeError as error:
-            raise RecordError(f"broken JSON: not UTF-8: {error} (save the file as UTF-8)") from error
-        except (ValueError, RecursionError) as error:
-            raise RecordError(f"broken JSON: {error} (write one complete object a line)") from error
+    return ArrowRecords
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object. Raises `RecordError` for equal keys, of which json.loads silently takes the last."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise RecordError(f"the key {shown(twice)} stands twice in one object (keep one of them)")
-    return values
+def _check_columns(source: TrainSource, opened: Sequence[IndexedRecords]) -> None:
+    """Raise `UserError` for a column that no record of a source has: it is most likely misspelt."""
+    seen = set().union(*(one.seen for one in opened))
+    for ours, theirs in source.columns.items():
+        if seen and theirs not in seen:
+            fix = f"it has {', '.join(sorted(map(str, seen))[:20])}"
+            raise UserError(f"data: columns.{ours} names {shown(theirs)}, which no record of {source.path} has ({fix})")
 
 
-class ParquetRecords(_FileRecords[dict[str, object], Parsed]):
-    """One record a row; its key is the index of the row."""
+def _folder(root: str | None) -> Path | None:
+    if root is None:
+        return None
+    folder = Path(root).resolve()
+    if not folder.is_dir():
+        raise UserError(f"data.root: {root} is not a folder (give the folder that the image paths start from)")
+    return folder
 
-    def __init__(
-        self, file: Path, root: Path, max_pixels: int, record_kind: RecordKind[Parsed], cache_dir: Path | None
-    ):
-        import datasets  # an import of a second, which JSONL does not need
-        from datasets.exceptions import DatasetGenerationError
 
-        datasets.disable_progress_bars()
-        cache = str(cache_dir or tempfile.mkdtemp(prefix="ds_moe_data_"))
-        try:
-            rows = datasets.Dataset.from_parquet(str(file), cache_dir=cache)
-        except (OSError, ValueError, NotImplementedError, DatasetGenerationError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise UserError(f"data: {file} is not a Parquet file that can be read ({reason})") from error
-        self._table: Dataset = rows.with_format("arrow")  # raw values, so that no Image column is decoded
-        super().__init__(file, root, max_pixels, record_kind)
-        with file.open("rb") as stream:
-            self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-
-    def _walk(self) -> Iterator[tuple[int, int, dict[str, object]]]:
-        return ((row, row + 1, self._read(row)) for row in range(len(self._table)))
-
-    def _read(self, key: int) -> dict[str, object]:
-        return self._table[key : key + 1].to_pylist()[0]
+@cache
+def _scratch() -> Path:
+    """A folder of this process, removed when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="ds_moe_data_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

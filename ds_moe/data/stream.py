@@ -15,9 +15,9 @@ from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.encoder import Encoder
-from ds_moe.data.order import FILLER, EpochOrder, PaddedRows
+from ds_moe.data.order import FILLER, PaddedRows
 from ds_moe.data.packing import Fill, PackedRows
-from ds_moe.data.position import DataPosition, order_of, position_problems
+from ds_moe.data.position import DataPosition, epoch_order_of, order_of, position_problems
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records
 from ds_moe.data.records import DATA_CACHE, open_records
@@ -164,7 +164,7 @@ class TrainStream:
             )
         records = open_records(data.train, "train", data, Path(train.output_dir) / DATA_CACHE, record_kind)
         self._records, self.kinds = records, records.kinds
-        order = EpochOrder(records.lengths, train.global_batch_size, train.seed, data.shuffle, data.length_grouping)
+        order = epoch_order_of(config, records)
         self._config, self._processor, self._encoder = config, processor, Encoder(config, records, processor)
         self._rank, self._part, self._counts, bad = rank, part, None, list(records.bad)
         self.rows: PaddedRows | PackedRows = PaddedRows(order, train.micro_batch_size, world_size)

@@ -29,7 +29,12 @@ def add_init(commands: Commands) -> None:
     parser = commands.add_parser("init", help="write a run file for a model and its data", **described)
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="folder or hub id")
-    add("data", nargs="?", metavar="DATA", help='JSONL or Parquet file of conversations, or "digits"')
+    add(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help='conversations: JSONL, Parquet or tar files, a folder, a pattern, hub:OWNER/NAME, or "digits"',
+    )
     add("--eval", metavar="FILE", help="held-out conversations")
     add("--out", type=Path, default=Path("run.yaml"), metavar="FILE.yaml", help="(default run.yaml)")
     add("--gpus", type=positive, metavar="N", help="that the run will have (default: those of this machine)")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ds_moe.config.sections import sources_named, sources_of
+from ds_moe.config.sources import HUB, source_names
 from ds_moe.doctor.case import Case, Finding
 from ds_moe.errors import UserError
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from ds_moe.tasks.registry import TaskKind
 
 SHOWN = 5  # bad records of a file given a line of their own
+COMMIT = re.compile(r"[0-9a-f]{40}")  # of the hub
 
 
 def check_data(case: Case) -> Iterator[Finding]:
@@ -122,15 +126,25 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
     from ds_moe.data.encoder import check_samples
     from ds_moe.data.position import order_of
     from ds_moe.data.records import SKIPPING
+    from ds_moe.data.sources.mixture import mixture_of
 
-    config, path, where = case.config, getattr(case.config.data, split), case.config.at(f"data.{split}")
+    config, where = case.config, case.config.at(f"data.{split}")
+    path = sources_named(getattr(config.data, split))
     if split == "train" and case.model is None and kind.files_follow:
         return  # rollouts are read with the model's routing in mind
     try:
         records = _records(case, kind, split)
+        mixture = mixture_of(config.data, records) if split == "train" else None
     except UserError as error:
         yield Finding("error", f"{where}: {error}")
         return
+    if mixture is not None:
+        names = source_names(config.data.train)
+        yield Finding("ok", f"data.train: an epoch has {mixture.records:,} records: {mixture.described(names)}")
+    for source in sources_of(getattr(config.data, split)):
+        if source.path.startswith(HUB) and not COMMIT.fullmatch(source.revision or ""):
+            text = f"{source.path} may change on the hub, and a changed source is not resumed"
+            yield Finding("warning", f"{where}: data.{split}: {text}; set its revision to a commit")
     if split == "train":
         case.order = order_of(config, records)
     bad = [str(one) for one in records.bad]

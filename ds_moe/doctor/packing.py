@@ -15,8 +15,8 @@ def check_packing(case: Case) -> Iterator[Finding]:
     """The rows of the run's first steps, from all records if a run has counted their tokens, else from some of them."""
     from ds_moe.data.chat import BadRecord
     from ds_moe.data.encoder import Encoder
-    from ds_moe.data.order import EpochOrder
     from ds_moe.data.packing import PackedRows
+    from ds_moe.data.position import epoch_order_of
     from ds_moe.data.token_counts import kept_counts
     from ds_moe.monitor.flops import patch_cost
 
@@ -34,8 +34,7 @@ def check_packing(case: Case) -> Iterator[Finding]:
             return
         sizes = np.resize(np.array(found, dtype=np.int64), (len(records), 2))  # as if the others were like these
         tokens, patches, source = sizes[:, 0], sizes[:, 1], f"{len(found)} records"
-    train, data = config.train, config.data
-    order = EpochOrder(tokens, train.global_batch_size, train.seed, data.shuffle, data.length_grouping)
+    train, order = config.train, epoch_order_of(config, records, tokens)
     cost = patch_cost(case.outline) if case.outline is not None else 0.0
     rows_at_once = max(1, case.world_size // train.sequence_parallel)
     fill = PackedRows(order, tokens, patches, cost, config.tokens_per_row, rows_at_once).outlook()

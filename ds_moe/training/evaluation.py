@@ -22,6 +22,7 @@ from ds_moe.checkpoint.room import unwritable
 from ds_moe.config.check import check_model
 from ds_moe.config.deepspeed import precision, resolve_without_optimizer
 from ds_moe.config.run import RunConfig, task_section
+from ds_moe.config.sections import sources_named
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.distributed import Topology, over_ranks, raise_together
@@ -127,7 +128,7 @@ def _evaluate(
     zero = parts.engine.zero_optimization_stage()
     sharded = f"weights sharded by ZeRO-{zero}" if zero else "weights not sharded"
     ranks = f"{topology.world_size} ranks on {topology.device.type}, ep_size {topology.ep_size}, {sharded}"
-    _say(topology, f"evaluating {weights.source} on {total} samples of {config.data.eval}: {ranks}")
+    _say(topology, f"evaluating {weights.source} on {total} samples of {sources_named(config.data.eval)}: {ranks}")
     with _samples(file, total, eval_set, topology) as samples:
         task = task_kind(config).make(parts)
         report = task.evaluate(step or 0, limit, each_batch=lambda: watch.at("evaluation"), note=samples.add)
@@ -137,7 +138,7 @@ def _evaluate(
     result = {
         "from": weights.source,
         "step": step,
-        "data": config.data.eval,
+        "data": sources_named(config.data.eval),
         "eval_loss": report.loss,
         "accuracy": report.accuracy or None,
         "samples": samples.count,
@@ -151,7 +152,7 @@ def _evaluate(
     result = {key: value for key, value in result.items() if value is not None}
     if topology.rank == 0:
         write_result(result, result_file(file))
-        print_table(_rows(report, samples, bad, file), f"{weights.source} on {config.data.eval}")
+        print_table(_rows(report, samples, bad, file), f"{weights.source} on {sources_named(config.data.eval)}")
     parts.engine.destroy()
     return result
 

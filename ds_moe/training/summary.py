@@ -1,6 +1,7 @@
 """What a run is about to do, on one screen: topology, parameters, memory, batch arithmetic."""
 
 from ds_moe.checkpoint.room import checkpoint_bytes, outlook
+from ds_moe.config.sources import source_names
 from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.data.packing import PackedRows
 from ds_moe.models.freeze import parameter_table
@@ -34,6 +35,8 @@ def run_summary(run: Run) -> str:
             backend, reason = choose_backend(topology.device.type, layers[0].experts.down_proj.dtype)
             lines.append(f"kernels   {backend}: {reason}")
     lines += _batch(run)
+    if parts.stream.rows is not None and (mixture := parts.stream.rows.order.mixture) is not None:
+        lines.append(f"sources   records an epoch: {mixture.described(source_names(config.data.train))}")
     total_steps = run.progress.total_steps
     lines.append(
         f"steps     {total_steps}, {total_steps / parts.stream.steps_per_epoch:.1f} epochs; "

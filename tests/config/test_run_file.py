@@ -261,6 +261,8 @@ RULES = {
         "model.attention eager knows no bounds between the samples of a packed row; set it to sdpa",
     ),
     "data.root": (["data.root=images"], 'data.root would not be used: the data is "digits"'),
+    "data.mixture": (["data.mixture.temperature=2"], "data.mixture would not be used: data.train is one source"),
+    "data.mixture.epoch": (["data.train=[a, b]", "data.mixture.epoch=longest"], "an epoch is every record once"),
     "data.train_on": ([*RL, "data.train_on=last"], "task rl learns completions, not answers"),
     "data.length_grouping": (["data.length_grouping=true", "train.global_batch_size=1"], "global_batch_size is 1"),
     "data.length_grouping beside packing": (

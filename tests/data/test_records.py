@@ -64,7 +64,7 @@ def test_every_form_reads_as_the_same_sample(write_jsonl, form):
     assert parts(sample) == ["a.png", "Colour?"]
     assert (sample.last_question(), sample.answer) == ("Colour?", "red")
     assert sample.first_image().getpixel((0, 0)) == (250, 10, 10)
-    assert records.where(0) == sample.where == f"{records._file}:1"
+    assert records.where(0) == sample.where == f"{records._file.name}:1"
 
 
 def test_images_fill_placeholders_in_order_over_turns(write_jsonl):

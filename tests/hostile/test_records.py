@@ -14,7 +14,8 @@ import pytest
 from ds_moe.config.sections import DataConfig
 from ds_moe.data.images import RecordError
 from ds_moe.data.record_kind import Chat
-from ds_moe.data.records import MAX_LINE, read_records
+from ds_moe.data.records import read_records
+from ds_moe.data.sources.jsonl import MAX_LINE
 from ds_moe.errors import UserError
 
 from .conftest import line

@@ -2,6 +2,7 @@
 
 rule.py    what a rule is
 train.py   train, data, monitor, checkpoint    moe.py    moe
+data.py    data.train, data.eval, data.mixture
 lora.py    lora                                rl.py     rl and moe.replay
 gate.py    gate                                dpo.py    dpo
 engine.py  rl.engine                           reward.py rl.reward

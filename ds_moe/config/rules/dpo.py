@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ds_moe.config.rules.lora import base_changes
 from ds_moe.config.rules.rule import Complaint, Unused, in_task, needs, read_in
 from ds_moe.config.run import RunConfig, task_is
+from ds_moe.config.sections import has_digits
 
 
 def reference_of(config: RunConfig) -> str:
@@ -55,8 +56,8 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
     if not task_is(config, "dpo"):
         return
     dpo, data = config.dpo, config.data
-    if "digits" in (data.train, data.eval):
-        key = "data.train" if data.train == "digits" else "data.eval"
+    if has_digits(data.train) or has_digits(data.eval):
+        key = "data.train" if has_digits(data.train) else "data.eval"
         yield key, f'{key} is "digits", whose records have one answer; give a file with pairs'
     if dpo.loss == "robust" and not dpo.label_smoothing:
         yield "dpo.loss", "dpo.loss robust with dpo.label_smoothing 0 is dpo; set the share of swapped pairs"

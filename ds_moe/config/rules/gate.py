@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ds_moe.config.moe import MoEConfig, TopKRouting
 from ds_moe.config.rules.rule import Complaint, Unused, in_task, needs, read_in
 from ds_moe.config.run import RunConfig, task_is
+from ds_moe.config.sections import has_digits
 
 
 def _supervised(config: RunConfig) -> bool:
@@ -42,8 +43,8 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
     gate, data = config.gate, config.data
     if not gate.adapters and gate.adapters_in is None:
         yield "gate", "neither gate.adapters nor gate.adapters_in is set; name the adapters, or their folder"
-    if "digits" in (data.train, data.eval):
-        key = "data.train" if data.train == "digits" else "data.eval"
+    if has_digits(data.train) or has_digits(data.eval):
+        key = "data.train" if has_digits(data.train) else "data.eval"
         yield key, f'{key} is "digits", whose records name no adapter; give a JSONL file'
     if config.lora is not None:
         yield "lora", "section lora would not be used: task gate brings the adapters itself; remove it"

@@ -9,6 +9,7 @@ from ds_moe.config.divisors import divisors, ep_size_problem
 from ds_moe.config.moe import RouterConfig, TopKRouting
 from ds_moe.config.rules.rule import Complaint, written
 from ds_moe.config.run import RunConfig, task_is
+from ds_moe.config.sections import has_digits
 
 if TYPE_CHECKING:  # `ds-moe train` reads a run file without torch and transformers
     from transformers import PretrainedConfig
@@ -82,8 +83,8 @@ def _vision(config: RunConfig, model_config: PretrainedConfig) -> Iterator[Compl
     if task_is(config, "gate"):
         key = "model.path" if config.model.preset is None else "model.preset"
         yield key, f"task gate needs a vision-language model, and {key} is a {kind}; name another"
-    for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if path == "digits":
+    for key, given in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if has_digits(given):
             yield key, f'{key} is "digits", images that the text-only {kind} model cannot see'
     for key in ("data.root", "data.max_pixels"):
         if written(config, key):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ds_moe.config.moe import MoEConfig, TopKRouting
 from ds_moe.config.rules.rule import Complaint, Unused, needs, read_in
 from ds_moe.config.run import RunConfig, task_is
+from ds_moe.config.sections import has_digits, sources_of
 from ds_moe.config.tasks import CORRECTION_BOUNDS
 
 
@@ -82,9 +83,12 @@ def _rollouts(config: RunConfig) -> Iterator[Complaint]:
     biases = [balance for balance in config.moe.balance if balance.kind == "loss_free"] if config.moe else []
     if config.rl.engine is not None:  # data.train holds prompts, see engine.py
         return
-    if config.data.train == "digits":
+    if has_digits(config.data.train):
         text = "data.train is digits, but task rl reads a rollout file; ds-moe rollouts makes one"
         yield "data.train", text
+    elif len(sources_of(config.data.train)) > 1 or any(one.epochs for one in sources_of(config.data.train)):
+        text = "data.train: task rl without rl.engine reads one rollout file, whose groups belong together"
+        yield "data.train", f"{text}; name one file, or put rollouts with groups of their own into one"
     elif train.epochs is None:  # else each rollout file is followed by another, and no step is known as the last
         return
     elif train.schedule != "constant":

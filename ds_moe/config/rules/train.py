@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from ds_moe.config.rules.gate import no_routing
 from ds_moe.config.rules.rule import Complaint, Unused, needs, no_moe, value_of
 from ds_moe.config.run import RunConfig, task_is, task_section
+from ds_moe.config.sections import DIGITS, sources_of
 
 
 def _no_files(config: RunConfig) -> str | None:
-    bundled = {config.data.train, config.data.eval} <= {"digits", None}
+    sources = [*sources_of(config.data.train), *sources_of(config.data.eval)]
+    bundled = all(source.path == DIGITS for source in sources)
     return 'the data is "digits", which reads no files' if bundled else None
 
 

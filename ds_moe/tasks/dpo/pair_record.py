@@ -17,7 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from ds_moe.data.chat import ROLES, Sample, Turn, parse_record, type_of
-from ds_moe.data.images import RecordError
+from ds_moe.data.images import ImageRoot, RecordError
 from ds_moe.data.message_keys import WEIGHTS
 
 CONTEXT = ("prompt", "messages", "conversations")
@@ -53,7 +53,7 @@ def _written(turn: Turn) -> str:
     return turn.written
 
 
-def parse_pair(record: object, where: str, root: Path) -> Pair:
+def parse_pair(record: object, where: str, root: Path | ImageRoot) -> Pair:
     """The pair that a record of JSON or Arrow holds; arguments as for `ds_moe.data.chat.parse_record`.
 
     Raises:
@@ -81,7 +81,7 @@ def parse_pair(record: object, where: str, root: Path) -> Pair:
 
 
 def _conversation(
-    name: str, rest: dict[str, object], prompt: Messages, answer: Messages, where: str, root: Path
+    name: str, rest: dict[str, object], prompt: Messages, answer: Messages, where: str, root: Path | ImageRoot
 ) -> Sample:
     if not answer:
         raise RecordError(f"'{name}' is empty (write the answer)")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
 from ds_moe.data.encode import Encoded, collate, encode
-from ds_moe.data.images import RecordError
+from ds_moe.data.images import ImageRoot, RecordError
 from ds_moe.data.order import FILLER
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records
@@ -62,7 +62,7 @@ class PairBatch(Batch):
 class Pairs(RecordKind[Pair]):
     """Conversations with a preferred and another answer."""
 
-    def parse(self, record: object, where: str, root: Path) -> Pair:
+    def parse(self, record: object, where: str, root: Path | ImageRoot) -> Pair:
         return parse_pair(record, where, root)
 
     def estimate(self, parsed: Pair, max_pixels: int) -> int:
@@ -117,6 +117,7 @@ class NumberedPairs:
         self._records = records
         self.sha256, self.lengths, self.bad = records.sha256, records.lengths, records.bad
         self.kinds, self.record_kind, self.remembered = records.kinds, records.record_kind, records.remembered
+        self.sources = records.sources
 
     def __len__(self) -> int:
         return len(self._records)

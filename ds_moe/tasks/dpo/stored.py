@@ -24,6 +24,7 @@ from ds_moe.config.deepspeed import precision
 from ds_moe.data.batch import Batch
 from ds_moe.data.kept_arrays import read_arrays, write_arrays
 from ds_moe.data.order import FILLER
+from ds_moe.data.position import FILE
 from ds_moe.data.records import DATA_CACHE
 from ds_moe.distributed import Topology, over_ranks, raise_together, together
 from ds_moe.engine.start import on_cpu
@@ -48,9 +49,9 @@ class StoredReference:
         self._parts = parts
         self._files = {}
         if parts.stream is not None:
-            self._files["train"] = self._complete("train", parts.config.data.train)
+            self._files["train"] = self._complete("train", str(parts.stream.order[FILE]))
         if parts.eval_set is not None:
-            self._files["held-out"] = self._complete("held-out", str(parts.config.data.eval))
+            self._files["held-out"] = self._complete("held-out", parts.eval_set.sha256)
 
     def added_to(self, batch: PairBatch, split: str) -> PairBatch:
         file = self._files[split]
@@ -59,11 +60,12 @@ class StoredReference:
             raise UserError(f"{file.path} lacks a record that could not be used when it was written: remove the file")
         return replace(batch, reference_P2=torch.from_numpy(logprob_P2))
 
-    def _complete(self, split: str, data: str) -> LogprobFile:
-        """The file of a split, after the pass that fills it, if there is anything to fill."""
+    def _complete(self, split: str, content: str) -> LogprobFile:
+        """The file of a split, whose data have the digest `content`, after the pass that fills it, if there is anything
+        to fill."""
         parts, folder, topology = self._parts, self._parts.config.dpo.reference_dir, self._parts.topology
         root = Path(folder or Path(parts.config.train.output_dir, DATA_CACHE))
-        file = LogprobFile(root / f"reference_{split}_{_fingerprint(parts, data)[:16]}.npz")
+        file = LogprobFile(root / f"reference_{split}_{_fingerprint(parts, content)[:16]}.npz")
         file.read(topology)
         if file.complete:
             return file
@@ -166,13 +168,11 @@ class LogprobFile:
         together(topology, f"write {self.path}", write)
 
 
-def _fingerprint(parts: TrainingParts, data: str) -> str:
+def _fingerprint(parts: TrainingParts, content: str) -> str:
     """A digest of everything that log-probs follow from: model, data, and how one becomes the input of the other."""
     config, processor = parts.config, parts.processor
     assert processor is not None
     tokenizer, images, moe = processor.tokenizer, processor.image_processor, config.moe
-    with open(data, "rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
     routing = None if moe is None else [moe.router.model_dump(mode="json"), moe.experts.apply_weight]
     made_of = [
         [RULES, version("torch"), version("transformers"), version("tokenizers")],

@@ -13,6 +13,7 @@ from ds_moe.config.check import check_model
 from ds_moe.config.deepspeed import precision, trains_on_cpu
 from ds_moe.config.run import RunConfig, other_task
 from ds_moe.config.run_file import load_run
+from ds_moe.config.sections import Sources
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import RecordKind
@@ -42,9 +43,9 @@ class Gated:
     def names(self) -> list[str]:
         return self.model.adapter_bank.names
 
-    def survey(self, path: str, record_kind: RecordKind, limit: int | None = None) -> Survey:
-        """Ask the gate about the records of a data file."""
-        data = self.config.data.model_copy(update={"eval": path, "on_bad_record": "stop"})
+    def survey(self, given: Sources, record_kind: RecordKind, limit: int | None = None) -> Survey:
+        """Ask the gate about the records of a data file, or of several."""
+        data = self.config.data.model_copy(update={"eval": given, "on_bad_record": "stop"})
         config = self.config.model_copy(update={"data": data})
         records = EvalSet(config, self.processor, rank=0, world_size=1, record_kind=record_kind)
         return survey(self.model, records, self.names, limit)

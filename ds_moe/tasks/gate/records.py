@@ -11,7 +11,7 @@ from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, parse_record
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
 from ds_moe.data.encode import Encoded, collate, encode
-from ds_moe.data.images import RecordError
+from ds_moe.data.images import ImageRoot, RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind
 
@@ -48,7 +48,7 @@ class Routed(RecordKind[RoutedSample]):
     names: Sequence[str]
     labelled: bool
 
-    def parse(self, record: object, where: str, root: Path) -> RoutedSample:
+    def parse(self, record: object, where: str, root: Path | ImageRoot) -> RoutedSample:
         sample = parse_record(_answered(record) if self.labelled else record, where, root)
         adapter = record.get("adapter") if isinstance(record, dict) else None
         if adapter is None and self.labelled:
@@ -104,5 +104,5 @@ class Requests(Routed):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names, labelled=False)
 
-    def parse(self, record: object, where: str, root: Path) -> RoutedSample:
+    def parse(self, record: object, where: str, root: Path | ImageRoot) -> RoutedSample:
         return super().parse(_answered(record), where, root)

@@ -13,7 +13,7 @@ from typing import TypeGuard
 from torch import Tensor
 
 from ds_moe.data.chat import Sample, image_pool, parse_record, type_of
-from ds_moe.data.images import ImageSource, RecordError
+from ds_moe.data.images import ImageRoot, ImageSource, RecordError
 from ds_moe.errors import shown
 from ds_moe.replay.align import EXTRA_ROW, SHORT, RoutingShape, align
 from ds_moe.replay.traces import decode
@@ -75,7 +75,7 @@ class Rollout:
     routing: EngineRouting | None
 
 
-def parse_rollout(record: object, where: str, root: Path, need_reference: bool = False) -> Rollout:
+def parse_rollout(record: object, where: str, root: Path | ImageRoot, need_reference: bool = False) -> Rollout:
     """Check a record that JSON or Arrow has given; `where` is its file:line.
 
     Args:
@@ -126,7 +126,7 @@ def _of_known_keys(record: object) -> dict[str, object]:
     return record
 
 
-def _conversation(record: dict[str, object], where: str, root: Path) -> Sample | None:
+def _conversation(record: dict[str, object], where: str, root: Path | ImageRoot) -> Sample | None:
     """The conversation of a record with `messages`; None for one with `tokens`."""
     if ("tokens" in record) == ("messages" in record):
         found = "both 'tokens' and" if "tokens" in record else "neither 'tokens' nor"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
 from ds_moe.data.encode import Encoded, check_length, collate, encode, encode_images, lay_out
-from ds_moe.data.images import RecordError
+from ds_moe.data.images import ImageRoot, RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records, image_tokens
 from ds_moe.errors import UserError
@@ -67,12 +67,13 @@ class RolloutBatch(Batch):
 class Rollouts(RecordKind[Rollout]):
     """Rollouts for one model."""
 
+    one_file: ClassVar[str] = "rollouts of one group must stand in one"
     shape: RoutingShape | None  # the model's, where a routing is to be replayed; None: those of records are not used
     normalize_std: bool = True  # whether advantages are divided by the standard deviation of their group's rewards
     need_reference: bool = False  # whether every record must have the log-probs of a reference policy
     kinds: tuple[str, ...] | None = None  # labels that a record may have; None: those that the file's records have
 
-    def parse(self, record: object, where: str, root: Path) -> Rollout:
+    def parse(self, record: object, where: str, root: Path | ImageRoot) -> Rollout:
         return parse_rollout(record, where, root, self.need_reference)
 
     def estimate(self, parsed: Rollout, max_pixels: int) -> int:
@@ -174,6 +175,7 @@ class RolloutRecords:
         self.sha256, self.lengths, self.bad = records.sha256, records.lengths, records.bad
         self.kinds, self.record_kind = records.kinds if kinds is None else kinds, records.record_kind
         self.remembered: list[Outcome] = records.remembered
+        self.sources = records.sources
         if need_routing and not any(outcome.routed for outcome in self.remembered):
             raise UserError(
                 "data.train: not one rollout has a 'routing' to replay (start the engine so that it returns routed "

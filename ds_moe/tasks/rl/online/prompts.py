@@ -14,7 +14,7 @@ from ds_moe.data.chat_template import TokenRules
 from ds_moe.data.encode import Encoded, answer_text, encode
 from ds_moe.data.images import RecordError, load_image
 from ds_moe.data.marks import plain_message
-from ds_moe.data.order import epoch_order
+from ds_moe.data.position import epoch_order_of
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT
 from ds_moe.data.records import DATA_CACHE, open_records
@@ -35,15 +35,16 @@ class Asked:
 
 
 class Prompts:
-    """The prompts of a run, by position: the records of a pass are permuted as those of an epoch are.
+    """The prompts of a run, by position, in the order that the records of an epoch have.
 
     Raises `UserError` for data that cannot be read, as a `TrainStream`.
     """
 
     def __init__(self, config: RunConfig, engine: EngineConfig, processor: Processor, rank: int) -> None:
-        self._data, self._seed, self._engine, self._processor = config.data, config.train.seed, engine, processor
+        self._data, self._engine, self._processor = config.data, engine, processor
         cache = Path(config.train.output_dir) / DATA_CACHE
         self.records = open_records(config.data.train, "train", config.data, cache, CHAT)
+        self._order = epoch_order_of(config, self.records)
         try:
             check_content_tokens(processor, config.data.content_tokens)
         except UserError as error:
@@ -52,12 +53,13 @@ class Prompts:
         self.log = BadRecordLog(config, list(self.records.bad), rank)
 
     def __len__(self) -> int:
-        return len(self.records)
+        """Of an epoch."""
+        return self._order.records_per_epoch
 
     def index(self, position: int) -> int:
         """The record behind the prompt of a position."""
-        passes, place = divmod(position, len(self.records))
-        return int(epoch_order(len(self.records), self._seed, passes)[place]) if self._data.shuffle else place
+        epoch, place = divmod(position, self._order.records_per_epoch)
+        return int(self._order.epoch(epoch)[place])
 
     def ahead(self, position: int) -> Iterator[Asked | BadRecord]:
         """The prompts from a position on, endless."""

@@ -1,0 +1,11 @@
+"""The data files of a source, wherever they are."""
+
+from ds_moe.config.sections import SourceConfig
+from ds_moe.config.sources import HUB
+from ds_moe.data.sources.files import DataFile, local_files
+from ds_moe.data.sources.hub import hub_files
+
+
+def data_files(source: SourceConfig) -> list[DataFile]:
+    """The files of a source in a fixed order. Raises `UserError` as `local_files` and `hub_files` do."""
+    return hub_files(source) if source.path.startswith(HUB) else local_files(source)

@@ -1,0 +1,43 @@
+"""Runs that are killed over and over, each time resumed from the place that a checkpoint would hold."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from ds_moe.data.batch import NO_LOSS
+
+# What a reader of data is to a test: from a saved state on (None: from the start), each step's samples with the state
+# behind it. It is given how often it has been started before.
+Reader = Callable[[Any, int], Iterator[tuple[list[str], Any]]]
+
+
+def never_stopped(reader: Reader, steps: int) -> list[list[str]]:
+    """The samples of each step."""
+    return [samples for samples, _ in islice(reader(None, 0), steps)]
+
+
+def killed_at(points: list[int], reader: Reader, steps: int) -> list[list[str]]:
+    """The same of a run that is killed after each of these steps and goes on from the state that was saved there."""
+    found: list[list[str]] = []
+    state = None
+    for start, point in enumerate([*points, steps]):
+        for samples, saved in islice(reader(state, start), point - len(found)):
+            found.append(samples)
+            state = json.loads(json.dumps(saved))
+    return found
+
+
+def random_points(steps: int, count: int, seed: int) -> list[int]:
+    """`count` different steps between 1 and `steps` - 1, in their order."""
+    return sorted(random.Random(seed).sample(range(1, steps), count))
+
+
+def answers(batch, processor) -> list[str | None]:
+    """The answer of each sample; None for a filler."""
+    found = []
+    for sample in range(batch.samples):
+        kept = batch.labels[(batch.sequence_of_token == sample) & (batch.labels != NO_LOSS)]
+        found.append(processor.tokenizer.decode(kept).removesuffix("<|im_end|>") if len(kept) else None)
+    return found
