@@ -7,6 +7,8 @@ The status it ends with is written to `folder`/status.
 """
 
 import atexit
+import gc
+import io
 import json
 import os
 import random
@@ -17,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +34,41 @@ def main() -> None:
 
     import ds_moe.train  # noqa: F401
 
+    warm_up()
     if len(os.listdir("/proc/self/task")) > 1:
         sys.exit("an import has started a thread, which forked ranks would not have")
+    gc.collect()
+    gc.freeze()  # or every rank's collections would go through all that was imported
     requests, running = open(0, "rb", buffering=0), dict[int, Path]()
     while True:
         if select.select([requests], [], [], POLL_S)[0]:
             if not (line := requests.readline()):
-                return
+                os._exit(0)  # torch's compiler brings libraries that would print what they leak
             request = json.loads(line)
             running[fork(lambda request=request: launch(request))] = Path(request["folder"])
         for process, status in ended(running):
             folder = running.pop(process)
             (folder / "status.partial").write_text(str(status))
             (folder / "status.partial").rename(folder / "status")
+
+
+def warm_up() -> None:
+    """Do here once what most ranks would do in their first seconds: read the digits, look up DeepSpeed's op, and import
+    torch's compiler, which every engine with an optimizer does (by way of DeepSpeed's Muon) and which takes 3 s."""
+    import datasets  # noqa: F401
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    from deepspeed.comm.torch import build_shm_op
+
+    from ds_moe.data.digits import digits_samples
+    from ds_moe.engine import cpu
+    from ds_moe.models.processor import tiny_processor
+
+    tiny_processor("vl")
+    for split in ("train", "held-out"):
+        digits_samples(split)
+    if cpu.ready(cpu.extensions_dir()):
+        with redirect_stdout(io.StringIO()):
+            build_shm_op()
 
 
 def launch(request: dict[str, Any]) -> int:

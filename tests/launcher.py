@@ -12,8 +12,10 @@ Only the standard library and psutil are imported here: a rank that reports pays
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +25,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -37,6 +40,7 @@ TAIL_LINES = 40  # of each log, in the error message of a failed run
 MARK = "DS_MOE_TEST_RUN"  # environment variable whose value marks the processes of one run
 REPORTS = "DS_MOE_TEST_REPORTS"  # environment variable: folder the ranks write their reports to
 LAUNCHER = "DS_MOE_TEST_LAUNCHER"  # environment variable: what starts ranks where a test names nothing
+_PORTS = itertools.cycle(random.Random(os.getpid()).sample(range(10_000, 30_000), 5_000))
 Launcher = Literal["forked", "torchrun", "deepspeed"]
 
 
@@ -178,6 +182,7 @@ class Forked:
         if Forked._server is None or Forked._server.poll() is not None:
             command = [sys.executable, "-m", "tests.forked"]
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # an import of pyarrow would start it
             Forked._server = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
         self.folder, self.server = folder, Forked._server
         self.server.stdin.write(json.dumps({"folder": str(folder), **request}).encode() + b"\n")
@@ -198,9 +203,11 @@ class Forked:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that is free, and stays so until a rank listens on it: systems give clients and port 0 higher numbers."""
+    while True:
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port := next(_PORTS)))
+            return port
 
 
 def start_ranks(

@@ -18,6 +18,7 @@ from ds_moe.errors import UserError
 from ds_moe.replay.align import RoutingShape
 from ds_moe.tasks.gate.records import Routed
 from ds_moe.tasks.rl.rollouts import Rollouts
+from tests.launcher import HANGS_S
 from tests.records import chat
 
 SIZES = [(16, 16), (32, 16), (5, 70), (200, 30), (64, 64), (91, 37), (1, 1), (300, 300)]
@@ -184,7 +185,7 @@ def test_ranks_of_a_host_measure_once_and_do_not_race(path, run_config, processo
     ranks = [context.Process(target=_measure, args=(run_config(path), processor, 0.5, results)) for _ in range(4)]
     for rank in ranks:
         rank.start()
-    found = [results.get(timeout=60) for _ in range(5)]
+    found = [results.get(timeout=HANGS_S) for _ in range(5)]
     for rank in ranks:
         rank.join()
     assert found.count("measured") == 1 and len(set(found)) == 2 and results.empty()

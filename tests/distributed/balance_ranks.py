@@ -1,7 +1,7 @@
 """Ranks of test_balance: the same four micro-batches on any number of ranks, through the trainer's own step.
 
 Reported by case: counts of every update (int64), the bias after it (hex of its bytes), and router gradients compared
-with plain autograd. Arguments: `short`; `long` (20 steps beside it); `train` and cases of whole runs.
+with plain autograd. Arguments: `few`, `short`, or `long` (20 steps beside it); `train` and cases of whole runs.
 """
 
 import json
@@ -212,19 +212,21 @@ def gradient_rows(everything, world_size):
     report(gradients=rows, gradients_doubled=worst(ours, doubled))
 
 
-def topologies(everything, world_size, long):
+def topologies(everything, world_size, mode):
+    """`few`: one rank without checkpointing, two with it."""
     found = {}
-    for checkpointing in (False, True):
+    for checkpointing in (world_size > 1,) if mode == "few" else (False, True):
         config = run_config(world_size, checkpointing, [LOSS_FREE, {**AUX, "weight": 1e-3}])
         found[f"checkpointing {checkpointing}"] = biases(config, 3, everything)
-    if long:
+    if mode == "long":
         found["20 steps"] = biases(run_config(world_size, False, [LOSS_FREE], steps=20), 1, everything)
     report(**found)
-    if world_size == 2:
+    if world_size == 2 and mode != "few":
         config = run_config(2, True, [LOSS_FREE])
         for name, control in {"per micro-batch": per_micro_batch, "counted twice": counted_in_the_recompute}.items():
             with control():
                 report(**{name: biases(config, 3, everything)})
+    if world_size == 2:
         disagreement()
 
 
@@ -267,7 +269,7 @@ def main():
     everything, world_size = batches(MICRO_BATCHES), dist.get_world_size()
     masks = [batch["attention_mask"] for batch in everything]
     report(tokens=sum(int(mask.sum()) for mask in masks), padding=sum(int((mask == 0).sum()) for mask in masks))
-    topologies(everything, world_size, long=sys.argv[1] == "long")
+    topologies(everything, world_size, sys.argv[1])
     if world_size < 4:
         gradient_rows(everything, world_size)
 

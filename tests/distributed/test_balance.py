@@ -29,6 +29,12 @@ FIRST, LAST = "step_00000004", "step_00000008"
 
 
 @pytest.fixture(scope="module")
+def few():
+    """In `make test`: what one rank reports, and what two do."""
+    return [run_ranks(RANKS, ranks, ["few"]).json_by_rank for ranks in (1, 2)]
+
+
+@pytest.fixture(scope="module")
 def one_rank():
     return run_ranks(RANKS, 1, ["short"]).json
 
@@ -58,9 +64,14 @@ def test_counts_and_bias_are_bit_identical_on_every_topology(one_rank, two_ranks
             assert_same_updates(found[f"checkpointing {checkpointing}"], expected)
 
 
-def test_counts_are_those_of_the_real_tokens(one_rank):
-    assert one_rank["padding"] > 0  # to be left out
-    assert {sum(move["counts"]) for move in one_rank["checkpointing False"]} == {2 * one_rank["tokens"]}  # top-2
+def test_counts_are_those_of_the_real_tokens_and_the_same_on_two_ranks(few):
+    """One rank without checkpointing, two with it: what is recomputed counts once."""
+    [alone], both = few
+    assert alone["padding"] > 0  # to be left out
+    expected = alone["checkpointing False"]
+    assert len(expected) == 2 and {sum(move["counts"]) for move in expected} == {2 * alone["tokens"]}  # layers; top-2
+    for found in both:
+        assert_same_updates(found["checkpointing True"], expected)
 
 
 @pytest.mark.slow
@@ -71,15 +82,15 @@ def test_a_bias_updated_per_micro_batch_or_counted_twice_is_noticed(one_rank, tw
         assert_same_updates(two_ranks[0][control], one_rank["checkpointing False"])
 
 
-def test_a_rank_with_another_bias_is_named(two_ranks):
-    for found in two_ranks:
+def test_a_rank_with_another_bias_is_named(few):
+    for found in few[1]:
         assert "step 1: the expert biases of rank 1 differ from rank 0's" in found["disagreement"]
 
 
-def test_auxiliary_gradients_reach_the_router_once(one_rank, two_ranks, show):
+def test_auxiliary_gradients_reach_the_router_once(few, show):
     """Accumulation 4 on one rank, 2 on two, EP 1 and 2, checkpointing on (EP 1) and off (EP 2), ZeRO 1 and 3."""
     lines = ["router gradient, cross entropy + aux, against plain autograd: difference / largest entry"]
-    for ranks, found in ((1, one_rank), (2, two_ranks[0])):
+    for ranks, (found, *_) in enumerate(few, start=1):
         assert len(found["gradients"]) == 3 * ranks
         for scope, ep_size, difference in found["gradients"]:
             lines.append(f"  {scope:<13} {ranks} ranks x accumulation {4 // ranks}, EP {ep_size}: {difference:.1e}")

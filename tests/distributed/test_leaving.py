@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.launcher import HANGS_S, ROOT
+from tests.launcher import HANGS_S, ROOT, free_port
 
 STATUS = {"complete": 0, "crash": 1, "full disk": 2, "bad record": 2, "signal": 128 + signal.SIGTERM}
 SAID = {
@@ -40,11 +39,8 @@ def bad_data(tmp_path_factory):
 
 
 def start(way, workers, output, bad_data):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    mark = f"{output}"
-    environment = {**os.environ, "MASTER_PORT": port, "BAD_DATA": str(bad_data), "PYTHONPATH": str(ROOT), "MARK": mark}
+    environment = {**os.environ, "MASTER_PORT": str(free_port()), "BAD_DATA": str(bad_data)}
+    environment |= {"PYTHONPATH": str(ROOT), "MARK": str(output)}
     command = [sys.executable, "tests/distributed/leaving.py", way, str(workers), str(output)]
     log = (output.parent / f"{output.name}.log").open("w+")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT), log

@@ -22,11 +22,14 @@ from tests.distributed.test_resume import LAST, RUN, bit_equal, checkpoints, lau
 from tests.launcher import run_ranks, start_ranks
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_parity_with_peft(world_size, show):
-    run = run_ranks("tests/distributed/lora_ranks.py", world_size)
+@pytest.mark.parametrize(
+    ("world_size", "cases", "rows"),
+    [(2, "few", 6), *(pytest.param(*one, marks=pytest.mark.slow) for one in [(2, "all", 12), (4, "all", 18)])],
+)
+def test_parity_with_peft(world_size, cases, rows, show):
+    run = run_ranks("tests/distributed/lora_ranks.py", world_size, [cases])
     # W x + B (A x) here, (W + B A) x in PEFT; negative control: updates of the next expert
-    check_parity(run, f"LoRA against PEFT, {world_size} ranks", world_size, show)
+    check_parity(run, f"LoRA against PEFT, {world_size} ranks", rows, show)
 
 
 @pytest.fixture(scope="module")

@@ -67,16 +67,17 @@ def never_stopped(tmp_path_factory) -> Path:
     return output
 
 
-def test_killed_and_restarted_equals_never_stopped_bit_for_bit(never_stopped, tmp_path):
-    """SIGKILL of every process in the middle, through the deepspeed launcher; other data workers after the restart."""
+@pytest.mark.parametrize("launcher", ["forked", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_killed_and_restarted_equals_never_stopped_bit_for_bit(never_stopped, tmp_path, launcher):
+    """SIGKILL of every process in the middle, and other data workers after the restart."""
     arguments = [RUN, f"train.output_dir={tmp_path}"]
-    run = start_ranks("ds_moe.train", 2, arguments, launcher="deepspeed")
+    run = start_ranks("ds_moe.train", 2, arguments, launcher=launcher)
     run.wait_for("checkpoint ")
     run.kill()
     run.wait()
     first = newest_complete(checkpoints(tmp_path))
     assert first is not None and first.name != LAST, "the run had ended before it was killed"
-    run = run_ranks("ds_moe.train", 2, [*arguments, "data.num_workers=1"], launcher="deepspeed")
+    run = run_ranks("ds_moe.train", 2, [*arguments, "data.num_workers=1"], launcher=launcher)
     assert f"resumed from {first}" in run.output
     ours, theirs = checkpoints(tmp_path) / LAST, checkpoints(never_stopped) / LAST
     assert bit_equal(tensors(ours), tensors(theirs))

@@ -41,6 +41,7 @@ def test_the_environments_folder_and_ninja_are_used_where_it_has_compiled_ops(tm
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "/chosen" and ops.extensions_dir() == Path("/chosen")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILED.exists(), reason="the op has not been compiled into this environment")
 def test_a_rank_started_by_hand_finds_the_op(tmp_path):
     code = "from ds_moe.engine.start import start_distributed; start_distributed(1)"
@@ -79,7 +80,8 @@ def test_the_cores_of_a_job_are_those_it_may_use(slurm, quota, cores, tmp_path, 
 @pytest.mark.parametrize(
     ("launcher", "chosen", "threads"),
     [
-        ("torchrun", None, 4),
+        ("forked", None, 4),
+        pytest.param("torchrun", None, 4, marks=pytest.mark.slow),
         pytest.param("torchrun", "2", 2, marks=pytest.mark.slow),
         pytest.param("deepspeed", None, 4, marks=pytest.mark.slow),
     ],

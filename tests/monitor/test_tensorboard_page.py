@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from sklearn.datasets import load_digits
 from ds_moe.config.run import RunConfig
 from ds_moe.monitor.monitor import make_monitor
 from ds_moe.monitor.reports import EvalReport, RoutingReport, ShownSample, StepReport
-from tests.launcher import HANGS_S
+from tests.launcher import HANGS_S, free_port
 
 CONFIG = {
     "model": {"preset": "tiny-vl-moe"},
@@ -79,9 +78,7 @@ def shown_samples() -> list[ShownSample]:
 @pytest.fixture(scope="module")
 def page(run_dir: Path) -> Iterator[str]:
     """Address of a TensorBoard that serves the run and has read it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run_dir), "--host", "127.0.0.1"]
     log = run_dir.parent / "tensorboard.log"
     with log.open("w") as stream:
