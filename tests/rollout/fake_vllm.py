@@ -90,6 +90,7 @@ class FakeVllm:
         self.calls: list[Call] = []
         self.slow_s = 3.0
         self.delay_s = 0.0  # of every request for completions
+        self.held_until: Callable[[], object] = lambda: True  # no completions are answered before this is true
         self.failing_reloads = 0  # so many of the next ones answer 500
         self.dying_reloads = 0  # at so many of the next ones the server ends
         self.wrong_reloads = 0  # so many of the next ones answer 200 and load nothing
@@ -98,6 +99,7 @@ class FakeVllm:
         self._faults: deque[tuple[str, bool | None]] = deque()
         self._lock = threading.Lock()
         self._http: ThreadingHTTPServer | None = None
+        self._down = threading.Event()
         self.port = 0
         self._forget()
 
@@ -129,6 +131,7 @@ class FakeVllm:
         self._connections: set[socket.socket] = set()
         self._http = _Listener(("127.0.0.1", self.port), _handler_of(self))
         self.port = self._http.server_address[1]
+        self._down.clear()
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
@@ -146,6 +149,17 @@ class FakeVllm:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+        self._down.set()
+
+    def start_after_death(self, pause_s: float) -> None:
+        """Start again as soon as it has died, now or later, and been away for `pause_s` seconds."""
+
+        def start() -> None:
+            self._down.wait()
+            time.sleep(pause_s)
+            self.start()
+
+        threading.Thread(target=start, daemon=True).start()
 
     @property
     def alive(self) -> bool:
@@ -249,7 +263,7 @@ class FakeVllm:
         if fault == "nan":
             return 400, NAN
         time.sleep(self.slow_s if fault == "slow" else self.delay_s)
-        while self.paused and self.alive:
+        while self.alive and (self.paused or not self.held_until()):
             time.sleep(0.01)
         chat = "messages" in body
         prompt = self._prompt_of(body["messages"]) if chat else body["prompt"]

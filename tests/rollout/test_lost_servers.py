@@ -51,8 +51,7 @@ def is_of(folder, *fakes):
 def test_the_only_server_is_back_after_it_was_lost_in_the_hand_over(fake):
     servers, _ = in_order(fake, wait_s=20.0)
     fake.die()
-    back = threading.Timer(0.2, fake.start)
-    back.start()
+    fake.start_after_death(0.2)
     servers.publish(SECOND, "run:2")
     assert (fake.folder, fake.version) == (str(SECOND), "run:2")
 
@@ -71,8 +70,7 @@ def test_a_fault_in_the_comparison_is_asked_again(fake, fault):
 def test_a_server_that_is_lost_in_the_comparison_is_waited_for(fake):
     servers, _ = in_order(fake, wait_s=20.0)
     fake.fail("die")
-    back = threading.Timer(0.3, fake.start)
-    back.start()
+    fake.start_after_death(0.3)
     servers.prove(prompts(2), 3, is_of(FIRST, fake))
     assert fake.folder == str(FIRST)
     fake.die()
@@ -118,32 +116,36 @@ def late(fake, other, wrong_reloads):
     other.start()
     other.wrong_reloads = wrong_reloads
     other.calls.clear()
-    fake.delay_s = 0.1
     return servers, notes, lambda: [call for call in other.asked("/v1/completions") if call.body["temperature"]]
 
 
 def test_a_late_server_that_loads_wrong_samples_nothing(fake, other):
     servers, notes, asked = late(fake, other, wrong_reloads=100)
+
+    def left_out():
+        return any(f"{other.url} answers as if it had other weights; it is left out" in line for line in notes)
+
+    fake.held_until = left_out
     sample(servers, 16)
-    assert other.asked("/v1/completions") and not asked()
-    assert any(f"{other.url} answers as if it had other weights; it is left out" in line for line in notes)
+    assert other.asked("/v1/completions") and not asked() and left_out()
 
 
 def test_a_late_server_samples_once_it_was_compared(fake, other):
     servers, _, asked = late(fake, other, wrong_reloads=0)
+    fake.held_until = asked
     sample(servers, 16)
     first = [call.body["temperature"] for call in other.asked("/v1/completions")]
     assert first[:2] == [0.0, 0.0] and asked() and len(first) - len(asked()) == 2
 
 
 def test_a_server_that_was_lost_in_the_comparison_is_compared_before_it_samples(fake, other):
-    servers, _ = in_order(fake, other)
+    servers, notes = in_order(fake, other)
     other.wrong_reloads = 100
     other.fail("500", greedy=True)
     servers.publish(SECOND, "run:2")
     servers.prove(prompts(2), 3, is_of(SECOND, fake, other))
     other.calls.clear()
-    fake.delay_s = 0.1
+    fake.held_until = lambda: any("left out" in line for line in notes)
     sample(servers, 16)
     assert all(call.body["temperature"] == 0 for call in other.asked("/v1/completions"))
 
