@@ -91,6 +91,13 @@ def print_claims(claims: Iterable[Claim]) -> None:
         print(f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
 
 
+def save_with_legend(figure: Figure, file: Path) -> None:
+    """As `save`, with the labels of the first panel below all of them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    save(figure, file)
+
+
 def save(figure: Figure, file: Path) -> None:
     """As PNG, into a folder that is made if need be."""
     file.parent.mkdir(parents=True, exist_ok=True)

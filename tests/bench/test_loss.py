@@ -1,5 +1,7 @@
 """The benchmark of the loss: what it compares, and the shares of memory that are promised."""
 
+import json
+
 import pytest
 
 from tools.bench.loss import bench
@@ -37,3 +39,10 @@ def test_the_loss_takes_the_promised_share_of_memory(capsys):
     """4,096 tokens, V 151,936, fp32: at most 1/15 of today's peak with 4% labelled, at most 1/3 with all."""
     status = bench.main(["--ways", "today", "ours", "rl, today", "rl, ours", "--dtypes", "float32"])
     assert status == 0, capsys.readouterr().out
+
+
+def test_figures_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "in_a_process", lambda way, share, dtype: measured(way, 90, dtype=dtype, labelled=share))
+    file = tmp_path / "loss.json"
+    assert bench.main(["--ways", "ours", "--shares", "0.04", "--json", str(file)]) == 0
+    assert [one["way"] for one in json.loads(file.read_text())["measured"]] == ["ours", "ours"]

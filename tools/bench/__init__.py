@@ -13,5 +13,6 @@
 - `step`     a whole training step against DeepSpeed's own expert layers
 - `chaos`    kills, stops and starts a run again, round after round
 - `resident` resident memory of a process
+- `rivals`   engines without us: transformers' models under DeepSpeed
 - `launched` starts the ranks of a benchmark under DeepSpeed's launcher
 """

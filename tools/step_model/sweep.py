@@ -18,6 +18,7 @@ from ds_moe.memory.predict import BUSY, predict
 from ds_moe.models.load import build_outline
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.plot import finish_axes
+from tools.results import save
 from tools.step_model.costs import Topology
 from tools.step_model.machines import Machine
 from tools.step_model.shapes import KEYS, Decoder
@@ -114,4 +115,4 @@ def write_figure(points: dict[int, list[Point]], title: str, file: Path) -> None
     handles.append(Line2D([], [], color=FAINT, marker="o", markerfacecolor="white", linestyle="none"))
     labels.append("exceeds the\nmemory")
     figure.legend(handles, labels, loc="outside right upper", title="devices", frameon=False, fontsize=8.5)
-    figure.savefig(file)
+    save(figure, file)

@@ -25,7 +25,17 @@ from ds_moe.engine.cpu import cpu_settings
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.plot import finish_axes
 from tools.bench.launched import run_plan
-from tools.results import Claim, command_line, judged, markdown, print_claims, save, spread, spread_text, write_json
+from tools.results import (
+    Claim,
+    command_line,
+    judged,
+    markdown,
+    print_claims,
+    save_with_legend,
+    spread,
+    spread_text,
+    write_json,
+)
 
 METHODS = ("none", "aux", "loss_free", "aux+loss_free")
 TERMS = {  # of a run file's moe.balance; Switch's weight
@@ -156,9 +166,7 @@ def write_figure(result: dict[str, Any], file: Path) -> None:
     draw_time(axes[0], result["runs"])
     draw_layers(axes[1], result["summary"])
     draw_loss(axes[2], result["summary"])
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    save(figure, file)
+    save_with_legend(figure, file)
 
 
 def draw_time(axes: Axes, runs: list[dict[str, Any]]) -> None:

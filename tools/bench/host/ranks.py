@@ -34,32 +34,8 @@ from tools.bench.step.ranks import (
     training_step,
 )
 
-NO_KERNEL = (
-    "view",
-    "reshape",
-    "transpose",
-    "permute.",
-    "slice",
-    "select",
-    "split",
-    "expand",
-    "squeeze",
-    "unsqueeze",
-    "detach",
-)
-NO_KERNEL += (
-    "alias",
-    "as_strided",
-    "unbind",
-    "empty",
-    "new_empty",
-    "chunk",
-    "_unsafe_view",
-    "set_",
-    "resize_",
-    "promote_types",
-    "lift_fresh",
-)
+NO_KERNEL = tuple("view reshape transpose permute. slice select split expand squeeze unsqueeze detach alias".split())
+NO_KERNEL += tuple("as_strided unbind empty new_empty chunk _unsafe_view set_ resize_ promote_types lift_fresh".split())
 ANSWERS, FEW, MORE = 3, 2, 6  # answers of one rank, of FEW tokens and of MORE than that
 
 

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ds_moe.data.batch import NO_LOSS
 from ds_moe.models.head import at_labels, targets_of
+from tools.bench.resident import new_peak, resident
 from tools.results import command_line, new_table, refusing, show, write_json
 
 MIB = 2**20
@@ -125,8 +125,8 @@ def measure(way: str, share: float, dtype: str) -> dict[str, Any]:
     ids = torch.randint(VOCABULARY, (ROWS, LENGTH))
     labels = torch.where(torch.rand(ids.shape) < share, ids, NO_LOSS)
     model.model(input_ids=ids[:, :8], use_cache=False)  # what is only made once
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
-    before = _status("VmRSS")
+    new_peak()
+    before = resident("VmRSS")
     began = time.process_time()
     loss = WAYS[way](model, ids, labels)
     forward_s = time.process_time() - began
@@ -137,18 +137,13 @@ def measure(way: str, share: float, dtype: str) -> dict[str, Any]:
         "labelled": share,
         "dtype": dtype,
         "labels": int((labels[:, 1:] != NO_LOSS).sum()),
-        "peak_bytes": _status("VmHWM") - before,
+        "peak_bytes": resident("VmHWM") - before,
         "weight_gradient_bytes": weight.nbytes,  # among them
         "forward_s": forward_s,
         "backward_s": time.process_time() - began - forward_s,
         "loss": loss.item() / max(int((labels[:, 1:] != NO_LOSS).sum()), 1),
         "gradient": _sketch(weight.grad),
     }
-
-
-def _status(name: str) -> int:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
-    return int(line.split()[1]) * 1024
 
 
 def _sketch(gradient: Tensor) -> list[float]:
@@ -248,9 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
     table(found)
     lines = broken(found)
     show("\n".join(lines) or "the promised shares of today's memory hold, losses and gradients are today's")
-    if options.json:
-        settings = {"tokens": ROWS * LENGTH, "vocabulary": VOCABULARY, "hidden_size": WIDTH, "torch": torch.__version__}
-        write_json(options.json, {"settings": settings, "measured": compared(found), "broken": lines})
+    settings = {"tokens": ROWS * LENGTH, "vocabulary": VOCABULARY, "hidden_size": WIDTH, "torch": torch.__version__}
+    write_json({"settings": settings, "measured": compared(found), "broken": lines}, options.json)
     return 1 if lines else 0
 
 

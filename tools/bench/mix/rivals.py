@@ -27,6 +27,7 @@ from ds_moe.models.processor import load_processor
 from tools.bench.launched import leave, run_config
 from tools.bench.mix.model import plain_model
 from tools.bench.mix.turns import Step, take_turns
+from tools.bench.rivals import rival_engine
 
 BLOCK = "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextSparseMoeBlock"
 NO_CHANGE = 1e-20  # a learning rate that rounds away
@@ -54,19 +55,11 @@ def build(plan: dict[str, Any], config: RunConfig, topology: Topology) -> deepsp
     model = plain_model(Path(plan["model"]))
     hidden_size = model.config.get_text_config().hidden_size
     ds_config: dict[str, Any] = resolve_deepspeed(config, topology.world_size, on_cpu(), hidden_size)
-    if plan["contender"] == "zero3":
-        ds_config["zero_optimization"]["leaf_module"] = {"classes": [BLOCK]}
-    else:
-        # AutoEP has no preset for this family. Of those it has, mixtral describes the same block but for the names set
-        # here (layout of weights, softmax before top-k, normalised weights applied after the experts), and AutoEP reads
-        # the number of experts and of those chosen from the top of the config, where a VL model has none.
-        text = model.config.get_text_config()
-        names = {"num_experts_attr": "num_experts", "moe_layer_pattern": r"model\.language_model\.layers\.\d+\.mlp"}
-        for name in ("num_experts", "num_experts_per_tok"):
-            setattr(model.config, name, getattr(text, name))
-        preset = {"preset_model": "mixtral", **names}
-        ds_config["expert_parallel"] = {"enabled": True, "autoep_size": topology.ep_size, **preset}
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)[0]
+    if plan["contender"] == "autoep":
+        for name in ("num_experts", "num_experts_per_tok"):  # it reads them from the top, where a VL config has none
+            setattr(model.config, name, getattr(model.config.get_text_config(), name))
+    layers = r"model\.language_model\.layers\.\d+\.mlp"
+    return rival_engine(plan["contender"], model, ds_config, topology, BLOCK, moe_layer_pattern=layers)
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[Batch]) -> Step:

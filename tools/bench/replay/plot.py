@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 
 from ds_moe.monitor.heatmap import FAINT, INK
 from ds_moe.monitor.plot import finish_axes
-from tools.results import Claim, judged, markdown, print_claims, save, spread_text
+from tools.results import Claim, judged, markdown, print_claims, save_with_legend, spread_text
 
 STYLES = {"fp32": ("#0072B2", "o"), "bf16": ("#D55E00", "s")}  # Okabe & Ito's colours, and a marker
 FILLED = {"Qwen3-VL-MoE": "full", "Qwen3-MoE": "none"}  # markers where both models stand in one panel
@@ -98,9 +98,7 @@ def write_figure(summary: list[Row], file: Path) -> None:
     draw_scales(axes[-1], summary)
     for panel in axes:
         panel.grid(visible=False, axis="x")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    save(figure, file)
+    save_with_legend(figure, file)
 
 
 def draw_modes(axes: Axes, rows: list[Row]) -> None:

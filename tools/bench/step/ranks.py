@@ -28,6 +28,7 @@ from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import on_cpu, start_distributed
 from tools.bench.launched import leave, read_plan, run_config, write_result
 from tools.bench.resident import new_peak, resident
+from tools.bench.rivals import rival_engine
 
 BLOCK = "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock"
 NO_CHANGE = 1e-20  # a learning rate that rounds away
@@ -57,17 +58,7 @@ def build(
     if contender == "ds_moe":
         prepare_model(model, config, topology)
         return build_engine(model, config, ds_config, total_steps=1)
-    if contender == "zero3":
-        section: Any = ds_config["zero_optimization"]
-        section["leaf_module"] = {"classes": [BLOCK]}
-    else:
-        # AutoEP's preset for this family, qwen3_moe, crashes with transformers 5.23, whose registry of recorders of
-        # router logits it reads by an outdated call. The preset mixtral describes the same block (layout of weights,
-        # softmax before top-k, normalised weights applied after the experts) but for one name, set here, and looks for
-        # recorders of Mixtral, of which there are none. No router logits are recorded here; all else is default.
-        preset = {"preset_model": "mixtral", "num_experts_attr": "num_experts"}
-        ds_config["expert_parallel"] = {"enabled": True, "autoep_size": topology.ep_size, **preset}
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)[0]
+    return rival_engine(contender, model, ds_config, topology, BLOCK)
 
 
 def random_tokens(tokens: int, plan: dict[str, Any], topology: Topology) -> Tensor:

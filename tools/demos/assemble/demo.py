@@ -18,7 +18,7 @@ from ds_moe.data.digits import write_digits
 from ds_moe.export.model import export_checkpoint
 from ds_moe.monitor.plot import finish_axes
 from tools.demos.running import EXECUTABLE, finish, run, start_anew
-from tools.results import Claim, command_line, judged, write_json
+from tools.results import Claim, command_line, judged, save, write_json
 
 RUN = "ds_configs/runs/assemble_demo.yaml"
 FOLDER = Path("runs/assemble_demo")
@@ -143,7 +143,7 @@ def write_figure(accuracy: dict[str, dict[str, float]], file: Path) -> None:
     axes.set_xticks(range(len(KINDS)), list(KINDS.values()), fontsize=9)
     axes.set_ylim(0, 1.08)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5)
-    figure.savefig(file)
+    save(figure, file)
 
 
 if __name__ == "__main__":

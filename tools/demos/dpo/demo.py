@@ -20,7 +20,7 @@ from ds_moe.monitor.plot import finish_axes
 from tools.demos.dpo.pairs import write_pairs
 from tools.demos.running import EXECUTABLE, ROOT, finish, run, start_anew
 from tools.demos.score import score
-from tools.results import Claim, command_line, judged
+from tools.results import Claim, command_line, judged, save_with_legend
 
 RUNS = ROOT / "ds_configs/runs"
 FOLDER = Path("runs/dpo_demo")
@@ -112,9 +112,7 @@ def write_figure(arms: dict[str, dict[str, Any]], file: Path) -> None:
         for arm, found in arms.items():
             axes.plot(*zip(*found["curves"].get(name, [(0, 0)]), strict=True), color=STYLES[arm], label=arm)
         finish_axes(axes, title, "step")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.savefig(file)
+    save_with_legend(figure, file)
 
 
 if __name__ == "__main__":

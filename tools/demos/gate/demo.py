@@ -36,7 +36,7 @@ from ds_moe.tasks.gate.network import GateDecision, GateSettings
 from ds_moe.tasks.gate.records import Routed, RoutedBatch
 from tools.demos.gate.screens import ADAPTERS, words, write_screens
 from tools.demos.running import EXECUTABLE, finish, run, start_anew
-from tools.results import Claim, command_line, judged
+from tools.results import Claim, command_line, judged, save
 
 RUNS = Path("ds_configs/runs")
 FOLDER = Path("runs/gate_demo")
@@ -226,7 +226,7 @@ def write_figure(result: dict[str, Any], file: Path) -> None:
     left, right = figure.subplots(1, 2)
     _bars(left, "Right adapter found", chosen, {"text and screen": OURS})
     _bars(right, "Answers exactly right", result["answers"], {"routed": OURS, "oracle": BOUND})
-    figure.savefig(file)
+    save(figure, file)
 
 
 def _bars(axes: Axes, title: str, shares: dict[str, float], colors: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ from ds_moe.monitor.plot import finish_axes
 from ds_moe.tasks.rl.sample import generate_rollouts, load_policy, open_prompts
 from ds_moe.tasks.rl.write import write_rollouts
 from tools.demos.running import EXECUTABLE, ROOT, finish, run, start_anew
-from tools.results import Claim, command_line, judged
+from tools.results import Claim, command_line, judged, save_with_legend
 
 RUNS = ROOT / "ds_configs/runs"
 FOLDER = Path("runs/replay_demo")
@@ -109,9 +109,7 @@ def write_figure(rounds: dict[str, list[dict[str, Any]]], file: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", scilimits=(-3, 3))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.savefig(file)
+    save_with_legend(figure, file)
 
 
 if __name__ == "__main__":
