@@ -9,7 +9,20 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ds_moe.config.rules import data, dpo, engine, gate, lora, model, moe, reward, rl, sequence_parallel, train
+from ds_moe.config.rules import (
+    data,
+    dpo,
+    engine,
+    gate,
+    lora,
+    model,
+    moe,
+    reward,
+    rl,
+    sequence_parallel,
+    streaming,
+    train,
+)
 from ds_moe.config.rules.rule import Complaint, Unused, written
 from ds_moe.config.run import RunConfig, task_is
 from ds_moe.errors import UserError
@@ -21,7 +34,8 @@ SECTIONS = (rl, engine, reward, lora, gate, dpo, moe, train, data)
 UNUSED: dict[str, Unused] = {key: rule for section in SECTIONS for key, rule in section.UNUSED.items()}
 CONTRADICTIONS = [  # in the order of the complaints: users see the first
     train.alternatives,
-    *(section.contradictions for section in (moe, rl, engine, reward, lora, gate, dpo, train, data, sequence_parallel)),
+    *(section.contradictions for section in (moe, rl, engine, reward, lora, gate, dpo, train, data)),
+    *(section.contradictions for section in (streaming, sequence_parallel)),
 ]
 
 

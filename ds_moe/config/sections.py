@@ -139,6 +139,8 @@ class DataConfig(Section):
     content_tokens: list[ContentToken] = []  # special tokens that texts may write, such as "<|box_start|>"
     on_bad_record: Literal["stop", "skip"] = "stop"
     shuffle: bool = True
+    streaming: bool = False  # no index of records, no pass over them before the first step; for files of any size
+    shuffle_window_mb: int = Field(default=32, gt=0)  # MiB of streamed records that are shuffled together, and held
     length_grouping: bool = True  # samples of similar length share a micro-batch
     packing: bool = False  # samples of any length fill rows without padding, see train.tokens_per_micro_batch
     num_workers: int = Field(default=0, ge=0)  # processes a rank

@@ -11,6 +11,8 @@ packing.py   samples into rows              token_counts.py    exact lengths, me
 batch.py     a micro-batch                  processor.py       what the data need of a processor
 marks.py     texts found in a rendering     message_keys.py    thoughts, tools, weights
 special_tokens.py   which of them texts may write
+blocks.py    files in pieces, not indexed   windows.py         the order of what is streamed, and places in it
+tables.py    blocks of Arrow's rows         streaming.py       what a rank trains on where nothing is indexed
 row_part.py  the part of a row that one of several ranks computes
 position.py  where a checkpoint is in the data
 digits.py    the bundled data set          workers.py         how loading processes are started

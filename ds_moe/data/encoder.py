@@ -7,7 +7,7 @@ from ds_moe.data.encode import Encoded, filler
 from ds_moe.data.images import RecordError
 from ds_moe.data.order import FILLER
 from ds_moe.data.processor import Processor
-from ds_moe.data.record_kind import Records
+from ds_moe.data.record_kind import Records, RecordsByIndex
 from ds_moe.data.special_tokens import check_content_tokens
 from ds_moe.errors import UserError
 
@@ -16,9 +16,11 @@ FILLER_SAMPLE = Sample((Turn("user", ("",)), Turn("assistant", ("",))), where="f
 
 
 class Encoder:
-    """Encodes the records of one file, and keeps the first CACHE_BYTES of the results."""
+    """Encodes records by their index, and keeps the first `cache_bytes` of the results."""
 
-    def __init__(self, config: RunConfig, records: Records, processor: Processor):
+    def __init__(
+        self, config: RunConfig, records: RecordsByIndex, processor: Processor, cache_bytes: int = CACHE_BYTES
+    ):
         self._data, self._records, self._processor = config.data, records, processor
         try:
             check_content_tokens(processor, config.data.content_tokens)
@@ -26,7 +28,7 @@ class Encoder:
             raise UserError(f"{config.at('data.content_tokens')}: {error}") from error
         self._rules = TokenRules(config.data.train_on, tuple(config.data.content_tokens))
         self._cache: dict[int, Encoded] = {FILLER: filler(processor)}
-        self._cached_bytes = 0
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
 
     def sample(self, index: int) -> Sample:
         return FILLER_SAMPLE if index == FILLER else self._records.sample(index)
@@ -69,7 +71,7 @@ class Encoder:
         encoded = self._encode(index, pixels=True)
         if isinstance(encoded, BadRecord):
             return encoded
-        if self._cached_bytes + encoded.nbytes <= CACHE_BYTES:
+        if self._cached_bytes + encoded.nbytes <= self._cache_bytes:
             self._cache[index] = encoded
             self._cached_bytes += encoded.nbytes
         return encoded

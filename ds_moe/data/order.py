@@ -70,9 +70,10 @@ class PaddedRows:
 
     def of_step(self, position: int) -> Rows:
         """What each rank takes in each micro-step; FILLERs at the end of an epoch."""
-        indices, size = self.order.global_batch(position), self.micro_batch_size
-        starts = range(0, len(indices), size * self.world_size)
-        return [
-            [indices[start + rank * size : start + (rank + 1) * size] for rank in range(self.world_size)]
-            for start in starts
-        ]
+        return deal(self.order.global_batch(position), self.micro_batch_size, self.world_size)
+
+
+def deal(indices: list[int], size: int, world_size: int) -> Rows:
+    """Micro-batches of `size` neighbours for each of the ranks; `size` x `world_size` divides the number of indices."""
+    micro_batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+    return [micro_batches[start : start + world_size] for start in range(0, len(micro_batches), world_size)]

@@ -39,9 +39,7 @@ class PackedRows:
         drawn = np.array(self.order.global_batch(position))
         drawn = drawn[drawn != FILLER]
         drawn = drawn[self.tokens[drawn] > 0]
-        tokens_N = self.tokens[drawn]
-        laid = plan_rows(tokens_N, tokens_N + self.patch_cost * self.patches[drawn], self.capacity, self.world_size)
-        return [[drawn[row].tolist() or [FILLER] for row in micro_step] for micro_step in laid]
+        return pack(drawn, self.tokens, self.patches, self.patch_cost, self.capacity, self.world_size)
 
     def outlook(self, steps: int = 4) -> Fill:
         """How full the rows of the first steps of a run are."""
@@ -50,8 +48,7 @@ class PackedRows:
 
     def fill(self, rows: Rows) -> Fill:
         """How full the rows of a step are."""
-        used = [[sum(int(self.tokens[one]) for one in row if one != FILLER) for row in step] for step in rows]
-        return Fill.of([np.array(of_rank) for of_rank in used], self.capacity)
+        return Fill.of_rows(rows, self.tokens, self.capacity)
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,12 @@ class Fill:
         critical = sum(int(tokens_R.max()) * len(tokens_R) for tokens_R in tokens_MR)
         return cls(1, rows, len(tokens_MR), sum(int(one.sum()) for one in tokens_MR), rows * capacity, critical)
 
+    @classmethod
+    def of_rows(cls, rows: Rows, tokens: np.ndarray, capacity: int) -> Fill:
+        """Of one step, from what lies in its rows; `tokens` are those of each record."""
+        used = [[sum(int(tokens[one]) for one in row if one != FILLER) for row in step] for step in rows]
+        return cls.of([np.array(of_rank) for of_rank in used], capacity)
+
     def __add__(self, other: Fill) -> Fill:
         return Fill(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
@@ -88,6 +91,15 @@ class Fill:
     def critical_share(self) -> float:
         """Real tokens in those that all ranks would compute at the pace of the slowest one of each micro-step."""
         return self.tokens / max(self.critical, 1)
+
+
+def pack(
+    drawn: np.ndarray, tokens: np.ndarray, patches: np.ndarray, patch_cost: float, capacity: int, world_size: int
+) -> Rows:
+    """Rows of the records `drawn`, by the sizes of all records; [FILLER] where a rank has nothing in a micro-step."""
+    tokens_N = tokens[drawn]
+    laid = plan_rows(tokens_N, tokens_N + patch_cost * patches[drawn], capacity, world_size)
+    return [[drawn[row].tolist() or [FILLER] for row in micro_step] for micro_step in laid]
 
 
 def plan_rows(tokens_N: np.ndarray, cost_N: np.ndarray, capacity: int, world_size: int) -> Rows:

@@ -1,7 +1,9 @@
 """The place in the data that a checkpoint holds, and whether the data go on from there."""
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,10 +12,12 @@ from ds_moe.data.order import EpochOrder
 from ds_moe.data.record_kind import Records
 from ds_moe.data.sources.mixture import mixture_of
 
-DataPosition = Mapping[str, int | str]  # as a checkpoint's state.json holds it
+DataPosition = Mapping[str, Any]  # of numbers, texts and lists of them, as a checkpoint's state.json holds it
 FILE = "data.train sha256"
 SOURCE = re.compile(r"data\.train\.\d+ sha256")  # of each of several sources
 MIXTURE = "records of each source in an epoch"  # of a mixture alone
+STREAMING, WINDOW = "data.streaming", "data.shuffle_window_mb"  # of streamed records alone
+WEIGHTS = "weights of the sources"  # of a streamed mixture alone
 PACKING, ROW = "data.packing", "train.tokens_per_micro_batch"  # of packed rows alone
 
 
@@ -25,13 +29,30 @@ def order_of(config: RunConfig, records: Records | None = None) -> dict[str, int
         of_data |= {f"data.train.{number} sha256": one.sha256 for number, one in enumerate(records.sources)}
         if mixture := mixture_of(config.data, records):
             of_data[MIXTURE] = ", ".join(map(str, mixture.quotas))
+    return {**of_data, **_of_config(config)}
+
+
+def streamed_order_of(
+    config: RunConfig, sha256: Sequence[str], weights: Sequence[float | None]
+) -> dict[str, int | str]:
+    """As `order_of`, of streamed sources by what is known of each before it is read."""
+    of_data: dict[str, int | str] = {FILE: sha256[0]}
+    if len(sha256) > 1:
+        of_data = {FILE: hashlib.sha256(" ".join(sha256).encode()).hexdigest()}
+        of_data |= {f"data.train.{number} sha256": one for number, one in enumerate(sha256)}
+        of_data[WEIGHTS] = ", ".join(map(str, weights))
+    return {**of_data, **_of_config(config)}
+
+
+def _of_config(config: RunConfig) -> dict[str, int | str]:
+    data = config.data
     return {
-        **of_data,
         "train.seed": config.train.seed,
         "train.global_batch_size": config.train.global_batch_size,
-        "data.shuffle": config.data.shuffle,
-        "data.length_grouping": config.data.length_grouping,
-        **({PACKING: True, ROW: config.tokens_per_row} if config.data.packing else {}),
+        "data.shuffle": data.shuffle,
+        "data.length_grouping": data.length_grouping,
+        **({STREAMING: True, WINDOW: data.shuffle_window_mb} if data.streaming else {}),
+        **({PACKING: True, ROW: config.tokens_per_row} if data.packing else {}),
     }
 
 
@@ -50,8 +71,11 @@ def same_file(saved: DataPosition, order: DataPosition) -> bool:
 
 def position_problems(saved: DataPosition, order: DataPosition) -> list[str]:
     """Why the data would not go on where a checkpoint stopped; `order` is that of the run now."""
-    saved, order = {PACKING: False, **saved}, {PACKING: False, **order}
-    if saved[PACKING] != order[PACKING]:
+    absent = {PACKING: False, STREAMING: False}
+    saved, order = {**absent, **saved}, {**absent, **order}
+    if saved[STREAMING] != order[STREAMING]:
+        order = {STREAMING: order[STREAMING]}  # nothing else can be compared
+    elif saved[PACKING] != order[PACKING]:
         order = {key: value for key, value in order.items() if key != ROW}
     if FILE in order:
         saved, order = _of_equal_sources(saved, order)

@@ -100,7 +100,21 @@ class SourceFacts:
     sha256: str
 
 
-class Records(Protocol[Parsed]):
+class RecordsByIndex(Protocol[Parsed]):
+    """Records of which nothing is known before they are read."""
+
+    record_kind: RecordKind[Parsed]
+
+    def sample(self, index: int) -> Parsed:
+        """Record `index`. Raises `RecordError` where it cannot be used."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Where record `index` stands: its file and line."""
+        ...
+
+
+class Records(RecordsByIndex[Parsed], Protocol[Parsed]):
     """The records of a file, or of several, whose structure is good, by index; `bad` are the others."""
 
     sha256: str  # of the files' content: a run does not resume with other data
@@ -108,18 +122,9 @@ class Records(Protocol[Parsed]):
     lengths: np.ndarray  # (len(self),) int64, estimated tokens
     bad: list[BadRecord]
     kinds: tuple[str, ...]  # labels of its records, sorted: the same on every rank
-    record_kind: RecordKind[Parsed]
     remembered: list[Any]  # what `record_kind.remember` returned for each record
 
     def __len__(self) -> int: ...
-
-    def sample(self, index: int) -> Parsed:
-        """Record `index`. Raises `RecordError` if an image of it has gone since the file was indexed."""
-        ...
-
-    def where(self, index: int) -> str:
-        """file:line of record `index`."""
-        ...
 
 
 class Chat(RecordKind[Sample]):

@@ -91,7 +91,7 @@ def _open(
         columns=source.columns,
         label=label,
     )
-    roots = [file.root or _folder(source.root or config.root) for file in files]  # a hub dataset brings its own
+    roots = [file.root or image_folder(source.root or config.root) for file in files]  # a hub dataset brings its own
     opened = [_reader(file.form)(file, replace(reading, root=root)) for file, root in zip(files, roots, strict=True)]
     _check_columns(source, opened)
     records = opened[0] if len(opened) == 1 else JoinedRecords(opened)
@@ -124,7 +124,8 @@ def _check_columns(source: TrainSource, opened: Sequence[IndexedRecords]) -> Non
             raise UserError(f"data: columns.{ours} names {shown(theirs)}, which no record of {source.path} has ({fix})")
 
 
-def _folder(root: str | None) -> Path | None:
+def image_folder(root: str | None) -> Path | None:
+    """The folder that image paths start from, symlinks resolved; None: none is named."""
     if root is None:
         return None
     folder = Path(root).resolve()

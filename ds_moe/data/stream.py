@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -14,15 +14,17 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import BadRecord
+from ds_moe.data.encode import Encoded
 from ds_moe.data.encoder import Encoder
-from ds_moe.data.order import FILLER, PaddedRows
+from ds_moe.data.order import FILLER, PaddedRows, Rows
 from ds_moe.data.packing import Fill, PackedRows
 from ds_moe.data.position import DataPosition, epoch_order_of, order_of, position_problems
 from ds_moe.data.processor import Processor
-from ds_moe.data.record_kind import CHAT, RecordKind, Records
+from ds_moe.data.record_kind import CHAT, RecordKind
 from ds_moe.data.records import DATA_CACHE, open_records
 from ds_moe.data.row_part import part_of_row
 from ds_moe.data.token_counts import TokenCounts, token_counts
+from ds_moe.data.windows import PoolPlace
 from ds_moe.data.workers import start_method
 from ds_moe.errors import UserError, all_in_one
 from ds_moe.faults.signals import leave_to_parent
@@ -34,7 +36,11 @@ class StepStream(Protocol):
     """What a run asks of its training data; `TrainStream` says what each of it means."""
 
     kinds: tuple[str, ...]
-    steps_per_epoch: int
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """None: not known before a pass over the data."""
+        ...
 
     @property
     def rows(self) -> PaddedRows | PackedRows | None:
@@ -73,43 +79,53 @@ class Step:
     bad: list[BadRecord] = field(default_factory=list)
     error: str | None = None  # a `UserError`, which ends the run
     fill: Fill | None = None  # of the packed rows of all ranks
+    next_place: list[PoolPlace] | None = None  # in streamed data, where the next one begins
 
 
-class _StepDataset(Dataset):
-    """Makes the `Step` at a position; the loading processes run it."""
+class StepDataset(Dataset):
+    """Makes the `Step` at a position; the loading processes run it. A subclass says of what.
+
+    Args:
+        kinds: labels of records, in the order of their numbers.
+        packed: whether a micro-batch is one packed row.
+        part: which part of each row this rank takes, and of how many.
+    """
 
     def __init__(
         self,
-        rows: PaddedRows | PackedRows,
-        rank: int,
         encoder: Encoder,
         processor: Processor,
-        records: Records,
-        counts: TokenCounts | None,
+        record_kind: RecordKind,
+        kinds: tuple[str, ...],
+        rank: int,
+        packed: bool,
         part: tuple[int, int],
     ):
         self.part, self.parts = part
-        self.rows, self.rank, self.encoder, self.processor, self.counts = rows, rank, encoder, processor, counts
-        self.record_kind = records.record_kind
-        self.kind_ids = {kind: number for number, kind in enumerate(records.kinds)}
+        self.encoder, self.processor, self.record_kind, self.packed = encoder, processor, record_kind, packed
+        self.rank, self.kind_ids = rank, {kind: number for number, kind in enumerate(kinds)}
 
     def __getitem__(self, position: int) -> Step:
         step = Step([])
-        rows = self.rows.of_step(position)
-        if isinstance(self.rows, PackedRows):
-            step.fill = self.rows.fill(rows)
         try:
+            rows = self._rows(step, position)
             self._load(step, [micro_step[self.rank] for micro_step in rows])
         except UserError as error:
             step.error = str(error)
         return step
 
+    def _rows(self, step: Step, position: int) -> Rows:
+        """What each rank takes in each micro-step, as indices of the encoder's records; `step` is told its fill."""
+        raise NotImplementedError
+
+    def _check(self, used: list[int], encoded: list[Encoded]) -> None:
+        """Raise `UserError` where records are not what their row was planned with."""
+
     def _load(self, step: Step, micro_steps: list[list[int]]) -> None:
         for indices in micro_steps:
             encoded, used, bad = self.encoder.encode(indices)
-            if self.counts is not None:
-                self.counts.check(used, encoded, self.encoder)
-            batch = self.record_kind.collate(encoded, self.processor, packed=self.counts is not None)
+            self._check(used, encoded)
+            batch = self.record_kind.collate(encoded, self.processor, packed=self.packed)
             batch.kind_B = torch.tensor([self.kind_ids.get(sample.kind, -1) for sample in encoded])
             if self.parts > 1:
                 batch = part_of_row(batch, self.part, self.parts, self.processor)
@@ -117,7 +133,117 @@ class _StepDataset(Dataset):
             step.bad += bad
 
 
-class TrainStream:
+class LoadedSteps:
+    """Endless steps that loading processes, or this one, make in turn. A subclass says of what, and counts them.
+
+    Args:
+        log: takes up the bad records that are found while loading.
+
+    Attributes: as of `TrainStream`.
+    """
+
+    def __init__(self, config: RunConfig, log: BadRecordLog):
+        self._config, self._log = config, log
+        self._position = 0  # steps yielded since the very first
+        self._loading: Iterator[Step] | None = None
+        self.fill: Fill | None = None
+        self.skipped = log.records
+
+    def _dataset(self) -> StepDataset:
+        """Makes the steps from the present place on."""
+        raise NotImplementedError
+
+    def _passed(self, step: Step) -> None:
+        """The step is about to be yielded."""
+        self._position += 1
+
+    @property
+    def error(self) -> str | None:
+        """With `raise_errors` False: the bad record that must end the run, and the fix; None: there is none."""
+        return self._log.error
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        for step in self._steps():
+            try:
+                if step.error is not None:
+                    raise UserError(step.error)
+                self._log.note(step.bad)
+            except UserError:
+                self.close()
+                raise
+            if step.fill is not None:
+                self.fill = step.fill if self.fill is None else self.fill + step.fill
+            self._passed(step)  # before the yield: a checkpoint that is taken after this step must count it
+            yield step.micro_batches
+
+    def close(self) -> None:
+        """End the loading processes; there are none where this process loads by itself.
+
+        They ignore the signals of launchers, and Python's exit would wait for them for ever as long as anything, such
+        as a traceback, still refers to the loader. Therefore they are ended at exit too.
+        """
+        atexit.unregister(self.close)
+        shut_down = getattr(self._loading, "_shutdown_workers", None)  # torch has no public way
+        if shut_down is not None:
+            shut_down()
+
+    def _steps(self) -> Iterator[Step]:
+        self._loading = iter(self._loader())
+        atexit.register(self.close)  # runs before multiprocessing's, which was registered when it was imported
+        try:
+            yield from self._loading
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise UserError(
+                f"data.num_workers: a loading process died: {str(error).splitlines()[0].strip()} (it had too little "
+                "memory, or a file crashed its decoder: data.num_workers=0 shows where)"
+            ) from error
+
+    def _loader(self) -> DataLoader:
+        data = self._config.data
+        return DataLoader(
+            self._dataset(),
+            batch_size=None,
+            sampler=count(self._position),
+            num_workers=data.num_workers,
+            prefetch_factor=(data.prefetch_factor or PREFETCH) if data.num_workers else None,
+            multiprocessing_context=start_method(data.num_workers),
+            worker_init_fn=leave_to_parent,
+            generator=torch.Generator(),  # the default one would make the model's random state depend on loading
+        )
+
+
+def check_batches(config: RunConfig, world_size: int) -> None:
+    """Raise `UserError` where padded micro-batches do not make up a global batch on so many ranks."""
+    train = config.train
+    per_micro_step = train.micro_batch_size * world_size
+    if train.global_batch_size % per_micro_step:
+        raise UserError(
+            f"train.global_batch_size: {train.global_batch_size} is no multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} x {world_size} ranks (make it a multiple of {per_micro_step})"
+        )
+
+
+class _IndexedSteps(StepDataset):
+    """The steps of records that are all known."""
+
+    def __init__(self, rows: PaddedRows | PackedRows, counts: TokenCounts | None, *made_of: Any):
+        super().__init__(*made_of)
+        self.rows, self.counts = rows, counts
+
+    def _rows(self, step: Step, position: int) -> Rows:
+        rows = self.rows.of_step(position)
+        if isinstance(self.rows, PackedRows):
+            step.fill = self.rows.fill(rows)
+        return rows
+
+    def _check(self, used: list[int], encoded: list[Encoded]) -> None:
+        if self.counts is not None:
+            self.counts.check(used, encoded, self.encoder)
+
+
+class TrainStream(LoadedSteps):
     """Endless optimizer steps of one rank, each a list of micro-batches, equally many on every rank.
 
     Padded micro-batches have `train.micro_batch_size` samples, so that all steps have as many of them. Packed ones are
@@ -156,16 +282,12 @@ class TrainStream:
         patch_cost: float = 0.0,
     ):
         train, data = config.train, config.data
-        per_micro_step = train.micro_batch_size * world_size
-        if train.global_batch_size % per_micro_step and not data.packing:
-            raise UserError(
-                f"train.global_batch_size: {train.global_batch_size} is no multiple of train.micro_batch_size "
-                f"{train.micro_batch_size} x {world_size} ranks (make it a multiple of {per_micro_step})"
-            )
+        if not data.packing:
+            check_batches(config, world_size)
         records = open_records(data.train, "train", data, Path(train.output_dir) / DATA_CACHE, record_kind)
         self._records, self.kinds = records, records.kinds
         order = epoch_order_of(config, records)
-        self._config, self._processor, self._encoder = config, processor, Encoder(config, records, processor)
+        self._processor, self._encoder = processor, Encoder(config, records, processor)
         self._rank, self._part, self._counts, bad = rank, part, None, list(records.bad)
         self.rows: PaddedRows | PackedRows = PaddedRows(order, train.micro_batch_size, world_size)
         if data.packing:
@@ -173,74 +295,17 @@ class TrainStream:
             bad += self._counts.bad.values()
             sizes = self._counts.tokens, self._counts.patches
             self.rows = PackedRows(order, *sizes, patch_cost, config.tokens_per_row, world_size)
-        self._position = 0  # steps yielded since the very first
-        self._loading: Iterator[Step] | None = None
         self.steps_per_epoch = order.steps_per_epoch
-        self.fill: Fill | None = None
-        self._log = BadRecordLog(config, bad, rank, raise_errors, lists=part[0] == 0)
-        self.skipped = self._log.records
+        super().__init__(config, BadRecordLog(config, bad, rank, raise_errors, lists=part[0] == 0))
+
+    def _dataset(self) -> StepDataset:
+        about = self._encoder, self._processor, self._records.record_kind, self.kinds
+        return _IndexedSteps(self.rows, self._counts, *about, self._rank, self._counts is not None, self._part)
 
     @property
     def remembered(self) -> list[object]:
         """What `RecordKind.remember` has returned for every record of the file."""
         return self._records.remembered
-
-    @property
-    def error(self) -> str | None:
-        """With `raise_errors` False: the bad record that must end the run, and the fix; None: there is none."""
-        return self._log.error
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        for step in self._steps():
-            try:
-                if step.error is not None:
-                    raise UserError(step.error)
-                self._log.note(step.bad)
-            except UserError:
-                self.close()
-                raise
-            if step.fill is not None:
-                self.fill = step.fill if self.fill is None else self.fill + step.fill
-            self._position += 1  # before the yield: a checkpoint that is taken after this step must count it
-            yield step.micro_batches
-
-    def close(self) -> None:
-        """End the loading processes; there are none where this process loads by itself.
-
-        They ignore the signals of launchers, and Python's exit would wait for them for ever as long as anything, such
-        as a traceback, still refers to the loader. Therefore they are ended at exit too.
-        """
-        atexit.unregister(self.close)
-        shut_down = getattr(self._loading, "_shutdown_workers", None)  # torch has no public way
-        if shut_down is not None:
-            shut_down()
-
-    def _steps(self) -> Iterator[Step]:
-        self._loading = iter(self._loader())
-        atexit.register(self.close)  # runs before multiprocessing's, which was registered when it was imported
-        try:
-            yield from self._loading
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            raise UserError(
-                f"data.num_workers: a loading process died: {str(error).splitlines()[0].strip()} (it had too little "
-                "memory, or a file crashed its decoder: data.num_workers=0 shows where)"
-            ) from error
-
-    def _loader(self) -> DataLoader:
-        data, made_of = self._config.data, (self._encoder, self._processor, self._records, self._counts)
-        dataset = _StepDataset(self.rows, self._rank, *made_of, self._part)
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=count(self._position),
-            num_workers=data.num_workers,
-            prefetch_factor=(data.prefetch_factor or PREFETCH) if data.num_workers else None,
-            multiprocessing_context=start_method(data.num_workers),
-            worker_init_fn=leave_to_parent,
-            generator=torch.Generator(),  # the default one would make the model's random state depend on loading
-        )
 
     def samples_of(self, position: int) -> list[list[str]]:
         """file:line of the samples of one step, by rank of the job; `position` counts steps since the very first."""

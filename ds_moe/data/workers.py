@@ -16,7 +16,7 @@ def start_method(workers: int) -> str | None:
     """
     if not workers or not torch.cuda.is_initialized():
         return None
-    multiprocessing.set_forkserver_preload(["ds_moe.data.stream"])
+    multiprocessing.set_forkserver_preload(["ds_moe.data.streaming"])
     resource_tracker.ensure_running()  # the server would start it otherwise, which unblocks signals
     with left_to_parent():
         forkserver.ensure_running()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ds_moe.data.record_kind import Records
     from ds_moe.tasks.registry import TaskKind
 
+STREAMED = 4096  # records of streamed data that are looked at, of which `case.samples` are decoded
 SHOWN = 5  # bad records of a file given a line of their own
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of the hub
 
@@ -127,6 +128,7 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
     from ds_moe.data.position import order_of
     from ds_moe.data.records import SKIPPING
     from ds_moe.data.sources.mixture import mixture_of
+    from ds_moe.data.streaming import FirstRecords
 
     config, where = case.config, case.config.at(f"data.{split}")
     path = sources_named(getattr(config.data, split))
@@ -134,7 +136,7 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
         return  # rollouts are read with the model's routing in mind
     try:
         records = _records(case, kind, split)
-        mixture = mixture_of(config.data, records) if split == "train" else None
+        mixture = mixture_of(config.data, records) if split == "train" and not config.data.streaming else None
     except UserError as error:
         yield Finding("error", f"{where}: {error}")
         return
@@ -145,8 +147,9 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
         if source.path.startswith(HUB) and not COMMIT.fullmatch(source.revision or ""):
             text = f"{source.path} may change on the hub, and a changed source is not resumed"
             yield Finding("warning", f"{where}: data.{split}: {text}; set its revision to a commit")
+    streamed = records if isinstance(records, FirstRecords) else None
     if split == "train":
-        case.order = order_of(config, records)
+        case.order = streamed.order if streamed else order_of(config, records)
     bad = [str(one) for one in records.bad]
     lengths: list[int] = []
     if processor is not None:
@@ -159,14 +162,15 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
         yield Finding(level, f"{path}: and {len(bad) - SHOWN} more bad records{fix}")
     mean = sum(lengths) / len(lengths) if lengths else None
     if split == "train":
-        case.records, case.tokens_a_sample = len(records), mean
+        case.records, case.tokens_a_sample = None if streamed else len(records), mean
         case.train, case.processor = records, processor
-        if len(records) < config.train.global_batch_size:
+        if not streamed and len(records) < config.train.global_batch_size:
             text = f"{len(records)} records do not fill one global batch of {config.train.global_batch_size}"
             yield Finding("warning", f"{where}: data.train {path}: {text}")
     size = f", {min(lengths)} to {max(lengths)} tokens in the first {len(lengths)}" if lengths else ""
     if not bad:
-        yield Finding("ok", f"data.{split}: {len(records)} records{size}")
+        known = f"streamed: {streamed.outlook}" if streamed else f"{len(records)} records"
+        yield Finding("ok", f"data.{split}: {known}{size}")
     for line in kind.records_summary(records.remembered) if split == "train" else ():
         warned = line.removeprefix("warning: ")
         yield Finding("ok", line) if warned == line else Finding("warning", f"{where}: data.train: {warned}")
@@ -174,7 +178,10 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
 
 def _records(case: Case, kind: TaskKind, split: str) -> Records:
     from ds_moe.data.records import open_records
+    from ds_moe.data.streaming import FirstRecords
 
+    if split == "train" and case.config.data.streaming:
+        return FirstRecords(case.config, kind.train_records(case.config, case.model), STREAMED)
     data = case.config.data.model_copy(update={"on_bad_record": "skip"})
     if split == "train":
         return open_records(data.train, "train", data, record_kind=kind.train_records(case.config, case.model))

@@ -15,7 +15,8 @@ from ds_moe.config.rules.engine import engine_of
 from ds_moe.config.run import RunConfig
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind
-from ds_moe.data.stream import StepStream, TrainStream
+from ds_moe.data.stream import StepStream
+from ds_moe.data.streaming import train_stream
 from ds_moe.models.freeze import set_trainable
 from ds_moe.models.load import model_config
 from ds_moe.replay.align import RoutingShape
@@ -64,7 +65,7 @@ class TaskKind:
     name: str
     make: Callable[[TrainingParts], Task] = Task
     train_records: Callable[[RunConfig, PretrainedConfig], RecordKind] = lambda config, model_config: CHAT
-    stream: Callable[..., StepStream] = TrainStream
+    stream: Callable[..., StepStream] = train_stream
     eval_records: Callable[[RunConfig], RecordKind] = lambda config: CHAT
     set_trainable: Callable[[PreTrainedModel, RunConfig], object] = set_trainable
     trainable_key: Callable[[RunConfig], str] = lambda config: "lora" if config.lora else "model.freeze"

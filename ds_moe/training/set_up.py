@@ -63,7 +63,7 @@ def set_up(config: RunConfig) -> Run:
     check_packable(config, outline.config)
     kind.set_trainable(outline, config)
     stream, eval_set = _data(config, topology, processor, kind, patch_cost(outline))
-    progress = Progress(config.train.steps or (config.train.epochs or 1) * stream.steps_per_epoch)
+    progress = Progress(config.train.steps or (config.train.epochs or 1) * (stream.steps_per_epoch or 0))
     steps_are_known = not (kind.files_follow and config.train.epochs is not None)
     if steps_are_known and (problem := warmup_problem(config, progress.total_steps)):
         raise UserError(problem)

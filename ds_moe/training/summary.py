@@ -4,6 +4,7 @@ from ds_moe.checkpoint.room import checkpoint_bytes, outlook
 from ds_moe.config.sources import source_names
 from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.data.packing import PackedRows
+from ds_moe.data.streaming import StreamedTrain
 from ds_moe.models.freeze import parameter_table
 from ds_moe.models.lora import coverage
 from ds_moe.models.matrices import by_muon
@@ -38,8 +39,11 @@ def run_summary(run: Run) -> str:
     if parts.stream.rows is not None and (mixture := parts.stream.rows.order.mixture) is not None:
         lines.append(f"sources   records an epoch: {mixture.described(source_names(config.data.train))}")
     total_steps = run.progress.total_steps
+    if isinstance(parts.stream, StreamedTrain):
+        lines.append(f"data      streamed: {parts.stream.outlook()}")
+    an_epoch = parts.stream.steps_per_epoch
     lines.append(
-        f"steps     {total_steps}, {total_steps / parts.stream.steps_per_epoch:.1f} epochs; "
+        f"steps     {total_steps}{f', {total_steps / an_epoch:.1f} epochs' if an_epoch else ''}; "
         f"lr {config.train.lr:g}, {config.train.schedule}, {config.train.warmup_steps} warm-up"
     )
     device, host = (sum(part.values()) / 2**30 for part in (run.memory.device, run.memory.host))

@@ -26,13 +26,19 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory, data):
-    """Output folder of the run; beside it `again`, which resumed from its checkpoint in the middle."""
+    """Output folder of the run; beside it `again`, which resumed from its checkpoint in the middle, and the same two of
+    streamed data."""
     folder = tmp_path_factory.mktemp("packed")
     output, again = folder / "run", folder / "again"
     resume = f"train.resume={checkpoints(output)}/{MIDDLE}"
     cases = [["never stopped", [*data, f"train.output_dir={output}"], "train"]]
     cases.append(["again", [*data, f"train.output_dir={again}", resume, "data.num_workers=1"], "train"])
+    streamed, on = folder / "streamed", [*data, "data.streaming=true"]
+    resume = f"train.resume={checkpoints(streamed)}/{MIDDLE}"
+    cases.append(["streamed", [*on, f"train.output_dir={streamed}"], "train"])
+    cases.append(["streamed again", [*on, f"train.output_dir={folder}/streamed again", resume], "train"])
     launched = launch(2, cases)
+    assert f"data      streamed: 0.0 MB in 1 file, about {RECORDS} records of" in launched.output
     assert "packing   " in launched.output and "rows a step" in launched.output
     return output
 
@@ -46,6 +52,13 @@ def test_resumed_in_the_middle_of_an_epoch_equals_never_stopped_bit_for_bit(neve
         json.loads((output / "result.json").read_text()) for output in (never_stopped, never_stopped.parent / "again")
     ]
     assert results[0]["eval_loss"] == results[1]["eval_loss"] and "mean" in results[0]["accuracy"]
+
+
+def test_a_streamed_run_too(never_stopped):
+    ours, theirs = (checkpoints(never_stopped.parent / name) / LAST for name in ("streamed again", "streamed"))
+    assert bit_equal(tensors(ours), tensors(theirs)) and position(ours) == position(theirs)
+    assert position(ours)["data.streaming"] and position(ours)["step"] == 12
+    assert not bit_equal(tensors(ours), tensors(checkpoints(never_stopped) / LAST))  # in another order
 
 
 @pytest.mark.slow

@@ -650,3 +650,13 @@ def test_packed_rows_are_told_from_some_records_or_from_all_that_a_run_has_count
     edit("tokens_per_micro_batch: 128", "tokens_per_micro_batch: 32")
     code, lines, _ = doctor(capsys)
     assert code == 1 and "train.tokens_per_micro_batch 32 is less than data.max_length 64" in lines[0]
+
+
+def test_streamed_data_are_looked_at_without_a_pass(healthy, capsys):
+    records("{broken")
+    edit("max_length: 64", "max_length: 64\n  streaming: true")
+    code, lines, output = doctor(capsys)
+    assert code == 0 and not lines and "data.train: streamed: 0.0 MB in 1 file, about 31 records" in output
+    edit("micro_batch_size: 4", "tokens_per_micro_batch: 512")
+    code, lines, output = doctor(capsys, "data.packing=true")
+    assert code == 0 and "packing: " in output

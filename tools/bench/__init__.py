@@ -10,6 +10,7 @@
 - `replay`   mismatch of rollout engine and trainer, with routing replay and without
 - `rollout`  the same with a real vLLM server as the engine
 - `routers`  loads of every router before any training
+- `streaming` data without an index: time to the first step, memory, and how well windows shuffle
 - `step`     a whole training step against DeepSpeed's own expert layers
 - `chaos`    kills, stops and starts a run again, round after round
 - `resident` resident memory of a process

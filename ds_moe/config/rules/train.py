@@ -64,6 +64,10 @@ def _no_grouping(config: RunConfig) -> str | None:
     return _no_rows_of_samples(config) or alone
 
 
+def _no_window(config: RunConfig) -> str | None:
+    return needs("data.streaming", True)(config) or needs("data.shuffle", True)(config)
+
+
 def _no_load(config: RunConfig) -> str | None:
     return no_moe(config) or no_routing(config)
 
@@ -72,6 +76,7 @@ UNUSED: dict[str, Unused] = {
     "data.root": _no_files,
     "data.train_on": _no_answers_to_learn,
     "data.length_grouping": _no_grouping,
+    "data.shuffle_window_mb": _no_window,
     "train.micro_batch_size": _no_rows_of_samples,
     "train.tokens_per_micro_batch": needs("data.packing", True),
     "data.prefetch_factor": lambda c: None if c.data.num_workers else "data.num_workers is 0",

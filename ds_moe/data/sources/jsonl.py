@@ -33,9 +33,8 @@ class JsonlRecords(IndexedRecords[bytes, Parsed]):
                 if len(line) > MAX_LINE:
                     raise UserError(f"{name}:{number}: a line of more than {MAX_LINE} bytes (write one record a line)")
                 digest.update(line)
-                if number == 1 and line.lstrip()[:1] == b"[":
-                    fix = f"jq -c '.[]' {name} > {Path(name).with_suffix('.converted.jsonl')}"
-                    raise UserError(f"{name}:1: a JSON array, not one record a line (convert it: {fix})")
+                if number == 1:
+                    check_no_array(name, line)
                 if line.strip():
                     yield offset, number, line
                 offset += len(line)
@@ -48,6 +47,13 @@ class JsonlRecords(IndexedRecords[bytes, Parsed]):
 
     def _decode(self, raw: bytes) -> object:
         return json_value(raw, "write one complete object a line")
+
+
+def check_no_array(name: str, line: bytes) -> None:
+    """Raise `UserError` where the first line of a file begins a JSON array."""
+    if line.lstrip()[:1] == b"[":
+        fix = f"jq -c '.[]' {name} > {Path(name).with_suffix('.converted.jsonl')}"
+        raise UserError(f"{name}:1: a JSON array, not one record a line (convert it: {fix})")
 
 
 def json_value(raw: bytes, fix: str) -> object:
