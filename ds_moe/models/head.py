@@ -36,6 +36,7 @@ def at_labels(
     next_R: Tensor | None = None,
     temperature: float = 1.0,
     num_items: float = 1,
+    fp32_logits: bool = False,
 ) -> ModelOutput:
     """Run a model's forward; logits are computed of the N positions that a label follows, and never kept.
 
@@ -46,6 +47,8 @@ def at_labels(
         next_R: int64, the label of the token behind each row, for rows that are parts of longer ones.
         temperature: logits are divided by it, in fp32.
         num_items: what the sum of losses is divided by.
+        fp32_logits: keep the fp32 that products are summed in, where weights are of another dtype: for log-probs that
+            are compared with those of another program, which rounds logits by itself.
 
     Returns:
         The model's output. Its `loss` is the cross entropy, summed over the labels and divided by `num_items`; its
@@ -58,7 +61,7 @@ def at_labels(
     head = inner.get_output_embeddings()
 
     def of_labels(hidden_ND: Tensor) -> Tensor:
-        return label_logprobs(_terms(head, hidden_ND, keep_RS), target_N, temperature)
+        return label_logprobs(_terms(head, hidden_ND, keep_RS), target_N, temperature, fp32_logits)
 
     def loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: float, **unused: object) -> Tensor:
         return (-logits.sum(dtype=torch.float64) / num_items_in_batch).to(logits.dtype)
@@ -92,12 +95,14 @@ def _in_place_of(
         model.loss_function = own
 
 
-def label_logprobs(terms: Sequence[Term], target_N: Tensor, temperature: float = 1.0) -> Tensor:
+def label_logprobs(
+    terms: Sequence[Term], target_N: Tensor, temperature: float = 1.0, fp32_logits: bool = False
+) -> Tensor:
     """Log-probabilities (N,) fp32 of the tokens `target_N` under the logits that the terms make; with grad to both.
 
     The gradient of a weight is added up in the weight's dtype over tiles.
     """
-    return _LabelLogprobs.apply(target_N, temperature, *[tensor for term in terms for tensor in term])
+    return _LabelLogprobs.apply(target_N, temperature, fp32_logits, *[tensor for term in terms for tensor in term])
 
 
 def _terms(head: nn.Module, hidden_ND: Tensor, keep_RS: Tensor) -> list[Term]:
@@ -123,12 +128,12 @@ class _LabelLogprobs(torch.autograd.Function):
     """Keeps the terms for the backward pass and no logits; adds up the gradients of a weight in place."""
 
     @staticmethod
-    def forward(ctx, target_N: Tensor, temperature: float, *terms: Tensor) -> Tensor:
+    def forward(ctx, target_N: Tensor, temperature: float, fp32_logits: bool, *terms: Tensor) -> Tensor:
         ctx.save_for_backward(target_N, *terms)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.dtype = temperature, torch.float32 if fp32_logits else terms[0].dtype
         logprob_N = torch.empty(len(target_N), dtype=torch.float32, device=target_N.device)
-        for tile in _tiles(target_N, terms):
-            logprob_N[tile] = -_cross_entropy(_logits(terms, tile), target_N[tile], temperature)
+        for tile in _tiles(target_N, terms, ctx.dtype):
+            logprob_N[tile] = -_cross_entropy(_logits(terms, tile, ctx.dtype), target_N[tile], temperature)
         return logprob_N
 
     @staticmethod
@@ -137,31 +142,38 @@ class _LabelLogprobs(torch.autograd.Function):
         target_N, *terms = ctx.saved_tensors
         grads = [
             torch.zeros_like(one) if needed else None
-            for one, needed in zip(terms, ctx.needs_input_grad[2:], strict=True)
+            for one, needed in zip(terms, ctx.needs_input_grad[3:], strict=True)
         ]
-        for tile in _tiles(target_N, terms):
-            logits_TV = _logits(terms, tile).requires_grad_()
+        for tile in _tiles(target_N, terms, ctx.dtype):
+            logits_TV = _logits(terms, tile, ctx.dtype).requires_grad_()
             with torch.enable_grad():
                 loss_T = _cross_entropy(logits_TV, target_N[tile], ctx.temperature)
             (grad_TV,) = torch.autograd.grad(loss_T, logits_TV, -grad_N[tile])
             del logits_TV, loss_T
+            grad_TV = grad_TV.to(terms[0].dtype)
             pairs = zip(terms[::2], terms[1::2], grads[::2], grads[1::2], strict=True)
             for x, weight, of_x, of_weight in pairs:
                 if of_x is not None:
                     torch.mm(grad_TV, weight, out=of_x[tile])
                 if of_weight is not None:
                     of_weight.addmm_(grad_TV.T, x[tile])
-        return None, None, *grads
+        return None, None, None, *grads
 
 
-def _tiles(target_N: Tensor, terms: Sequence[Tensor]) -> list[slice]:
+def _tiles(target_N: Tensor, terms: Sequence[Tensor], dtype: torch.dtype) -> list[slice]:
     size = TILE_BYTES.get(target_N.device.type, ACCELERATOR_TILE_BYTES)
-    rows = max(1, size // (len(terms[1]) * terms[1].element_size()))
+    rows = max(1, size // (len(terms[1]) * dtype.itemsize))
     return [slice(start, start + rows) for start in range(0, len(target_N), rows)]
 
 
-def _logits(terms: Sequence[Tensor], tile: slice) -> Tensor:
-    logits_TV = terms[0][tile] @ terms[1].T
+def _logits(terms: Sequence[Tensor], tile: slice, dtype: torch.dtype) -> Tensor:
+    x_Td, weight_dV = terms[0][tile], terms[1].T
+    if dtype == x_Td.dtype:
+        logits_TV = x_Td @ weight_dV
+    elif x_Td.is_cuda:
+        logits_TV = torch.mm(x_Td, weight_dV, out_dtype=dtype)
+    else:
+        logits_TV = x_Td.to(dtype) @ weight_dV.to(dtype)
     for x, weight in zip(terms[2::2], terms[3::2], strict=True):
         logits_TV.addmm_(x[tile].to(logits_TV.dtype), weight.T.to(logits_TV.dtype))
     return logits_TV

@@ -140,6 +140,25 @@ def test_bf16_is_as_far_from_fp32_as_full_logits_are(small_tiles):
         assert away <= 1.1 * of_full + 1e-3, name
 
 
+def test_fp32_logits_of_bf16_weights_are_not_rounded(monkeypatch):
+    """Against fp64 products of the same bf16 numbers, five rows a tile; gradients are those of rounded logits but for
+    what these round."""
+    drawn = torch.Generator().manual_seed(0)
+    x_ND, weight_VD = (torch.randn(*shape, generator=drawn).bfloat16() for shape in ((13, 48), (90, 48)))
+    target_N = torch.randint(90, (13,), generator=drawn)
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 5 * 90 * 4)
+    found = {}
+    expected = (x_ND.double() @ weight_VD.double().T / 0.7).log_softmax(-1).gather(1, target_N[:, None])[:, 0]
+    for fp32_logits in (True, False):
+        x, weight = x_ND.clone().requires_grad_(), weight_VD.clone().requires_grad_()
+        logprob_N = label_logprobs([(x, weight)], target_N, 0.7, fp32_logits)
+        logprob_N.square().sum().backward()
+        found[fp32_logits] = (logprob_N - expected).abs().max().item(), x.grad, weight.grad
+    assert found[True][0] < 1e-5 < 1e-2 < found[False][0]
+    for ours, rounded in zip(found[True][1:], found[False][1:], strict=True):
+        assert ours.dtype == torch.bfloat16 and (ours - rounded).norm() < 0.02 * rounded.norm()
+
+
 def test_tied_embeddings(small_tiles):
     model = build_preset("tiny-moe").train()
     model.lm_head.weight = model.model.embed_tokens.weight

@@ -142,7 +142,8 @@ class PolicyOptimization(Task):
         mask_BS, expert_BSLK, routed_BS = batch.completion_BS, None, None
         if self.router is not None:
             self.router.begin(batch.inputs["routing"])
-        found = at_labels(self.parts.engine, batch.inputs, batch.labels, temperature=self.config.temperature)
+        how = {"temperature": self.config.temperature, "fp32_logits": True}
+        found = at_labels(self.parts.engine, batch.inputs, batch.labels, **how)
         if self.router is not None:
             self.router.end()
             predicts_T = _predicting(batch)

@@ -216,7 +216,8 @@ def compare(trainer: PreTrainedModel, processor: Processor, rollouts: list[Rollo
     modes, logprobs, routings = {}, {}, replays(rollouts, shape, ids_BS.shape[1])
     with RoutingRecorder(trainer) as recorder:
         for mode, routing in routings.items():
-            found_N = at_labels(trainer, {**inputs, "routing": routing}, ids_BS.where(mask_BS, NO_LOSS)).logits
+            labels_BS, given = ids_BS.where(mask_BS, NO_LOSS), {**inputs, "routing": routing}
+            found_N = at_labels(trainer, given, labels_BS, fp32_logits=True).logits  # as `task: rl` scores
             logprobs[mode] = torch.zeros(ids_BS.shape).masked_scatter(mask_BS, found_N)
             d = (logprobs[mode] - engine_BS)[mask_BS]
             k3 = kl_estimate(engine_BS, logprobs[mode], mask_BS)[mask_BS].mean().item()
