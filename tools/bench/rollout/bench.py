@@ -40,10 +40,10 @@ SCALE = 1.0
 def main(arguments: list[str] | None = None) -> int:
     parser = command_line(__doc__, "--suite", "--json", "--show")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of weights and sampling")
-    parser.add_argument("--prompts", type=int, default=8, help="of a seed (default %(default)s)")
-    parser.add_argument("--completions", type=int, default=2, help="of a prompt (default %(default)s)")
+    parser.add_argument("--prompts", type=int, default=12, help="of a seed (default %(default)s)")
+    parser.add_argument("--completions", type=int, default=4, help="of a prompt (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=40, help="of a completion at most (default %(default)s)")
-    parser.add_argument("--router-scales", type=float, nargs="+", default=[1.0, 2.0], metavar="X")
+    parser.add_argument("--router-scales", type=float, nargs="+", default=[SCALE], metavar="X")
     options = parser.parse_args(arguments)
     result = json.loads(options.show.read_text()) if options.show else measure(options)
     result["claims"] = claims(result["runs"])
@@ -101,9 +101,11 @@ def rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         k3 = {mode: [run["modes"][mode]["k3"] for run in mine] for mode in (LIVE, COMPLETION, REPLAY, SHIFTED)}
         of_live = statistics.mean(k3[REPLAY]) / statistics.mean(k3[LIVE])
         by_seed = [ours / live for ours, live in zip(k3[REPLAY], k3[LIVE], strict=True)]
-        row = {"model": model, "scale": scale, "dtype": dtype, "k3": k3, "of_live": of_live, "by_seed": by_seed}
-        shares = ("completion_tokens", "routers", "tokens", "least_weight")
-        found.append(row | {key: statistics.mean(run[key] for run in mine) for key in shares})
+        spread = statistics.stdev(by_seed) if len(by_seed) > 1 else None
+        shares = {"of_live": of_live, "by_seed": by_seed, "spread": spread}
+        row = {"model": model, "scale": scale, "dtype": dtype, "k3": k3, **shares}
+        means = ("completion_tokens", "routers", "tokens", "least_weight")
+        found.append(row | {key: statistics.mean(run[key] for run in mine) for key in means})
     return found
 
 
@@ -113,10 +115,9 @@ def claims(runs: list[dict[str, Any]]) -> list[Claim]:
         if row["scale"] != SCALE:
             continue
         seeds = ", ".join(f"{share:.3f}" for share in row["by_seed"])
-        text = (
-            f"{row['model']}, {row['dtype']} trainer: replay leaves {row['of_live']:.3f} of live's k3, at most {LIMIT}"
-        )
-        found.append((f"{text} (seeds: {seeds})", row["of_live"] <= LIMIT))
+        spread = "" if row["spread"] is None else f", standard deviation {row['spread']:.3f}"
+        text = f"{row['model']}, {row['dtype']} trainer: replay leaves {row['of_live']:.3f} of live's k3, at most"
+        found.append((f"{text} {LIMIT} (seeds: {seeds}{spread})", row["of_live"] <= LIMIT))
     return judged(found)
 
 
@@ -126,11 +127,12 @@ def print_result(result: dict[str, Any]) -> None:
         k3 = [show(row["k3"][mode]) for mode in (LIVE, COMPLETION, REPLAY, SHIFTED)]
         shares = [f"{row[key]:.1%}" for key in ("least_weight", "routers", "tokens")]
         about = [row["model"], f"{row['scale']:g}", row["dtype"]]
-        cells.append([*about, *k3, f"{row['of_live']:.3f}", *shares, f"{row['completion_tokens']:.0f}"])
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
+        cells.append([*about, *k3, f"{row['of_live']:.3f}{spread}", *shares, f"{row['completion_tokens']:.0f}"])
     heads = "model | router scale | trainer | k3 live | completion only | prompt + completion | shifted | of live"
     print(f"\nvLLM in bf16; {result['seconds'] / 60:.1f} minutes\n")
     print(markdown(f"{heads} | least weight | routers | tokens | completion tokens", cells))
-    print("\nmean ± standard deviation over seeds; completion tokens: of a seed")
+    print("\nmean ± standard deviation over seeds (of live: the ratio of the means); completion tokens: of a seed")
     print("least weight: of a token's last expert; routers, tokens: that differ between engine and live trainer\n")
     print_claims(result["claims"])
 

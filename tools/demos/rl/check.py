@@ -129,18 +129,20 @@ def checked(output: Path, seen: HandOvers) -> list[dict[str, Any]]:
     """For each round what plain transformers, in bf16 as the engine, makes of the weights that sampled it."""
     files = sorted((output / "rollouts").glob("round_*.json"))
     names = [f"step_{json.loads(file.read_text())['step']:08d}" for file in files]
-    found = []
-    for number, (file, name) in enumerate(zip(files, names, strict=True)):
-        records = [json.loads(line) for line in file.with_suffix(".jsonl").read_text().splitlines()[:SCORED]]
+    lines = [file.with_suffix(".jsonl").read_text().splitlines()[:SCORED] for file in files]
+    records = [[json.loads(line) for line in some] for some in lines]
+    found: list[dict[str, Any]] = []
+    others: dict[int, float] = {}  # round -> on the weights of the one before, of the first on those of the last
+    for number, name in enumerate(names):
         model, processor = load_policy(seen.kept / name, torch.bfloat16)
-        one: dict[str, Any] = {"logprob_difference": difference(model, processor, records, file.parent)}
+        one: dict[str, Any] = {"logprob_difference": difference(model, processor, records[number], files[0].parent)}
         one |= greedy_check(model, processor, seen.answers.get(name, []))
-        other = names[number - 1] if number else names[-1]
-        one["of_others"] = None
-        if other != name:
-            model, _ = load_policy(seen.kept / other, torch.bfloat16)
-            one["of_others"] = difference(model, processor, records, file.parent)
-        found.append(one)
+        found.append({**one, "of_others": None})
+        other = (number + 1) % len(names)  # a round that these weights have not sampled
+        if names[other] != name:
+            others[other] = difference(model, processor, records[other], files[0].parent)
+    for number, value in others.items():
+        found[number]["of_others"] = value
     return found
 
 

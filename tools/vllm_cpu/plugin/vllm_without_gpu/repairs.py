@@ -33,3 +33,12 @@ def native_positions():
         from vllm.model_executor.models import qwen3_vl
 
         qwen3_vl.triton_pos_embed_interpolate = qwen3_vl.pos_embed_interpolate_native
+
+
+def native_sampling():
+    """Sampling and log-probs in plain torch, in the place of three kernels that are two thirds of a tiny model's time
+    where Triton interprets them. The distribution is the same; seeds draw other noise."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from vllm_without_gpu import sampling
+
+        sampling.install()
