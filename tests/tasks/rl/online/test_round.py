@@ -45,12 +45,12 @@ class Told:
 
 @pytest.fixture
 def maker(write_jsonl, run_config, processor, tmp_path):
-    """maker(answers, settings) -> the maker, its engine and its config, with an output folder of its own."""
+    """maker(answers, settings) -> the maker, its engine, its config; with an output folder of its own unless given."""
     folders = (str(tmp_path / f"run_{number}") for number in count())
 
-    def make(answers, records=8, stopping=lambda: False, reward="exact", **settings):
+    def make(answers, records=8, stopping=lambda: False, reward="exact", output_dir=None, **settings):
         path = write_jsonl([chat(f"question {number}", "7") for number in range(records)])
-        config = run_config(path, {"max_length": 64}, output_dir=next(folders))
+        config = run_config(path, {"max_length": 64}, output_dir=output_dir or next(folders))
         engine = EngineConfig(**{**SETTINGS, **settings})
         config = config.model_copy(update={"task": "rl", "rl": config.rl.model_copy(update={"engine": engine})})
         told = Told(processor, answers)
@@ -96,12 +96,13 @@ def test_a_round_that_another_function_has_judged_is_sampled_anew(maker, tmp_pat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # two edits within a second would be one to Python's cache
     rewards, facts = tmp_path / "my_rewards.py", []
-    for value in (1, 1, 2):
+    judged = {"reward": named.format(folder=tmp_path), "output_dir": str(tmp_path / "run")}
+    for value, asked in ((1, 1), (1, 0), (2, 1)):
         rewards.write_text(f"def score(completion, answer, record):\n    return {value} * float(completion)\n")
-        made, told, config = maker(lambda prompt, number: ["7", "8", "9"], reward=named.format(folder=tmp_path))
+        made, told, config = maker(lambda prompt, number: ["7", "8", "9"], **judged)
         facts.append(made.round(2, begin=0))
         again = made.round(2, begin=0)
-        assert again == facts[-1] and len(told.asked) == 1
+        assert again == facts[-1] and len(told.asked) == asked
     assert facts[0].run == facts[1].run != facts[2].run and facts[0].run.startswith("r ")
     assert [record["reward"] for record in written(config)][:3] == [14.0, 16.0, 18.0]
 
@@ -139,6 +140,18 @@ def test_a_round_of_other_weights_prompts_or_content_is_sampled_anew(maker):
     assert len(told.asked) == 4 and finished_round(file).sha256 == sha256_of(file)
 
 
+@pytest.mark.parametrize("lag, asked", [(0, 2), (1, 1)])
+def test_a_round_of_older_weights_is_taken_where_sampling_may_be_ahead(maker, lag, asked):
+    made, told, _ = maker(lambda prompt, number: ["7", "8"], lag=lag)
+    made.round(2, begin=0)
+    made.step = 6
+    made.round(2, begin=0)
+    assert len(told.asked) == asked
+    made.step = 2  # weights from before those that have sampled it: a run that went back to an older checkpoint
+    made.round(2, begin=0)
+    assert len(told.asked) == asked + 1
+
+
 def test_rounds_after_one_that_is_sampled_anew_are_sampled_anew_too(maker):
     """A killed process made them, by weights that followed from another file of that round."""
     process = ["8"]
@@ -156,6 +169,12 @@ def test_rounds_after_one_that_is_sampled_anew_are_sampled_anew_too(maker):
     assert rounds(1) == ["8", "8", "8", "8"] and len(told.asked) == 4  # all of them are there
     round_file(config.train.output_dir, 1).unlink()
     assert rounds(1) == ["8", "9", "9", "9"]
+
+
+def test_a_log_prob_that_rounding_put_above_0_is_0_in_the_file(maker):
+    made, _, config = maker(lambda prompt, number: [("7", {"logprobs": [1e-7]}), "8"])
+    made.round(2, begin=0)
+    assert [record["logprobs"] for record in written(config)][:2] == [[0.0], [-0.5]]
 
 
 def test_ids_beyond_the_tokenizer_are_lost(maker, processor):
@@ -197,6 +216,8 @@ def test_groups_of_equal_rewards_are_exchanged_as_often_as_asked(maker):
     facts = made.round(2, begin=0)
     assert [len(prompts) for prompts, _ in told.asked] == [4, 3, 2]
     assert facts.end == 9 and len({sampling.seed for _, sampling in told.asked}) == 3
+    places = [int(record["group"].split()[0]) for record in written(config)]
+    assert places == sorted(places) and len({0, *places}) > 3  # in the order of prompts, whatever was taken back
     rewards = [record["reward"] for record in written(config)]
     assert len(rewards) == 12 and sum(rewards) == 4  # the two that differ, and two that nothing better was found for
     assert facts.figures["exchanged_prompts"] == 9 - 4
