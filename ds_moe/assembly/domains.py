@@ -73,7 +73,7 @@ def router_rows(means_DLH: Tensor, std: float) -> Tensor:
 
 def _inputs(records: Records, index: int, processor: Processor) -> dict[str, Tensor]:
     """One record as the model's forward takes it, without labels."""
-    limits = DataConfig(train="")
+    limits = DataConfig(train="the records")
     try:
         encoded = records.record_kind.encode(records.sample(index), processor, limits.max_length, limits.max_pixels)
     except RecordError as error:
