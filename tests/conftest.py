@@ -1,6 +1,5 @@
 """Settings of every test process and of the processes it starts (they inherit the environment)."""
 
-import gc
 import os
 
 # Before torch, DeepSpeed or tokenizers are imported: one thread a process (tests start several), no network, quiet.
@@ -24,11 +23,6 @@ ops.use_environment()  # without the op that `make` compiled, the first launch o
 
 def pytest_report_header():
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "peft"))
-
-
-def pytest_collection_finish():
-    gc.collect()
-    gc.freeze()  # collections during the tests need not go through what was imported for all of them
 
 
 def pytest_collection_modifyitems(items):
