@@ -7,7 +7,9 @@ time, in forward and again in backward.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +17,66 @@ from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ds_moe.data.batch import NO_LOSS
+from ds_moe.errors import UserError
 
 # Bytes of a tile's logits. Its backward holds four tensors of that size in PyTorch, two in DeepSpeed's Triton kernel;
 # an accelerator needs some hundred rows to keep busy beside reading the weight and adding to its gradient.
 TILE_BYTES = {"cpu": 2**26}
 ACCELERATOR_TILE_BYTES = 2**28
 
+SMALL = 2.0**-20  # see `LogitsForm.sent`; a power of two, so that nothing is rounded
+
 Term = tuple[Tensor, Tensor]  # x (N, d) and W (V, d): logits are the sum of x W^T over the terms of an output layer
+
+
+@dataclass(frozen=True)
+class LogitsForm:
+    """What a model makes of its output layer's products before they are its logits, by keys of its config.
+
+    Attributes:
+        scale: of Granite and Cohere: logits are multiplied by it.
+        cap: of Gemma and others: logits x become `cap * tanh(x / cap)`; None: they are not limited.
+        vocabulary: how many of the output layer's rows are tokens; None: all.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "LogitsForm":
+        text: Any = config.get_text_config()
+        scale = getattr(text, "logit_scale", None) or 1.0
+        scale /= getattr(text, "logits_scaling", None) or 1.0
+        return cls(scale, getattr(text, "final_logit_softcapping", None), getattr(text, "unpadded_vocab_size", None))
+
+    def logits(self, products_TV: Tensor) -> Tensor:
+        """The logits (T, V), in fp32 unless they are the products themselves."""
+        if self == PLAIN:
+            return products_TV
+        logits_TV = products_TV[:, : self.vocabulary].float() * self.scale
+        return logits_TV if self.cap is None else torch.tanh(logits_TV / self.cap) * self.cap
+
+    def sent(self, logprob_N: Tensor) -> Tensor:
+        """What the output layer gives in place of products: what the model makes of it can be undone.
+
+        Log-probs are made so small that a limit leaves them as they are, in a last dimension that nothing is cut off.
+        """
+        small_N = logprob_N if self.cap is None else logprob_N * SMALL
+        return small_N if self.vocabulary is None else small_N.unsqueeze(-1)
+
+    def received(self, logits: Tensor) -> Tensor:
+        """The log-probs (N,) in what the model has made of `sent`, with a gradient through it."""
+        found_N = logits if self.vocabulary is None else logits.squeeze(-1)
+        factor = self.scale * (1.0 if self.cap is None else SMALL)
+        return found_N if factor == 1.0 else found_N / factor
+
+
+PLAIN = LogitsForm()
 
 
 def at_labels(
@@ -53,22 +104,51 @@ def at_labels(
     Returns:
         The model's output. Its `loss` is the cross entropy, summed over the labels and divided by `num_items`; its
         `logits` are the labels' log-probabilities, fp32 (N,), row by row. Both have a gradient.
+
+    Raises:
+        UserError: the model computes its logits otherwise than `LogitsForm` reads off its config.
     """
     target_RS = targets_of(labels_RS, next_R)
     keep_RS = target_RS != NO_LOSS
     target_N = target_RS[keep_RS]
     inner = cast(PreTrainedModel, getattr(model, "module", model))
-    head = inner.get_output_embeddings()
+    head, form = inner.get_output_embeddings(), LogitsForm.of(inner.config)
+    sent: list[Tensor] = []
+    kept: list[Tensor] = []
 
     def of_labels(hidden_ND: Tensor) -> Tensor:
-        return label_logprobs(_terms(head, hidden_ND, keep_RS), target_N, temperature, fp32_logits)
+        if hidden_ND.dim() == 3:  # the model passes over `logits_to_keep`, as Qwen3-Omni does
+            hidden_ND = hidden_ND[keep_RS]
+        sent.append(label_logprobs(_terms(head, hidden_ND, keep_RS), target_N, temperature, fp32_logits, form))
+        return form.sent(sent[-1])
 
     def loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: float, **unused: object) -> Tensor:
-        return (-logits.sum(dtype=torch.float64) / num_items_in_batch).to(logits.dtype)
+        kept.append(form.received(logits))
+        if inner not in _CHECKED:
+            _check(inner, kept[-1].detach(), sent[-1].detach())
+        return (-kept[-1].sum(dtype=torch.float64) / num_items_in_batch).to(kept[-1].dtype)
 
+    own = {"labels": labels_RS, "logits_to_keep": keep_RS, "num_items_in_batch": num_items, "use_cache": False}
+    if getattr(inner.config.get_text_config(), "output_router_logits", False):
+        own["output_router_logits"] = False  # else the model adds a loss to ours; the run says what is balanced
     # The head is still called as a module, because hooks on it gather and release its weight under ZeRO-3.
     with _in_place_of(inner, head, of_labels, loss):
-        return model(**inputs, labels=labels_RS, use_cache=False, logits_to_keep=keep_RS, num_items_in_batch=num_items)
+        output = model(**inputs, **own)
+    output["logits"] = kept[-1]
+    return output
+
+
+_CHECKED: "WeakSet[nn.Module]" = WeakSet()
+
+
+def _check(model: nn.Module, received_N: Tensor, sent_N: Tensor) -> None:
+    """Once for each model, because it waits for the device. Raises as `at_labels`."""
+    if not len(sent_N):
+        return
+    if received_N.shape != sent_N.shape or not torch.allclose(received_N, sent_N, rtol=1e-5, atol=1e-5, equal_nan=True):
+        what = f"{type(model).__name__} computes logits otherwise than its config tells"
+        raise UserError(f"{what}, so that its loss is not known; choose another model")
+    _CHECKED.add(model)
 
 
 def targets_of(labels_RS: Tensor, next_R: Tensor | None = None) -> Tensor:
@@ -96,13 +176,18 @@ def _in_place_of(
 
 
 def label_logprobs(
-    terms: Sequence[Term], target_N: Tensor, temperature: float = 1.0, fp32_logits: bool = False
+    terms: Sequence[Term],
+    target_N: Tensor,
+    temperature: float = 1.0,
+    fp32_logits: bool = False,
+    form: LogitsForm = PLAIN,
 ) -> Tensor:
     """Log-probabilities (N,) fp32 of the tokens `target_N` under the logits that the terms make; with grad to both.
 
     The gradient of a weight is added up in the weight's dtype over tiles.
     """
-    return _LabelLogprobs.apply(target_N, temperature, fp32_logits, *[tensor for term in terms for tensor in term])
+    tensors = [tensor for term in terms for tensor in term]
+    return _LabelLogprobs.apply(target_N, temperature, fp32_logits, form, *tensors)
 
 
 def _terms(head: nn.Module, hidden_ND: Tensor, keep_RS: Tensor) -> list[Term]:
@@ -128,12 +213,16 @@ class _LabelLogprobs(torch.autograd.Function):
     """Keeps the terms for the backward pass and no logits; adds up the gradients of a weight in place."""
 
     @staticmethod
-    def forward(ctx, target_N: Tensor, temperature: float, fp32_logits: bool, *terms: Tensor) -> Tensor:
+    def forward(
+        ctx, target_N: Tensor, temperature: float, fp32_logits: bool, form: LogitsForm, *terms: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(target_N, *terms)
         ctx.temperature, ctx.dtype = temperature, torch.float32 if fp32_logits else terms[0].dtype
+        ctx.form = form
         logprob_N = torch.empty(len(target_N), dtype=torch.float32, device=target_N.device)
         for tile in _tiles(target_N, terms, ctx.dtype):
-            logprob_N[tile] = -_cross_entropy(_logits(terms, tile, ctx.dtype), target_N[tile], temperature)
+            logits_TV = form.logits(_logits(terms, tile, ctx.dtype))
+            logprob_N[tile] = -_cross_entropy(logits_TV, target_N[tile], temperature)
         return logprob_N
 
     @staticmethod
@@ -142,12 +231,12 @@ class _LabelLogprobs(torch.autograd.Function):
         target_N, *terms = ctx.saved_tensors
         grads = [
             torch.zeros_like(one) if needed else None
-            for one, needed in zip(terms, ctx.needs_input_grad[3:], strict=True)
+            for one, needed in zip(terms, ctx.needs_input_grad[4:], strict=True)
         ]
         for tile in _tiles(target_N, terms, ctx.dtype):
             logits_TV = _logits(terms, tile, ctx.dtype).requires_grad_()
             with torch.enable_grad():
-                loss_T = _cross_entropy(logits_TV, target_N[tile], ctx.temperature)
+                loss_T = _cross_entropy(ctx.form.logits(logits_TV), target_N[tile], ctx.temperature)
             (grad_TV,) = torch.autograd.grad(loss_T, logits_TV, -grad_N[tile])
             del logits_TV, loss_T
             grad_TV = grad_TV.to(terms[0].dtype)
@@ -157,7 +246,7 @@ class _LabelLogprobs(torch.autograd.Function):
                     torch.mm(grad_TV, weight, out=of_x[tile])
                 if of_weight is not None:
                     of_weight.addmm_(grad_TV.T, x[tile])
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _tiles(target_N: Tensor, terms: Sequence[Tensor], dtype: torch.dtype) -> list[slice]:

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from ds_moe.config.sections import LoRAConfig
+from ds_moe.errors import UserError
 from ds_moe.models import head
 from ds_moe.models.head import at_labels, label_logprobs
 from ds_moe.models.lora import add_lora
 from ds_moe.models.presets import build_preset
+from tests.models.tiny_families import build
 
 SHAPE = (2, 9)  # of the tokens; 16 of them can have a label
 LOSS, GRADIENT = 1e-6, 5e-6
@@ -65,6 +67,51 @@ def test_loss_and_gradients_are_transformers_own(preset, labelled, small_tiles):
     small_tiles(model)
     loss, gradient = difference(model, *tokens(model, labelled))
     assert loss <= LOSS and gradient <= GRADIENT
+
+
+OF_FAMILIES = {  # what a family makes of its logits, by the keys of a config
+    "granitemoe": {"logits_scaling": 6.0},
+    "cohere2_moe": {"logit_scale": 0.25},
+    "gemma4_text": {"final_logit_softcapping": 0.5},
+    "beam": {"final_logit_softcapping": 0.5},
+    "inkling_text": {"unpadded_vocab_size": 100},
+    "inkling2_text": {"final_logit_softcapping": 0.5, "unpadded_vocab_size": 100},
+}
+
+
+@pytest.mark.parametrize("family", OF_FAMILIES)
+def test_what_a_family_makes_of_its_logits_is_in_the_loss(family, small_tiles, monkeypatch):
+    """Scales, limits and rows of the output layer that are no tokens."""
+    model, _ = build(family, **OF_FAMILIES[family])
+    model.set_experts_implementation("eager")
+    small_tiles(model)
+    inputs, labels = tokens(model, 13)
+    loss, gradient = difference(model, inputs, labels)
+    assert loss <= LOSS and gradient <= GRADIENT
+    monkeypatch.setattr(head.LogitsForm, "of", lambda config: head.PLAIN)
+    monkeypatch.setattr(head, "_check", lambda *args: None)
+    assert difference(model, inputs, labels)[0] > 1000 * LOSS
+
+
+@pytest.mark.parametrize(("family", "key"), [("granitemoe", "logits_scaling"), ("qwen3_moe", "logit_scale")])
+def test_logits_that_the_config_does_not_tell_of_are_an_error(family, key, monkeypatch):
+    """One that scales its logits and does not say so, and one that says so and does not."""
+    model, _ = build(family)
+    setattr(model.config, key, 6.0)
+    if family == "granitemoe":
+        monkeypatch.setattr(head.LogitsForm, "of", lambda config: head.PLAIN)
+    with pytest.raises(UserError, match="MoeForCausalLM computes logits otherwise than its config tells"):
+        at_labels(model, *tokens(model, 5))
+
+
+def test_a_loss_that_the_base_s_config_asks_for_is_not_added():
+    """A run says by `moe.balance` what is balanced."""
+    model = build_preset("tiny-moe").train()
+    inputs, labels = tokens(model, 13)
+    without = at_labels(model, inputs, labels, num_items=13).loss
+    model.config.output_router_logits = True
+    assert at_labels(model, inputs, labels, num_items=13).loss == without
+    assert of_transformers(model, inputs, labels, 13)[0] > without
 
 
 def test_a_shifted_target_and_a_dropped_tile_are_caught(small_tiles, monkeypatch):
