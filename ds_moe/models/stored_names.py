@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from ds_moe.weights.files import SafetensorsFiles
-from ds_moe.weights.layouts import Source
+from ds_moe.weights.layouts import Joined, Source
 
 CARRIED = "carried/"  # begins the keys of a checkpoint's tensors that no part of the model is, see `unused_tensors`
 
@@ -52,6 +52,8 @@ def sources_of(model: PreTrainedModel, weights: Iterable[str], stored: Iterable[
         converter = converter_of[next(iter(by_pattern))]
         if _leaves_rows(converter.operations) and len(by_pattern) == 1 and len(next(iter(by_pattern.values()))) == 1:
             found[weight] = next(iter(by_pattern.values()))[0]
+        elif _joins(converter.operations) and all(len(by_pattern[one]) == 1 for one in converter.source_patterns):
+            found[weight] = Joined(tuple(by_pattern[one][0] for one in converter.source_patterns))
         elif _stacks(converter.operations) and by_pattern.keys() == set(converter.source_patterns):
             found[weight] = [by_pattern[pattern] for pattern in converter.source_patterns]
     return found
@@ -143,6 +145,11 @@ def _stacks(operations: list[ConversionOps]) -> bool:
     kinds = [type(one) for one in operations]
     dims = [one.dim for one in operations if isinstance(one, MergeModulelist | Concatenate)]
     return kinds in ([MergeModulelist], [MergeModulelist, Concatenate]) and dims == list(range(len(kinds)))
+
+
+def _joins(operations: list[ConversionOps]) -> bool:
+    """Whether tensors are laid one above the other, as they are."""
+    return [(type(one), getattr(one, "dim", None)) for one in operations] == [(Concatenate, 0)]
 
 
 def _leaves_rows(operations: list[ConversionOps]) -> bool:

@@ -7,7 +7,7 @@ In memory transformers keeps the E experts of a layer stacked, gate rows above u
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,16 @@ LAYOUTS: dict[str, str] = {
     "others' as one tensor an expert",
 }
 
-# What files hold a weight in: the name of a tensor of its size, or of stacked experts the names of one tensor for each
-# expert, in a list for each of the projections that lie in the weight one above the other.
-Source = str | list[list[str]]
+
+class Joined(NamedTuple):
+    """Tensors that lie in a weight one above the other."""
+
+    names: tuple[str, ...]
+
+
+# What files hold a weight in: the name of a tensor of its size, the names of its parts, or of stacked experts the names
+# of one tensor for each expert, in a list for each of the projections that lie in the weight one above the other.
+Source = str | Joined | list[list[str]]
 SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 
 Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a weight, in the layout and shape it has in memory
@@ -76,11 +83,30 @@ def stored_rows(files: SafetensorsFiles, source: Source | None, shape: torch.Siz
         if len(shape) == 3 and stored == (shape[0], shape[2], shape[1]):
             return lambda start, stop: files.read(name, start, stop).transpose(1, 2)
         return None
+    if isinstance(source, Joined):
+        return _joined(files, source, shape)
     if source is None or any(len(experts) != shape[0] for experts in source):
         return None
     return lambda start, stop: torch.stack(
         [torch.cat(list(map(files.read, expert))) for expert in zip(*(one[start:stop] for one in source), strict=True)]
     )
+
+
+def _joined(files: SafetensorsFiles, source: Joined, shape: torch.Size) -> Rows | None:
+    sizes = [files.shapes[name] for name in source.names]
+    if [sum(size[0] for size in sizes), *sizes[0][1:]] != list(shape) or len({tuple(size[1:]) for size in sizes}) > 1:
+        return None
+
+    def rows(start: int, stop: int) -> Tensor:
+        found, first = [], 0
+        for name, size in zip(source.names, sizes, strict=True):
+            begin, end = max(start, first) - first, min(stop, first + size[0]) - first
+            if begin < end:
+                found.append(files.read(name, begin, end))
+            first += size[0]
+        return torch.cat(found)
+
+    return rows
 
 
 def uneven_experts(files: SafetensorsFiles) -> list[str]:

@@ -11,7 +11,7 @@ from ds_moe.config.sections import LoRAConfig, ModelConfig
 from ds_moe.errors import UserError
 from ds_moe.models import stored_names, streaming
 from ds_moe.models.convert import convert
-from ds_moe.models.families import TRAINED_BLOCKS, expert_state
+from ds_moe.models.families import FAMILIES, TRAINED_BLOCKS, expert_state
 from ds_moe.models.load import load_model
 from ds_moe.models.lora import add_lora
 from ds_moe.models.stored_names import HubNames, sources_of
@@ -19,7 +19,7 @@ from ds_moe.models.streaming import copy_range, read_unread
 from ds_moe.moe.all_to_all import ExpertParallel
 from ds_moe.weights import files as weight_files
 from ds_moe.weights.files import SafetensorsFiles
-from ds_moe.weights.layouts import stored_rows
+from ds_moe.weights.layouts import Joined, stored_rows
 from ds_moe.weights.unread import is_unread
 from tests.models.streamed import FORMS, change, file_of, write
 from tests.models.test_convert import batch_for
@@ -196,6 +196,15 @@ def test_names_that_transformers_translates_are_streamed_too(tmp_path):
     assert differing(model, expected) == []
 
 
+def test_rows_of_a_weight_that_files_hold_in_parts(tmp_path):
+    parts = {name: torch.randn(rows, 3) for name, rows in (("q", 4), ("k", 1), ("v", 2))}
+    save_file(parts, tmp_path / "model.safetensors")
+    files, whole = SafetensorsFiles.find(str(tmp_path)), torch.cat(list(parts.values()))
+    rows = stored_rows(files, Joined(("q", "k", "v")), whole.shape)
+    assert all(torch.equal(rows(a, b), whole[a:b]) for a, b in itertools.combinations(range(8), 2))
+    assert stored_rows(files, Joined(("q", "k")), whole.shape) is None
+
+
 def test_what_cannot_be_streamed_is_loaded_complete(tmp_path, monkeypatch):
     """Weights that transformers would compute in another way than stacking tensors."""
     write(tmp_path, "moe per expert")
@@ -207,10 +216,12 @@ def test_what_cannot_be_streamed_is_loaded_complete(tmp_path, monkeypatch):
 
 
 # A bias, stacks, other names, a bias that is a frozen parameter, images.
-QUICK = {"glm4_moe", "gpt_oss", "mixtral", "ernie4_5_moe", "qwen3_5_moe"}
+QUICK = {"glm4_moe", "gpt_oss", "mixtral", "ernie4_5_moe", "qwen3_5_moe", "kimi_linear"}
+WITH_IMAGES = [name for name, family in FAMILIES.items() if family.vision and not family.measured]
+COMPUTED = {"inkling2_text", "kimi_k25"}  # gate and up rows that interleave; one tensor that becomes three
 
 
-@pytest.mark.parametrize("family", slow_but([*TRAINED_BLOCKS, "qwen3_5_moe", "glm4v_moe"], QUICK))
+@pytest.mark.parametrize("family", slow_but([*TRAINED_BLOCKS, *WITH_IMAGES], QUICK))
 def test_a_family_whose_block_stays_is_streamed_and_written_as_its_hub_names_it(family, tmp_path):
     source, _ = build(family)
     source.save_pretrained(tmp_path)
@@ -218,7 +229,7 @@ def test_a_family_whose_block_stays_is_streamed_and_written_as_its_hub_names_it(
     config = ModelConfig(path=str(tmp_path), attention="eager")
     for dtype, ep in ((torch.bfloat16, ExpertParallel()), (torch.float32, ExpertParallel(2, 1))):
         ours, theirs = (load_model(config, dtype, unread=unread) for unread in (True, False))
-        assert any(map(is_unread, ours.parameters())) or family == "kimi_linear"  # it stacks projections otherwise
+        assert any(map(is_unread, ours.parameters())) == (family not in COMPUTED)
         for model in (ours, theirs):
             convert(model, MoEConfig(ep_size=ep.size), ep)
         read_unread(ours, files, ep, whole)
