@@ -79,12 +79,14 @@ class Sample:
         where: file:line of its record.
         kind: the record's own label; evaluations report an accuracy for each kind.
         tools: descriptions of the tools that answers may call.
+        grounded: whether names and boxes of its `objects` are in its texts.
     """
 
     turns: tuple[Turn, ...]
     where: str
     kind: str | None = None
     tools: tuple[dict[str, Json], ...] = ()
+    grounded: bool = False
 
     @property
     def images(self) -> list[ImageSource]:
@@ -149,7 +151,8 @@ def parse_record(record: object, where: str, root: Path | ImageRoot) -> Sample:
     answers = [number for number, turn in enumerate(turns, start=1) if turn.role == "assistant"]
     if not any(turn.weight for turn in turns if turn.role == "assistant"):
         raise RecordError("no answer is learned: all have the weight 0 (remove the record)")
-    return Sample(turns[: answers[-1]], where, kind, tools)  # no loss is taken on turns after the last answer
+    grounded = bool(record.get("objects"))
+    return Sample(turns[: answers[-1]], where, kind, tools, grounded)  # no loss is taken on turns after the last answer
 
 
 def _messages(record: dict[str, object]) -> list[dict[str, object]]:

@@ -268,7 +268,7 @@ def _tokens(
         if start >= last:
             first, last = next(left, (len(whole.text), len(whole.text)))
         if start in special:
-            new = [special[start]] * (next(counts) if special[start] == image else 1)
+            new = processor.image_ids(next(counts)) if special[start] == image else [special[start]]
         else:
             new = encoded[whole.text[start:end]]
         ids += new

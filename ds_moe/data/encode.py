@@ -28,7 +28,7 @@ class Encoded:
     input_ids: Tensor  # (S,) int64
     labels: Tensor  # (S,) int64, NO_LOSS outside assistant turns
     prompt: int  # so many ids precede the last answer: its generation starts from them
-    pixel_values: Tensor | None = None  # (P, channels * temporal_patch * patch * patch) float32
+    pixel_values: Tensor | None = None  # (P, ...) float32, a row a patch
     image_grid_thw: Tensor | None = None  # (I, 3) int64, patches a side
     real: bool = True  # False for a filler
     kind: str | None = None  # the record's own label
@@ -55,6 +55,8 @@ def encode(
         RecordError: what `tokenize` refuses; an image that does not decode or has more than `max_pixels` pixels,
             images for a text-only model, or more than `max_length` tokens, image tokens included: nothing is cut off.
     """
+    if sample.grounded and not processor.grounds:
+        raise RecordError("the record has 'objects', but how this model writes boxes is not known (write them as text)")
     pixel_values, grid, image_tokens = encode_images(sample.images, processor, max_pixels, pixels)
     tokens = tokenize(sample.turns, processor, image_tokens, sample.tools, rules)
     check_length(len(tokens.ids), sum(image_tokens), max_length)
@@ -122,10 +124,10 @@ def collate(
 ) -> Batch:
     """A micro-batch of padded rows, one sample each; with `packed`, of one row without padding, in the same order.
 
-    Its inputs are input_ids (R, S) int64; for a VL model also mm_token_type_ids (R, S), 1 on image tokens, and, only if
-    there is an image, pixel_values (P, D), image_grid_thw (I, 3) and what `Processor.tower_inputs` gives. Padded rows
-    have an attention_mask (R, S) and, if there is an image, the position_ids (3, R, S) that transformers would make on
-    the device, image by image. A packed row has position_ids, which begin anew with every sample, and what
+    Its inputs are input_ids (R, S) int64; for a VL model that takes them mm_token_type_ids (R, S), 1 on image tokens,
+    and, only if there is an image, what `Processor.image_inputs` and `Processor.tower_inputs` give. Padded rows have an
+    attention_mask (R, S) and, if there is an image, the position_ids, (R, S) or (3, R, S), that transformers would make
+    on the device, image by image. A packed row has position_ids, which begin anew with every sample, and what
     `sample_bounds` gives.
     """
     pad_id = processor.tokenizer.pad_token_id
@@ -139,13 +141,15 @@ def collate(
     if not packed:
         inputs["attention_mask"] = lay_out([torch.ones_like(one.input_ids) for one in encoded], 0, packed, side)
     if processor.image_processor is not None:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).long()
+        if processor.takes_types:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).long()
         pixels = [one.pixel_values for one in encoded if one.pixel_values is not None]
         grids = [one.image_grid_thw for one in encoded if one.image_grid_thw is not None]
         if pixels:
-            inputs["pixel_values"], inputs["image_grid_thw"] = torch.cat(pixels), torch.cat(grids)
+            sizes = torch.cat(grids)
+            inputs |= processor.image_inputs(torch.cat(pixels), sizes)
             if made_here:
-                inputs |= processor.tower_inputs(inputs["image_grid_thw"])
+                inputs |= processor.tower_inputs(sizes)
     labels = lay_out([one.labels for one in encoded], NO_LOSS, packed, side)
     real_B = torch.tensor([one.real for one in encoded])
     if packed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from PIL import Image
 from torch import Tensor
@@ -43,6 +43,10 @@ class Processor(Protocol):
         """Stands in `input_ids` once for each token of an image; None: the model reads text only."""
         ...
 
+    takes_types: ClassVar[bool]  # whether the model is told which tokens are of images
+    resizes: ClassVar[bool]  # whether images are resized to whole patches and otherwise left as they are
+    grounds: ClassVar[bool]  # whether the model writes boxes as `ds_moe.data.grounding` does
+
     @property
     def chat_template(self) -> str | dict[str, str] | None: ...
 
@@ -57,6 +61,14 @@ class Processor(Protocol):
 
         Of the four the first counts the tokens, and the others are those of time, height and width.
         """
+        ...
+
+    def image_ids(self, tokens: int) -> list[int]:
+        """What stands in `input_ids` for an image of so many tokens: these, and what frames them."""
+        ...
+
+    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> dict[str, Any]:
+        """The patches of a micro-batch's images, and their sizes, as arguments of the model."""
         ...
 
     def tower_inputs(self, image_grid_thw: Tensor) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_moe.config.check import model_problems
-from ds_moe.config.rules.model import expert_count
+from ds_moe.config.rules.model import expert_count, experts_per_token
 from ds_moe.doctor.case import Case, Finding
 from ds_moe.errors import UserError
 
@@ -136,7 +136,7 @@ def check_experts(case: Case) -> Iterator[Finding]:
         return
     if case.outline is not None and not trained_experts(case.outline):
         return  # frozen experts need no tokens to learn from
-    top_k = config.moe.router.top_k or case.model.get_text_config().num_experts_per_tok
+    top_k = config.moe.router.top_k or experts_per_token(case.model)
     step = config.train.global_batch_size * case.tokens_a_sample * top_k / experts
     text = f"an expert sees about {step:.0f} tokens a step ({experts} experts, top {top_k})"
     if step < LEAST_TOKENS_A_STEP:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from ds_moe import __version__
 from ds_moe.checkpoint.base import base_identity
 from ds_moe.checkpoint.files import STATE, Reader, find_checkpoint, read_manifest
-from ds_moe.config.rules.model import expert_count
+from ds_moe.config.rules.model import expert_count, experts_per_token
 from ds_moe.config.run_file import load_run
 from ds_moe.errors import UserError, shown
 from ds_moe.export.lora import MergedReader, write_adapter
@@ -179,7 +179,7 @@ def _origin(
     checkpoint: Path, state: dict[str, object], config: PretrainedConfig, layout: ExpertLayout, parameters: int
 ) -> str:
     experts = expert_count(config)
-    about = f"{experts} experts a layer, top-{config.num_experts_per_tok}" if experts else "dense"
+    about = f"{experts} experts a layer, top-{experts_per_token(config)}" if experts else "dense"
     return f"""\
 Trained with ds_moe {__version__} for {state["step"]} optimizer steps on {state["world_size"]} ranks
 (expert parallelism {state["ep_size"]}), {state["precision"]}; {parameters:,} parameters, {about}.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ds_moe.config.rules.model import expert_count
+from ds_moe.config.rules.model import expert_count, experts_per_token
 from ds_moe.config.run import RunConfig
 from ds_moe.models.families import family_of
 from ds_moe.models.head import ACCELERATOR_TILE_BYTES, TILE_BYTES
@@ -103,7 +103,7 @@ def _top_k(model: PreTrainedModel, config: RunConfig) -> int:
     """Experts of a token; 0 for a dense model."""
     if not expert_count(model.config):
         return 0
-    return (config.moe.router.top_k if config.moe else None) or model.config.get_text_config().num_experts_per_tok
+    return (config.moe.router.top_k if config.moe else None) or experts_per_token(model.config)
 
 
 def _learns(model: PreTrainedModel) -> dict[str, bool]:

@@ -5,6 +5,7 @@ needs it. Therefore the card of such a model has a second snippet, which puts th
 """
 
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ds_moe.models.families import family_of
 
@@ -15,16 +16,10 @@ folder = "."  # this folder, or its name on the hub
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")  # device_map="auto": on accelerators
 image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # resizes images as in training"""
 
-_WITH_TORCHVISION = f"""\
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
-
-{_MODEL}
-processor = AutoProcessor.from_pretrained(folder)
-processor.image_processor = image_processor
-
-content = [{{"type": "image", "image": "picture.png"}}, {{"type": "text", "text": "What is in the picture?"}}]
+_ASK = """\
+content = [{"type": "image", "image": "picture.png"}, {"type": "text", "text": "What is in the picture?"}]
 inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
+    [{"role": "user", "content": content}],
     add_generation_prompt=True,
     tokenize=True,
     return_dict=True,
@@ -32,6 +27,24 @@ inputs = processor.apply_chat_template(
 ).to(model.device)
 output = model.generate(**inputs, max_new_tokens=128)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+_WITH_TORCHVISION = f"""\
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+
+{_MODEL}
+processor = AutoProcessor.from_pretrained(folder)
+processor.image_processor = image_processor
+
+{_ASK}"""
+
+_TORCHVISION_ALONE = f"""\
+from transformers import AutoProcessor, CLASS
+
+folder = "."  # this folder, or its name on the hub
+model = CLASS.from_pretrained(folder, dtype="auto")  # device_map="auto": on accelerators
+processor = AutoProcessor.from_pretrained(folder)
+
+{_ASK}"""
 
 _WITHOUT_TORCHVISION = f"""\
 import re
@@ -72,8 +85,15 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 def model_card(title: str, config: PretrainedConfig, about: str) -> str:
     """The text of the file; `about` says where the model comes from, in Markdown."""
-    if family_of(config).vision is None:
-        usage = _fenced(_TEXT_ONLY)
+    family = family_of(config)
+    if family.vision is None:
+        known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        usage = _fenced(_TEXT_ONLY if known else _TEXT_ONLY.replace("AutoModelForCausalLM", family.class_name))
+    elif not family.from_parts:
+        usage = f"""\
+`AutoProcessor` needs torchvision, which resizes images to pixels that differ a little from those of training:
+
+{_fenced(_TORCHVISION_ALONE.replace("CLASS", family.class_name))}"""
     else:
         usage = f"""\
 With torchvision:

@@ -6,7 +6,7 @@ Other rooms ask `family_of` a model or a config. Of a parameter whose model is n
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import transformers
@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ds_moe.errors import UserError
 
 NOTHING = r"(?!)"  # a pattern that matches no name
+INDEXER = r"\.indexer\."
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MoEBlock:
 
     Attributes:
         class_name: of the block, in transformers, if a layer of ours takes its place; empty: the block stays.
-        path: of the block, in a decoder layer.
+        path: of the block, in a decoder layer; empty: the layer itself.
         transposed_on_hub: whether checkpoints on the hub store the stacked experts transposed.
         stacked_on_hub: whether they store them as they are in memory, though `save_pretrained` does not.
         gate: what the block calls its router.
@@ -39,19 +40,24 @@ class MoEBlock:
     gate: str = "gate"
 
     @property
+    def _prefix(self) -> str:
+        return rf"\.{re.escape(self.path)}" if self.path else r"\.layers\.\d+"
+
+    @property
     def router(self) -> str:
         """Pattern of the names of router parameters, ours included."""
-        return rf"\.{re.escape(self.path)}\.{self.gate}\."
+        return rf"{self._prefix}\.{self.gate}\."
 
     @property
     def experts(self) -> str:
         """Pattern of the names of expert parameters, ours included."""
-        return rf"\.{re.escape(self.path)}\.experts\."
+        return rf"{self._prefix}\.experts\."
 
     @property
     def lora_parameters(self) -> list[str]:
         """The stacked weights, as PEFT's `target_parameters` names them."""
-        return [f"{self.path}.experts.{stacked}" for stacked in ("gate_up_proj", "down_proj")]
+        path = f"{self.path}." if self.path else ""
+        return [f"{path}experts.{stacked}" for stacked in ("gate_up_proj", "down_proj")]
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,15 @@ class Family:
         class_name: of the model, in transformers.
         decoder: path of the text decoder, which is given the padding mask and the positions of image tokens.
         moe: its MoE blocks; None: the family is dense.
-        vision: path of the vision tower; None: it takes no images. Every family that has one reads and writes boxes in
-            thousandths of an image's sides, which `ds_moe.data.grounding` takes for granted; Qwen2.5-VL would not.
+        vision: path of the vision tower; None: it takes no images.
+        projector: path of what gives the tower's features the decoder's width; None: the tower itself.
+        images: how the tower is given images, a key of `ds_moe.models.vision.BLANKS`.
+        processors: names of the processors that read its images.
+        texts: types of the decoder's config, where only some that transformers builds are supported; empty: all.
+        from_parts: whether the card of an export shows how its processor is put together without torchvision.
+        gates: whether a gate over adapters has been held against PEFT, or is refused.
+        frozen: pattern of weights that no loss of ours reaches, such as those that choose what sparse attention sees;
+            weight decay would shrink them.
         preset: name of its tiny preset.
         tiny: what that has of the family's own: keys of its "text" and its "vision" config.
         dense: `model_type` whose checkpoints can be assembled into a model of this family.
@@ -81,6 +94,13 @@ class Family:
     decoder: str
     moe: MoEBlock | None = None
     vision: str | None = None
+    projector: str | None = None
+    images: str = "patches"
+    processors: tuple[str, ...] = ("Qwen3VLProcessor",)
+    texts: tuple[str, ...] = ()
+    from_parts: bool = True
+    gates: bool = True
+    frozen: str = INDEXER
     preset: str | None = None
     tiny: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     dense: str | None = None
@@ -105,16 +125,22 @@ class Family:
     def parts(self) -> dict[str, str]:
         """Part that a run may freeze -> pattern of its parameters' names. Embedding and head may be one weight, so they
         are one part."""
+        of_vision = "|".join(re.escape(path) for path in self.vision_paths)
         return {
-            "vision": rf"^{re.escape(self.vision)}\." if self.vision else NOTHING,
+            "vision": rf"^({of_vision})\." if of_vision else NOTHING,
             "router": self.moe.router if self.moe else NOTHING,
             "experts": self.moe.experts if self.moe else NOTHING,
             "embeddings": rf"{self.embeddings}\.|^{self.head}\.",
         }
 
+    @property
+    def vision_paths(self) -> list[str]:
+        """Of the tower and its projector."""
+        return [path for path in (self.vision, self.projector) if path]
+
     def is_vision(self, name: str) -> bool:
-        """Whether a parameter or module is of the vision tower."""
-        return self.vision is not None and name.startswith(f"{self.vision}.")
+        """Whether a parameter or module is of the vision tower or its projector."""
+        return any(name.startswith(f"{path}.") for path in self.vision_paths)
 
 
 _DEEPSTACK = {"deepstack_visual_indexes": [0]}
@@ -167,23 +193,107 @@ FAMILIES["glm4v_moe"] = Family(  # GLM-4.5V and GLM-4.6V
     decoder="model.language_model",
     vision="model.visual",
     moe=MoEBlock(""),
+    processors=("Glm4vProcessor", "Glm46VProcessor"),
+    measured=False,
+)
+FAMILIES["glm5_next"] = Family(
+    "Glm5NextForConditionalGeneration",
+    decoder="model.language_model",
+    vision="model.visual",
+    moe=MoEBlock(""),
+    processors=("Glm5NextProcessor",),
+    gates=False,
+    measured=False,
+)
+FAMILIES["qwen4_exp"] = Family(
+    "Qwen4ExpForConditionalGeneration",
+    decoder="model.language_model",
+    vision="model.visual",
+    moe=MoEBlock(""),
+    gates=False,
+    measured=False,
+)
+FAMILIES["qwen3_omni_moe_thinker"] = Family(
+    "Qwen3OmniMoeThinkerForConditionalGeneration",
+    decoder="model.language_model",
+    vision="model.visual",
+    moe=MoEBlock(""),
+    processors=("Qwen3OmniMoeProcessor",),
+    frozen=rf"{INDEXER}|^model\.audio_tower\.",
+    from_parts=False,
+    gates=False,
+    measured=False,
+)
+FAMILIES["kimi_k25"] = Family(  # Kimi-K2.5 and K2.6
+    "Kimi_K25ForConditionalGeneration",
+    decoder="model.language_model",
+    vision="model.vision_tower",
+    projector="model.mm_projector",
+    images="squares",
+    processors=("Kimi_K25Processor",),
+    moe=MoEBlock(""),
+    from_parts=False,
+    gates=False,
+    measured=False,
+)
+FAMILIES["minimax_m3_vl"] = Family(
+    "MiniMaxM3SparseForConditionalGeneration",
+    decoder="model.language_model",
+    vision="model.vision_tower",
+    projector="model.multi_modal_projector",
+    processors=("MiniMaxM3VLProcessor",),
+    moe=MoEBlock(""),
+    from_parts=False,
+    gates=False,
+    measured=False,
+)
+FAMILIES["gemma4"] = Family(
+    "Gemma4ForConditionalGeneration",
+    decoder="model.language_model",
+    vision="model.vision_tower",
+    projector="model.embed_vision",
+    images="places",
+    processors=("Gemma4Processor",),
+    moe=MoEBlock("", "", gate="router"),
+    frozen=rf"{INDEXER}|^model\.(audio_tower|embed_audio)\.",
+    from_parts=False,
+    gates=False,
+    measured=False,
+)
+FAMILIES["internvl"] = Family(  # InternVL 3.5 over Qwen3-MoE
+    "InternVLForConditionalGeneration",
+    decoder="model.language_model",
+    vision="model.vision_tower",
+    projector="model.multi_modal_projector",
+    images="tiles",
+    processors=("InternVLProcessor",),
+    texts=("qwen3_moe",),
+    layers=("layers", "layer"),
+    moe=MoEBlock(""),
+    from_parts=False,
+    gates=False,
     measured=False,
 )
 # Causal language models that keep their block: the block's path in a layer, what it calls its router -> model types.
 _KEPT = {
-    ("mlp", "gate"): "axk1 cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe "
-    "flex_olmo glm4_moe glm4_moe_lite glm_moe_dsa hy_v3 kimi_linear mimo_v2_flash minimax_m2 "
-    "mixtral olmoe qwen2_moe qwen3_next solar_open",
-    ("mlp", "router"): "afmoe gpt_oss phimoe",
-    ("block_sparse_moe", "router"): "granitemoe granitemoehybrid granitemoeshared",
+    ("mlp", "gate"): "axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
+    "ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa hunyuan_v1_moe hy_v3 hy_v4 "
+    "inkling2_text inkling_text kimi_linear kolibri1 laguna mellum mimo_v2_flash minimax minimax_m2 "
+    "minimax_m3_vl_text mistral4 mixtral olmoe qwen2_moe qwen3_5_moe_text qwen3_next qwen4_exp_text solar_open zaya",
+    ("mlp", "router"): "afmoe aria_text gpt_oss phimoe",
+    ("block_sparse_moe", "router"): "granitemoe granitemoe_swa granitemoehybrid granitemoeshared",
     ("feed_forward", "router"): "jamba",
     ("feed_forward", "gate"): "lfm2_moe",
+    ("mixer", "gate"): "nemotron_h",
+    ("", "router"): "gemma4_text",
 }
 TRAINED_BLOCKS = {name: block for block, names in _KEPT.items() for name in names.split()}
+_CLASSES = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | {"mistral4": "Mistral4ForCausalLM"}  # among those with images elsewhere
 FAMILIES |= {
-    name: Family(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], "model", MoEBlock("", path, gate=gate), measured=False)
+    name: Family(_CLASSES[name], "model", MoEBlock("", path, gate=gate), measured=False)
     for name, (path, gate) in TRAINED_BLOCKS.items()
 }
+FAMILIES["nemotron_h"] = replace(FAMILIES["nemotron_h"], embeddings="embeddings")
 TRANSPOSED_ON_HUB = [name for name, family in FAMILIES.items() if family.moe and family.moe.transposed_on_hub]
 PRESETS = {family.preset: name for name, family in FAMILIES.items() if family.preset}  # preset -> model_type
 ASSEMBLED = {family.dense: name for name, family in FAMILIES.items() if family.dense}  # dense model_type -> MoE's
@@ -203,7 +313,7 @@ def unsupported(model_type: str) -> str:
     if model_type in REFUSED:
         return f"is not supported, because {REFUSED[model_type]}; {known}"
     if model_type in TEXT_BLOCKS | IMAGE_BLOCKS:
-        why = ", which does not read its images" if model_type in IMAGE_BLOCKS else ""
+        why = f", because {UNREAD[model_type]}" if model_type in UNREAD else ""
         return f"is not supported by ds-moe{why}; ds_moe.models.convert takes it in a loop of your own; {known}"
     return f"is not supported; {known}"
 
@@ -234,8 +344,8 @@ TEXT_BLOCKS = frozenset(
     "nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp_text solar_open zaya".split()
 )
 IMAGE_BLOCKS = frozenset(
-    "aria gemma4 glm4v_moe glm5_next kimi_k25 minimax_m3_vl mistral3 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl_moe "
-    "qwen4_exp step3p7".split()
+    "aria gemma4 glm4v_moe glm5_next internvl kimi_k25 minimax_m3_vl mistral3 qwen3_5_moe qwen3_omni_moe_thinker "
+    "qwen3_vl_moe qwen4_exp step3p7".split()
 )
 _UNPROVEN = "nobody has held it against transformers yet"
 REFUSED = {  # every other family with experts -> why
@@ -272,6 +382,11 @@ REFUSED = {  # every other family with experts -> why
     "switch_transformers": "it is an encoder and a decoder with one module an expert and a capacity",
     "unlimited_ocr": _UNPROVEN,
     "unlimited_ocr_text": _UNPROVEN,
+}
+UNREAD = {  # families with images whose blocks stay -> why no run takes them
+    "aria": "its images are tiles with masks of their padding, which it does not read",
+    "mistral3": "the rows of an image's tokens end by tokens of their own, which it does not write",
+    "step3p7": "its vision tower runs once or twice in a step, by the sizes of images, and ranks must run alike",
 }
 # How the weights of experts lie that transformers does not describe on the module.
 DESCRIBED = {

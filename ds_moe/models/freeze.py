@@ -36,7 +36,11 @@ def freeze(model: PreTrainedModel, patterns: list[str]) -> None:
 
     Raises `UserError` for a pattern that matches nothing, or where nothing is left to train.
     """
-    parts = family_of(model).parts
+    family = family_of(model)
+    parts = family.parts
+    for name, parameter in model.named_parameters():
+        if re.search(family.frozen, name):
+            parameter.requires_grad_(False)
     for pattern in patterns:
         expression = re.compile(parts.get(pattern, pattern))
         matched = [parameter for name, parameter in model.named_parameters() if expression.search(name)]

@@ -42,18 +42,27 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     found = read_model_config(str(config.path), where)
     if found.model_type not in FAMILIES:
         raise UserError(f"{where}: model_type {found.model_type!r} {unsupported(found.model_type)}")
+    texts, text = FAMILIES[found.model_type].texts, found.get_text_config().model_type
+    if texts and text not in texts:
+        raise UserError(f"{where}: {found.model_type} over {text} is not supported; over {', '.join(texts)} it is")
     return found
 
 
 def processor_of(config: ModelConfig) -> Processor:
-    """The processor of a run's `model` section, which knows the model's vision tower. Raises as `model_config`."""
+    """The processor of a run's `model` section, which knows the model's vision tower. Raises as `model_config`, and for
+    one of another family's images."""
     if config.path is not None:
         processor = load_processor(config.path)
     else:
         family = FAMILIES.get(PRESETS.get(str(config.preset), ""))
         processor = tiny_processor("vl" if family is not None and family.vision else "text")
     if isinstance(processor, ImagesOnly):
-        processor.tower = outline_tower(model_config(config))
+        found = model_config(config)
+        family, name = family_of(found), type(processor).__name__
+        if family.vision is not None and name not in family.processors:
+            what = f"describes images for {name}, but a {found.model_type} model needs {' or '.join(family.processors)}"
+            raise UserError(f"model.path {config.path!r} {what}: correct its preprocessor_config.json")
+        processor.tower = outline_tower(found) if processor.ahead else None
     return processor
 
 

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, trainers
@@ -24,7 +24,16 @@ from transformers.utils import cached_file
 from ds_moe.data.digits import ANSWERS, QUESTIONS
 from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError
-from ds_moe.models.vl_processors import EOS, IMAGE, PAD, VIDEO, VL_PROCESSORS, ImagesOnly, Qwen3VLProcessor
+from ds_moe.models.vl_processors import (
+    BY_NAME,
+    EOS,
+    IMAGE,
+    PAD,
+    VIDEO,
+    VL_PROCESSORS,
+    ImagesOnly,
+    Qwen3VLProcessor,
+)
 
 SPECIAL_TOKENS = [PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO]
 VIDEO_CONFIG = "video_preprocessor_config.json"
@@ -75,8 +84,18 @@ class TextProcessor:
     def decode(self, *args, **kwargs) -> str | list[str]:
         return self.tokenizer.decode(*args, **kwargs)
 
+    takes_types: ClassVar[bool] = False
+    grounds: ClassVar[bool] = True
+    resizes: ClassVar[bool] = True
+
     def position_ids(self, input_ids_S: Tensor, image_grid_thw: Tensor | None) -> Tensor:
         return torch.arange(len(input_ids_S))
+
+    def image_ids(self, tokens: int) -> list[int]:
+        raise NotImplementedError("text only")
+
+    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> dict[str, Any]:
+        raise NotImplementedError("text only")
 
     def tower_inputs(self, image_grid_thw: Tensor) -> dict[str, Any]:
         return {}
@@ -173,11 +192,13 @@ def _vl_processor(path: str | Path, images: dict[str, object], tokenizer: PreTra
         raise ValueError(f"image_processor_type {name!r} is not read; ds_moe reads images with {list(VL_PROCESSORS)}")
     image_processor, processor_class = VL_PROCESSORS[kind]
     settings, _ = ProcessorMixin.get_processor_dict(str(path))
-    processor = processor_class(
+    named = settings.get("processor_class") or images.get("processor_class")
+    processor = BY_NAME.get(str(named), processor_class)(
         image_processor.from_pretrained(str(path)),
         tokenizer,
         chat_template=settings.get("chat_template") or tokenizer.chat_template,
     )
+    processor.read_settings(settings)
     file = cached_file(str(path), VIDEO_CONFIG, _raise_exceptions_for_missing_entries=False)
     processor.video_config = settings.get("video_processor") or (json.loads(Path(file).read_text()) if file else None)
     return processor

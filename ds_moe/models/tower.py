@@ -106,13 +106,14 @@ def tower_inputs(tower: nn.Module, grid_thw: Tensor) -> dict[str, Any]:
 def _light(base: type[nn.Module]) -> type[nn.Module]:
     """The class of a tower whose forward is that of `base`."""
 
-    def forward(self: nn.Module, pixels_PD: Tensor, **kwargs: Any) -> object:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
+        pixels = args[0] if args else kwargs.pop("pixel_values")
         if kwargs.get("grid_thw") is not None:
             made = {} if kwargs.get(MADE) is not None else tower_inputs(self, kwargs["grid_thw"])
-            kwargs = _placed(kwargs | made, pixels_PD.device, is_flash_attention_requested(self.config))
+            kwargs = _placed(kwargs | made, pixels.device, is_flash_attention_requested(self.config))
         trained = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            return base.forward(self, pixels_PD, **kwargs)
+            return base.forward(self, pixels.to(self.dtype), *args[1:], **kwargs)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (base,), {"forward": forward} | names)

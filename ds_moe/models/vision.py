@@ -1,10 +1,11 @@
 """Ranks without images run the vision tower too, so that all ranks run the same collectives."""
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_moe.distributed import parallel
 from ds_moe.models.families import family_of
@@ -54,15 +55,59 @@ def encode_blank(model: PreTrainedModel, device: torch.device) -> Tensor | None:
 
     None: no pass is needed, because a whole tower without gradients takes part in no collective.
     """
-    config, tower = model.config.vision_config, model.get_submodule(str(family_of(model).vision))
-    sharded = any(hasattr(parameter, "ds_id") for parameter in tower.parameters())
-    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
+    family, base = family_of(model), model.base_model
+    parameters = [one for path in family.vision_paths for one in model.get_submodule(path).parameters()]
+    sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
     if not (sharded or trained):
         return None
-    side = config.spatial_merge_size
-    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    pixels = torch.zeros(side * side, width, device=device, dtype=tower.dtype)
-    grid = torch.tensor([[1, side, side]])  # on the host, where sizes are read
-    features = tower(pixels, grid_thw=grid, return_dict=True)
+    tower = model.get_submodule(str(family.vision))
+    blank = BLANKS[family.images](model.config)
+    blank["pixel_values"] = blank["pixel_values"].to(device, tower.dtype)
+    if "image_position_ids" in blank:  # sizes stay on the host, where they are read; places do not
+        blank["image_position_ids"] = blank["image_position_ids"].to(device)
+    # The class's own method: ranks that share rows have another one, which exchanges features.
+    features = type(base).get_image_features(base, **blank, return_dict=True)
     parts = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
-    return torch.stack([part.sum() for part in parts]).sum() * 0.0
+    flat = [one for part in parts for one in (part if isinstance(part, tuple | list) else (part,))]
+    return torch.stack([part.sum() for part in flat]).sum() * 0.0
+
+
+def merged_side(config: PretrainedConfig) -> int:
+    """Patches a side of those that become one image token, of a model with this config."""
+    vision = config.vision_config
+    found = getattr(vision, "merge_kernel_size", None) or getattr(vision, "pooling_kernel_size", None)
+    found = found or getattr(vision, "spatial_merge_size", 1)
+    return found if isinstance(found, int) else found[0]
+
+
+def _patches(config: PretrainedConfig) -> dict[str, Any]:
+    vision, side = config.vision_config, merged_side(config)
+    channels = getattr(vision, "in_channels", None) or vision.num_channels
+    width = channels * vision.temporal_patch_size * vision.patch_size**2
+    return {"pixel_values": torch.zeros(side * side, width), "image_grid_thw": torch.tensor([[1, side, side]])}
+
+
+def _squares(config: PretrainedConfig) -> dict[str, Any]:
+    side, patch = merged_side(config), config.vision_config.patch_size
+    grid = torch.tensor([[1, side, side]])
+    return {"pixel_values": torch.zeros(side * side, 3, patch, patch), "image_grid_thw": grid}
+
+
+def _places(config: PretrainedConfig) -> dict[str, Any]:
+    side, patch = merged_side(config), config.vision_config.patch_size
+    axis = torch.arange(side)
+    places = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, -1, 2)
+    return {"pixel_values": torch.zeros(1, side * side, 3 * patch**2), "image_position_ids": places}
+
+
+def _tiles(config: PretrainedConfig) -> dict[str, Any]:
+    vision = config.vision_config
+    return {"pixel_values": torch.zeros(1, vision.num_channels, *vision.image_size)}
+
+
+# How a tower is given images (`Family.images`) -> arguments of a model with this config that make the smallest one, all
+# of whose pixels are 0.
+BLANKS: dict[str, Callable[[PretrainedConfig], dict[str, Any]]] = {
+    **{"patches": _patches, "squares": _squares, "places": _places, "tiles": _tiles}
+}

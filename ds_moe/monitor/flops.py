@@ -5,9 +5,10 @@ import re
 import torch
 from transformers import PreTrainedModel
 
-from ds_moe.config.rules.model import expert_count
+from ds_moe.config.rules.model import expert_count, experts_per_token
 from ds_moe.distributed import Topology
 from ds_moe.models.families import expert_state, family_of
+from ds_moe.models.vision import merged_side
 
 # Dense bf16 peak of one device, FLOP/s, from the vendors' data sheets.
 PEAK_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
@@ -28,9 +29,8 @@ def active_flops_per_token(model: PreTrainedModel) -> float:
     Left out are attention scores, the vision tower, the embedding, which is looked up, and the output layer, which few
     tokens meet: those that a label follows.
     """
-    text_config = model.config.get_text_config()
     experts = expert_count(model.config)
-    share = text_config.num_experts_per_tok / experts if experts else 1.0
+    share = experts_per_token(model.config) / experts if experts else 1.0
     family, met = family_of(model), 0.0
     for name, parameter in model.named_parameters():
         if not family.is_vision(name) and not re.search(family.parts["embeddings"], name):
@@ -48,6 +48,6 @@ def patch_cost(model: PreTrainedModel) -> float:
     for name, parameter in model.named_parameters():
         if family.is_vision(name):
             in_layer = any(f".{layers}." in name for layers in family.layers)
-            merged = 1 if in_layer else model.config.vision_config.spatial_merge_size**2
+            merged = 1 if in_layer else merged_side(model.config) ** 2
             met, trained = met + parameter.numel() / merged, trained or parameter.requires_grad
     return met * (6.0 if trained else 2.0) / active_flops_per_token(model)

@@ -13,7 +13,10 @@ DECAY = 5e-5  # of linear attention, whose own rounding is larger, see tests/mod
 # Our router with a bias and groups; the family's own router over experts with biases.
 FIRST = "glm4_moe gpt_oss"
 TEXT = "qwen2_moe qwen3_next deepseek_v3 mixtral olmoe minimax_m2 nemotron_h hy_v3 gemma4_text granitemoe zaya flint"
-IMAGES = "aria gemma4 glm4v_moe glm5_next kimi_k25 minimax_m3_vl mistral3 qwen3_5_moe qwen3_omni_moe_thinker step3p7"
+IMAGES = (
+    "aria gemma4 glm4v_moe glm5_next internvl kimi_k25 minimax_m3_vl mistral3 qwen3_5_moe qwen3_omni_moe_thinker "
+    "qwen4_exp step3p7"
+)
 
 
 @pytest.mark.slow

@@ -20,13 +20,20 @@ from ds_moe.models.processor import save_processor, tiny_processor
 from ds_moe.weights.files import SafetensorsFiles
 from tests.launcher import run_ranks
 from tests.models.test_families import slow_but
-from tests.models.tiny_families import build, glm_processor
+from tests.models.tiny_families import build
+from tests.models.tiny_processors import PROCESSORS, adjust
 
 ANSWERS = {"one": "eno", "two": "owt"}
 MOVES = "glm4_moe"  # with loss-free balancing, which moves the family's own bias
-EAGER = {"flint", "gpt_oss", "hy_v4", "mimo_v2_flash"}  # they have no other attention on a CPU
+# They have no other attention on a CPU.
+EAGER = {"flint", "gpt_oss", "granitemoe_swa", "hy_v4", "inkling2_text", "mimo_v2_flash"}
 # Their hubs hold stacked experts, the others' one tensor an expert.
-STACKED = {"gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "hy_v4", "qwen3_5_moe"}
+STACKED = {
+    *{"aria_text", "gemma4", "gemma4_text", "gpt_oss"},
+    *{"granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"},
+    *{"hy_v4", "inkling2_text", "inkling_text", "minimax_m3_vl_text", "mistral4", "qwen3_5_moe", "zaya"},
+}
+AS_IMAGES = {"mistral4"}  # AutoModelForCausalLM does not know it; the auto class of models with images does
 WITH_IMAGES = [name for name, family in FAMILIES.items() if family.vision and not family.measured]
 EVERY = [*TRAINED_BLOCKS, *WITH_IMAGES]
 UPDATED = "qwen3_5_moe"  # also with LoRA of its experts
@@ -51,12 +58,12 @@ SPECULATION = {
 
 def folder_of(family: str, path: Path) -> Path:
     preset = FAMILIES[family].preset
-    processor = tiny_processor("vl" if preset else "text") if family != GLM else glm_processor()
+    processor = PROCESSORS[family]() if family in PROCESSORS else tiny_processor("text")
     tokenizer = processor.tokenizer
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     model = build_preset(preset) if preset else build(family, vocab_size=len(tokenizer), **ids)[0]
-    for name in ("image", "video") if family == GLM else ():
-        setattr(model.config, f"{name}_token_id", getattr(processor, f"{name}_token_id"))
+    if family in PROCESSORS and not preset:
+        adjust(model, processor)
     model.save_pretrained(path)
     save_processor(processor, path)
     file = path / "model.safetensors"
@@ -113,7 +120,7 @@ def _train(folder: Path, families: list[str]) -> Path:
     (folder / "mixed.jsonl").write_text((image * 2 + text * 2 + image + text + image + text) * 2)
     run = {
         "model": {"path": "given for each"},
-        "data": {"train": str(folder / "qa.jsonl"), "max_length": 64},
+        "data": {"train": str(folder / "qa.jsonl"), "max_length": 160},
         "moe": {"ep_size": 2},
         "train": {"precision": "fp32", "steps": 4, "lr": 0.01, "gradient_checkpointing": True}
         | {"micro_batch_size": 2, "global_batch_size": 4},
@@ -144,7 +151,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(runs, family):
 @pytest.mark.parametrize("layout", ["hub", "memory"])
 def test_an_export_is_the_trained_model_in_plain_transformers(runs, family, layout, tmp_path):
     written = export_checkpoint(runs(family) / "whole" / family, tmp_path / "export", layout)
-    kind = AutoModelForImageTextToText if family in WITH_IMAGES else AutoModelForCausalLM
+    kind = AutoModelForImageTextToText if family in AS_IMAGES.union(WITH_IMAGES) else AutoModelForCausalLM
     plain = kind.from_pretrained(tmp_path / "export").state_dict()
     trained = tensors(runs(family) / "whole" / family / "checkpoints" / LAST)
     kept = {key.partition("/")[2]: value for key, value in trained.items() if key.startswith(("weight/", "buffer/"))}

@@ -14,13 +14,21 @@ from ds_moe.config.sections import has_digits
 if TYPE_CHECKING:  # `ds-moe train` reads a run file without torch and transformers
     from transformers import PretrainedConfig
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
 
 def expert_count(model_config: PretrainedConfig) -> int | None:
     """Experts of each MoE block, as the config spells it, or None for a dense model."""
     text = model_config.get_text_config()
     return next((found for key in EXPERTS if (found := getattr(text, key, None)) is not None), None)
+
+
+def experts_per_token(model_config: PretrainedConfig) -> int:
+    """Experts of a token in a model that has experts, as its config spells it; of layers that differ, the most."""
+    text = model_config.get_text_config()
+    found = next(found for key in TOP_K if (found := getattr(text, key, None)) is not None)
+    return found if isinstance(found, int) else max(found)
 
 
 def contradictions(
@@ -50,7 +58,7 @@ def _moe_section(config: RunConfig, model_config: PretrainedConfig, world_size: 
     if top_k is not None and top_k > experts:
         yield "moe.router.top_k", f"moe.router.top_k {top_k} exceeds the model's {experts} experts"
         return
-    yield from _router(config.moe.router, experts, model_config.get_text_config().num_experts_per_tok)
+    yield from _router(config.moe.router, experts, experts_per_token(model_config))
 
 
 def _shared_rows(ranks: int, model_config: PretrainedConfig) -> Iterator[Complaint]:

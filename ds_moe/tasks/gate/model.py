@@ -22,7 +22,7 @@ from ds_moe.config.tasks import GateConfig
 from ds_moe.distributed import parallel
 from ds_moe.errors import UserError
 from ds_moe.models.convert import moe_layers
-from ds_moe.models.families import image_edges
+from ds_moe.models.families import FAMILIES, image_edges
 from ds_moe.models.generation import cache_of
 from ds_moe.models.vision import encode_blank, has_vision
 from ds_moe.tasks.gate import bank
@@ -71,6 +71,10 @@ def install_gate(model: PreTrainedModel, config: GateConfig) -> GatedModel:
     """
     if not has_vision(model):
         raise UserError(f"task gate needs a vision-language model, this is a {model.config.model_type}")
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None and not family.gates:
+        known = ", ".join(name for name, one in FAMILIES.items() if one.vision and one.gates)
+        raise UserError(f"task gate reads images of {known}, not of a {model.config.model_type} model")
     layers = model.config.get_text_config().num_hidden_layers
     if config.text_layer is not None and config.text_layer > layers:
         raise UserError(f"gate.text_layer {config.text_layer} exceeds the model's {layers} layers")

@@ -123,6 +123,11 @@ class Prompts:
         prepare = self._processor.image_processor
         if prepare is None or encoded.image_grid_thw is None:
             return []
+        if not self._processor.resizes:
+            raise UserError(
+                f"rl.engine cannot be given this model's images, because {type(self._processor).__name__} does more "
+                "than resize them; take records without images, or rollouts from files (rl.rollouts)"
+            )
         images = []
         for source, (_, rows, columns) in zip(sample.images, encoded.image_grid_thw.tolist(), strict=True):
             image, size = (
