@@ -173,7 +173,7 @@ class FirstRecords(Drawn):
         self.rows = [window[row] for window in windows for row in range(min(limit, len(window)))]
         self.lengths = np.array([row.length for row in self.rows], dtype=np.int64)
         self.order, self.outlook = streamed_order_of(config, *pools.identity), pools.outlook()
-        self.sha256, self.sources = self.order[FILE], tuple[SourceFacts, ...]()
+        self.sha256, self.sources = str(self.order[FILE]), tuple[SourceFacts, ...]()
         self.bad, self.remembered = list[BadRecord](), list[object]()
         self.kinds = tuple(source.name for source in pools.blocks.sources if source.name is not None)
 
@@ -195,9 +195,12 @@ class _StreamedSteps(StepDataset):
         return rows
 
     def _check(self, used: list[int], encoded: list[Encoded]) -> None:
-        for index, one in zip(used, encoded, strict=True) if self._tokens is not None else ():
-            if index != FILLER and len(one.input_ids) != self._tokens[index]:
-                was = f"had {self._tokens[index]} tokens when its row was planned and has {len(one.input_ids)} now"
+        tokens = self._tokens
+        if tokens is None:
+            return
+        for index, one in zip(used, encoded, strict=True):
+            if index != FILLER and len(one.input_ids) != tokens[index]:
+                was = f"had {tokens[index]} tokens when its row was planned and has {len(one.input_ids)} now"
                 raise UserError(f"{self.encoder.where(index)}: {was}: an image of it has changed")
 
 
@@ -330,9 +333,10 @@ class StreamedTrain(LoadedSteps):
 
 def _places(state: Mapping[str, Any], pools: int) -> list[PoolPlace]:
     places = state.get(PLACES)
-    good = isinstance(places, list) and len(places) == pools
-    for place in places if good else ():
-        good = good and isinstance(place, list) and len(place) == 4 and all(type(n) is int and n >= 0 for n in place)
-    if not good:
-        raise UserError(f"train.resume: the checkpoint's data position has {PLACES} {places!r} (use another)")
-    return [PoolPlace(*place) for place in places]
+    if isinstance(places, list) and len(places) == pools and all(map(_is_place, places)):
+        return [PoolPlace(*place) for place in places]
+    raise UserError(f"train.resume: the checkpoint's data position has {PLACES} {places!r} (use another)")
+
+
+def _is_place(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(type(one) is int and one >= 0 for one in value)
