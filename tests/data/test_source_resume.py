@@ -60,8 +60,16 @@ def reader(train, run_config, processor, ranks, workers, **data):
     return read
 
 
-@pytest.mark.parametrize("data", [{}, {"packing": True}], ids=["padded", "packed"])
-@pytest.mark.parametrize("form", ["jsonl", "zst", "parquet", "save_to_disk", "tar", "hub", "mixture"])
+@pytest.mark.parametrize(
+    "data", [{}, pytest.param({"packing": True}, marks=pytest.mark.slow)], ids=["padded", "packed"]
+)
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("jsonl", "parquet", "hub", "mixture"),
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ("zst", "save_to_disk", "tar")),
+    ],
+)
 def test_killed_at_twenty_points_equals_never_stopped(form, data, sources, run_config, processor):
     train = sources(form)
     expected = never_stopped(reader(train, run_config, processor, [1], [0], **data), STEPS)

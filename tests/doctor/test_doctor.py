@@ -660,3 +660,18 @@ def test_streamed_data_are_looked_at_without_a_pass(healthy, capsys):
     edit("micro_batch_size: 4", "tokens_per_micro_batch: 512")
     code, lines, output = doctor(capsys, "data.packing=true")
     assert code == 0 and "packing: " in output
+
+
+def test_what_an_epoch_has_of_each_source_is_said(healthy, capsys):
+    line = json.dumps({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]})
+    Path("some.jsonl").write_text(f"{line}\n" * 40)
+    edit(
+        "  train: digits\n",
+        "  train: [{path: digits, weight: 1}, {path: some.jsonl, weight: 3}]\n  mixture: {epoch: shortest}\n",
+    )
+    code, found, output = doctor(capsys)
+    assert (code, found) == (0, [])
+    assert "an epoch has 53 records: digits 13 (24.5%; has 4,311), some 40 (75.5%; has 40)" in " ".join(output.split())
+    edit("weight: 1}", "weight: 0.001}")
+    code, [complaint], _ = doctor(capsys)
+    assert code == 1 and "run.yaml:4: data: an epoch of 40 records has none of 'digits'" in complaint

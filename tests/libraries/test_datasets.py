@@ -12,6 +12,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from tests.data.sources import tar
+
 
 @pytest.fixture(autouse=True)
 def quiet():
@@ -19,7 +21,7 @@ def quiet():
 
 
 def test_a_list_behind_ten_megabytes_of_strings_is_read_as_its_json(tmp_path):
-    """Guard: `JsonlRecords` of data/records.py reads JSON lines by itself."""
+    """Guard: `JsonlRecords` of data/sources/jsonl.py reads JSON lines by itself."""
     lines = [json.dumps({"content": "x" * 2**20})] * 11 + [json.dumps({"content": [{"type": "text"}]})]
     (tmp_path / "file.jsonl").write_text("\n".join(lines))
     rows = datasets.Dataset.from_json(str(tmp_path / "file.jsonl"), cache_dir=str(tmp_path / "cache"))
@@ -36,7 +38,7 @@ def test_fields_of_other_records_are_there_and_none(tmp_path):
 
 
 def test_an_image_column_is_decoded_as_it_is_read_unless_arrow_is_asked_for(tmp_path):
-    """Guard: `ParquetRecords` of data/records.py asks for Arrow: data/images.py decodes, within its limits."""
+    """Guard: `ArrowRecords` of data/sources/arrow.py asks for Arrow: data/images.py decodes, within its limits."""
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "PNG")
     features = datasets.Features({"image": datasets.Image()})
@@ -48,7 +50,19 @@ def test_an_image_column_is_decoded_as_it_is_read_unless_arrow_is_asked_for(tmp_
 
 
 def test_rows_are_copied_into_the_cache(tmp_path):
-    """Guard: `ParquetRecords` of data/records.py keeps the copy in the run's output folder."""
+    """Guard: `open_records` of data/records.py keeps the copy in the run's output folder."""
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": 1}]), tmp_path / "file.parquet")
     datasets.Dataset.from_parquet(str(tmp_path / "file.parquet"), cache_dir=str(tmp_path / "cache"))
     assert list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_of_a_shard_only_what_the_first_five_samples_have_is_read(tmp_path):
+    """Guard: data/sources/tar.py reads archives by itself."""
+    members = {}
+    for number in range(7):
+        late = {"tools": "search"} if number >= 5 else {}
+        members[f"{number}.json"] = json.dumps({"text": "a", **late}).encode()
+        members |= {f"{number}.txt": b"late"} if number >= 5 else {}
+    (tmp_path / "0.tar").write_bytes(tar(members))
+    rows = datasets.load_dataset("webdataset", data_files=str(tmp_path / "0.tar"), split="train", streaming=True)
+    assert [sorted(row["json"]) for row in rows] == [["text"]] * 7 and not any("txt" in row for row in rows)
