@@ -4,12 +4,9 @@ A file is measured once: its records are tokenized, of its images only the heade
 run's output folder, under everything that it follows from. The ranks of a host wait while one of them measures.
 """
 
-import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import ceil
@@ -29,6 +26,7 @@ from ds_moe.data.order import FILLER
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
 from ds_moe.data.records import DATA_CACHE, stop_message
+from ds_moe.data.sources.unpack import alone
 from ds_moe.data.workers import start_method
 from ds_moe.distributed import ranks_of_host
 from ds_moe.errors import UserError
@@ -71,7 +69,7 @@ def token_counts(
         UserError: under `data.on_bad_record: stop`, a record that cannot be used.
     """
     file = _file(config, split)
-    with _alone(file):
+    with alone(file):
         counts = kept_counts(config, split, records, encoder, processor)
         if counts is None:
             counts = _measured(config, split, records, encoder, file)
@@ -153,18 +151,6 @@ def _fingerprint(config: RunConfig, records: Records, processor: Processor) -> s
         [data.max_length, data.max_pixels, data.train_on, data.content_tokens, str(data.root)],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """One process of this host at a time. Where the file system has no locks, each measures for itself."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        yield
 
 
 def _keep(counts: TokenCounts, key: str) -> None:
