@@ -60,6 +60,7 @@ class Pools:
     blocks: Blocks
     pools: list[Pool]
     weights: list[float]
+    lacking: list[str]  # what the first records of sources do not have, see `_lacking`
 
     @classmethod
     def of(cls, config: RunConfig) -> Pools:
@@ -71,15 +72,14 @@ class Pools:
         if weights:
             source_B = np.repeat(blocks.source_of_shard, np.diff(blocks.first_of_shard))
             chosen = [np.flatnonzero(source_B == number) for number in range(len(sources))]
-        for number in range(len(sources)):
-            _check_columns(blocks, number)
+        lacking = [clause for number in range(len(sources)) for clause in _lacking(blocks, number)]
         data, seed, weights = config.data, config.train.seed, weights or [1.0]
         windows = [max(MIB, int(data.shuffle_window_mb * MIB * weight / sum(weights))) for weight in weights]
         pools = [
             Pool(blocks, own, window, (seed, number), data.shuffle)
             for number, (own, window) in enumerate(zip(chosen, windows, strict=True))
         ]
-        return cls(blocks, pools, weights)
+        return cls(blocks, pools, weights, lacking)
 
     def mixture(self, places: Sequence[PoolPlace]) -> Interleaving:
         """The samples from these places on."""
@@ -96,13 +96,16 @@ class Pools:
 
     def outlook(self) -> str:
         """See `StreamedTrain.outlook`."""
-        blocks = self.blocks
-        size, files = int(blocks.sizes.sum()), f"{blocks.files:,} file{'s' if blocks.files > 1 else ''}"
-        block = blocks.read(self.pools[0].first_block(0))
-        if not len(block):
-            return f"{size / 1e6:,.1f} MB in {files}"
-        mean = sum(block.length(row) for row in range(len(block))) / len(block)
-        return f"{size / 1e6:,.1f} MB in {files}, about {size / mean:,.0f} records of {mean:,.0f} bytes, by one block"
+        files = f"{self.blocks.files:,} file{'s' if self.blocks.files > 1 else ''}"
+        known, records = f"{self.blocks.sizes.sum() / 1e6:,.1f} MB in {files}", 0.0
+        for pool in self.pools:
+            block = self.blocks.read(pool.first_block(0))
+            counted = sum(block.length(row) for row in range(len(block)))
+            records += len(block) * pool.bytes / counted if counted else 0.0
+        about = (
+            f", about {records:,.0f} records, by {len(self.pools)} of {len(self.blocks):,} blocks" if records else ""
+        )
+        return "; ".join([known + about, *self.lacking])
 
 
 def sources_of_run(config: RunConfig) -> list[Source]:
@@ -113,26 +116,34 @@ def sources_of_run(config: RunConfig) -> list[Source]:
     for one, name in zip(given, names, strict=True):
         files = data_files(one)
         weight = (1.0 if one.weight is None else one.weight) if mixed else None
-        root = image_folder(one.root or config.data.root)
+        brings_none = any(file.root is None for file in files)  # a dataset of the hub says where its images are
+        root = image_folder(one.root or config.data.root) if brings_none else None
         found.append(Source(tuple(files), name if len(given) > 1 else one.name, weight, one.columns, root))
     return found
 
 
-def _check_columns(blocks: Blocks, number: int) -> None:
-    """Raise `UserError` for a column that no record of a source's first block has: it is most likely misspelt."""
-    source = blocks.sources[number]
+def _lacking(blocks: Blocks, number: int) -> list[str]:
+    """A clause about each column of a source that none of its first records has: JSON may have it further on.
+
+    Raises:
+        UserError: no record can have it, or these records have no messages: it is misspelt.
+    """
+    source, clauses = blocks.sources[number], []
     if not source.columns:
-        return
+        return clauses
     first = int(blocks.first_of_shard[np.flatnonzero(blocks.source_of_shard == number)[0]])
     block, seen = blocks.read(first), set[str]()
     for row in range(min(LOOKED_AT, len(block))):
         with suppress(RecordError):
             seen.update(record if isinstance(record := block.record(row), dict) else ())
     for ours, theirs in source.columns.items():
-        if seen and theirs not in seen:
-            fix = f"they have {', '.join(sorted(map(str, seen))[:20])}"
-            text = f"columns.{ours} names {shown(theirs)}, which the first records of {block.file.name} lack"
-            raise UserError(f"data: {text} ({fix})")
+        if not seen or theirs in seen:
+            continue
+        text = f"columns.{ours} names {shown(theirs)}, which the first records of {block.file.name} lack"
+        if block.file.form != "jsonl" or (ours == "messages" and ours not in seen):
+            raise UserError(f"data: {text} (they have {', '.join(sorted(map(str, seen))[:20])})")
+        clauses.append(text)
+    return clauses
 
 
 class Drawn:

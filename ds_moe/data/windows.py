@@ -78,6 +78,11 @@ class Pool:
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_order": None}  # a loading process makes it faster than it would be given it
 
+    @property
+    def bytes(self) -> int:
+        """Of all blocks."""
+        return int(self._all.sizes[self._chosen].sum())
+
     def windows(self, epoch: int) -> int:
         """The number of windows of an epoch, at least one."""
         return len(self._epoch(epoch)[1]) - 1

@@ -14,6 +14,8 @@ from ds_moe.data.record_kind import CHAT
 from ds_moe.data.stream import TrainStream
 from ds_moe.data.streaming import FirstRecords, StreamedTrain
 from ds_moe.errors import UserError
+from tests.data.sources import COMMIT, hub_cache, lines
+from tests.data.sources import records as plain_records
 from tests.data.streamed_data import FORMS, RECORDS, data_of, records
 from tests.data.streams import answers, killed_at, never_stopped, random_points
 from tests.records import chat
@@ -176,6 +178,20 @@ def test_columns_of_other_names_are_read_and_misspelt_ones_refused(write_jsonl, 
     assert sorted(sum(steps, [])) == sorted(f"n {number}" for number in range(12))
     with pytest.raises(UserError, match="columns.messages names 'tlak', which the first records of .* lack"):
         StreamedTrain(config([{"path": path, "columns": {"messages": "tlak"}}]), processor, rank=0, world_size=1)
+    later = {"path": path, "columns": {"messages": "talk", "tools": "functions"}}  # which a later record may have
+    stream = StreamedTrain(config([later]), processor, rank=0, world_size=1)
+    assert "columns.tools names 'functions', which the first records of" in stream.outlook()
+
+
+def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch, config, processor):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shards = [plain_records(20, name) for name in "ab"]
+    hub_cache(tmp_path, {f"data/train-{n:05}-of-00002.jsonl": lines(shard) for n, shard in enumerate(shards)})
+    one = config([{"path": "hub:some/chats", "revision": COMMIT}], global_batch_size=8)
+    expected = never_stopped(reader(one, processor, [1]), 10)
+    assert Counter(sum(expected[:5], [])) == Counter(f"{name} {number}" for name in "ab" for number in range(20))
+    assert killed_at([2, 5, 7], reader(one, processor, [1, 2]), 10) == expected
 
 
 # --- what a run asks
@@ -228,7 +244,7 @@ def test_the_samples_of_a_step_are_told_by_rank(path, config, processor):
 def test_what_is_known_before_a_pass(path, config, processor):
     stream = StreamedTrain(config(path), processor, rank=0, world_size=1)
     assert (stream.steps_per_epoch, stream.rows, stream.remembered, stream.kinds) == (None, None, [], ())
-    assert "1 file, about 1" in stream.outlook() and "by one block" in stream.outlook()
+    assert "1 file, about 1" in stream.outlook() and "records, by 1 of " in stream.outlook()
     first = FirstRecords(config(path), CHAT, 10)
     assert len(first) == 10 == len({first.sample(row).answer for row in range(10)})
     step = next(iter(StreamedTrain(config(path, {"length_grouping": False}), processor, rank=0, world_size=1)))

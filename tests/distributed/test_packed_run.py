@@ -38,7 +38,7 @@ def never_stopped(tmp_path_factory, data):
     cases.append(["streamed", [*on, f"train.output_dir={streamed}"], "train"])
     cases.append(["streamed again", [*on, f"train.output_dir={folder}/streamed again", resume], "train"])
     launched = launch(2, cases)
-    assert f"data      streamed: 0.0 MB in 1 file, about {RECORDS} records of" in launched.output
+    assert f"data      streamed: 0.0 MB in 1 file, about {RECORDS} records, by 1 of 1 blocks" in launched.output
     assert "packing   " in launched.output and "rows a step" in launched.output
     return output
 
