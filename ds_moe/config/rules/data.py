@@ -3,9 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from ds_moe.config.rules.dpo import reference_of
 from ds_moe.config.rules.rule import Complaint, Unused
-from ds_moe.config.run import RunConfig, task_is
+from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import DIGITS, SourceConfig, sources_of
 from ds_moe.config.sources import HUB, source_names
 from ds_moe.errors import shown
@@ -83,8 +82,3 @@ def _mixture(config: RunConfig) -> Iterator[Complaint]:
         what = "weights" if weighted else "epochs"
         text = f"data.mixture.temperature shares by the sizes of the sources, which have {what}; remove one of them"
         yield "data.mixture.temperature", text
-    if not shares(config):
-        return
-    if task_is(config, "dpo") and reference_of(config) == "stored":
-        text = "log-probs of a stored reference are computed in a pass over all pairs, and an epoch of these sources"
-        yield "data.train", f"data.train: {text} is another; remove weight, epochs and data.mixture.temperature"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from ds_moe.config.rules.data import shares
 from ds_moe.config.rules.lora import base_changes
 from ds_moe.config.rules.rule import Complaint, Unused, in_task, needs, read_in
 from ds_moe.config.run import RunConfig, task_is
@@ -59,6 +60,9 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
     if has_digits(data.train) or has_digits(data.eval):
         key = "data.train" if has_digits(data.train) else "data.eval"
         yield key, f'{key} is "digits", whose records have one answer; give a file with pairs'
+    if shares(config) and reference_of(config) == "stored":
+        text = "log-probs of a stored reference are computed in a pass over all pairs, and an epoch of these sources"
+        yield "data.train", f"data.train: {text} is another; remove weight, epochs and data.mixture.temperature"
     if dpo.loss == "robust" and not dpo.label_smoothing:
         yield "dpo.loss", "dpo.loss robust with dpo.label_smoothing 0 is dpo; set the share of swapped pairs"
     if dpo.reference == "base" and (reason := base_changes(config)):
