@@ -7,7 +7,6 @@ is a row group, one of an Arrow file a record batch. Which blocks there are foll
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from typing import Protocol
 import numpy as np
 
 from ds_moe.data.images import ImageRoot
+from ds_moe.data.sources.as_opened import FileAsOpened
 from ds_moe.data.sources.files import DataFile
 from ds_moe.data.sources.jsonl import MAX_LINE, check_no_array, json_value
-from ds_moe.data.tables import CHANGED, ArrowShard, ParquetShard
+from ds_moe.data.tables import ArrowShard, ParquetShard
 from ds_moe.errors import UserError, one_line
 
 BLOCK = 2**17  # bytes of a block of JSONL, unless there would be more than MOST_BLOCKS
@@ -73,18 +73,18 @@ class RowBlock(Protocol):
 
 
 class JsonlBlock:
-    """The lines that begin in bytes `start` to `end` of a file of `size` bytes, blank ones left out.
+    """The lines that begin in bytes `start` to `end` of a file, blank ones left out.
 
     Raises:
-        UserError: the file has another size than at the start, a line is far too long, or it is a JSON array.
+        UserError: the file has changed since the start, a line is far too long, or it is a JSON array.
     """
 
-    def __init__(self, file: DataFile, size: int, start: int, end: int) -> None:
+    def __init__(self, file: DataFile, opened: FileAsOpened, start: int, end: int) -> None:
         self.file = file
-        self._raw, self._base = _read_lines(file, size, start, end)
+        self._raw, self._base = _read_lines(opened, start, end)
         raw_B = np.frombuffer(self._raw, dtype=np.uint8)
         begin_N = np.flatnonzero(raw_B[: max(end - 1 - self._base, 0)] == ord("\n")) + 1
-        if start == 0 and size:
+        if start == 0 and opened.size:
             begin_N = np.concatenate([[0], begin_N])
         end_N = np.concatenate([begin_N[1:], [len(self._raw)]])[: len(begin_N)]
         for row in np.flatnonzero(end_N - begin_N > MAX_LINE)[:1]:
@@ -113,20 +113,15 @@ class JsonlBlock:
         return self._raw[self._begin_N[row] : self._end_N[row]]
 
 
-def _read_lines(file: DataFile, size: int, start: int, end: int) -> tuple[bytes, int]:
+def _read_lines(opened: FileAsOpened, start: int, end: int) -> tuple[bytes, int]:
     """(the bytes from just before `start` to the end of the last line that begins before `end`, where they begin)."""
     base = max(start - 1, 0)  # a line begins at `start` if the byte before is the end of another
-    try:
-        with file.path.open("rb") as lines:
-            if os.fstat(lines.fileno()).st_size != size:
-                raise UserError(f"{file.name}: {CHANGED}")
-            lines.seek(base)
-            raw = lines.read(end - base)
-            begun = start == 0 or b"\n" in raw[:-1]
-            if begun and end < size and not raw.endswith(b"\n"):
-                raw += lines.readline(MAX_LINE + 1)
-    except OSError as error:
-        raise UserError(f"{file.name}: cannot be read any more ({error.strerror})") from error
+    with opened.open() as lines:
+        lines.seek(base)
+        raw = lines.read(end - base)
+        begun = start == 0 or b"\n" in raw[:-1]
+        if begun and end < opened.size and not raw.endswith(b"\n"):
+            raw += lines.readline(MAX_LINE + 1)
     return raw, base
 
 
@@ -134,12 +129,12 @@ class Shard(Protocol):
     """A file in blocks.
 
     Attributes:
-        size: bytes of the file.
+        opened: the file as it was then.
         sizes: (blocks,) int64, about how many bytes each takes in memory.
     """
 
     file: DataFile
-    size: int
+    opened: FileAsOpened
     sizes: np.ndarray
 
     def read(self, block: int) -> RowBlock: ...
@@ -148,12 +143,12 @@ class Shard(Protocol):
 class JsonlShard:
     """Blocks of `step` bytes."""
 
-    def __init__(self, file: DataFile, size: int, step: int) -> None:
-        self.file, self.size, self._step = file, size, step
+    def __init__(self, file: DataFile, opened: FileAsOpened, step: int) -> None:
+        self.file, self.opened, self._step, size = file, opened, step, opened.size
         self.sizes = np.minimum(size - np.arange(-(-size // step), dtype=np.int64) * step, step)
 
     def read(self, block: int) -> RowBlock:
-        return JsonlBlock(self.file, self.size, block * self._step, min((block + 1) * self._step, self.size))
+        return JsonlBlock(self.file, self.opened, block * self._step, min((block + 1) * self._step, self.opened.size))
 
 
 @dataclass(frozen=True)
@@ -178,13 +173,13 @@ class Blocks:
     def of(cls, sources: Sequence[Source]) -> Blocks:
         """Raises `UserError` for files that cannot be read block by block, and for a source without any byte."""
         files = [(number, file) for number, source in enumerate(sources) for file in source.files]
-        sizes = [file.path.stat().st_size for _, file in files]
-        text = sum(size for (_, file), size in zip(files, sizes, strict=True) if file.form == "jsonl")
+        opened = [FileAsOpened.of(file.path, file.name) for _, file in files]
+        text = sum(one.size for (_, file), one in zip(files, opened, strict=True) if file.form == "jsonl")
         step = BLOCK
         while text // step > MOST_BLOCKS:
             step *= 2
         with ThreadPoolExecutor(HEADERS_AT_ONCE) as threads:
-            shards = list(threads.map(lambda one, size: _shard(one[1], size, step), files, sizes))
+            shards = list(threads.map(lambda one, as_opened: _shard(one[1], as_opened, step), files, opened))
         counts = np.array([len(shard.sizes) for shard in shards])
         source_S = np.array([number for number, _ in files])
         blocks_of = np.bincount(source_S, weights=counts, minlength=len(sources))
@@ -216,16 +211,16 @@ class Blocks:
         return int(np.searchsorted(self.first_of_shard, block, side="right")) - 1
 
 
-def _shard(file: DataFile, size: int, step: int) -> Shard:
+def _shard(file: DataFile, opened: FileAsOpened, step: int) -> Shard:
     if file.compressed or file.form == "tar":
         what = "is compressed" if file.compressed else "is an archive"
         raise UserError(f"data.streaming reads files from any place on, and {file.name} {what} (unpack it)")
     if file.form == "jsonl":
-        return JsonlShard(file, size, step)
+        return JsonlShard(file, opened, step)
     from pyarrow import ArrowException
 
     try:
-        return (ParquetShard if file.form == "parquet" else ArrowShard)(file, size)
+        return (ParquetShard if file.form == "parquet" else ArrowShard)(file, opened)
     except (OSError, ValueError, EOFError, NotImplementedError, ArrowException) as error:
         what = "a Parquet file" if file.form == "parquet" else "an Arrow file of `save_to_disk`"
         raise UserError(f"data: {file.name} is not {what} that can be read ({one_line(error)})") from error
@@ -234,11 +229,11 @@ def _shard(file: DataFile, size: int, step: int) -> Shard:
 def _sha256(shards: list[Shard], source: Source) -> str:
     digest = hashlib.sha256(str(sorted(source.columns.items())).encode())  # other columns are other records
     for shard in shards:
-        digest.update(f"{shard.file.path.name} {shard.size} {len(shard.sizes)}\n".encode())
+        digest.update(f"{shard.file.path.name} {shard.opened.size} {len(shard.sizes)}\n".encode())
     chosen = np.unique(np.linspace(0, len(shards) - 1, min(len(shards), SAMPLED_FILES)).astype(int))
     for shard in (shards[number] for number in chosen):
-        with shard.file.path.open("rb") as file:
-            for start in (0, shard.size // 2, max(shard.size - SAMPLE, 0)):
+        with shard.opened.open() as file:
+            for start in (0, shard.opened.size // 2, max(shard.opened.size - SAMPLE, 0)):
                 file.seek(start)
                 digest.update(file.read(SAMPLE))
     return digest.hexdigest()

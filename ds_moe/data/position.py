@@ -11,6 +11,8 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.order import EpochOrder
 from ds_moe.data.record_kind import Records
 from ds_moe.data.sources.mixture import mixture_of
+from ds_moe.distributed import over_ranks
+from ds_moe.errors import UserError
 
 DataPosition = Mapping[str, Any]  # of numbers, texts and lists of them, as a checkpoint's state.json holds it
 FILE = "data.train sha256"
@@ -62,6 +64,20 @@ def epoch_order_of(config: RunConfig, records: Records, lengths: np.ndarray | No
     lengths = records.lengths if lengths is None else lengths
     sizes = train.global_batch_size, train.seed
     return EpochOrder(lengths, *sizes, data.shuffle, data.length_grouping, mixture_of(data, records))
+
+
+def check_same_data(order: DataPosition, split: str = "data.train") -> None:
+    """Raise `UserError` on every rank where one reads other data than rank 0 does (collective).
+
+    Hosts may have other copies of a path, or other commits of a dataset of the hub in their caches.
+    """
+    of_ranks = over_ranks(dict(order))
+    for rank, other in enumerate(of_ranks):
+        for key in (*of_ranks[0], *other):
+            first, here = of_ranks[0].get(key, "absent"), other.get(key, "absent")
+            if first != here:
+                text = f"{split}: ranks read different data: {key} is {first!r} on rank 0 and {here!r} on rank {rank}"
+                raise UserError(f"{text} (give every host the same files; of a hub dataset, set revision to a commit)")
 
 
 def same_file(saved: DataPosition, order: DataPosition) -> bool:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ds_moe.data.sources.arrow_stream import record_batches
+from ds_moe.data.sources.as_opened import FileAsOpened
 from ds_moe.data.sources.files import DataFile
 from ds_moe.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-CHANGED = "has changed since the run opened it (leave data files alone while it trains)"
 
 
 class TableBlock:
@@ -25,8 +25,15 @@ class TableBlock:
         read: gives them.
     """
 
-    def __init__(self, file: DataFile, first: int, rows: int, read: Callable[[], pa.Table | pa.RecordBatch]) -> None:
-        self.file, self._first, self._rows, self._read = file, first, rows, read
+    def __init__(
+        self,
+        file: DataFile,
+        opened: FileAsOpened,
+        first: int,
+        rows: int,
+        read: Callable[[], pa.Table | pa.RecordBatch],
+    ) -> None:
+        self.file, self._opened, self._first, self._rows, self._read = file, opened, first, rows, read
 
     def __len__(self) -> int:
         return self._rows
@@ -38,10 +45,10 @@ class TableBlock:
         try:
             table = self._read()
         except (OSError, ValueError, IndexError, NotImplementedError, ArrowException) as error:
+            self._opened.check()
             where = f"{self.file.name}: rows from {self._first + 1} on"
-            raise UserError(f"{where} cannot be read ({one_line(error)}; has the file changed?)") from error
-        if table.num_rows != self._rows:
-            raise UserError(f"{self.file.name}: {CHANGED}")
+            raise UserError(f"{where} cannot be read ({one_line(error)})") from error
+        self._opened.check()  # what was read is what was opened
         return table
 
     @cached_property
@@ -82,17 +89,17 @@ def _bytes_of(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
 class ParquetShard:
     """A block is a row group, which the file's end lists. Raises what pyarrow raises for a file that is none."""
 
-    def __init__(self, file: DataFile, size: int) -> None:
+    def __init__(self, file: DataFile, opened: FileAsOpened) -> None:
         import pyarrow.parquet as pq
 
-        self.file, self.size, footer = file, size, pq.read_metadata(file.path)
+        self.file, self.opened, footer = file, opened, pq.read_metadata(file.path)
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         self.sizes = np.array([group.total_byte_size for group in groups], dtype=np.int64)
         self._first = np.cumsum([0, *(group.num_rows for group in groups)])
 
     def read(self, block: int) -> TableBlock:
         first, end = self._first[block : block + 2].tolist()
-        return TableBlock(self.file, first, end - first, lambda: self._group(block))
+        return TableBlock(self.file, self.opened, first, end - first, lambda: self._group(block))
 
     def _group(self, number: int) -> pa.Table:
         import pyarrow.parquet as pq
@@ -107,27 +114,15 @@ class ArrowShard:
     Raises what pyarrow raises for a file that is none.
     """
 
-    def __init__(self, file: DataFile, size: int) -> None:
-        import pyarrow as pa
-
-        self.file, self.size, offsets, rows = file, size, [], []
-        with pa.memory_map(str(file.path)) as mapped:
-            self._schema = pa.ipc.read_schema(pa.ipc.read_message(mapped))
-            while (offset := mapped.tell()) < size:
-                try:
-                    message = pa.ipc.read_message(mapped)
-                except EOFError:  # the mark of the end
-                    break
-                if message.type != "record batch":
-                    raise ValueError(f"a {message.type} between its rows")
-                offsets.append(offset)
-                rows.append(pa.ipc.read_record_batch(message, self._schema).num_rows)
-        self._offsets = np.array([*offsets, size], dtype=np.int64)
+    def __init__(self, file: DataFile, opened: FileAsOpened) -> None:
+        self.file, self.opened = file, opened
+        self._schema, offsets, rows = record_batches(file.path)
+        self._offsets = np.array(offsets, dtype=np.int64)
         self.sizes, self._first = np.diff(self._offsets), np.cumsum([0, *rows])
 
     def read(self, block: int) -> TableBlock:
         first, end = self._first[block : block + 2].tolist()
-        return TableBlock(self.file, first, end - first, lambda: self._batch(block))
+        return TableBlock(self.file, self.opened, first, end - first, lambda: self._batch(block))
 
     def _batch(self, number: int) -> pa.RecordBatch:
         import pyarrow as pa

@@ -17,6 +17,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BAD_RECORDS
 from ds_moe.data.chat_template import end_token
 from ds_moe.data.eval_set import EvalSet
+from ds_moe.data.position import check_same_data
 from ds_moe.data.processor import Processor
 from ds_moe.data.stream import StepStream
 from ds_moe.distributed import Topology, raise_together
@@ -141,10 +142,13 @@ def _data(
         record_kind=kind.train_records(config, model_config(config.model)),
         patch_cost=patch_cost,
     )
+    check_same_data(stream.order)
     if config.data.eval is None:
         return stream, None
     ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}  # of whole rows
-    return stream, EvalSet(config, processor, **ranks, record_kind=kind.eval_records(config))
+    eval_set = EvalSet(config, processor, **ranks, record_kind=kind.eval_records(config))
+    check_same_data({"its sha256": eval_set.sha256, "its records": len(eval_set)}, "data.eval")
+    return stream, eval_set
 
 
 def _no_room(config: RunConfig, size: int) -> str | None:

@@ -1,6 +1,7 @@
 """Blocks of files hold every record once, wherever their bounds fall."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -12,8 +13,13 @@ from ds_moe.config.sections import SourceConfig
 from ds_moe.data import blocks as blocks_module
 from ds_moe.data.blocks import Blocks, JsonlBlock, Source
 from ds_moe.data.images import RecordError
+from ds_moe.data.record_kind import CHAT
+from ds_moe.data.sources.arrow import ArrowRecords
+from ds_moe.data.sources.arrow_stream import record_batches
+from ds_moe.data.sources.as_opened import FileAsOpened
 from ds_moe.data.sources.files import DataFile, data_file
 from ds_moe.data.sources.find import data_files
+from ds_moe.data.sources.indexed import Reading
 from ds_moe.errors import UserError
 
 
@@ -63,7 +69,8 @@ def test_a_line_is_lost_where_blocks_do_not_look_at_the_byte_before_them(tmp_pat
     """The negative control: a line that begins exactly with a block is found by that byte alone."""
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"a":1}\n{"a":2}\n')
-    assert [len(JsonlBlock(data_file(file, "a"), 16, start, start + 8)) for start in (0, 8)] == [1, 1]
+    found = data_file(file, "a"), FileAsOpened.of(file, "a")
+    assert [len(JsonlBlock(*found, start, start + 8)) for start in (0, 8)] == [1, 1]
     raw = np.frombuffer(file.read_bytes()[8:16], dtype=np.uint8)
     assert np.flatnonzero(raw[:-1] == ord("\n")).size == 0
 
@@ -150,8 +157,58 @@ def test_a_file_that_changes_while_it_is_read_ends_the_run(tmp_path):
     with pytest.raises(UserError, match="has changed since the run opened it"):
         blocks.read(0)
     file.unlink()
-    with pytest.raises(UserError, match="cannot be read any more"):
+    with pytest.raises(UserError, match="cannot be read"):
         blocks.read(0)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "arrow"])
+def test_a_file_of_equal_size_and_as_many_rows_has_changed_too(tmp_path, form):
+    file = DataFile(tmp_path / f"a.{form}", "a", form)
+
+    def write(answer):
+        table = pa.Table.from_pylist([{"answer": answer}] * 3)
+        if form == "jsonl":
+            file.path.write_text(f'{{"answer": "{answer}"}}\n' * 3)
+        elif form == "parquet":
+            pq.write_table(table, file.path)
+        else:
+            with pa.OSFile(str(file.path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+        return file.path.stat().st_size
+
+    size = write("yes")
+    blocks = Blocks.of([Source((file,))])
+    assert blocks.read(0).record(0) == {"answer": "yes"}
+    assert write("not") == size
+    os.utime(file.path, ns=(0, 1))
+    with pytest.raises(UserError, match="a: has changed since the run opened it"):
+        blocks.read(0).record(0)
+
+
+def test_an_arrow_file_that_lacks_rows_or_has_some_behind_its_end_is_refused(tmp_path):
+    table = pa.Table.from_pylist([{"answer": "yes"}] * 8)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table, max_chunksize=4)
+    whole, file = sink.getvalue().to_pybytes(), tmp_path / "a.arrow"
+    file.write_bytes(whole)
+    _, offsets, rows = record_batches(file)
+    assert rows == [4, 4] and offsets[-1] == len(whole) - 8
+    for torn, says in (
+        (whole[: offsets[1]], "cut off"),
+        (whole[: offsets[2]], "cut off"),
+        (whole * 2, "goes on behind its end"),
+    ):
+        file.write_bytes(torn)
+        for opened in (lambda: Blocks.of([Source((DataFile(file, "a", "arrow"),))]), lambda: rows_of(file)):
+            with pytest.raises(UserError, match=says):
+                opened()
+
+
+def rows_of(file):
+    """The same file with an index."""
+    reading = Reading(record_kind=CHAT, max_pixels=10**6, cache_dir=file.parent)
+    return ArrowRecords(DataFile(file, "a", "arrow"), reading)
 
 
 def test_a_run_knows_the_files_it_was_started_with(tmp_path):

@@ -1,6 +1,8 @@
 """Sources of any form give the same records, and what is wrong with a path is one line."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -139,6 +141,13 @@ PATHS = {
         "s",
         "lacks 2 of 3 shards, the first s/t-00000-of-00003.jsonl",
     ),
+    "a shard missing of those with a hash": (
+        {"s/train-00001-of-00002-6f3344faa23e9b0a.parquet": b""},
+        "s",
+        "lacks 1 of 2 shards, the first s/train-00000-of-00002.parquet",
+    ),
+    "a shard missing behind a dot": ({"s/train.00001-of-00002.jsonl": b""}, "s", "the first s/train.00000-of-00002"),
+    "a shard missing behind an underscore": ({"s/part_00001-of-00002.jsonl": b""}, "s", "lacks 1 of 2 shards"),
     "a pattern without a match": ({}, "x-*.jsonl", "x-*.jsonl matches no file"),
     "a brace without a match": ({"0.tar": tar({})}, "{0..1}.tar", "1.tar, of {0..1}.tar matches no file"),
     "a pattern that matches others": ({"a.jsonl": b"", "a.md": b""}, "a.*", "a.md is neither .jsonl nor"),
@@ -177,6 +186,37 @@ def test_what_is_wrong_with_a_path_is_one_line(name, tmp_path, monkeypatch, read
     with pytest.raises(UserError) as caught:
         read(given)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_below_that_is_a_link_or_cannot_be_read_is_refused(folder, read, monkeypatch):
+    (folder / "all/b").mkdir(parents=True)
+    (folder / "all/a.jsonl").write_bytes(lines(records(2)))
+    (folder / "all/b/b.jsonl").write_bytes(lines(records(2)))
+    (folder / "all/.hidden").symlink_to(folder)
+    assert len(read(str(folder / "all"))) == 4
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", lambda path, real=os.scandir: denied(path) if path.endswith("b") else real(path))
+        with pytest.raises(UserError, match=r"all/b cannot be read \(Permission denied\)"):
+            read(str(folder / "all"))
+    (folder / "all/link").symlink_to(folder / "all/b")
+    with pytest.raises(UserError, match="all/link is a link to a folder, which is not followed"):
+        read(str(folder / "all"))
+
+
+def denied(path):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "gz", "tar"])
+def test_a_file_that_changes_behind_its_index_ends_the_run(form, folder, read):
+    found = read(FORMS[form](folder, records(4)))
+    assert found.sample(3).answer == "n 3"
+    for file in [*folder.parent.rglob("unpacked_*.jsonl")] or folder.iterdir():
+        content = file.read_bytes()
+        file.write_bytes(content.replace(b"n 0", b"m 0"))
+        os.utime(file, ns=(0, 1))
+    with pytest.raises(UserError, match="has changed since the run opened it"):
+        found.sample(0)
 
 
 # --- archives
@@ -290,9 +330,14 @@ HUB = {
     ),
     "a shard missing": ({"train-00001-of-00002.jsonl": lines(records(1))}, "hub:some/chats", "lacks 1 of 2 shards"),
     "a card that leads out": (
+        {"README.md": b"---\nconfigs:\n- config_name: x\n  data_files: ../../../../secret.jsonl\n---\n"},
+        "hub:some/chats",
+        "secret.jsonl', outside of it",
+    ),
+    "a card that leads out from the root": (
         {"README.md": b"---\nconfigs:\n- config_name: x\n  data_files: /etc/hostname\n---\n"},
         "hub:some/chats",
-        "hub:some/chats",
+        "Unable to find '/etc/hostname' with any supported extension",
     ),
     "a card that is no YAML": (
         {"README.md": b"---\n: [\n---\n", "train.jsonl": b""},
@@ -308,9 +353,10 @@ HUB = {
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_what_is_wrong_with_a_dataset_of_the_hub_is_one_line(name, hub, read):
+def test_what_is_wrong_with_a_dataset_of_the_hub_is_one_line(name, hub, read, tmp_path):
     files, given, says = HUB[name]
     hub({"x": b"", **files})
+    (tmp_path / "secret.jsonl").write_bytes(lines(records(1)))
     with pytest.raises(UserError) as caught:
         read(given)
     assert says in str(caught.value) and "\n" not in str(caught.value)

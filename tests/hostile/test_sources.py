@@ -101,7 +101,7 @@ FILES = {
     "a folder of one that links to itself": (
         "s",
         lambda path, canary: (path.mkdir(), (path / "s").symlink_to(path)),
-        "a folder without data files",
+        "a link to a folder, which is not followed",
     ),
     "a saved dataset of a pickle": (
         "s",
@@ -164,4 +164,4 @@ def test_an_archive_that_changes_behind_its_index(stream, folder):
     file.write_bytes(tar({f"{name}.json": line() for name in "abc"}))
     made = stream(file)
     file.write_bytes(bytes(5000))
-    refusal(lambda: next(iter(made)), f"{file}:", "the archive has changed since it was indexed")
+    refusal(lambda: next(iter(made)), f"{file}: ", "has changed since the run opened it")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ds_moe.data.record_kind import Parsed
+from ds_moe.data.sources.arrow_stream import record_batches
 from ds_moe.data.sources.files import DataFile
 from ds_moe.data.sources.indexed import IndexedRecords, Reading
 from ds_moe.errors import UserError
@@ -21,13 +22,15 @@ class ArrowRecords(IndexedRecords[dict[str, object], Parsed]):
         import pyarrow
         from datasets.exceptions import DatasetGenerationError
 
+        of_libraries = pyarrow.ArrowException, DatasetGenerationError
         datasets.disable_progress_bars()
         try:
             if file.form == "parquet":
                 rows = datasets.Dataset.from_parquet(str(file.path), cache_dir=str(reading.cache_dir))
             else:
+                record_batches(file.path)  # `from_file` would not say that some are missing
                 rows = datasets.Dataset.from_file(str(file.path))
-        except (OSError, ValueError, NotImplementedError, pyarrow.ArrowException, DatasetGenerationError) as error:
+        except (OSError, EOFError, ValueError, NotImplementedError, *of_libraries) as error:
             what = "a Parquet file" if file.form == "parquet" else "an Arrow file of `save_to_disk`"
             reason = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"data: {file.name} is not {what} that can be read ({reason})") from error

@@ -25,7 +25,9 @@ FORMS: dict[str, Form] = {
 COMPRESSED = (".gz", ".zst", ".zstd")
 MOST_FILES = 100_000  # of a source
 MAX_JSON = 2**24  # bytes of a file that describes a saved dataset
-SHARD = re.compile(r"^(?P<before>.*-)(?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<after>\..*)$")
+SHARD = re.compile(  # the hash is that of older versions of `push_to_hub`
+    r"^(?P<before>.*?)(?P<number>\d{5,})-of-(?P<count>\d{5,})(?:-[0-9a-f]+)?(?P<after>\..*)$"
+)
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,21 @@ def _in_folder(folder: Path, source: SourceConfig) -> list[DataFile]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Data files in a folder and those below it, sorted, without hidden ones. Links to folders are not followed."""
+    """Data files in a folder and those below it, sorted, without hidden ones.
+
+    Raises:
+        UserError: a folder cannot be read, or is a link, of which nobody knows whether it leads back.
+    """
     paths = []
-    for place, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"data: {error.filename} cannot be read ({error.strerror})") from error
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        if link := next((Path(place, name) for name in sorted(folders) if Path(place, name).is_symlink()), None):
+            fix = "name what it leads to as a source of its own, or give a pattern"
+            raise UserError(f"data: {link} is a link to a folder, which is not followed ({fix})")
         paths += [Path(place, name) for name in names if is_data(name) and not name.startswith((".", "__"))]
         if len(paths) > MOST_FILES:
             raise UserError(f"data: {folder} holds more than {MOST_FILES:,} data files (name some by a pattern)")

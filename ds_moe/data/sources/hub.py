@@ -4,6 +4,7 @@
 last, also where another revision is asked for; and of a JSON file it makes Arrow, see `jsonl.py`.
 """
 
+import os
 import re
 import tempfile
 from dataclasses import dataclass, replace
@@ -116,7 +117,7 @@ def split_files(folder: Path, source: SourceConfig) -> list[Path]:
     if wanted not in found:
         splits = ", ".join(found) or "none"
         raise UserError(f"data: {source.path} has no split {shown(wanted)} (set split to one of: {splits})")
-    paths = [Path(file) for file in found[wanted]]
+    paths = [Path(os.path.normpath(file)) for file in found[wanted]]  # not resolved: files of a snapshot are links
     if outside := next((path for path in paths if not path.is_relative_to(folder)), None):
         raise UserError(
             f"data: the card of {source.path} names {shown(str(outside))}, outside of it (use another dataset)"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ds_moe.data.images import RecordError
 from ds_moe.data.record_kind import Parsed
+from ds_moe.data.sources.as_opened import FileAsOpened
 from ds_moe.data.sources.files import DataFile
 from ds_moe.data.sources.indexed import IndexedRecords, Reading
 from ds_moe.data.sources.unpack import unpacked
@@ -22,13 +23,14 @@ class JsonlRecords(IndexedRecords[bytes, Parsed]):
     """
 
     def __init__(self, file: DataFile, reading: Reading[Parsed]):
-        self._plain: Path = unpacked(file.path, file.name, reading.cache_dir) if file.compressed else file.path
+        plain = unpacked(file.path, file.name, reading.cache_dir) if file.compressed else file.path
+        self._plain = FileAsOpened.of(plain, file.name)
         super().__init__(file, reading)
 
     def _walk(self) -> Iterator[tuple[int, int, bytes]]:
         digest = hashlib.sha256()
         offset, name = 0, self._file.name
-        with self._plain.open("rb") as lines:
+        with self._plain.open() as lines:
             for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
                 if len(line) > MAX_LINE:
                     raise UserError(f"{name}:{number}: a line of more than {MAX_LINE} bytes (write one record a line)")
@@ -41,7 +43,7 @@ class JsonlRecords(IndexedRecords[bytes, Parsed]):
         self.sha256 = digest.hexdigest()
 
     def _read(self, key: int) -> bytes:
-        with self._plain.open("rb") as lines:
+        with self._plain.open() as lines:
             lines.seek(key)
             return lines.readline()
 

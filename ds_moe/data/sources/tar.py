@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from ds_moe.data.images import ImageRoot, ImageSource, RecordError
 from ds_moe.data.record_kind import Parsed
 from ds_moe.data.sources.archive import ArchiveError, Member, members
+from ds_moe.data.sources.as_opened import FileAsOpened
 from ds_moe.data.sources.indexed import IndexedRecords
 from ds_moe.data.sources.jsonl import MAX_LINE, json_value
 from ds_moe.errors import UserError, shown
@@ -42,6 +43,7 @@ class TarRecords(IndexedRecords[Members, Parsed]):
 
     def _walk(self) -> Iterator[tuple[int, int, Members]]:
         met: set[str] = set()
+        self._archive = FileAsOpened.of(self._file.path, self._file.name)
         self._last: Members | None = None
         try:
             for number, group in enumerate(self._groups(0), start=1):
@@ -53,12 +55,12 @@ class TarRecords(IndexedRecords[Members, Parsed]):
                 yield group.header, number, group
         except ArchiveError as error:
             raise UserError(f"data: {self._file.name} {error}") from error
-        with self._file.path.open("rb") as archive:
+        with self._archive.open() as archive:
             self.sha256 = hashlib.file_digest(archive, "sha256").hexdigest()
 
     def _groups(self, header: int) -> Iterator[Members]:
         """The groups from the one whose headers begin there. Raises `ArchiveError`."""
-        with self._file.path.open("rb") as archive:
+        with self._archive.open() as archive:
             key, parts = "", list[tuple[str, Member]]()
             for member in members(archive, header):
                 if PurePosixPath(member.name).name.startswith(OF_APPLE):
@@ -124,7 +126,7 @@ class TarRecords(IndexedRecords[Members, Parsed]):
             raise RecordError(
                 f"the member {shown(member.name)} has {member.size} bytes, at most {most} are read (shrink it)"
             )
-        with self._file.path.open("rb") as archive:
+        with self._archive.open() as archive:
             archive.seek(member.start)
             return archive.read(member.size)
 
