@@ -14,7 +14,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo replay-demo rl-demo gate-demo dpo-demo assemble-demo test test-all test-transformers lint format bench clean
+.PHONY: help setup demo replay-demo rl-demo gate-demo dpo-demo assemble-demo video-demo test test-all test-transformers lint format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,9 @@ gate-demo: $(READY)  ## a learned gate over four LoRA adapters, on rendered scre
 
 dpo-demo: $(READY)  ## preferred answers on real images, and wrong ones as a control (2 processes, about 6 minutes)
 	@$(PY) -m tools.demos.dpo.demo $(ARGS)
+
+video-demo: $(READY)  ## which way a digit moves, learned from clips (2 processes, under 10 minutes)
+	@$(PY) -m tools.demos.video.demo $(ARGS)
 
 assemble-demo: $(READY)  ## two experts trained apart become one Qwen3-VL-MoE (2 processes, about 3 minutes)
 	@$(PY) -m tools.demos.assemble.demo $(ARGS)

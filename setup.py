@@ -51,6 +51,7 @@ setup(
             "ruff==0.17.5",  # a formatter's opinion changes between versions
             "pyright[nodejs]>=1.1.414",  # Node from PyPI: no download outside the package index
         ],
+        "video": ["av>=15"],  # records with encoded videos; its wheels bring FFmpeg's libraries
         # CUDA builds of torch bring the triton they were built with; this is for machines whose torch does not.
         "triton": ["triton>=3.7; platform_system == 'Linux'"],
         "liger": ["liger-kernel>=0.8.5,<0.9; platform_system == 'Linux'"],  # moe.experts.backend: liger

@@ -1,9 +1,12 @@
-"""Encoded samples changed for tests: without their image, or two joined into one; and the loss of each of a batch."""
+"""Encoded samples for tests: changed ones (without their image, two joined into one), one with a video; and the loss of
+each of a batch."""
 
 import torch
 import torch.nn.functional as F
 
-from ds_moe.data.encode import Encoded
+from ds_moe.data.chat import Sample, Turn
+from ds_moe.data.encode import Encoded, encode
+from tests.data.clips import drawn, listed
 
 
 def without_image(one, image_token_id):
@@ -16,6 +19,12 @@ def joined(one, other):
     parts = ("input_ids", "labels", "pixel_values", "image_grid_thw")
     tensors = {name: torch.cat([getattr(one, name), getattr(other, name)]) for name in parts}
     return Encoded(prompt=one.prompt, **tensors)
+
+
+def filmed(processor, frames=5, seed=0):
+    """A sample with a video, of 6 tokens for each two frames."""
+    question = Turn("user", (listed(drawn(frames, 16, 24, seed)), "Which way?"))
+    return encode(Sample((question, Turn("assistant", ("7",))), "film:1"), processor, 256, 2**20)
 
 
 def losses(logits, batch):

@@ -50,7 +50,7 @@ pip setuptools wheel ninja packaging psutil
 # DeepSpeed is a source package whose setup imports torch (hence no isolation); its ops are compiled when first used.
 DS_BUILD_OPS=0 pip --no-build-isolation deepspeed
 say "installing ds_moe and its dependencies"
-pip --no-build-isolation -e '.[dev]'
+pip --no-build-isolation -e '.[dev,video]'
 say "installing the optional kernels, which the tests run without a GPU"
 # A CUDA build of torch brought the triton it was built with.
 if ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)'; then

@@ -128,6 +128,20 @@ class MixtureConfig(Section):
     epoch: Literal["all", "shortest", "longest"] = "all"  # how many records one has, with weights or a temperature
 
 
+class VideoConfig(Section):
+    """Which frames of a video are taken and how large they become, where not as the model's folder says; and limits."""
+
+    fps: float | None = Field(default=None, gt=0)  # frames taken a second, within min_frames and max_frames
+    min_frames: int | None = Field(default=None, gt=0)  # of a video that has so many
+    max_frames: int | None = Field(default=None, gt=0)
+    min_pixels: int | None = Field(default=None, gt=0)  # of all frames of a video together, resized
+    max_pixels: int | None = Field(default=None, gt=0)  # the same
+    max_seconds: float = Field(default=600.0, gt=0)  # a longer video is a bad record; so is one of
+    max_gb: float = Field(default=2.0, gt=0)  # more GiB as stored
+    timeout_s: float = Field(default=120.0, gt=0)  # for the decoding of one video
+    memory_gb: float = Field(default=2.0, gt=0)  # GiB of the process that decodes
+
+
 class DataConfig(Section):
     train: ToTrain  # a source of records, or a list; "digits": bundled scans; in task rl without engine rollouts
     eval: ToEvaluate | None = None  # as train; here "digits" is the held-out split
@@ -142,6 +156,7 @@ class DataConfig(Section):
     streaming: bool = False  # no index of records, no pass over them before the first step; for files of any size
     shuffle_window_mb: int = Field(default=32, gt=0)  # MiB of streamed records that are shuffled together, and held
     length_grouping: bool = True  # samples of similar length share a micro-batch
+    video: VideoConfig = VideoConfig()
     packing: bool = False  # samples of any length fill rows without padding, see train.tokens_per_micro_batch
     num_workers: int = Field(default=0, ge=0)  # processes a rank
     prefetch_factor: int | None = Field(default=None, gt=0)  # steps a worker prepares ahead (default 2)

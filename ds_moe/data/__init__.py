@@ -1,9 +1,11 @@
-"""Chat records with images -> micro-batches, the same for any number of ranks.
+"""Chat records with images and videos -> micro-batches, the same for any number of ranks.
 
 records.py   data.train and data.eval, by position   record_kind.py   what a record is
 chat.py      conversations in any dialect   chat_template.py   which tokens are learned
 grounding.py names and boxes in texts       placeholders.py    <image>, <img>path</img> and others
 images.py    pixels, within limits          record_keys.py     keys that are refused or count as absent
+videos.py    frames, within limits          video_process.py   the process that decodes them, from outside
+video_worker.py   the program that this process runs
 encode.py    tokens and batches             bad_records.py     records that cannot be used
 encoder.py   records into samples           stream.py          what a rank trains on, with an exact position
 order.py     the order of an epoch          eval_set.py        what a rank is evaluated on

@@ -6,6 +6,9 @@ Three forms are read, which LLaMA-Factory, ms-swift and TRL write:
 - `messages` or `conversations` ([{"from", "value"}], ShareGPT) plus an `images` column (LLaVA: `image`), whose entries
   replace `<image>` in texts, or {"type": "image"} parts without a path, in their order.
 
+Videos are written in the same ways: {"type": "video", "video": path}, with "frames" in place of "video" a list of
+images, OpenAI's "video_url", `<video>` and a `videos` column.
+
 Answers may have a thought and tool calls, see `message_keys.py`; the results are messages of the role "tool".
 `placeholders.py` and `grounding.py` tell what else is filled in, `record_keys.py` which keys are refused.
 """
@@ -33,8 +36,9 @@ from ds_moe.data.message_keys import (
     read_tools,
     read_weight,
 )
-from ds_moe.data.placeholders import IMAGE, ImagePlace, Part, check_no_image, or_literal, pieces, read_literal
-from ds_moe.data.record_keys import check_unread_image, part_fields, present
+from ds_moe.data.placeholders import Media, MediaPlace, Part, check_no_image, or_literal, pieces, read_literal
+from ds_moe.data.record_keys import check_unread_files, part_fields, present
+from ds_moe.data.videos import VideoSource, video_source
 from ds_moe.errors import shown
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
@@ -44,7 +48,7 @@ TAKEN_KINDS = ("all", "mean")
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: its role, and its texts and images in order.
+    """One message: its role, and its texts, images and videos in order.
 
     Attributes:
         reasoning: the thought before an answer, where it stands apart from the text; None: it does not.
@@ -54,7 +58,7 @@ class Turn:
     """
 
     role: str  # "system", "user", "assistant" or "tool"
-    parts: tuple[str | ImageSource, ...]
+    parts: tuple[str | Media, ...]
     reasoning: str | None = None
     calls: tuple[dict[str, Json], ...] = ()
     result: dict[str, str] = field(default_factory=dict)
@@ -91,7 +95,17 @@ class Sample:
     @property
     def images(self) -> list[ImageSource]:
         """All images, in the order of the conversation."""
-        return [part for turn in self.turns for part in turn.parts if isinstance(part, ImageSource)]
+        return [one for one in self.media if isinstance(one, ImageSource)]
+
+    @property
+    def videos(self) -> list[VideoSource]:
+        """All videos, in the order of the conversation."""
+        return [one for one in self.media if isinstance(one, VideoSource)]
+
+    @property
+    def media(self) -> list[Media]:
+        """All images and videos, in the order of the conversation."""
+        return [part for turn in self.turns for part in turn.parts if not isinstance(part, str)]
 
     def first_image(self) -> Image.Image | None:
         """The first image in RGB, in the size it is stored in; None for a sample without images."""
@@ -128,7 +142,7 @@ def parse_record(record: object, where: str, root: Path | ImageRoot) -> Sample:
 
     Args:
         where: file:line of the record.
-        root: the folder below which images must be, symlinks resolved, or what takes its place.
+        root: the folder below which images and videos must be, symlinks resolved, or what takes its place.
 
     Raises:
         RecordError: the record cannot be trained on; the message ends with the fix.
@@ -139,9 +153,10 @@ def parse_record(record: object, where: str, root: Path | ImageRoot) -> Sample:
     literal = read_literal(record.get("literal", []))
     written = [_turn(message, number, literal, root) for number, message in enumerate(_messages(record), start=1)]
     tools = read_tools(record["tools"]) if "tools" in record else ()
-    turns = _grounded(_fill(written, image_pool(record, root)), record.get("objects"), literal)
-    if not any(isinstance(part, ImageSource) for turn in turns for part in turn.parts):
-        check_unread_image(record)
+    pools = {MediaPlace.IMAGE: image_pool(record, root), MediaPlace.VIDEO: video_pool(record, root)}
+    turns = _grounded(_fill(written, pools), record.get("objects"), literal)
+    if all(isinstance(part, str) for turn in turns for part in turn.parts):
+        check_unread_files(record)
     _check_order(turns)
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
@@ -215,14 +230,16 @@ def _turn(
     parts = _joined([piece for one in cut for piece in one])
     calls = read_calls(message, number) if role == "assistant" else ()
     may_be_empty = bool(calls) or role in ("tool", "system")
-    if not may_be_empty and not any(isinstance(part, ImageSource | ImagePlace) or part.strip() for part in parts):
+    if not may_be_empty and not any(not isinstance(part, str) or part.strip() for part in parts):
         raise RecordError(f"message {number} ({role}) is empty (give it text, or remove the record)")
     for part in parts:
         if isinstance(part, str):
             check_text(part, number)
         elif role not in ("user", "tool"):
-            fix = or_literal(IMAGE, "images belong in user turns")
-            raise RecordError(f"message {number}: an image in the {role} turn ({fix})")
+            video = part is MediaPlace.VIDEO or isinstance(part, VideoSource)
+            what, place = ("a video", MediaPlace.VIDEO) if video else ("an image", MediaPlace.IMAGE)
+            fix = or_literal(place.value, f"{what.split()[1]}s belong in user turns")
+            raise RecordError(f"message {number}: {what} in the {role} turn ({fix})")
     reasoning = read_reasoning(message, number) if role == "assistant" else None
     mapped([reasoning, *calls], lambda text: check_no_image(text, number, literal))
     result = read_result(message, number) if role == "tool" else {}
@@ -249,7 +266,11 @@ def _part(part: object, number: int, root: Path | ImageRoot) -> Part:
         )
     fields = part_fields(part, number)
     if fields["type"] == "image":
-        return image_source(fields["image"], root) if "image" in fields else ImagePlace.NEXT
+        return image_source(fields["image"], root) if "image" in fields else MediaPlace.IMAGE
+    if fields["type"] == "video":
+        if "fps" in fields and "video" not in fields:
+            raise RecordError(f"message {number}: the video part has 'fps' and no frames (write them into the part)")
+        return video_source(fields["video"], root, fields.get("fps")) if "video" in fields else MediaPlace.VIDEO
     text = fields.get("text")
     if not isinstance(text, str):
         raise RecordError(f"message {number}: the 'text' of a text part is {type_of(text)}, not a string (quote it)")
@@ -266,15 +287,29 @@ def image_pool(record: dict[str, object], root: Path | ImageRoot) -> list[ImageS
     return [image_source(value, root) for value in values]
 
 
-def _fill(written: list[tuple[Turn, list[Part]]], pool: list[ImageSource]) -> tuple[Turn, ...]:
-    """The turns, with an image of the pool in each place for one."""
-    places = sum(part is ImagePlace.NEXT for _, parts in written for part in parts)
-    if places != len(pool):
-        fix = or_literal(IMAGE, f"write one {IMAGE} for each entry of 'images'")
-        raise RecordError(f"{places} {IMAGE} placeholders for {len(pool)} images ({fix})")
-    images = iter(pool)
+def video_pool(record: dict[str, object], root: Path | ImageRoot) -> list[VideoSource]:
+    """The entries of a record's `videos`, each a file or a list of frames, or its `video`, a file."""
+    values = record.get("videos", record.get("video", []))
+    if isinstance(values, str | dict):
+        values = [values]
+    elif not isinstance(values, list) or "video" in record:
+        name = "videos" if "videos" in record else "video"
+        fix = 'write "videos": ["folder/name.mp4"], or a list of frames in place of a path'
+        raise RecordError(f"{name!r} is {type_of(values)}, which does not say what is one video ({fix})")
+    return [video_source(value, root) for value in values]
+
+
+def _fill(written: list[tuple[Turn, list[Part]]], pools: dict[MediaPlace, list[Media]]) -> tuple[Turn, ...]:
+    """The turns, with an image or a video of its pool in each place for one."""
+    for place, pool in pools.items():
+        places = sum(part is place for _, parts in written for part in parts)
+        if places != len(pool):
+            name = place.value.strip("<>")
+            fix = or_literal(place.value, f"write one {place.value} for each entry of '{name}s'")
+            raise RecordError(f"{places} {place.value} placeholders for {len(pool)} {name}s ({fix})")
+    left = {place: iter(pool) for place, pool in pools.items()}
     return tuple(
-        replace(turn, parts=tuple(next(images) if isinstance(part, ImagePlace) else part for part in parts))
+        replace(turn, parts=tuple(next(left[part]) if isinstance(part, MediaPlace) else part for part in parts))
         for turn, parts in written
     )
 

@@ -9,19 +9,21 @@ imitates them stays text, and answers are found by position.
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+from ds_moe.config.sections import VideoConfig
 from ds_moe.data.chat import Turn
 from ds_moe.data.images import RecordError
 from ds_moe.data.marks import Marks, Message, Rendered, in_order, missing, plain_message
 from ds_moe.data.message_keys import Json
 from ds_moe.data.processor import Processor
 from ds_moe.data.special_tokens import THINK_TAGS, pattern_of, special_ids
+from ds_moe.data.videos import VideoPlan
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class TokenRules:
 
     train_on: Literal["last", "all"] = "all"
     content_tokens: tuple[str, ...] = ()
+    video: VideoConfig = field(default_factory=VideoConfig)
 
 
 DEFAULT_RULES = TokenRules()
@@ -68,12 +71,14 @@ def tokenize(
     image_tokens: list[int],
     tools: Tools = (),
     rules: TokenRules = DEFAULT_RULES,
+    videos: Sequence[VideoPlan] = (),
 ) -> Tokens:
     """Ids of a conversation, with labels on what the model writes: thoughts, answers, calls and their end tokens.
 
     Args:
         image_tokens: the number of ids that each image takes.
         tools: descriptions for the template.
+        videos: what is written in place of each video's token.
 
     Raises:
         RecordError: the template refuses this conversation, leaves something of it out, or writes its beginning
@@ -90,7 +95,12 @@ def tokenize(
     if not learned:
         raise RecordError("the last answer has the weight 0, and data.train_on is 'last' (remove the record)")
     spans = [conversation.span(index, template) for index in learned]
-    return _tokens(conversation.whole, spans, len(conversation.prompt), processor, image_tokens)
+    whole, prompt = conversation.whole, len(conversation.prompt)
+    if videos:
+        whole, now = with_frames(whole, videos, processor)
+        spans, prompt = [(now(start), now(end)) for start, end in spans], now(prompt)
+    video_tokens = [video.tokens for video in videos for _ in video.times]
+    return _tokens(whole, spans, prompt, processor, image_tokens, video_tokens)
 
 
 def end_token(processor: Processor) -> int | None:
@@ -119,7 +129,7 @@ class _Conversation:
             if number in self.whole.at:
                 self._of_message.setdefault(mark.message, []).append(number)
         self._positions = sorted(self.whole.at.values())
-        self._tails: dict[tuple[str, str, int], str] = {}
+        self._tails: dict[tuple[str, str, str], str] = {}
         self._calls_end: str | None = None
         last = self.answers[-1]
         self.prompt = _render(processor, plain[:last], list(tools), add_generation_prompt=True)
@@ -169,7 +179,7 @@ class _Conversation:
             raise RecordError(f"{THE_TEMPLATE} leaves out message {index + 1} ({role}) (remove it)")
         return min(self.whole.at[number] for number in numbers)
 
-    def _anchor(self, index: int) -> tuple[tuple[str, str, int], int] | None:
+    def _anchor(self, index: int) -> tuple[tuple[str, str, str], int] | None:
         """The last mark of the message before `index`, and what decides about the text behind it; None: unknown."""
         numbers = self._of_message.get(index - 1)
         if not numbers:
@@ -178,7 +188,7 @@ class _Conversation:
         mark = self._marks.marks[number]
         if mark.behind is None or self.turns[index - 1].calls:
             return None
-        return (self.turns[index - 1].role, mark.behind, mark.images), number
+        return (self.turns[index - 1].role, mark.behind, mark.media), number
 
     def _start(self, index: int, opened: str) -> int:
         """Where the generation of an earlier answer starts: behind its prompt, or behind as much of it as is written.
@@ -238,8 +248,59 @@ class _Conversation:
         )
 
 
+def with_frames(
+    whole: Rendered, videos: Sequence[VideoPlan], processor: Processor
+) -> tuple[Rendered, Callable[[int], int]]:
+    """A text with the frames of videos in place of their tokens, and where in it a position of the old text is.
+
+    Each group of frames is its time and, between the tokens of a vision's start and end, the video's token. Those that
+    a template writes around the video's are taken out: transformers 4.57 and vLLM do that, and the models know no
+    other prompts, but transformers 5 leaves them in.
+    """
+    video, start, end = processor.video_tokens
+    own = set(whole.special)
+    places = [(first, last) for first, last in whole.special if whole.text[first:last] == video]
+    if len(places) != len(videos):
+        raise RecordError(f"{THE_TEMPLATE} shows {len(places)} of the record's {len(videos)} videos")
+    parts: list[str] = []
+    special: list[tuple[int, int]] = []
+    replaced: list[tuple[int, int]] = []  # of the old text
+    moved = [(0, 0)]  # (from where on in the old text, by how much)
+    length = taken = 0
+    for (first, last), plan in zip(places, videos, strict=True):
+        edges = (first - len(start), first), (last, last + len(end))
+        if {*edges} <= own and [whole.text[a:b] for a, b in edges] == [start, end]:
+            first, last = edges[0][0], edges[1][1]
+        replaced.append((first, last))
+        parts.append(whole.text[taken:first])
+        length += first - taken
+        for time in plan.times:
+            parts += [time, start, video, end]
+            length += len(time)
+            for token in (start, video, end):
+                special.append((length, length + len(token)))
+                length += len(token)
+        taken = last
+        moved.append((last, length - last))
+    starts = [old for old, _ in moved]
+
+    def now(position: int) -> int:
+        return position + moved[bisect_right(starts, position) - 1][1]
+
+    for first, last in whole.special:
+        if not any(begins <= first < ends for begins, ends in replaced):
+            special.append((now(first), now(last)))
+    text = "".join([*parts, whole.text[taken:]])
+    return Rendered(text, {number: now(at) for number, at in whole.at.items()}, sorted(special)), now
+
+
 def _tokens(
-    whole: Rendered, spans: list[tuple[int, int]], prompt: int, processor: Processor, image_tokens: list[int]
+    whole: Rendered,
+    spans: list[tuple[int, int]],
+    prompt: int,
+    processor: Processor,
+    image_tokens: list[int],
+    video_tokens: list[int],
 ) -> Tokens:
     """Ids of a text, cut where special tokens, labels or the last answer begin or end.
 
@@ -257,7 +318,8 @@ def _tokens(
     pieces = list(pairwise(sorted(cuts)))
     plain = {whole.text[start:end]: None for start, end in pieces if start not in special}  # few differ
     encoded = dict(zip(plain, _encode(processor.tokenizer, list(plain)), strict=True))
-    counts, left = iter(image_tokens), iter(spans)
+    counts, video_counts, left = iter(image_tokens), iter(video_tokens), iter(spans)
+    video = known[processor.video_tokens[0]] if video_tokens else None
     ids: list[int] = []
     label: list[bool] = []
     of_prompt = 0
@@ -268,7 +330,10 @@ def _tokens(
         if start >= last:
             first, last = next(left, (len(whole.text), len(whole.text)))
         if start in special:
-            new = processor.image_ids(next(counts)) if special[start] == image else [special[start]]
+            if special[start] == image:
+                new = processor.image_ids(next(counts))
+            else:
+                new = [special[start]] * (next(video_counts) if special[start] == video else 1)
         else:
             new = encoded[whole.text[start:end]]
         ids += new

@@ -1,6 +1,11 @@
 """Samples become tensors: `encode` makes ids, labels and patches of one sample, `collate` a micro-batch of several.
 
 Shapes: B samples in R rows of S tokens (see `batch.py`), P patches of all their images, I images.
+
+To a model a video is a row of images, one for each group of frames (two of them), between which the prompt says the
+time. transformers computes a video so too, only under names of its own; here images and videos share one pass of the
+vision tower, so that ranks with either keep step with those without. What is said of images below, of tokens and
+patches, means groups of frames as well.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ds_moe.config.sections import VideoConfig
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, final_answer
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules, tokenize
 from ds_moe.data.images import ImageSource, RecordError, image_size, load_image
-from ds_moe.data.processor import Processor
+from ds_moe.data.processor import Processor, VideoReader
 from ds_moe.data.special_tokens import text_of
+from ds_moe.data.videos import Film, VideoPlan, VideoSource, frames_of, look
 from ds_moe.errors import one_line
 
 
@@ -29,7 +36,7 @@ class Encoded:
     labels: Tensor  # (S,) int64, NO_LOSS outside assistant turns
     prompt: int  # so many ids precede the last answer: its generation starts from them
     pixel_values: Tensor | None = None  # (P, ...) float32, a row a patch
-    image_grid_thw: Tensor | None = None  # (I, 3) int64, patches a side
+    image_grid_thw: Tensor | None = None  # (I, 3) int64, patches a side; 1 in the first column of videos
     real: bool = True  # False for a filler
     kind: str | None = None  # the record's own label
 
@@ -47,19 +54,26 @@ def encode(
     rules: TokenRules = DEFAULT_RULES,
     pixels: bool = True,
 ) -> Encoded:
-    """Decode the images of a sample and tokenize it. What the model writes is a label, end tokens included.
+    """Decode the images and videos of a sample and tokenize it. What the model writes is a label, end tokens included.
 
-    With `pixels` False no image is decoded: the tokens are the same ones, and `pixel_values` and the grid are None.
+    With `pixels` False none is decoded: the tokens are the same ones, and `pixel_values` and the grid are None.
+    `input_ids` are those of the prompt, in which videos have a token of their own.
 
     Raises:
-        RecordError: what `tokenize` refuses; an image that does not decode or has more than `max_pixels` pixels,
-            images for a text-only model, or more than `max_length` tokens, image tokens included: nothing is cut off.
+        RecordError: what `tokenize` refuses; an image or a video that does not decode or has more than `max_pixels`
+            pixels, either for a text-only model, or more than `max_length` tokens, theirs included: nothing is cut off.
     """
     if sample.grounded and not processor.grounds:
         raise RecordError("the record has 'objects', but how this model writes boxes is not known (write them as text)")
+    reader = processor.video_reader(rules.video) if sample.videos else None
+    films = [look(video, rules.video, max_pixels) for video in sample.videos]
+    plans = [reader.plan(film, video.name) for film, video in zip(films, sample.videos, strict=True)] if reader else []
     pixel_values, grid, image_tokens = encode_images(sample.images, processor, max_pixels, pixels)
-    tokens = tokenize(sample.turns, processor, image_tokens, sample.tools, rules)
-    check_length(len(tokens.ids), sum(image_tokens), max_length)
+    tokens = tokenize(sample.turns, processor, image_tokens, sample.tools, rules, plans)
+    of_videos = sum(plan.tokens * plan.grid[0] for plan in plans)
+    check_length(len(tokens.ids), sum(image_tokens) + of_videos, max_length)  # before a video is decoded
+    if plans and pixels:
+        pixel_values, grid = _with_videos(sample, films, plans, reader, (pixel_values, grid), max_pixels, rules.video)
     input_ids = torch.tensor(tokens.ids)
     labels = torch.where(torch.tensor(tokens.label), input_ids, NO_LOSS)
     return Encoded(input_ids, labels, tokens.prompt, pixel_values, grid, kind=sample.kind)
@@ -107,10 +121,43 @@ def _refusing() -> Iterator[None]:
         raise RecordError(f"an image is refused by the model's processor: {one_line(error)} (crop it)") from error
 
 
+def _with_videos(
+    sample: Sample,
+    films: list[Film],
+    plans: list[VideoPlan],
+    reader: VideoReader,
+    of_images: tuple[Tensor | None, Tensor | None],
+    max_pixels: int,
+    settings: VideoConfig,
+) -> tuple[Tensor, Tensor]:
+    """(pixel_values, image_grid_thw) of the images and the videos of a sample, in the order of the conversation."""
+    pixel_values, image_grid = of_images
+    grids = [] if image_grid is None else list(image_grid.split(1))
+    patches = [] if image_grid is None else list(pixel_values.split(image_grid.prod(-1).tolist()))
+    images, videos = iter(zip(patches, grids, strict=True)), iter(zip(films, plans, strict=True))
+    found: list[tuple[Tensor, Tensor]] = []
+    for one in sample.media:
+        if not isinstance(one, VideoSource):
+            found.append(next(images))
+            continue
+        film, plan = next(videos)
+        frames = frames_of(one, film, list(dict.fromkeys(plan.indices)), settings, max_pixels)
+        groups, rows, columns = plan.grid
+        found.append((reader.patches(frames, plan), torch.tensor([[1, rows, columns]] * groups)))
+    if len({pixels.dtype for pixels, _ in found}) > 1:
+        raise TypeError("torch would join patches of several dtypes without a word")
+    return torch.cat([pixels for pixels, _ in found]), torch.cat([grid for _, grid in found])
+
+
+def seen(input_ids: Tensor, processor: Processor) -> Tensor:
+    """Which tokens stand for patches, of images or of videos."""
+    return torch.isin(input_ids, torch.tensor(processor.seen_ids, dtype=input_ids.dtype))
+
+
 def check_length(tokens: int, of_images: int, max_length: int) -> None:
-    """Raise `RecordError` for a sample of more than `max_length` tokens, `of_images` of them image tokens."""
+    """Raise `RecordError` for a sample of more than `max_length` tokens, `of_images` of them of images or videos."""
     if tokens > max_length:
-        reason = f"over-long: {tokens} tokens, {of_images} of them of images, beyond data.max_length"
+        reason = f"over-long: {tokens} tokens, {of_images} of them of images or videos, beyond data.max_length"
         raise RecordError(f"{reason} {max_length} (shorten the record, or raise the limit)")
 
 
@@ -131,7 +178,8 @@ def collate(
     `sample_bounds` gives.
     """
     pad_id = processor.tokenizer.pad_token_id
-    inputs: dict[str, Any] = {"input_ids": lay_out([one.input_ids for one in encoded], pad_id, packed, side)}
+    ids = [one.input_ids.where(~seen(one.input_ids, processor), processor.image_token_id or 0) for one in encoded]
+    inputs: dict[str, Any] = {"input_ids": lay_out(ids, pad_id, packed, side)}
     # `generate`, whose rows are padded on the left, makes positions and the tower's inputs by itself.
     made_here = side == "right" and any(one.pixel_values is not None for one in encoded)
     if packed or made_here:

@@ -3,7 +3,7 @@
 from ds_moe.config.run import RunConfig
 from ds_moe.data.chat import BadRecord, Sample, Turn
 from ds_moe.data.chat_template import TokenRules
-from ds_moe.data.encode import Encoded, filler
+from ds_moe.data.encode import Encoded, filler, seen
 from ds_moe.data.images import RecordError
 from ds_moe.data.order import FILLER
 from ds_moe.data.processor import Processor
@@ -26,7 +26,7 @@ class Encoder:
             check_content_tokens(processor, config.data.content_tokens)
         except UserError as error:
             raise UserError(f"{config.at('data.content_tokens')}: {error}") from error
-        self._rules = TokenRules(config.data.train_on, tuple(config.data.content_tokens))
+        self._rules = TokenRules(config.data.train_on, tuple(config.data.content_tokens), config.data.video)
         self._cache: dict[int, Encoded] = {FILLER: filler(processor)}
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
 
@@ -55,8 +55,9 @@ class Encoder:
         if isinstance(one, BadRecord):
             return one
         images = self._processor.image_processor
-        of_images = 0 if images is None else int((one.input_ids == self._processor.image_token_id).sum())
-        return len(one.input_ids), 0 if images is None else of_images * images.merge_size**2
+        if images is None:
+            return len(one.input_ids), 0
+        return len(one.input_ids), int(seen(one.input_ids, self._processor).sum()) * images.merge_size**2
 
     def _encode(self, index: int, pixels: bool) -> Encoded | BadRecord:
         kind, limits = self._records.record_kind, (self._data.max_length, self._data.max_pixels)

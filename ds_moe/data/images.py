@@ -69,21 +69,35 @@ def image_source(value: object, root: Path | ImageRoot) -> ImageSource:
         value = value.get("path")
     if not isinstance(value, str) or not value:
         raise RecordError(f'an image is {shown(value)}, not a path (write "image": "folder/name.png")')
-    if "://" in value or value.startswith("data:"):
-        raise RecordError(f"image {shown(value)} is a URL (download it below the data root)")
     if not isinstance(root, Path):
+        _check_no_url(value, "image")
         return root.image(value)
+    return ImageSource(name=value, path=file_below(value, root, "image"))
+
+
+def file_below(value: str, root: Path, what: str) -> Path:
+    """The file at a path of a record, links resolved. `what` it is, for messages.
+
+    Raises:
+        RecordError: the path is a URL or leaves the root, or no file is there.
+    """
+    _check_no_url(value, what)
     try:
         path = (root / value).resolve()
         found = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of symlinks, a null byte
         reason = error.strerror if isinstance(error, OSError) else error  # an OSError repeats the path
-        raise RecordError(f"missing image {shown(value)}: {reason} (correct the path, or set data.root)") from error
+        raise RecordError(f"missing {what} {shown(value)}: {reason} (correct the path, or set data.root)") from error
     if not path.is_relative_to(root):
-        raise RecordError(f"image {shown(value)} leaves the data root {root} (move it below, or set data.root)")
+        raise RecordError(f"{what} {shown(value)} leaves the data root {root} (move it below, or set data.root)")
     if not found:
-        raise RecordError(f"missing image {shown(value)} (no such file below the data root {root}; set data.root)")
-    return ImageSource(name=value, path=path)
+        raise RecordError(f"missing {what} {shown(value)} (no such file below the data root {root}; set data.root)")
+    return path
+
+
+def _check_no_url(value: str, what: str) -> None:
+    if "://" in value or value.startswith("data:"):
+        raise RecordError(f"{what} {shown(value)} is a URL (download it below the data root)")
 
 
 def image_size(source: ImageSource, max_pixels: int) -> tuple[int, int]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from ds_moe.data.chat import Turn
-from ds_moe.data.images import ImageSource, RecordError
+from ds_moe.data.images import RecordError
 from ds_moe.data.message_keys import Json, mapped
+from ds_moe.data.placeholders import Media
+from ds_moe.data.videos import VideoSource
 
 TAG = re.compile(r"(</?[\w:.-]+>)")  # <think>, </tool_response> ...
 THOUGHT_ENDS = "</think>"
@@ -29,7 +31,7 @@ class Mark:
     message: int  # -1: a tool's description
     what: str  # "text", "thought", "reasoning", "call" or "tool"
     behind: str | None = None  # what follows it in its text, if that is only tags and space; None: more
-    images: int = 0  # that follow that text in the message
+    media: str = ""  # the first letters of the images and videos that follow that text in the message
 
 
 @dataclass(frozen=True)
@@ -95,19 +97,21 @@ class Marks:
         content = list(self._parts(index, turn))
         message = plain_message(turn, content)
         if turn.reasoning is not None:
-            message["reasoning_content"] = self._text(index, turn.reasoning, ("reasoning",) * 2, 0)
+            message["reasoning_content"] = self._text(index, turn.reasoning, ("reasoning",) * 2, "")
         if turn.calls:
             message["tool_calls"] = [self._call(index, call) for call in turn.calls]
         return {key: mapped(value, self._broken) if key in turn.result else value for key, value in message.items()}
 
-    def _parts(self, index: int, turn: Turn) -> Iterator[str | ImageSource]:
+    def _parts(self, index: int, turn: Turn) -> Iterator[str | Media]:
         what = ("thought", "text") if turn.role == "assistant" else ("text", "text")
         for number, part in enumerate(turn.parts):
             if isinstance(part, str):
-                images = 0
-                while number + 1 + images < len(turn.parts) and not isinstance(turn.parts[number + 1 + images], str):
-                    images += 1
-                yield self._text(index, part, what, images)
+                media = ""
+                for following in turn.parts[number + 1 :]:
+                    if isinstance(following, str):
+                        break
+                    media += kind_of(following)[0]
+                yield self._text(index, part, what, media)
             else:
                 yield part
 
@@ -117,7 +121,7 @@ class Marks:
         broken["function"]["name"] = self._new(Mark(index, "call")) + str(broken["function"]["name"])
         return broken
 
-    def _text(self, index: int, text: str, what: tuple[str, str], images: int) -> str:
+    def _text(self, index: int, text: str, what: tuple[str, str], media: str) -> str:
         """`text` with marks around each piece between tags; `what` it is up to the end of a thought, and behind it."""
         pieces = TAG.split(text)
         ends = max((number for number, piece in enumerate(pieces) if piece == THOUGHT_ENDS), default=-1)
@@ -130,7 +134,7 @@ class Marks:
             left, right = piece[: len(piece) - len(piece.lstrip())], piece[len(piece.rstrip()) :]
             kind = what[0] if number < ends else what[1]
             behind = right + "".join(pieces[number + 1 :]) if number == filled[-1] else None
-            first, last = self._new(Mark(index, kind)), self._new(Mark(index, kind, behind, images))
+            first, last = self._new(Mark(index, kind)), self._new(Mark(index, kind, behind, media))
             made[number] = f"{left}{first}{self._broken(piece.strip())}{last}{right}"
         return "".join(made)
 
@@ -143,18 +147,26 @@ class Marks:
         return self.special.sub(lambda match: self._breaks.join(match[0]), text)
 
 
-def plain_message(turn: Turn, parts: list[str | ImageSource] | None = None) -> Message:
-    """A message as templates take it, with `parts` in place of its own; without images the content is one string."""
+def plain_message(turn: Turn, parts: list[str | Media] | None = None) -> Message:
+    """A message as templates take it, with `parts` in place of its own; without images and videos the content is one
+    string."""
     parts = list(turn.parts) if parts is None else parts
     content: Json = "".join(part for part in parts if isinstance(part, str))
     if not all(isinstance(part, str) for part in parts):
-        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": kind_of(part)} for part in parts
+        ]
     message: Message = {"role": turn.role, "content": content}
     if turn.reasoning is not None:
         message["reasoning_content"] = turn.reasoning
     if turn.calls:
         message["tool_calls"] = list(turn.calls)
     return {**message, **turn.result}
+
+
+def kind_of(part: Media) -> str:
+    """What templates call it."""
+    return "video" if isinstance(part, VideoSource) else "image"
 
 
 def missing(rendered: Rendered, marks: Marks) -> Iterator[Mark]:

@@ -1,7 +1,8 @@
 """Placeholders in the texts of a record. Every one is filled or refused; none is learned as text by mistake.
 
-`<image>` takes the next entry of `images`, `<img>path</img>` is the image at that path (Qwen-VL's first dialect), and
-`grounding.py` fills `<ref-object>` and `<bbox>`. What a record names in its list `literal` stays text.
+`<image>` takes the next entry of `images`, `<video>` that of `videos`, `<img>path</img>` is the image at that path
+(Qwen-VL's first dialect), and `grounding.py` fills `<ref-object>` and `<bbox>`. What a record names in its list
+`literal` stays text.
 """
 
 import re
@@ -9,21 +10,24 @@ from enum import Enum
 from pathlib import Path
 
 from ds_moe.data.images import ImageRoot, ImageSource, RecordError, image_source
+from ds_moe.data.videos import VideoSource
 from ds_moe.errors import shown
 
-IMAGE, PATH, REF, BOX = "<image>", "<img>", "<ref-object>", "<bbox>"
+IMAGE, VIDEO, PATH, REF, BOX = "<image>", "<video>", "<img>", "<ref-object>", "<bbox>"
 # Those of ms-swift, LLaMA-Factory, InternLM, and numbered ones such as MMMU's <image 1>.
 _NAME = r"<(?:image|img|video|audio|ref-object|bbox|start-image|cot-process|ImageHere)(?:[ _-]?\d{1,4})?>"
 _FOUND = re.compile(rf"<img>(?P<path>[^<>\n]+)</img>|{_NAME}")
 
 
-class ImagePlace(Enum):
-    """Stands among the parts of a turn for the next entry of `images`."""
+class MediaPlace(Enum):
+    """Stands among the parts of a turn for the next entry of `images`, or of `videos`."""
 
-    NEXT = "next image"
+    IMAGE = IMAGE
+    VIDEO = VIDEO
 
 
-Part = str | ImageSource | ImagePlace
+Media = ImageSource | VideoSource
+Part = str | Media | MediaPlace
 
 
 def read_literal(value: object) -> frozenset[str]:
@@ -37,7 +41,7 @@ def read_literal(value: object) -> frozenset[str]:
 
 
 def pieces(text: str, number: int, literal: frozenset[str], root: Path | ImageRoot) -> list[Part]:
-    """A text of message `number`, cut where images stand. `<ref-object>` and `<bbox>` are left in it.
+    """A text of message `number`, cut where images and videos stand. `<ref-object>` and `<bbox>` are left in it.
 
     Raises:
         RecordError: an image that cannot be used, or a placeholder that is not read.
@@ -48,13 +52,14 @@ def pieces(text: str, number: int, literal: frozenset[str], root: Path | ImageRo
         name = found[0] if found["path"] is None else PATH
         if name in literal or name in (REF, BOX):
             continue
-        parts += [text[start : found.start()], _image(name, found["path"], number, root)]
+        parts += [text[start : found.start()], _media(name, found["path"], number, root)]
         start = found.end()
     return [*parts, text[start:]]
 
 
 def check_no_image(text: str, number: int, literal: frozenset[str]) -> str:
-    """`text`, of a thought or a call. Raises `RecordError` for an image in it, or a placeholder that is not read."""
+    """`text`, of a thought or a call. Raises `RecordError` for an image or a video in it, or a placeholder that is not
+    read."""
     for found in _FOUND.finditer(text):
         name = found[0] if found["path"] is None else PATH
         if name not in {*literal, REF, BOX}:
@@ -62,11 +67,11 @@ def check_no_image(text: str, number: int, literal: frozenset[str]) -> str:
     return text
 
 
-def _image(name: str, path: str | None, number: int, root: Path | ImageRoot) -> Part:
+def _media(name: str, path: str | None, number: int, root: Path | ImageRoot) -> Part:
     if path is not None:
         return image_source(path, root)
-    if name == IMAGE:
-        return ImagePlace.NEXT
+    if name in (IMAGE, VIDEO):
+        return MediaPlace(name)
     what = "has no path and no </img>" if name == PATH else "is not read"
     raise RecordError(f"message {number}: the placeholder {name} {what} ({or_literal(name)})")
 

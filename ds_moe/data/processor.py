@@ -8,7 +8,13 @@ from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
     from transformers import BatchFeature, PreTrainedTokenizerBase
+
+    from ds_moe.config.sections import VideoConfig
+    from ds_moe.data.videos import Film, VideoPlan
 
 
 class ImageProcessor(Protocol):
@@ -25,6 +31,18 @@ class ImageProcessor(Protocol):
         ...
 
     def to_dict(self) -> dict[str, Any]: ...
+
+
+class VideoReader(Protocol):
+    """Chooses frames of videos and turns them into patches; `ds_moe.models.video_reader` has one."""
+
+    def plan(self, film: Film, name: str) -> VideoPlan:
+        """Raises `RecordError` for a video that the model cannot read; `name` it has in messages."""
+        ...
+
+    def patches(self, frames: Iterable[np.ndarray], plan: VideoPlan) -> Tensor:
+        """(P, D) of the frames that the plan takes, each given once, (height, width, 3) uint8."""
+        ...
 
 
 class Processor(Protocol):
@@ -48,6 +66,16 @@ class Processor(Protocol):
     grounds: ClassVar[bool]  # whether the model writes boxes as `ds_moe.data.grounding` does
 
     @property
+    def seen_ids(self) -> tuple[int, ...]:
+        """What stands in `input_ids` for tokens of images, and of videos where they are read."""
+        ...
+
+    @property
+    def video_tokens(self) -> tuple[str, str, str]:
+        """Of a video, and what stands before and behind each group of its frames."""
+        ...
+
+    @property
     def chat_template(self) -> str | dict[str, str] | None: ...
 
     def apply_chat_template(
@@ -69,6 +97,10 @@ class Processor(Protocol):
 
     def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> dict[str, Any]:
         """The patches of a micro-batch's images, and their sizes, as arguments of the model."""
+        ...
+
+    def video_reader(self, settings: VideoConfig) -> VideoReader:
+        """What makes patches of the model's videos. Raises `RecordError` where it takes none."""
         ...
 
     def tower_inputs(self, image_grid_thw: Tensor) -> dict[str, Any]:

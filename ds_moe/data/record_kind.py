@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
 from ds_moe.data.encode import Encoded, collate, encode
 from ds_moe.data.images import ImageRoot, ImageSource, image_size
 from ds_moe.data.processor import Processor
+from ds_moe.data.videos import VideoSource
 
 # Rough figures of Qwen3-VL: they only rank samples by length.
 PIXELS_A_TOKEN = 32 * 32
 CHARACTERS_A_TOKEN = 4
+BYTES_A_TOKEN = 256  # of an encoded video
+MOST_OF_VIDEO = 16384  # tokens, which the processor's settings limit
 
 
 class ParsedRecord(Protocol):
@@ -50,7 +54,7 @@ class RecordKind(ABC, Generic[Parsed]):
 
         Args:
             where: file:line of the record.
-            root: the folder below which images must be, symlinks resolved, or what takes its place.
+            root: the folder below which images and videos must be, symlinks resolved, or what takes its place.
 
         Raises:
             RecordError: the message says what is wrong and ends with the fix.
@@ -136,7 +140,7 @@ class Chat(RecordKind[Sample]):
     def estimate(self, parsed: Sample, max_pixels: int) -> int:
         characters = sum(len(turn.written) for turn in parsed.turns)
         characters += len(json.dumps(parsed.tools)) if parsed.tools else 0
-        of_images = image_tokens(parsed.images, max_pixels)
+        of_images = image_tokens(parsed.images, max_pixels) + sum(map(video_tokens, parsed.videos))
         return 4 * len(parsed.turns) + characters // CHARACTERS_A_TOKEN + of_images
 
     def encode(
@@ -155,6 +159,15 @@ class Chat(RecordKind[Sample]):
 
 
 CHAT = Chat()
+
+
+def video_tokens(video: VideoSource) -> int:
+    """About how many tokens a video has, by its bytes alone: it is opened when it is loaded."""
+    if video.frames:
+        width, height = image_size(video.frames[0], sys.maxsize)
+        return len(video.frames) // 2 * width * height // PIXELS_A_TOKEN
+    size = len(video.data) if video.data is not None else video.path.stat().st_size
+    return min(size // BYTES_A_TOKEN, MOST_OF_VIDEO)
 
 
 def image_tokens(images: list[ImageSource], max_pixels: int) -> int:

@@ -34,7 +34,7 @@ from ds_moe.faults.signals import leave_to_parent
 
 CHUNK = 256  # records that a process measures at a time
 SHOWN_EVERY_S = 10.0  # of a file that takes long
-RULES = 1  # of how records become tokens: raised where they change
+RULES = 2  # of how records become tokens: raised where they change
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ def _fingerprint(config: RunConfig, records: Records, processor: Processor) -> s
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab()),
         [str(tokenizer.chat_template), str(processor.chat_template)],
         "" if images is None else str(sorted(images.to_dict().items())),
+        str(getattr(processor, "video_config", None)),
+        str(data.video),
         [data.max_length, data.max_pixels, data.train_on, data.content_tokens, str(data.root)],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -153,7 +153,11 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
     bad = [str(one) for one in records.bad]
     lengths: list[int] = []
     if processor is not None:
-        found, lengths = check_samples(config, records, processor, case.samples)
+        try:
+            found, lengths = check_samples(config, records, processor, case.samples)
+        except UserError as error:  # videos need a library that is not there
+            yield Finding("error", f"{where}: {error}")
+            return
         bad += map(str, found)
         yield from _special_in_texts(case, split, records, processor)
     level, fix = ("warning", "") if config.data.on_bad_record == "skip" else ("error", f"; {SKIPPING}")

@@ -7,6 +7,7 @@ presets.py      tiny models built from code
 processor.py    tokens and pixels
 vl_processors.py those of families with images
 image_processors.py pixels to patches, where transformers cannot without torchvision
+video_reader.py frames of videos to patches, without torchvision
 streaming.py    weights from files to where a rank keeps them
 head.py         the output layer where labels are
 stored_names.py what files call weights, and what else they hold

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ds_moe.config.check import lacking_kernels
 from ds_moe.config.deepspeed import trains_on_cpu
 from ds_moe.config.rules.model import expert_count
-from ds_moe.config.sections import ModelConfig
+from ds_moe.config.sections import ModelConfig, VideoConfig
 from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError, one_line
 from ds_moe.models.families import FAMILIES, PRESETS, family_of, unsupported
@@ -48,9 +48,13 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     return found
 
 
-def processor_of(config: ModelConfig) -> Processor:
+def processor_of(config: ModelConfig, videos: VideoConfig | None = None) -> Processor:
     """The processor of a run's `model` section, which knows the model's vision tower. Raises as `model_config`, and for
-    one of another family's images."""
+    one of another family's images.
+
+    Args:
+        videos: what the run says of videos, which the checkpoints and exports of the processor say then too.
+    """
     if config.path is not None:
         processor = load_processor(config.path)
     else:
@@ -63,6 +67,7 @@ def processor_of(config: ModelConfig) -> Processor:
             what = f"describes images for {name}, but a {found.model_type} model needs {' or '.join(family.processors)}"
             raise UserError(f"model.path {config.path!r} {what}: correct its preprocessor_config.json")
         processor.tower = outline_tower(found) if processor.ahead else None
+        processor.keep_settings(videos or VideoConfig())
     return processor
 
 

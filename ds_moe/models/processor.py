@@ -21,8 +21,10 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ds_moe.config.sections import VideoConfig
 from ds_moe.data.digits import ANSWERS, QUESTIONS
-from ds_moe.data.processor import Processor
+from ds_moe.data.images import RecordError
+from ds_moe.data.processor import Processor, VideoReader
 from ds_moe.errors import UserError
 from ds_moe.models.vl_processors import (
     BY_NAME,
@@ -38,6 +40,7 @@ from ds_moe.models.vl_processors import (
 SPECIAL_TOKENS = [PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO]
 VIDEO_CONFIG = "video_preprocessor_config.json"
 TINY_PATCH = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+TINY_VIDEO_PIXELS = {"shortest_edge": 512, "longest_edge": 32768}  # of all frames of a video together: 4 to 256 tokens
 TINY_PIXELS = {"shortest_edge": 64, "longest_edge": 4096}  # least and most pixels of a resized image: 1 to 64 tokens
 
 # ChatML as Qwen3-VL writes it (without its tool calls): images keep their place in a user turn.
@@ -50,6 +53,8 @@ CHAT_TEMPLATE = """\
 {%- for part in message.content -%}
 {%- if part.type == 'image' -%}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part.type == 'video' -%}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
 {%- elif part.type == 'text' -%}
 {{- part.text -}}
 {%- endif -%}
@@ -70,6 +75,7 @@ class TextProcessor:
     tokenizer: PreTrainedTokenizerBase
     image_processor: None = None
     image_token_id: None = None
+    seen_ids: tuple[int, ...] = ()
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -96,6 +102,14 @@ class TextProcessor:
 
     def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> dict[str, Any]:
         raise NotImplementedError("text only")
+
+    @property
+    def video_tokens(self) -> tuple[str, str, str]:
+        raise TypeError("a text-only model has no such tokens")
+
+    def video_reader(self, settings: VideoConfig) -> VideoReader:
+        text = "the record has a video, but the model reads text only (use a vision-language model)"
+        raise RecordError(text)
 
     def tower_inputs(self, image_grid_thw: Tensor) -> dict[str, Any]:
         return {}
@@ -153,7 +167,8 @@ def tiny_processor(
     patch = {**TINY_PATCH, "patch_size": patch_size}
     images = Qwen2VLImageProcessorPil(size=dict(TINY_PIXELS), image_mean=half, image_std=half, **patch)
     processor = Qwen3VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
-    processor.video_config = {"video_processor_type": "Qwen3VLVideoProcessor", **patch}
+    of_videos = {"size": dict(TINY_VIDEO_PIXELS), "image_mean": half, "image_std": half, "fps": 2}
+    processor.video_config = {"video_processor_type": "Qwen3VLVideoProcessor", **of_videos, **patch}
     return processor
 
 

@@ -1,4 +1,4 @@
-"""Processors of images and text, without the video half, which cannot be built without torchvision.
+"""Processors of images, videos and text, without transformers' video half, which cannot be built without torchvision.
 
 They keep their parents' names: `save_pretrained` writes the class name, and a saved folder must name a class that plain
 transformers knows. Their image processors resize with PIL: AutoProcessor would take one that resizes with torchvision,
@@ -30,6 +30,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ds_moe.config.sections import VideoConfig
+from ds_moe.data.images import RecordError
+from ds_moe.errors import one_line
 from ds_moe.models.image_processors import (
     Gemma4ImageProcessor,
     GotOcr2ImageProcessor,
@@ -37,6 +40,7 @@ from ds_moe.models.image_processors import (
     MiniMaxM3VLImageProcessor,
 )
 from ds_moe.models.tower import tower_inputs
+from ds_moe.models.video_reader import Qwen3VLVideoReader, with_settings
 
 PAD, EOS, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 
@@ -91,6 +95,24 @@ class ImagesOnly:
         """See `ds_moe.data.processor.Processor`."""
         return {"pixel_values": pixels_PD, "image_grid_thw": image_grid_thw}
 
+    @property
+    def seen_ids(self) -> tuple[int, ...]:
+        """See `ds_moe.data.processor.Processor`."""
+        return (self.image_token_id,)
+
+    def keep_settings(self, videos: VideoConfig) -> None:
+        """Have the folders that are saved say what a run says of videos instead of the model's folder."""
+        if self.video_config is not None:
+            self.video_config = with_settings(self.video_config, videos)
+
+    @property
+    def video_tokens(self) -> tuple[str, str, str]:
+        return self.video_token, self.vision_start_token, self.vision_end_token
+
+    def video_reader(self, settings: VideoConfig) -> Qwen3VLVideoReader:
+        """See `ds_moe.data.processor.Processor`."""
+        raise RecordError("the record has a video, and those of this model's family are not read (remove the record)")
+
     def tower_inputs(self, image_grid_thw: Tensor) -> dict[str, Any]:
         """See `ds_moe.data.processor.Processor`. `transformers` hands on to the tower what begins with "image_"."""
         made = tower_inputs(self.tower, image_grid_thw) if self.tower is not None else {}
@@ -105,7 +127,8 @@ class ImagesOnly:
             config=SimpleNamespace(vision_config=merge),
             get_vision_position_ids=lambda *args, **kwargs: of.get_vision_position_ids(None, *args, **kwargs),
         )
-        images_1S = (input_ids_S == self.image_token_id).long().unsqueeze(0)
+        seen_S = torch.isin(input_ids_S, torch.tensor(self.seen_ids))
+        images_1S = seen_S.long().unsqueeze(0)
         rope, _ = of.get_rope_index(
             stand_in, input_ids_S.unsqueeze(0), mm_token_type_ids=images_1S, image_grid_thw=image_grid_thw
         )
@@ -119,6 +142,24 @@ class Qwen3VLProcessor(ImagesOnly, HFQwen3VLProcessor):
         **{"image": IMAGE, "video": VIDEO},
         **{"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"},
     }
+
+    @property
+    def seen_ids(self) -> tuple[int, ...]:
+        return self.image_token_id, self.video_token_id
+
+    def video_reader(self, settings: VideoConfig) -> Qwen3VLVideoReader:
+        if self.video_config is None:
+            fix = "copy video_preprocessor_config.json of the original model into it"
+            raise RecordError(f"the record has a video, and the model's folder says nothing of videos ({fix})")
+        try:
+            reader = Qwen3VLVideoReader.of(self.video_config)
+        except (ValueError, TypeError, KeyError) as error:
+            raise RecordError(f"the record has a video, but of the model {one_line(error)} (correct that)") from error
+        images = self.image_processor
+        sizes = [(one.patch_size, one.merge_size, one.temporal_patch_size) for one in (reader, images)]
+        if sizes[0] != sizes[1]:
+            raise RecordError(f"the model's videos have patches of {sizes[0]}, its images {sizes[1]} (correct that)")
+        return reader.set_to(settings)
 
 
 class GLMImagesOnly(ImagesOnly):

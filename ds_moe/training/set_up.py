@@ -56,7 +56,7 @@ def set_up(config: RunConfig) -> Run:
     seed_everything(config.train.seed)
     if topology.rank == 0:
         forget_earlier_run(config)
-    processor, kind = processor_of(config.model), task_kind(config)
+    processor, kind = processor_of(config.model, config.data.video), task_kind(config)
     outline = build_outline(model_config(config.model))
     check_model(config, outline.config, topology.world_size)
     if problem := attention_problem(config, on_cpu()):

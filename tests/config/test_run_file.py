@@ -256,6 +256,10 @@ RULES = {
         ["model.attention=flash_attention_2", "train.precision=fp32"],
         "flash_attention_2 has no fp32 kernels",
     ),
+    "more frames at least than at most": (
+        ["data.train=a.jsonl", "data.video.min_frames=9", "data.video.max_frames=3"],
+        "data.video.min_frames 9 is more than data.video.max_frames 3; lower it, or raise data.video.max_frames",
+    ),
     "packed rows without bounds": (
         ["data.packing=true", "model.attention=eager"],
         "model.attention eager knows no bounds between the samples of a packed row; set it to sdpa",
@@ -263,6 +267,7 @@ RULES = {
     "data.root": (["data.root=images"], 'data.root would not be used: the data is "digits"'),
     "data.mixture": (["data.mixture.temperature=2"], "data.mixture would not be used: data.train is one source"),
     "data.mixture.epoch": (["data.train=[a, b]", "data.mixture.epoch=longest"], "an epoch is every record once"),
+    "data.video": (["data.video.fps=4"], 'data.video would not be used: the data is "digits"'),
     "data.train_on": ([*RL, "data.train_on=last"], "task rl learns completions, not answers"),
     "data.length_grouping": (["data.length_grouping=true", "train.global_batch_size=1"], "global_batch_size is 1"),
     "data.length_grouping beside packing": (

@@ -286,7 +286,7 @@ REFUSED = {
         {"messages": grounded("?", "<bbox>")["messages"], "objects": {"bbox": [[1, 2]]}},
         "'objects.bbox' in a record without an image",
     ),
-    "a video tag": (typed(HI | {"text": "<video>What?"}), "message 1: the placeholder <video> is not read"),
+    "a video tag": (typed(HI | {"text": "<video>What?"}), "1 <video> placeholders for 0 videos"),
     "an audio tag": (typed(HI | {"text": "<audio>What?"}), "message 1: the placeholder <audio> is not read"),
     "a numbered image": (typed(HI | {"text": "<image 1>?"}), "message 1: the placeholder <image 1> is not read"),
     "an open tag": (typed(HI | {"text": "<img>a.png?"}), "message 1: the placeholder <img> has no path"),
@@ -295,8 +295,7 @@ REFUSED = {
         {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<img>room.png</img>"}]},
         "message 2: an image in the assistant turn",
     ),
-    "videos": (typed(HI, videos=["a.mp4"]), "'videos' is not supported (only images and text are"),
-    "audios": (typed(HI, audios=["a.wav"]), "'audios' is not supported (only images and text are"),
+    "audios": (typed(HI, audios=["a.wav"]), "'audios' is not supported (only images, videos and text are"),
     "a rejected answer": (
         typed(HI, rejected_response="no"),
         "'rejected_response' is not supported (task dpo learns pairs",

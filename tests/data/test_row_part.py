@@ -10,7 +10,7 @@ from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import collate, encode, filler
 from ds_moe.data.row_part import dealt, part_of_row
 from ds_moe.models.processor import tiny_processor
-from tests.samples import joined, without_image
+from tests.samples import filmed, joined, without_image
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def processor():
 def row(processor):
     one, two, three, four = (encode(sample, processor, 256, 2**20) for sample in digits_samples("train")[:4])
     text = without_image(four, processor.image_token_id)
-    return collate([text, joined(one, two), filler(processor), three], processor, packed=True)
+    return collate([text, joined(one, two), filler(processor), filmed(processor), three], processor, packed=True)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 7])

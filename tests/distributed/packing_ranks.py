@@ -37,7 +37,7 @@ from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.tasks.task import Task, TrainingParts
 from ds_moe.training.step import optimizer_step
 from tests.launcher import leave, report
-from tests.samples import joined, losses, without_image
+from tests.samples import filmed, joined, losses, without_image
 
 PRESET, EXPERTS, LAYERS, TOP_K = "tiny-vl-moe", 8, 2, 2
 ROWS = 2  # packed rows a rank, which are its micro-batches of a step
@@ -67,7 +67,7 @@ MODES = {
 
 
 def samples(world_size, processor):
-    """Real scans mixed with texts, a sample of two images, one of a single token; those of rank 1 have no images.
+    """Real scans mixed with texts, a sample of two images, a video, one of a single token; rank 1 has no images.
 
     [rank][row]: list of samples. Rows hold 1 to 5 of them.
     """
@@ -78,6 +78,8 @@ def samples(world_size, processor):
         second = [next(scans) for _ in range(4 - rank % 3)]
         first[-1], second[-1] = (without_image(one, processor.image_token_id) for one in (first[-1], second[-1]))
         second[0] = joined(second[0], next(scans))
+        if rank != 1:
+            second.insert(1, filmed(processor, 3 + rank, rank))
         first.append(Encoded(torch.tensor([7]), torch.tensor([7]), prompt=0))  # its label is predicted by nothing
         second.append(filler(processor))
         rows = [first, second]

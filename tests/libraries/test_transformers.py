@@ -429,3 +429,19 @@ def test_an_image_two_hundred_times_as_long_as_wide_is_an_error(processor):
     """Guard: `encode_images` of data/encode.py makes it a bad record."""
     with pytest.raises(ValueError, match="aspect ratio"):
         processor.image_processor([Image.new("RGB", (402, 2))], return_tensors="pt")
+
+
+def test_a_video_of_one_frame_is_refused_and_more_are_not():
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
+    with pytest.raises(ValueError, match="t:1 must be larger than temporal_factor:2"):
+        smart_resize(1, 64, 64)
+    assert smart_resize(3, 64, 64, min_pixels=1) == (56, 56)
+
+
+def test_times_of_an_odd_number_of_frames_lengthen_the_list():
+    from transformers import Qwen3VLProcessor
+
+    numbers = [0, 4, 8]
+    assert Qwen3VLProcessor._calculate_timestamps(None, numbers, 2.0, 2) == [1.0, 4.0]
+    assert numbers == [0, 4, 8, 8]

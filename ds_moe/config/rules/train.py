@@ -74,6 +74,7 @@ def _no_load(config: RunConfig) -> str | None:
 
 UNUSED: dict[str, Unused] = {
     "data.root": _no_files,
+    "data.video": _no_files,
     "data.train_on": _no_answers_to_learn,
     "data.length_grouping": _no_grouping,
     "data.shuffle_window_mb": _no_window,
@@ -125,6 +126,11 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
             yield "checkpoint.every", f"{text}; remove one of them"
     if too_long := warmup(config, train.steps):
         yield too_long
+    for least, most in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+        a, b = getattr(config.data.video, least), getattr(config.data.video, most)
+        if a is not None and b is not None and a > b:
+            text = f"data.video.{least} {a} is more than data.video.{most} {b}"
+            yield f"data.video.{least}", f"{text}; lower it, or raise data.video.{most}"
     if config.data.packing and config.tokens_per_row < config.data.max_length:
         text = f"train.tokens_per_micro_batch {config.tokens_per_row} is less than data.max_length"
         fix = "a sample is never cut; make it as large, or lower data.max_length"

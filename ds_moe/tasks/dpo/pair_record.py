@@ -12,7 +12,7 @@ Everything else of a record (`images`, `tools`, `system`, `objects`, `kind`) is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -70,12 +70,10 @@ def parse_pair(record: object, where: str, root: Path | ImageRoot) -> Pair:
     found = {name: _conversation(name, rest, prompt, answer, where, root) for name, answer in both.items()}
     if found["chosen"].turns == found["rejected"].turns:
         raise RecordError("'chosen' and 'rejected' are identical, so nothing is preferred (remove the record)")
-    seen = [[(image.path, image.data) for image in one.images] for one in found.values()]
+    seen = [[replace(media, name="") for media in one.media] for one in found.values()]
     if seen[0] != seen[1]:
-        images = " and ".join(
-            f"{name!r} {[image.name for image in one.images] or 'none'}" for name, one in found.items()
-        )
-        raise RecordError(f"the two conversations hold different images: {images} (give both the same ones)")
+        media = " and ".join(f"{name!r} {[each.name for each in one.media] or 'none'}" for name, one in found.items())
+        raise RecordError(f"the two conversations hold different images or videos: {media} (give both the same ones)")
     values = {field.name: getattr(found["chosen"], field.name) for field in fields(Sample)}
     return Pair(**values, rejected=found["rejected"])
 

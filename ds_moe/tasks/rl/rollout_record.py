@@ -138,7 +138,14 @@ def _conversation(record: dict[str, object], where: str, root: Path | ImageRoot)
         return None
     if "completion_mask" in record:
         raise RecordError("'completion_mask' beside 'messages', whose last answer is the completion (remove it)")
-    return parse_record({key: record[key] for key in OF_TURNS if key in record}, where, root)
+    return without_videos(parse_record({key: record[key] for key in OF_TURNS if key in record}, where, root))
+
+
+def without_videos(sample: Sample) -> Sample:
+    """The sample. Raises `RecordError` for one with a video: engines would have to take the same frames of it."""
+    if sample.videos:
+        raise RecordError("the record has a video, and task rl reads none (remove the record)")
+    return sample
 
 
 def _tokens(record: dict[str, object]) -> tuple[list[int], list[bool]]:

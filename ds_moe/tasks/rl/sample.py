@@ -28,6 +28,7 @@ from ds_moe.models.load import load_model
 from ds_moe.models.processor import load_processor
 from ds_moe.replay import RoutingRecorder, RoutingTrace, joined, to_record
 from ds_moe.rollout.reward import BUILT_IN, exact
+from ds_moe.tasks.rl.rollout_record import without_videos
 from ds_moe.tasks.rl.write import Record, check_out, write_rollouts
 
 # Options of `generate_rollouts`.
@@ -105,7 +106,7 @@ def generate_rollouts(
     good, encoded = [], []
     for sample in samples:
         try:
-            encoded.append(encode(sample, processor, max_length, max_pixels, rules))
+            encoded.append(encode(without_videos(sample), processor, max_length, max_pixels, rules))
             good.append(sample)
         except RecordError as error:
             if bad is None:

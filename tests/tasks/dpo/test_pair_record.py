@@ -75,7 +75,7 @@ def test_images_behind_the_prompt_must_be_the_same(tmp_path):
     for rejected, named in (("b.png", "['b.png']"), (None, "none")):
         with pytest.raises(RecordError) as caught:
             parse("a.png", rejected)
-        assert f"different images: 'chosen' ['a.png'] and 'rejected' {named} (give" in str(caught.value)
+        assert f"different images or videos: 'chosen' ['a.png'] and 'rejected' {named} (give" in str(caught.value)
 
 
 def test_tool_calls_may_lie_behind_the_prompt(tmp_path):

@@ -21,6 +21,7 @@ from ds_moe.data.records import DATA_CACHE, open_records
 from ds_moe.data.special_tokens import check_content_tokens
 from ds_moe.errors import UserError
 from ds_moe.rollout.engine import Prompt
+from ds_moe.tasks.rl.rollout_record import without_videos
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Prompts:
     def asked(self, sample: Sample, position: int = 0) -> Asked:
         """Raises `RecordError` for a conversation that cannot be asked about."""
         data = self._data
-        encoded = encode(sample, self._processor, data.max_length, data.max_pixels, self._rules)
+        encoded = encode(without_videos(sample), self._processor, data.max_length, data.max_pixels, self._rules)
         longest = data.max_length - self._engine.max_new_tokens
         if encoded.prompt > longest:
             reason = f"over-long: a prompt of {encoded.prompt} tokens and rl.engine.max_new_tokens"
