@@ -90,7 +90,7 @@ def predict(
     ep_size = config.moe.ep_size if config.moe else 1
     counts, whole = count_parameters(model, ep_size, world_size), family_of(model).measured
     made = activations(model, config, zero.width, ep_size, on_cpu) if whole else NO_ACTIVATIONS
-    stacks = by_muon(model, config).values()
+    stacks = list(by_muon(model, config).values())
     muon = sum(stack.count * stack.rows * stack.columns for stack in stacks) / world_size
     states, host = _states(counts, zero, muon)
     host |= {"inputs of layers": made.moved} if made.moved else {}
@@ -98,7 +98,8 @@ def predict(
         (states if on_cpu else host)["starting policy"] = states.get("weights") or host["weights"]
     moments = _moments(counts, zero, made, config, world_size, on_cpu)
     if muon:
-        moments["the optimizer steps"]["matrices at work"] = _orthogonalised(muon, zero, world_size)
+        block = max(stack.count * stack.rows * stack.columns for stack in stacks) / world_size
+        moments["the optimizer steps"]["matrices at work"] = _orthogonalised(muon, block, zero, world_size)
     moment, parts = max(moments.items(), key=lambda one: sum(one[1].values()))
     device = {**states, **parts}
     if on_cpu:
@@ -204,10 +205,12 @@ def _flat_gradient(counts: ParameterCounts, zero: ZeroPlan) -> float:
     return elements * (4 + zero.sum_width if zero.sum_width < 4 else 4)
 
 
-def _orthogonalised(muon: float, zero: ZeroPlan, world_size: int) -> float:
-    """Bytes of what Muon works with: its share of a bucket thrice, as it is sent, received and put together, and four
-    tensors of Newton-Schulz in the precision of weights (`engine/muon.py`)."""
-    return (3 * 4 + 4 * zero.width) * min(muon, MUON_BUCKET / world_size)
+def _orthogonalised(muon: float, block: float, zero: ZeroPlan, world_size: int) -> float:
+    """Bytes of what Muon works with: its share of a bucket as it is sent; of the `block` of matrices that it has at
+    work, the largest parameter's share, the whole in fp32 and four tensors of Newton-Schulz in the precision of weights
+    (`engine/muon.py`)."""
+    share = MUON_BUCKET / world_size
+    return 4 * min(muon, share) + (4 + 4 * zero.width) * min(block, share)
 
 
 def _norm_copy(counts: ParameterCounts, zero: ZeroPlan) -> float:

@@ -110,7 +110,7 @@ def test_experts_form_the_groups_that_deepspeed_makes_of_them(preset, limit, mon
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_muon_has_one_moment_of_hidden_matrices_and_works_with_a_bucket(stage):
+def test_muon_has_one_moment_of_hidden_matrices_and_works_with_a_block(stage):
     adamw, muon = (run(train={"optimizer": name}) for name in ("adamw", "muon"))
     left = ("embed_tokens", "lm_head", "norm", ".mlp.gate.")
     named = outline(muon).named_parameters()
@@ -118,8 +118,9 @@ def test_muon_has_one_moment_of_hidden_matrices_and_works_with_a_bucket(stage):
     theirs, ours = (predicted(config, zero(stage)) for config in (adamw, muon))
     assert theirs.device["optimizer"] - ours.device["optimizer"] == 4 * matrices / 4
     assert memories.MUON_BUCKET == BUCKET
-    work = memories._orthogonalised(matrices / 4, zero(stage), 4), memories._orthogonalised(1e12, zero(stage, True), 4)
-    assert work == (28 * matrices / 4, 20 * BUCKET / 4)
+    few = memories._orthogonalised(matrices / 4, 1000, zero(stage), 4)  # all are sent at once, the largest is at work
+    many = memories._orthogonalised(1e12, 1e12, zero(stage, True), 4)
+    assert (few, many) == (4 * matrices / 4 + 20 * 1000, 16 * BUCKET / 4)
 
 
 def _moments(config: RunConfig, ds: ZeroPlan, model, on_cpu: bool = True, world_size: int = 4) -> dict:
