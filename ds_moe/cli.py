@@ -8,7 +8,7 @@ from typing import NoReturn
 from ds_moe import __version__
 from ds_moe.assembly.cli import add_assemble
 from ds_moe.config.arguments import Commands
-from ds_moe.doctor.cli import add_doctor, add_init, add_plan
+from ds_moe.doctor.cli import add_data, add_doctor, add_init, add_plan
 from ds_moe.errors import UserError, printed
 from ds_moe.export.cli import add_export
 from ds_moe.launcher.cli import add_eval, add_train, add_training_options, train
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(commands)
     add_doctor(commands)
     add_plan(commands)
+    add_data(commands)
     add_plot(commands)
     add_export(commands)
     add_assemble(commands)

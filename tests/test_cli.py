@@ -12,7 +12,7 @@ from ds_moe import __version__, cli
 
 DEMO = "ds_configs/runs/demo.yaml"
 COMMAND = Path(sys.executable).with_name("ds-moe")
-LISTED = ["init", "train", "eval", "doctor", "plan", "plot", "export", "assemble", "gate"]
+LISTED = ["init", "train", "eval", "doctor", "plan", "data", "plot", "export", "assemble", "gate"]
 LISTED += ["rollouts", "completion", "version"]
 
 

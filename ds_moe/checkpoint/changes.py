@@ -10,7 +10,7 @@ from ds_moe.config.yaml_lines import Plain, join
 from ds_moe.errors import UserError
 
 # How a run is written, watched and fed: that changes nothing it learns.
-BOOKKEEPING = ("monitor", "checkpoint", "data.num_workers", "data.prefetch_factor")
+BOOKKEEPING = ("monitor", "checkpoint", "data.num_workers", "data.prefetch_factor", "data.prepared")
 BOOKKEEPING += ("train.output_dir", "train.resume", "train.watchdog_s", "train.stop_within_s")
 LONGEST = 120  # characters of a value
 

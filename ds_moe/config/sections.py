@@ -160,6 +160,7 @@ class DataConfig(Section):
     packing: bool = False  # samples of any length fill rows without padding, see train.tokens_per_micro_batch
     num_workers: int = Field(default=0, ge=0)  # processes a rank
     prefetch_factor: int | None = Field(default=None, gt=0)  # steps a worker prepares ahead (default 2)
+    prepared: str | None = None  # folder of `ds-moe data prepare`; default: data_cache/prepared in train.output_dir
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -15,9 +15,13 @@ marks.py     texts found in a rendering     message_keys.py    thoughts, tools, 
 special_tokens.py   which of them texts may write
 blocks.py    files in pieces, not indexed   windows.py         the order of what is streamed, and places in it
 tables.py    blocks of Arrow's rows         streaming.py       what a rank trains on where nothing is indexed
+patches.py   images as bytes, and their floats
 row_part.py  the part of a row that one of several ranks computes
 position.py  where a checkpoint is in the data
 digits.py    the bundled data set          workers.py         how loading processes are started
 kept_arrays.py      arrays in files, for later starts
 sources/     files, folders, archives, hub datasets, mixtures
+prepared.py  records that were encoded before
+prepare.py   encodes them, and says what they are like
+shards.py    encoded records in files      fingerprint.py     what encoded records follow from
 """

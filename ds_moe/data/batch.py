@@ -9,10 +9,14 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ds_moe.data.patches import PixelTable
+
 NO_LOSS = -100  # the label of a token on which no loss is taken
+BY_VALUE = 2**18  # bytes of a tensor that is handed to another process by value
 # Inputs that say how large images are. They stay on the host, where transformers reads them: on an accelerator, every
 # reading would wait for all that it has been given to do.
 SIZES = ("image_grid_thw", "image_cu_seqlens", "image_cu_window_seqlens")
@@ -37,6 +41,7 @@ class Batch:
             `row_part.py`); None: nothing is behind.
         whole: true where every token is real, as the loading process has seen it; false: not known. Reading it from the
             tensors would wait for an accelerator.
+        pixel_table: the floats of the bytes that `pixel_values` still are; `to` makes them. None: they are floats.
     """
 
     inputs: dict[str, Any]
@@ -46,6 +51,7 @@ class Batch:
     kind_B: Tensor | None = None
     next_label: Tensor | None = None
     whole: bool = False
+    pixel_table: PixelTable | None = None
 
     @classmethod
     def of_rows(cls, inputs: dict[str, Tensor], labels: Tensor, real_B: Tensor | None = None) -> Self:
@@ -71,6 +77,15 @@ class Batch:
             whole=bool(real_B.all()),
         )
 
+    def __getstate__(self) -> dict[str, object]:
+        """Between processes small tensors go by value: a segment of shared memory for each would take longer."""
+        inputs = {name: _by_value(value) for name, value in self.inputs.items()}
+        return {name: _by_value(value) for name, value in vars(self).items()} | {"inputs": inputs}
+
+    def __setstate__(self, state: dict[str, dict[str, object]]) -> None:
+        inputs = {name: _as_tensor(value) for name, value in state["inputs"].items()}
+        vars(self).update({name: _as_tensor(value) for name, value in state.items()} | {"inputs": inputs})
+
     @property
     def packed(self) -> bool:
         """Whether one row holds all samples, without padding."""
@@ -90,6 +105,8 @@ class Batch:
     @property
     def with_labels(self) -> dict[str, Any]:
         """The arguments of a forward that returns the loss."""
+        if self.pixel_table is not None:
+            raise TypeError("pixel_values are bytes until the batch is moved to a device: batch.to(device)")
         return {**self.inputs, "labels": self.labels}
 
     @property
@@ -116,13 +133,16 @@ class Batch:
         return within if self.next_label is None else within + (self.next_label != NO_LOSS).sum()
 
     def to(self, device: torch.device) -> Self:
-        """The batch on `device`. Copies to CUDA start from pinned memory and run beside the computation."""
+        """The batch on `device`, its images as floats. Copies to CUDA start from pinned memory and run beside the
+        computation."""
         inputs = {
             name: _copy(value, device) if isinstance(value, Tensor) and name not in SIZES else value
             for name, value in self.inputs.items()
         }
         others = {name: _copy(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, inputs=inputs, **others)
+        if self.pixel_table is not None and "pixel_values" in inputs:  # parts of rows may have no image
+            inputs["pixel_values"] = self.pixel_table.floats(inputs["pixel_values"])
+        return replace(self, inputs=inputs, pixel_table=None, **others)
 
 
 def sample_bounds(lengths: Sequence[int]) -> dict[str, Any]:
@@ -141,6 +161,16 @@ def sample_bounds(lengths: Sequence[int]) -> dict[str, Any]:
         "max_length_k": longest,
         "sample_lengths": tuple(lengths),
     }
+
+
+def _by_value(value: object) -> object:
+    if not isinstance(value, Tensor) or value.nbytes > BY_VALUE or value.device.type != "cpu":
+        return value
+    return value if value.dtype == torch.bfloat16 else value.numpy()
+
+
+def _as_tensor(value: object) -> object:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:

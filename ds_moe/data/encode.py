@@ -22,6 +22,7 @@ from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, final_answer
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules, tokenize
 from ds_moe.data.images import ImageSource, RecordError, image_size, load_image
+from ds_moe.data.patches import table_of
 from ds_moe.data.processor import Processor, VideoReader
 from ds_moe.data.special_tokens import text_of
 from ds_moe.data.videos import Film, VideoPlan, VideoSource, frames_of, look
@@ -35,7 +36,7 @@ class Encoded:
     input_ids: Tensor  # (S,) int64
     labels: Tensor  # (S,) int64, NO_LOSS outside assistant turns
     prompt: int  # so many ids precede the last answer: its generation starts from them
-    pixel_values: Tensor | None = None  # (P, ...) float32, a row a patch
+    pixel_values: Tensor | None = None  # (P, ...) float32, a row a patch; or its bytes, see `patches.py`
     image_grid_thw: Tensor | None = None  # (I, 3) int64, patches a side; 1 in the first column of videos
     real: bool = True  # False for a filler
     kind: str | None = None  # the record's own label
@@ -69,6 +70,8 @@ def encode(
     films = [look(video, rules.video, max_pixels) for video in sample.videos]
     plans = [reader.plan(film, video.name) for film, video in zip(films, sample.videos, strict=True)] if reader else []
     pixel_values, grid, image_tokens = encode_images(sample.images, processor, max_pixels, pixels)
+    if plans and pixel_values is not None and pixel_values.dtype == torch.uint8:
+        pixel_values = table_of(processor).floats(pixel_values)  # as those of videos are
     tokens = tokenize(sample.turns, processor, image_tokens, sample.tools, rules, plans)
     of_videos = sum(plan.tokens * plan.grid[0] for plan in plans)
     check_length(len(tokens.ids), sum(image_tokens) + of_videos, max_length)  # before a video is decoded
@@ -176,6 +179,7 @@ def collate(
     attention_mask (R, S) and, if there is an image, the position_ids, (R, S) or (3, R, S), that transformers would make
     on the device, image by image. A packed row has position_ids, which begin anew with every sample, and what
     `sample_bounds` gives.
+    Of bytes of images `Batch.to` makes floats.
     """
     pad_id = processor.tokenizer.pad_token_id
     ids = [one.input_ids.where(~seen(one.input_ids, processor), processor.image_token_id or 0) for one in encoded]
@@ -188,10 +192,12 @@ def collate(
         inputs["position_ids"] = positions if positions.dim() == 2 else positions.movedim(-1, 0)[0 if packed else 1 :]
     if not packed:
         inputs["attention_mask"] = lay_out([torch.ones_like(one.input_ids) for one in encoded], 0, packed, side)
+    pixels = [one.pixel_values for one in encoded if one.pixel_values is not None]
+    if len({one.dtype for one in pixels}) > 1:  # images in bytes, and floats of videos
+        pixels = [table_of(processor).floats(one) if one.dtype == torch.uint8 else one for one in pixels]
     if processor.image_processor is not None:
         if processor.takes_types:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).long()
-        pixels = [one.pixel_values for one in encoded if one.pixel_values is not None]
         grids = [one.image_grid_thw for one in encoded if one.image_grid_thw is not None]
         if pixels:
             sizes = torch.cat(grids)
@@ -201,8 +207,12 @@ def collate(
     labels = lay_out([one.labels for one in encoded], NO_LOSS, packed, side)
     real_B = torch.tensor([one.real for one in encoded])
     if packed:
-        return Batch.of_packed(inputs, labels, [len(one.input_ids) for one in encoded], real_B)
-    return Batch.of_rows(inputs, labels, real_B)
+        batch = Batch.of_packed(inputs, labels, [len(one.input_ids) for one in encoded], real_B)
+    else:
+        batch = Batch.of_rows(inputs, labels, real_B)
+    if pixels and pixels[0].dtype == torch.uint8:
+        batch.pixel_table = table_of(processor)
+    return batch
 
 
 def collate_prompts(encoded: list[Encoded], processor: Processor) -> Batch:

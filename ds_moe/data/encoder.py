@@ -1,13 +1,19 @@
 """Records become encoded samples; one that cannot be encoded is replaced and reported."""
 
+from dataclasses import replace
+
+import torch
+
 from ds_moe.config.run import RunConfig
 from ds_moe.data.chat import BadRecord, Sample, Turn
 from ds_moe.data.chat_template import TokenRules
-from ds_moe.data.encode import Encoded, filler, seen
+from ds_moe.data.encode import Encoded, encode_images, filler, seen
 from ds_moe.data.images import RecordError
 from ds_moe.data.order import FILLER
+from ds_moe.data.patches import with_byte_patches
+from ds_moe.data.prepared import Prepared
 from ds_moe.data.processor import Processor
-from ds_moe.data.record_kind import Records, RecordsByIndex
+from ds_moe.data.record_kind import Records, RecordsByIndex, images_of
 from ds_moe.data.special_tokens import check_content_tokens
 from ds_moe.errors import UserError
 
@@ -16,19 +22,34 @@ FILLER_SAMPLE = Sample((Turn("user", ("",)), Turn("assistant", ("",))), where="f
 
 
 class Encoder:
-    """Encodes records by their index, and keeps the first `cache_bytes` of the results."""
+    """Encodes records by their index, and keeps the first `cache_bytes` of the results (None: CACHE_BYTES). Images stay
+    bytes where the processor's floats follow from these.
+
+    Args:
+        prepared: of these records, as far as they were encoded before.
+
+    Attributes:
+        aside: why a prepared record was encoded anew, the first time; None: none was.
+    """
 
     def __init__(
-        self, config: RunConfig, records: RecordsByIndex, processor: Processor, cache_bytes: int = CACHE_BYTES
+        self,
+        config: RunConfig,
+        records: RecordsByIndex,
+        processor: Processor,
+        cache_bytes: int | None = None,
+        prepared: Prepared | None = None,
     ):
-        self._data, self._records, self._processor = config.data, records, processor
+        self._prepared = prepared
+        self.aside: str | None = None
+        self._data, self._records, self._processor = config.data, records, with_byte_patches(processor)
         try:
             check_content_tokens(processor, config.data.content_tokens)
         except UserError as error:
             raise UserError(f"{config.at('data.content_tokens')}: {error}") from error
         self._rules = TokenRules(config.data.train_on, tuple(config.data.content_tokens), config.data.video)
         self._cache: dict[int, Encoded] = {FILLER: filler(processor)}
-        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._cache_bytes, self._cached_bytes = CACHE_BYTES if cache_bytes is None else cache_bytes, 0
 
     def sample(self, index: int) -> Sample:
         return FILLER_SAMPLE if index == FILLER else self._records.sample(index)
@@ -49,6 +70,10 @@ class Encoder:
             used.append(index)
         return encoded, used, bad
 
+    def encode_one(self, index: int) -> Encoded | BadRecord:
+        """A record, which is not kept."""
+        return self._encode(index, pixels=True)
+
     def measure(self, index: int) -> tuple[int, int] | BadRecord:
         """(tokens, patches) of a record, as encoding it gives them, but no image is decoded."""
         one = self._encode(index, pixels=False)
@@ -62,9 +87,24 @@ class Encoder:
     def _encode(self, index: int, pixels: bool) -> Encoded | BadRecord:
         kind, limits = self._records.record_kind, (self._data.max_length, self._data.max_pixels)
         try:
+            if pixels and self._prepared is not None and (ready := self._ready(self._prepared, index)) is not None:
+                return ready
             return kind.encode(self._records.sample(index), self._processor, *limits, self._rules, pixels)
         except RecordError as error:
             return BadRecord(self._records.where(index), str(error))
+
+    def _ready(self, prepared: Prepared, index: int) -> Encoded | None:
+        """A prepared record; None where it must be encoded. Raises `RecordError` for an image that is not stored."""
+        one = prepared.encoded(index, self._records.record_kind.encodes)
+        self.aside = self.aside or prepared.problem
+        if one is None or one.pixel_values is not None or one.image_grid_thw is None:
+            return one
+        images = images_of(self._records.sample(index))
+        pixel_values, grid, _ = encode_images(images, self._processor, self._data.max_pixels)
+        if grid is None or not torch.equal(grid, one.image_grid_thw):
+            self.aside = self.aside or f"an image of record {index} has changed since"
+            return None
+        return replace(one, pixel_values=pixel_values)
 
     def _one(self, index: int) -> Encoded | BadRecord:
         if index in self._cache:

@@ -13,6 +13,7 @@ from ds_moe.data.encode import Encoded, answer_text, collate_prompts, filler
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.order import FILLER
 from ds_moe.data.packing import rows_in_order
+from ds_moe.data.prepared import Asides, find_prepared
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind
 from ds_moe.data.records import DATA_CACHE, open_records
@@ -41,7 +42,8 @@ class EvalBatch:
 class EvalSet:
     """The records of data.eval, dealt out to the ranks in the order of the file.
 
-    `skipped`, `raise_errors` and `error` mean what they mean in `TrainStream`; `sha256` is that of the records' files.
+    `notes`, `skipped`, `raise_errors` and `error` mean what they mean in `TrainStream`; `sha256` is that of the
+    records' files.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class EvalSet:
         by_default = PROMPTS if config.data.packing else config.train.micro_batch_size
         self._size, self._capacity = config.train.eval_batch_size or by_default, config.tokens_per_row
         self._rank, self._world_size, self._count = rank, world_size, len(records)
-        self._processor, self._encoder = processor, Encoder(config, records, processor)
+        prepared, note = find_prepared(config, "held-out", records, processor)
+        self.notes, self._asides = [note] if note else [], Asides("data.eval")
+        self._processor, self._encoder = processor, Encoder(config, records, processor, prepared=prepared)
         self._counts, bad = None, list(records.bad)
         if config.data.packing:
-            self._counts = token_counts(config, "held-out", records, self._encoder, processor)
+            self._counts = token_counts(config, "held-out", records, self._encoder, processor, prepared)
             bad += self._counts.bad.values()
         self._log = BadRecordLog(config, bad, rank, raise_errors)
         self.skipped = self._log.records
@@ -106,6 +110,7 @@ class EvalSet:
         if self._counts is not None and packed:
             self._counts.check(used, encoded, self._encoder)
         self._log.note(bad)
+        self._asides.say(self._encoder.aside)
         samples = [self._encoder.sample(index) for index in used]
         starts = range(0, longest, self._size)
         return EvalBatch(

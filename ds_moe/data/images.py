@@ -135,7 +135,8 @@ def load_image(source: ImageSource, max_pixels: int) -> Image.Image:
     with _opened(source, max_pixels) as image:
         try:
             image.load()
-            return _over_white(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _over_white(image)
         except Exception as error:  # decoders may raise anything for hostile bytes
             reason = f"truncated image {shown(source.name)}: {error} (replace the file)"
             raise RecordError(reason) from error
@@ -148,7 +149,7 @@ def _over_white(image: Image.Image) -> Image.Image:
         clear = gray == image.info.get("transparency", -1)  # a PNG may call one of the gray values transparent
         image = Image.fromarray(np.where(clear, 255, gray >> 8).astype(np.uint8))
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image.getchannel("A"))

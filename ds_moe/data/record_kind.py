@@ -44,7 +44,13 @@ Parsed = TypeVar("Parsed", bound=ParsedRecord)
 
 
 class RecordKind(ABC, Generic[Parsed]):
-    """One kind of record. Loading processes get a pickled copy, which parses, encodes and collates."""
+    """One kind of record. Loading processes get a pickled copy, which parses, encodes and collates.
+
+    Attributes:
+        encodes: the class of what `encode` returns.
+    """
+
+    encodes: ClassVar[type[Encoded]] = Encoded
 
     one_file: ClassVar[str] = ""  # why the records of a run must stand in one file; empty: they need not
 
@@ -168,6 +174,17 @@ def video_tokens(video: VideoSource) -> int:
         return len(video.frames) // 2 * width * height // PIXELS_A_TOKEN
     size = len(video.data) if video.data is not None else video.path.stat().st_size
     return min(size // BYTES_A_TOKEN, MOST_OF_VIDEO)
+
+
+def conversation_of(parsed: object) -> Sample | None:
+    """The conversation of a parsed record of any kind; None where it holds tokens instead."""
+    found = getattr(parsed, "prompt", parsed)
+    return found if isinstance(found, Sample) else None
+
+
+def images_of(parsed: object) -> list[ImageSource]:
+    """The images of a parsed record of any kind, in the order in which it is encoded."""
+    return list(getattr(conversation_of(parsed) or parsed, "images"))  # noqa: B009
 
 
 def image_tokens(images: list[ImageSource], max_pixels: int) -> int:

@@ -19,6 +19,7 @@ from ds_moe.data.encoder import Encoder
 from ds_moe.data.order import FILLER, PaddedRows, Rows
 from ds_moe.data.packing import Fill, PackedRows
 from ds_moe.data.position import DataPosition, epoch_order_of, order_of, position_problems
+from ds_moe.data.prepared import Asides, find_prepared
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind
 from ds_moe.data.records import DATA_CACHE, open_records
@@ -36,6 +37,7 @@ class StepStream(Protocol):
     """What a run asks of its training data; `TrainStream` says what each of it means."""
 
     kinds: tuple[str, ...]
+    notes: list[str]
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -79,6 +81,7 @@ class Step:
     bad: list[BadRecord] = field(default_factory=list)
     error: str | None = None  # a `UserError`, which ends the run
     fill: Fill | None = None  # of the packed rows of all ranks
+    aside: str | None = None  # why a prepared record was encoded anew
     next_place: list[PoolPlace] | None = None  # in streamed data, where the next one begins
 
 
@@ -124,6 +127,7 @@ class StepDataset(Dataset):
     def _load(self, step: Step, micro_steps: list[list[int]]) -> None:
         for indices in micro_steps:
             encoded, used, bad = self.encoder.encode(indices)
+            step.aside = self.encoder.aside
             self._check(used, encoded)
             batch = self.record_kind.collate(encoded, self.processor, packed=self.packed)
             batch.kind_B = torch.tensor([self.kind_ids.get(sample.kind, -1) for sample in encoded])
@@ -143,7 +147,7 @@ class LoadedSteps:
     """
 
     def __init__(self, config: RunConfig, log: BadRecordLog):
-        self._config, self._log = config, log
+        self._config, self._log, self._asides = config, log, Asides("data.train")
         self._position = 0  # steps yielded since the very first
         self._loading: Iterator[Step] | None = None
         self.fill: Fill | None = None
@@ -168,6 +172,7 @@ class LoadedSteps:
                 if step.error is not None:
                     raise UserError(step.error)
                 self._log.note(step.bad)
+                self._asides.say(step.aside)
             except UserError:
                 self.close()
                 raise
@@ -260,6 +265,7 @@ class TrainStream(LoadedSteps):
 
     Attributes:
         kinds: labels of the records; `kind_B` of a micro-batch are indices into them.
+        notes: lines for the summary of a run.
         rows: which records each rank takes in each step.
         fill: how full the packed rows of the steps were that this process has yielded; None: none yet, or padded ones.
         skipped: the bad records so far: those of structure, the same on every rank, and those that loading has found
@@ -287,11 +293,13 @@ class TrainStream(LoadedSteps):
         records = open_records(data.train, "train", data, Path(train.output_dir) / DATA_CACHE, record_kind)
         self._records, self.kinds = records, records.kinds
         order = epoch_order_of(config, records)
-        self._processor, self._encoder = processor, Encoder(config, records, processor)
+        prepared, note = find_prepared(config, "train", records, processor)
+        self.notes = [note] if note else []
+        self._processor, self._encoder = processor, Encoder(config, records, processor, prepared=prepared)
         self._rank, self._part, self._counts, bad = rank, part, None, list(records.bad)
         self.rows: PaddedRows | PackedRows = PaddedRows(order, train.micro_batch_size, world_size)
         if data.packing:
-            self._counts = token_counts(config, "train", records, self._encoder, processor)
+            self._counts = token_counts(config, "train", records, self._encoder, processor, prepared)
             bad += self._counts.bad.values()
             sizes = self._counts.tokens, self._counts.patches
             self.rows = PackedRows(order, *sizes, patch_cost, config.tokens_per_row, world_size)

@@ -276,6 +276,7 @@ class StreamedTrain(LoadedSteps):
             check_batches(config, world_size)
         self._pools = Pools.of(config)
         sources = self._pools.blocks.sources
+        self.notes: list[str] = []
         self.kinds = tuple(source.name for source in sources if source.name is not None)
         self.remembered: list[object] = []
         drawn = Drawn(sources, record_kind)

@@ -4,11 +4,9 @@ A file is measured once: its records are tokenized, of its images only the heade
 run's output folder, under everything that it follows from. The ranks of a host wait while one of them measures.
 """
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 
@@ -21,8 +19,10 @@ from ds_moe.data.chat import BadRecord
 from ds_moe.data.digits import Split
 from ds_moe.data.encode import Encoded
 from ds_moe.data.encoder import Encoder
+from ds_moe.data.fingerprint import fingerprint, key_of
 from ds_moe.data.kept_arrays import read_arrays, write_arrays
 from ds_moe.data.order import FILLER
+from ds_moe.data.prepared import INDEX, Prepared
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
 from ds_moe.data.records import DATA_CACHE, stop_message
@@ -34,7 +34,6 @@ from ds_moe.faults.signals import leave_to_parent
 
 CHUNK = 256  # records that a process measures at a time
 SHOWN_EVERY_S = 10.0  # of a file that takes long
-RULES = 2  # of how records become tokens: raised where they change
 
 
 @dataclass(frozen=True)
@@ -54,26 +53,38 @@ class TokenCounts:
         """
         for index, one in zip(indices, encoded, strict=True):
             if index != FILLER and len(one.input_ids) != self.tokens[index]:
-                self.file.unlink(missing_ok=True)
                 was = f"had {self.tokens[index]} tokens when they were counted and has {len(one.input_ids)} now"
-                fix = "start the run again, which counts anew"
+                if self.file.name == INDEX:
+                    fix = "run ds-moe data prepare again"
+                else:
+                    fix = "start the run again, which counts anew"
+                    self.file.unlink(missing_ok=True)
                 raise UserError(f"{encoder.where(index)}: {was}: it or an image of it has changed ({fix})")
 
 
 def token_counts(
-    config: RunConfig, split: Split, records: Records, encoder: Encoder, processor: Processor
+    config: RunConfig,
+    split: Split,
+    records: Records,
+    encoder: Encoder,
+    processor: Processor,
+    prepared: Prepared | None = None,
 ) -> TokenCounts:
-    """Measure the records of a file, or read what an earlier start or another rank of this host has measured.
+    """Measure the records of a file, or read what `ds-moe data prepare`, an earlier start or another rank of this host
+    has measured.
 
     Raises:
         UserError: under `data.on_bad_record: stop`, a record that cannot be used.
     """
-    file = _file(config, split)
-    with alone(file):
-        counts = kept_counts(config, split, records, encoder, processor)
-        if counts is None:
-            counts = _measured(config, split, records, encoder, file)
-            _keep(counts, _fingerprint(config, records, processor))
+    if prepared is not None:
+        counts: TokenCounts | None = _prepared_counts(prepared, encoder)
+    else:
+        file = _file(config, split)
+        with alone(file):
+            counts = kept_counts(config, split, records, encoder, processor)
+            if counts is None:
+                counts = _measured(config, split, records, encoder, file)
+                _keep(counts, key_of(fingerprint(config, records, processor)))
     if counts.bad and config.data.on_bad_record == "stop":
         raise UserError(stop_message(list(counts.bad.values())))
     return counts
@@ -87,12 +98,24 @@ def kept_counts(
     if kept is None:
         return None
     (about, tokens, patches) = json.loads(str(kept[0])), *kept[1:]
-    if about["key"] != _fingerprint(config, records, processor):
+    if about["key"] != key_of(fingerprint(config, records, processor)):
         return None
     bad = {int(index): BadRecord(records.where(int(index)), reason) for index, reason in about["bad"].items()}
     # Looked at again, because what an image contains is not part of the key: somebody may have repaired it.
     repaired = any(encoder.measure(index) != one for index, one in bad.items())
     return None if repaired else TokenCounts(tokens, patches, bad, _file(config, split))
+
+
+def _prepared_counts(prepared: Prepared, encoder: Encoder) -> TokenCounts:
+    """Those of prepared data. Its bad records are measured: one whose image does not decode has tokens elsewhere too,
+    and another may have been repaired."""
+    tokens, patches, bad = prepared.tokens.copy(), prepared.patches.copy(), {}
+    for index in prepared.bad:
+        size = encoder.measure(index)
+        if isinstance(size, BadRecord):
+            bad[index], size = size, (0, 0)
+        tokens[index], patches[index] = size
+    return TokenCounts(tokens, patches, bad, prepared.folder / INDEX)
 
 
 def _file(config: RunConfig, split: Split) -> Path:
@@ -134,25 +157,6 @@ def _measured(config: RunConfig, split: Split, records: Records, encoder: Encode
     bad = {index: one for index, one in enumerate(found) if isinstance(one, BadRecord)}
     sizes = np.array([(0, 0) if isinstance(one, BadRecord) else one for one in found], dtype=np.int64).reshape(-1, 2)
     return TokenCounts(sizes[:, 0], sizes[:, 1], bad, file)
-
-
-def _fingerprint(config: RunConfig, records: Records, processor: Processor) -> str:
-    """A digest of everything that the counts follow from, but for what images of the same size contain."""
-    data, tokenizer, images = config.data, processor.tokenizer, processor.image_processor
-    kind = records.record_kind
-    parts = [
-        [RULES, version("transformers"), version("tokenizers")],
-        records.sha256,
-        hashlib.sha256(records.lengths.tobytes()).hexdigest(),  # images of other sizes have others
-        f"{type(kind).__qualname__} {vars(kind)}",
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab()),
-        [str(tokenizer.chat_template), str(processor.chat_template)],
-        "" if images is None else str(sorted(images.to_dict().items())),
-        str(getattr(processor, "video_config", None)),
-        str(data.video),
-        [data.max_length, data.max_pixels, data.train_on, data.content_tokens, str(data.root)],
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _keep(counts: TokenCounts, key: str) -> None:

@@ -7,5 +7,6 @@ packing.py  the rows that they fill             engine.py  rl.engine and its rou
 resume.py   the checkpoint it would go on from
 plan_command.py, plans.py                       memory of other topologies
 new_run.py, look.py, fit.py, run_text.py        a run file for a model and its data
+prepare_command.py                              records encoded once, and what they are like
 cli.py     the options of the commands
 """

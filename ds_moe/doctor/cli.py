@@ -1,6 +1,7 @@
-"""The options of `ds-moe init`, `ds-moe doctor` and `ds-moe plan`."""
+"""The options of `ds-moe init`, `ds-moe doctor`, `ds-moe plan` and `ds-moe data prepare`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,15 @@ INIT = """Write a run file for a model and its data, with a plan that fits the G
   ds-moe init --demo
 
 Without --gpus the run is for the accelerators of this machine, or else for one rank on its CPUs."""
+
+
+PREPARE = """Decode and tokenize the records of a run once, and say what they are like.
+
+  ds-moe data prepare run.yaml
+  ds-moe data prepare run.yaml --pixels no data.prepared=shared/prepared
+
+Runs whose data file, limits, template, tokenizer, image processor and library versions are the same use what is written
+here, and get the tensors that they would make themselves."""
 
 
 def add_init(commands: Commands) -> None:
@@ -100,4 +110,24 @@ def _plan(options: argparse.Namespace) -> int:
     from ds_moe.doctor.plan_command import plan
 
     plan(options)
+    return 0
+
+
+def add_data(commands: Commands) -> None:
+    group = commands.add_parser("data", help="the data of a run: prepare")
+    described = {"description": PREPARE, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parts = group.add_subparsers(required=True, metavar="WHAT")
+    parser = parts.add_parser("prepare", help="encode the records once, with a report", **described)
+    add_run(parser)
+    stored = "whether images are stored, as bytes (default auto: up to 16 GiB of them)"
+    parser.add_argument("--pixels", choices=("auto", "yes", "no"), default="auto", help=stored)
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: as many as CPUs)")
+    parser.set_defaults(command=_prepare)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from ds_moe.doctor.prepare_command import prepare_data
+
+    pixels = {"auto": None, "yes": True, "no": False}[options.pixels]
+    prepare_data(options.run, options.overrides, pixels, options.workers or len(os.sched_getaffinity(0)))
     return 0

@@ -81,15 +81,17 @@ def _content_tokens(case: Case, processor: Processor) -> str | None:
 def _special_in_texts(case: Case, split: str, records: Records, processor: Processor) -> Iterator[Finding]:
     """Special tokens that texts write and that become several tokens: wanted ones, and imitated control tokens."""
     from ds_moe.data.images import RecordError
+    from ds_moe.data.record_kind import conversation_of
     from ds_moe.data.special_tokens import control_use, special_tokens
 
     config, where = case.config, case.config.at(f"data.{split}")
     found: dict[str, list[str]] = {}
     for index in range(min(case.samples, len(records))):
         try:
-            turns = _conversation(records.sample(index))
+            conversation = conversation_of(records.sample(index))
         except RecordError:
             continue  # check_samples has named it
+        turns = [turn.written for turn in conversation.turns] if conversation is not None else []
         for match in special_tokens(processor).finditer("\n".join(turns)):
             if match[0] not in config.data.content_tokens:
                 found.setdefault(match[0], []).append(records.where(index))
@@ -103,14 +105,6 @@ def _special_in_texts(case: Case, split: str, records: Records, processor: Proce
             more = f" and {len(tokens) - SHOWN} more" if len(tokens) > SHOWN else ""
             text = f"special tokens in texts are split into pieces: {named}{more} (first at {found[tokens[0]][0]})"
             yield Finding("warning", f"{where}: data.{split}: {text}; {fix}")
-
-
-def _conversation(parsed: object) -> list[str]:
-    """The texts of a parsed record; none where it holds tokens instead."""
-    from ds_moe.data.chat import Sample
-
-    sample = getattr(parsed, "prompt", parsed)
-    return [turn.written for turn in sample.turns] if isinstance(sample, Sample) else []
 
 
 def _processor(case: Case) -> Processor | None:

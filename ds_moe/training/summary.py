@@ -35,6 +35,8 @@ def run_summary(run: Run) -> str:
         if config.moe.experts.backend == "auto":
             backend, reason = choose_backend(topology.device.type, layers[0].experts.down_proj.dtype)
             lines.append(f"kernels   {backend}: {reason}")
+    notes = [*parts.stream.notes, *(parts.eval_set.notes if parts.eval_set is not None else [])]
+    lines += [f"data      {note}" for note in notes]
     lines += _batch(run)
     if parts.stream.rows is not None and (mixture := parts.stream.rows.order.mixture) is not None:
         lines.append(f"sources   records an epoch: {mixture.described(source_names(config.data.train))}")

@@ -136,7 +136,7 @@ def held_out_loss(model) -> float:
     config = load_run(RUN, ["data.eval=digits", "train.eval_batch_size=60"])
     total, labelled = 0.0, 0
     for batch in EvalSet(config, tiny_processor(), rank=0, world_size=1).batches():
-        total += model.eval()(**batch.batch.with_labels, num_items_in_batch=1).loss.item()
+        total += model.eval()(**batch.batch.to(model.device).with_labels, num_items_in_batch=1).loss.item()
         labelled += int(batch.batch.label_tokens)
     return total / labelled
 

@@ -102,7 +102,7 @@ def plain_loss(export, data):
     total, labels = 0.0, 0
     for batch in EvalSet(run, load_processor(str(export)), rank=0, world_size=1).batches():
         with torch.no_grad():
-            total += model(**batch.batch.with_labels, num_items_in_batch=1).loss.item()
+            total += model(**batch.batch.to(model.device).with_labels, num_items_in_batch=1).loss.item()
         labels += int(batch.batch.label_tokens)
     return total / labels
 

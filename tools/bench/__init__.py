@@ -1,6 +1,7 @@
 """Benchmarks, a folder each: `bench` is the command, `ranks` what its processes run, `plot` draws the result.
 
 - `balance`  does loss-free balancing balance, and what does it cost?
+- `data`     what a rank gets from its data a second, against earlier builds and `datasets` with a DataLoader
 - `gate`     a bank of LoRA adapters against PEFT's adapters one by one
 - `host`     what the host spends on a step, by layers, against transformers and DeepSpeed
 - `layer`    one MoE layer against those of other libraries

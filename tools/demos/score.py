@@ -31,7 +31,7 @@ def score(folder: Path, data: str, max_new_tokens: int) -> dict[str, float]:
     asked, hits = Counter(), Counter()
     for batch in EvalSet(run, processor, rank=0, world_size=1).batches():
         with torch.inference_mode():
-            [prompt] = batch.prompts()
+            prompt = next(batch.prompts()).to(model.device)
             tokens = model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, do_sample=False)
         answers = processor.batch_decode(tokens[:, prompt.labels.shape[1] :], skip_special_tokens=True)
         for sample, expected, answer, weight in zip(batch.samples, batch.answers, answers, batch.weights, strict=True):

@@ -62,6 +62,8 @@ class PairBatch(Batch):
 class Pairs(RecordKind[Pair]):
     """Conversations with a preferred and another answer."""
 
+    encodes = EncodedPair
+
     def parse(self, record: object, where: str, root: Path | ImageRoot) -> Pair:
         return parse_pair(record, where, root)
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class Routed(RecordKind[RoutedSample]):
 
     names: Sequence[str]
     labelled: bool
+    encodes: ClassVar = RoutedEncoded
 
     def parse(self, record: object, where: str, root: Path | ImageRoot) -> RoutedSample:
         sample = parse_record(_answered(record) if self.labelled else record, where, root)

@@ -72,6 +72,7 @@ class Rollouts(RecordKind[Rollout]):
     normalize_std: bool = True  # whether advantages are divided by the standard deviation of their group's rewards
     need_reference: bool = False  # whether every record must have the log-probs of a reference policy
     kinds: tuple[str, ...] | None = None  # labels that a record may have; None: those that the file's records have
+    encodes: ClassVar = EncodedRollout
 
     def parse(self, record: object, where: str, root: Path | ImageRoot) -> Rollout:
         return parse_rollout(record, where, root, self.need_reference)

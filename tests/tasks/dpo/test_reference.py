@@ -58,7 +58,7 @@ def parts(write_jsonl, tmp_path, processor):
 def a_batch(parts, count=2):
     indices = list(range(count))
     [encoded, _, _] = parts.stream._encoder.encode(indices)
-    return PAIRS.collate(encoded, parts.processor)
+    return PAIRS.collate(encoded, parts.processor).to(CPU.device)
 
 
 def plain(parts, batch):

@@ -56,7 +56,7 @@ def read_back(records, folder, processor, shape):
     )
     config.train.output_dir = str(folder / "run")
     [[batch]] = islice(TrainStream(config, processor, rank=0, world_size=1, record_kind=Rollouts(shape)), 1)
-    return batch
+    return batch.to(torch.device("cpu"))
 
 
 def test_log_probs_and_routing_are_those_of_a_forward_over_the_record(model, processor, samples, tmp_path):

@@ -56,13 +56,14 @@ def build_processor() -> Processor:
     return processor
 
 
-def write_records(screens: list[Screen], folder: Path, seed: int) -> Path:
-    """Images and records.jsonl, the same for a seed; returns the latter."""
+def write_records(screens: list[Screen], folder: Path, seed: int, form: str = "png") -> Path:
+    """Images, PNG or JPEG, and records.jsonl, the same for a seed; returns the latter."""
+    options = {"compress_level": 1} if form == "png" else {"quality": 90}
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for number, screen in enumerate(screens):
-        rng, name = random.Random(f"{seed} {number}"), f"images/{number:05d}.png"
-        draw_screen(screen, rng).save(folder / name, compress_level=1)
+        rng, name = random.Random(f"{seed} {number}"), f"images/{number:05d}.{form}"
+        draw_screen(screen, rng).save(folder / name, **options)
         request = [{"type": "image", "image": name}, {"type": "text", "text": words(screen.request_words, rng)}]
         answer = words(max(screen.answer_words, 1), rng)  # 21 rows have none, and an empty answer is refused
         turns = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]

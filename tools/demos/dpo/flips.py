@@ -60,7 +60,7 @@ def measure(run_file: Path, checkpoint: Path, overrides: list[str]) -> dict[str,
         eval_set = EvalSet(config, processor_of(config.model), rank=0, world_size=1, record_kind=PAIRS)
         live, replayed, flips = [], [], []
         for one in eval_set.batches():
-            batch = reference.added_to(one.batch, "held-out")
+            batch = reference.added_to(one.batch.to(cpu.device), "held-out")
             inputs = {**batch.inputs, "routing": batch.reference_routing}
             model.eval()
             with torch.no_grad():

@@ -175,7 +175,7 @@ def answer_accuracy(base: Base, stage: str) -> dict[str, float]:
         model.adapter_gate, right, asked = gate, 0, 0
         for batch in batches:
             fixed.weights_BK = choose(batch.batch)
-            answers = generate_answers(model, next(batch.prompts()), Answering(gated.processor, 6))
+            answers = generate_answers(model, next(batch.prompts()).to(model.device), Answering(gated.processor, 6))
             right += sum(map(str.__eq__, answers, batch.answers))
             asked += len(answers)
         return right / asked

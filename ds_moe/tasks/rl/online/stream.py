@@ -63,7 +63,7 @@ class OnlineStream:
         self._rollouts, self._patch_cost = replace(rollouts, kinds=self.kinds), patch_cost
         self.steps_per_epoch = -(-len(self.prompts) * engine.completions // config.train.global_batch_size)
         self.place = RoundPlace()
-        self.rows = None
+        self.rows, self.notes = None, list[str]()
         self._open: TrainStream | None = None
         self._number = 0  # of the open round
         self._filled: Fill | None = None  # of the rounds before the open one

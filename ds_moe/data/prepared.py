@@ -1,0 +1,201 @@
+"""Records that `ds-moe data prepare` has encoded: a run uses them where everything that they follow from is the same.
+
+    <data.prepared>/train-<fingerprint>/
+        index.json                what they were made of, the files with sizes and SHA-256; written last
+        counts.safetensors        tokens and patches of each record
+        00000.safetensors ...     the records, see `shards.py`
+        report.json, lengths.png  for people
+
+A folder appears under its name when it is complete and never changes. What a file does not hold as it was written, and
+what is in images that have changed since, is encoded anew from its record: a run gets the same tensors in any case.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+
+from ds_moe.config.run import RunConfig
+from ds_moe.data.digits import Split
+from ds_moe.data.encode import Encoded
+from ds_moe.data.fingerprint import Facts, Fingerprint, difference, fingerprint, key_of
+from ds_moe.data.images import ImageSource
+from ds_moe.data.processor import Processor
+from ds_moe.data.record_kind import Records
+from ds_moe.data.records import DATA_CACHE
+from ds_moe.data.shards import Damaged, read_record
+from ds_moe.errors import one_line
+from ds_moe.weights.files import MappedFiles
+
+FORMAT = 1
+INDEX, COUNTS = "index.json", "counts.safetensors"
+MAPPED = 2**28  # bytes of records read before a process lets go of the files' pages
+MAKE = "ds-moe data prepare makes them"
+
+Stamp = tuple[str, int, int]  # of an image's file: path, size, time of its last change in ns
+
+
+@dataclass
+class Prepared:
+    """The encoded records of one data file, by index.
+
+    Attributes:
+        folder: where they are.
+        tokens, patches: (records,) int64, 0 tokens for a record that cannot be used.
+        bad: why, by index.
+        pixels: whether images are stored too.
+        problem: why the last record that was asked for is not there, where that is worth a line; None: nothing is.
+    """
+
+    folder: Path
+    index: Facts
+    tokens: np.ndarray
+    patches: np.ndarray
+    bad: dict[int, str]
+    problem: str | None = None
+    _files: MappedFiles | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.unstored = set(self.index["unstored"])  # records that are encoded by every run: they have videos
+        self._starts = np.array(self.index["starts"], dtype=np.int64)
+
+    def __getstate__(self) -> Facts:
+        """Loading processes open the files themselves."""
+        return {**vars(self), "_files": None}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def pixels(self) -> bool:
+        return self.index["pixels"]
+
+    def encoded(self, index: int, form: type[Encoded]) -> Encoded | None:
+        """A record, an object of the class `form`; None where it must be encoded. One whose images are not stored has
+        a grid of them and no `pixel_values`."""
+        self.problem = None
+        if index in self.bad or index in self.unstored or self.index["form"] != form.__name__:
+            return None
+        if self._files is None:
+            self._files = MappedFiles(MAPPED)
+        number = int(self._starts.searchsorted(index, side="right")) - 1
+        try:
+            file = self.folder / self.index["shards"][number]
+            stored = read_record(self._files, file, index - int(self._starts[number]), form)
+        except (Damaged, IndexError) as error:
+            self.problem = str(error)
+            return None
+        if stored.encoded.pixel_values is not None and any(changed(stamp) for stamp in stored.note):
+            self.problem = f"an image of record {index} has changed since"
+            return None
+        return stored.encoded
+
+    def __str__(self) -> str:
+        what = "with images" if self.pixels else "without images"
+        return f"{self.folder}, {len(self):,} records{f' {what}' if self.patches.any() else ''}"
+
+
+def prepared_in(config: RunConfig) -> Path:
+    """The folder in which a run looks for prepared data."""
+    return Path(config.data.prepared or Path(config.train.output_dir, DATA_CACHE, "prepared"))
+
+
+def folder_of(config: RunConfig, split: Split, made_of: Fingerprint) -> Path:
+    return prepared_in(config) / f"{split}-{key_of(made_of)[:16]}"
+
+
+def find_prepared(
+    config: RunConfig, split: Split, records: Records, processor: Processor
+) -> tuple[Prepared | None, str | None]:
+    """(the prepared records of a run, None where there are none that match; a line about that for its summary)."""
+    place, name = prepared_in(config), "data.train" if split == "train" else "data.eval"
+    try:
+        there = [path for path in sorted(place.glob(f"{split}-*")) if (path / INDEX).is_file()]
+    except OSError:
+        there = []
+    if not there:
+        asked = config.data.prepared is not None
+        return None, f"no prepared data of {name} in {place} ({MAKE})" if asked else None
+    made_of = fingerprint(config, records, processor)
+    folder = folder_of(config, split, made_of)
+    try:
+        if folder in there:
+            found = open_prepared(folder, made_of)
+            return found, f"prepared {name}: {found}"
+        others = [index["made_of"] for index in map(read_index, there)]
+        closest = min(others, key=lambda other: sum(other.get(key) != value for key, value in made_of.items()))
+        what = difference(closest, json.loads(json.dumps(made_of, default=str)))
+    except Damaged as error:
+        return None, f"prepared data are not used: {error} ({MAKE} anew)"
+    return None, f"prepared data in {place} are not used, they are of another {name}: {what} ({MAKE})"
+
+
+def open_prepared(folder: Path, made_of: Fingerprint) -> Prepared:
+    """Raises `Damaged` where a file is missing, has another size, or the index is not what was written."""
+    index = read_index(folder)
+    if key_of(index["made_of"]) != key_of(made_of):
+        raise Damaged(f"{folder / INDEX} is of other data")
+    for name, (size, _) in index["files"].items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise Damaged(f"{folder / name} is missing or has another size")
+    if sha256_of(folder / COUNTS) != index["files"][COUNTS][1]:
+        raise Damaged(f"{folder / COUNTS} is not what was written")
+    try:
+        files = MappedFiles(MAPPED)
+        tokens, patches = (files.read(folder / COUNTS, name).numpy().copy() for name in ("tokens", "patches"))
+    except (OSError, SafetensorError) as error:
+        raise Damaged(f"{folder / COUNTS} cannot be read ({one_line(error)})") from error
+    return Prepared(folder, index, tokens, patches, {int(number): why for number, why in index["bad"].items()})
+
+
+def read_index(folder: Path) -> Facts:
+    """The index of a folder. Raises `Damaged` where it is not what was written."""
+    try:
+        written = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index, sha256 = written["index"], written["sha256"]
+        if digest_of(index) != sha256 or index["format"] != FORMAT:
+            raise ValueError("its digest is another one, or its format")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{folder / INDEX} is not what was written ({one_line(error)})") from error
+    return index
+
+
+def digest_of(index: Facts) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Asides:
+    """Says once that prepared records of a data file were encoded anew."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._said = name, False
+
+    def say(self, why: str | None) -> None:
+        if why is not None and not self._said:
+            self._said = True
+            print(f"{self._name}: prepared data are not used where they are not as they were: {why}", flush=True)
+
+
+def stamps_of(images: list[ImageSource]) -> list[Stamp]:
+    """Of those that are files: an image in a data file is as the file is."""
+    files = [os.fspath(image.path.resolve()) for image in images if image.path is not None]
+    return [(file, stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]]
+
+
+def changed(stamp: Stamp) -> bool:
+    """Whether an image's file is not the one that was read."""
+    file, size, mtime_ns = stamp
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return True
+    return (stat.st_size, stat.st_mtime_ns) != (size, mtime_ns)
