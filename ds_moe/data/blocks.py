@@ -24,7 +24,8 @@ from ds_moe.errors import UserError, one_line
 
 BLOCK = 2**17  # bytes of a block of JSONL, unless there would be more than MOST_BLOCKS
 MOST_BLOCKS = 2**21  # what a permutation of them takes stays at some tens of megabytes
-SAMPLE = 2**12  # bytes at the start, in the middle and at the end of a file that tell whether it has changed
+SAMPLE = 2**12  # bytes at each of some places of a file, its start and end among them, that tell whether it has changed
+PLACES = 64  # of a source, and at least three of a file
 SAMPLED_FILES = 256  # of a source with more of them the sizes of all are compared, but the bytes of so many
 HEADERS_AT_ONCE = 16  # of Parquet and Arrow files
 BLANK = np.frombuffer(b"\t\n\v\f\r ", dtype=np.uint8)
@@ -131,11 +132,13 @@ class Shard(Protocol):
     Attributes:
         opened: the file as it was then.
         sizes: (blocks,) int64, about how many bytes each takes in memory.
+        rows: (blocks,) int64, of each; (0,): they are not known before it is read.
     """
 
     file: DataFile
     opened: FileAsOpened
     sizes: np.ndarray
+    rows: np.ndarray
 
     def read(self, block: int) -> RowBlock: ...
 
@@ -145,6 +148,7 @@ class JsonlShard:
 
     def __init__(self, file: DataFile, opened: FileAsOpened, step: int) -> None:
         self.file, self.opened, self._step, size = file, opened, step, opened.size
+        self.rows = np.zeros(0, np.int64)
         self.sizes = np.minimum(size - np.arange(-(-size // step), dtype=np.int64) * step, step)
 
     def read(self, block: int) -> RowBlock:
@@ -230,10 +234,12 @@ def _sha256(shards: list[Shard], source: Source) -> str:
     digest = hashlib.sha256(str(sorted(source.columns.items())).encode())  # other columns are other records
     for shard in shards:
         digest.update(f"{shard.file.path.name} {shard.opened.size} {len(shard.sizes)}\n".encode())
+        digest.update(shard.rows.tobytes())
     chosen = np.unique(np.linspace(0, len(shards) - 1, min(len(shards), SAMPLED_FILES)).astype(int))
     for shard in (shards[number] for number in chosen):
         with shard.opened.open() as file:
-            for start in (0, shard.opened.size // 2, max(shard.opened.size - SAMPLE, 0)):
-                file.seek(start)
+            last = max(shard.opened.size - SAMPLE, 0)
+            for start in np.linspace(0, last, max(3, PLACES // len(chosen))):
+                file.seek(int(start))
                 digest.update(file.read(SAMPLE))
     return digest.hexdigest()

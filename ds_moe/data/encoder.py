@@ -1,5 +1,6 @@
 """Records become encoded samples; one that cannot be encoded is replaced and reported."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -119,12 +120,12 @@ class Encoder:
 
 
 def check_samples(
-    config: RunConfig, records: Records, processor: Processor, count: int
+    config: RunConfig, records: Records, processor: Processor, indices: Iterable[int]
 ) -> tuple[list[BadRecord], list[int]]:
-    """Encode the first `count` samples; return the bad ones among them, and the number of tokens of each other one."""
+    """Encode these samples; return the bad ones among them, and the number of tokens of each other one."""
     encoder = Encoder(config, records, processor)
     found, lengths = [], []
-    for index in range(min(count, len(records))):  # one by one: the pixels of one sample at a time are in memory
+    for index in indices:  # one by one: the pixels of one sample at a time are in memory
         [encoded], _, bad = encoder.encode([index])
         found += bad
         if encoded.real:

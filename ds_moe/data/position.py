@@ -113,9 +113,9 @@ def position_problems(saved: DataPosition, order: DataPosition) -> list[str]:
 def _of_equal_sources(saved: DataPosition, order: DataPosition) -> tuple[DataPosition, DataPosition]:
     """Both with an entry for every source that one of them has. Of several sources those that changed are named, and
     not their sum."""
-    keys = dict.fromkeys(key for key in (*order, *saved) if SOURCE.fullmatch(key) or key == MIXTURE)
+    keys = dict.fromkeys(key for key in (*order, *saved) if SOURCE.fullmatch(key) or key in (MIXTURE, WEIGHTS))
     absent = dict.fromkeys(keys, "absent")
     saved, order = {**absent, **saved}, {**order, **{key: order.get(key, "absent") for key in keys}}
-    if any(saved[key] != order[key] for key in keys if key != MIXTURE):
+    if any(saved[key] != order[key] for key in keys if key not in (MIXTURE, WEIGHTS)):
         order = {key: value for key, value in order.items() if key not in (FILE, "data.train records")}
     return saved, order

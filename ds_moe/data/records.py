@@ -91,7 +91,7 @@ def _open(
         columns=source.columns,
         label=label,
     )
-    roots = [file.root or image_folder(source.root or config.root) for file in files]  # a hub dataset brings its own
+    roots = [file.root or root_of(source, config) for file in files]  # a hub dataset brings its own
     opened = [_reader(file.form)(file, replace(reading, root=root)) for file, root in zip(files, roots, strict=True)]
     _check_columns(source, opened)
     records = opened[0] if len(opened) == 1 else JoinedRecords(opened)
@@ -124,13 +124,15 @@ def _check_columns(source: TrainSource, opened: Sequence[IndexedRecords]) -> Non
             raise UserError(f"data: columns.{ours} names {shown(theirs)}, which no record of {source.path} has ({fix})")
 
 
-def image_folder(root: str | None) -> Path | None:
-    """The folder that image paths start from, symlinks resolved; None: none is named."""
+def root_of(source: TrainSource, config: DataConfig) -> Path | None:
+    """The folder that a source's image paths start from, symlinks resolved; None: none is named."""
+    root = source.root or config.root
     if root is None:
         return None
     folder = Path(root).resolve()
     if not folder.is_dir():
-        raise UserError(f"data.root: {root} is not a folder (give the folder that the image paths start from)")
+        key = f"root of {source.path}" if source.root else "data.root"
+        raise UserError(f"data: {key}: {root} is not a folder (give the folder that the image paths start from)")
     return folder
 
 

@@ -30,12 +30,12 @@ from ds_moe.data.packing import Fill, PackedRows, pack
 from ds_moe.data.position import FILE, DataPosition, position_problems, streamed_order_of
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, ParsedRecord, RecordKind, SourceFacts
-from ds_moe.data.records import image_folder
+from ds_moe.data.records import root_of
 from ds_moe.data.sources.columns import renamed
 from ds_moe.data.sources.files import DataFile
 from ds_moe.data.sources.find import data_files
 from ds_moe.data.stream import LoadedSteps, Step, StepDataset, StepStream, TrainStream, check_batches
-from ds_moe.data.windows import Interleaving, Pool, PoolPlace, Row
+from ds_moe.data.windows import Interleaving, Pool, PoolPlace, Row, draws, whole_numbers
 from ds_moe.errors import UserError, all_in_one, shown
 
 MIB = 2**20
@@ -117,7 +117,7 @@ def sources_of_run(config: RunConfig) -> list[Source]:
         files = data_files(one)
         weight = (1.0 if one.weight is None else one.weight) if mixed else None
         brings_none = any(file.root is None for file in files)  # a dataset of the hub says where its images are
-        root = image_folder(one.root or config.data.root) if brings_none else None
+        root = root_of(one, config.data) if brings_none else None
         found.append(Source(tuple(files), name if len(given) > 1 else one.name, weight, one.columns, root))
     return found
 
@@ -181,12 +181,23 @@ class FirstRecords(Drawn):
         pools = Pools.of(config)
         super().__init__(pools.blocks.sources, record_kind)
         windows = [pool.read(0, 0) for pool in pools.pools]
-        self.rows = [window[row] for window in windows for row in range(min(limit, len(window)))]
+        sizes = [min(limit, len(window)) for window in windows]
+        self.rows = [window[row] for window, size in zip(windows, sizes, strict=True) for row in range(size)]
+        self._weights, self._sizes = pools.weights, sizes
         self.lengths = np.array([row.length for row in self.rows], dtype=np.int64)
         self.order, self.outlook = streamed_order_of(config, *pools.identity), pools.outlook()
         self.sha256, self.sources = str(self.order[FILE]), tuple[SourceFacts, ...]()
         self.bad, self.remembered = list[BadRecord](), list[object]()
         self.kinds = tuple(source.name for source in pools.blocks.sources if source.name is not None)
+
+    def in_order(self, count: int) -> list[int]:
+        """Indices of the first ones that a run takes, at most `count`: each pool has its share."""
+        firsts, taken, found = np.cumsum([0, *self._sizes]), [0] * len(self._sizes), list[int]()
+        for pool in draws(whole_numbers(self._weights), taken, count):
+            if taken[pool] < self._sizes[pool]:
+                found.append(int(firsts[pool]) + taken[pool])
+                taken[pool] += 1
+        return found
 
 
 class _StreamedSteps(StepDataset):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ds_moe.data.sources.arrow_stream import record_batches
+from ds_moe.data.sources.arrow_stream import record_batches, values_of
 from ds_moe.data.sources.as_opened import FileAsOpened
 from ds_moe.data.sources.files import DataFile
 from ds_moe.errors import UserError, one_line
@@ -59,7 +59,7 @@ class TableBlock:
         return int(self._lengths[row])
 
     def record(self, row: int) -> object:
-        return self._table.slice(row, 1).to_pylist()[0]
+        return values_of(self._table.slice(row, 1))
 
     def where(self, row: int) -> str:
         return f"{self.file.name}:{self._first + row + 1}"
@@ -95,7 +95,8 @@ class ParquetShard:
         self.file, self.opened, footer = file, opened, pq.read_metadata(file.path)
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         self.sizes = np.array([group.total_byte_size for group in groups], dtype=np.int64)
-        self._first = np.cumsum([0, *(group.num_rows for group in groups)])
+        self.rows = np.array([group.num_rows for group in groups], dtype=np.int64)
+        self._first = np.cumsum([0, *self.rows])
 
     def read(self, block: int) -> TableBlock:
         first, end = self._first[block : block + 2].tolist()
@@ -118,7 +119,8 @@ class ArrowShard:
         self.file, self.opened = file, opened
         self._schema, offsets, rows = record_batches(file.path)
         self._offsets = np.array(offsets, dtype=np.int64)
-        self.sizes, self._first = np.diff(self._offsets), np.cumsum([0, *rows])
+        self.sizes, self.rows = np.diff(self._offsets), np.array(rows, dtype=np.int64)
+        self._first = np.cumsum([0, *rows])
 
     def read(self, block: int) -> TableBlock:
         first, end = self._first[block : block + 2].tolist()

@@ -78,7 +78,24 @@ def _content_tokens(case: Case, processor: Processor) -> str | None:
     return None
 
 
-def _special_in_texts(case: Case, split: str, records: Records, processor: Processor) -> Iterator[Finding]:
+def _in_order(case: Case, split: str, records: Records) -> list[int]:
+    """The samples that are decoded: the first ones of a source; of several sources each has its share."""
+    from ds_moe.data.position import epoch_order_of
+    from ds_moe.data.streaming import FirstRecords
+
+    count = min(case.samples, len(records))
+    if isinstance(records, FirstRecords):
+        return records.in_order(count)
+    if len(records.sources) < 2:
+        return list(range(count))
+    if split == "train":
+        return sorted(epoch_order_of(case.config, records).epoch(0)[:count].tolist())
+    return [number * len(records) // count for number in range(count)]  # of data.eval all are used
+
+
+def _special_in_texts(
+    case: Case, split: str, records: Records, processor: Processor, chosen: list[int]
+) -> Iterator[Finding]:
     """Special tokens that texts write and that become several tokens: wanted ones, and imitated control tokens."""
     from ds_moe.data.images import RecordError
     from ds_moe.data.record_kind import conversation_of
@@ -86,7 +103,7 @@ def _special_in_texts(case: Case, split: str, records: Records, processor: Proce
 
     config, where = case.config, case.config.at(f"data.{split}")
     found: dict[str, list[str]] = {}
-    for index in range(min(case.samples, len(records))):
+    for index in chosen:
         try:
             conversation = conversation_of(records.sample(index))
         except RecordError:
@@ -147,13 +164,14 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
     bad = [str(one) for one in records.bad]
     lengths: list[int] = []
     if processor is not None:
+        chosen = _in_order(case, split, records)
         try:
-            found, lengths = check_samples(config, records, processor, case.samples)
+            found, lengths = check_samples(config, records, processor, chosen)
         except UserError as error:  # videos need a library that is not there
             yield Finding("error", f"{where}: {error}")
             return
         bad += map(str, found)
-        yield from _special_in_texts(case, split, records, processor)
+        yield from _special_in_texts(case, split, records, processor, chosen)
     level, fix = ("warning", "") if config.data.on_bad_record == "skip" else ("error", f"; {SKIPPING}")
     yield from (Finding(level, f"{line}{fix}") for line in bad[:SHOWN])
     if len(bad) > SHOWN:
@@ -165,7 +183,7 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
         if not streamed and len(records) < config.train.global_batch_size:
             text = f"{len(records)} records do not fill one global batch of {config.train.global_batch_size}"
             yield Finding("warning", f"{where}: data.train {path}: {text}")
-    size = f", {min(lengths)} to {max(lengths)} tokens in the first {len(lengths)}" if lengths else ""
+    size = f", {min(lengths)} to {max(lengths)} tokens in {len(lengths)} of them" if lengths else ""
     if not bad:
         known = f"streamed: {streamed.outlook}" if streamed else f"{len(records)} records"
         yield Finding("ok", f"data.{split}: {known}{size}")

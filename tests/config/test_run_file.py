@@ -265,6 +265,19 @@ RULES = {
         "model.attention eager knows no bounds between the samples of a packed row; set it to sdpa",
     ),
     "data.root": (["data.root=images"], 'data.root would not be used: the data is "digits"'),
+    "data.root of a tar": (
+        ["data.train=a.tar", "data.eval=null", "data.root=images"],
+        "a.tar brings its images, and no",
+    ),
+    "data.root of a hub dataset": (
+        ["data.train=hub:a/b", "data.eval=null", "data.root=x"],
+        "hub:a/b brings its images",
+    ),
+    "data.root beside roots": (
+        ["data.train=[{path: a, root: b}]", "data.eval=null", "data.root=images"],
+        "every source has a root of its own",
+    ),
+    "data.shuffle_window_mb": (["data.shuffle_window_mb=8"], "data.shuffle_window_mb would not be used"),
     "data.mixture": (["data.mixture.temperature=2"], "data.mixture would not be used: data.train is one source"),
     "data.mixture.epoch": (["data.train=[a, b]", "data.mixture.epoch=longest"], "an epoch is every record once"),
     "data.video": (["data.video.fps=4"], 'data.video would not be used: the data is "digits"'),

@@ -205,6 +205,20 @@ def test_an_arrow_file_that_lacks_rows_or_has_some_behind_its_end_is_refused(tmp
                 opened()
 
 
+def test_values_that_python_does_not_have_are_bad_records(tmp_path):
+    broken = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"ok\xff\xfe"))
+    times = pa.array([0, 2**62], pa.int64()).cast(pa.timestamp("s"))
+    for column in (broken, times):
+        table, file = pa.table({"text": column}), tmp_path / "a.arrow"
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        block = Blocks.of([Source((DataFile(file, "a", "arrow"),))]).read(0)
+        assert "text" in block.record(0)
+        with pytest.raises(RecordError, match="a value cannot be read"):
+            block.record(1)
+        assert [bad.where for bad in rows_of(file).bad if "a value cannot be read" in bad.reason] == ["a:2"]
+
+
 def rows_of(file):
     """The same file with an index."""
     reading = Reading(record_kind=CHAT, max_pixels=10**6, cache_dir=file.parent)
@@ -226,6 +240,10 @@ def test_a_run_knows_the_files_it_was_started_with(tmp_path):
         sha256(b'{"a": 1}\n' * 4000, "b.jsonl"),
     }
     assert len(others) == 4 and one not in others
+    file, some = tmp_path / "a.jsonl", np.full(10**6, ord("x"), np.uint8)
+    whole = sha256(some.tobytes())
+    some[300_000:320_000] = ord("y")  # between its start, its middle and its end
+    assert sha256(some.tobytes()) != whole and file.stat().st_size == 10**6
 
 
 def test_a_broken_line_is_a_record_that_cannot_be_used(tmp_path):

@@ -84,6 +84,8 @@ def test_shares_become_whole_numbers():
     ) == (100, 900)
     assert quotas([30], [{}]) is None and quotas([30], [{"epochs": 2}]) == (60,)
     assert whole_numbers(10, [Fraction(1, 3)] * 3) == [4, 3, 3]
+    with pytest.raises(UserError, match="an epoch would have 30,000,000,030 records, of which at most 2,147,483,648"):
+        quotas([30, 30], [{"weight": 1}, {"weight": 1e-9}], epoch="longest")
     with pytest.raises(UserError, match="an epoch of 31 records has none of '0'"):
         quotas([1, 30], [{"weight": 0.001}, {"weight": 1}])
 

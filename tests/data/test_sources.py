@@ -46,7 +46,7 @@ def test_every_form_gives_the_same_samples(form, folder, read):
     samples = [found.sample(index) for index in range(len(found))]
     expected = [parse_record(one, samples[number].where, folder) for number, one in enumerate(some)]
     assert samples == expected and [found.where(index) for index in range(11)] == [one.where for one in samples]
-    assert len(set(found.sha256)) > 1 and len({one.where for one in samples}) == 11 and found.sources == ()
+    assert len(found.sha256) == 64 and len({one.where for one in samples}) == 11 and found.sources == ()
     assert all(one.where.partition(":")[0].startswith(str(folder)) for one in samples)
 
 
@@ -172,6 +172,12 @@ PATHS = {
         "s",
         "s/a.arrow is not an Arrow file of `save_to_disk` that can be read",
     ),
+    "a root that is no folder": (
+        {"a.jsonl": b""},
+        {"path": "a.jsonl", "root": "x"},
+        "root of a.jsonl: x is not a folder",
+    ),
+    "more files than are read": ({f"{name}.jsonl": b"" for name in "abcd"}, "*.jsonl", "names more than 3 files"),
     "no dataset of the hub": ({}, "hub:../x", "names no dataset of the hub"),
 }
 
@@ -180,6 +186,7 @@ PATHS = {
 def test_what_is_wrong_with_a_path_is_one_line(name, tmp_path, monkeypatch, read):
     files, given, says = PATHS[name]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ds_moe.data.sources.find.MOST_FILES", 3)
     for file, content in files.items():
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_bytes(content)
@@ -322,7 +329,7 @@ HUB = {
         {"path": "hub:some/chats", "revision": "v9"},
         "hub:some/chats at revision v9 is not in the cache",
     ),
-    "another form": ({"train.csv": b"a,b\n"}, "hub:some/chats", "train.csv, which is neither .jsonl nor"),
+    "another form": ({"train.csv": b"a,b\n"}, "hub:some/chats", "train.csv is neither .jsonl nor"),
     "no such split": (
         {"train.jsonl": b""},
         {"path": "hub:some/chats", "split": "dev"},
@@ -342,7 +349,7 @@ HUB = {
     "a card that is no YAML": (
         {"README.md": b"---\n: [\n---\n", "train.jsonl": b""},
         "hub:some/chats",
-        "hub:some/chats: ",
+        "hub:some/chats: while parsing",
     ),
     "images that lead out": (
         {"train.jsonl": lines([{"messages": MESSAGES, "images": ["../../../refs/main"]}])},

@@ -6,13 +6,16 @@ from collections import Counter
 from contextlib import closing
 from itertools import islice
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ds_moe.data import blocks as blocks_module
 from ds_moe.data import streaming
+from ds_moe.data.position import FILE, position_problems
 from ds_moe.data.record_kind import CHAT
 from ds_moe.data.stream import TrainStream
-from ds_moe.data.streaming import FirstRecords, StreamedTrain
+from ds_moe.data.streaming import FirstRecords, Pools, StreamedTrain, sources_of_run
 from ds_moe.errors import UserError
 from tests.data.sources import COMMIT, hub_cache, lines
 from tests.data.sources import records as plain_records
@@ -279,3 +282,45 @@ def test_an_indexed_run_does_not_go_on_as_a_streamed_one(path, config, run_confi
         streamed.load_state_dict(indexed.state_dict())
     with pytest.raises(UserError, match="data.streaming was True in the checkpoint and is False now"):
         indexed.load_state_dict(streamed.state_dict())
+
+
+def test_sources_have_columns_roots_and_outlooks_of_their_own(folder, config, monkeypatch, tmp_path):
+    """An optional column may begin late; a hub dataset's root lies within it; sizes are estimated by source."""
+    rows = list(records())
+    late = [{**row, "images": []} for row in rows[:149] if "<image>" not in str(row)] + [{**chat("x", "y"), "pic": []}]
+    file = folder / "late.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in late))
+    Pools.of(config([{"path": str(file), "columns": {"images": "pic"}}]))
+    Pools.of(config([{"path": str(file), "columns": {"messages": "chats"}}]))  # they have messages
+    file.write_text('{"chat": []}\n' * 9)
+    with pytest.raises(UserError, match="columns.messages names 'chats'"):
+        Pools.of(config([{"path": str(file), "columns": {"messages": "chats"}}]))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_cache(tmp_path, {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(), "images/x": b""})
+    [source] = sources_of_run(config([{"path": "hub:some/chats", "root": "images"}]))
+    assert source.root is None and str(source.files[0].root.base) == "images"
+    monkeypatch.setattr(blocks_module, "BLOCK", 2**17)
+    lengths = {"short": 1, "long": 50}
+    for name, times in lengths.items():
+        (folder / f"{name}.jsonl").write_text((json.dumps({"a": "x" * 20 * times}) + "\n") * 100)
+    given = [{"path": str(folder / f"{name}.jsonl"), "weight": 1} for name in lengths]
+    assert "about 200 records" in Pools.of(config(given)).outlook()
+    pq.write_table(pa.table({"number": list(range(50))}), folder / "n.parquet")
+    assert "0.0 MB in 1 file" in Pools.of(config(str(folder / "n.parquet"))).outlook()
+
+
+def test_one_source_and_two_are_told_apart_by_their_files(given, config):
+    one, two = (
+        FirstRecords(config(given(form)), CHAT, 1).order | {"epoch": 0, "step": 0} for form in ("jsonl", "mixture")
+    )
+    for saved, now in ((one, two), (two, one)):
+        problems = position_problems(saved, {key: now[key] for key in now if key not in ("epoch", "step")})
+        assert any("data.train.0 sha256 was" in line for line in problems)
+        assert not any("lacks" in line or FILE in line for line in problems)
+
+
+def test_the_first_records_in_the_order_of_a_run_are_of_all_sources(given, config):
+    first = FirstRecords(config(given("mixture")), CHAT, 10)
+    assert [first.rows[index].source for index in first.in_order(6)] == [0, 1, 0, 0, 1, 0]
+    assert len(set(first.in_order(18))) == 16  # of the larger source there are ten

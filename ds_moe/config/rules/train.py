@@ -6,12 +6,18 @@ from ds_moe.config.rules.gate import no_routing
 from ds_moe.config.rules.rule import Complaint, Unused, needs, no_moe, value_of
 from ds_moe.config.run import RunConfig, task_is, task_section
 from ds_moe.config.sections import DIGITS, sources_of
+from ds_moe.config.sources import HUB
 
 
 def _no_files(config: RunConfig) -> str | None:
     sources = [*sources_of(config.data.train), *sources_of(config.data.eval)]
-    bundled = all(source.path == DIGITS for source in sources)
-    return 'the data is "digits", which reads no files' if bundled else None
+    if all(source.path == DIGITS for source in sources):
+        return 'the data is "digits", which reads no files'
+    own = [source for source in sources if source.path.startswith(HUB) or source.path.endswith(".tar")]
+    if all(source in own or source.root is not None or source.path == DIGITS for source in sources):
+        of = f"{own[0].path} brings its images" if own else "every source has a root of its own"
+        return f"{of}, and no other file uses it"
+    return None
 
 
 def _no_eval(config: RunConfig) -> str | None:

@@ -5,16 +5,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ds_moe.data.record_kind import Parsed
-from ds_moe.data.sources.arrow_stream import record_batches
+from ds_moe.data.sources.arrow_stream import record_batches, values_of
+from ds_moe.data.sources.as_opened import readable
 from ds_moe.data.sources.files import DataFile
 from ds_moe.data.sources.indexed import IndexedRecords, Reading
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 
-class ArrowRecords(IndexedRecords[dict[str, object], Parsed]):
+class ArrowRecords(IndexedRecords["pa.Table", Parsed]):
     """One record a row; its key is the index of the row."""
 
     def __init__(self, file: DataFile, reading: Reading[Parsed]):
@@ -36,11 +38,14 @@ class ArrowRecords(IndexedRecords[dict[str, object], Parsed]):
             raise UserError(f"data: {file.name} is not {what} that can be read ({reason})") from error
         self._table: Dataset = rows.with_format("arrow")  # raw values, so that no Image column is decoded
         super().__init__(file, reading)
-        with file.path.open("rb") as stream:
+        with readable(file.name), file.path.open("rb") as stream:
             self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
 
-    def _walk(self) -> Iterator[tuple[int, int, dict[str, object]]]:
+    def _walk(self) -> Iterator[tuple[int, int, "pa.Table"]]:
         return ((row, row + 1, self._read(row)) for row in range(len(self._table)))
 
-    def _read(self, key: int) -> dict[str, object]:
-        return self._table[key : key + 1].to_pylist()[0]
+    def _read(self, key: int) -> "pa.Table":
+        return self._table[key : key + 1]
+
+    def _decode(self, raw: "pa.Table") -> object:
+        return values_of(raw)

@@ -1,4 +1,4 @@
-"""The record batches of an Arrow stream, as `save_to_disk` writes it: all of them, or an error.
+"""Rows of Arrow as values, and the batches of a stream, as `save_to_disk` writes it: all of them, or an error.
 
 Readers of Arrow take a stream that ends between two batches for a whole one, and pass over what stands behind its end.
 """
@@ -8,10 +8,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds_moe.data.images import RecordError
+from ds_moe.errors import one_line
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
 END = b"\xff\xff\xff\xff\0\0\0\0"  # the mark of the end
+
+
+def values_of(row: pa.Table | pa.RecordBatch) -> dict[str, object]:
+    """The columns of a table of one row. Raises `RecordError` where Python has no such value, as of broken UTF-8."""
+    from pyarrow import ArrowException
+
+    try:
+        return row.to_pylist()[0]
+    except (ValueError, OverflowError, ArrowException) as error:
+        raise RecordError(f"a value cannot be read: {one_line(error)} (correct it, or leave the column out)") from error
 
 
 def record_batches(path: Path) -> tuple[pa.Schema, list[int], list[int]]:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from ds_moe.config.sections import SourceConfig
 from ds_moe.config.sources import HUB
 from ds_moe.data.images import ImageSource, RecordError, image_source
-from ds_moe.data.sources.files import DataFile, check_shards, data_file, is_data, one_form
+from ds_moe.data.sources.files import DataFile, check_shards, data_file, one_form
 from ds_moe.errors import UserError, one_line, shown
 
 NAME = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$", re.ASCII)
@@ -52,8 +52,6 @@ def hub_files(source: SourceConfig) -> list[DataFile]:
     files = []
     for path in paths:
         name = path.relative_to(folder).as_posix()
-        if not is_data(name) and path.suffix != ".json":
-            raise UserError(f"data: {shown_as} has {name}, which is neither .jsonl nor .parquet nor .tar (convert it)")
         base = PurePosixPath(source.root) if source.root is not None else PurePosixPath(name).parent
         if ".." in base.parts or base.is_absolute():
             raise UserError(f"data: root {shown(source.root)} of {source.path} is no folder within it (correct it)")

@@ -22,6 +22,8 @@ from ds_moe.config.sections import DataConfig, sources_of
 from ds_moe.data.record_kind import Records
 from ds_moe.errors import UserError, shown
 
+MOST_RECORDS = 2**31  # of an epoch
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -81,6 +83,9 @@ def mixture_of(data: DataConfig, records: Records) -> Mixture | None:
     else:
         shares = _shares(data, sizes)
         quotas = whole_numbers(_records(data.mixture.epoch, sizes, shares), shares)
+    if sum(quotas) > MOST_RECORDS:
+        text = f"data: an epoch would have {sum(quotas):,} records, of which at most {MOST_RECORDS:,} are put in order"
+        raise UserError(f"{text} (set data.mixture.epoch to all or shortest, or give smaller sources more weight)")
     if 0 in quotas:
         source = given[quotas.index(0)].path
         text = f"data: an epoch of {sum(quotas)} records has none of {shown(source)}"

@@ -4,14 +4,15 @@ import errno
 import fcntl
 import gzip
 import hashlib
-import os
 import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import IO, cast
 
+from ds_moe.data.sources.as_opened import readable
 from ds_moe.errors import UserError, one_line
 
 CHUNK = 2**20
@@ -25,7 +26,7 @@ def unpacked(file: Path, name: str, cache_dir: Path) -> Path:
     Raises:
         UserError: the file is damaged or cut off, unpacks to more than MOST_TIMES its size, or the disk is full.
     """
-    with file.open("rb") as stream:
+    with readable(name), file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     target = cache_dir / f"unpacked_{digest[:32]}.jsonl"
     with alone(target):
@@ -37,10 +38,11 @@ def unpacked(file: Path, name: str, cache_dir: Path) -> Path:
 
 def _write(file: Path, name: str, target: Path) -> int:
     limit = max(ALWAYS, MOST_TIMES * file.stat().st_size)
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    size = 0
+    size, partial = 0, None
     try:
-        with opened(file) as packed, partial.open("wb") as out:
+        # The name is unlike that of any other host's, which may write into the same folder.
+        with opened(file) as packed, NamedTemporaryFile(dir=target.parent, suffix=".partial", delete=False) as out:
+            partial = Path(out.name)
             while chunk := packed.read(CHUNK):
                 size += len(chunk)
                 if size > limit:
@@ -51,13 +53,15 @@ def _write(file: Path, name: str, target: Path) -> int:
                 out.write(chunk)
                 if size % (64 * CHUNK) == 0 and shutil.disk_usage(target.parent).free < 64 * CHUNK:
                     raise UserError(f"data: {name} does not fit unpacked into {target.parent} (make room there)")
-        partial.replace(target)
+        if not target.exists():  # else another host was faster, and may have opened it
+            partial.replace(target)
     except (EOFError, OSError, zlib.error) as error:  # pyarrow raises OSError for damage, gzip EOFError where it ends
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise UserError(f"data: {name} does not fit unpacked into {target.parent} (make room there)") from error
         raise UserError(f"data: {name} cannot be unpacked: {one_line(error)} (replace the file)") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
     return size
 
 
