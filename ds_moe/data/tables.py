@@ -11,6 +11,7 @@ import numpy as np
 from ds_moe.data.sources.arrow_stream import record_batches, values_of
 from ds_moe.data.sources.as_opened import FileAsOpened
 from ds_moe.data.sources.files import DataFile
+from ds_moe.data.sources.parquet import check_expansion, read_group
 from ds_moe.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class ParquetShard:
         import pyarrow.parquet as pq
 
         self.file, self.opened, footer = file, opened, pq.read_metadata(file.path)
+        check_expansion(footer, file.name)
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         self.sizes = np.array([group.total_byte_size for group in groups], dtype=np.int64)
         self.rows = np.array([group.num_rows for group in groups], dtype=np.int64)
@@ -106,7 +108,7 @@ class ParquetShard:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(self.file.path) as file:
-            return file.read_row_group(number)
+            return read_group(file, number, self.file.name)
 
 
 class ArrowShard:

@@ -90,6 +90,20 @@ def test_rows_of_parquet_know_their_place_and_their_bytes(tmp_path):
     assert lengths == [(4 + 2 * number) * (number % 3) + number for number in range(1, 24)]
 
 
+def test_a_column_that_names_one_value_many_times_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x" * 1000] * 5000}), file)
+    assert file.stat().st_size < 5000
+    assert len(Blocks.of([source(file)]).read(0).record(0)["text"]) == 1000
+    monkeypatch.setattr("ds_moe.data.sources.parquet.ALWAYS", 2**20)
+    with pytest.raises(UserError, match="a.parquet: row group 1 unpacks to more than 1,048,576 bytes, 200 times"):
+        Blocks.of([source(file)]).read(0).record(0)
+    pq.write_table(pa.table({"text": ["x" * 2**21]}), file, compression="zstd", use_dictionary=False)
+    for opened in (lambda: Blocks.of([source(file)]), lambda: rows_of(file, "parquet")):
+        with pytest.raises(UserError, match="a.parquet: row group 1 unpacks|a: row group 1 unpacks"):
+            opened()
+
+
 def test_record_batches_of_a_saved_dataset_are_blocks(tmp_path):
     import datasets
 
@@ -219,10 +233,10 @@ def test_values_that_python_does_not_have_are_bad_records(tmp_path):
         assert [bad.where for bad in rows_of(file).bad if "a value cannot be read" in bad.reason] == ["a:2"]
 
 
-def rows_of(file):
+def rows_of(file, form="arrow"):
     """The same file with an index."""
     reading = Reading(record_kind=CHAT, max_pixels=10**6, cache_dir=file.parent)
-    return ArrowRecords(DataFile(file, "a", "arrow"), reading)
+    return ArrowRecords(DataFile(file, "a", form), reading)
 
 
 def test_a_run_knows_the_files_it_was_started_with(tmp_path):

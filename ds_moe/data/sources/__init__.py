@@ -6,5 +6,6 @@ indexed.py   a file as records by position         joined.py    several files or
 as_opened.py a file as it was when it was opened    arrow_stream.py  its batches, all of them
 jsonl.py     one object a line                     unpack.py    .gz and .zst, within limits
 arrow.py     Parquet, folders of `save_to_disk`    tar.py       WebDataset shards
+parquet.py   row groups, within limits
 archive.py   the members of a tar file             mixture.py   what an epoch has of each source, in which order
 """

@@ -9,6 +9,7 @@ from ds_moe.data.sources.arrow_stream import record_batches, values_of
 from ds_moe.data.sources.as_opened import readable
 from ds_moe.data.sources.files import DataFile
 from ds_moe.data.sources.indexed import IndexedRecords, Reading
+from ds_moe.data.sources.parquet import check_expansion
 from ds_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,13 +22,14 @@ class ArrowRecords(IndexedRecords["pa.Table", Parsed]):
 
     def __init__(self, file: DataFile, reading: Reading[Parsed]):
         import datasets  # an import of a second, which JSONL does not need
-        import pyarrow
+        import pyarrow.parquet
         from datasets.exceptions import DatasetGenerationError
 
         of_libraries = pyarrow.ArrowException, DatasetGenerationError
         datasets.disable_progress_bars()
         try:
             if file.form == "parquet":
+                check_expansion(pyarrow.parquet.read_metadata(file.path), file.name)
                 rows = datasets.Dataset.from_parquet(str(file.path), cache_dir=str(reading.cache_dir))
             else:
                 record_batches(file.path)  # `from_file` would not say that some are missing
