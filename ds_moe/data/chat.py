@@ -155,8 +155,8 @@ def parse_record(record: object, where: str, root: Path | ImageRoot) -> Sample:
     tools = read_tools(record["tools"]) if "tools" in record else ()
     pools = {MediaPlace.IMAGE: image_pool(record, root), MediaPlace.VIDEO: video_pool(record, root)}
     turns = _grounded(_fill(written, pools), record.get("objects"), literal)
-    if all(isinstance(part, str) for turn in turns for part in turn.parts):
-        check_unread_files(record)
+    media = {type(part) for turn in turns for part in turn.parts}
+    check_unread_files(record, images=ImageSource in media, videos=VideoSource in media)
     _check_order(turns)
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):

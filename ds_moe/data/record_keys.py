@@ -63,16 +63,16 @@ def _any(value: object) -> bool:
     return value is not None and value not in ("", [], False)
 
 
-def check_unread_files(record: dict[str, object]) -> None:
-    """Refuse a key that names an image or a video file, in a record of which none is read: it would be learned without
-    it."""
+def check_unread_files(record: dict[str, object], images: bool, videos: bool) -> None:
+    """Refuse a key that names an image file, in a record of which no image is read (`images`), or a video file, in one
+    of which no video is (`videos`): the record would be learned without it."""
     for key, value in record.items():
         while isinstance(value, list | dict) and value:
             value = value[0] if isinstance(value, list) else value.get("path") or value.get("url")
-        if isinstance(value, str) and OF_IMAGES.search(key) and IMAGE_FILE.search(value):
+        if not images and isinstance(value, str) and OF_IMAGES.search(key) and IMAGE_FILE.search(value):
             fix = "call it 'images', with one <image> in a text for each; or remove it"
             raise RecordError(f"{key!r} names an image ({shown(value)}), and is not read ({fix})")
-        if isinstance(value, str) and OF_VIDEOS.search(key) and VIDEO_FILE.search(value):
+        if not videos and isinstance(value, str) and OF_VIDEOS.search(key) and VIDEO_FILE.search(value):
             fix = "call it 'videos', with one <video> in a text for each; or remove it"
             raise RecordError(f"{key!r} names a video ({shown(value)}), and is not read ({fix})")
 

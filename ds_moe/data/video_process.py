@@ -85,7 +85,9 @@ class VideoProcess:
         if self._worker is not None and self._worker.poll() is None:
             return
         self.close()
-        run = f"import runpy; runpy.run_path({str(self._program)!r}, run_name='__main__')"  # whose folder has no say
+        # Neither the folder of the program nor the one that the trainer was started in has a say in what is imported.
+        run = "import sys; sys.path[:] = filter(None, sys.path)"
+        run += f"; import runpy; runpy.run_path({str(self._program)!r}, run_name='__main__')"
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         self._worker = subprocess.Popen(
             [sys.executable, "-c", run],

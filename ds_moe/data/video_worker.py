@@ -55,8 +55,11 @@ def look(question: Question, data: bytes | None) -> Question:
             raise CannotUse("has no frame that can be decoded (remove it)")
         height, width = _turned_size(first)
         rate = stream.average_rate
-        frames, seconds = stream.frames, 0.0
-        if not frames or not container.format.name.startswith("mov"):  # other headers may lie, or say nothing
+        frames, seconds = 0, 0.0
+        if stream.frames and container.format.name.startswith("mov"):  # other headers may lie, or say nothing
+            entries = getattr(stream, "index_entries", ())  # which PyAV 15 does not have
+            frames = sum(not entry.is_discard for entry in entries)  # an edit list may leave frames out
+        if not frames:
             frames, seconds = _counted(question, data)
         fps = float(rate) if rate else frames / seconds if seconds > 0 else float(frames == 1)
     if not (math.isfinite(fps) and 0 < fps <= MOST_FPS):
@@ -65,11 +68,11 @@ def look(question: Question, data: bytes | None) -> Question:
 
 
 def _counted(question: Question, data: bytes | None) -> tuple[int, float]:
-    """The packets of a video, each a frame, and the seconds from the first to the end of the last."""
+    """The packets of a video that show a frame, and the seconds from the first to the end of the last."""
     count, first, last = 0, math.inf, -math.inf
     with _opened(question, data) as (container, stream):
         for packet in container.demux(stream):
-            if packet.size == 0:
+            if packet.size == 0 or packet.is_discard or _hidden(packet, stream):
                 continue
             count += 1
             if count > MOST_FRAMES:
@@ -79,6 +82,11 @@ def _counted(question: Question, data: bytes | None) -> tuple[int, float]:
                 first = min(first, begins)
                 last = max(last, begins + float((packet.duration or 0) * packet.time_base))
     return count, last - first if count else 0.0
+
+
+def _hidden(packet: Any, stream: Any) -> bool:
+    """Whether a packet of VP8 holds a picture to predict from that is not shown: bit 4 of its tag is `show_frame`."""
+    return stream.codec_context.name in ("vp8", "libvpx") and not memoryview(packet)[0] & 16
 
 
 def frames(question: Question, data: bytes | None) -> Iterator["np.ndarray"]:

@@ -35,9 +35,17 @@ def listed(frames: np.ndarray, fps: float | None = None) -> VideoSource:
 
 
 def write_clip(
-    path: Path, frames: np.ndarray, fps: int = 8, codec: str = "mpeg4", form: str = "yuv420p", times=None, **options
+    path: Path,
+    frames: np.ndarray,
+    fps: int = 8,
+    codec: str = "mpeg4",
+    form: str = "yuv420p",
+    times=None,
+    change=lambda index, packet: packet,
+    **options,
 ) -> Path:
-    """Encode frames into a file, whose container its name tells. `times` of each, in 1/1000 s, make a variable rate."""
+    """Encode frames into a file, whose container its name tells. `times` of each, in 1/1000 s, make a variable
+    rate; `change(index, packet)` is what is written of an encoded packet."""
     import av
 
     with av.open(str(path), "w", options={key: str(value) for key, value in options.items()}) as container:
@@ -49,12 +57,14 @@ def write_clip(
             from fractions import Fraction
 
             stream.codec_context.time_base = Fraction(1, 1000)
+        packets = []
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[number], stream.codec_context.time_base
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            packets += stream.encode(frame)
+        for index, packet in enumerate(packets + stream.encode()):
+            container.mux(change(index, packet))
     return path
 
 

@@ -56,6 +56,18 @@ for question in asked():
     assert decoder.look({"path": "a"}, None, "a")["pid"] == first["pid"]
 
 
+def test_the_folder_of_the_trainer_has_no_say_in_what_is_imported(process, tmp_path, monkeypatch):
+    (tmp_path / "av.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    found = "importlib.util.find_spec('av')"
+    decoder = process(f"""
+import importlib.util
+for question in asked():
+    write({{**{GOOD}, "path": getattr({found}, "origin", None)}})
+""")
+    assert decoder.look({"path": "a"}, None, "a")["path"] != str(tmp_path / "av.py")
+
+
 def test_encoded_bytes_stand_behind_the_question(process):
     decoder = process("""
 for line in iter(sys.stdin.buffer.readline, b""):

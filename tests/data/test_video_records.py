@@ -111,6 +111,14 @@ REFUSED = {
     "two columns": ({**chat("<video>?"), "videos": ["v.mp4"], "video": "v.mp4"}, "both 'videos' and 'video'"),
     "a list in the wrong column": ({**chat("<video>?"), "video": ["v.mp4"]}, "'video' is a list, which does not say"),
     "another column": ({**chat("?"), "clip_path": "v.mp4"}, "'clip_path' names a video ('v.mp4'), and is not read"),
+    "another column beside an image": (
+        {**chat("<image>?"), "images": ["0.png"], "video_path": "v.mp4"},
+        "'video_path' names a video ('v.mp4'), and is not read",
+    ),
+    "an image in another column beside a video": (
+        {**chat("<video>?"), "videos": ["v.mp4"], "image_path": "0.png"},
+        "'image_path' names an image ('0.png'), and is not read",
+    ),
     "another key of Parquet": ({**chat("<video>?"), "videos": [{"path": "v.mp4", "start": 1}]}, "a video has 'start'"),
     "an answer": (chat("?", "<video>"), "message 2: a video in the assistant turn (videos belong in user turns"),
     "audio": ({**chat("?"), "audios": ["a.wav"]}, "'audios' is not supported (only images, videos and text are"),

@@ -50,6 +50,37 @@ def test_frames_by_number(tmp_path, container, count):
     assert numbers(taken(path, list(range(count)))) == list(range(count))
 
 
+def test_frames_that_are_not_shown_do_not_count(tmp_path):
+    """An mp4 that begins behind its first frames, as one that a phone has cut, and a picture of VP8 to predict from."""
+    data = bytearray(write_clip(tmp_path / "whole.mp4", grays(12), fps=10).read_bytes())
+    [ticks] = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)
+    at = data.index(b"elst") + 16  # where its one entry says at which time of the medium the video begins
+    struct.pack_into(">i", data, at, struct.unpack_from(">i", data, at)[0] + 3 * ticks // 10)
+    (tmp_path / "begins.mp4").write_bytes(data)
+    begins = look(source(tmp_path / "begins.mp4"), SETTINGS, LIMIT)
+    assert (begins.frames, numbers(taken(tmp_path / "begins.mp4", list(range(9))))) == (9, list(range(3, 12)))
+    path = write_clip(tmp_path / "hides.webm", grays(6), codec="libvpx", change=_hide(2))
+    assert look(source(path), SETTINGS, LIMIT).frames == 5
+    assert numbers(taken(path, list(range(5)))) == [0, 1, 3, 4, 5]
+
+
+def _hide(number):
+    """A change that clears `show_frame` of a packet of VP8."""
+    import av
+
+    def change(index, packet):
+        if index != number:
+            return packet
+        data = bytearray(bytes(packet))
+        data[0] &= ~16
+        hidden = av.Packet(data)
+        hidden.stream, hidden.time_base = packet.stream, packet.time_base
+        hidden.pts, hidden.dts = packet.pts, packet.dts
+        return hidden
+
+    return change
+
+
 def test_frames_are_those_of_pyav_and_bytes_of_parquet_the_same(tmp_path):
     import av
 
