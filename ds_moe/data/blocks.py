@@ -188,7 +188,9 @@ class Blocks:
         source_S = np.array([number for number, _ in files])
         blocks_of = np.bincount(source_S, weights=counts, minlength=len(sources))
         for number in np.flatnonzero(blocks_of == 0)[:1]:
-            raise UserError(f"data.train: {sources[number].files[0].name} has no record to use (it is empty)")
+            first, *others = sources[number].files
+            text = f"{first.name} and {len(others)} more files have" if others else f"{first.name} has"
+            raise UserError(f"data.train: {text} no record to use (empty)")
         sha256 = []
         for number, source in enumerate(sources):
             own = [shard for shard, other in zip(shards, source_S, strict=True) if other == number]

@@ -1,7 +1,7 @@
 """Arrays that a run keeps in a file, so that a later start need not make them anew."""
 
-import os
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,9 +17,13 @@ def read_arrays(file: Path, *names: str) -> list[np.ndarray] | None:
 
 
 def write_arrays(file: Path, **arrays: np.ndarray) -> None:
-    """Write the file whole or not at all. Raises OSError."""
+    """Write the file whole or not at all, whatever another host writes there. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as stream:
-        np.savez(stream, **arrays)
+    with NamedTemporaryFile(dir=file.parent, prefix=f"{file.stem}.", suffix=".partial", delete=False) as stream:
+        partial = Path(stream.name)
+        try:
+            np.savez(stream, **arrays)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     partial.replace(file)

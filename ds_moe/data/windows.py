@@ -92,6 +92,10 @@ class Pool:
         chosen = blocks[first[window] : first[window + 1]].tolist()
         return Window(self._all, chosen, (*self._seed, ROWS, epoch, window) if self._shuffle else None)
 
+    def first_file(self) -> str:
+        """The name of the one that the first epoch begins with."""
+        return self._all.read(self.first_block(0)).file.name
+
     def first_block(self, epoch: int) -> int:
         """The number of the block that an epoch begins with."""
         return int(self._epoch(epoch)[0][0])
@@ -170,7 +174,8 @@ class _Reader:
             epoch, window = self.place.epoch, self.place.window + 1
             if window == windows:
                 if not self._rows_seen:
-                    raise UserError("data.train: no file has a record (all lines are blank)")
+                    text = f"data.train: no file has a record, from {self._pool.first_file()} on"
+                    raise UserError(f"{text} (all lines are blank)")
                 epoch, window = epoch + 1, 0
             self.place = replace(self.place, epoch=epoch, window=window, row=0)
 

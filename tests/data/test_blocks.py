@@ -153,7 +153,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
     refused("lacking.jsonl", None, "does not exist")
-    refused("empty.jsonl", b"", "is empty")
+    refused("empty.jsonl", b"", "empty.jsonl has no record to use .empty.")
+    with pytest.raises(UserError, match="empty.jsonl and 1 more files have no record"):
+        Blocks.of([source(tmp_path / "empty.jsonl", tmp_path / "empty.jsonl")])
     refused("table.csv", b"a,b\n", "neither")
     refused("packed.jsonl.gz", b"", "is compressed")
     refused("archive.tar", b"", "is an archive")
