@@ -12,7 +12,7 @@ from ds_moe.data.encode import Encoded, encode_images, filler, seen
 from ds_moe.data.images import RecordError
 from ds_moe.data.order import FILLER
 from ds_moe.data.patches import with_byte_patches
-from ds_moe.data.prepared import Prepared
+from ds_moe.data.prepared import Prepared, stamps_now
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records, RecordsByIndex, images_of
 from ds_moe.data.special_tokens import check_content_tokens
@@ -80,6 +80,10 @@ class Encoder:
         one = self._encode(index, pixels=False)
         if isinstance(one, BadRecord):
             return one
+        return self.size_of(one)
+
+    def size_of(self, one: Encoded) -> tuple[int, int]:
+        """(tokens, patches) of an encoded record."""
         images = self._processor.image_processor
         if images is None:
             return len(one.input_ids), 0
@@ -96,7 +100,8 @@ class Encoder:
 
     def _ready(self, prepared: Prepared, index: int) -> Encoded | None:
         """A prepared record; None where it must be encoded. Raises `RecordError` for an image that is not stored."""
-        one = prepared.encoded(index, self._records.record_kind.encodes)
+        form = self._records.record_kind.encodes
+        one = prepared.encoded(index, form, lambda: stamps_now(self._records.sample(index)))
         self.aside = self.aside or prepared.problem
         if one is None or one.pixel_values is not None or one.image_grid_thw is None:
             return one

@@ -6,7 +6,7 @@ with an equal one. What images of the same size contain is not part of it, becau
 
 import hashlib
 import json
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from PIL import features
@@ -17,8 +17,8 @@ from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
 from ds_moe.errors import shown
 
-RULES = 3  # of how records become tokens: raised where they change
-PACKAGES = ("transformers", "tokenizers", "jinja2", "pillow")
+RULES = 4  # of how records become tokens: raised where they change
+PACKAGES = ("transformers", "tokenizers", "jinja2", "pillow", "torch")
 
 Facts = dict[str, Any]  # values are JSON
 Fingerprint = Facts
@@ -37,6 +37,8 @@ def fingerprint(config: RunConfig, records: Records, processor: Processor) -> Fi
         "the kind of records": f"{type(kind).__qualname__} {vars(kind)}",
         "the tokenizer": _digest(whole.encode()),
         "the chat template": _digest(json.dumps([str(tokenizer.chat_template), str(processor.chat_template)]).encode()),
+        "special tokens of the tokenizer": str(sorted(tokenizer.special_tokens_map.items(), key=str)),
+        "the kind of processor": type(processor).__qualname__,
         "the processor of videos": str(getattr(processor, "video_config", None)),
         "data.video": str(data.video),
         "the image processor": "" if images is None else str(sorted(images.to_dict().items())),
@@ -45,9 +47,18 @@ def fingerprint(config: RunConfig, records: Records, processor: Processor) -> Fi
             for key in ("max_length", "max_pixels", "train_on", "content_tokens", "root")
         },
         **{package: version(package) for package in PACKAGES},
+        "av": _version("av"),
         "libjpeg": str(features.version("jpg")),
         "the rules of this version of ds_moe": RULES,
     }
+
+
+def _version(package: str) -> str | None:
+    """None: it is not there, and what it would read is refused."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def key_of(made_of: Fingerprint) -> str:

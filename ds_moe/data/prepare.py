@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import statistics
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.batch import NO_LOSS
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.digits import Split
-from ds_moe.data.encode import filler, seen
+from ds_moe.data.encode import filler
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.fingerprint import Facts, Fingerprint, fingerprint
 from ds_moe.data.images import RecordError, image_size
@@ -27,12 +28,15 @@ from ds_moe.data.prepared import (
     INDEX,
     Prepared,
     Stamp,
-    changed,
     digest_of,
     folder_of,
+    is_of,
+    note_of,
     open_prepared,
     prepared_in,
     sha256_of,
+    stamps_in,
+    stamps_now,
     stamps_of,
 )
 from ds_moe.data.processor import Processor
@@ -73,10 +77,10 @@ class _Chunks(Dataset):
 
     def __init__(self, config: RunConfig, records: Records, processor: Processor, folder: Path, pixels: bool):
         self.records, self.folder, self.pixels = records, folder, pixels
-        self.encoder, self.image_processor = Encoder(config, records, processor), processor.image_processor
+        self.encoder = Encoder(config, records, processor)
         self.filler = filler(processor)
         self.special, self.named = special_tokens(processor), set(config.data.content_tokens)
-        self.processor, self.max_pixels = processor, config.data.max_pixels
+        self.max_pixels = config.data.max_pixels
 
     def __len__(self) -> int:
         return ceil(len(self.records) / CHUNK)
@@ -119,15 +123,12 @@ class _Chunks(Dataset):
             found.bad[index] = one.reason
             found.sizes.append((0, 0))
             return Stored(self.filler)
-        patches = 0
-        if self.image_processor is not None:
-            patches = int(seen(one.input_ids, self.processor).sum()) * self.image_processor.merge_size**2
-        found.sizes.append((len(one.input_ids), patches))
+        found.sizes.append(self.encoder.size_of(one))
         found.labelled += int((one.labels != NO_LOSS).sum())
         if conversation is not None and conversation.videos:  # whose files and frames nobody looks at again
             found.unstored.append(index)
             return Stored(self.filler)
-        return Stored(one, stamps)
+        return Stored(one, note_of(index, stamps))
 
 
 def prepare(
@@ -160,8 +161,9 @@ def prepare(
                 return open_prepared(target, made_of)
             if target.exists():
                 note(f"{target}: made anew, because {problem}")
-            partial = place / f".{target.name}.{os.getpid()}.partial"
-            for left in place.glob(f".{target.name}.*.partial"):  # of a process that was killed
+            own = f".{target.name}.{socket.gethostname()}"  # the lock is this host's
+            partial = place / f"{own}.{os.getpid()}.partial"
+            for left in place.glob(f"{own}.*.partial"):  # of a process that was killed
                 shutil.rmtree(left)
             partial.mkdir()
             try:
@@ -207,19 +209,31 @@ def _problem(target: Path, made_of: Fingerprint, records: Records, encoder: Enco
         form = records.record_kind.encodes
         for name, start, stop in zip(found.index["shards"], bounds, bounds[1:], strict=False):
             for number in range(stop - start):
-                if start + number in found.unstored:
+                index = start + number
+                if index in found.unstored:
+                    if encoder.measure(index) != (found.tokens[index], found.patches[index]):
+                        return f"a video of {records.where(index)} has changed since"
                     continue
-                if (why := found.bad.get(start + number)) is not None:
-                    again = encoder.encode_one(start + number)
+                if (why := found.bad.get(index)) is not None:
+                    again = encoder.encode_one(index)
                     if isinstance(again, BadRecord) and again.reason == why:
                         continue
-                    return f"{records.where(start + number)} was a bad record"
+                    return f"{records.where(index)} was a bad record"
                 stored = read_record(files, target / name, number, form)
-                if found.pixels and any(map(changed, stored.note or [])):
-                    return f"an image of {records.where(start + number)} has changed since"
+                if not is_of(stored, index):
+                    return f"{name} is of other records"
+                if stored.encoded.image_grid_thw is not None and _stamps(records, index) != stamps_in(stored):
+                    return f"an image of {records.where(index)} has changed since"
     except Damaged as error:
         return str(error)
     return None
+
+
+def _stamps(records: Records, index: int) -> list[Stamp] | None:
+    try:
+        return stamps_now(records.sample(index))
+    except RecordError:  # an image is gone
+        return None
 
 
 def _make(
@@ -252,7 +266,7 @@ def _make(
     write_tensors(folder / COUNTS, {"tokens": sizes[:, 0].clone(), "patches": sizes[:, 1].clone()})
     report = _report(found, records)
     (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
-    files = sorted(path for path in folder.iterdir() if path.name != REPORT)
+    files = [folder / name for name in sorted([COUNTS, *(name for name, _ in found.shards)])]
     index = {
         **{"format": FORMAT, "made_of": made_of, "form": records.record_kind.encodes.__name__, "pixels": pixels},
         **{"shards": [name for name, _ in found.shards], "starts": [start for _, start in found.shards]},

@@ -13,6 +13,7 @@ what is in images that have changed since, is encoded anew from its record: a ru
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,13 +26,13 @@ from ds_moe.data.encode import Encoded
 from ds_moe.data.fingerprint import Facts, Fingerprint, difference, fingerprint, key_of
 from ds_moe.data.images import ImageSource
 from ds_moe.data.processor import Processor
-from ds_moe.data.record_kind import Records
+from ds_moe.data.record_kind import Records, images_of
 from ds_moe.data.records import DATA_CACHE
-from ds_moe.data.shards import Damaged, read_record
+from ds_moe.data.shards import Damaged, Stored, read_record
 from ds_moe.errors import one_line
 from ds_moe.weights.files import MappedFiles
 
-FORMAT = 1
+FORMAT = 2
 INDEX, COUNTS = "index.json", "counts.safetensors"
 MAPPED = 2**28  # bytes of records read before a process lets go of the files' pages
 MAKE = "ds-moe data prepare makes them"
@@ -74,9 +75,9 @@ class Prepared:
     def pixels(self) -> bool:
         return self.index["pixels"]
 
-    def encoded(self, index: int, form: type[Encoded]) -> Encoded | None:
+    def encoded(self, index: int, form: type[Encoded], stamps: Callable[[], list[Stamp] | None]) -> Encoded | None:
         """A record, an object of the class `form`; None where it must be encoded. One whose images are not stored has
-        a grid of them and no `pixel_values`."""
+        a grid of them and no `pixel_values`; one whose images are stored has the stamps `stamps` of their files."""
         self.problem = None
         if index in self.bad or index in self.unstored or self.index["form"] != form.__name__:
             return None
@@ -89,7 +90,10 @@ class Prepared:
         except (Damaged, IndexError) as error:
             self.problem = str(error)
             return None
-        if stored.encoded.pixel_values is not None and any(changed(stamp) for stamp in stored.note):
+        if not is_of(stored, index):
+            self.problem = f"{file} was made anew since"
+            return None
+        if stored.encoded.pixel_values is not None and stamps() != stamps_in(stored):
             self.problem = f"an image of record {index} has changed since"
             return None
         return stored.encoded
@@ -126,12 +130,20 @@ def find_prepared(
         if folder in there:
             found = open_prepared(folder, made_of)
             return found, f"prepared {name}: {found}"
-        others = [index["made_of"] for index in map(read_index, there)]
-        closest = min(others, key=lambda other: sum(other.get(key) != value for key, value in made_of.items()))
-        what = difference(closest, json.loads(json.dumps(made_of, default=str)))
     except Damaged as error:
         return None, f"prepared data are not used: {error} ({MAKE} anew)"
-    return None, f"prepared data in {place} are not used, they are of another {name}: {what} ({MAKE})"
+    others, damaged = list[Fingerprint](), list[str]()
+    for other in there:
+        try:
+            others.append(read_index(other)["made_of"])
+        except Damaged as error:
+            damaged.append(str(error))
+    if not others:
+        return None, f"prepared data are not used: {damaged[0]} ({MAKE} anew)"
+    closest = min(others, key=lambda other: sum(other.get(key) != value for key, value in made_of.items()))
+    what = difference(closest, json.loads(json.dumps(made_of, default=str)))
+    also = f"; {', '.join(damaged)}" if damaged else ""
+    return None, f"prepared data in {place} are not used, they are of another {name}: {what}{also} ({MAKE})"
 
 
 def open_prepared(folder: Path, made_of: Fingerprint) -> Prepared:
@@ -185,17 +197,29 @@ class Asides:
             print(f"{self._name}: prepared data are not used where they are not as they were: {why}", flush=True)
 
 
+def note_of(index: int, stamps: list[Stamp]) -> list[object]:
+    """What is written beside a record that is stored; beside one that is not, nothing is."""
+    return [index, stamps]
+
+
+def is_of(stored: Stored, index: int) -> bool:
+    """Whether this is that record: files of the same name may have been made anew, of other numbers of records."""
+    return isinstance(stored.note, list) and stored.note[0] == index
+
+
+def stamps_in(stored: Stored) -> list[Stamp]:
+    return [(file, size, mtime_ns) for file, size, mtime_ns in stored.note[1]]
+
+
+def stamps_now(parsed: object) -> list[Stamp] | None:
+    """Of the files that a record's images are now, links and roots resolved; None: one cannot be looked at."""
+    try:
+        return stamps_of(images_of(parsed))
+    except OSError:
+        return None
+
+
 def stamps_of(images: list[ImageSource]) -> list[Stamp]:
     """Of those that are files: an image in a data file is as the file is."""
     files = [os.fspath(image.path.resolve()) for image in images if image.path is not None]
     return [(file, stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]]
-
-
-def changed(stamp: Stamp) -> bool:
-    """Whether an image's file is not the one that was read."""
-    file, size, mtime_ns = stamp
-    try:
-        stat = os.stat(file)
-    except OSError:
-        return True
-    return (stat.st_size, stat.st_mtime_ns) != (size, mtime_ns)

@@ -52,8 +52,12 @@ class TokenCounts:
             UserError: a record or an image of it has changed meanwhile.
         """
         for index, one in zip(indices, encoded, strict=True):
-            if index != FILLER and len(one.input_ids) != self.tokens[index]:
-                was = f"had {self.tokens[index]} tokens when they were counted and has {len(one.input_ids)} now"
+            if index == FILLER:
+                continue
+            now, counted = encoder.size_of(one), (int(self.tokens[index]), int(self.patches[index]))
+            if now != counted:
+                at, what = (0, "tokens") if now[0] != counted[0] else (1, "patches")
+                was = f"had {counted[at]} {what} when they were counted and has {now[at]} now"
                 if self.file.name == INDEX:
                     fix = "run ds-moe data prepare again"
                 else:

@@ -197,6 +197,13 @@ def test_a_count_that_is_wrong_is_said_in_one_line_and_counted_anew(
     assert len(take(TrainStream(config, processor, rank=0, world_size=1), STEPS, processor)) == STEPS
 
 
+def test_a_count_of_patches_that_is_wrong_is_said(path, packed_config, processor):
+    stream = TrainStream(packed_config(path), processor, rank=0, world_size=1)
+    stream.rows.patches[:] += 4
+    with pytest.raises(UserError, match="patches when they were counted and has"):
+        take(stream, STEPS, processor)
+
+
 def held_out(config, processor, world_size, limit=None):
     sets = [EvalSet(config, processor, rank=rank, world_size=world_size) for rank in range(world_size)]
     return list(zip(*(one.batches(limit) for one in sets), strict=True))  # strict: equally many on every rank

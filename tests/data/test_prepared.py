@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import shutil
+import socket
 from dataclasses import fields
 from itertools import islice
 
@@ -196,6 +197,11 @@ def test_other_records_templates_and_versions_are_named(
     with monkeypatch.context() as patched:
         patched.setattr(processor.tokenizer, "chat_template", processor.tokenizer.chat_template + " ")
         assert "the chat template changed" in note()
+    pad, processor.tokenizer.pad_token = processor.tokenizer.pad_token, "<|im_end|>"
+    try:
+        assert pad != "<|im_end|>" and "special tokens of the tokenizer" in note()
+    finally:
+        processor.tokenizer.pad_token = pad
     with monkeypatch.context() as patched:
         patched.setattr(processor.image_processor, "image_mean", [0.4, 0.5, 0.5])
         assert "the image processor changed" in note()
@@ -238,6 +244,76 @@ def test_an_image_that_has_changed_is_decoded_again(file, folder, run_config, pr
     assert same(found, batches(config, processor)[0])
     prepared, notes = made(config, processor)
     assert notes == [] and len(prepared) == 19
+
+
+@pytest.mark.parametrize("how", ["another folder", "a link"])
+def test_images_of_other_folders_are_not_served(how, tmp_path, run_config, processor):
+    """Data files and sizes of images are equal, and nothing but the pixels differs."""
+    record = {**chat("<image>?"), "images": ["images/0.png"]}
+    for name, value in (("a", 10), ("b", 200)):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.new("RGB", (40, 24), (value,) * 3).save(tmp_path / name / "images" / "0.png")
+        (tmp_path / name / "train.jsonl").write_text(json.dumps(record) + "\n")
+    where, other = tmp_path / "a", tmp_path / "b"
+    if how == "a link":
+        where = other = tmp_path / "link"
+        where.symlink_to(tmp_path / "a")
+    made(run_config(where / "train.jsonl", {"prepared": str(tmp_path / "sets")}), processor)
+    if how == "a link":
+        where.unlink()
+        where.symlink_to(tmp_path / "b")
+    [step], stream = batches(run_config(other / "train.jsonl", {"prepared": str(tmp_path / "sets")}), processor, 1)
+    assert "prepared data.train" in stream.notes[0]
+    [expected], plain = batches(run_config(tmp_path / "b" / "train.jsonl"), processor, 1)
+    assert plain.notes == [] and same(step, expected)
+
+
+def test_an_image_that_is_not_stored_and_has_changed_is_noticed(file, folder, run_config, processor):
+    """Its estimate is the same, and its tokens lie in another grid."""
+    config = run_config(file)
+    made(config, processor, pixels=False)
+    Image.open(folder / "1.png").rotate(90, expand=True).save(folder / "1.png")
+    _, notes = made(config, processor, pixels=False)
+    assert "has changed since" in notes[0] and "an image of" in notes[0]
+    assert "there already, and whole" in made(config, processor, pixels=False)[1][0]
+
+
+def test_a_set_that_was_made_anew_serves_no_other_record(file, run_config, processor, monkeypatch):
+    """A run goes on with an index of files that are others now."""
+    config = run_config(file)
+    records = open_records(str(file), "train", config.data)
+    expected, _, _ = Encoder(config, records, processor).encode(list(range(len(records))))
+    monkeypatch.setattr(making, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(making, "CHUNK", 8)
+    running, _ = made(config, processor)
+    shutil.rmtree(running.folder)
+    monkeypatch.setattr(making, "SHARD_BYTES", 10_000)
+    made(config, processor)
+    reading = Encoder(config, records, processor, prepared=running)
+    assert same(reading.encode(list(range(len(records))))[0], expected) and reading.aside is not None
+
+
+def test_a_damaged_neighbour_hides_no_reason(file, run_config, processor):
+    prepared, _ = made(run_config(file), processor)
+    neighbour = prepared.folder.with_name("train-0000")
+    shutil.copytree(prepared.folder, neighbour)
+    (neighbour / "index.json").write_text("{")
+    _, stream = batches(run_config(file, {"max_length": 1024}), processor, 1)
+    assert "data.max_length was 2048 and is 1024" in stream.notes[0] and str(neighbour) in stream.notes[0]
+
+
+def test_what_another_host_is_making_stays(file, run_config, processor):
+    config = run_config(file)
+    prepared, _ = made(config, processor)
+    name = prepared.folder.name
+    shutil.rmtree(prepared.folder)
+    of_other, of_own = (
+        prepared.folder.with_name(f".{name}.{host}.1.partial") for host in ("another-host", socket.gethostname())
+    )
+    of_other.mkdir()
+    of_own.mkdir()
+    made(config, processor)
+    assert of_other.is_dir() and not of_own.is_dir()
 
 
 def damage(path, how):
