@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -22,7 +22,9 @@ from ds_moe.errors import UserError, one_line, shown
 WORKER = Path(__file__).with_name("video_worker.py")
 START_S = 60.0  # for the import of PyAV
 LATE = "saying nothing"
+NONSENSE = "writing what is no answer"
 LINE = 2**16  # bytes of an answer without its pixels
+MOST = 2**31  # of anything that is counted
 # What the process needs of the environment; nothing that makes it a rank or gives it an accelerator.
 KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
 
@@ -58,17 +60,18 @@ class VideoProcess:
     def _answers(
         self, question: dict[str, Any], data: bytes | None, name: str, count: int
     ) -> Iterator[tuple[dict[str, Any], bytes]]:
-        behind = data or b""
         if data is not None:
             question["bytes"] = len(data)
         left_s, given = self._timeout_s, 0
         try:
             self._start()
-            with suppress(OSError):  # one that has ended is found below
-                self._send(json.dumps(question).encode() + b"\n" + behind)
+            began = time.monotonic()
+            self._send(json.dumps(question).encode() + b"\n", left_s)
+            self._send(data or b"", left_s - (time.monotonic() - began))
+            left_s -= time.monotonic() - began
             while given < count:
                 began = time.monotonic()
-                told, pixels = self._answer(left_s)
+                told, pixels = self._answer(left_s, question)
                 left_s -= time.monotonic() - began
                 if "error" in told:
                     given = count  # it waits for the next question
@@ -91,16 +94,18 @@ class VideoProcess:
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         self._worker = subprocess.Popen(
             [sys.executable, "-c", run],
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,  # a terminal's Ctrl-C is for the trainer
         )
+        os.set_blocking(self._worker.stdin.fileno(), False)
         self._held = b""
-        with suppress(OSError):
-            self._send(json.dumps({"memory": self._memory, "timeout_s": self._timeout_s}).encode() + b"\n")
         try:
+            settings = {"memory": self._memory, "timeout_s": self._timeout_s}
+            self._send(json.dumps(settings).encode() + b"\n", START_S)
             told, _ = self._answer(START_S)
         except _Lost as lost:
             raise UserError(f"data: the decoder of videos does not start: it ended {self._end(lost)}") from None
@@ -109,20 +114,29 @@ class VideoProcess:
             fix = "pip install 'ds-moe[video]'" if told.get("missing") else "see the reason"
             raise UserError(f"data: videos are decoded by PyAV: {one_line(told['error'])} ({fix})")
 
-    def _send(self, sent: bytes) -> None:
-        self._worker.stdin.write(sent)
-        self._worker.stdin.flush()
+    def _send(self, sent: bytes, limit_s: float) -> None:
+        """Write to a worker that reads. That it has ended is found when it is read from."""
+        deadline, into, left = time.monotonic() + limit_s, self._worker.stdin.fileno(), memoryview(sent)
+        with selectors.DefaultSelector() as selector, suppress(BrokenPipeError):
+            selector.register(into, selectors.EVENT_WRITE)
+            while left:
+                if not selector.select(max(deadline - time.monotonic(), 0)):
+                    raise _Lost(LATE)
+                left = left[os.write(into, left[: 1 << 20]) :]
 
-    def _answer(self, limit_s: float) -> tuple[dict[str, Any], bytes]:
-        """The next line, and the pixels behind it."""
+    def _answer(self, limit_s: float, question: dict[str, Any] | None = None) -> tuple[dict[str, Any], bytes]:
+        """The next line, and the pixels behind it. Without a question, what a worker says at its start."""
         deadline = time.monotonic() + limit_s
         while b"\n" not in self._held:
             if len(self._held) > LINE:
-                raise _Lost("writing what is no answer")
+                raise _Lost(NONSENSE)
             self._held += self._read(deadline)
         line, _, self._held = self._held.partition(b"\n")
-        told = json.loads(line)
-        size = told["height"] * told["width"] * 3 if "fps" not in told and "height" in told else 0
+        try:
+            told = json.loads(line)
+        except (ValueError, RecursionError):
+            raise _Lost(NONSENSE) from None
+        size = _bytes_behind(told, question)
         parts, missing = [self._held[:size]], size - len(self._held)
         self._held = self._held[size:]
         while missing > 0:
@@ -169,6 +183,27 @@ class VideoProcess:
         for pipe in (worker.stdin, worker.stdout):
             with suppress(OSError):  # what was not sent yet is of no use
                 pipe.close()
+
+
+def _bytes_behind(told: object, question: dict[str, Any] | None) -> int:
+    """Of pixels, behind a line. Raises `_Lost` for one that does not answer the question: its decoder may be broken."""
+    if not isinstance(told, dict):
+        raise _Lost(NONSENSE)
+    if isinstance(told.get("error"), str) or (question is None and "ready" in told):
+        return 0
+    height, width, frames, fps = (told.get(key) for key in ("height", "width", "frames", "fps"))
+    if question is None or not (_count(height) and _count(width)):
+        raise _Lost(NONSENSE)
+    looked = question["ask"] == "look"
+    if looked and not (_count(frames, 0) and type(fps) is float and 0 < fps < MOST):
+        raise _Lost(NONSENSE)
+    if not looked and height * width > question.get("max_pixels", MOST):
+        raise _Lost(NONSENSE)
+    return 0 if looked else height * width * 3
+
+
+def _count(value: object, least: int = 1) -> TypeGuard[int]:
+    return type(value) is int and least <= value < MOST
 
 
 class _Lost(Exception):

@@ -16,6 +16,7 @@ than its limit, ends a process that does not answer, and starts another one.
 import io
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -38,6 +39,7 @@ CODECS = (
 MOST_FPS = 1000.0  # beyond it a frame rate is no camera's
 MOST_FRAMES = 2**22  # that are counted
 FAILED = "cannot be decoded"
+NO_MEMORY = f"{FAILED} in data.video.memory_gb (raise it, or shrink the video)"
 
 
 class CannotUse(Exception):
@@ -61,6 +63,8 @@ def look(question: Question, data: bytes | None) -> Question:
             frames = sum(not entry.is_discard for entry in entries)  # an edit list may leave frames out
         if not frames:
             frames, seconds = _counted(question, data)
+        if not frames:
+            raise CannotUse("has no frame that is shown (remove it)")
         fps = float(rate) if rate else frames / seconds if seconds > 0 else float(frames == 1)
     if not (math.isfinite(fps) and 0 < fps <= MOST_FPS):
         raise CannotUse(f"tells {fps:g} frames a second (write it again with its frame rate)")
@@ -232,7 +236,7 @@ def answer(question: Question, data: bytes | None) -> Iterator[tuple[Question, b
     except CannotUse as error:
         yield {"error": str(error)}, b""
     except MemoryError:
-        yield {"error": f"{FAILED} in data.video.memory_gb (raise it, or shrink the video)"}, b""
+        yield {"error": NO_MEMORY}, b""
     except Exception as error:  # libraries may raise anything for hostile bytes
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
         yield {"error": f"{FAILED}: {reason} (write it again)"}, b""
@@ -256,11 +260,24 @@ def serve(questions: BinaryIO, answers: BinaryIO) -> None:
     _write(answers, {"ready": av.__version__}, b"")
     for line in iter(questions.readline, b""):
         question = json.loads(line)
-        data = questions.read(question["bytes"]) if "bytes" in question else None
+        data = None
+        if "bytes" in question and (data := _behind(questions, question["bytes"])) is None:
+            _write(answers, {"error": NO_MEMORY}, b"")
+            continue
         # Of processor time, in case the trainer dies while a decoder is caught in a loop.
         signal.setitimer(signal.ITIMER_PROF, 2 * settings["timeout_s"])
         for head, behind in answer(question, data):
             _write(answers, head, behind)
+
+
+def _behind(questions: BinaryIO, size: int) -> bytes | None:
+    """The bytes behind a question; None where there is no memory for them, and they are passed over."""
+    try:
+        return questions.read(size)
+    except MemoryError:  # before one of them was taken
+        while size > 0 and (part := questions.read(min(size, 1 << 16))):
+            size -= len(part)
+        return None
 
 
 def _limit(memory: int) -> None:
@@ -279,8 +296,15 @@ def _plain(value: object) -> object:
     return float(value) if isinstance(value, Fraction) else str(value)
 
 
+def _apart() -> BinaryIO:
+    """Where answers go. What libraries print goes elsewhere."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return answers
+
+
 if __name__ == "__main__":
     try:
-        serve(sys.stdin.buffer, sys.stdout.buffer)
+        serve(sys.stdin.buffer, _apart())
     except BrokenPipeError:  # the trainer is gone
         sys.stdout = None

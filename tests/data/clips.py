@@ -68,6 +68,22 @@ def write_clip(
     return path
 
 
+def replaced(number: int, by):
+    """A change of `write_clip`: packet `number` holds `by(its data)`."""
+
+    def change(index, packet):
+        if index != number:
+            return packet
+        import av
+
+        other = av.Packet(by(bytes(packet)))
+        other.stream, other.time_base = packet.stream, packet.time_base
+        other.pts, other.dts = packet.pts, packet.dts
+        return other
+
+    return change
+
+
 def write_sound(path: Path) -> Path:
     """A file without a picture."""
     import av

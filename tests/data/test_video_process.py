@@ -145,6 +145,42 @@ def test_one_that_prints_without_end_is_ended(process):
         decoder.look({"path": "a"}, None, "a")
 
 
+@pytest.mark.parametrize(
+    ("ask", "line"),
+    [
+        *(("look", line) for line in ("no JSON", "[" * 9999, "[1]", '{"frames": 3}', '{"ready": "again"}')),
+        ("look", '{"frames": 3, "fps": NaN, "height": 1, "width": 1}'),
+        ("look", '{"frames": "3", "fps": 1.0, "height": 1, "width": 1}'),
+        ("frames", '{"height": 1, "width": -1}'),
+        ("frames", '{"height": 99999, "width": 99999}'),
+        ("frames", '{"height": 11, "width": 10}'),  # beyond data.max_pixels
+    ],
+)
+def test_a_line_that_is_no_answer_costs_its_record(process, ask, line):
+    decoder = process(f"""
+for question in asked():
+    os.write(1, {line!r}.encode() + b"\\n" + bytes(330))
+""")
+    with pytest.raises(RecordError, match=r"^video 'a' ended its decoder writing what is no answer \("):
+        if ask == "look":
+            decoder.look({"path": "a"}, None, "a")
+        else:
+            list(decoder.frames({"path": "a", "max_pixels": 100}, None, "a", [0]))
+
+
+def test_what_libraries_print_is_no_answer(tmp_path, monkeypatch):
+    (tmp_path / "av.py").write_text("import os; os.write(1, b'noise'); raise ImportError('a stand-in')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match="videos are decoded by PyAV: a stand-in"):
+        VideoProcess(5.0, 2**30).look({"path": "a"}, None, "a")
+
+
+def test_one_that_does_not_read_is_ended(process):
+    decoder = process("time.sleep(3600)", timeout_s=0.5)
+    with pytest.raises(RecordError, match=r"^video 'a' took more than data.video.timeout_s 0.5"):
+        decoder.look({}, bytes(2**20), "a")  # more than a pipe holds
+
+
 def test_the_reason_that_it_gives_is_the_record_s(process):
     decoder = process('for question in asked(): write({"error": "has no frame (remove it)"})')
     with pytest.raises(RecordError, match=r"^video 'a' has no frame \(remove it\)$"):

@@ -9,7 +9,7 @@ from ds_moe.config.sections import VideoConfig
 from ds_moe.data.images import RecordError
 from ds_moe.data.video_process import VideoProcess
 from ds_moe.data.videos import VideoSource, frames_of, look
-from tests.data.clips import drawn, grays, write_clip
+from tests.data.clips import drawn, grays, replaced, write_clip
 
 pytest.importorskip("av", reason="PyAV is an extra: ds-moe[video]")
 SETTINGS = VideoConfig()
@@ -66,19 +66,7 @@ def test_frames_that_are_not_shown_do_not_count(tmp_path):
 
 def _hide(number):
     """A change that clears `show_frame` of a packet of VP8."""
-    import av
-
-    def change(index, packet):
-        if index != number:
-            return packet
-        data = bytearray(bytes(packet))
-        data[0] &= ~16
-        hidden = av.Packet(data)
-        hidden.stream, hidden.time_base = packet.stream, packet.time_base
-        hidden.pts, hidden.dts = packet.pts, packet.dts
-        return hidden
-
-    return change
+    return replaced(number, lambda data: bytes([data[0] & ~16]) + data[1:])
 
 
 def test_frames_are_those_of_pyav_and_bytes_of_parquet_the_same(tmp_path):
@@ -154,6 +142,17 @@ def test_limits_of_the_run_file(tmp_path):
             look(source(path), VideoConfig(**dict(settings)), LIMIT)
     with pytest.raises(RecordError, match=r"is 48x32, beyond data.max_pixels 1000 \(shrink it"):
         look(source(path), SETTINGS, 1000)
+
+
+def test_bytes_for_which_there_is_no_memory_cost_their_record(tmp_path):
+    decoder, good = VideoProcess(60.0, 2**28), write_clip(tmp_path / "a.mp4", grays(2)).read_bytes()
+    try:
+        for _ in range(2):
+            assert decoder.look({"max_pixels": LIMIT}, good, "a")["frames"] == 2
+            with pytest.raises(RecordError, match=r"^video 'b' cannot be decoded in data.video.memory_gb \(raise it"):
+                decoder.look({"max_pixels": LIMIT}, bytes(2**28), "b")
+    finally:
+        decoder.close()
 
 
 def test_memory_is_limited(tmp_path):

@@ -4,12 +4,13 @@ import io
 import json
 import os
 import struct
+import threading
+from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.clips import drawn, grays, write_clip, write_sound
+from tests.data.clips import drawn, grays, replaced, write_clip, write_sound
 
 from .limits import refusal
 
@@ -75,7 +76,7 @@ FILES = {
     "wide.gif": (lambda good, _: gif(2, 40000), "is 40000x16, beyond data.max_pixels 100000"),
     "garbage.avi": (lambda good, _: b"RIFF\xff\xff\xff\xffAVI " + bytes(range(256)) * 40, "has no video stream"),
     "garbage.mkv": (lambda good, _: b"\x1aE\xdf\xa3" + bytes(range(256)) * 40, "cannot be decoded"),
-    "garbage.gif": (lambda good, _: b"GIF89a" + bytes(range(256)) * 40, ""),
+    "garbage.gif": (lambda good, _: b"GIF89a" + bytes(range(256)) * 40, "is 256x770, beyond data.max_pixels 100000"),
 }
 
 
@@ -132,16 +133,41 @@ def test_paths_that_lead_nowhere_or_out(run, folder, tmp_path):
 
 
 def test_a_file_that_names_another_one(run, folder, tmp_path):
-    """A QuickTime file may refer to pixels in another file, which is not opened."""
-    good = mp4(tmp_path)
-    reference = b"url " + struct.pack(">I", 0) + b"file:///etc/passwd\0"
-    data = good.replace(b"url \0\0\0\x01", reference[:8])
-    assert data != good
-    (folder / "refers.mp4").write_bytes(data)
+    """A QuickTime file may say that its pixels are in another file, which is not opened."""
+    pipe, opened = tmp_path / "pipe", threading.Event()
+    os.mkfifo(pipe)
+
+    def wait():  # a pipe is opened for writing as soon as somebody opens it to read
+        pipe.open("wb").close()
+        opened.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    (folder / "refers.mp4").write_bytes(referring(write_clip(tmp_path / "made.mp4", drawn(12)).read_bytes(), pipe))
     try:
-        run("refers.mp4")  # the reference is passed over
-    except Exception:
-        refusal(lambda: run("refers.mp4"), "train.jsonl:1: video 'refers.mp4' ")
+        refusal(
+            lambda: run("refers.mp4"),
+            "train.jsonl:1: video 'refers.mp4' ",
+            "has no frame that can be decoded (remove it)",
+        )
+        assert not opened.is_set()
+    finally:
+        os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
+    assert opened.wait(10)
+
+
+def referring(data: bytes, to: Path) -> bytes:
+    """An mp4 whose index stands at its end, with an alias record in place of its reference to itself."""
+    name = os.fsencode(to)
+    name += bytes(len(name) % 2)
+    alias = bytes(150) + struct.pack(">HH", 2, len(name)) + name + b"\xff\xff\0\0"  # 2: a path from the root
+    box = struct.pack(">I", 12 + len(alias)) + b"alis" + bytes(4) + alias
+    old = struct.pack(">I", 12) + b"url \0\0\0\1"
+    for outer in (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"):
+        at = data.index(outer) - 4
+        [size] = struct.unpack_from(">I", data, at)
+        data = data[:at] + struct.pack(">I", size + len(box) - len(old)) + data[at + 4 :]
+    assert data.count(old) == 1
+    return data.replace(old, box)
 
 
 def test_lists_of_frames(run, folder):
@@ -158,14 +184,11 @@ def test_lists_of_frames(run, folder):
         refusal(lambda: run(frames), expected)  # noqa: B023 (called at once)
 
 
-def test_a_size_that_changes_on_the_way(run, folder, tmp_path):
-    """Two GIFs in one: the second image is larger than the screen."""
-    one, two = (np.asarray(Image.new("P", (side, side))) for side in (16, 64))
-    assert one.shape != two.shape
+def test_a_size_that_changes_on_the_way(run, folder):
+    """Each frame of Motion JPEG has a head of its own."""
     stream = io.BytesIO()
-    Image.fromarray(one).save(stream, "GIF", save_all=True, append_images=[Image.fromarray(two)], duration=100)
-    (folder / "grows.gif").write_bytes(stream.getvalue())
-    try:
-        run("grows.gif")
-    except Exception:
-        refusal(lambda: run("grows.gif"), "train.jsonl:1: video 'grows.gif' ")
+    Image.new("RGB", (64, 80)).save(stream, "JPEG")
+    change = replaced(1, lambda data: stream.getvalue())
+    write_clip(folder / "grows.avi", grays(4), codec="mjpeg", form="yuvj420p", change=change)
+    expected = "has a frame of 64x80 behind one of 48x32 (write it in one size)"
+    refusal(lambda: run("grows.avi"), "train.jsonl:1: video 'grows.avi' ", expected)

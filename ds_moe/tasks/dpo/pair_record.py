@@ -19,6 +19,8 @@ from pathlib import Path
 from ds_moe.data.chat import ROLES, Sample, Turn, parse_record, type_of
 from ds_moe.data.images import ImageRoot, RecordError
 from ds_moe.data.message_keys import WEIGHTS
+from ds_moe.data.placeholders import Media
+from ds_moe.data.videos import VideoSource
 
 CONTEXT = ("prompt", "messages", "conversations")
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
@@ -49,6 +51,13 @@ class Pair(Sample):
         return chosen, rejected
 
 
+def _unnamed(media: Media) -> Media:
+    """What is read, however the record writes its path."""
+    if isinstance(media, VideoSource):
+        return replace(media, name="", frames=tuple(replace(frame, name="") for frame in media.frames))
+    return replace(media, name="")
+
+
 def _written(turn: Turn) -> str:
     return turn.written
 
@@ -70,7 +79,7 @@ def parse_pair(record: object, where: str, root: Path | ImageRoot) -> Pair:
     found = {name: _conversation(name, rest, prompt, answer, where, root) for name, answer in both.items()}
     if found["chosen"].turns == found["rejected"].turns:
         raise RecordError("'chosen' and 'rejected' are identical, so nothing is preferred (remove the record)")
-    seen = [[replace(media, name="") for media in one.media] for one in found.values()]
+    seen = [list(map(_unnamed, one.media)) for one in found.values()]
     if seen[0] != seen[1]:
         media = " and ".join(f"{name!r} {[each.name for each in one.media] or 'none'}" for name, one in found.items())
         raise RecordError(f"the two conversations hold different images or videos: {media} (give both the same ones)")

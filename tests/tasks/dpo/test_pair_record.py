@@ -78,6 +78,20 @@ def test_images_behind_the_prompt_must_be_the_same(tmp_path):
         assert f"different images or videos: 'chosen' ['a.png'] and 'rejected' {named} (give" in str(caught.value)
 
 
+def test_frames_of_a_video_behind_the_prompt_are_compared_by_their_files(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+
+    def parse(*both):
+        again = ([YES, {"role": "user", "content": [{"type": "video", "video": frames}]}] for frames in both)
+        chosen, rejected = ([*turns, answer] for turns, answer in zip(again, (YES, NO), strict=True))
+        return parse_pair({"messages": [ASK], "chosen": chosen, "rejected": rejected}, "file:1", tmp_path.resolve())
+
+    assert parse(["a.png", "b.png"], ["./a.png", "./b.png"]).videos
+    with pytest.raises(RecordError, match="different images or videos"):
+        parse(["a.png", "b.png"], ["b.png", "a.png"])
+
+
 def test_tool_calls_may_lie_behind_the_prompt(tmp_path):
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {}}]}
     result = {"role": "tool", "content": "7"}
