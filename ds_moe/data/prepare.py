@@ -18,10 +18,11 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.batch import NO_LOSS
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.digits import Split
-from ds_moe.data.encode import filler
+from ds_moe.data.encode import encode_images, filler
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.fingerprint import Facts, Fingerprint, fingerprint
 from ds_moe.data.images import RecordError, image_size
+from ds_moe.data.patches import BytePatches, with_byte_patches
 from ds_moe.data.prepared import (
     COUNTS,
     FORMAT,
@@ -52,7 +53,7 @@ from ds_moe.weights.files import MappedFiles, write_tensors
 CHUNK = 256  # records that a process encodes at a time
 SHARD_BYTES = 2**27  # of encoded records, after which a file ends
 REPORT = "report.json"
-BYTES_A_TOKEN = 32 * 32 * 3  # of an image's pixels, as estimates count them
+BYTES_OF_FLOATS = 8  # in place of a byte of an image, shown twice, where a processor makes no bytes
 STORED_UP_TO = 2**34  # bytes of pixels that are stored unless asked otherwise, where the disk has three times as many
 LIST_BAD = 100  # bad records that a report names
 UNKNOWN: Stamp = ("", 0, 0)  # of a record whose images could not be looked at: it is encoded anew
@@ -167,7 +168,8 @@ def prepare(
                 shutil.rmtree(left)
             partial.mkdir()
             try:
-                _make(config, records, processor, made_of, partial, _stored(records, place, pixels), workers, note)
+                store = _stored(config, records, processor, place, pixels)
+                _make(config, records, processor, made_of, partial, store, workers, note)
                 if target.exists():
                     shutil.rmtree(target)
                 partial.rename(target)
@@ -186,12 +188,24 @@ def read_report(prepared: Prepared) -> Facts:
         raise UserError(f"{prepared.folder / REPORT} cannot be read ({one_line(error)}); remove its folder") from error
 
 
-def _stored(records: Records, place: Path, pixels: bool | None) -> bool:
-    """Whether images are stored, of which bytes are no more than the records' estimated tokens could be."""
-    if pixels is not None:
-        return pixels
-    most = int(records.lengths.sum()) * BYTES_A_TOKEN
-    return most <= STORED_UP_TO and 3 * most <= shutil.disk_usage(place).free
+def _stored(config: RunConfig, records: Records, processor: Processor, place: Path, pixels: bool | None) -> bool:
+    """Whether images are stored: as they are resized, which may enlarge them, they have few bytes enough."""
+    images = processor.image_processor
+    if pixels is not None or images is None:
+        return pixels is not False
+    most, found = min(STORED_UP_TO, shutil.disk_usage(place).free // 3), 0
+    as_bytes = isinstance(with_byte_patches(processor).image_processor, BytePatches)
+    bytes_a_token = 3 * (images.merge_size * images.patch_size) ** 2 * (1 if as_bytes else BYTES_OF_FLOATS)
+    for index in range(len(records)):
+        try:
+            of_record = images_of(records.sample(index))
+            _, _, tokens = encode_images(of_record, processor, config.data.max_pixels, pixels=False)
+        except RecordError:  # a bad record, of which nothing is stored
+            continue
+        found += sum(tokens) * bytes_a_token
+        if found > most:
+            return False
+    return True
 
 
 def _problem(target: Path, made_of: Fingerprint, records: Records, encoder: Encoder, pixels: bool | None) -> str | None:

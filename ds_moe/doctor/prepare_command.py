@@ -34,7 +34,7 @@ def prepare_data(run: str, overrides: list[str], pixels: bool | None, workers: i
         UserError: the run samples its own records, a data file cannot be read, or the folder cannot be written.
     """
     config = load_run(run, overrides)
-    kind, processor = task_kind(config), processor_of(config.model)
+    kind, processor = task_kind(config), processor_of(config.model, config.data.video)
     splits: list[tuple[Split, Sources | None]] = [("train", config.data.train), ("held-out", config.data.eval)]
     if engine_of(config) is not None:
         print("data.train: prompts, which rl.engine has answered during the run: not prepared")

@@ -48,7 +48,7 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     return found
 
 
-def processor_of(config: ModelConfig, videos: VideoConfig | None = None) -> Processor:
+def processor_of(config: ModelConfig, videos: VideoConfig) -> Processor:
     """The processor of a run's `model` section, which knows the model's vision tower. Raises as `model_config`, and for
     one of another family's images.
 
@@ -67,7 +67,7 @@ def processor_of(config: ModelConfig, videos: VideoConfig | None = None) -> Proc
             what = f"describes images for {name}, but a {found.model_type} model needs {' or '.join(family.processors)}"
             raise UserError(f"model.path {config.path!r} {what}: correct its preprocessor_config.json")
         processor.tower = outline_tower(found) if processor.ahead else None
-        processor.keep_settings(videos or VideoConfig())
+        processor.keep_settings(videos)
     return processor
 
 

@@ -168,7 +168,8 @@ def _set_up(weights: Weights, scratch: Path, topology: Topology) -> tuple[Traini
     monitor = weights.config.monitor.model_copy(update={"sample_images": 0})
     config = weights.config.model_copy(update={"train": train, "monitor": monitor})
     seed_everything(config.train.seed)
-    kind, processor, named = task_kind(config), processor_of(config.model), model_config(config.model)
+    kind, named = task_kind(config), model_config(config.model)
+    processor = processor_of(config.model, config.data.video)
     check_model(config, named)
     check_packable(config, named)
     ranks = {"rank": topology.rank, "world_size": topology.world_size, "raise_errors": False}

@@ -152,6 +152,18 @@ def test_images_that_are_not_stored_are_decoded(file, run_config, processor):
     assert sum(path.stat().st_size for path in large.folder.iterdir()) > 2 * size and "without images" in notes[0]
 
 
+def test_images_are_stored_where_their_bytes_are_no_more_than_the_limit(file, run_config, processor, monkeypatch):
+    config = run_config(file)
+    records = open_records(str(file), "train", config.data)
+    encoded, _, _ = Encoder(config, records, processor).encode(list(range(len(records))))
+    size = sum(one.pixel_values.nbytes for one in encoded if one.pixel_values is not None)
+    for limit, stored in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(making, "STORED_UP_TO", limit)
+        prepared, _ = made(config, processor, pixels=None)
+        assert prepared.pixels is stored
+        shutil.rmtree(prepared.folder)
+
+
 def test_an_evaluation_uses_its_own(file, run_config, processor, monkeypatch):
     config = run_config(file, {"eval": str(file)})
 

@@ -24,7 +24,7 @@ def run_file(tmp_path, monkeypatch):
     (tmp_path / "eval.jsonl").write_text(json.dumps(chat("Hi")) + "\n")
     run = {
         "model": {"preset": "tiny-vl-moe"},
-        "data": {"train": "train.jsonl", "eval": "eval.jsonl", "on_bad_record": "skip"},
+        "data": {"train": "train.jsonl", "eval": "eval.jsonl", "on_bad_record": "skip", "video": {"fps": 1.0}},
         "moe": {},
         "train": {"output_dir": "out", "steps": 2, "micro_batch_size": 2, "global_batch_size": 4},
         "deepspeed": "zero3",
@@ -46,7 +46,7 @@ def test_a_report_and_a_run_that_uses_it(run_file, tmp_path, capfd):
     with Image.open(folders["train"] / "lengths.png") as picture:
         assert picture.size[0] > 500
     config = load_run(run_file)
-    stream = TrainStream(config, processor_of(config.model), rank=0, world_size=1)
+    stream = TrainStream(config, processor_of(config.model, config.data.video), rank=0, world_size=1)
     assert stream.notes == [
         "prepared data.train: out/data_cache/prepared/" + folders["train"].name + ", 4 records with images"
     ]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ds_moe.config.sections import ModelConfig
+from ds_moe.config.sections import ModelConfig, VideoConfig
 from ds_moe.data.batch import SIZES
 from ds_moe.data.digits import digits_samples
 from ds_moe.data.encode import collate
@@ -199,7 +199,8 @@ def test_what_was_made_ahead_is_taken_and_not_made_again(monkeypatch):
 def test_a_loaded_model_with_what_the_loader_makes_equals_the_plain_one(preset, packed):
     """Loss, gradients and the waits that are left: one, for transformers' own count of image tokens."""
     config = ModelConfig(preset=preset)
-    processor, plain, ours = processor_of(config), build_preset(preset).train(), load_model(config, torch.float32)
+    processor = processor_of(config, VideoConfig())
+    plain, ours = build_preset(preset).train(), load_model(config, torch.float32)
     encoded = [encode_sample(one, processor, 256, 2**20) for one in digits_samples("train")[:3]]
     batch = collate(encoded, processor, packed=packed)
     made = {name for name in batch.inputs if name.startswith("image_")} - {"image_grid_thw"}

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ds_moe.config.moe import MoEConfig
-from ds_moe.config.sections import ModelConfig
+from ds_moe.config.sections import ModelConfig, VideoConfig
 from ds_moe.data.chat import parse_record
 from ds_moe.data.encode import collate, encode
 from ds_moe.data.images import RecordError, load_image
@@ -139,7 +139,7 @@ def test_images_of_another_family_and_boxes_of_an_unknown_kind_are_refused(recor
     model.config.save_pretrained(tmp_path / "other")
     save_processor(PROCESSORS["qwen3_5_moe"](), tmp_path / "other")
     with pytest.raises(UserError, match="images for Qwen3VLProcessor, but a kimi_k25 model needs Kimi_K25Processor"):
-        processor_of(ModelConfig(path=str(tmp_path / "other")))
+        processor_of(ModelConfig(path=str(tmp_path / "other")), VideoConfig())
     grounded = copy.copy(records[1])
     object.__setattr__(grounded, "grounded", True)
     with pytest.raises(RecordError, match="how this model writes boxes is not known"):
@@ -152,4 +152,4 @@ def test_internvl_over_a_decoder_without_experts_is_refused(tmp_path):
     model.config.save_pretrained(tmp_path)
     save_processor(processor, tmp_path)
     with pytest.raises(UserError, match="internvl over qwen2 is not supported; over qwen3_moe it is"):
-        processor_of(ModelConfig(path=str(tmp_path)))
+        processor_of(ModelConfig(path=str(tmp_path)), VideoConfig())

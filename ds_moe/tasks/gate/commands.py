@@ -66,7 +66,7 @@ def load_gated(path: str, overrides: list[str], source: str | None) -> Gated:
     model = install_gate(load_model(config.model, dtype, config.train.seed), config.gate)
     load_gate(model, saved)
     device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
-    return Gated(config, model.to(device).eval(), processor_of(config.model), saved)
+    return Gated(config, model.to(device).eval(), processor_of(config.model, config.data.video), saved)
 
 
 def evaluate_gate(path: str, overrides: list[str], source: str | None, json_file: str | None) -> RoutingScores:

@@ -57,7 +57,8 @@ def measure(run_file: Path, checkpoint: Path, overrides: list[str]) -> dict[str,
                 parameter.data.copy_(reader.read(f"weight/{name}"))
         engine, cpu = Bare(model), Topology(0, 1, 0, 1, torch.device("cpu"))
         reference = BaseReference(TrainingParts(config, cpu, engine, context))  # pyright: ignore[reportArgumentType]
-        eval_set = EvalSet(config, processor_of(config.model), rank=0, world_size=1, record_kind=PAIRS)
+        processor = processor_of(config.model, config.data.video)
+        eval_set = EvalSet(config, processor, rank=0, world_size=1, record_kind=PAIRS)
         live, replayed, flips = [], [], []
         for one in eval_set.batches():
             batch = reference.added_to(one.batch.to(cpu.device), "held-out")
