@@ -10,6 +10,8 @@ from ds_moe.data.chat import parse_record
 from ds_moe.data.chat_template import TokenRules
 from ds_moe.data.encode import NO_LOSS, collate, collate_prompts, encode
 from ds_moe.data.images import RecordError
+from ds_moe.data.prepare import prepare
+from ds_moe.data.records import open_records
 from ds_moe.data.stream import TrainStream
 from ds_moe.models.processor import tiny_processor
 from tests.data.clips import drawn
@@ -310,3 +312,32 @@ def test_exact_counts_include_the_patches_of_videos(clips, processor, run_config
     one = written(records[0], processor, clips)[1]
     assert stream.rows.tokens.tolist()[0] == len(one.input_ids)
     assert stream.rows.patches.tolist() == [len(one.pixel_values), 0]
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_prepared_records_with_videos_are_those_of_a_run_without(clips, processor, run_config, write_jsonl, pixels):
+    """And frames that have changed since make the set anew."""
+    both = {**chat("<video>a<image>b"), "videos": [FRAMES], "images": ["b.png"]}
+    file = write_jsonl([both, {**chat("<image>b"), "images": ["a.png"]}, chat("Hi")])
+    config = run_config(file, {"packing": True, "max_length": 256, "shuffle": False})
+
+    def first():
+        stream = TrainStream(config, processor, rank=0, world_size=1)
+        [batch, *_] = next(iter(stream))
+        return batch.to(torch.device("cpu")).inputs, stream
+
+    def made():
+        notes, records = [], open_records(str(file), "train", config.data)
+        prepare(config, "train", records, processor, pixels, 0, notes.append)
+        return notes
+
+    expected, plain = first()
+    assert made() == [] and "there already" in made()[0]
+    found, stream = first()
+    assert "prepared data.train" in stream.notes[0] and stream.rows.patches.tolist() == plain.rows.patches.tolist()
+    assert expected.keys() == found.keys() and found["pixel_values"].equal(expected["pixel_values"])
+    for name in FRAMES:  # other tokens, of the same estimate
+        Image.new("RGB", (16, 16)).save(clips / name)
+    assert "a video of" in made()[0]
+    assert "there already" in made()[0]
+    assert len(first()[0]["pixel_values"]) != len(expected["pixel_values"])
