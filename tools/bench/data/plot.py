@@ -26,5 +26,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
             axes.bar(places, heights, width=0.9 / (len(contenders) + 1), color=COLOURS[number % 6], label=label)
         axes.set_xticks([place + 0.4 for place in range(len(workers))], [str(count) for count in workers])
         finish_axes(axes, f"{form.upper()} files: samples a second", "loading processes")
-    figure.axes[0].legend(fontsize=7.5, frameon=False)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7.5, frameon=False
+    )
     save(figure, file)
