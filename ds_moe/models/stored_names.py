@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
+    GroupWeightRename,
     MergeModulelist,
     PrefixChange,
     Transpose,
@@ -114,18 +115,30 @@ class HubNames:
         model._weight_conversions = self._conversions  # `revert_weight_conversion` would find them anew for each weight
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
-        """The names, those together of which files hold one tensor."""
+        """The names, those together of which files hold one tensor, or whose names change together or not at all."""
         reverse = [one.reverse_transform() for one in self._conversions[::-1]]
         converters = [one for one in reverse if isinstance(one, WeightConverter)]
+        renamings = [one for one in reverse if isinstance(one, WeightRenaming)]
         groups: dict[str, list[str]] = {}
         for name in names:
             in_files, pattern = apply_converters(name, converters)
-            groups.setdefault(name if pattern is None else in_files, []).append(name)
+            together = _changes_with(name, renamings)
+            groups.setdefault(together or (name if pattern is None else in_files), []).append(name)
         return list(groups.values())
 
     def tensors(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of files that hold a group of weights."""
         return revert_weight_conversion(self._model, weights) if self._conversions else weights
+
+
+def _changes_with(name: str, renamings: list[WeightRenaming]) -> str | None:
+    """The first pattern of the pairs of names among which this one changes only once the first has been seen."""
+    for one in renamings:
+        if not isinstance(one, GroupWeightRename):
+            name, _ = one.rename_source_key(name)
+        elif one._scoped_match(name) is not None:
+            return one.source_patterns[0]
+    return None
 
 
 def _renamed(

@@ -215,8 +215,8 @@ def test_what_cannot_be_streamed_is_loaded_complete(tmp_path, monkeypatch):
     assert differing(model, expected) == []
 
 
-# A bias, stacks, other names, a bias that is a frozen parameter, images.
-QUICK = {"glm4_moe", "gpt_oss", "mixtral", "ernie4_5_moe", "qwen3_5_moe", "kimi_linear"}
+# A bias, stacks, other names, a bias that is a frozen parameter, images, names that change together.
+QUICK = {"glm4_moe", "gpt_oss", "mixtral", "ernie4_5_moe", "qwen3_5_moe", "kimi_linear", "kimi_k25"}
 WITH_IMAGES = [name for name, family in FAMILIES.items() if family.vision and not family.measured]
 COMPUTED = {"inkling2_text", "kimi_k25"}  # gate and up rows that interleave; one tensor that becomes three
 
