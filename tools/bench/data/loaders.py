@@ -1,11 +1,10 @@
 """A loader of training data in a process of its own, which takes its turns as it is told to.
 
 The parent writes a request a line, `{"turn": "check" or "time", "file", "workers"}`, and reads an answer behind MARK.
-`ds_moe` is whichever build this process finds first, and `NAMES` says where builds have what is needed here.
+`ds_moe` is whichever build this process finds first; `tools.bench.builds` says where builds have what is needed.
 """
 
 import hashlib
-import importlib
 import json
 import sys
 import time
@@ -17,35 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tools.bench.builds import check_build, module_with
+
 MARK = "loader says: "
 MAX_LENGTH, MAX_PIXELS = 4096, 2**24
-NAMES = (  # what: its modules, the newest build's first
-    ("RunConfig", ("ds_moe.config.run", "ds_moe.config")),
-    ("TrainStream", ("ds_moe.data.stream",)),
-    ("load_processor", ("ds_moe.models.processor",)),
-    ("CACHE_BYTES", ("ds_moe.data.encoder", "ds_moe.data.loading")),
-)
 Batches = Iterator[dict[str, Any]]  # as a model's forward takes them
-
-
-def module_with(name: str) -> Any:
-    for module in dict(NAMES)[name]:
-        try:
-            found = importlib.import_module(module)
-        except ModuleNotFoundError:
-            continue
-        if hasattr(found, name):
-            return found
-    raise LookupError(f"this build of ds_moe has no {name} in any of {dict(NAMES)[name]}")
 
 
 class Build:
     """The stream of one rank of a build of ds_moe. Encoded samples are not kept: each is encoded when it comes."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
-        package = importlib.import_module("ds_moe")
-        if not Path(str(package.__file__)).is_relative_to(plan["checkout"]):
-            raise ImportError(f"{package.__file__} was imported, not the build in {plan['checkout']}")
+        check_build(plan["checkout"])
         self._plan = plan
         self._processor = module_with("load_processor").load_processor(plan["model"])
         module_with("CACHE_BYTES").CACHE_BYTES = 0
