@@ -14,6 +14,7 @@ batch.py     a micro-batch                  processor.py       what the data nee
 marks.py     texts found in a rendering     message_keys.py    thoughts, tools, weights
 special_tokens.py   which of them texts may write
 blocks.py    files in pieces, not indexed   windows.py         the order of what is streamed, and places in it
+pools.py     sources that are drawn from     steps.py           steps that loading processes make
 tables.py    blocks of Arrow's rows         streaming.py       what a rank trains on where nothing is indexed
 patches.py   images as bytes, and their floats
 row_part.py  the part of a row that one of several ranks computes
@@ -21,7 +22,7 @@ position.py  where a checkpoint is in the data
 digits.py    the bundled data set          workers.py         how loading processes are started
 kept_arrays.py      arrays in files, for later starts
 sources/     files, folders, archives, hub datasets, mixtures
-prepared.py  records that were encoded before
+prepared.py  records that were encoded before   ready.py          records with what they are read with
 prepare.py   encodes them, and says what they are like
 shards.py    encoded records in files      fingerprint.py     what encoded records follow from
 """

@@ -3,22 +3,19 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from ds_moe.config.run import RunConfig
 from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import Sample
 from ds_moe.data.encode import Encoded, answer_text, collate_prompts, filler
-from ds_moe.data.encoder import Encoder
 from ds_moe.data.order import FILLER
 from ds_moe.data.packing import rows_in_order
-from ds_moe.data.prepared import Asides, find_prepared
+from ds_moe.data.prepared import Asides
 from ds_moe.data.processor import Processor
+from ds_moe.data.ready import ReadyRecords
 from ds_moe.data.record_kind import CHAT, RecordKind
-from ds_moe.data.records import DATA_CACHE, open_records
-from ds_moe.data.token_counts import token_counts
-from ds_moe.errors import UserError
+from ds_moe.data.records import records_of
 
 PROMPTS = 8  # that are answered at a time where packing leaves their number open
 
@@ -56,23 +53,15 @@ class EvalSet:
         raise_errors: bool = True,
         record_kind: RecordKind = CHAT,
     ):
-        if config.data.eval is None:
-            raise UserError('data.eval: is not set (give a JSONL or Parquet file, or "digits")')
-        cache_dir = Path(config.train.output_dir) / DATA_CACHE
-        records = open_records(config.data.eval, "held-out", config.data, cache_dir, record_kind)
+        records = records_of(config, "held-out", record_kind)
         self.sha256 = records.sha256
         self._record_kind, self._content_tokens = record_kind, config.data.content_tokens
         by_default = PROMPTS if config.data.packing else config.train.micro_batch_size
         self._size, self._capacity = config.train.eval_batch_size or by_default, config.tokens_per_row
         self._rank, self._world_size, self._count = rank, world_size, len(records)
-        prepared, note = find_prepared(config, "held-out", records, processor)
-        self.notes, self._asides = [note] if note else [], Asides("data.eval")
-        self._processor, self._encoder = processor, Encoder(config, records, processor, prepared=prepared)
-        self._counts, bad = None, list(records.bad)
-        if config.data.packing:
-            self._counts = token_counts(config, "held-out", records, self._encoder, processor, prepared)
-            bad += self._counts.bad.values()
-        self._log = BadRecordLog(config, bad, rank, raise_errors)
+        ready = ReadyRecords.of(config, "held-out", records, processor)
+        self._processor, self._encoder, self._counts, self.notes = processor, ready.encoder, ready.counts, ready.notes
+        self._log, self._asides = BadRecordLog(config, ready.bad, rank, raise_errors), Asides("data.eval")
         self.skipped = self._log.records
 
     @property

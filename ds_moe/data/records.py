@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from ds_moe.config.run import RunConfig
 from ds_moe.config.sections import DIGITS, DataConfig, Sources, TrainSource, sources_of
 from ds_moe.config.sources import source_names
 from ds_moe.data.chat import BadRecord
@@ -58,6 +59,14 @@ def open_records(
         return record_kind.complete(parts[0])
     facts = [SourceFacts(name, len(part), part.sha256) for name, part in zip(names, parts, strict=True)]
     return record_kind.complete(JoinedRecords(parts, tuple(facts)))
+
+
+def records_of(config: RunConfig, split: Split, record_kind: RecordKind = CHAT) -> Records:
+    """The records of a run, see `open_records`; what is unpacked or mapped is kept in its output folder."""
+    given = config.data.train if split == "train" else config.data.eval
+    if given is None:
+        raise UserError('data.eval: is not set (give a JSONL or Parquet file, or "digits")')
+    return open_records(given, split, config.data, Path(config.train.output_dir, DATA_CACHE), record_kind)
 
 
 def read_records(

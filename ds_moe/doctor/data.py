@@ -80,8 +80,8 @@ def _content_tokens(case: Case, processor: Processor) -> str | None:
 
 def _in_order(case: Case, split: str, records: Records) -> list[int]:
     """The samples that are decoded: the first ones of a source; of several sources each has its share."""
+    from ds_moe.data.pools import FirstRecords
     from ds_moe.data.position import epoch_order_of
-    from ds_moe.data.streaming import FirstRecords
 
     count = min(case.samples, len(records))
     if isinstance(records, FirstRecords):
@@ -136,10 +136,10 @@ def _processor(case: Case) -> Processor | None:
 
 def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | None) -> Iterator[Finding]:
     from ds_moe.data.encoder import check_samples
+    from ds_moe.data.pools import FirstRecords
     from ds_moe.data.position import order_of
     from ds_moe.data.records import SKIPPING
     from ds_moe.data.sources.mixture import mixture_of
-    from ds_moe.data.streaming import FirstRecords
 
     config, where = case.config, case.config.at(f"data.{split}")
     path = sources_named(getattr(config.data, split))
@@ -193,8 +193,8 @@ def _check_split(case: Case, kind: TaskKind, split: str, processor: Processor | 
 
 
 def _records(case: Case, kind: TaskKind, split: str) -> Records:
+    from ds_moe.data.pools import FirstRecords
     from ds_moe.data.records import open_records
-    from ds_moe.data.streaming import FirstRecords
 
     if split == "train" and case.config.data.streaming:
         return FirstRecords(case.config, kind.train_records(case.config, case.model), STREAMED)

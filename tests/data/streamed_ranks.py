@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ds_moe.config.run import RunConfig
-from ds_moe.data import blocks, streaming
+from ds_moe.data import blocks, pools
 from ds_moe.data.streaming import StreamedTrain
 from ds_moe.models.processor import tiny_processor
 from tests.data.streams import answers
@@ -18,7 +18,7 @@ PACE_S = 0.01  # of a step, so that a kill meets the middle of something
 def main(given: str) -> None:
     """`given` is JSON: data and train (sections of a run file), folder, state, block and mib (bytes)."""
     plan, rank, world = json.loads(given), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    blocks.BLOCK, streaming.MIB = plan["block"], plan["mib"]
+    blocks.BLOCK, pools.MIB = plan["block"], plan["mib"]
     processor = tiny_processor("vl")
     config = RunConfig(
         model={"preset": "tiny-vl-moe"}, data=plan["data"], train=plan["train"], deepspeed="ds_configs/zero3.json"

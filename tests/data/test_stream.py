@@ -352,7 +352,7 @@ def test_encoded_samples_are_kept_and_unchanged(path, run_config, processor):
     first = list(islice(stream, STEPS))
     stream.load_state_dict({**stream.state_dict(), "epoch": 0, "step": 0})
     again = list(islice(stream, STEPS))
-    assert len(stream._encoder._cache) == RECORDS + 1
+    assert len(stream._maker.encoder._cache) == RECORDS + 1
     for one, other in zip(sum(first, []), sum(again, []), strict=True):
         now, then = one.to(torch.device("cpu")).with_labels, other.to(torch.device("cpu")).with_labels
         assert now.keys() == then.keys() and all(torch.equal(value, then[key]) for key, value in now.items())

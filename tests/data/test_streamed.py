@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from ds_moe.data import blocks as blocks_module
-from ds_moe.data import streaming
+from ds_moe.data import pools
+from ds_moe.data.pools import FirstRecords, Pools, sources_of_run
 from ds_moe.data.position import FILE, position_problems
 from ds_moe.data.record_kind import CHAT
 from ds_moe.data.stream import TrainStream
-from ds_moe.data.streaming import FirstRecords, Pools, StreamedTrain, sources_of_run
+from ds_moe.data.streaming import StreamedTrain
 from ds_moe.errors import UserError
 from tests.data.sources import COMMIT, hub_cache, lines
 from tests.data.sources import records as plain_records
@@ -31,7 +32,7 @@ LIMITS = {"streaming": True, "max_length": 128, "shuffle_window_mb": 4}
 def small(monkeypatch):
     """Blocks of half a KiB, windows of 4 KiB: some ten windows of eight blocks."""
     monkeypatch.setattr(blocks_module, "BLOCK", 512)
-    monkeypatch.setattr(streaming, "MIB", 1024)
+    monkeypatch.setattr(pools, "MIB", 1024)
 
 
 @pytest.fixture

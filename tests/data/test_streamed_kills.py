@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe.data import blocks, streaming
+from ds_moe.data import blocks, pools
 from ds_moe.data.streaming import StreamedTrain
 from tests.data.streamed_data import FORMS, data_of
 from tests.data.streams import answers
@@ -50,7 +50,7 @@ def until_killed(plan: dict, folder: Path, ranks: int, steps: int) -> tuple[list
 @pytest.mark.parametrize("form", FORMS)
 def test_killed_and_started_again_twenty_times(form, folder, run_config, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", BLOCK)
-    monkeypatch.setattr(streaming, "MIB", MIB)
+    monkeypatch.setattr(pools, "MIB", MIB)
     given = {"train": data_of(form, folder), "root": str(folder), "streaming": True, "max_length": 128}
     config = run_config("", {**given, "shuffle_window_mb": 4}, global_batch_size=BATCH, micro_batch_size=1)
     data, train = (one.model_dump(exclude_defaults=True) for one in (config.data, config.train))

@@ -57,7 +57,7 @@ def parts(write_jsonl, tmp_path, processor):
 
 def a_batch(parts, count=2):
     indices = list(range(count))
-    [encoded, _, _] = parts.stream._encoder.encode(indices)
+    [encoded, _, _] = parts.stream._maker.encoder.encode(indices)
     return PAIRS.collate(encoded, parts.processor).to(CPU.device)
 
 

@@ -14,7 +14,8 @@ import torch
 
 from ds_moe.config.run import RunConfig
 from ds_moe.data.encode import filler
-from ds_moe.data.streaming import Pools, StreamedTrain, train_stream
+from ds_moe.data.pools import Pools
+from ds_moe.data.streaming import StreamedTrain, train_stream
 from ds_moe.models.processor import tiny_processor
 from tools.bench.resident import new_peak, resident
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
@@ -16,8 +15,7 @@ from ds_moe.data.images import RecordError, load_image
 from ds_moe.data.marks import plain_message
 from ds_moe.data.position import epoch_order_of
 from ds_moe.data.processor import Processor
-from ds_moe.data.record_kind import CHAT
-from ds_moe.data.records import DATA_CACHE, open_records
+from ds_moe.data.records import records_of
 from ds_moe.data.special_tokens import check_content_tokens
 from ds_moe.errors import UserError
 from ds_moe.rollout.engine import Prompt
@@ -43,8 +41,7 @@ class Prompts:
 
     def __init__(self, config: RunConfig, engine: EngineConfig, processor: Processor, rank: int) -> None:
         self._data, self._engine, self._processor = config.data, engine, processor
-        cache = Path(config.train.output_dir) / DATA_CACHE
-        self.records = open_records(config.data.train, "train", config.data, cache, CHAT)
+        self.records = records_of(config, "train")
         self._order = epoch_order_of(config, self.records)
         try:
             check_content_tokens(processor, config.data.content_tokens)
