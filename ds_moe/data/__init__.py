@@ -22,7 +22,6 @@ position.py  where a checkpoint is in the data
 digits.py    the bundled data set          workers.py         how loading processes are started
 kept_arrays.py      arrays in files, for later starts
 sources/     files, folders, archives, hub datasets, mixtures
-prepared.py  records that were encoded before   ready.py          records with what they are read with
-prepare.py   encodes them, and says what they are like
-shards.py    encoded records in files      fingerprint.py     what encoded records follow from
+prepared/    records that were encoded before   ready.py          records with what they are read with
+fingerprint.py      what encoded records follow from
 """

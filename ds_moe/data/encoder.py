@@ -12,7 +12,8 @@ from ds_moe.data.encode import Encoded, encode_images, filler, seen
 from ds_moe.data.images import RecordError
 from ds_moe.data.order import FILLER
 from ds_moe.data.patches import with_byte_patches
-from ds_moe.data.prepared import Prepared, stamps_now
+from ds_moe.data.prepared.folder import Prepared
+from ds_moe.data.prepared.stamps import stamps_now
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records, RecordsByIndex, images_of
 from ds_moe.data.special_tokens import check_content_tokens

@@ -11,7 +11,7 @@ from ds_moe.data.chat import Sample
 from ds_moe.data.encode import Encoded, answer_text, collate_prompts, filler
 from ds_moe.data.order import FILLER
 from ds_moe.data.packing import rows_in_order
-from ds_moe.data.prepared import Asides
+from ds_moe.data.prepared.find import Asides
 from ds_moe.data.processor import Processor
 from ds_moe.data.ready import ReadyRecords
 from ds_moe.data.record_kind import CHAT, RecordKind

@@ -1,6 +1,6 @@
 """Everything that the tokens of a data file follow from, by names that people know.
 
-What is kept of encoded records (`token_counts.py`, `prepared.py`) is kept under a fingerprint, and used only by a run
+What is kept of encoded records (`token_counts.py`, `prepared/`) is kept under a fingerprint, and used only by a run
 with an equal one. What images of the same size contain is not part of it, because finding out would read them all.
 """
 

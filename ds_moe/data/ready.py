@@ -8,7 +8,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.digits import Split
 from ds_moe.data.encoder import Encoder
-from ds_moe.data.prepared import find_prepared
+from ds_moe.data.prepared.find import find_prepared
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
 from ds_moe.data.token_counts import TokenCounts, token_counts

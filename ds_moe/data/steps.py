@@ -19,14 +19,13 @@ from ds_moe.data.encoder import Encoder
 from ds_moe.data.order import FILLER, Rows
 from ds_moe.data.packing import Fill
 from ds_moe.data.position import DataPosition, position_problems
-from ds_moe.data.prepared import Asides
+from ds_moe.data.prepared.find import Asides
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import RecordKind, RecordsByIndex
 from ds_moe.data.row_part import part_of_row
 from ds_moe.data.windows import PoolPlace
-from ds_moe.data.workers import start_method
+from ds_moe.data.workers import loader_options
 from ds_moe.errors import UserError, all_in_one
-from ds_moe.faults.signals import leave_to_parent
 
 PREFETCH = 2  # steps that a loading process prepares ahead, unless the run file says otherwise
 
@@ -192,13 +191,9 @@ class LoadedSteps:
         data = self._config.data
         return DataLoader(
             self._dataset(),
-            batch_size=None,
             sampler=count(self._position),
-            num_workers=data.num_workers,
             prefetch_factor=(data.prefetch_factor or PREFETCH) if data.num_workers else None,
-            multiprocessing_context=start_method(data.num_workers),
-            worker_init_fn=leave_to_parent,
-            generator=torch.Generator(),  # the default one would make the model's random state depend on loading
+            **loader_options(data.num_workers),
         )
 
     def _samples(self, rows: Rows, records: RecordsByIndex) -> list[list[str]]:

@@ -11,7 +11,6 @@ from math import ceil
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ds_moe.config.run import RunConfig
@@ -22,15 +21,14 @@ from ds_moe.data.encoder import Encoder
 from ds_moe.data.fingerprint import fingerprint, key_of
 from ds_moe.data.kept_arrays import read_arrays, write_arrays
 from ds_moe.data.order import FILLER
-from ds_moe.data.prepared import INDEX, Prepared
+from ds_moe.data.prepared.folder import INDEX, Prepared
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records
 from ds_moe.data.records import DATA_CACHE, stop_message
 from ds_moe.data.sources.unpack import alone
-from ds_moe.data.workers import start_method
+from ds_moe.data.workers import loader_options
 from ds_moe.distributed import ranks_of_host
 from ds_moe.errors import UserError
-from ds_moe.faults.signals import leave_to_parent
 
 CHUNK = 256  # records that a process measures at a time
 SHOWN_EVERY_S = 10.0  # of a file that takes long
@@ -147,10 +145,7 @@ def _measured(config: RunConfig, split: Split, records: Records, encoder: Encode
     workers = config.data.num_workers * (ranks_of_host() or 1)
     workers = min(workers, len(chunks)) if len(chunks) > 1 else 0
     found: list[tuple[int, int] | BadRecord] = []
-    own = torch.Generator()  # the default one would make the model's random state depend on who measures
-    options = {"num_workers": workers, "worker_init_fn": leave_to_parent, "generator": own}
-    options["multiprocessing_context"] = start_method(workers)
-    for chunk in DataLoader(chunks, batch_size=None, **options):
+    for chunk in DataLoader(chunks, **loader_options(workers)):
         found += chunk
         if time.monotonic() - shown > SHOWN_EVERY_S:
             shown = time.monotonic()

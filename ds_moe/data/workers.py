@@ -2,14 +2,26 @@
 
 import multiprocessing
 from multiprocessing import forkserver, resource_tracker
+from typing import Any
 
 import torch
 
-from ds_moe.faults.signals import left_to_parent
+from ds_moe.faults.signals import leave_to_parent, left_to_parent
 
 
-def start_method(workers: int) -> str | None:
-    """For torch's `multiprocessing_context`. None: as torch does it, by a fork of this process.
+def loader_options(workers: int) -> dict[str, Any]:
+    """What every `DataLoader` here is given beside its data set: single records, and how many processes load them."""
+    return {
+        "batch_size": None,
+        "num_workers": workers,
+        "multiprocessing_context": _start_method(workers),
+        "worker_init_fn": leave_to_parent,
+        "generator": torch.Generator(),  # the default one would make the model's random state depend on loading
+    }
+
+
+def _start_method(workers: int) -> str | None:
+    """None: as torch does it, by a fork of this process.
 
     A fork takes over what CUDA, NCCL and their threads had locked at that moment. Once CUDA runs, loading processes are
     forks of a server that has done nothing but import what they need.

@@ -12,8 +12,9 @@ from ds_moe.config.run_file import load_run
 from ds_moe.config.sections import Sources, sources_named
 from ds_moe.data.digits import Split
 from ds_moe.data.fingerprint import Facts
-from ds_moe.data.prepare import prepare, read_report
-from ds_moe.data.prepared import Prepared
+from ds_moe.data.prepared.folder import Prepared
+from ds_moe.data.prepared.make import prepare
+from ds_moe.data.prepared.report import read_report
 from ds_moe.data.processor import Processor
 from ds_moe.data.records import DATA_CACHE, open_records
 from ds_moe.data.special_tokens import control_use

@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ds_moe.data import prepare as making
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.eval_set import EvalSet
-from ds_moe.data.prepare import prepare, read_report
-from ds_moe.data.prepared import find_prepared
+from ds_moe.data.prepared import chunks, make
+from ds_moe.data.prepared.find import find_prepared
+from ds_moe.data.prepared.make import prepare
+from ds_moe.data.prepared.report import read_report
+from ds_moe.data.prepared.shards import Damaged, Stored, read_record, write_shard
 from ds_moe.data.record_kind import CHAT
 from ds_moe.data.records import open_records
-from ds_moe.data.shards import Damaged, Stored, read_record, write_shard
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.replay.align import RoutingShape
@@ -115,8 +116,8 @@ def test_ten_steps_are_those_of_a_run_without(options, file, run_config, process
 
 
 def test_processes_write_what_one_writes(file, run_config, processor, monkeypatch):
-    monkeypatch.setattr(making, "CHUNK", 4)
-    monkeypatch.setattr(making, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(chunks, "CHUNK", 4)
+    monkeypatch.setattr(chunks, "SHARD_BYTES", 20_000)
     config = run_config(file)
     expected, _ = batches(config, processor, rank=1, world_size=2)
     contents = []
@@ -158,7 +159,7 @@ def test_images_are_stored_where_their_bytes_are_no_more_than_the_limit(file, ru
     encoded, _, _ = Encoder(config, records, processor).encode(list(range(len(records))))
     size = sum(one.pixel_values.nbytes for one in encoded if one.pixel_values is not None)
     for limit, stored in ((size, True), (size - 1, False)):
-        monkeypatch.setattr(making, "STORED_UP_TO", limit)
+        monkeypatch.setattr(make, "STORED_UP_TO", limit)
         prepared, _ = made(config, processor, pixels=None)
         assert prepared.pixels is stored
         shutil.rmtree(prepared.folder)
@@ -295,11 +296,11 @@ def test_a_set_that_was_made_anew_serves_no_other_record(file, run_config, proce
     config = run_config(file)
     records = open_records(str(file), "train", config.data)
     expected, _, _ = Encoder(config, records, processor).encode(list(range(len(records))))
-    monkeypatch.setattr(making, "SHARD_BYTES", 20_000)
-    monkeypatch.setattr(making, "CHUNK", 8)
+    monkeypatch.setattr(chunks, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(chunks, "CHUNK", 8)
     running, _ = made(config, processor)
     shutil.rmtree(running.folder)
-    monkeypatch.setattr(making, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(chunks, "SHARD_BYTES", 10_000)
     made(config, processor)
     reading = Encoder(config, records, processor, prepared=running)
     assert same(reading.encode(list(range(len(records))))[0], expected) and reading.aside is not None
@@ -366,7 +367,7 @@ def test_other_tokens_are_served_only_without_the_checksum(file, run_config, pro
     at = data.index(ids.int().numpy().tobytes())
     shard.write_bytes(data[:at] + (ids.int() + 1).numpy().tobytes() + data[at + 4 * len(ids) :])
     assert same(batches(config, processor, 1)[0], expected)
-    monkeypatch.setattr("ds_moe.data.shards._checksum", lambda values: crc)
+    monkeypatch.setattr("ds_moe.data.prepared.shards._checksum", lambda values: crc)
     crc = int(MappedFiles(2**20).read(shard, "crc", 0, 1))
     served = read_record(MappedFiles(2**20), shard, 0, CHAT.encodes).encoded
     assert served.input_ids.equal(ids + 1)
@@ -375,12 +376,12 @@ def test_other_tokens_are_served_only_without_the_checksum(file, run_config, pro
 def test_a_half_written_folder_is_none(file, run_config, processor, monkeypatch):
     config = run_config(file)
     monkeypatch.setattr(
-        making, "write_tensors", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        make, "write_tensors", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(UserError, match="cannot be written .No space left on device.: set data.prepared"):
         made(config, processor)
     assert batches(config, processor, 1)[1].notes == []
-    place = making.prepared_in(config)
+    place = make.prepared_in(config)
     assert [path.name for path in place.iterdir()] == ["prepare.lock"]
     monkeypatch.undo()
     (place / ".train-0000.1.partial").mkdir()

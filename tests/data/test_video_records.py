@@ -10,7 +10,7 @@ from ds_moe.data.chat import parse_record
 from ds_moe.data.chat_template import TokenRules
 from ds_moe.data.encode import NO_LOSS, collate, collate_prompts, encode
 from ds_moe.data.images import RecordError
-from ds_moe.data.prepare import prepare
+from ds_moe.data.prepared.make import prepare
 from ds_moe.data.records import open_records
 from ds_moe.data.stream import TrainStream
 from ds_moe.models.processor import tiny_processor

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ds_moe.config.run import RunConfig
-from ds_moe.data.prepare import prepare
+from ds_moe.data.prepared.make import prepare
 from ds_moe.data.record_kind import CHAT
 from ds_moe.data.records import read_records
 from ds_moe.models.processor import load_processor

@@ -1,18 +1,7 @@
-"""Records that `ds-moe data prepare` has encoded: a run uses them where everything that they follow from is the same.
-
-    <data.prepared>/train-<fingerprint>/
-        index.json                what they were made of, the files with sizes and SHA-256; written last
-        counts.safetensors        tokens and patches of each record
-        00000.safetensors ...     the records, see `shards.py`
-        report.json, lengths.png  for people
-
-A folder appears under its name when it is complete and never changes. What a file does not hold as it was written, and
-what is in images that have changed since, is encoded anew from its record: a run gets the same tensors in any case.
-"""
+"""A folder of encoded records, opened: one record by its index."""
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,21 +12,16 @@ from safetensors import SafetensorError
 from ds_moe.config.run import RunConfig
 from ds_moe.data.digits import Split
 from ds_moe.data.encode import Encoded
-from ds_moe.data.fingerprint import Facts, Fingerprint, difference, fingerprint, key_of
-from ds_moe.data.images import ImageSource
-from ds_moe.data.processor import Processor
-from ds_moe.data.record_kind import Records, images_of
+from ds_moe.data.fingerprint import Facts, Fingerprint, key_of
+from ds_moe.data.prepared.shards import Damaged, read_record
+from ds_moe.data.prepared.stamps import Stamp, is_of, stamps_in
 from ds_moe.data.records import DATA_CACHE
-from ds_moe.data.shards import Damaged, Stored, read_record
 from ds_moe.errors import one_line
 from ds_moe.weights.files import MappedFiles
 
 FORMAT = 2
 INDEX, COUNTS = "index.json", "counts.safetensors"
 MAPPED = 2**28  # bytes of records read before a process lets go of the files' pages
-MAKE = "ds-moe data prepare makes them"
-
-Stamp = tuple[str, int, int]  # of an image's file: path, size, time of its last change in ns
 
 
 @dataclass
@@ -112,40 +96,6 @@ def folder_of(config: RunConfig, split: Split, made_of: Fingerprint) -> Path:
     return prepared_in(config) / f"{split}-{key_of(made_of)[:16]}"
 
 
-def find_prepared(
-    config: RunConfig, split: Split, records: Records, processor: Processor
-) -> tuple[Prepared | None, str | None]:
-    """(the prepared records of a run, None where there are none that match; a line about that for its summary)."""
-    place, name = prepared_in(config), "data.train" if split == "train" else "data.eval"
-    try:
-        there = [path for path in sorted(place.glob(f"{split}-*")) if (path / INDEX).is_file()]
-    except OSError:
-        there = []
-    if not there:
-        asked = config.data.prepared is not None
-        return None, f"no prepared data of {name} in {place} ({MAKE})" if asked else None
-    made_of = fingerprint(config, records, processor)
-    folder = folder_of(config, split, made_of)
-    try:
-        if folder in there:
-            found = open_prepared(folder, made_of)
-            return found, f"prepared {name}: {found}"
-    except Damaged as error:
-        return None, f"prepared data are not used: {error} ({MAKE} anew)"
-    others, damaged = list[Fingerprint](), list[str]()
-    for other in there:
-        try:
-            others.append(read_index(other)["made_of"])
-        except Damaged as error:
-            damaged.append(str(error))
-    if not others:
-        return None, f"prepared data are not used: {damaged[0]} ({MAKE} anew)"
-    closest = min(others, key=lambda other: sum(other.get(key) != value for key, value in made_of.items()))
-    what = difference(closest, json.loads(json.dumps(made_of, default=str)))
-    also = f"; {', '.join(damaged)}" if damaged else ""
-    return None, f"prepared data in {place} are not used, they are of another {name}: {what}{also} ({MAKE})"
-
-
 def open_prepared(folder: Path, made_of: Fingerprint) -> Prepared:
     """Raises `Damaged` where a file is missing, has another size, or the index is not what was written."""
     index = read_index(folder)
@@ -183,43 +133,3 @@ def digest_of(index: Facts) -> str:
 def sha256_of(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-class Asides:
-    """Says once that prepared records of a data file were encoded anew."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._said = name, False
-
-    def say(self, why: str | None) -> None:
-        if why is not None and not self._said:
-            self._said = True
-            print(f"{self._name}: prepared data are not used where they are not as they were: {why}", flush=True)
-
-
-def note_of(index: int, stamps: list[Stamp]) -> list[object]:
-    """What is written beside a record that is stored; beside one that is not, nothing is."""
-    return [index, stamps]
-
-
-def is_of(stored: Stored, index: int) -> bool:
-    """Whether this is that record: files of the same name may have been made anew, of other numbers of records."""
-    return isinstance(stored.note, list) and stored.note[0] == index
-
-
-def stamps_in(stored: Stored) -> list[Stamp]:
-    return [(file, size, mtime_ns) for file, size, mtime_ns in stored.note[1]]
-
-
-def stamps_now(parsed: object) -> list[Stamp] | None:
-    """Of the files that a record's images are now, links and roots resolved; None: one cannot be looked at."""
-    try:
-        return stamps_of(images_of(parsed))
-    except OSError:
-        return None
-
-
-def stamps_of(images: list[ImageSource]) -> list[Stamp]:
-    """Of those that are files: an image in a data file is as the file is."""
-    files = [os.fspath(image.path.resolve()) for image in images if image.path is not None]
-    return [(file, stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]]
