@@ -10,5 +10,5 @@ http.py        JSON over HTTP: deadlines, limits, which failures may pass
 images.py      images in requests
 reward.py           what completions are worth: a pool of processes that call the functions of a run
 reward_process.py   one of them, as the trainer sees it
-reward_worker.py    one of them, as a program
+reward_program/     one of them, as a program
 """

@@ -14,7 +14,8 @@ from ds_moe.config.rollout import BUILT_IN_REWARDS, FUNCTION, OVERLONG, RewardCo
 from ds_moe.data.chat import final_answer
 from ds_moe.errors import UserError, one_line, shown
 from ds_moe.rollout.reward_process import Failure, RewardProcess
-from ds_moe.rollout.reward_worker import LARGEST, Json
+from ds_moe.rollout.reward_program.functions import LARGEST
+from ds_moe.rollout.reward_program.protocol import Json
 
 RECENT = 256  # completions whose share of failures ends a run
 FEWEST = 16  # of them, before it is judged

@@ -12,9 +12,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_moe.rollout.reward_worker import KILLED_S, Json
+from ds_moe.rollout.reward_program.processes import KILLED_S
+from ds_moe.rollout.reward_program.protocol import Json
 
-WORKER = Path(__file__).with_name("reward_worker.py")
+# It imports this package from where it lies and nothing else from there: what lies beside it need not be on a path, and
+# must not come before the modules of Python or of the user.
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+import ds_moe
+del sys.path[0]
+from ds_moe.rollout.reward_program.keeper import keep
+keep(0, 1)
+"""
 IMPORT_S = 120.0  # for the import of a function
 GRACE_S = 30.0  # beyond all limits of the keeper, before the trainer takes it for lost
 # What tells a process that it is a rank of a job, or gives it an accelerator. A function that reads them, or a library
@@ -49,10 +59,10 @@ class Failure:
 
 
 class RewardProcess:
-    """A keeper (see reward_worker.py) and the pipes to it. One thread at a time asks it; any may `close` it.
+    """A keeper (see reward_program/) and the pipes to it. One thread at a time asks it; any may `close` it.
 
     Attributes:
-        code: what the functions are made of beside the texts that were given, see `reward_worker.code_of`; None: not
+        code: what the functions are made of beside the texts that were given, see `code_of` there; None: not
             known yet.
     """
 
@@ -60,7 +70,7 @@ class RewardProcess:
         """Start it; `ready` waits for it.
 
         Args:
-            functions: as `reward_worker.find_function` reads them, with their "name".
+            functions: as `find_function` there reads them, with their "name".
             timeout_s: of a call of one of them.
             memory: bytes of data of the process that calls them.
         """
@@ -71,11 +81,8 @@ class RewardProcess:
         self._keeper = self._started()
 
     def _started(self) -> "subprocess.Popen[bytes]":
-        run = (
-            f"import runpy; runpy.run_path({str(WORKER)!r}, run_name='__main__')"  # `-m` would need ds_moe on its path
-        )
         keeper = subprocess.Popen(
-            [sys.executable, "-c", run],
+            [sys.executable, "-c", PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=own_environment(),

@@ -15,8 +15,10 @@ import pytest
 
 from ds_moe.config.rollout import BUILT_IN_REWARDS, RewardConfig
 from ds_moe.errors import UserError
-from ds_moe.rollout import reward_worker
 from ds_moe.rollout.reward import BUILT_IN, Candidate, RewardPool, Scored, overlong
+from ds_moe.rollout.reward_program.processes import below
+from ds_moe.rollout.reward_program.protocol import WorkerFailed
+from ds_moe.rollout.reward_program.worker import Worker
 from tests.launcher import HANGS_S
 
 TIMEOUT_S = 3.0
@@ -145,17 +147,17 @@ def test_a_slow_keeper_misses_nothing_of_a_worker_that_ends(tmp_path, monkeypatc
     def case(completion):
         return {"completion": completion, "answer": "", "record": {}}
 
-    answers, ends = (reward_worker.Worker(settings, reads) for _ in range(2))
+    answers, ends = (Worker(settings, reads) for _ in range(2))
     with monkeypatch.context() as patched:
         patched.setattr(os, "waitpid", late)
         assert answers.call(case("answers")) == {"values": {"score": 1.0}}
-        with pytest.raises(reward_worker.WorkerFailed, match="ended its process with status 7; it printed last: so lo"):
+        with pytest.raises(WorkerFailed, match="ended its process with status 7; it printed last: so lo"):
             ends.call(case("ends at once"))
     assert answers.is_gone()
 
 
 def below_this_process() -> set[int]:
-    return set(reward_worker.below(os.getpid()))
+    return set(below(os.getpid()))
 
 
 def gone(processes):
@@ -227,9 +229,9 @@ def test_all_processes_end_when_the_trainer_is_killed(tmp_path):
     while not all_there():
         assert trainer.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    processes = reward_worker.below(trainer.pid)
+    processes = below(trainer.pid)
     assert len(processes) >= 7  # its own fork, two keepers, two workers, what two functions left
-    holder = next(one for one in processes if b"runpy" not in Path(f"/proc/{one}/cmdline").read_bytes())
+    holder = next(one for one in processes if b"reward_program" not in Path(f"/proc/{one}/cmdline").read_bytes())
     trainer.kill()
     trainer.wait()
     try:
