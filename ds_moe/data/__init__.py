@@ -13,6 +13,9 @@ packing.py   samples into rows              token_counts.py    exact lengths, me
 batch.py     a micro-batch                  processor.py       what the data need of a processor
 marks.py     texts found in a rendering     message_keys.py    thoughts, tools, weights
 special_tokens.py   which of them texts may write
+rendering.py        what a template writes, and where answers stand in it
+template_probe.py   what a template does, found out by a question and an answer
+video_text.py       frames of videos in a text
 blocks.py    files in pieces, not indexed   windows.py         the order of what is streamed, and places in it
 pools.py     sources that are drawn from     steps.py           steps that loading processes make
 tables.py    blocks of Arrow's rows         streaming.py       what a rank trains on where nothing is indexed
