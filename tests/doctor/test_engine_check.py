@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.doctor.test_doctor import BASE, doctor, edit, healthy, square_in_hub_layout
+from tests.doctor.broken_run import BASE, doctor, edit, square_in_hub_layout
 from tests.rollout.fake_vllm import FakeVllm
 
-__all__ = ["healthy"]
 ENGINE = "rl: {engine: {kind: local, prompts: 16, completions: 4, max_new_tokens: 8}}\n"
 
 
