@@ -1,104 +1,15 @@
-"""Every router against an independent loop in NumPy, its gradients against finite differences, its recompute."""
+"""Every router against an independent loop in NumPy, its gradients against finite differences."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
-from ds_moe.config.moe import MoEConfig
-from ds_moe.errors import UserError
-from ds_moe.models.convert import convert
-from ds_moe.models.presets import build_preset
-from ds_moe.moe.balance import AuxLoss
-from ds_moe.moe.context import ForwardContext
-from ds_moe.moe.decision import Assignments
-from ds_moe.moe.dispatch import LocalDispatcher
-from ds_moe.moe.experts import Experts
-from ds_moe.moe.layer import MoELayer
-from ds_moe.moe.parts import make_router
-from ds_moe.moe.routers.limits import survives_dropout
-from ds_moe.moe.standalone import ExpertChoiceRouter, ExpertRouter, LoadBalancingLoss
-from ds_moe.moe.tape import checkpoint_contexts
 from tests.devices import by_device
-
-D = 12
-quick = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-def router(kind, experts, top_k, seed=0, **keys):
-    weight = 0.4 * torch.randn(experts, D, generator=torch.Generator().manual_seed(seed))
-    made = make_router(kind, torch.nn.Parameter(weight), top_k, **keys)
-    if kind == "noisy_topk":
-        torch.nn.init.normal_(made.noise_weight, generator=torch.Generator().manual_seed(seed + 1))
-    return made
-
-
-def states(tokens, seed=0):
-    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(seed + 100))
-
-
-def table(decision):
-    """{token: {expert: weight}}; no pair may come twice."""
-    pairs = list(zip(decision.token_N.tolist(), decision.expert_N.tolist(), strict=True))
-    assert len(set(pairs)) == len(pairs), "an expert twice in one token"
-    found = {}
-    for (token, expert), weight in zip(pairs, decision.weight_N.tolist(), strict=True):
-        found.setdefault(token, {})[expert] = weight
-    return found
-
-
-def same(decision, expected):
-    ours = table(decision)
-    assert {token: set(experts) for token, experts in ours.items()} == {t: set(e) for t, e in expected.items()}
-    for token, experts in expected.items():
-        for expert, weight in experts.items():
-            assert ours[token][expert] == pytest.approx(weight, rel=2e-5, abs=1e-7)
-
-
-# --- the oracles: float64, one token at a time, as the papers write it
-
-
-def softmax(values):
-    values = np.exp(values - values.max())
-    return values / values.sum()
-
-
-def logits_of(gate, x_TD):
-    return x_TD.cpu().double().numpy() @ gate.weight.detach().cpu().double().numpy().T
-
-
-def oracle_topk(logits, top_k, *, scores, order, normalize, route_scale, groups, top_groups, temperature, bias=0.0):
-    """One token: {expert: weight}."""
-    logits = logits / temperature
-    all_scores = 1 / (1 + np.exp(-logits)) if scores == "sigmoid" else softmax(logits)
-    ranked = all_scores + bias
-    allowed = range(len(logits))
-    if groups is not None:
-        members = np.array_split(np.arange(len(logits)), groups)
-        best = sorted(range(groups), key=lambda g: -sum(sorted(ranked[members[g]])[-2:]))[:top_groups]
-        allowed = [expert for group in best for expert in members[group]]
-    chosen = sorted(allowed, key=lambda expert: -ranked[expert])[:top_k]
-    if order == "topk_then_softmax":
-        weights = softmax(logits[chosen])  # literally; ours divides the scores
-    else:
-        weights = all_scores[chosen] / (all_scores[chosen].sum() if normalize else 1)
-    return {int(expert): weight * route_scale for expert, weight in zip(chosen, weights, strict=True)}
-
-
-PLAIN = {
-    "scores": "softmax",
-    "order": "softmax_then_topk",
-    "normalize": True,
-    "route_scale": 1.0,
-    "groups": None,
-    "top_groups": None,
-    "temperature": 1.0,
-}
+from tests.moe.routing import PLAIN, D, logits_of, oracle_topk, quick, router, same, softmax, some_tokens, states, table
 
 
 @st.composite
@@ -124,12 +35,6 @@ def topk_cases(draw):
     }
     top_k = draw(st.sampled_from(sorted({1, min(2, reachable), reachable})))
     return experts, top_k, keys, draw(st.integers(0, 9)), draw(st.integers(0, 10**6)), draw(st.floats(0, 1))
-
-
-def some_tokens(tokens, seed, share):
-    """Indices of the real tokens, none of them to all; None where all are, half of the time."""
-    real = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < share
-    return None if bool(real.all()) and seed % 2 else real.nonzero().squeeze(1)
 
 
 @by_device
@@ -223,64 +128,6 @@ def test_hash_is_the_same_everywhere_and_spreads(experts, top_k):
     assert (counts - 512).abs().max() < 5 * 512**0.5  # sd 22.6 of draws by chance
 
 
-# --- capacity and dropout
-
-
-@quick
-@given(st.integers(1, 6), st.integers(0, 25), st.floats(0.1, 2), st.sampled_from(["position", "score"]), st.data())
-def test_capacity_refuses_the_later_or_the_lower(experts, tokens, factor, drop, data):
-    top_k = data.draw(st.sampled_from(sorted({1, min(2, experts), experts})))
-    seed, normalize = data.draw(st.integers(0, 10**6)), data.draw(st.booleans())
-    limited = router("topk", experts, top_k, seed, normalize=normalize, capacity_factor=factor, drop=drop)
-    x, token_V = states(tokens, seed), some_tokens(tokens, seed, 0.8)
-    decision, whole = limited(x, token_V), router("topk", experts, top_k, seed)(x, token_V)
-    routed = tokens if token_V is None else token_V.numel()
-    limit = math.ceil(round(factor * routed * top_k / experts, 6))
-    scores, kept = whole.scores_TE.detach().numpy(), {}
-    for expert in range(experts):
-        rows = whole.token_N[whole.expert_N == expert].tolist()
-        for token in sorted(rows, key=lambda t: t if drop == "position" else -scores[t, expert])[:limit]:
-            kept.setdefault(token, {})[expert] = float(scores[token, expert])
-    if normalize:  # over what is kept
-        kept = {t: {e: weight / sum(found.values()) for e, weight in found.items()} for t, found in kept.items()}
-    same(decision, kept)
-    assert decision.dropped == whole.token_N.numel() - decision.token_N.numel()
-    assert torch.bincount(decision.expert_N, minlength=experts).max() <= limit
-
-
-@quick
-@given(st.integers(0, 40), st.floats(0, 0.99), st.integers(0, 10**6))
-def test_dropout_never_takes_all_of_a_token(tokens, probability, seed):
-    for kind in ("topk", "expert_choice", "hash"):
-        gate = router(kind, 6, 3, seed, expert_dropout=probability)
-        whole = gate.eval()(states(tokens, seed))
-        torch.manual_seed(seed)
-        decision = gate.train()(states(tokens, seed))
-        assert set(table(decision)) == set(table(whole))
-        for token, experts in table(decision).items():
-            assert set(experts) <= set(table(whole)[token])
-            if kind == "topk":
-                assert sum(experts.values()) == pytest.approx(1, rel=1e-5)
-        assert decision.dropped == 0 and gate.eval()(states(tokens, seed)).seed is None
-
-
-def test_dropout_drops_the_share_it_says():
-    token_N = torch.arange(4000).repeat_interleave(8)
-    kept = survives_dropout(token_N, 4000, 0.25, torch.Generator().manual_seed(0))
-    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.008)  # sd .0024; 2e-5 of the tokens are rescued
-
-
-def test_a_full_layer_may_leave_a_token_without_expert_but_not_in_evaluation():
-    gate = router("topk", 4, 2, capacity_factor=0.25)
-    assert gate.eval()(states(16)).token_N.numel() == 32
-    decision = gate.train()(states(16))
-    assert decision.dropped == 32 - decision.token_N.numel() > 0
-    assert len(table(decision)) < 16  # these tokens pass by the experts: the residual stream carries them
-
-
-# --- gradients
-
-
 @by_device
 @pytest.mark.parametrize(
     "kind, keys",
@@ -331,81 +178,6 @@ def test_padding_gets_no_noise_gradient_and_no_assignment():
     assert decision.token_N.numel() == 0 and gate.weight.grad.abs().max() == 0
 
 
-# --- recompute
-
-RANDOM = {
-    "topk": {"expert_dropout": 0.4, "jitter_noise": 0.1, "capacity_factor": 0.8, "drop": "score"},
-    "noisy_topk": {"expert_dropout": 0.3, "jitter_noise": 0.1},
-    "expert_choice": {"expert_dropout": 0.3, "jitter_noise": 0.1},
-    "hash": {"expert_dropout": 0.3},
-    "balanced": {"expert_dropout": 0.3, "capacity_factor": 0.9},
-}
-
-
-class TwoLayers(torch.nn.Module):
-    """Two MoE layers in one checkpointed region, and a dropout between and behind them that draws numbers too."""
-
-    def __init__(self, kind):
-        super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        context = ForwardContext()
-        self.layers = torch.nn.ModuleList()
-        for index in range(2):
-            gate_up, down = (
-                torch.nn.Parameter(torch.randn(*shape, generator=generator) * 0.3) for shape in ((6, 20, D), (6, D, 10))
-            )
-            experts = Experts(gate_up, down, "reference")
-            gate = router(kind, 6, 2, index, **RANDOM[kind])
-            layer = MoELayer(gate, experts, LocalDispatcher(), context, index, balancers=[AuxLoss(0.5)])
-            self.layers.append(layer)
-
-    def forward(self, x_BSD):
-        for layer in self.layers:
-            x_BSD = torch.nn.functional.dropout(x_BSD + layer(x_BSD), 0.2)
-        return x_BSD
-
-
-@by_device
-@pytest.mark.parametrize("kind", RANDOM)
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_recompute_is_bit_equal_with_all_that_is_random(kind, padded, interrupted, device):
-    """`interrupted`: the random state moves between forward and backward, as a second micro-batch would move it."""
-    plain, recomputed = TwoLayers(kind).to(device), TwoLayers(kind).to(device)
-    x = states(21).view(3, 7, D).to(device)
-    mask = torch.ones(3, 7, device=device)
-    mask[1, 4:] = 0
-    results = []
-    for model, again in ((plain, False), (recomputed, True)):
-        torch.manual_seed(5)
-        model.layers[0].context.begin(mask if padded else None, None)
-        x_ = x.clone().requires_grad_()
-        y = checkpoint(model, x_, use_reentrant=False, context_fn=checkpoint_contexts) if again else model(x_)
-        losses = sum(model.layers[0].context.aux_losses)
-        after_forward = torch.get_rng_state()
-        if interrupted:
-            torch.rand(17)
-        (y.square().sum() + losses).backward()
-        results.append((y, x_.grad, [p.grad for p in model.parameters() if p.grad is not None], after_forward))
-        assert [layer.load.take() is not None for layer in model.layers] == [True, True]
-    (y1, x1, grads1, state1), (y2, x2, grads2, state2) = results
-    assert torch.equal(y1, y2) and torch.equal(x1, x2) and torch.equal(state1, state2)
-    assert len(grads1) == len(grads2) and all(map(torch.equal, grads1, grads2))
-    fixed = kind in ("hash", "balanced")
-    assert (plain.layers[0].gate.weight.grad is None) == fixed
-
-
-def test_a_recompute_does_not_depend_on_the_restored_random_state():
-    """Also where torch does not restore it: the seed is on the tape. The negative control loses it."""
-    gate, x = router("noisy_topk", 6, 2, jitter_noise=0.3), states(9)
-    torch.manual_seed(1)
-    first = gate.train()(x)
-    again = gate(x, None, first.chosen)
-    assert torch.equal(first.weight_N, again.weight_N) and torch.equal(first.scores_TE, again.scores_TE)
-    lost = gate(x, None, Assignments(first.token_N, first.expert_N))
-    assert not torch.equal(first.weight_N, lost.weight_N)
-
-
 def test_a_given_choice_is_weighed_with_live_scores():
     """Replay: the selection is another router's, the weights are this one's."""
     gate, x = router("topk", 6, 2), states(7)
@@ -430,132 +202,6 @@ def test_a_given_choice_is_weighed_with_live_scores():
 def test_what_a_router_cannot_do_is_refused(keys):
     with pytest.raises(ValueError):
         router("topk", 8, 2, **keys)
-
-
-# --- the names people look for
-
-
-@pytest.mark.parametrize("gating_type", ["softmax", "sigmoid", "noisy_top_k"])
-def test_expert_router_gives_weights_indices_and_a_loss(gating_type):
-    torch.manual_seed(0)
-    noise = {"noise_std": 0.5} if gating_type == "noisy_top_k" else {}
-    front = ExpertRouter(D, 6, 2, gating_type, temperature=0.8, **noise).eval()
-    x = states(12).view(3, 4, D)
-    weights, indices, loss = front(x)
-    scores = "sigmoid" if gating_type == "sigmoid" else "softmax"
-    keys = PLAIN | {"scores": scores, "temperature": 0.8}
-    for token, row in enumerate(logits_of(front.router, x.view(-1, D))):
-        expected = oracle_topk(row, 2, **keys)
-        found = dict(zip(indices.view(-1, 2)[token].tolist(), weights.view(-1, 2)[token].tolist(), strict=True))
-        assert found == pytest.approx(expected, rel=1e-5)
-    assert weights.shape == indices.shape == (3, 4, 2)
-    if gating_type == "softmax":
-        logits = torch.tensor(logits_of(front.router, x)).float() / 0.8
-        assert LoadBalancingLoss(6, "standard", 1.0)(logits, indices).item() == pytest.approx(loss.item(), rel=1e-5)
-    (weights.square().sum() + loss).backward()
-    assert front.router.weight.grad.abs().max() > 0
-
-
-def test_expert_router_marks_slots_without_an_expert():
-    front = ExpertRouter(D, 6, 3, expert_dropout=0.6).train()
-    mask = torch.ones(2, 5)
-    mask[1, 3:] = 0
-    weights, indices, _ = front(states(10).view(2, 5, D), mask)
-    assert ((indices >= 0).sum(-1).bool() == mask.bool()).all() and ((indices < 0) == (weights == 0)).all()
-    torch.testing.assert_close(weights.sum(-1), mask)
-    assert (indices < 0).sum() > 6  # dropout took something beside the padding
-
-
-def test_expert_choice_router_gives_each_experts_tokens():
-    front = ExpertChoiceRouter(D, 4, capacity_factor=2.0)
-    weights, tokens, scores = front(states(10).view(2, 5, D))
-    assert weights.shape == tokens.shape == (4, 5) and scores.shape == (10, 4)
-    assert torch.equal(weights, scores.t().gather(1, tokens)) and torch.equal(weights, scores.t().topk(5).values)
-
-
-def test_load_balancing_losses_by_hand():
-    logits = states(6)[:, :4].view(2, 3, 4).clone().requires_grad_()
-    indices = logits.topk(2).indices
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    scores = logits.detach().double().softmax(-1).numpy()
-
-    def aux(cells):
-        used, mean = np.zeros(4), np.zeros(4)
-        for cell in cells:
-            used[indices[cell].numpy()] += 1 / len(cells)
-            mean += scores[cell] / len(cells)
-        return 4 * (used * mean).sum()
-
-    first, second = [(0, 0), (0, 1), (0, 2)], [(1, 0)]
-    expected = {"standard": aux(first + second), "sequence": (aux(first) + aux(second)) / 2}
-    expected["z_loss"] = np.mean([np.log(np.exp(logits[c].detach().numpy()).sum()) ** 2 for c in first + second])
-    for kind, value in expected.items():
-        loss = LoadBalancingLoss(4, kind, 0.1)(logits, indices, mask)
-        assert loss.item() == pytest.approx(0.1 * value, rel=1e-5)
-        loss.backward(retain_graph=True)
-    assert logits.grad[1, 1:].abs().max() == 0
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="gating_type"):
-        ExpertRouter(D, 4, 2, "magic")
-    with pytest.raises(ValueError, match="noise_std"):
-        ExpertRouter(D, 4, 2, "softmax", noise_std=1.0)
-    with pytest.raises(ValueError, match="loss_type"):
-        LoadBalancingLoss(4, "magic")
-
-
-# --- in a converted model
-
-RUNS = {
-    "topk": {"scores": "sigmoid", "groups": 4, "top_groups": 2, "capacity_factor": 1.0, "drop": "score"},
-    "noisy_topk": {"expert_dropout": 0.2, "jitter_noise": 0.1},
-    "expert_choice": {"allow_noncausal": True},
-    "hash": {},
-    "balanced": {"top_k": 3},
-}
-
-
-@pytest.mark.parametrize("kind", RUNS)
-def test_a_converted_model_trains_with_every_kind_recomputed_or_not(kind):
-    torch.manual_seed(0)
-    ids = torch.randint(20, 200, (2, 12))
-    mask = torch.ones_like(ids)
-    mask[1, 8:] = 0
-    grads = []
-    for recomputed in (False, True):
-        model = build_preset("tiny-moe").train()
-        convert(model, MoEConfig(router={"kind": kind, **RUNS[kind]}))
-        if recomputed:
-            arguments = {"use_reentrant": False, "context_fn": checkpoint_contexts}
-            model.activation_checkpointing_enable(arguments)
-        torch.manual_seed(1)
-        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
-        grads.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        assert torch.equal(grad, grads[1][name]), name
-    gates = [name.rpartition(".")[2] for name in grads[0] if ".gate." in name]
-    expected = {"noisy_topk": ["noise_weight", "weight"], "hash": [], "balanced": []}.get(kind, ["weight"])
-    assert sorted(set(gates)) == expected  # a gate that is not used is frozen: no decay, no moments
-    assert all(grad.abs().max() > 0 for name, grad in grads[0].items() if ".gate." in name)
-
-
-def test_expert_choice_is_refused_where_it_would_leak_or_generate():
-    with pytest.raises(UserError, match="leaks the future"):
-        convert(build_preset("tiny-moe"), MoEConfig(router={"kind": "expert_choice"}))
-    model = build_preset("tiny-moe").eval()
-    convert(model, MoEConfig(router={"kind": "expert_choice", "allow_noncausal": True}))
-    ids = torch.randint(20, 200, (1, 6))
-    assert model(input_ids=ids, labels=ids).loss.isfinite()
-    for use_cache in (True, False):
-        with pytest.raises(UserError, match="expert_choice cannot generate"):
-            model.generate(input_ids=ids, max_new_tokens=2, use_cache=use_cache)
-    with pytest.raises(UserError, match="expert_choice cannot generate"):
-        model(input_ids=ids, past_key_values=DynamicCache(config=model.config))
-
-
-# --- negative controls: the oracles above can fail
 
 
 def test_the_oracles_notice_a_wrong_router():

@@ -1,8 +1,7 @@
-"""`MoELayer.build` and `ExpertRouter` as somebody's own loop uses them: what it learns, computes, refuses and keeps."""
+"""`MoELayer.build` as somebody's own loop uses it: what it learns, computes, refuses and keeps."""
 
 import copy
 import pickle
-import re
 import subprocess
 import sys
 import warnings
@@ -18,6 +17,7 @@ from ds_moe.moe.layer import MANY_FORWARDS
 from ds_moe.moe.tape import checkpoint_contexts
 from tests.distributed import standalone_ranks
 from tests.launcher import run_ranks
+from tests.moe.routing import max_vio
 
 D, WIDTH, E, K = 20, 12, 7, 2  # an odd number of experts, nothing square
 STEPS, LAST = 200, 40
@@ -26,10 +26,6 @@ STEPS, LAST = 200, 40
 def build(seed=0, **keys):
     torch.manual_seed(seed)
     return MoELayer.build(**({"dim": D, "width": WIDTH, "experts": E, "top_k": K} | keys))
-
-
-def max_vio(counts_E):
-    return (counts_E.max() / counts_E.float().mean() - 1).item()
 
 
 def trained(**keys):
@@ -379,66 +375,6 @@ def test_no_deepspeed_is_imported_and_help_points_there():
     assert "help(MoELayer.build)" in ds_moe.__doc__ and "loss_free" in MoELayer.build.__doc__
 
 
-# --- the router of common write-ups
-
-
-class WriteUp(torch.nn.Module):
-    """An MoE as blogs write it: a router that returns three things, and a loop over the experts."""
-
-    def __init__(self, **keys):
-        super().__init__()
-        torch.manual_seed(0)
-        self.router = ExpertRouter(dim=D, num_experts=E, top_k=K, **keys)
-        self.experts = torch.nn.ModuleList(
-            torch.nn.Sequential(torch.nn.Linear(D, WIDTH), torch.nn.SiLU(), torch.nn.Linear(WIDTH, D)) for _ in range(E)
-        )
-
-    def forward(self, x):
-        x = x.flatten(0, 1)
-        weights, indices, self.aux = self.router(x)
-        self.counts_E = torch.bincount(indices.flatten(), minlength=E)
-        y = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = (indices == e).nonzero(as_tuple=True)
-            y = y.index_add(0, token, expert(x[token]) * weights[token, slot].unsqueeze(-1))
-        return y
-
-
-def test_a_router_in_a_loop_of_ones_own_is_balanced_by_its_bias():
-    after = {}
-    for rate in (None, 1e-2):
-        model, generator = WriteUp(loss_free=rate), torch.Generator().manual_seed(1)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        shared, counts = torch.randn(D, generator=generator), []
-        for _ in range(100):
-            x = torch.randn(4, 64, D, generator=generator) + shared
-            F.mse_loss(model(x), x.flatten(0, 1).roll(1, -1)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            model.router.end_step()
-            counts.append(model.counts_E)
-        after[rate] = max_vio(sum(counts[-20:]))
-    assert after[1e-2] < 0.2 and after[None] > 0.5
-
-
-def test_a_router_counts_in_training_only_and_takes_flat_tokens():
-    router = ExpertRouter(dim=D, num_experts=E, top_k=K, loss_free=1e-2)
-    x, mask = torch.randn(2, 9, D), torch.ones(2, 9)
-    mask[1, 4:] = 0
-    weights, indices, aux = router(x, mask)
-    flat = router(x.view(-1, D), mask.view(-1))
-    assert weights.shape == (2, 9, K) and flat[0].shape == (18, K)
-    assert torch.equal(weights.view(-1, K), flat[0]) and torch.equal(indices.view(-1, K), flat[1]) and aux == flat[2]
-    balancing = router.router.balancing
-    assert balancing.counts_E.sum() == 2 * K * 13
-    router.eval()(x)
-    assert balancing.counts_E.sum() == 2 * K * 13
-    router.end_step()
-    assert balancing.bias_E.abs().max() > 0 and "router.balancing.bias_E" in router.state_dict()
-    with pytest.raises(TypeError, match="num_experts=7.0 must be a whole number"):
-        ExpertRouter(dim=D, num_experts=7.0, top_k=K)
-
-
 @pytest.mark.slow
 def test_under_ddp_the_bias_counts_all_ranks():
     """Two ranks of two micro-batches against one process with everything; DDP's broadcast of buffers breaks it."""
@@ -491,33 +427,3 @@ def test_copies_of_a_layer_are_layers_of_their_own_in_a_checkpointed_region(copi
         layer.aux_loss()
     y = checkpoint(stacked, x, use_reentrant=False, context_fn=checkpoint_contexts)
     assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], plain)
-
-
-@pytest.mark.parametrize(
-    ("keys", "complaint"),
-    [
-        ({"jitter_noise": -1.0}, "jitter_noise=-1.0 must be greater than or equal to 0"),
-        ({"temperature": 0}, "temperature=0 must be greater than 0"),
-        ({"temperature": "hot"}, "temperature='hot' must be a valid number"),
-        ({"expert_dropout": 1.5}, "expert_dropout=1.5 must be less than 1"),
-        ({"gating_type": "noisy_top_k", "noise_std": -1.0}, "noise_std=-1.0 must be greater than 0"),
-    ],
-)
-def test_a_router_refuses_settings_out_of_range(keys, complaint):
-    with pytest.raises((TypeError, ValueError), match=re.escape(complaint)):
-        ExpertRouter(D, E, K, **keys)
-
-
-@pytest.mark.parametrize(
-    ("x", "mask"),
-    [
-        (torch.ones(3, D), torch.ones(2)),  # the third token would have been taken for padding
-        (torch.ones(3, D), torch.ones(4)),
-        (torch.ones(2, 3, D), torch.ones(6)),
-        (torch.ones(3, D + 1), None),
-        (torch.ones(D), None),
-    ],
-)
-def test_a_router_refuses_shapes_that_do_not_fit(x, mask):
-    with pytest.raises(ValueError, match="must be"):
-        ExpertRouter(D, E, K)(x, mask)
