@@ -22,6 +22,7 @@ from ds_moe.data.images import ImageSource
 from ds_moe.data.record_kind import CHAT, RecordKind, SourceFacts
 
 Split = Literal["train", "held-out"]
+SPLIT_KEYS: dict[Split, str] = {"train": "data.train", "held-out": "data.eval"}
 
 QUESTIONS: dict[str, list[str]] = {
     "digit": [

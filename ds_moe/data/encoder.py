@@ -16,8 +16,7 @@ from ds_moe.data.prepared.folder import Prepared
 from ds_moe.data.prepared.stamps import stamps_now
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import Records, RecordsByIndex, images_of
-from ds_moe.data.special_tokens import check_content_tokens
-from ds_moe.errors import UserError
+from ds_moe.data.special_tokens import content_tokens_of
 
 CACHE_BYTES = 128 * 2**20  # of encoded samples that a process keeps, so that small data are encoded once
 FILLER_SAMPLE = Sample((Turn("user", ("",)), Turn("assistant", ("",))), where="filler")
@@ -45,11 +44,7 @@ class Encoder:
         self._prepared = prepared
         self.aside: str | None = None
         self._data, self._records, self._processor = config.data, records, with_byte_patches(processor)
-        try:
-            check_content_tokens(processor, config.data.content_tokens)
-        except UserError as error:
-            raise UserError(f"{config.at('data.content_tokens')}: {error}") from error
-        self._rules = TokenRules(config.data.train_on, tuple(config.data.content_tokens), config.data.video)
+        self._rules = TokenRules(config.data.train_on, content_tokens_of(config, processor), config.data.video)
         self._cache: dict[int, Encoded] = {FILLER: filler(processor)}
         self._cache_bytes, self._cached_bytes = CACHE_BYTES if cache_bytes is None else cache_bytes, 0
 

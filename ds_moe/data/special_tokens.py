@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from ds_moe.config.run import RunConfig
 from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError
 
@@ -33,6 +34,16 @@ def text_of(ids: list[int], processor: Processor, content_tokens: Sequence[str] 
     kept = (*content_tokens, *THINK_TAGS)
     hidden = {index for token, index in special_ids(processor).items() if token not in kept}
     return str(processor.tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False))
+
+
+def content_tokens_of(config: RunConfig, processor: Processor) -> tuple[str, ...]:
+    """What `data.content_tokens` names. Raises `UserError` as `check_content_tokens`, with the place of the key."""
+    tokens = tuple(config.data.content_tokens)
+    try:
+        check_content_tokens(processor, tokens)
+    except UserError as error:
+        raise UserError(f"{config.at('data.content_tokens')}: {error}") from error
+    return tokens
 
 
 def check_content_tokens(processor: Processor, tokens: Sequence[str]) -> None:

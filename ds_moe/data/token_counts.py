@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ds_moe.config.run import RunConfig
 from ds_moe.data.chat import BadRecord
-from ds_moe.data.digits import Split
+from ds_moe.data.digits import SPLIT_KEYS, Split
 from ds_moe.data.encode import Encoded
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.fingerprint import fingerprint, key_of
@@ -140,7 +140,7 @@ class _Chunks(Dataset):
 
 def _measured(config: RunConfig, split: Split, records: Records, encoder: Encoder, file: Path) -> TokenCounts:
     began = shown = time.monotonic()
-    chunks, name = _Chunks(encoder, len(records)), "data.train" if split == "train" else "data.eval"
+    chunks, name = _Chunks(encoder, len(records)), SPLIT_KEYS[split]
     # The loading processes of the other ranks of this host have nothing to do meanwhile.
     workers = config.data.num_workers * (ranks_of_host() or 1)
     workers = min(workers, len(chunks)) if len(chunks) > 1 else 0

@@ -10,7 +10,7 @@ from ds_moe.config.rules.engine import engine_of
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import load_run
 from ds_moe.config.sections import Sources, sources_named
-from ds_moe.data.digits import Split
+from ds_moe.data.digits import SPLIT_KEYS, Split
 from ds_moe.data.fingerprint import Facts
 from ds_moe.data.prepared.folder import Prepared
 from ds_moe.data.prepared.make import prepare
@@ -51,7 +51,7 @@ def prepare_data(run: str, overrides: list[str], pixels: bool | None, workers: i
         )
         data = config.data.model_copy(update={"on_bad_record": "skip"})  # all of them are in the report
         records = open_records(given, split, data, Path(config.train.output_dir) / DATA_CACHE, of_task)
-        print(f"{'data.train' if split == 'train' else 'data.eval'}: {sources_named(given)}, {len(records):,} records")
+        print(f"{SPLIT_KEYS[split]}: {sources_named(given)}, {len(records):,} records")
         prepared = prepare(
             config, split, records, processor, pixels, workers, lambda line: print(f"  {line}", flush=True)
         )

@@ -3,7 +3,7 @@
 import json
 
 from ds_moe.config.run import RunConfig
-from ds_moe.data.digits import Split
+from ds_moe.data.digits import SPLIT_KEYS, Split
 from ds_moe.data.fingerprint import Fingerprint, difference, fingerprint
 from ds_moe.data.prepared.folder import INDEX, Prepared, folder_of, open_prepared, prepared_in, read_index
 from ds_moe.data.prepared.shards import Damaged
@@ -17,7 +17,7 @@ def find_prepared(
     config: RunConfig, split: Split, records: Records, processor: Processor
 ) -> tuple[Prepared | None, str | None]:
     """(the prepared records of a run, None where there are none that match; a line about that for its summary)."""
-    place, name = prepared_in(config), "data.train" if split == "train" else "data.eval"
+    place, name = prepared_in(config), SPLIT_KEYS[split]
     try:
         there = [path for path in sorted(place.glob(f"{split}-*")) if (path / INDEX).is_file()]
     except OSError:

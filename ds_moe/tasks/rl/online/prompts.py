@@ -16,7 +16,7 @@ from ds_moe.data.marks import plain_message
 from ds_moe.data.position import epoch_order_of
 from ds_moe.data.processor import Processor
 from ds_moe.data.records import records_of
-from ds_moe.data.special_tokens import check_content_tokens
+from ds_moe.data.special_tokens import content_tokens_of
 from ds_moe.errors import UserError
 from ds_moe.rollout.engine import Prompt
 from ds_moe.tasks.rl.rollout_record import without_videos
@@ -43,11 +43,7 @@ class Prompts:
         self._data, self._engine, self._processor = config.data, engine, processor
         self.records = records_of(config, "train")
         self._order = epoch_order_of(config, self.records)
-        try:
-            check_content_tokens(processor, config.data.content_tokens)
-        except UserError as error:
-            raise UserError(f"{config.at('data.content_tokens')}: {error}") from error
-        self._rules = TokenRules("last", tuple(config.data.content_tokens))
+        self._rules = TokenRules("last", content_tokens_of(config, processor))
         self.log = BadRecordLog(config, list(self.records.bad), rank)
 
     def __len__(self) -> int:
