@@ -45,7 +45,9 @@ class Unshared(DeepSpeedZeroOptimizer_Stage3):
         if not get_accelerator().resolves_data_dependency():
             self.reduce_and_partition_stream.wait_stream(get_accelerator().current_stream())
         with get_accelerator().stream(self.reduce_and_partition_stream):
-            if self.offload_optimizer:  # moves it to the host, and at the end of a step to Adam
+            if self._goes_to_adam_at_once(param, buffer, grad):
+                self._to_offloaded_adam(param, grad, share)
+            elif self.offload_optimizer:  # moves it to the host, and at the end of a step to Adam
                 self.partition_grads([param], [grad.mul_(share)])
             elif self.micro_step_id > 0:
                 buffer.add_(grad, alpha=share)
@@ -56,6 +58,25 @@ class Unshared(DeepSpeedZeroOptimizer_Stage3):
             if not get_accelerator().is_synchronized_device():
                 grad.record_stream(get_accelerator().current_stream())
         param.grad = None
+
+    def _goes_to_adam_at_once(self, param: nn.Parameter, buffer: Tensor, grad: Tensor) -> bool:
+        """Whether the gradient is a whole step's, its optimizer in host memory, and no buffer would round it."""
+        if not self.offload_optimizer or self.micro_step_id > 0 or not self.is_gradient_accumulation_boundary():
+            return False
+        group, _, _ = self.grad_position[self.get_param_id(param)]
+        return buffer.dtype in (grad.dtype, torch.float32) and not self._swappable_optimizer_subgroup(group)
+
+    def _to_offloaded_adam(self, param: nn.Parameter, grad: Tensor, share: float) -> None:
+        """Write a gradient where the host's Adam reads it, and note its norm, without the stored copy between them."""
+        self._offload_boundary_param_ids.add(param.ds_id)
+        group, start, _ = self.grad_position[self.get_param_id(param)]
+        target = self.fp32_partitioned_groups_flat[group].grad.narrow(0, start, grad.numel())
+        if grad.dtype == target.dtype and grad.device == target.device:
+            norm = _norm(torch.mul(grad, share, out=target))
+        else:
+            norm = _norm(grad.mul_(share))
+            target.copy_(grad, non_blocking=True)
+        self.norm_for_param_grads[self.get_param_id(param)] = norm
 
     def _constant_buffered_norm2(self, input: Tensor, buffer_size: int = 0) -> Tensor:
         """The norm of one gradient, of an optimizer that is offloaded."""

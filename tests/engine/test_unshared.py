@@ -16,13 +16,13 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 SMALL = {"reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000}
 
 
-def trained(spared, steps=3, clipping=0.0, bf16=False, **zero):
-    """Weights and norms after steps of two micro-batches, with a second weight that a step may not use."""
+def trained(spared, steps=3, clipping=0.0, bf16=False, micro_batches=2, **zero):
+    """Weights and norms after steps of some micro-batches, with a second weight that a step may not use."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 10), nn.SiLU(), nn.Linear(10, 4, bias=False))
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        **{"gradient_accumulation_steps": 2, "gradient_clipping": clipping},
+        **{"gradient_accumulation_steps": micro_batches, "gradient_clipping": clipping},
         **{"bf16": {"enabled": bf16}, "data_types": {"grad_accum_dtype": "fp32"}},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **SMALL, **zero},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
@@ -33,7 +33,7 @@ def trained(spared, steps=3, clipping=0.0, bf16=False, **zero):
         spare_copies(engine)
     norms, data = [], torch.Generator().manual_seed(1)
     for _ in range(steps):
-        for _ in range(2):
+        for _ in range(micro_batches):
             x = torch.randn(3, 6, generator=data).to(torch.bfloat16 if bf16 else torch.float32)
             engine.backward(engine(x).square().sum())
             engine.step()
@@ -50,9 +50,10 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
     [{}, {"bf16": True}, {"clipping": 1e9}, {"sub_group_size": 60}, OFFLOAD, OFFLOAD | {"bf16": True}],
     ids=str,
 )
-def test_weights_are_bit_for_bit_those_of_deepspeed(settings):
-    engine, weights, norms = trained(True, **settings)
-    plain, expected, expected_norms = trained(False, **settings)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_weights_are_bit_for_bit_those_of_deepspeed(settings, micro_batches):
+    engine, weights, norms = trained(True, micro_batches=micro_batches, **settings)
+    plain, expected, expected_norms = trained(False, micro_batches=micro_batches, **settings)
     assert type(engine.optimizer) is Unshared and type(plain.optimizer) is DeepSpeedZeroOptimizer_Stage3
     assert all(map(torch.equal, weights, expected))
     assert norms == pytest.approx(expected_norms, rel=1e-12) and norms[0] > 0
@@ -81,6 +82,15 @@ def test_gradients_are_read_where_they_were_written(monkeypatch):
     assert buffer.any() and buffer.numel() == sum(parameter.ds_numel for parameter in engine.module.parameters())
     with pytest.raises(AssertionError, match="nobody needs"):
         trained(False)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_offloaded_gradient_is_stored_only_between_micro_batches(bf16):
+    engine, _, _ = trained(True, micro_batches=1, bf16=bf16, **OFFLOAD)
+    assert not engine.optimizer.grad_partitions_flat_buffer.any()
+    assert all(flat.grad.any() for flat in engine.optimizer.fp32_partitioned_groups_flat)
+    engine, _, _ = trained(True, micro_batches=2, bf16=bf16, **OFFLOAD)
+    assert engine.optimizer.grad_partitions_flat_buffer.any()
 
 
 @pytest.mark.parametrize("size", [0, 1, NORM_BLOCK - 1, NORM_BLOCK + 1, 3 * NORM_BLOCK])
