@@ -57,6 +57,19 @@ def run_config(tmp_path):
     return build
 
 
+def spoil(path, folder, *broken):
+    """Of a file of records line 4 gets a truncated image, line 8 is over-long, and lines `broken` are broken JSON."""
+    Image.effect_noise((16, 16), 90).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:-60])
+    lines = path.read_text().splitlines()
+    lines[3] = lines[3].replace("a.png", "cut.png")
+    lines[7] = lines[7].replace("Is this", "Is this a very long question indeed, which goes on and on, " * 9, 1)
+    for number in broken:
+        lines[number - 1] = lines[number - 1][:-9]
+    path.write_text("\n".join(lines))
+    return path
+
+
 def chat(question, answer="yes"):
     """A record with one question and one answer."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}

@@ -13,6 +13,20 @@ from ds_moe.data.batch import NO_LOSS
 Reader = Callable[[Any, int], Iterator[tuple[list[str], Any]]]
 
 
+def read_on(streams: list, state: Any, processor) -> Iterator[tuple[list[str], Any]]:
+    """What a `Reader` gives, of the streams of all ranks: they go on from a state together, and have one place."""
+    for stream in streams if state is not None else ():
+        stream.load_state_dict(state)
+    try:
+        for step in zip(*streams, strict=True):
+            states = [stream.state_dict() for stream in streams]
+            assert all(one == states[0] for one in states)
+            yield sorted(str(a) for rank in step for batch in rank for a in answers(batch, processor)), states[0]
+    finally:
+        for stream in streams:
+            stream.close()
+
+
 def never_stopped(reader: Reader, steps: int) -> list[list[str]]:
     """The samples of each step."""
     return [samples for samples, _ in islice(reader(None, 0), steps)]

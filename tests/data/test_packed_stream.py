@@ -13,7 +13,7 @@ from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.records import DATA_CACHE
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
-from tests.records import chat
+from tests.records import chat, spoil
 
 RECORDS, BATCH, CAPACITY = 21, 8, 160
 STEPS = 3  # an epoch
@@ -159,14 +159,7 @@ def test_a_change_of_the_rows_is_no_resume(path, packed_config, processor):
 
 @pytest.fixture
 def with_bad(path, folder):
-    """Line 4 has a truncated image, line 8 is over-long."""
-    Image.effect_noise((16, 16), 90).save(folder / "cut.png")
-    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:-60])
-    lines = path.read_text().splitlines()
-    lines[3] = lines[3].replace("a.png", "cut.png")
-    lines[7] = lines[7].replace("Is this", "Is this a very long question indeed, which goes on and on, " * 9, 1)
-    path.write_text("\n".join(lines))
-    return path
+    return spoil(path, folder)
 
 
 def test_bad_records_are_skipped_and_listed_once(with_bad, packed_config, processor, tmp_path):

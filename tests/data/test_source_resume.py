@@ -9,7 +9,7 @@ import pytest
 
 from ds_moe.data.stream import TrainStream
 from tests.data.sources import FORMS, hub_cache, lines, records
-from tests.data.streams import answers, killed_at, never_stopped, random_points
+from tests.data.streams import killed_at, never_stopped, random_points, read_on
 
 RECORDS, STEPS = 47, 60  # with steps of 6: an epoch ends within every eighth step
 
@@ -46,16 +46,7 @@ def reader(train, run_config, processor, ranks, workers, **data):
         options = {"train": train, "max_length": 128, "num_workers": workers[start % len(workers)], **data}
         config = run_config("x", options, micro_batch_size=1, global_batch_size=6)
         streams = [TrainStream(config, processor, rank=rank, world_size=world) for rank in range(world)]
-        for stream in streams if state is not None else ():
-            stream.load_state_dict(state)
-        try:
-            for step in zip(*streams, strict=True):
-                states = [stream.state_dict() for stream in streams]
-                assert all(one == states[0] for one in states)
-                yield sorted(str(a) for rank in step for batch in rank for a in answers(batch, processor)), states[0]
-        finally:
-            for stream in streams:
-                stream.close()
+        return read_on(streams, state, processor)
 
     return read
 

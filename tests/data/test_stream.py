@@ -12,7 +12,6 @@ from multiprocessing import forkserver
 import psutil
 import pytest
 import torch
-from PIL import Image
 
 from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.chat import BadRecord
@@ -26,7 +25,7 @@ from ds_moe.errors import UserError
 from ds_moe.faults.signals import SIGNALS
 from ds_moe.training.set_up import forget_earlier_run
 from tests.launcher import HANGS_S, ROOT
-from tests.records import chat
+from tests.records import chat, spoil
 
 RECORDS = 21  # with a global batch of 8: three steps an epoch, the last with three fillers
 STEPS = 3
@@ -225,15 +224,7 @@ def test_batch_arithmetic_is_checked(path, run_config, processor):
 
 @pytest.fixture
 def with_bad(path, folder):
-    """Line 4 has a truncated image, line 8 is over-long, line 12 is broken JSON."""
-    Image.effect_noise((16, 16), 90).save(folder / "cut.png")
-    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:-60])
-    lines = path.read_text().splitlines()
-    lines[3] = lines[3].replace("a.png", "cut.png")
-    lines[7] = lines[7].replace("Is this", "Is this a very long question indeed, which goes on and on, " * 9, 1)
-    lines[11] = lines[11][:-9]
-    path.write_text("\n".join(lines))
-    return path
+    return spoil(path, folder, 12)
 
 
 LIMITS = {"max_length": 128, "on_bad_record": "skip"}

@@ -21,7 +21,7 @@ from ds_moe.errors import UserError
 from tests.data.sources import COMMIT, hub_cache, lines
 from tests.data.sources import records as plain_records
 from tests.data.streamed_data import FORMS, RECORDS, data_of, records
-from tests.data.streams import answers, killed_at, never_stopped, random_points
+from tests.data.streams import answers, killed_at, never_stopped, random_points, read_on
 from tests.records import chat
 
 BATCH, STEPS = 6, 32  # 25 steps an epoch
@@ -70,16 +70,7 @@ def reader(config, processor, ranks, workers=(0,)):
         chosen = config.model_copy(deep=True)
         chosen.data.num_workers = workers[start % len(workers)]
         streams = [StreamedTrain(chosen, processor, rank=rank, world_size=world) for rank in range(world)]
-        for stream in streams if state is not None else ():
-            stream.load_state_dict(state)
-        try:
-            for step in zip(*streams, strict=True):
-                states = [stream.state_dict() for stream in streams]
-                assert all(one == states[0] for one in states)
-                yield sorted(str(a) for rank in step for batch in rank for a in answers(batch, processor)), states[0]
-        finally:
-            for stream in streams:
-                stream.close()
+        return read_on(streams, state, processor)
 
     return read
 
