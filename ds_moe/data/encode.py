@@ -18,15 +18,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ds_moe.config.sections import VideoConfig
+from ds_moe.data.ahead import MadeAhead, Patches
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, final_answer
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules, tokenize
 from ds_moe.data.images import ImageSource, RecordError, image_size, load_image
 from ds_moe.data.patches import table_of
-from ds_moe.data.processor import Processor, VideoReader
+from ds_moe.data.processor import ImageProcessor, Processor, VideoReader
 from ds_moe.data.special_tokens import text_of
 from ds_moe.data.videos import Film, VideoPlan, VideoSource, frames_of, look
 from ds_moe.errors import one_line
+
+Pixels = bool | MadeAhead  # whether images are decoded, or what makes their patches
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def encode(
     max_length: int,
     max_pixels: int,
     rules: TokenRules = DEFAULT_RULES,
-    pixels: bool = True,
+    pixels: Pixels = True,
 ) -> Encoded:
     """Decode the images and videos of a sample and tokenize it. What the model writes is a label, end tokens included.
 
@@ -89,7 +92,7 @@ def answer_text(encoded: Encoded, processor: Processor, content_tokens: Sequence
 
 
 def encode_images(
-    sources: list[ImageSource], processor: Processor, max_pixels: int, pixels: bool = True
+    sources: list[ImageSource], processor: Processor, max_pixels: int, pixels: Pixels = True
 ) -> tuple[Tensor | None, Tensor | None, list[int]]:
     """(pixel_values, image_grid_thw, number of tokens of each image); (None, None, []) without images.
 
@@ -109,11 +112,16 @@ def encode_images(
         with _refusing():
             counts = [prepare.get_number_of_image_patches(height, width) for width, height in sizes]
         return None, None, [count // merged for count in counts]
+    pixel_values, grid = pixels.take() if isinstance(pixels, MadeAhead) else patches_of(sources, prepare, max_pixels)
+    return pixel_values, grid, (grid.prod(-1) // merged).tolist()
+
+
+def patches_of(sources: list[ImageSource], prepare: ImageProcessor, max_pixels: int) -> Patches:
+    """Of images that are decoded now. Raises `RecordError`."""
     images = [load_image(source, max_pixels) for source in sources]
     with _refusing():
         patches = prepare(images=images, return_tensors="pt")
-    grid = patches["image_grid_thw"]
-    return patches["pixel_values"], grid, (grid.prod(-1) // merged).tolist()
+    return patches["pixel_values"], patches["image_grid_thw"]
 
 
 @contextmanager

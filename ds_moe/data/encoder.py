@@ -1,25 +1,43 @@
 """Records become encoded samples; one that cannot be encoded is replaced and reported."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from ds_moe.config.run import RunConfig
+from ds_moe.data.ahead import Ahead, MadeAhead
 from ds_moe.data.chat import BadRecord, Sample, Turn
 from ds_moe.data.chat_template import TokenRules
-from ds_moe.data.encode import Encoded, encode_images, filler, seen
+from ds_moe.data.encode import Encoded, encode_images, filler, patches_of, seen
 from ds_moe.data.images import RecordError
 from ds_moe.data.order import FILLER
-from ds_moe.data.patches import with_byte_patches
+from ds_moe.data.patches import BytePatches, with_byte_patches
 from ds_moe.data.prepared.folder import Prepared
 from ds_moe.data.prepared.stamps import stamps_now
 from ds_moe.data.processor import Processor
-from ds_moe.data.record_kind import Records, RecordsByIndex, images_of
+from ds_moe.data.record_kind import ParsedRecord, Records, RecordsByIndex, images_of
 from ds_moe.data.special_tokens import content_tokens_of
 
 CACHE_BYTES = 128 * 2**20  # of encoded samples that a process keeps, so that small data are encoded once
 FILLER_SAMPLE = Sample((Turn("user", ("",)), Turn("assistant", ("",))), where="filler")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A record that an `Encoder` has begun with.
+
+    Attributes:
+        where: its file and line.
+        parsed: what stands there; an error that reading it has raised; None: it is read later, or not at all.
+        images: what makes the patches of its images; None: they are decoded where the record is encoded.
+    """
+
+    index: int
+    where: str = ""
+    parsed: ParsedRecord | Exception | None = None
+    images: MadeAhead | None = None
 
 
 class Encoder:
@@ -48,8 +66,11 @@ class Encoder:
         self._cache: dict[int, Encoded] = {FILLER: filler(processor)}
         self._cache_bytes, self._cached_bytes = CACHE_BYTES if cache_bytes is None else cache_bytes, 0
 
-    def sample(self, index: int) -> Sample:
-        return FILLER_SAMPLE if index == FILLER else self._records.sample(index)
+    def sample(self, begun: Begun, used: int) -> Sample:
+        """The record, or what stands in for it where FILLER was `used` in its place."""
+        if used == FILLER:
+            return FILLER_SAMPLE
+        return begun.parsed if isinstance(begun.parsed, Sample) else self._records.sample(used)
 
     def where(self, index: int) -> str:
         """file:line of a record."""
@@ -57,9 +78,28 @@ class Encoder:
 
     def encode(self, indices: list[int]) -> tuple[list[Encoded], list[int], list[BadRecord]]:
         """(encoded samples, their indices, bad records); a filler, of index FILLER, takes the place of a bad record."""
+        return self.finish(map(self.begin, indices))
+
+    def begin(self, index: int, ahead: Ahead | None = None) -> Begun:
+        """Read a record, and let threads make the patches of its images. What is wrong with it `finish` says."""
+        if index in self._cache or self._prepared is not None:
+            return Begun(index)
+        where = self._records.where(index)
+        try:
+            parsed = self._records.sample(index)
+            images = images_of(parsed)
+        except Exception as error:
+            return Begun(index, where, error)
+        prepare = self._processor.image_processor
+        if ahead is None or not images or not isinstance(prepare, BytePatches):  # another one may not bear threads
+            return Begun(index, where, parsed)
+        return Begun(index, where, parsed, ahead.begin(partial(patches_of, images, prepare, self._data.max_pixels)))
+
+    def finish(self, begun: Iterable[Begun]) -> tuple[list[Encoded], list[int], list[BadRecord]]:
+        """As `encode`, of records that have been begun, each of which is finished once."""
         encoded, used, bad = [], [], []
-        for index in indices:
-            result = self._one(index)
+        for one in begun:
+            index, result = one.index, self._finished(one)
             if isinstance(result, BadRecord):
                 bad.append(result)
                 index, result = FILLER, self._cache[FILLER]
@@ -69,11 +109,11 @@ class Encoder:
 
     def encode_one(self, index: int) -> Encoded | BadRecord:
         """A record, which is not kept."""
-        return self._encode(index, pixels=True)
+        return self._encode(self.begin(index), pixels=True)
 
     def measure(self, index: int) -> tuple[int, int] | BadRecord:
         """(tokens, patches) of a record, as encoding it gives them, but no image is decoded."""
-        one = self._encode(index, pixels=False)
+        one = self._encode(self.begin(index), pixels=False)
         if isinstance(one, BadRecord):
             return one
         return self.size_of(one)
@@ -85,14 +125,18 @@ class Encoder:
             return len(one.input_ids), 0
         return len(one.input_ids), int(seen(one.input_ids, self._processor).sum()) * images.merge_size**2
 
-    def _encode(self, index: int, pixels: bool) -> Encoded | BadRecord:
+    def _encode(self, begun: Begun, pixels: bool) -> Encoded | BadRecord:
         kind, limits = self._records.record_kind, (self._data.max_length, self._data.max_pixels)
+        index, parsed = begun.index, begun.parsed
         try:
             if pixels and self._prepared is not None and (ready := self._ready(self._prepared, index)) is not None:
                 return ready
-            return kind.encode(self._records.sample(index), self._processor, *limits, self._rules, pixels)
+            if isinstance(parsed, Exception):
+                raise parsed
+            parsed = self._records.sample(index) if parsed is None else parsed
+            return kind.encode(parsed, self._processor, *limits, self._rules, begun.images or pixels)
         except RecordError as error:
-            return BadRecord(self._records.where(index), str(error))
+            return BadRecord(begun.where or self._records.where(index), str(error))
 
     def _ready(self, prepared: Prepared, index: int) -> Encoded | None:
         """A prepared record; None where it must be encoded. Raises `RecordError` for an image that is not stored."""
@@ -108,14 +152,16 @@ class Encoder:
             return None
         return replace(one, pixel_values=pixel_values)
 
-    def _one(self, index: int) -> Encoded | BadRecord:
-        if index in self._cache:
-            return self._cache[index]
-        encoded = self._encode(index, pixels=True)
-        if isinstance(encoded, BadRecord):
+    def _finished(self, begun: Begun) -> Encoded | BadRecord:
+        try:
+            encoded = self._cache.get(begun.index) or self._encode(begun, pixels=True)
+        finally:
+            if begun.images is not None:
+                begun.images.drop()  # where an error or the cache came before them
+        if isinstance(encoded, BadRecord) or begun.index in self._cache:
             return encoded
         if self._cached_bytes + encoded.nbytes <= self._cache_bytes:
-            self._cache[index] = encoded
+            self._cache[begun.index] = encoded
             self._cached_bytes += encoded.nbytes
         return encoded
 

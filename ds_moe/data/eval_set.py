@@ -2,13 +2,16 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 from ds_moe.config.run import RunConfig
+from ds_moe.data.ahead import Ahead, one_ahead
 from ds_moe.data.bad_records import BadRecordLog
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import Sample
 from ds_moe.data.encode import Encoded, answer_text, collate_prompts, filler
+from ds_moe.data.encoder import Begun
 from ds_moe.data.order import FILLER
 from ds_moe.data.packing import rows_in_order
 from ds_moe.data.prepared.find import Asides
@@ -16,6 +19,7 @@ from ds_moe.data.processor import Processor
 from ds_moe.data.ready import ReadyRecords
 from ds_moe.data.record_kind import CHAT, RecordKind
 from ds_moe.data.records import records_of
+from ds_moe.data.workers import image_threads
 
 PROMPTS = 8  # that are answered at a time where packing leaves their number open
 
@@ -80,27 +84,35 @@ class EvalSet:
             limit: samples of all ranks to use, a random choice that is always the same; None: all.
             padded: rows of one sample each, `train.eval_batch_size` of them, also where the run packs its rows.
         """
+        with closing(Ahead(image_threads(0))) as ahead:
+            turns = self._turns(limit, padded)
+            begun = (([self._encoder.begin(index, ahead) for index in indices], *how) for indices, *how in turns)
+            for one in one_ahead(begun):
+                yield self._batch(*one)
+
+    def _turns(self, limit: int | None, padded: bool) -> Iterator[tuple[list[int], int, bool]]:
+        """(indices of a batch, samples of the rank that has most of them, which decides how often all ranks generate,
+        whether they are packed)."""
         indices = list(range(self._count))
         if limit is not None and limit < self._count:
             indices = sorted(random.Random(0).sample(indices, limit))
         if self._counts is not None and not padded:
             usable = [index for index in indices if self._counts.tokens[index]]
             for turn in rows_in_order(usable, self._counts.tokens, self._capacity, self._world_size):
-                yield self._batch(turn[self._rank], max(map(len, turn)), packed=True)
+                yield turn[self._rank], max(map(len, turn)), True
             return
         stride = self._size * self._world_size
         indices += [FILLER] * (-len(indices) % stride)
         for start in range(self._rank * self._size, len(indices), stride):
-            yield self._batch(indices[start : start + self._size], self._size)
+            yield indices[start : start + self._size], self._size, False
 
-    def _batch(self, indices: list[int], longest: int, packed: bool = False) -> EvalBatch:
-        """`longest`: samples of the rank that has most of them, which decides how often all ranks generate."""
-        encoded, used, bad = self._encoder.encode(indices)
+    def _batch(self, begun: list[Begun], longest: int, packed: bool) -> EvalBatch:
+        encoded, used, bad = self._encoder.finish(begun)
         if self._counts is not None and packed:
             self._counts.check(used, encoded, self._encoder)
         self._log.note(bad)
         self._asides.say(self._encoder.aside)
-        samples = [self._encoder.sample(index) for index in used]
+        samples = [self._encoder.sample(one, index) for one, index in zip(begun, used, strict=True)]
         starts = range(0, longest, self._size)
         return EvalBatch(
             batch=self._record_kind.collate(encoded, self._processor, packed=packed),

@@ -6,14 +6,27 @@ from its header before any pixel is decoded, and only formats that PIL decodes i
 
 import io
 import re
+import struct
 import sys
-import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import (  # noqa: F401  # they enter themselves in Image.OPEN
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from ds_moe.errors import one_line, shown
 
@@ -25,7 +38,8 @@ TIFF_TILE = (322, 323)  # tags for the width and height of tiles, each of which 
 ORIENTATION = 0x0112  # a tag of EXIF
 SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 PNG_CHUNKS = 10_000  # of a file that are looked at
-NETPBM_HEAD = 4096  # bytes of a PPM file in which its size must stand
+HEAD = 4096  # bytes of a PPM file in which its size must stand
+PREFIX = 16  # bytes by which PIL tells what a file may be
 LARGE_TILE = 2**20  # pixels; a small image too may be stored as one tile of this size
 
 
@@ -156,25 +170,49 @@ def _over_white(image: Image.Image) -> Image.Image:
     return white
 
 
-def _opened(source: ImageSource, max_pixels: int) -> Image.Image:
-    file = source.path if source.path is not None else io.BytesIO(source.data or b"")
-    try:
-        _check_netpbm(source)
-        with warnings.catch_warnings():  # PIL warns from 89 megapixels on, but data.max_pixels is the limit here
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=FORMATS)
-        problem = _problem(image, max_pixels)
-    except Image.DecompressionBombError as error:
-        raise RecordError(f"image {shown(source.name)}: {error} (shrink it)") from error
-    except UnidentifiedImageError as error:
-        reason = f"{shown(source.name)} is not an image that can be read (use one of {', '.join(FORMATS)})"
-        raise RecordError(reason) from error
-    except Exception as error:  # decoders may raise anything for hostile bytes
-        raise RecordError(f"image {shown(source.name)} cannot be opened: {error} (replace the file)") from error
-    if problem is not None:
-        image.close()
-        raise RecordError(f"image {shown(source.name)} {problem}")
-    return image
+@contextmanager
+def _opened(source: ImageSource, max_pixels: int) -> Iterator[Image.Image]:
+    with ExitStack() as opened:
+        try:
+            file = source.path.open("rb") if source.path is not None else io.BytesIO(source.data or b"")
+            image = opened.enter_context(_identified(opened.enter_context(file)))
+            problem = _problem(image, max_pixels)
+        except Image.DecompressionBombError as error:
+            raise RecordError(f"image {shown(source.name)}: {error} (shrink it)") from error
+        except UnidentifiedImageError as error:
+            reason = f"{shown(source.name)} is not an image that can be read (use one of {', '.join(FORMATS)})"
+            raise RecordError(reason) from error
+        except Exception as error:  # decoders may raise anything for hostile bytes
+            raise RecordError(f"image {shown(source.name)} cannot be opened: {error} (replace the file)") from error
+        if problem is not None:
+            raise RecordError(f"image {shown(source.name)} {problem}")
+        yield image
+
+
+def _identified(file: BinaryIO) -> Image.Image:
+    """What `Image.open` makes of the file, without its warning from 89 megapixels on: data.max_pixels is the limit
+    here, and to ignore a warning is nothing that threads can do each for itself."""
+    head = file.read(HEAD)
+    _check_netpbm(head)
+    for form in FORMATS:
+        factory, accepts = Image.OPEN[form]
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # a file of another form
+            if (accepted := accepts is None or accepts(head[:PREFIX])) and not isinstance(accepted, str):
+                file.seek(0)
+                image = factory(file, "")
+                _check_bomb(image)
+                return image
+    raise UnidentifiedImageError
+
+
+def _check_bomb(image: Image.Image) -> None:
+    """Raise `Image.DecompressionBombError` as `Image.open` does."""
+    pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if most is not None and pixels > 2 * most:
+        text = (
+            f"Image size ({pixels} pixels) exceeds limit of {2 * most} pixels, could be decompression bomb DOS attack."
+        )
+        raise Image.DecompressionBombError(text)
 
 
 def _late_exif(source: ImageSource) -> bytes | None:
@@ -192,16 +230,11 @@ def _late_exif(source: ImageSource) -> bytes | None:
     return None
 
 
-def _check_netpbm(source: ImageSource) -> None:
+def _check_netpbm(head: bytes) -> None:
     """Raise `ValueError` for a PPM file without a size near its start, for which PIL would search byte by byte."""
-    if source.path is not None:
-        with source.path.open("rb") as file:
-            head = file.read(NETPBM_HEAD)
-    else:
-        head = (source.data or b"")[:NETPBM_HEAD]
     words = re.sub(rb"#[^\r\n]*", b"", head).split(maxsplit=3)
     if re.match(rb"P[1-7fFy]\s*(#|\s)", head) and len(words) < 3:
-        raise ValueError(f"a PPM header without a size in its first {NETPBM_HEAD} bytes")
+        raise ValueError(f"a PPM header without a size in its first {HEAD} bytes")
 
 
 def _problem(image: Image.Image, max_pixels: int) -> str | None:

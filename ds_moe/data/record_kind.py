@@ -14,7 +14,7 @@ import numpy as np
 from ds_moe.data.batch import Batch
 from ds_moe.data.chat import BadRecord, Sample, parse_record
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
-from ds_moe.data.encode import Encoded, collate, encode
+from ds_moe.data.encode import Encoded, Pixels, collate, encode
 from ds_moe.data.images import ImageRoot, ImageSource, image_size
 from ds_moe.data.processor import Processor
 from ds_moe.data.videos import VideoSource
@@ -78,9 +78,11 @@ class RecordKind(ABC, Generic[Parsed]):
         max_length: int,
         max_pixels: int,
         rules: TokenRules = DEFAULT_RULES,
-        pixels: bool = True,
+        pixels: Pixels = True,
     ) -> Encoded:
         """Tokens and patches; with `pixels` False the same tokens alone, for which no image is decoded.
+
+        Patches that are made ahead are those of the images of `images_of`, in that order.
 
         Raises `RecordError` for what only decoding or tokenizing can show.
         """
@@ -156,7 +158,7 @@ class Chat(RecordKind[Sample]):
         max_length: int,
         max_pixels: int,
         rules: TokenRules = DEFAULT_RULES,
-        pixels: bool = True,
+        pixels: Pixels = True,
     ) -> Encoded:
         return encode(parsed, processor, max_length, max_pixels, rules, pixels)
 

@@ -6,6 +6,7 @@ from typing import Protocol
 from ds_moe.config.run import RunConfig
 from ds_moe.data.batch import Batch
 from ds_moe.data.encode import Encoded
+from ds_moe.data.encoder import Begun
 from ds_moe.data.order import PaddedRows, Rows
 from ds_moe.data.packing import Fill, PackedRows
 from ds_moe.data.position import DataPosition, epoch_order_of, order_of
@@ -13,7 +14,8 @@ from ds_moe.data.processor import Processor
 from ds_moe.data.ready import ReadyRecords
 from ds_moe.data.record_kind import CHAT, RecordKind
 from ds_moe.data.records import records_of
-from ds_moe.data.steps import BatchMaker, LoadedSteps, Step, StepDataset, check_batches
+from ds_moe.data.step_dataset import BatchMaker, Step, StepDataset
+from ds_moe.data.steps import LoadedSteps, check_batches
 from ds_moe.data.token_counts import TokenCounts
 
 
@@ -69,7 +71,7 @@ class _IndexedSteps(StepDataset):
             step.fill = self.rows.fill(rows)
         return rows
 
-    def _check(self, used: list[int], encoded: list[Encoded]) -> None:
+    def _check(self, step: Step, begun: list[Begun], used: list[int], encoded: list[Encoded]) -> None:
         if self.counts is not None:
             self.counts.check(used, encoded, self.maker.encoder)
 

@@ -17,14 +17,15 @@ import numpy as np
 from ds_moe.config.run import RunConfig
 from ds_moe.data.chat import BadRecord
 from ds_moe.data.encode import Encoded
-from ds_moe.data.encoder import Encoder
+from ds_moe.data.encoder import Begun, Encoder
 from ds_moe.data.order import FILLER, PaddedRows, Rows, deal
 from ds_moe.data.packing import Fill, PackedRows, pack
 from ds_moe.data.pools import Drawn, Pools
 from ds_moe.data.position import DataPosition, streamed_order_of
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind
-from ds_moe.data.steps import BatchMaker, LoadedSteps, Step, StepDataset, check_batches
+from ds_moe.data.step_dataset import BatchMaker, Step, StepDataset
+from ds_moe.data.steps import LoadedSteps, check_batches
 from ds_moe.data.stream import StepStream, TrainStream
 from ds_moe.data.windows import Interleaving, PoolPlace
 from ds_moe.errors import UserError
@@ -44,24 +45,23 @@ class _StreamedSteps(StepDataset):
     def __init__(self, maker: BatchMaker, drawn: Drawn, mixture: Interleaving, position: int, plan: _Plan) -> None:
         super().__init__(maker)
         self._drawn, self._mixture, self._position, self._plan = drawn, mixture, position, plan
-        self._tokens: list[int] | None = None
 
     def _rows(self, step: Step, position: int) -> Rows:
         size = self._plan.global_batch_size
         self._mixture.skip((position - self._position) * size)  # the steps of other loading processes
         self._drawn.rows = self._mixture.take(size)
         step.next_place, self._position = self._mixture.places, position + 1
-        rows, self._tokens = self._plan.rows(self._drawn, self.maker.encoder, self.maker.rank, step)
+        rows, step.planned = self._plan.rows(self._drawn, self.maker.encoder, self.maker.rank, step)
         return rows
 
-    def _check(self, used: list[int], encoded: list[Encoded]) -> None:
-        tokens = self._tokens
+    def _check(self, step: Step, begun: list[Begun], used: list[int], encoded: list[Encoded]) -> None:
+        tokens = step.planned
         if tokens is None:
             return
-        for index, one in zip(used, encoded, strict=True):
+        for record, index, one in zip(begun, used, encoded, strict=True):
             if index != FILLER and len(one.input_ids) != tokens[index]:
                 was = f"had {tokens[index]} tokens when its row was planned and has {len(one.input_ids)} now"
-                raise UserError(f"{self.maker.encoder.where(index)}: {was}: an image of it has changed")
+                raise UserError(f"{record.where}: {was}: an image of it has changed")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
-"""How processes that load data are started."""
+"""How processes that load data are started, and how many threads each of them has."""
 
 import multiprocessing
+import os
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
 
+from ds_moe.distributed import ranks_of_host
 from ds_moe.faults.signals import leave_to_parent, left_to_parent
+
+MOST_THREADS = 4  # of a process, which is busy enough with what threads make
 
 
 def loader_options(workers: int) -> dict[str, Any]:
@@ -33,3 +37,14 @@ def _start_method(workers: int) -> str | None:
     with left_to_parent():
         forkserver.ensure_running()
     return "forkserver"
+
+
+def image_threads(workers: int) -> int:
+    """How many threads a process that loads data has for its images, where a rank has so many loading processes.
+
+    They are of the rank's share of this host's cores what training and loading leave, and at least one where the rank
+    loads by itself: images are decoded while it computes.
+    """
+    spare = len(os.sched_getaffinity(0)) // (ranks_of_host() or 1) - 1 - workers
+    least = 0 if workers else 1
+    return min(max(spare // max(workers, 1), least), MOST_THREADS)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
-from ds_moe.data.encode import Encoded, collate, encode
+from ds_moe.data.encode import Encoded, Pixels, collate, encode
 from ds_moe.data.images import ImageRoot, RecordError
 from ds_moe.data.order import FILLER
 from ds_moe.data.processor import Processor
@@ -78,7 +78,7 @@ class Pairs(RecordKind[Pair]):
         max_length: int,
         max_pixels: int,
         rules: TokenRules = DEFAULT_RULES,
-        pixels: bool = True,
+        pixels: Pixels = True,
     ) -> EncodedPair:
         """Both sequences. `max_length` is of the pair: padded to the longer one, both must fit."""
         assert parsed.rejected is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, parse_record
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
-from ds_moe.data.encode import Encoded, collate, encode
+from ds_moe.data.encode import Encoded, Pixels, collate, encode
 from ds_moe.data.images import ImageRoot, RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind
@@ -70,7 +70,7 @@ class Routed(RecordKind[RoutedSample]):
         max_length: int,
         max_pixels: int,
         rules: TokenRules = DEFAULT_RULES,
-        pixels: bool = True,
+        pixels: Pixels = True,
     ) -> RoutedEncoded:
         encoded = encode(parsed, processor, max_length, max_pixels, rules, pixels)
         values = {field.name: getattr(encoded, field.name) for field in fields(encoded)}

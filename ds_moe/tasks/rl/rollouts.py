@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
-from ds_moe.data.encode import Encoded, check_length, collate, encode, encode_images, lay_out
+from ds_moe.data.encode import Encoded, Pixels, check_length, collate, encode, encode_images, lay_out
 from ds_moe.data.images import ImageRoot, RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records, image_tokens
@@ -90,7 +90,7 @@ class Rollouts(RecordKind[Rollout]):
         max_length: int,
         max_pixels: int,
         rules: TokenRules = DEFAULT_RULES,
-        pixels: bool = True,
+        pixels: Pixels = True,
     ) -> EncodedRollout:
         """Tokens, images and an aligned routing. Raises `RecordError` for what does not fit together or this model."""
         if parsed.prompt is not None:
@@ -207,7 +207,7 @@ def _advantages(outcomes: list[Outcome], normalize_std: bool) -> Tensor:
     return advantage_B
 
 
-def _encode_tokens(rollout: Rollout, processor: Processor, max_length: int, max_pixels: int, pixels: bool) -> Encoded:
+def _encode_tokens(rollout: Rollout, processor: Processor, max_length: int, max_pixels: int, pixels: Pixels) -> Encoded:
     pixel_values, grid, of_images = encode_images(rollout.images, processor, max_pixels, pixels)
     check_length(len(rollout.tokens), sum(of_images), max_length)
     input_ids = torch.tensor(rollout.tokens)
