@@ -15,7 +15,9 @@ import pytest
 
 from ds_moe.config.rollout import BUILT_IN_REWARDS, RewardConfig
 from ds_moe.errors import UserError
+from ds_moe.rollout import reward_program
 from ds_moe.rollout.reward import BUILT_IN, Candidate, RewardPool, Scored, overlong
+from ds_moe.rollout.reward_process import own_environment
 from ds_moe.rollout.reward_program.processes import below
 from ds_moe.rollout.reward_program.protocol import WorkerFailed
 from ds_moe.rollout.reward_program.worker import Worker
@@ -268,6 +270,22 @@ def test_a_process_knows_nothing_of_the_job(rewards, monkeypatch):
         assert pool.score([Candidate("", "")]) == [None]
     expected = "{'job': [], 'sockets': [], 'gpu': '', 'own': 'kept', 'torch': False, 'ignored': False}"
     assert notes[0].startswith(f"reward score: ValueError: {expected}")
+
+
+def test_a_process_runs_the_trainers_own_program_and_finds_what_python_finds(rewards, tmp_path, monkeypatch):
+    """Also where this package is on no path, or on one behind another copy of it."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir("/")
+    shown_path = [sys.executable, "-c", "import sys; print(sys.path)"]
+    expected = subprocess.run(shown_path, env=own_environment(), capture_output=True, text=True).stdout.strip()
+    pool, notes = rewards("""
+        import sys, ds_moe.rollout.reward_program
+        def score(completion, answer, record):
+            raise ValueError(f"{ds_moe.rollout.reward_program.__file__}, {sys.path[1:]}")
+    """)
+    assert pool.score([Candidate("", "")]) == [None]
+    own = Path(reward_program.__file__)
+    assert f"ValueError: {own}, {expected}"[:300] in notes[0]
 
 
 def test_several_rewards_their_weights_and_the_penalty_for_length(tmp_path):
