@@ -55,13 +55,18 @@ def test_every_field_of_sampling_is_sent(fake):
 
 def test_seeds_belong_to_prompts(fake, other):
     """However the prompts are spread over servers, the same are sampled."""
-    one, two = sample(engine(fake), 6), sample(engine(fake, other), 6)
-    assert {n: [c.token_ids for c in found] for n, found in one.items()} == {
-        n: [c.token_ids for c in found] for n, found in two.items()
-    }
+
+    def ids(*servers):
+        return {n: [c.token_ids for c in found] for n, found in sample(engine(*servers), 6).items()}
+
+    one = ids(fake)
+    for _ in range(20):  # on a busy machine the first server may have answered all before the other is asked
+        assert ids(fake, other) == one
+        if other.asked("/v1/completions"):
+            break
     assert other.asked("/v1/completions")
     again = sample(engine(fake), 6, Sampling(2, 5, 1.0, seed=4))
-    assert again[0][0].token_ids != one[0][0].token_ids
+    assert again[0][0].token_ids != one[0][0]
 
 
 def test_images_go_as_conversations(fake):
