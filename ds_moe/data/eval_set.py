@@ -12,6 +12,7 @@ from ds_moe.data.batch import Batch
 from ds_moe.data.chat import Sample
 from ds_moe.data.encode import Encoded, answer_text, collate_prompts, filler
 from ds_moe.data.encoder import Begun
+from ds_moe.data.fingerprint import Fingerprint, fingerprint
 from ds_moe.data.order import FILLER
 from ds_moe.data.packing import rows_in_order
 from ds_moe.data.prepared.find import Asides
@@ -58,7 +59,7 @@ class EvalSet:
         record_kind: RecordKind = CHAT,
     ):
         records = records_of(config, "held-out", record_kind)
-        self.sha256 = records.sha256
+        self.sha256, self._config, self._records = records.sha256, config, records
         self._record_kind, self._content_tokens = record_kind, config.data.content_tokens
         by_default = PROMPTS if config.data.packing else config.train.micro_batch_size
         self._size, self._capacity = config.train.eval_batch_size or by_default, config.tokens_per_row
@@ -72,6 +73,11 @@ class EvalSet:
     def error(self) -> str | None:
         """See `TrainStream.error`."""
         return self._log.error
+
+    @property
+    def made_of(self) -> Fingerprint:
+        """See `TrainStream.made_of`."""
+        return fingerprint(self._config, self._records, self._processor)
 
     def __len__(self) -> int:
         """The number of samples of all ranks together."""

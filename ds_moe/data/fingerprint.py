@@ -32,6 +32,7 @@ def fingerprint(config: RunConfig, records: Records, processor: Processor) -> Fi
     return {
         "the records": records.sha256,
         "the sizes of images": _digest(records.lengths.tobytes()),
+        "the records that are left out": _digest(json.dumps([one.where for one in records.bad]).encode()),
         "the names of sources": json.dumps([records.kinds, [str(source) for source in records.sources]]),
         "the roots of sources": [one.root for one in (*sources_of(data.train), *sources_of(data.eval))],
         "the kind of records": f"{type(kind).__qualname__} {vars(kind)}",

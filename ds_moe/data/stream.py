@@ -7,6 +7,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.batch import Batch
 from ds_moe.data.encode import Encoded
 from ds_moe.data.encoder import Begun
+from ds_moe.data.fingerprint import Fingerprint, fingerprint
 from ds_moe.data.order import PaddedRows, Rows
 from ds_moe.data.packing import Fill, PackedRows
 from ds_moe.data.position import DataPosition, epoch_order_of, order_of
@@ -136,6 +137,11 @@ class TrainStream(LoadedSteps):
     def remembered(self) -> list[object]:
         """What `RecordKind.remember` has returned for every record of the file."""
         return self._records.remembered
+
+    @property
+    def made_of(self) -> Fingerprint:
+        """Everything that the tensors of the records follow from, and which record each index is."""
+        return fingerprint(self._config, self._records, self._maker.processor)
 
     def samples_of(self, position: int) -> list[list[str]]:
         """file:line of the samples of one step, by rank of the job; `position` counts steps since the very first."""

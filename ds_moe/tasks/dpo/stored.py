@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
@@ -22,10 +21,11 @@ from ds_moe.checkpoint.base import base_identity
 from ds_moe.checkpoint.room import unwritable
 from ds_moe.config.deepspeed import precision
 from ds_moe.data.batch import Batch
+from ds_moe.data.fingerprint import Fingerprint
 from ds_moe.data.kept_arrays import read_arrays, write_arrays
 from ds_moe.data.order import FILLER
-from ds_moe.data.position import FILE
 from ds_moe.data.records import DATA_CACHE
+from ds_moe.data.stream import TrainStream
 from ds_moe.distributed import Topology, over_ranks, raise_together, together
 from ds_moe.engine.start import on_cpu
 from ds_moe.engine.whole_weights import whole_weights
@@ -49,9 +49,10 @@ class StoredReference:
         self._parts = parts
         self._files = {}
         if parts.stream is not None:
-            self._files["train"] = self._complete("train", str(parts.stream.order[FILE]))
+            assert isinstance(parts.stream, TrainStream)  # pairs are not streamed
+            self._files["train"] = self._complete("train", parts.stream.made_of)
         if parts.eval_set is not None:
-            self._files["held-out"] = self._complete("held-out", parts.eval_set.sha256)
+            self._files["held-out"] = self._complete("held-out", parts.eval_set.made_of)
 
     def added_to(self, batch: PairBatch, split: str) -> PairBatch:
         file = self._files[split]
@@ -60,8 +61,8 @@ class StoredReference:
             raise UserError(f"{file.path} lacks a record that could not be used when it was written: remove the file")
         return replace(batch, reference_P2=torch.from_numpy(logprob_P2))
 
-    def _complete(self, split: str, content: str) -> LogprobFile:
-        """The file of a split, whose data have the digest `content`, after the pass that fills it, if there is anything
+    def _complete(self, split: str, content: Fingerprint) -> LogprobFile:
+        """The file of a split, whose tensors follow from `content`, after the pass that fills it, if there is anything
         to fill."""
         parts, folder, topology = self._parts, self._parts.config.dpo.reference_dir, self._parts.topology
         root = Path(folder or Path(parts.config.train.output_dir, DATA_CACHE))
@@ -168,21 +169,19 @@ class LogprobFile:
         together(topology, f"write {self.path}", write)
 
 
-def _fingerprint(parts: TrainingParts, content: str) -> str:
-    """A digest of everything that log-probs follow from: model, data, and how one becomes the input of the other."""
-    config, processor = parts.config, parts.processor
-    assert processor is not None
-    tokenizer, images, moe = processor.tokenizer, processor.image_processor, config.moe
+def _fingerprint(parts: TrainingParts, content: Fingerprint) -> str:
+    """A digest of everything that log-probs follow from: the model, and `content`, which tells of its inputs.
+
+    Records are known by their index. Which record an index is depends on those that are left out as bad, and so on
+    files of images and on limits; `content` tells of that too.
+    """
+    config, moe = parts.config, parts.config.moe
     routing = None if moe is None else [moe.router.model_dump(mode="json"), moe.experts.apply_weight]
     made_of = [
-        [RULES, version("torch"), version("transformers"), version("tokenizers")],
+        RULES,
         base_identity(config),
         {**model_config(config.model).to_dict(), "_name_or_path": None},
         [config.model.attention, precision(config, on_cpu()), routing],
         content,
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab()),
-        [str(tokenizer.chat_template), str(processor.chat_template)],
-        "" if images is None else str(sorted(images.to_dict().items())),
-        [config.data.train_on, config.data.content_tokens, str(config.data.root)],
     ]
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ds_moe.config.run import RunConfig
 from ds_moe.data.eval_set import EvalSet
@@ -183,7 +184,7 @@ def test_an_edited_config_is_another_reference(parts, tmp_path):
         model.save_pretrained(tmp_path / folder)
         section = made.config.model.model_copy(update={"preset": None, "path": str(tmp_path / folder)})
         config = made.config.model_copy(update={"model": section})
-        names.append(stored._fingerprint(replace(made, config=config), config.data.train))
+        names.append(stored._fingerprint(replace(made, config=config), made.stream.made_of))
     assert names[0] == names[1] != names[2]
 
 
@@ -191,7 +192,8 @@ def test_other_data_models_and_limits_have_other_files(parts, write_jsonl):
     made = parts()
 
     def name(config):
-        return stored._fingerprint(replace(made, config=config), config.data.train)
+        stream = TrainStream(config, made.processor, rank=0, world_size=1, record_kind=PAIRS)
+        return stored._fingerprint(replace(made, config=config), stream.made_of)
 
     config = made.config
     other_data = write_jsonl([record()] * 3, "other.jsonl")
@@ -221,3 +223,62 @@ def test_a_record_that_was_bad_when_the_file_was_written_is_named(parts):
     reference._files["train"].logprob_R2[0] = np.nan
     with pytest.raises(UserError, match="lacks a record"):
         reference.added_to(a_batch(made), "train")
+
+
+def stored_and_now(made):
+    """The first records' log-probs as they are stored, and as the same model computes them from what it is given."""
+    batch = a_batch(made, 3)
+    stored_P2 = StoredReference(made).added_to(batch, "train").reference_P2
+    return stored_P2, plain(made, batch)
+
+
+def test_a_record_that_is_left_out_gives_no_other_the_log_probs_of_its_neighbour(parts, write_jsonl, folder):
+    """Records are known by their index, which is another one where an earlier record cannot be used any more."""
+    Image.new("RGB", (64, 64), "red").save(folder / "large.png")
+    records = [record(image="large.png"), *(record(rejected="no " * (1 + n % 3)) for n in range(1, RECORDS))]
+    data = {"train": str(write_jsonl(records, "mixed.jsonl")), "on_bad_record": "skip"}
+    for limit in (4096, 2048):
+        made = parts(evaluates=False, data={**data, "max_pixels": limit})
+        assert len(made.stream._records) == RECORDS - (limit < 4096)
+        first, now = stored_and_now(made)
+        assert torch.allclose(first, now, atol=1e-5)
+
+
+def test_another_record_of_the_same_length_that_is_left_out_is_noticed(parts, write_jsonl, folder):
+    Image.new("RGB", (16, 16), "blue").save(folder / "b.png")
+    asked = [record(image="a.png", rejected="no"), record(image="b.png", rejected="ye")]
+    file = write_jsonl([*asked, *[record("Odd?", image=None)] * 5], "two.jsonl")
+    data = {"train": str(file), "on_bad_record": "skip"}
+    for missing in ("a.png", "b.png"):
+        (folder / missing).rename(folder / "away")
+        first, now = stored_and_now(parts(evaluates=False, data=data))
+        assert torch.allclose(first, now, atol=1e-5)
+        (folder / "away").rename(folder / missing)
+
+
+def test_images_of_another_root_have_log_probs_of_their_own(parts, write_jsonl, folder):
+    for name, colour in (("light", "white"), ("dark", "black")):
+        (folder / name).mkdir()
+        Image.new("RGB", (32, 32), colour).save(folder / name / "a.png")
+    file, found = str(write_jsonl([record()] * RECORDS, "same.jsonl")), []
+    for name in ("light", "dark"):
+        source = {"path": file, "root": str(folder / name)}
+        first, now = stored_and_now(parts(evaluates=False, data={"train": source}))
+        assert torch.allclose(first, now, atol=1e-5)
+        found.append(now)
+    assert not torch.allclose(*found, atol=1e-4)
+
+
+def test_other_settings_of_videos_have_log_probs_of_their_own(parts, write_jsonl, folder):
+    for number in range(4):
+        Image.new("RGB", (32, 32), (60 * number, 0, 0)).save(folder / f"{number}.png")
+    video = {"type": "video", "frames": [f"{number}.png" for number in range(4)]}
+    question = [video, {"type": "text", "text": "Up?"}]
+    file = write_jsonl([record(question, image=None)] * RECORDS, "clips.jsonl")
+    found = []
+    for settings in ({}, {"fps": 8.0}):
+        made = parts(evaluates=False, data={"train": str(file), "max_length": 512, "video": settings})
+        first, now = stored_and_now(made)
+        assert torch.allclose(first, now, atol=1e-5)
+        found.append(now)
+    assert not torch.allclose(*found, atol=1e-4)
