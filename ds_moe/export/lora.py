@@ -4,15 +4,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ds_moe.checkpoint.files import Reader
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import load_run
 from ds_moe.config.sections import LoRAConfig
 from ds_moe.errors import UserError
-from ds_moe.models.families import Family
+from ds_moe.models.families import family_of
 from ds_moe.models.load import load_model
-from ds_moe.models.lora import UpdateHalf, merged, peft_config, peft_value, scaling, update_of
+from ds_moe.models.lora import UpdateHalf, merged, not_linear, peft_config, peft_value, scaling, update_of
 from ds_moe.models.stored_names import CARRIED, sources_of, unused_tensors
 from ds_moe.weights.files import SafetensorsFiles, write_tensors
 from ds_moe.weights.layouts import stored_rows
@@ -44,6 +45,10 @@ class MergedReader:
                 self._halves.setdefault(f"{WEIGHT}{update.weight}", {})[update.half] = key
             elif key.startswith((WEIGHT, "buffer/")):
                 whole.append(key)
+        if lost := sorted(self._halves.keys() - self._base.keys()):
+            name = lost[0].removeprefix(WEIGHT)
+            text = f"lora.targets updates {name}, which model.path has no weight of its own for (it ties two of them)"
+            raise UserError(f"{text}: no merged model can hold the update; export the adapter instead (--adapter)")
         carried = [f"{CARRIED}{name}" for name in unused_tensors(base, stored)]
         self.tensors = [*self._base, *(key for key in whole if key not in self._base), *carried]
         self._whole = set(whole)
@@ -76,8 +81,10 @@ def _update(key: str) -> UpdateHalf | None:
     return update_of(key.removeprefix(WEIGHT)) if key.startswith(WEIGHT) else None
 
 
-def write_adapter(checkpoint: Path, out: Path, dtype: torch.dtype, family: Family) -> int:
+def write_adapter(checkpoint: Path, out: Path, dtype: torch.dtype, outline: PreTrainedModel) -> int:
     """Write the updates of a checkpoint as a folder for `PeftModel.from_pretrained`; returns their number of elements.
+
+    `outline` is of the model that was trained, without its values.
 
     Raises:
         UserError: a run without LoRA, or one that also trained routers, which an adapter has no place for.
@@ -94,10 +101,11 @@ def write_adapter(checkpoint: Path, out: Path, dtype: torch.dtype, family: Famil
     for key in reader.tensors:
         if update := _update(key):
             tensors[update.peft] = peft_value(update, reader.read(key)).to(dtype).contiguous()
-    experts = family.moe.lora_parameters if lora.experts and family.moe else None
+    moe = family_of(outline).moe
+    experts = moe.lora_parameters if lora.experts and moe else None
     if experts is not None:  # PEFT's wrappers of parameters refuse dropout, which acts in training only
         lora = lora.model_copy(update={"dropout": 0.0})
-    settings = peft_config(lora, lora.targets, experts)
+    settings = peft_config(lora, lora.targets, experts, not_linear(outline, lora.targets))
     settings.base_model_name_or_path = config.model.path
     settings.inference_mode = True
     out.mkdir(parents=True, exist_ok=True)

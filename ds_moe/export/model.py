@@ -24,8 +24,9 @@ from ds_moe.export.lora import MergedReader, write_adapter
 from ds_moe.export.stored_form import TRAINING_ONLY, StoredForm, layout_of
 from ds_moe.models.card import model_card
 from ds_moe.models.convert import EXPERT_BIAS
-from ds_moe.models.families import BIAS_SUFFIX, family_of
+from ds_moe.models.families import BIAS_SUFFIX
 from ds_moe.models.folder import read_model_config
+from ds_moe.models.load import build_outline
 from ds_moe.models.routing import routing_note
 from ds_moe.models.stored_names import CARRIED
 from ds_moe.models.ties import ties_of
@@ -130,7 +131,7 @@ def export_adapter(source: Path, out: Path, note: Note = print) -> tuple[Path, i
     check_empty(out)
     state = json.loads((checkpoint / "state.json").read_text())
     config = _model_config(checkpoint)
-    parameters = write_adapter(checkpoint, out, _dtype(checkpoint, state), family_of(config))
+    parameters = write_adapter(checkpoint, out, _dtype(checkpoint, state), build_outline(config))
     if routing := routing_note(load_run(str(checkpoint / "run.yaml")).moe, config):
         note(f"note: {routing}")
     return out, parameters

@@ -39,7 +39,8 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
         parameter.requires_grad_(False)
     if config.targets:
         _check_targets(model, config.targets)
-        peft.inject_adapter_in_model(peft_config(config, config.targets), model, ADAPTER)
+        excluded = not_linear(model, config.targets)
+        peft.inject_adapter_in_model(peft_config(config, config.targets, excluded=excluded), model, ADAPTER)
     blocks = moe_blocks(model)
     for block in blocks if config.experts else ():
         if reason := unlike_swiglu(block.experts):
@@ -54,9 +55,16 @@ def add_lora(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
     model.enable_input_require_grads()  # as `freeze` does where nothing before the first experts is trained
 
 
-def peft_config(config: LoRAConfig, targets: list[str], target_parameters: list[str] | None = None) -> peft.LoraConfig:
+def peft_config(
+    config: LoRAConfig,
+    targets: list[str],
+    target_parameters: list[str] | None = None,
+    excluded: list[str] | None = None,
+) -> peft.LoraConfig:
+    """`excluded` are modules that are left as they are, though they are called like a target."""
     own = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.rslora, "lora_dropout": config.dropout}
-    return peft.LoraConfig(**own, target_modules=targets, target_parameters=target_parameters)
+    own |= {"target_modules": targets, "exclude_modules": excluded or None}
+    return peft.LoraConfig(**own, target_parameters=target_parameters)
 
 
 def scaling(config: LoRAConfig) -> float:
@@ -64,10 +72,21 @@ def scaling(config: LoRAConfig) -> float:
     return config.alpha / (config.rank**0.5 if config.rslora else config.rank)
 
 
+def not_linear(model: nn.Module, targets: list[str]) -> list[str]:
+    """The modules that are called like a target and are no linear layer, such as the convolution `proj` over patches of
+    an image. PEFT would update a convolution by two more, which no export merges."""
+    called = [(name, module) for name, module in model.named_modules() if any(_is_called(name, one) for one in targets)]
+    return [name for name, module in called if not isinstance(module, nn.Linear)]
+
+
+def _is_called(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
 def _check_targets(model: nn.Module, targets: list[str]) -> None:
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+        if not any(_is_called(name, target) for name in linear):
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise UserError(f"lora.targets: {target!r} is no linear layer of this model; it has {', '.join(known)}")
 

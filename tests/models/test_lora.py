@@ -89,3 +89,27 @@ def test_a_run_s_attention_is_not_needed_to_merge_its_updates():
     merged = MergedReader(SimpleNamespace(tensors={}), config, LoRAConfig(), torch.float32)
     head = build_preset("tiny-moe", 3).get_parameter("lm_head.weight")
     assert torch.equal(merged.read("weight/lm_head.weight"), head)
+
+
+def test_a_convolution_that_is_called_like_a_target_is_left_as_it_is():
+    """`proj` is a linear layer of the tower's attention, and the convolution over patches, whose updates no export
+    could merge."""
+    model = build_preset("tiny-vl-moe")
+    add_lora(model, LoRAConfig(rank=8, targets=["proj"]), seed=0)
+    updated = [name for name, one in model.named_parameters() if one.requires_grad]
+    assert len(updated) == 2 * len(model.model.visual.blocks) and all(".attn.proj.lora_" in name for name in updated)
+
+
+def test_an_update_of_a_tied_output_layer_is_lost_in_no_export(tmp_path):
+    """The base has one weight for two, and a merged model would have to hold both."""
+    config = build_preset("tiny-moe").config
+    config.tie_word_embeddings = True
+    model = type(build_preset("tiny-moe"))(config)
+    model.save_pretrained(tmp_path)
+    lora = LoRAConfig(rank=8, targets=["q_proj", "lm_head"])
+    add_lora(model, lora, seed=0)
+    trained = {f"weight/{name}": [] for name, one in model.named_parameters() if one.requires_grad}
+    assert any("lm_head.lora_A" in key for key in trained)
+    of_run = SimpleNamespace(model=ModelConfig(path=str(tmp_path)), train=SimpleNamespace(seed=0))
+    with pytest.raises(UserError, match=r"^lora.targets updates lm_head.weight, which model.path has no"):
+        MergedReader(SimpleNamespace(tensors=trained), of_run, lora, torch.float32)
