@@ -24,7 +24,7 @@ from ds_moe.monitor.meters import max_vio
 from ds_moe.monitor.reports import EvalReport, RoutingReport
 from ds_moe.rollout.engine import EnginesGone
 from ds_moe.tasks.registry import task_kind
-from ds_moe.training.checkpoints import finish_saving, resume, save_checkpoint
+from ds_moe.training.checkpoints import finish_saving, keep_best_newest, resume, save_checkpoint
 from ds_moe.training.expert_load import reduce_load
 from ds_moe.training.run import Run
 from ds_moe.training.set_up import set_up
@@ -151,6 +151,7 @@ def train_steps(run: Run) -> None:
         if run.patience is not None and run.patience.exhausted:
             break
     finish_saving(run)
+    keep_best_newest(run)
 
 
 def one_step(run: Run, steps: Iterator[list[Batch]]) -> None:
@@ -200,8 +201,10 @@ def best_so_far(run: Run, report: EvalReport) -> bool:
         return False
     progress = run.progress
     better = run.patience.note(report.loss, progress.figures)
-    progress.best_loss = run.patience.best
-    if not better:
+    progress.best_loss, progress.waited = run.patience.best, run.patience.waited
+    if better:
+        progress.best, progress.best_checkpoint = run.patience.figures, None  # until it is saved
+    else:
         progress.figures = replace(run.patience.figures, checkpoint=progress.figures.checkpoint)
     if run.patience.exhausted:
         best = f"held-out loss {run.patience.best:.4f} after step {progress.figures.step}"

@@ -191,6 +191,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def step_name(step: int) -> str:
+    """What the folder of a checkpoint is called; it matches STEP_FOLDER."""
+    return f"step_{step:08d}"
+
+
 def step_folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = [path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name)]

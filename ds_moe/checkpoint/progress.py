@@ -44,6 +44,9 @@ class Progress:
     file_from: int = 0  # the step at which the run began its data file; a run with rollouts reads one after the other
     evaluation_due: bool = False  # whether an evaluation must follow the step, and has not run yet
     best_loss: float | None = None  # the lowest held-out loss so far, with `train.patience`
+    best: Figures | None = None  # of the run, after the evaluation that had it
+    best_checkpoint: str | None = None  # name of the folder with its weights; None: there is none yet
+    waited: int = 0  # evaluations since then
     figures: Figures = field(default_factory=Figures)
 
     @property
@@ -59,7 +62,10 @@ class Progress:
             "result": self.figures.as_json(task),
             "evaluation_due": self.evaluation_due,
             "best_loss": self.best_loss,
-        }
+        } | ({} if self.best is None else self._of_best(self.best, task))
+
+    def _of_best(self, best: Figures, task: str) -> dict[str, object]:
+        return {"best": best.as_json(task), "best_checkpoint": self.best_checkpoint, "waited": self.waited}
 
     def resume(self, saved: Mapping[str, object], task: str) -> None:
         """Take over what a checkpoint's state holds. Older versions saved fewer keys."""
@@ -67,4 +73,6 @@ class Progress:
         self.file_from = saved.get("file_from", 0)
         self.figures = Figures.from_json(saved["result"], task)
         self.evaluation_due = saved.get("evaluation_due", False)
-        self.best_loss = saved.get("best_loss")
+        self.best_loss, self.waited = saved.get("best_loss"), saved.get("waited", 0)
+        self.best_checkpoint, best = saved.get("best_checkpoint"), saved.get("best")
+        self.best = None if best is None else Figures.from_json(best, task)

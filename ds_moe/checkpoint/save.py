@@ -17,7 +17,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from ds_moe.checkpoint.files import FORMAT, MANIFEST, file_table, incomplete, step_folders, write_json
+from ds_moe.checkpoint.files import FORMAT, MANIFEST, file_table, incomplete, step_folders, step_name, write_json
 from ds_moe.checkpoint.fit import persistent_buffers, saved_parameters
 from ds_moe.checkpoint.host_copy import HostCopy
 from ds_moe.checkpoint.room import checkpoint_bytes, no_room
@@ -44,6 +44,7 @@ class Saving:
         state: JSON-able, and must hold `step`. Adam's step and the topology are added.
         write_extras: called on rank 0 with the folder, to write everything that is no tensor (run.yaml, model/).
         keep: how many complete checkpoints to leave in the folder, including this one.
+        best: name of one that is left too, however old it is.
         base: identifies the frozen model, whose parameters are then left out; None: they are saved too.
         carried: this rank's share of what the files of the model hold and the model has no use for.
         progress: called for every parameter that is collected.
@@ -62,10 +63,12 @@ class Saving:
         keep: int,
         base: dict[str, Any] | None = None,
         carried: Mapping[str, Tensor] | None = None,
+        best: str | None = None,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.topology, self.keep, self.write_extras = folder, topology, keep, write_extras
-        self.final = folder / f"step_{state['step']:08d}"
+        self.best = best
+        self.final = folder / step_name(state["step"])
         self.partial = folder / f"{PARTIAL}{self.final.name}"
         self.state = {
             **state,
@@ -143,11 +146,28 @@ class Saving:
         write_json(self.partial / MANIFEST, {"format": FORMAT, "files": files, "tensors": pieces})
         shutil.rmtree(self.final, ignore_errors=True)
         self.partial.rename(self.final)
-        write_json(self.folder / ".latest", self.final.name)
-        (self.folder / ".latest").replace(self.folder / "latest")
+        _call_latest(self.final)
         whole = [path for path in step_folders(self.folder) if path.name <= self.final.name and not incomplete(path)]
         for old in whole[self.keep :]:
-            shutil.rmtree(old)
+            if old.name != self.best:
+                shutil.rmtree(old)
+
+
+def forget_later(path: Path) -> bool:
+    """Make a checkpoint the newest one of its folder: those behind it are removed. False: it is not there, or not
+    whole, and nothing is removed."""
+    if incomplete(path) is not None:
+        return False
+    _call_latest(path)
+    for other in step_folders(path.parent):
+        if other.name > path.name:
+            shutil.rmtree(other)
+    return True
+
+
+def _call_latest(path: Path) -> None:
+    write_json(path.parent / ".latest", path.name)
+    (path.parent / ".latest").replace(path.parent / "latest")
 
 
 def _collect(

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ds_moe.checkpoint.changes import changes
+from ds_moe.checkpoint.files import step_name
 from ds_moe.checkpoint.fit import Resumption, misfits
 from ds_moe.checkpoint.restore import choose, load
-from ds_moe.checkpoint.save import Saving
+from ds_moe.checkpoint.save import Saving, forget_later
 from ds_moe.config.deepspeed import precision
 from ds_moe.config.run_file import write_run
 from ds_moe.data.position import same_file
@@ -45,7 +46,7 @@ def resume(run: Run) -> None:
         progress.total_steps += progress.file_from
         run.monitor.total_steps = progress.total_steps
     if run.patience is not None and progress.best_loss is not None:
-        run.patience.note(progress.best_loss, progress.figures)
+        run.patience.go_on(progress.best_loss, progress.best or progress.figures, progress.waited)
     saved_by = f"{state['world_size']} ranks with ep_size {state['ep_size']}"
     also = ", with the next rollout file" if next_file else ""
     run.monitor.note(f"resumed from {path} at step {progress.step} (saved by {saved_by}){also}")
@@ -68,8 +69,11 @@ def save_checkpoint(run: Run) -> None:
 
     finish_saving(run)
     run.watch.at("checkpoint")
+    progress = run.progress
+    if progress.best is not None and progress.best_checkpoint is None:
+        progress.best_checkpoint = step_name(progress.step)
     state = {
-        **run.progress.as_json(run.kind.name),
+        **progress.as_json(run.kind.name),
         "data": run.parts.stream.state_dict(),
         "precision": precision(run.config, on_cpu()),
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
@@ -77,7 +81,16 @@ def save_checkpoint(run: Run) -> None:
     folder, keep = run.folder / "checkpoints", run.config.checkpoint.keep
     carried = read_carried(run.carried, run.parts.topology, run.config.model.path)
     run.saving = Saving(
-        run.engine, run.parts.topology, folder, state, write_extras, keep, run.base, carried, progress=run.watch.pulse
+        run.engine,
+        run.parts.topology,
+        folder,
+        state,
+        write_extras,
+        keep,
+        run.base,
+        carried,
+        best=progress.best_checkpoint,
+        progress=run.watch.pulse,
     )
     if not run.config.checkpoint.background:
         finish_saving(run)
@@ -103,3 +116,15 @@ def finish_saving(run: Run) -> None:
     run.saving = None
     run.progress.figures.checkpoint = str(path)
     run.monitor.note(f"checkpoint {path}")
+
+
+def keep_best_newest(run: Run) -> None:
+    """At the end of a run with `train.patience`: its newest checkpoint is the best evaluation's, also where a signal
+    has stopped the run behind that and left a later one (collective)."""
+    if run.patience is None or run.progress.best_checkpoint is None:
+        return
+    best = run.folder / "checkpoints" / run.progress.best_checkpoint
+    forget = (lambda: forget_later(best)) if run.parts.topology.rank == 0 else lambda: None
+    [found, *_] = together(run.parts.topology, f"make {best} the newest checkpoint", forget)
+    if found:
+        run.progress.figures.checkpoint = str(best)

@@ -68,6 +68,10 @@ class EarlyStopping:
             self.waited += 1
         return better
 
+    def go_on(self, best: float, figures: Figures, waited: int) -> None:
+        """As it was when a checkpoint was taken."""
+        self.best, self.figures, self.waited = best, replace(figures), waited
+
     @property
     def exhausted(self) -> bool:
         return self.waited >= self.patience

@@ -6,6 +6,8 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -89,6 +91,19 @@ def signal_in_evaluation(steps):
         yield
 
 
+@contextmanager
+def worse_evaluations(steps):
+    """As `signal_in_evaluation`, but the held-out loss is the number of the step: the first evaluation is the best."""
+    evaluate = Task.evaluate
+
+    def worse(*args, **named):
+        report = evaluate(*args, **named)
+        return replace(report, loss=float(report.step))
+
+    with patch.object(Task, "evaluate", worse), signal_in_evaluation(steps):
+        yield
+
+
 def started_again(config):
     """What a run and its restarts come to: [[step, status] of every stop, result]."""
     stops = []
@@ -115,11 +130,12 @@ def main():
     start_distributed(1)
     for name, overrides, fault, steps in json.loads(sys.argv[1]):
         config = load_run(RUN, overrides)
-        faults = {"slow writes": slow_writes, "signal in evaluation": lambda steps=steps: signal_in_evaluation(steps)}
+        stopping = {"signal in evaluation": signal_in_evaluation, "worse evaluations": worse_evaluations}
+        faults = {"slow writes": slow_writes, **{name: partial(one, steps) for name, one in stopping.items()}}
         moved = []
         with recording(moved), poisoned(fault, steps) if fault in POISONS else faults[fault]():
             try:
-                report(**{name: started_again(config) if fault == "signal in evaluation" else train(config)})
+                report(**{name: started_again(config) if fault in stopping else train(config)})
             except UserError as error:
                 report(**{name: str(error)})
         report(**{f"{name}: assignments": moved})

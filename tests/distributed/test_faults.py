@@ -15,6 +15,8 @@ from tests.launcher import run_ranks, start_ranks
 
 RUN = "tests/runs/faults.yaml"
 EVALUATES = ["data.eval=digits", "train.eval_every=4", "train.eval_samples=8", "train.eval_generate=false"]
+PATIENCE = [*EVALUATES[:1], EVALUATES[3], "train.eval_every=1", "train.patience=3"]
+PATIENCE += ["checkpoint.every=null", "checkpoint.keep=1", "train.eval_batch_size=64"]
 LONG = ["train.steps=4000", "checkpoint.every=null", "train.watchdog_s=10"]
 
 
@@ -50,6 +52,8 @@ def ran(tmp_path_factory):
         ["background", ["checkpoint.background=true"], "slow writes", []],
         ["evaluation", EVALUATES, "signal in evaluation", []],
         ["interrupted evaluation", EVALUATES, "signal in evaluation", [4, 8]],
+        ["patience", PATIENCE, "worse evaluations", []],
+        ["interrupted patience", PATIENCE, "worse evaluations", [3]],
     ]
     outputs = {name: folder / name.replace(" ", "_") for name, *_ in cases}
     placed = [[name, [*more, f"train.output_dir={outputs[name]}"], *rest] for name, more, *rest in cases]
@@ -147,6 +151,21 @@ def test_a_signal_in_an_evaluation_puts_it_off_until_the_run_goes_on(ran):
     _, undisturbed = run.json["evaluation"]
     assert result["eval_loss"] == undisturbed["eval_loss"] and result["step"] == 8
     assert same(tensors(outputs["interrupted evaluation"], 8), tensors(outputs["sound"], 8))
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_waits_on_for_a_better_evaluation_and_keeps_the_best(ran):
+    """The best one is the first. The checkpoint of the stop neither takes its place nor stays behind it."""
+    outputs, run = ran
+    stops, result = run.json["interrupted patience"]
+    _, undisturbed = run.json["patience"]
+    assert stops == [[3, 128 + signal.SIGUSR1]] and result["step"] == undisturbed["step"] == 1
+    for name, found in (("patience", undisturbed), ("interrupted patience", result)):
+        folder = outputs[name] / "checkpoints"
+        assert [path.name for path in folder.glob("step_*")] == ["step_00000001"]
+        assert json.loads((folder / "latest").read_text()) == "step_00000001" == Path(found["checkpoint"]).name
+        assert same(tensors(outputs[name], 1), tensors(outputs["sound"], 1))
+    assert run.log(0).count("step 4: 3 evaluations without a better one") == 2
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ def test_what_is_no_number_is_never_the_best():
     assert stopping.waited == 1 and not stopping.exhausted
 
 
-def test_a_resumed_run_keeps_its_best_and_waits_anew():
-    stopping = EarlyStopping(patience=1)
-    stopping.note(0.5, Figures(40))  # as `train.resume` does
+def test_a_resumed_run_keeps_its_best_and_waits_on():
+    stopping = EarlyStopping(patience=2)
+    stopping.go_on(0.5, Figures(40), waited=1)  # as `train.resume` does
     assert not stopping.exhausted and not stopping.note(0.6, Figures(50)) and stopping.exhausted
     assert stopping.figures == Figures(40)
