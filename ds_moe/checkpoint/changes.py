@@ -6,12 +6,19 @@ from pathlib import Path
 from ds_moe.config.deepspeed_json import read_deepspeed
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import load_run
+from ds_moe.config.tasks import TASK_SECTIONS
 from ds_moe.config.yaml_lines import Plain, join
 from ds_moe.errors import UserError
+from ds_moe.models.lora import scaling
 
 # How a run is written, watched and fed: that changes nothing it learns.
 BOOKKEEPING = ("monitor", "checkpoint", "data.num_workers", "data.prefetch_factor", "data.prepared")
 BOOKKEEPING += ("train.output_dir", "train.resume", "train.watchdog_s", "train.stop_within_s")
+# What the weights of a checkpoint are multiplied into, and what they are given: with another value they are another
+# model, or are asked about other inputs.
+MEASURED = ("model.path", "model.preset", "lora.alpha", "lora.rslora", "moe.router", "moe.experts.apply_weight")
+MEASURED += ("train.precision", "data.max_length", "data.train_on", "data.content_tokens", "data.video")
+MEASURED += tuple(TASK_SECTIONS.keys() - {"rl"})  # rollouts are not evaluated
 LONGEST = 120  # characters of a value
 
 
@@ -21,6 +28,29 @@ def changes(path: Path, config: RunConfig) -> list[str]:
         return [f"changed since the checkpoint: {key} {values}" for key, values in changed_keys(path, config).items()]
     except UserError as error:
         return [f"the run file was not compared with the checkpoint's: {error}"]
+
+
+def changes_of_evaluation(path: Path, config: RunConfig) -> list[str]:
+    """As `changes`, of what an evaluation of the checkpoint by this run file depends on.
+
+    Raises:
+        UserError: low-rank updates would be multiplied by another factor than they were trained with.
+    """
+    try:
+        then, changed = load_run(path / "run.yaml"), changed_keys(path, config)
+    except UserError as error:
+        return [f"the run file was not compared with the checkpoint's: {error}"]
+    trained, now = then.lora, config.lora
+    if trained and now and trained.rank == now.rank and scaling(trained) != scaling(now):
+        text = f"lora.alpha {now.alpha} and lora.rslora {str(now.rslora).lower()} multiply updates by {scaling(now):g}"
+        text += f"; those of {path} were trained with {scaling(trained):g}"
+        fix = f"set them to {trained.alpha} and {str(trained.rslora).lower()}"
+        raise UserError(f"{config.at('lora.alpha')}: {text} ({fix})")
+    return [
+        f"changed since the checkpoint: {key} {values}"
+        for key, values in changed.items()
+        if any(f"{key}.".startswith(f"{one}.") for one in MEASURED)
+    ]
 
 
 def changed_keys(path: Path, config: RunConfig) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import TextIO
 
 from rich.console import Console
 
+from ds_moe.checkpoint.changes import changes_of_evaluation
 from ds_moe.checkpoint.files import step_folders
 from ds_moe.checkpoint.restore import find_together, load_weights
 from ds_moe.checkpoint.room import unwritable
@@ -164,6 +165,9 @@ def _set_up(weights: Weights, scratch: Path, topology: Topology) -> tuple[Traini
     """
     host = socket.gethostname()
     shared = next(folder for name, folder in over_ranks((host, str(scratch))) if name == host)
+    if weights.checkpoint is not None:
+        for line in changes_of_evaluation(weights.checkpoint, weights.config):
+            _say(topology, line)
     train = weights.config.train.model_copy(update={"output_dir": shared})
     monitor = weights.config.monitor.model_copy(update={"sample_images": 0})
     config = weights.config.model_copy(update={"train": train, "monitor": monitor})

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ds_moe import cli, evaluate
-from ds_moe.config.run_file import load_run
+from ds_moe.checkpoint.changes import changes_of_evaluation
+from ds_moe.config.run_file import load_run, write_run
 from ds_moe.config.tasks import DPOConfig
 from ds_moe.distributed import Topology
 from ds_moe.errors import UserError
@@ -84,3 +85,17 @@ def test_a_model_has_no_reference_to_be_compared_with(config):
             continue
         with pytest.raises(UserError, match=r"^--from tiny-moe is a model, .* dpo .*: give a checkpoint of the run$"):
             find_weights(run, "tiny-moe", ALONE)
+
+
+def test_updates_are_multiplied_by_the_factor_that_they_were_trained_with(config, tmp_path):
+    """By another one a checkpoint is another model, and nothing in its tensors tells."""
+    write_run(config, tmp_path)
+    others = ["lora={rank: 4}", "train.lr=1e-9", "data.eval=x.jsonl"]
+    assert changes_of_evaluation(tmp_path, load_run(DEMO, others)) == []
+    more = ["lora={rank: 4, rslora: true, alpha: 16}", "moe.router.top_k=1"]  # the same factor, 8
+    said = changes_of_evaluation(tmp_path, load_run(DEMO, more))
+    keys = {line.partition(": ")[2].split()[0] for line in said}
+    assert keys == {"lora.alpha", "lora.rslora", "moe.router.top_k"}
+    for other in ("{rank: 4, alpha: 16}", "{rank: 4, rslora: true}"):
+        with pytest.raises(UserError, match=r"updates by \S+; those of \S+ were trained with 8 \(set them to 32"):
+            changes_of_evaluation(tmp_path, load_run(DEMO, [f"lora={other}"]))
