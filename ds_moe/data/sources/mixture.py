@@ -40,6 +40,12 @@ class Mixture:
         """Of an epoch."""
         return sum(self.quotas)
 
+    @property
+    def times(self) -> np.ndarray:
+        """(all records,) float64: how often an epoch takes each, on average over epochs; those of the first source come
+        first."""
+        return np.repeat(np.divide(self.quotas, self.sizes), self.sizes)
+
     def described(self, names: Sequence[str]) -> str:
         """What an epoch has of each source, in a line."""
         parts = zip(names, self.sizes, self.quotas, strict=True)

@@ -5,7 +5,7 @@ end_to_end   from the loss of the answers, through frozen adapters, with an entr
 joint        the same, while the adapters learn too, with a learning rate of their own
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.data.batch import NO_LOSS, Batch
+from ds_moe.data.sources.mixture import Mixture
+from ds_moe.data.stream import TrainStream
 from ds_moe.monitor.reports import EvalReport
 from ds_moe.tasks.answers import Answered
 from ds_moe.tasks.gate.evaluate import Survey, per_sample, survey
@@ -34,9 +36,10 @@ class GateTask(Task):
         self.names: list[str] = parts.engine.module.adapter_bank.names
         self.class_weights: Tensor | None = None
         if self.config.class_weights == "balanced":
-            self.class_weights = balanced(self.names, parts.stream.remembered)
+            assert isinstance(parts.stream, TrainStream)  # requests are not streamed
+            self.class_weights = balanced(self.names, parts.stream.remembered, parts.stream.rows.order.mixture)
         self._sums: dict[str, Tensor] = {}
-        self._micro_batches = 1  # of the step that was last begun
+        self._share = 1.0  # real samples of a micro-batch of the step that was last begun, mean over ranks
 
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:
         """The micro-batches of each step. The first step's also set the scale of the features of a new gate."""
@@ -46,8 +49,16 @@ class GateTask(Task):
             self._set_scale(first)
             stream = chain([first], stream)
         for micro_batches in stream:
-            self._micro_batches = len(micro_batches)
+            if not self.supervised:
+                self._count(micro_batches)
             yield micro_batches
+
+    def _count(self, micro_batches: list[Batch]) -> None:
+        """Note the real samples of a step: the last one of an epoch may have few (collective)."""
+        topology = self.parts.topology
+        samples = torch.tensor(sum(int(batch.real_B.sum()) for batch in micro_batches), device=topology.device)
+        dist.all_reduce(samples)
+        self._share = max(samples.item(), 1) / (topology.world_size * len(micro_batches))
 
     @torch.no_grad()
     def _set_scale(self, micro_batches: list[Batch]) -> None:
@@ -91,13 +102,11 @@ class GateTask(Task):
     def _regularisers(self, decision: GateDecision, mask_BS: Tensor | None, real_B: Tensor) -> Tensor:
         """The entropy term and the pull to the reference: sums over real samples, divided by the mean number of samples
         of a micro-batch, because the losses are averaged over ranks and micro-batches."""
-        samples = self.parts.config.train.global_batch_size
-        share = samples / (self.parts.topology.world_size * self._micro_batches)
-        total = self.config.entropy_weight * (entropy(decision.weights, mask_BS) * real_B).sum() / share
+        total = self.config.entropy_weight * (entropy(decision.weights, mask_BS) * real_B).sum() / self._share
         reference = self.parts.engine.module.reference_logits
         if reference is not None:
             away_B = divergence(decision.logits, reference, mask_BS)
-            total = total + self.config.kl_weight * (away_B * real_B).sum() / share
+            total = total + self.config.kl_weight * (away_B * real_B).sum() / self._share
             self._add("kl_to_supervised", away_B.detach()[real_B])
         return total
 
@@ -148,7 +157,14 @@ def pictures(scores: RoutingScores, found: Survey) -> dict[str, Callable[[], np.
     }
 
 
-def balanced(names: list[str], labels: list[str | None]) -> Tensor:
-    """Class weights (K,): N / (K n_k), so that labelled samples have mean weight 1; 0 for an adapter without any."""
-    counts_K = torch.tensor([labels.count(name) for name in names], dtype=torch.float32)
+def balanced(names: list[str], labels: Sequence[object], mixture: Mixture | None = None) -> Tensor:
+    """Class weights (K,): N / (K n_k), so that labelled samples have mean weight 1; 0 for an adapter without any.
+
+    Args:
+        labels: the adapter that each record names, None for none.
+        mixture: how often each is drawn; None: all alike.
+    """
+    times_R = np.ones(len(labels)) if mixture is None else mixture.times
+    named = np.array(labels, dtype=object)
+    counts_K = torch.tensor([times_R[named == name].sum() for name in names], dtype=torch.float32)
     return torch.where(counts_K > 0, counts_K.sum() / (len(names) * counts_K), 0.0)

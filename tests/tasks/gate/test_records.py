@@ -15,6 +15,7 @@ from ds_moe.data.records import read_records
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
 from ds_moe.tasks.gate.records import Requests, Routed
+from ds_moe.tasks.gate.task import balanced
 from tests.records import chat
 
 NAMES = ["mail", "maps", "notes"]
@@ -159,3 +160,17 @@ def test_data_workers_can_pickle_all_of_it(record_kind, processor):
     assert pickle.loads(pickle.dumps(sample)) == sample == parse(record_kind, routed("notes"))
     encoded = pickle.loads(pickle.dumps(again.encode(sample, processor, 512, 10**6)))
     assert again.collate([encoded], processor).adapter_B.tolist() == [2] and again.remember(sample) == "notes"
+
+
+def test_class_weights_are_balanced_over_what_a_mixture_draws(write_jsonl, run_config, processor):
+    """Of every adapter the weights of an epoch's samples add up to the same, whatever the shares of the sources."""
+    rare = write_jsonl([routed("mail")] * 3 + [routed("maps")] * 3, "rare.jsonl")
+    common = write_jsonl([routed("maps")] * 10 + [routed("notes")] * 2, "common.jsonl")
+    sources = [{"path": str(rare), "epochs": 4.0}, {"path": str(common), "epochs": 1.0}]
+    config = run_config("unused", data={"train": sources}, global_batch_size=6)
+    stream = TrainStream(config, processor, rank=0, world_size=1, record_kind=Routed(NAMES, labelled=True))
+    weights_K = balanced(NAMES, stream.remembered, stream.rows.order.mixture)
+    drawn = torch.cat([batch.adapter_B for step in islice(stream, stream.steps_per_epoch) for batch in step])
+    total_K = torch.stack([weights_K[drawn[drawn == number]].sum() for number in range(3)])
+    torch.testing.assert_close(total_K, torch.full((3,), 12.0))  # 36 samples
+    assert torch.allclose(balanced(NAMES, ["mail", "maps", "maps", None]), torch.tensor([1.0, 0.5, 0.0]))
