@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
-from ds_moe.data.encode import Encoded, Pixels, check_length, collate, encode, encode_images, lay_out
+from ds_moe.data.encode import Encoded, Pixels, check_length, collate, encode, encode_images, lay_out, seen
 from ds_moe.data.images import ImageRoot, RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records, image_tokens
@@ -214,7 +214,7 @@ def _encode_tokens(rollout: Rollout, processor: Processor, max_length: int, max_
     vocabulary = len(processor.tokenizer)
     if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocabulary:
         raise RecordError(f"'tokens' holds an id outside of the model's {vocabulary} (use the model's own tokenizer)")
-    places = int((input_ids == processor.image_token_id).sum()) if processor.image_processor is not None else 0
+    places = int(seen(input_ids, processor).sum())  # those of videos too, which collation makes image tokens of
     if places != sum(of_images):
         reason = f"'tokens' holds {places} image tokens, its {len(of_images)} images make {sum(of_images)}"
         raise RecordError(f"{reason} (write the ids the engine saw, and all of their images in order)")

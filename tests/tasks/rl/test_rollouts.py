@@ -15,6 +15,7 @@ from ds_moe.data.encode import filler
 from ds_moe.data.record_kind import CHAT
 from ds_moe.data.stream import TrainStream
 from ds_moe.errors import UserError
+from ds_moe.models.processor import tiny_processor
 from ds_moe.replay.align import RoutingShape
 from ds_moe.replay.traces import RoutingTrace, to_record
 from ds_moe.tasks.rl.rollout_record import parse_rollout
@@ -22,6 +23,7 @@ from ds_moe.tasks.rl.rollouts import Rollouts
 
 SHAPE = RoutingShape(layers=2, moe_layers=(0, 1), experts=8, top_k=2)
 PROMPT, COMPLETION = [5, 6, 7], [8, 9]
+VIDEO = tiny_processor().video_token_id
 
 
 def rollout(**changes):
@@ -247,6 +249,7 @@ BAD = {
     "an id beyond the vocabulary": ({"tokens": [5, 6, 7, 8, 10**6]}, "outside of the model's"),
     "a missing image": ({"images": ["none.png"]}, "missing image 'none.png'"),
     "an image without its tokens": ({"images": ["a.png"]}, "'tokens' holds 0 image tokens"),
+    "a token of videos": ({"tokens": [5, 6, 7, VIDEO, 9]}, "'tokens' holds 1 image tokens, its 0 images make 0"),
     "a routing of one row too many": ({"routing": ONE_TOO_MANY}, "rows"),
     "rows of a completion that may be another's": ({"routing": of_engine(4)[:1]}, "1 rows, but 4 of 5 input tokens"),
     "an advice of the errors, misread": ({"extra_row": "live"}, "'extra_row' is 'live' (write refuse or drop)"),
