@@ -146,7 +146,7 @@ def reference(config, joined):
 class Stream(list):
     """Steps of micro-batches, and the labels of the file that they are from."""
 
-    remembered = LABELS
+    remembered, rows = LABELS, None
 
 
 def compare(config, zero, own, expected, breakage=None, chosen=None):

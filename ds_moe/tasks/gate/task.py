@@ -16,7 +16,6 @@ from torch import Tensor
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.sources.mixture import Mixture
-from ds_moe.data.stream import TrainStream
 from ds_moe.monitor.reports import EvalReport
 from ds_moe.tasks.answers import Answered
 from ds_moe.tasks.gate.evaluate import Survey, per_sample, survey
@@ -36,8 +35,9 @@ class GateTask(Task):
         self.names: list[str] = parts.engine.module.adapter_bank.names
         self.class_weights: Tensor | None = None
         if self.config.class_weights == "balanced":
-            assert isinstance(parts.stream, TrainStream)  # requests are not streamed
-            self.class_weights = balanced(self.names, parts.stream.remembered, parts.stream.rows.order.mixture)
+            rows = parts.stream.rows
+            mixture = None if rows is None else rows.order.mixture
+            self.class_weights = balanced(self.names, parts.stream.remembered, mixture)
         self._sums: dict[str, Tensor] = {}
         self._share = 1.0  # real samples of a micro-batch of the step that was last begun, mean over ranks
 
