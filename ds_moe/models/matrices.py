@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ds_moe.config.run import RunConfig
 from ds_moe.models.families import expert_state, family_of
+from ds_moe.models.lora import update_of
 
 FUSED = {"qkv": 3, "gate_up_proj": 2}  # name of a linear layer -> matrices that lie in its weight, one below the other
 GATE_UP = re.compile(r"(gate_up_proj|gate_up_B)$")  # of experts: two matrices each
@@ -59,12 +60,21 @@ def hidden_matrices(model: PreTrainedModel) -> dict[str, Stack]:
         if expert_state(name):
             stack = _of_experts(model.get_submodule(owner.removesuffix(".lora")), last, shape)
         elif isinstance(model.get_submodule(owner), nn.Linear) and last == "weight":
-            stack = Stack(1, *shape, parts=FUSED.get(owner.rpartition(".")[2], 1))
+            stack = Stack(1, *shape, parts=FUSED.get(_rows_of(name, owner).rpartition(".")[2], 1))
         else:
             continue
         if stack is not None and min(stack.rows, stack.columns) > 1:
             found[name] = stack
     return found
+
+
+def _rows_of(name: str, owner: str) -> str:
+    """The layer whose outputs are the rows of a linear layer's weight. B of a low-rank update has those of the layer
+    that it updates, and A has those of none."""
+    update = update_of(name)
+    if update is None:
+        return owner
+    return update.weight.removesuffix(".weight") if update.half == "B" else ""
 
 
 def by_muon(model: PreTrainedModel, config: RunConfig) -> dict[str, Stack]:

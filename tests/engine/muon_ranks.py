@@ -42,7 +42,8 @@ def newton_schulz(matrix):
 def apart(name, tensor):
     """The matrices of a parameter, as they are orthogonalised: experts by themselves, gate apart from up."""
     matrices = list(tensor) if tensor.dim() == 3 else [tensor]
-    parts = 3 if "attn.qkv" in name else 2 if "gate_up_proj" in name or "gate_up_B" in name else 1
+    fused = {"attn.qkv": 3, "gate_up_proj": 2, "gate_up_B": 2} if "lora_A" not in name else {}
+    parts = next((parts for part, parts in fused.items() if part in name), 1)
     return [part for matrix in matrices for part in matrix.chunk(parts)]
 
 

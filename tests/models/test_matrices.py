@@ -53,6 +53,13 @@ def test_updates_of_low_rank():
         outline(config)
 
 
+def test_the_update_of_a_fused_layer_is_as_many_matrices():
+    """Of B, whose rows are the layer's; A is one matrix."""
+    config = run("tiny-vl-moe", moe={"ep_size": 1}, lora={"rank": 4, "targets": ["qkv"]})
+    found = hidden_matrices(outline(config))
+    assert {name.split(".")[-3]: stack.parts for name, stack in found.items()} == {"lora_A": 1, "lora_B": 3}
+
+
 def test_nothing_left_for_muon_is_refused():
     config = run("tiny-vl-moe", moe={"ep_size": 1}, model={"freeze": [r"^(?!.*(norm|embed_tokens))"]})
     with pytest.raises(UserError, match="train.optimizer muon: nothing that is trained"):
