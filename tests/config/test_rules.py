@@ -307,6 +307,10 @@ RULES = {
         [*LOCAL, "rl.engine.completions=3"],
         "4 x rl.engine.completions 3 = 12 is no multiple of",
     ),
+    "patience between the updates of a batch": (
+        [*RL, *EVALUATED, "train.patience=2", "rl.updates_per_batch=2"],
+        "train.eval_every 5 evaluates between checkpoints, of which rl.updates_per_batch 2 allows one every 2 steps",
+    ),
     "updates beyond a round": ([*LOCAL, "rl.updates_per_batch=3"], "does not divide the 4 steps of a round"),
     "an engine under epochs": ([*LOCAL, "train.steps=null", "train.epochs=2"], "makes new rollouts; set train.steps"),
     "weights among checkpoints": (

@@ -189,3 +189,5 @@ def test_lora_of_experts_in_a_block_that_stays_is_merged_and_exported(runs, tmp_
         merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()(**inputs).logits
         adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(**inputs).logits
     assert (merged - adapted).abs().max() <= 1e-5 < 1e-3 < (merged - before).abs().max()
+    files = load_file(tmp_path / "merged" / "model.safetensors")  # what the base carries goes along
+    assert all(torch.equal(files[SPECULATES[UPDATED] + name], value) for name, value in SPECULATION.items())

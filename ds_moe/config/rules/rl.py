@@ -56,6 +56,11 @@ def contradictions(config: RunConfig) -> Iterator[Complaint]:
     if rl.router == "router_shift" and rl.updates_per_batch == 1:
         text = "rl.router router_shift needs rl.updates_per_batch above 1: before an update no router has shifted"
         yield "rl.router", text
+    every, updates = config.train.eval_every, rl.updates_per_batch
+    if config.train.patience is not None and every is not None and every % updates:
+        text = f"train.patience keeps the weights of its best evaluation, and train.eval_every {every} evaluates"
+        text += f" between checkpoints, of which rl.updates_per_batch {updates} allows one every {updates} steps"
+        yield "train.eval_every", f"{text}; make it a multiple"
     if rl.correction != "none":
         default_low, default_high = CORRECTION_BOUNDS[rl.correction]
         low = default_low if rl.correction_low is None else rl.correction_low
