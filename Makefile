@@ -32,7 +32,7 @@ demo: $(READY)  ## train a tiny Qwen3-VL-MoE on real images (2 processes), expor
 replay-demo: $(READY)  ## reinforcement on real images, with routing replay and without (2 processes, under 10 minutes)
 	@$(PY) -m tools.demos.replay.demo
 
-rl-demo: $(READY)  ## reinforcement with an engine in the loop (2 processes, under 15 minutes; longer with ARGS="--engine vllm")
+rl-demo: $(READY)  ## reinforcement with an engine in the loop (2 processes, under 15 minutes; ARGS="--engine vllm": by a real vLLM)
 	@$(PY) -m tools.demos.rl.demo $(ARGS)
 
 gate-demo: $(READY)  ## a learned gate over four LoRA adapters, on rendered screens (2 processes, under 10 minutes)
