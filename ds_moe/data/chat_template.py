@@ -52,7 +52,7 @@ class Tokens:
 def tokenize(
     turns: tuple[Turn, ...],
     processor: Processor,
-    image_tokens: list[int],
+    image_ids: list[list[int]],
     tools: Tools = (),
     rules: TokenRules = DEFAULT_RULES,
     videos: Sequence[VideoPlan] = (),
@@ -60,7 +60,7 @@ def tokenize(
     """Ids of a conversation, with labels on what the model writes: thoughts, answers, calls and their end tokens.
 
     Args:
-        image_tokens: the number of ids that each image takes.
+        image_ids: what stands for each image.
         tools: descriptions for the template.
         videos: what is written in place of each video's token.
 
@@ -84,7 +84,7 @@ def tokenize(
         whole, now = with_frames(whole, videos, processor)
         spans, prompt = [(now(start), now(end)) for start, end in spans], now(prompt)
     video_tokens = [video.tokens for video in videos for _ in video.times]
-    return _tokens(whole, spans, prompt, processor, image_tokens, video_tokens)
+    return _tokens(whole, spans, prompt, processor, image_ids, video_tokens)
 
 
 def end_token(processor: Processor) -> int | None:
@@ -98,7 +98,7 @@ def _tokens(
     spans: list[tuple[int, int]],
     prompt: int,
     processor: Processor,
-    image_tokens: list[int],
+    image_ids: list[list[int]],
     video_tokens: list[int],
 ) -> Tokens:
     """Ids of a text, cut where special tokens, labels or the last answer begin or end.
@@ -109,15 +109,15 @@ def _tokens(
     known, image = special_ids(processor), processor.image_token_id
     special = {start: known[whole.text[start:end]] for start, end in whole.special}
     places = sum(token == image for token in special.values()) if image is not None else 0
-    if places != len(image_tokens):
-        raise RecordError(f"{THE_TEMPLATE} shows {places} of the record's {len(image_tokens)} images")
+    if places != len(image_ids):
+        raise RecordError(f"{THE_TEMPLATE} shows {places} of the record's {len(image_ids)} images")
     cuts = {0, len(whole.text), prompt}
     for start, end in (*spans, *whole.special):
         cuts |= {start, end}
     pieces = list(pairwise(sorted(cuts)))
     plain = {whole.text[start:end]: None for start, end in pieces if start not in special}  # few differ
     encoded = dict(zip(plain, _encode(processor.tokenizer, list(plain)), strict=True))
-    counts, video_counts, left = iter(image_tokens), iter(video_tokens), iter(spans)
+    of_images, video_counts, left = iter(image_ids), iter(video_tokens), iter(spans)
     video = known[processor.video_tokens[0]] if video_tokens else None
     ids: list[int] = []
     label: list[bool] = []
@@ -130,7 +130,7 @@ def _tokens(
             first, last = next(left, (len(whole.text), len(whole.text)))
         if start in special:
             if special[start] == image:
-                new = processor.image_ids(next(counts))
+                new = next(of_images)
             else:
                 new = [special[start]] * (next(video_counts) if special[start] == video else 1)
         else:

@@ -22,7 +22,7 @@ from ds_moe.data.ahead import MadeAhead, Patches
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat import Sample, final_answer
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules, tokenize
-from ds_moe.data.images import ImageSource, RecordError, image_size, load_image
+from ds_moe.data.images import ImageSource, RecordError, image_size, load_image, shown_size
 from ds_moe.data.patches import table_of
 from ds_moe.data.processor import ImageProcessor, Processor, VideoReader
 from ds_moe.data.special_tokens import text_of
@@ -72,12 +72,12 @@ def encode(
     reader = processor.video_reader(rules.video) if sample.videos else None
     films = [look(video, rules.video, max_pixels) for video in sample.videos]
     plans = [reader.plan(film, video.name) for film, video in zip(films, sample.videos, strict=True)] if reader else []
-    pixel_values, grid, image_tokens = encode_images(sample.images, processor, max_pixels, pixels)
+    pixel_values, grid, image_ids = encode_images(sample.images, processor, max_pixels, pixels)
     if plans and pixel_values is not None and pixel_values.dtype == torch.uint8:
         pixel_values = table_of(processor).floats(pixel_values)  # as those of videos are
-    tokens = tokenize(sample.turns, processor, image_tokens, sample.tools, rules, plans)
-    of_videos = sum(plan.tokens * plan.grid[0] for plan in plans)
-    check_length(len(tokens.ids), sum(image_tokens) + of_videos, max_length)  # before a video is decoded
+    tokens = tokenize(sample.turns, processor, image_ids, sample.tools, rules, plans)
+    of_media = tokens_of_images(image_ids, processor) + sum(plan.tokens * plan.grid[0] for plan in plans)
+    check_length(len(tokens.ids), of_media, max_length)  # before a video is decoded
     if plans and pixels:
         pixel_values, grid = _with_videos(sample, films, plans, reader, (pixel_values, grid), max_pixels, rules.video)
     input_ids = torch.tensor(tokens.ids)
@@ -93,8 +93,8 @@ def answer_text(encoded: Encoded, processor: Processor, content_tokens: Sequence
 
 def encode_images(
     sources: list[ImageSource], processor: Processor, max_pixels: int, pixels: Pixels = True
-) -> tuple[Tensor | None, Tensor | None, list[int]]:
-    """(pixel_values, image_grid_thw, number of tokens of each image); (None, None, []) without images.
+) -> tuple[Tensor | None, Tensor | None, list[list[int]]]:
+    """(pixel_values, image_grid_thw, what stands in `input_ids` for each image); (None, None, []) without images.
 
     With `pixels` False only the images' headers are read, and the first two are None.
 
@@ -108,12 +108,24 @@ def encode_images(
         raise RecordError("the record has an image, but the model reads text only (use a vision-language model)")
     merged = prepare.merge_size**2
     if not pixels and prepare.do_resize:  # else its rule for sizes is not the one that it follows
-        sizes = [image_size(source, max_pixels) for source in sources]  # turned by EXIF, one has as many patches
+        sizes = [image_size(source, max_pixels) for source in sources]
+        sizes = [shown_size(source) for source in sources] if processor.cuts else sizes
         with _refusing():
             counts = [prepare.get_number_of_image_patches(height, width) for width, height in sizes]
-        return None, None, [count // merged for count in counts]
+        tokens = [count // merged for count in counts]
+        return None, None, _ids_of_images(tokens, sizes, processor)
     pixel_values, grid = pixels.take() if isinstance(pixels, MadeAhead) else patches_of(sources, prepare, max_pixels)
-    return pixel_values, grid, (grid.prod(-1) // merged).tolist()
+    sizes = [shown_size(source) for source in sources] if processor.cuts else [None] * len(sources)
+    return pixel_values, grid, _ids_of_images((grid.prod(-1) // merged).tolist(), sizes, processor)
+
+
+def _ids_of_images(tokens: list[int], sizes: Sequence[tuple[int, int] | None], processor: Processor) -> list[list[int]]:
+    return [processor.image_ids(count, size) for count, size in zip(tokens, sizes, strict=True)]
+
+
+def tokens_of_images(image_ids: list[list[int]], processor: Processor) -> int:
+    """How many of the ids that stand for images are tokens of theirs, and do not frame them."""
+    return sum(ids.count(processor.image_token_id) for ids in image_ids if processor.image_token_id is not None)
 
 
 def patches_of(sources: list[ImageSource], prepare: ImageProcessor, max_pixels: int) -> Patches:

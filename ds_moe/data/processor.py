@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 from PIL import Image
 from torch import Tensor
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from ds_moe.config.sections import VideoConfig
     from ds_moe.data.videos import Film, VideoPlan
+
+Inputs: TypeAlias = "dict[str, Any]"  # arguments of a model's forward
 
 
 class ImageProcessor(Protocol):
@@ -63,6 +65,7 @@ class Processor(Protocol):
 
     takes_types: ClassVar[bool]  # whether the model is told which tokens are of images
     resizes: ClassVar[bool]  # whether images are resized to whole patches and otherwise left as they are
+    cuts: ClassVar[bool]  # whether something else may stand for an image that is turned by 90 degrees
     grounds: ClassVar[bool]  # whether the model writes boxes as `ds_moe.data.grounding` does
 
     @property
@@ -91,11 +94,15 @@ class Processor(Protocol):
         """
         ...
 
-    def image_ids(self, tokens: int) -> list[int]:
-        """What stands in `input_ids` for an image of so many tokens: these, and what frames them."""
+    def image_ids(self, tokens: int, size: tuple[int, int] | None) -> list[int]:
+        """What stands in `input_ids` for an image of so many tokens: these, and what frames them.
+
+        Args:
+            size: (width, height) in pixels, as the image is shown. Where `cuts` is False it may be another, or None.
+        """
         ...
 
-    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> dict[str, Any]:
+    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> Inputs:
         """The patches of a micro-batch's images, and their sizes, as arguments of the model."""
         ...
 
@@ -103,7 +110,7 @@ class Processor(Protocol):
         """What makes patches of the model's videos. Raises `RecordError` where it takes none."""
         ...
 
-    def tower_inputs(self, image_grid_thw: Tensor) -> dict[str, Any]:
+    def tower_inputs(self, image_grid_thw: Tensor) -> Inputs:
         """What the vision tower makes of the sizes of its images, as arguments of the model; {}: it makes it itself."""
         ...
 

@@ -6,6 +6,7 @@ load.py         a checked model, its config, its outline
 presets.py      tiny models built from code
 processor.py    tokens and pixels
 vl_processors.py those of families with images
+images_only.py  what these have in common
 image_processors.py pixels to patches, where transformers cannot without torchvision
 video_reader.py frames of videos to patches, without torchvision
 streaming.py    weights from files to where a rank keeps them

@@ -274,6 +274,18 @@ FAMILIES["internvl"] = Family(  # InternVL 3.5 over Qwen3-MoE
     gates=False,
     measured=False,
 )
+FAMILIES["step3p7"] = Family(  # Step-3.7
+    "Step3p7ForConditionalGeneration",
+    decoder="model.language_model",
+    vision="model.vision_model",
+    projector="model.multi_modal_projector",
+    images="views",
+    processors=("Step3p7Processor",),
+    moe=MoEBlock(""),
+    from_parts=False,
+    gates=False,
+    measured=False,
+)
 # Causal language models that keep their block: the block's path in a layer, what it calls its router -> model types.
 _KEPT = {
     ("mlp", "gate"): "axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
@@ -386,7 +398,6 @@ REFUSED = {  # every other family with experts -> why
 UNREAD = {  # families with images whose blocks stay -> why no run takes them
     "aria": "its images are tiles with masks of their padding, which it does not read",
     "mistral3": "the rows of an image's tokens end by tokens of their own, which it does not write",
-    "step3p7": "its vision tower runs once or twice in a step, by the sizes of images, and ranks must run alike",
 }
 # How the weights of experts lie that transformers does not describe on the module.
 DESCRIBED = {

@@ -15,13 +15,13 @@ from ds_moe.data.processor import Processor
 from ds_moe.errors import UserError, one_line
 from ds_moe.models.families import FAMILIES, PRESETS, family_of, unsupported
 from ds_moe.models.folder import read_model_config
+from ds_moe.models.images_only import ImagesOnly
 from ds_moe.models.presets import build_preset, preset_config
 from ds_moe.models.processor import load_processor, tiny_processor
 from ds_moe.models.router_forms import selection_biases
 from ds_moe.models.stored_names import sources_of
 from ds_moe.models.ties import tie_as_stored, untie_config
 from ds_moe.models.tower import lighten_tower, outline_tower
-from ds_moe.models.vl_processors import ImagesOnly
 from ds_moe.weights.files import SafetensorsFiles
 from ds_moe.weights.layouts import stored_rows, uneven_experts
 from ds_moe.weights.unread import leave_unread

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, trainers
@@ -24,8 +24,9 @@ from transformers.utils import cached_file
 from ds_moe.config.sections import VideoConfig
 from ds_moe.data.digits import ANSWERS, QUESTIONS
 from ds_moe.data.images import RecordError
-from ds_moe.data.processor import Processor, VideoReader
+from ds_moe.data.processor import Inputs, Processor, VideoReader
 from ds_moe.errors import UserError
+from ds_moe.models.images_only import ImagesOnly
 from ds_moe.models.vl_processors import (
     BY_NAME,
     EOS,
@@ -33,7 +34,6 @@ from ds_moe.models.vl_processors import (
     PAD,
     VIDEO,
     VL_PROCESSORS,
-    ImagesOnly,
     Qwen3VLProcessor,
 )
 
@@ -93,14 +93,15 @@ class TextProcessor:
     takes_types: ClassVar[bool] = False
     grounds: ClassVar[bool] = True
     resizes: ClassVar[bool] = True
+    cuts: ClassVar[bool] = False
 
     def position_ids(self, input_ids_S: Tensor, image_grid_thw: Tensor | None) -> Tensor:
         return torch.arange(len(input_ids_S))
 
-    def image_ids(self, tokens: int) -> list[int]:
+    def image_ids(self, tokens: int, size: tuple[int, int] | None) -> list[int]:
         raise NotImplementedError("text only")
 
-    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> dict[str, Any]:
+    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> Inputs:
         raise NotImplementedError("text only")
 
     @property
@@ -111,7 +112,7 @@ class TextProcessor:
         text = "the record has a video, but the model reads text only (use a vision-language model)"
         raise RecordError(text)
 
-    def tower_inputs(self, image_grid_thw: Tensor) -> dict[str, Any]:
+    def tower_inputs(self, image_grid_thw: Tensor) -> Inputs:
         return {}
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -1,12 +1,15 @@
 """Ranks without images run the vision tower too, so that all ranks run the same collectives."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from functools import wraps
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
+from ds_moe.data.processor import Inputs
 from ds_moe.distributed import parallel
 from ds_moe.models.families import family_of
 from ds_moe.models.generation import Arguments, Keywords, cache_of
@@ -46,8 +49,34 @@ def keep_vision_in_step(model: PreTrainedModel) -> None:
         return args, {**kwargs, "inputs_embeds": embeds_BSD + zero.to(embeds_BSD.dtype)}
 
     family = family_of(model)
+    if family.images == "views":
+        _see_tiles_always(model)
     model.get_submodule(str(family.vision)).register_forward_hook(note)
     model.get_submodule(family.decoder).register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _see_tiles_always(model: PreTrainedModel) -> None:
+    """Have the tower of a model that sees images whole, and then all of their tiles, run twice where none of a rank's
+    images is cut too: the second time over a blank tile, of one token, which is added with weight zero."""
+    base = model.base_model
+    own_features = base.get_image_features
+
+    @wraps(own_features)  # `generate` reads the arguments from the signature
+    def get_image_features(
+        pixel_values: Tensor,
+        pixel_values_local: Tensor | None = None,
+        num_local_patches: list[int] | None = None,
+        **kwargs: object,
+    ) -> ModelOutput:
+        if pixel_values_local is not None or not parallel():
+            return own_features(pixel_values, pixel_values_local, num_local_patches, **kwargs)
+        blank = _views(model.config)["pixel_values_local"].to(pixel_values)
+        found = own_features(pixel_values, blank, [1, *[0] * (len(pixel_values) - 1)], **kwargs)
+        tile_1D, view_TD = found.pooler_output[0].tensor_split([1])
+        found.pooler_output = [view_TD + tile_1D * 0.0, *found.pooler_output[1:]]
+        return found
+
+    base.get_image_features = get_image_features
 
 
 def encode_blank(model: PreTrainedModel, device: torch.device) -> Tensor | None:
@@ -63,7 +92,8 @@ def encode_blank(model: PreTrainedModel, device: torch.device) -> Tensor | None:
         return None
     tower = model.get_submodule(str(family.vision))
     blank = BLANKS[family.images](model.config)
-    blank["pixel_values"] = blank["pixel_values"].to(device, tower.dtype)
+    for name in {"pixel_values", "pixel_values_local"} & blank.keys():
+        blank[name] = blank[name].to(device, tower.dtype)
     if "image_position_ids" in blank:  # sizes stay on the host, where they are read; places do not
         blank["image_position_ids"] = blank["image_position_ids"].to(device)
     # The class's own method: ranks that share rows have another one, which exchanges features.
@@ -76,38 +106,46 @@ def encode_blank(model: PreTrainedModel, device: torch.device) -> Tensor | None:
 def merged_side(config: PretrainedConfig) -> int:
     """Patches a side of those that become one image token, of a model with this config."""
     vision = config.vision_config
+    if family_of(config).images == "views":  # two convolutions of stride 2, of which the config says nothing
+        return 4
     found = getattr(vision, "merge_kernel_size", None) or getattr(vision, "pooling_kernel_size", None)
     found = found or getattr(vision, "spatial_merge_size", 1)
     return found if isinstance(found, int) else found[0]
 
 
-def _patches(config: PretrainedConfig) -> dict[str, Any]:
+def _patches(config: PretrainedConfig) -> Inputs:
     vision, side = config.vision_config, merged_side(config)
     channels = getattr(vision, "in_channels", None) or vision.num_channels
     width = channels * vision.temporal_patch_size * vision.patch_size**2
     return {"pixel_values": torch.zeros(side * side, width), "image_grid_thw": torch.tensor([[1, side, side]])}
 
 
-def _squares(config: PretrainedConfig) -> dict[str, Any]:
+def _squares(config: PretrainedConfig) -> Inputs:
     side, patch = merged_side(config), config.vision_config.patch_size
     grid = torch.tensor([[1, side, side]])
     return {"pixel_values": torch.zeros(side * side, 3, patch, patch), "image_grid_thw": grid}
 
 
-def _places(config: PretrainedConfig) -> dict[str, Any]:
+def _places(config: PretrainedConfig) -> Inputs:
     side, patch = merged_side(config), config.vision_config.patch_size
     axis = torch.arange(side)
     places = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, -1, 2)
     return {"pixel_values": torch.zeros(1, side * side, 3 * patch**2), "image_position_ids": places}
 
 
-def _tiles(config: PretrainedConfig) -> dict[str, Any]:
+def _tiles(config: PretrainedConfig) -> Inputs:
     vision = config.vision_config
     return {"pixel_values": torch.zeros(1, vision.num_channels, *vision.image_size)}
 
 
+def _views(config: PretrainedConfig) -> Inputs:
+    vision = config.vision_config
+    patch = torch.zeros(1, vision.num_channels, vision.patch_size, vision.patch_size)
+    return {"pixel_values": patch, "pixel_values_local": patch.clone(), "num_local_patches": [1]}
+
+
 # How a tower is given images (`Family.images`) -> arguments of a model with this config that make the smallest one, all
 # of whose pixels are 0.
-BLANKS: dict[str, Callable[[PretrainedConfig], dict[str, Any]]] = {
-    **{"patches": _patches, "squares": _squares, "places": _places, "tiles": _tiles}
+BLANKS: dict[str, Callable[[PretrainedConfig], Inputs]] = {
+    **{"patches": _patches, "squares": _squares, "places": _places, "tiles": _tiles, "views": _views}
 }

@@ -1,4 +1,4 @@
-"""Processors of images, videos and text, without transformers' video half, which cannot be built without torchvision.
+"""Processors of images, videos and text, one a family.
 
 They keep their parents' names: `save_pretrained` writes the class name, and a saved folder must name a class that plain
 transformers knows. Their image processors resize with PIL: AutoProcessor would take one that resizes with torchvision,
@@ -6,12 +6,10 @@ to other pixels, wherever that is installed.
 """
 
 from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma4Processor as HFGemma4Processor
 from transformers import Glm4vProcessor as HFGlm4vProcessor
@@ -22,117 +20,29 @@ from transformers import Kimi_K25Processor as HFKimi_K25Processor
 from transformers import MiniMaxM3VLProcessor as HFMiniMaxM3VLProcessor
 from transformers import Qwen3OmniMoeProcessor as HFQwen3OmniMoeProcessor
 from transformers import Qwen3VLProcessor as HFQwen3VLProcessor
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import Step3p7Processor as HFStep3p7Processor
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.glm5_next.image_processing_pil_glm5_next import Glm5NextImageProcessorPil
 from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ds_moe.config.sections import VideoConfig
 from ds_moe.data.images import RecordError
+from ds_moe.data.processor import Inputs
 from ds_moe.errors import one_line
 from ds_moe.models.image_processors import (
     Gemma4ImageProcessor,
     GotOcr2ImageProcessor,
     Kimi_K25ImageProcessor,
     MiniMaxM3VLImageProcessor,
+    Step3p7ImageProcessor,
 )
-from ds_moe.models.tower import tower_inputs
-from ds_moe.models.video_reader import Qwen3VLVideoReader, with_settings
+from ds_moe.models.images_only import ImagesOnly
+from ds_moe.models.video_reader import Qwen3VLVideoReader
 
 PAD, EOS, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
-
-
-class ImagesOnly:
-    """A processor that reads images as patches, of which squares of `merge_size` a side become one token each, of a
-    model that rotates in three dimensions: time, height and width.
-
-    Attributes:
-        tokens: what the model's vocabulary calls an image's token, a video's, and the edges of both.
-        takes_types: whether the model is told which tokens are of images.
-        grounds: whether the model writes boxes in thousandths of an image's sides, as `ds_moe.data.grounding` does.
-        resizes: whether an image is resized to whole patches and otherwise left as it is.
-        ahead: whether what the tower derives from the sizes of images is made where data are loaded.
-        tower: of the run's model, without storage; None: not known.
-        video_config: what the folder says of videos, for the next save.
-    """
-
-    tokens: ClassVar[Mapping[str, str]]
-    takes_types: ClassVar[bool] = True
-    grounds: ClassVar[bool] = True
-    resizes: ClassVar[bool] = True
-    ahead: ClassVar[bool] = True
-    image_processor: Any
-
-    def __init__(
-        self,
-        image_processor: BaseImageProcessor | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        chat_template: str | None = None,
-    ) -> None:
-        for name, token in self.tokens_of(tokenizer).items():
-            setattr(self, f"{name}_token", token)
-            setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-        self.video_processor = None
-        self.video_config: dict[str, object] | None = None
-        self.tower: nn.Module | None = None
-
-    def tokens_of(self, tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, str]:
-        """`tokens` of a model with this tokenizer."""
-        return self.tokens
-
-    def read_settings(self, settings: Mapping[str, Any]) -> None:
-        """Take what the folder says of the processor itself."""
-
-    def image_ids(self, tokens: int) -> list[int]:
-        """See `ds_moe.data.processor.Processor`."""
-        return [self.image_token_id] * tokens
-
-    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> dict[str, Any]:
-        """See `ds_moe.data.processor.Processor`."""
-        return {"pixel_values": pixels_PD, "image_grid_thw": image_grid_thw}
-
-    @property
-    def seen_ids(self) -> tuple[int, ...]:
-        """See `ds_moe.data.processor.Processor`."""
-        return (self.image_token_id,)
-
-    def keep_settings(self, videos: VideoConfig) -> None:
-        """Have the folders that are saved say what a run says of videos instead of the model's folder."""
-        if self.video_config is not None:
-            self.video_config = with_settings(self.video_config, videos)
-
-    @property
-    def video_tokens(self) -> tuple[str, str, str]:
-        return self.video_token, self.vision_start_token, self.vision_end_token
-
-    def video_reader(self, settings: VideoConfig) -> Qwen3VLVideoReader:
-        """See `ds_moe.data.processor.Processor`."""
-        raise RecordError("the record has a video, and those of this model's family are not read (remove the record)")
-
-    def tower_inputs(self, image_grid_thw: Tensor) -> dict[str, Any]:
-        """See `ds_moe.data.processor.Processor`. `transformers` hands on to the tower what begins with "image_"."""
-        made = tower_inputs(self.tower, image_grid_thw) if self.tower is not None else {}
-        return {f"image_{name}": value for name, value in made.items() if name != "grid_thw"}
-
-    def position_ids(self, input_ids_S: Tensor, image_grid_thw: Tensor | None) -> Tensor:
-        """(4, S): see `ds_moe.data.processor.Processor`. Qwen3-VL's method computes them, without a model; those of
-        the other families here give the same."""
-        of = transformers.Qwen3VLModel
-        merge = SimpleNamespace(spatial_merge_size=self.image_processor.merge_size)
-        stand_in = SimpleNamespace(
-            config=SimpleNamespace(vision_config=merge),
-            get_vision_position_ids=lambda *args, **kwargs: of.get_vision_position_ids(None, *args, **kwargs),
-        )
-        seen_S = torch.isin(input_ids_S, torch.tensor(self.seen_ids))
-        images_1S = seen_S.long().unsqueeze(0)
-        rope, _ = of.get_rope_index(
-            stand_in, input_ids_S.unsqueeze(0), mm_token_type_ids=images_1S, image_grid_thw=image_grid_thw
-        )
-        return torch.cat([torch.arange(len(input_ids_S)).unsqueeze(0), rope.squeeze(1)])
+COLORS = 3
 
 
 class Qwen3VLProcessor(ImagesOnly, HFQwen3VLProcessor):
@@ -191,7 +101,7 @@ class Glm46VProcessor(GLMImagesOnly, HFGlm46VProcessor):
 class Glm5NextProcessor(GLMImagesOnly, HFGlm5NextProcessor):
     """Of GLM-5-Next, whose decoder knows no positions."""
 
-    grounds, resizes = False, False
+    grounds, resizes, cuts = False, False, True
 
     def position_ids(self, input_ids_S: Tensor, image_grid_thw: Tensor | None) -> Tensor:
         return torch.arange(len(input_ids_S))
@@ -223,7 +133,7 @@ class Kimi_K25Processor(_Counting, HFKimi_K25Processor):
 class _Framed(_Counting):
     """Of a model that has a token before and behind each image, which its chat template does not write."""
 
-    def image_ids(self, tokens: int) -> list[int]:
+    def image_ids(self, tokens: int, size: tuple[int, int] | None) -> list[int]:
         return [self.vision_start_token_id, *[self.image_token_id] * tokens, self.vision_end_token_id]
 
 
@@ -248,7 +158,7 @@ def _named(tokenizer: PreTrainedTokenizerBase | None, keys: Mapping[str, str]) -
 class InternVLProcessor(_Framed, HFInternVLProcessor):
     """Of InternVL."""
 
-    resizes = False
+    resizes, cuts = False, True
     image_seq_length = 256
 
     def tokens_of(self, tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, str]:
@@ -261,7 +171,7 @@ class InternVLProcessor(_Framed, HFInternVLProcessor):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "image_seq_length": self.image_seq_length}
 
-    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> dict[str, Any]:
+    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> Inputs:
         return {"pixel_values": pixels_PD}
 
 
@@ -273,7 +183,7 @@ class Gemma4Processor(_Framed, HFGemma4Processor):
     def tokens_of(self, tokenizer: PreTrainedTokenizerBase | None) -> Mapping[str, str]:
         return _named(tokenizer, {"image": "image_token", "vision_start": "boi_token", "vision_end": "eoi_token"})
 
-    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> dict[str, Any]:
+    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> Inputs:
         """Patches of each image, padded to the most of any, and their places (x, y), -1 for padding."""
         sizes = image_grid_thw.prod(-1).tolist()
         places = [
@@ -284,6 +194,36 @@ class Gemma4Processor(_Framed, HFGemma4Processor):
             "pixel_values": pad_sequence(list(pixels_PD.split(sizes)), batch_first=True),
             "image_position_ids": pad_sequence(places, batch_first=True, padding_value=-1),
         }
+
+
+class Step3p7Processor(_Counting, HFStep3p7Processor):
+    """Of Step-3.7, which sees an image whole, and cut into rows of tiles before that if it is large or long."""
+
+    resizes, cuts = False, True
+    tokens = {
+        **{"image": "<im_patch>", "vision_start": "<im_start>", "vision_end": "<im_end>"},
+        **{"tile_start": "<patch_start>", "tile_end": "<patch_end>", "row_end": "<patch_newline>"},
+    }
+
+    def image_ids(self, tokens: int, size: tuple[int, int] | None) -> list[int]:
+        assert size is not None  # `cuts` is true
+        columns, rows = self.image_processor.tiles(*size)
+        of_view, of_tile = (patches // self.image_processor.merge_size**2 for patches in self.image_processor.patches)
+        tile = [self.tile_start_token_id, *[self.image_token_id] * of_tile, self.tile_end_token_id]
+        ids = ([*tile * columns, self.row_end_token_id] * rows)[:-1]
+        return [*ids, self.vision_start_token_id, *[self.image_token_id] * of_view, self.vision_end_token_id]
+
+    def image_inputs(self, pixels_PD: Tensor, image_grid_thw: Tensor) -> Inputs:
+        """Images as a whole, the tiles of all of them, if there are any, and how many tiles each has."""
+        images = self.image_processor
+        (of_view, _), side, side_of_tile = images.patches, images.size["height"], images.patch_size
+        views, tiles, counts = [], [], []
+        for own_pD in pixels_PD.split(image_grid_thw.prod(-1).tolist()):
+            views.append(own_pD[-of_view:].reshape(1, COLORS, side, side))
+            tiles.append(own_pD[:-of_view].reshape(-1, COLORS, side_of_tile, side_of_tile))
+            counts.append(len(tiles[-1]))
+        given = {"pixel_values": torch.cat(views), "num_local_patches": counts}
+        return {**given, "pixel_values_local": torch.cat(tiles)} if any(counts) else given
 
 
 # What folders call an image processor, without the end of the name that says with what it resizes -> its class that
@@ -297,6 +237,7 @@ VL_PROCESSORS: dict[str, tuple[Any, type[ImagesOnly]]] = {
     "MiniMaxM3VLImageProcessor": (MiniMaxM3VLImageProcessor, MiniMaxM3VLProcessor),
     "Gemma4ImageProcessor": (Gemma4ImageProcessor, Gemma4Processor),
     "GotOcr2ImageProcessor": (GotOcr2ImageProcessor, InternVLProcessor),
+    "Step3p7ImageProcessor": (Step3p7ImageProcessor, Step3p7Processor),
 }
 # What folders call a processor whose images another family reads too -> the processor.
 BY_NAME: dict[str, type[ImagesOnly]] = {"Qwen3OmniMoeProcessor": Qwen3OmniMoeProcessor}

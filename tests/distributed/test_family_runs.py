@@ -31,7 +31,7 @@ EAGER = {"flint", "gpt_oss", "granitemoe_swa", "hy_v4", "inkling2_text", "mimo_v
 STACKED = {
     *{"aria_text", "gemma4", "gemma4_text", "gpt_oss"},
     *{"granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"},
-    *{"hy_v4", "inkling2_text", "inkling_text", "minimax_m3_vl_text", "mistral4", "qwen3_5_moe", "zaya"},
+    *{"hy_v4", "inkling2_text", "inkling_text", "minimax_m3_vl_text", "mistral4", "qwen3_5_moe", "step3p7", "zaya"},
 }
 AS_IMAGES = {"mistral4"}  # AutoModelForCausalLM does not know it; the auto class of models with images does
 WITH_IMAGES = [name for name, family in FAMILIES.items() if family.vision and not family.measured]
@@ -116,8 +116,10 @@ def _train(folder: Path, families: list[str]) -> Path:
         folder_of(family, folder / family)
     (folder / "qa.jsonl").write_text("".join(_record(*pair) for pair in ANSWERS.items()) * 4)
     Image.linear_gradient("L").resize((16, 16)).save(folder / "a.png")
-    image, text = _record("which", "a", "a.png"), _record("one", "eno")  # in some step one rank has no image
-    (folder / "mixed.jsonl").write_text((image * 2 + text * 2 + image + text + image + text) * 2)
+    # In some step one rank has no image, and in another only one has an image that Step-3.7 cuts into tiles.
+    Image.linear_gradient("L").resize((40, 36)).save(folder / "b.png")
+    small, large, text = _record("which", "a", "a.png"), _record("which", "a", "b.png"), _record("one", "eno")
+    (folder / "mixed.jsonl").write_text((small + large + text * 2 + large * 2 + small * 2) * 2)
     run = {
         "model": {"path": "given for each"},
         "data": {"train": str(folder / "qa.jsonl"), "max_length": 160},

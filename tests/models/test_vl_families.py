@@ -9,8 +9,9 @@ from PIL import Image
 from ds_moe.config.moe import MoEConfig
 from ds_moe.config.sections import ModelConfig, VideoConfig
 from ds_moe.data.chat import parse_record
-from ds_moe.data.encode import collate, encode
-from ds_moe.data.images import RecordError, load_image
+from ds_moe.data.encode import collate, encode, encode_images, tokens_of_images
+from ds_moe.data.images import ImageSource, RecordError, load_image
+from ds_moe.data.prepared.make import pixels_a_token
 from ds_moe.errors import UserError
 from ds_moe.models.convert import convert
 from ds_moe.models.families import FAMILIES, IMAGE_BLOCKS, family_of
@@ -18,14 +19,14 @@ from ds_moe.models.head import at_labels
 from ds_moe.models.load import processor_of
 from ds_moe.models.processor import load_processor, save_processor
 from ds_moe.models.tower import lighten_tower, outline_tower
-from ds_moe.models.vision import encode_blank
+from ds_moe.models.vision import encode_blank, keep_vision_in_step
 from tests.models.test_families import slow_but
 from tests.models.tiny_families import build
 from tests.models.tiny_processors import PROCESSORS, adjust, plain_inputs
 
 QUICK = {"kimi_k25", "gemma4"}
 EVERY = slow_but(PROCESSORS, QUICK)
-SIZES = {"wide.png": (24, 16), "small.png": (16, 16)}
+SIZES = {"wide.png": (40, 16), "small.png": (16, 16)}
 
 
 @pytest.fixture
@@ -120,6 +121,52 @@ def test_a_blank_image_reaches_the_weights_that_an_image_does(family, records):
     assert zero.item() == 0 and of_vision and reached[1] == of_vision
     others = {name for name in reached[0] - of_vision if not name.startswith((family_of(model).decoder, "lm_head"))}
     assert not others  # what is neither of the decoder nor of vision
+
+
+@pytest.mark.parametrize("family", slow_but(PROCESSORS, {*QUICK, "step3p7"}))
+def test_the_tower_runs_as_often_whatever_images_a_rank_has(family, records, monkeypatch):
+    """And what it sees of blank ones changes neither the loss nor a gradient."""
+    model, processor = tiny(family)
+    lighten_tower(model)
+    passes, found = [], []
+    model.get_submodule(family_of(model).vision).register_forward_hook(lambda *_: passes.append(1))
+    encoded = [encode(one, processor, 256, 10_000) for one in records]
+    monkeypatch.setattr("ds_moe.models.vision.parallel", lambda: True)
+    for kept in (False, True):
+        if kept:
+            keep_vision_in_step(model)
+        for one in ([encoded[0]], [encoded[1]], [encoded[2]]):
+            batch = collate(one, processor)
+            passes.clear()
+            model.zero_grad()
+            loss = at_labels(model, batch.inputs, batch.labels).loss
+            loss.backward()
+            gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+            found.append((len(passes), loss.item(), gradients))
+    alone, kept = found[:3], found[3:]
+    assert {count for count, *_ in kept} == {max(count for count, *_ in alone)}
+    assert alone[-1][0] == 0 and (alone[0][0] > alone[1][0]) == (family == "step3p7")  # else nothing is shown
+    for (_, loss, gradients), (_, same_loss, same_gradients) in zip(alone, kept, strict=True):
+        assert loss == same_loss
+        assert all(torch.equal(same_gradients[name], value) for name, value in gradients.items())
+        assert not any(value.any() for name, value in same_gradients.items() if name not in gradients)
+
+
+TURNED = [(22, 53), (36, 108), (40, 17), (8, 28)]  # of which some families make other tokens if they are turned
+
+
+@pytest.mark.parametrize("family", slow_but(PROCESSORS, {*QUICK, "step3p7", "internvl", "glm5_next"}))
+def test_headers_and_pixels_make_the_same_of_an_image_that_is_turned(family, tmp_path):
+    processor, exif = PROCESSORS[family](), Image.Exif()
+    exif[0x0112] = 6
+    for width, height in TURNED:
+        path = tmp_path / f"{width}.jpg"
+        Image.radial_gradient("L").resize((width, height)).convert("RGB").save(path, exif=exif)
+        given = [ImageSource(path.name, path)], processor, 10_000
+        pixels, grid, ids = encode_images(*given)
+        assert encode_images(*given, pixels=False) == (None, None, ids)
+        numbers = 3 * pixels_a_token(processor.image_processor) * tokens_of_images(ids, processor)
+        assert pixels.numel() in (numbers, 2 * numbers) and len(grid) == 1  # some show an image as two frames
 
 
 @pytest.mark.parametrize("family", EVERY)

@@ -211,7 +211,7 @@ WITH_IMAGES = {
         "Step3p7ForConditionalGeneration",
         ("step3p5", {}),
         {"image_token_id": IMAGE, "vision_config": {**SQUARE, "max_position_embeddings": 16}},
-        "pixels one_token",
+        "pixels tiles",
     ),
 }
 # Causal language models that AutoModelForCausalLM does not know by their text config.
@@ -263,6 +263,7 @@ def build(family: str, std: float = 0.06, **keys: object) -> tuple[PreTrainedMod
         )
         batch = _tokens(0)
     _fill(model, std)
+    _fill_as_trained(model)
     if family == "zaya":  # `from_pretrained` gives the bias of the expert that skips this value, whatever files hold
         for layer in model.model.layers:
             layer.mlp.gate.balancing_biases[-1] = -1.0
@@ -279,6 +280,29 @@ def _fill(model: PreTrainedModel, std: float) -> None:
                 value.copy_(torch.randn(value.shape, generator=generator) * scale)
 
 
+def _fill_as_trained(model: PreTrainedModel) -> None:
+    """Vectors whose gradients would else be small sums of large terms, of which rounding is much.
+
+    States of linear attention and of Mamba decay by a few percent a token, as in trained models, and not to nothing.
+    The streams of hyper-connections differ, and a router's one scale is large.
+    """
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            drawn = torch.rand(value.shape, generator=generator)
+            if name.endswith("A_log"):
+                value.copy_((1 + drawn).log())
+            elif name.endswith("dt_bias"):
+                step = 0.03 * 10**drawn
+                value.copy_(step.expm1().log())  # the inverse of softplus
+            elif re.search(r"(attn_hc|ffn_hc|hc_head)\.(hc_)?base$", name):
+                value.copy_(torch.randn(value.shape, generator=generator))
+            elif re.search(r"(attn_hc|ffn_hc|hc_head)\.(hc_)?scale$", name):
+                value.fill_(1.0)
+            elif name.endswith("gate.global_scale"):
+                value.fill_(4.0)
+
+
 def _tokens(images: int) -> dict[str, torch.Tensor]:
     """Two samples: one with `images` image tokens between their edges, and one that is padded on the left."""
     ids = torch.randint(3, 140, (2, 32), generator=torch.Generator().manual_seed(3))
@@ -292,7 +316,7 @@ def _tokens(images: int) -> dict[str, torch.Tensor]:
 
 
 def _with_image(given: str) -> dict[str, torch.Tensor]:
-    batch = _tokens(1 if "one_token" in given else 4)
+    batch = _tokens(4)
     generator = torch.Generator().manual_seed(7)
     xy = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1)
     forms = {
@@ -303,7 +327,7 @@ def _with_image(given: str) -> dict[str, torch.Tensor]:
         "types": {"mm_token_type_ids": (batch["input_ids"] == IMAGE).int()},
         "pixel_mask": {"pixel_mask": torch.ones(1, 16, 16, dtype=torch.bool)},
         "image_sizes": {"image_sizes": torch.tensor([[16, 16]])},
-        "one_token": {},
+        "tiles": {"pixel_values_local": (3, 3, 16, 16), "num_local_patches": torch.tensor([3])},
     }
     for form in given.split():
         for key, value in forms[form].items():

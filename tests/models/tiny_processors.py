@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from PIL import Image
 from transformers import PreTrainedModel
+from transformers.image_processing_utils import BatchFeature
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.glm5_next.image_processing_pil_glm5_next import Glm5NextImageProcessorPil
 
@@ -17,12 +18,17 @@ from ds_moe.models.image_processors import (
     GotOcr2ImageProcessor,
     Kimi_K25ImageProcessor,
     MiniMaxM3VLImageProcessor,
+    Step3p7ImageProcessor,
 )
 from ds_moe.models.processor import tiny_processor
 from tests.models.tiny_families import GLM_TEMPLATE, glm_processor
 
 QWEN = ["qwen3_vl_moe", "qwen3_5_moe", "qwen4_exp"]
 PIXELS = {"shortest_edge": 64, "longest_edge": 4096}
+STEP: dict[str, Any] = {
+    **{"size": {"height": 32, "width": 32}, "patch_size": 16, "max_image_size": 96},
+    "vision_patch_size": 4,
+}
 # ChatML with an image's token alone, which the processor frames.
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -87,6 +93,24 @@ def _internvl() -> Processor:
     return processor
 
 
+def _step() -> Processor:
+    """Images are squares of 32 x 32 pixels, of 4 tokens, and tiles of 16 x 16, of one."""
+    kind = ours.Step3p7Processor
+    return _made(kind, Step3p7ImageProcessor(**STEP), {**kind.tokens})
+
+
+class PlainStep(Step3p7ImageProcessor):
+    """Gives what transformers' own gives, which needs torchvision: also after which tiles a row ends."""
+
+    def __call__(self, images: list[Image.Image], **kwargs: Any) -> BatchFeature:
+        made = super(Step3p7ImageProcessor, self).__call__(images, **{**kwargs, "return_tensors": "pt"})
+        sides = [self.tiles(*image.size) for image in images]
+        most = max(columns * rows for columns, rows in sides)
+        ends = [[*[False] * (columns - 1), True] * rows for columns, rows in sides]
+        masks = [[*own[:-1], *[False] * (most - max(len(own) - 1, 0))] for own in ends]
+        return BatchFeature({**made, "patch_newline_masks": masks} if most else {**made})
+
+
 PROCESSORS: dict[str, Callable[[], Processor]] = {
     **dict.fromkeys(QWEN, tiny_processor),
     "glm4v_moe": glm_processor,
@@ -96,6 +120,7 @@ PROCESSORS: dict[str, Callable[[], Processor]] = {
     "minimax_m3_vl": _minimax,
     "gemma4": _gemma,
     "internvl": _internvl,
+    "step3p7": _step,
 }
 
 
@@ -121,6 +146,10 @@ def plain_inputs(family: str, processor: Processor, text: str, images: list[Imag
     elif family == "internvl":
         sizes = {"size": {"height": 16, "width": 16}, "max_patches": 4}
         prepare = transformers.models.got_ocr2.image_processing_pil_got_ocr2.GotOcr2ImageProcessorPil(**sizes)
+    elif family == "step3p7":
+        prepare = PlainStep(**STEP)
+        processor.image_feature_placeholder = processor.image_token * 4
+        processor.patch_feature_placeholder = processor.image_token
     for name in ("audio_token", "boa_token", "eoa_token") if family == "gemma4" else ():
         setattr(processor, name, "<none>")
         processor.boi_token, processor.eoi_token = processor.vision_start_token, processor.vision_end_token

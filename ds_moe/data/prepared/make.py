@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from ds_moe.config.run import RunConfig
 from ds_moe.data.digits import Split
-from ds_moe.data.encode import encode_images
+from ds_moe.data.encode import encode_images, tokens_of_images
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.fingerprint import Fingerprint, fingerprint
 from ds_moe.data.images import RecordError
@@ -31,7 +31,7 @@ from ds_moe.data.prepared.folder import (
     sha256_of,
 )
 from ds_moe.data.prepared.report import write_report
-from ds_moe.data.processor import Processor
+from ds_moe.data.processor import ImageProcessor, Processor
 from ds_moe.data.record_kind import Records, images_of
 from ds_moe.data.sources.unpack import alone
 from ds_moe.data.workers import loader_options
@@ -90,6 +90,13 @@ def prepare(
         raise UserError(f"{place} cannot be written ({error.strerror}): set data.prepared to another folder") from error
 
 
+def pixels_a_token(images: ImageProcessor) -> int:
+    """Pixels of an image, once it is resized, that become one token: a square of patches, unless a processor whose
+    patches are no squares says otherwise, by an attribute of this name."""
+    own = getattr(images, "pixels_a_token", None)
+    return own if own is not None else (images.merge_size * images.patch_size) ** 2
+
+
 def _stored(config: RunConfig, records: Records, processor: Processor, place: Path, pixels: bool | None) -> bool:
     """Whether images are stored: as they are resized, which may enlarge them, they have few bytes enough."""
     images = processor.image_processor
@@ -97,14 +104,14 @@ def _stored(config: RunConfig, records: Records, processor: Processor, place: Pa
         return pixels is not False
     most, found = min(STORED_UP_TO, shutil.disk_usage(place).free // 3), 0
     as_bytes = isinstance(with_byte_patches(processor).image_processor, BytePatches)
-    bytes_a_token = 3 * (images.merge_size * images.patch_size) ** 2 * (1 if as_bytes else BYTES_OF_FLOATS)
+    bytes_a_token = 3 * pixels_a_token(images) * (1 if as_bytes else BYTES_OF_FLOATS)
     for index in range(len(records)):
         try:
             of_record = images_of(records.sample(index))
-            _, _, tokens = encode_images(of_record, processor, config.data.max_pixels, pixels=False)
+            _, _, image_ids = encode_images(of_record, processor, config.data.max_pixels, pixels=False)
         except RecordError:  # a bad record, of which nothing is stored
             continue
-        found += sum(tokens) * bytes_a_token
+        found += tokens_of_images(image_ids, processor) * bytes_a_token
         if found > most:
             return False
     return True

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from ds_moe.data.batch import NO_LOSS, Batch
 from ds_moe.data.chat_template import DEFAULT_RULES, TokenRules
-from ds_moe.data.encode import Encoded, Pixels, check_length, collate, encode, encode_images, lay_out, seen
+from ds_moe.data.encode import (
+    Encoded,
+    Pixels,
+    check_length,
+    collate,
+    encode,
+    encode_images,
+    lay_out,
+    seen,
+    tokens_of_images,
+)
 from ds_moe.data.images import ImageRoot, RecordError
 from ds_moe.data.processor import Processor
 from ds_moe.data.record_kind import CHAT, RecordKind, Records, image_tokens
@@ -208,15 +218,16 @@ def _advantages(outcomes: list[Outcome], normalize_std: bool) -> Tensor:
 
 
 def _encode_tokens(rollout: Rollout, processor: Processor, max_length: int, max_pixels: int, pixels: Pixels) -> Encoded:
-    pixel_values, grid, of_images = encode_images(rollout.images, processor, max_pixels, pixels)
-    check_length(len(rollout.tokens), sum(of_images), max_length)
+    pixel_values, grid, image_ids = encode_images(rollout.images, processor, max_pixels, pixels)
+    of_images = tokens_of_images(image_ids, processor)
+    check_length(len(rollout.tokens), of_images, max_length)
     input_ids = torch.tensor(rollout.tokens)
     vocabulary = len(processor.tokenizer)
     if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocabulary:
         raise RecordError(f"'tokens' holds an id outside of the model's {vocabulary} (use the model's own tokenizer)")
     places = int(seen(input_ids, processor).sum())  # those of videos too, which collation makes image tokens of
-    if places != sum(of_images):
-        reason = f"'tokens' holds {places} image tokens, its {len(of_images)} images make {sum(of_images)}"
+    if places != of_images:
+        reason = f"'tokens' holds {places} image tokens, its {len(image_ids)} images make {of_images}"
         raise RecordError(f"{reason} (write the ids the engine saw, and all of their images in order)")
     return Encoded(input_ids, torch.full_like(input_ids, NO_LOSS), rollout.mask.index(True), pixel_values, grid)
 
