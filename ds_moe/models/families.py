@@ -172,120 +172,76 @@ FAMILIES = {
         packs=True,
     ),
 }
-FAMILIES["qwen3_5_moe"] = Family(  # also Qwen3.6's name
-    "Qwen3_5MoeForConditionalGeneration",
-    decoder="model.language_model",
-    vision="model.visual",
-    moe=MoEBlock("", stacked_on_hub=True),
-    preset="tiny-qwen3.5-moe",
-    tiny={
-        "text": {
-            **{"layer_types": ["linear_attention", "full_attention", "full_attention"], "num_hidden_layers": 3},
-            "shared_expert_intermediate_size": 40,
-            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
-            **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "partial_rotary_factor": 1.0},
+# What models with images have in common whose blocks stay: those with a tower like Qwen's, and others.
+_VISUAL = Family("", decoder="model.language_model", vision="model.visual", moe=MoEBlock(""), measured=False)
+_TOWER = replace(
+    _VISUAL, vision="model.vision_tower", projector="model.multi_modal_projector", from_parts=False, gates=False
+)
+FAMILIES |= {
+    "qwen3_5_moe": replace(  # also Qwen3.6's name
+        _VISUAL,
+        class_name="Qwen3_5MoeForConditionalGeneration",
+        moe=MoEBlock("", stacked_on_hub=True),
+        preset="tiny-qwen3.5-moe",
+        tiny={
+            "text": {
+                **{"layer_types": ["linear_attention", "full_attention", "full_attention"], "num_hidden_layers": 3},
+                "shared_expert_intermediate_size": 40,
+                **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+                **{"linear_key_head_dim": 16, "linear_value_head_dim": 16, "partial_rotary_factor": 1.0},
+            },
         },
-    },
-    measured=False,
-)
-FAMILIES["glm4v_moe"] = Family(  # GLM-4.5V and GLM-4.6V
-    "Glm4vMoeForConditionalGeneration",
-    decoder="model.language_model",
-    vision="model.visual",
-    moe=MoEBlock(""),
-    processors=("Glm4vProcessor", "Glm46VProcessor"),
-    measured=False,
-)
-FAMILIES["glm5_next"] = Family(
-    "Glm5NextForConditionalGeneration",
-    decoder="model.language_model",
-    vision="model.visual",
-    moe=MoEBlock(""),
-    processors=("Glm5NextProcessor",),
-    gates=False,
-    measured=False,
-)
-FAMILIES["qwen4_exp"] = Family(
-    "Qwen4ExpForConditionalGeneration",
-    decoder="model.language_model",
-    vision="model.visual",
-    moe=MoEBlock(""),
-    gates=False,
-    measured=False,
-)
-FAMILIES["qwen3_omni_moe_thinker"] = Family(
-    "Qwen3OmniMoeThinkerForConditionalGeneration",
-    decoder="model.language_model",
-    vision="model.visual",
-    moe=MoEBlock(""),
-    processors=("Qwen3OmniMoeProcessor",),
-    frozen=rf"{INDEXER}|^model\.audio_tower\.",
-    from_parts=False,
-    gates=False,
-    measured=False,
-)
-FAMILIES["kimi_k25"] = Family(  # Kimi-K2.5 and K2.6
-    "Kimi_K25ForConditionalGeneration",
-    decoder="model.language_model",
-    vision="model.vision_tower",
-    projector="model.mm_projector",
-    images="squares",
-    processors=("Kimi_K25Processor",),
-    moe=MoEBlock(""),
-    from_parts=False,
-    gates=False,
-    measured=False,
-)
-FAMILIES["minimax_m3_vl"] = Family(
-    "MiniMaxM3SparseForConditionalGeneration",
-    decoder="model.language_model",
-    vision="model.vision_tower",
-    projector="model.multi_modal_projector",
-    processors=("MiniMaxM3VLProcessor",),
-    moe=MoEBlock(""),
-    from_parts=False,
-    gates=False,
-    measured=False,
-)
-FAMILIES["gemma4"] = Family(
-    "Gemma4ForConditionalGeneration",
-    decoder="model.language_model",
-    vision="model.vision_tower",
-    projector="model.embed_vision",
-    images="places",
-    processors=("Gemma4Processor",),
-    moe=MoEBlock("", "", gate="router"),
-    frozen=rf"{INDEXER}|^model\.(audio_tower|embed_audio)\.",
-    from_parts=False,
-    gates=False,
-    measured=False,
-)
-FAMILIES["internvl"] = Family(  # InternVL 3.5 over Qwen3-MoE
-    "InternVLForConditionalGeneration",
-    decoder="model.language_model",
-    vision="model.vision_tower",
-    projector="model.multi_modal_projector",
-    images="tiles",
-    processors=("InternVLProcessor",),
-    texts=("qwen3_moe",),
-    layers=("layers", "layer"),
-    moe=MoEBlock(""),
-    from_parts=False,
-    gates=False,
-    measured=False,
-)
-FAMILIES["step3p7"] = Family(  # Step-3.7
-    "Step3p7ForConditionalGeneration",
-    decoder="model.language_model",
-    vision="model.vision_model",
-    projector="model.multi_modal_projector",
-    images="views",
-    processors=("Step3p7Processor",),
-    moe=MoEBlock(""),
-    from_parts=False,
-    gates=False,
-    measured=False,
-)
+    ),
+    "glm4v_moe": replace(  # GLM-4.5V and GLM-4.6V
+        _VISUAL, class_name="Glm4vMoeForConditionalGeneration", processors=("Glm4vProcessor", "Glm46VProcessor")
+    ),
+    "glm5_next": replace(
+        _VISUAL, class_name="Glm5NextForConditionalGeneration", processors=("Glm5NextProcessor",), gates=False
+    ),
+    "qwen4_exp": replace(_VISUAL, class_name="Qwen4ExpForConditionalGeneration", gates=False),
+    "qwen3_omni_moe_thinker": replace(
+        _VISUAL,
+        class_name="Qwen3OmniMoeThinkerForConditionalGeneration",
+        processors=("Qwen3OmniMoeProcessor",),
+        frozen=rf"{INDEXER}|^model\.audio_tower\.",
+        from_parts=False,
+        gates=False,
+    ),
+    "kimi_k25": replace(  # Kimi-K2.5 and K2.6
+        _TOWER,
+        class_name="Kimi_K25ForConditionalGeneration",
+        projector="model.mm_projector",
+        images="squares",
+        processors=("Kimi_K25Processor",),
+    ),
+    "minimax_m3_vl": replace(
+        _TOWER, class_name="MiniMaxM3SparseForConditionalGeneration", processors=("MiniMaxM3VLProcessor",)
+    ),
+    "gemma4": replace(
+        _TOWER,
+        class_name="Gemma4ForConditionalGeneration",
+        projector="model.embed_vision",
+        images="places",
+        processors=("Gemma4Processor",),
+        moe=MoEBlock("", "", gate="router"),
+        frozen=rf"{INDEXER}|^model\.(audio_tower|embed_audio)\.",
+    ),
+    "internvl": replace(  # InternVL 3.5 over Qwen3-MoE
+        _TOWER,
+        class_name="InternVLForConditionalGeneration",
+        images="tiles",
+        processors=("InternVLProcessor",),
+        texts=("qwen3_moe",),
+        layers=("layers", "layer"),
+    ),
+    "step3p7": replace(  # Step-3.7
+        _TOWER,
+        class_name="Step3p7ForConditionalGeneration",
+        vision="model.vision_model",
+        images="views",
+        processors=("Step3p7Processor",),
+    ),
+}
 # Causal language models that keep their block: the block's path in a layer, what it calls its router -> model types.
 _KEPT = {
     ("mlp", "gate"): "axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
@@ -346,19 +302,6 @@ def moe_layers_of(config: PretrainedConfig) -> tuple[int, ...]:
     return tuple(i for i in range(config.num_hidden_layers) if experts and i not in dense and (i + 1) % step == 0)
 
 
-# Families of transformers whose blocks stay while their experts become layers of ours, held against transformers itself
-# by loss and every gradient: causal language models, then models with images.
-TEXT_BLOCKS = frozenset(
-    "afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
-    "ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe "
-    "granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling_text inkling2_text jamba "
-    "kimi_linear kolibri1 laguna lfm2_moe mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mistral4 mixtral "
-    "nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp_text solar_open zaya".split()
-)
-IMAGE_BLOCKS = frozenset(
-    "aria gemma4 glm4v_moe glm5_next internvl kimi_k25 minimax_m3_vl mistral3 qwen3_5_moe qwen3_omni_moe_thinker "
-    "qwen3_vl_moe qwen4_exp step3p7".split()
-)
 _UNPROVEN = "nobody has held it against transformers yet"
 REFUSED = {  # every other family with experts -> why
     "dbrx": "its experts are one matrix, whose gate no module describes, and transformers cannot build its config",
@@ -399,6 +342,10 @@ UNREAD = {  # families with images whose blocks stay -> why no run takes them
     "aria": "its images are tiles with masks of their padding, which it does not read",
     "mistral3": "the rows of an image's tokens end by tokens of their own, which it does not write",
 }
+# Families whose experts become layers of ours, held against transformers itself by loss and every gradient: causal
+# language models, then models with images. All of them but `UNREAD` are trained.
+TEXT_BLOCKS = frozenset(name for name, family in FAMILIES.items() if family.moe and not family.vision)
+IMAGE_BLOCKS = frozenset(name for name, family in FAMILIES.items() if family.moe and family.vision) | UNREAD.keys()
 # How the weights of experts lie that transformers does not describe on the module.
 DESCRIBED = {
     "Step3p7Experts": {
