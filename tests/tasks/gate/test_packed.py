@@ -14,6 +14,7 @@ from tests.tasks.gate.gated import PROCESSOR, SAMPLES, encoded, gated
 from tests.tasks.gate.lora_folders import write
 
 LOSS, GRADIENT = 1e-6, 5e-6
+HIDDEN = 5e-6  # of hidden states, whose fp32 products other CPUs round in another order: 1.2e-6 is the most seen
 READS = [{"text": "embeddings"}, {"text": "last"}, {"text": "layer", "text_layer": 1}, {"text": "first"}]
 GATES = [*READS, {"vision": "mean"}, {"per": "layer"}, {"per": "token"}, {"per": "token", "modalities": "vision"}]
 
@@ -63,7 +64,7 @@ def test_every_sample_of_a_row_is_read_and_answered_as_it_is_alone(folder, keys)
     with torch.no_grad():
         expected, read = alone(model)
         assert apart(losses(model, batch), expected) <= LOSS
-        assert apart(seen(model, batch), read) <= LOSS
+        assert apart(seen(model, batch), read) <= HIDDEN
 
 
 @pytest.mark.parametrize("keys", [{}, {"per": "layer"}, {"per": "token"}], ids=["example", "layer", "token"])
