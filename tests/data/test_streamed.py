@@ -178,15 +178,18 @@ def test_columns_of_other_names_are_read_and_misspelt_ones_refused(write_jsonl, 
     assert "columns.tools names 'functions', which the first records of" in stream.outlook()
 
 
-def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch, config, processor):
+@pytest.mark.parametrize("workers", [[0], pytest.param([0, 2, 4], marks=pytest.mark.slow)], ids=str)
+def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch, config, processor, workers):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub_cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shards = [plain_records(20, name) for name in "ab"]
     hub_cache(tmp_path, {f"data/train-{n:05}-of-00002.jsonl": lines(shard) for n, shard in enumerate(shards)})
-    one = config([{"path": "hub:some/chats", "revision": COMMIT}], global_batch_size=8)
-    expected = never_stopped(reader(one, processor, [1]), 10)
-    assert Counter(sum(expected[:5], [])) == Counter(f"{name} {number}" for name in "ab" for number in range(20))
-    assert killed_at([2, 5, 7], reader(one, processor, [1, 2]), 10) == expected
+    one = config([{"path": "hub:some/chats", "revision": COMMIT}], micro_batch_size=1, global_batch_size=6)
+    expected = never_stopped(reader(one, processor, [1]), STEPS)
+    thrice = [f"{name} {number}" for name in "ab" for number in range(20)] * 3
+    assert Counter(sum(expected[:20], [])) == Counter(thrice)
+    points = random_points(STEPS, 20, seed=0)
+    assert killed_at(points, reader(one, processor, [1, 2, 3], workers), STEPS) == expected
 
 
 # --- what a run asks
