@@ -17,6 +17,7 @@ from ds_moe.config.run import RunConfig
 from ds_moe.data.position import DataPosition, position_problems, same_file
 from ds_moe.errors import UserError
 from ds_moe.models.families import full_shape
+from ds_moe.models.lora import update_of
 from ds_moe.models.matrices import ADAM_MOMENTS, by_muon
 
 MODEL = ("weight/", "buffer/")  # begin the keys of a model's tensors; those of moments begin otherwise
@@ -105,7 +106,8 @@ def model_misfits(path: Path, model: torch.nn.Module, ep_size: int, base: dict[s
     saved = {key for key in reader.tensors if key.startswith(MODEL)}
     if wanted != saved:
         missing, unexpected = sorted(wanted - saved)[:NAMED], sorted(saved - wanted)[:NAMED]
-        found.append(f"checkpoint {path} does not fit this model: missing {missing}, unexpected {unexpected}")
+        text = f"checkpoint {path} does not fit this model: missing {missing}, unexpected {unexpected}"
+        found.append(text + _of_a_convolution(saved - wanted, model))
     for name in parameters if wanted == saved else ():
         here, there = list(full_shape(name, parameters[name], ep_size)), reader.shape(f"weight/{name}")
         if here != there:
@@ -118,6 +120,19 @@ def model_misfits(path: Path, model: torch.nn.Module, ep_size: int, base: dict[s
             f"{saved_base} there, {base} here"
         )
     return found
+
+
+def _of_a_convolution(unexpected: set[str], model: torch.nn.Module) -> str:
+    """A clause about a checkpoint of an earlier build, whose lora.targets meant convolutions too; empty for any
+    other."""
+    modules, updates = dict(model.named_modules()), (update_of(key.removeprefix("weight/")) for key in unexpected)
+    names = sorted({update.weight.removesuffix(".weight") for update in updates if update is not None})
+    of = [name for name in names if name in modules and not isinstance(modules[name], torch.nn.Linear)]
+    if not of:
+        return ""
+    return (
+        f"; lora.targets no longer means the convolution {of[0]} ({OTHER_FOLDER}; ds-moe export --adapter still has it)"
+    )
 
 
 def _unlearned(path: Path, run: Resumption) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
@@ -88,6 +89,8 @@ class StepDataset(Dataset):
         loaders = worker.num_workers if (worker := get_worker_info()) else 0
         if self._ahead is None and (threads := image_threads(loaders)):
             self._ahead = Ahead(threads)  # in the process that uses it
+            if loaders:  # whose end waits for its threads, and nobody else closes them
+                Finalize(None, self._ahead.close, exitpriority=0)
         begun = self._next if self._next and self._next.position == position else self._begin(position)
         self._next = self._begin(position + max(loaders, 1)) if self._ahead else None
         try:

@@ -49,6 +49,9 @@ class MergedReader:
             name = lost[0].removeprefix(WEIGHT)
             text = f"lora.targets updates {name}, which model.path has no weight of its own for (it ties two of them)"
             raise UserError(f"{text}: no merged model can hold the update; export the adapter instead (--adapter)")
+        if lost := sorted(_updated(reader, not_linear(base, lora.targets))):
+            text = f"lora.targets updates {lost[0]}, a convolution, in this checkpoint of an earlier build"
+            raise UserError(f"{text}: no merged model can hold the update; export the adapter instead (--adapter)")
         carried = [f"{CARRIED}{name}" for name in unused_tensors(base, stored)]
         self.tensors = [*self._base, *(key for key in whole if key not in self._base), *carried]
         self._whole = set(whole)
@@ -81,6 +84,12 @@ def _update(key: str) -> UpdateHalf | None:
     return update_of(key.removeprefix(WEIGHT)) if key.startswith(WEIGHT) else None
 
 
+def _updated(reader: Reader, modules: list[str]) -> set[str]:
+    """Those of these modules that have a low-rank update in a checkpoint."""
+    updated = {update.weight for key in reader.tensors if (update := _update(key))}
+    return {name for name in modules if f"{name}.weight" in updated}
+
+
 def write_adapter(checkpoint: Path, out: Path, dtype: torch.dtype, outline: PreTrainedModel) -> int:
     """Write the updates of a checkpoint as a folder for `PeftModel.from_pretrained`; returns their number of elements.
 
@@ -105,7 +114,9 @@ def write_adapter(checkpoint: Path, out: Path, dtype: torch.dtype, outline: PreT
     experts = moe.lora_parameters if lora.experts and moe else None
     if experts is not None:  # PEFT's wrappers of parameters refuse dropout, which acts in training only
         lora = lora.model_copy(update={"dropout": 0.0})
-    settings = peft_config(lora, lora.targets, experts, not_linear(outline, lora.targets))
+    others = not_linear(outline, lora.targets)
+    updated = _updated(reader, others)  # by an earlier build, as PEFT does it
+    settings = peft_config(lora, lora.targets, experts, [name for name in others if name not in updated])
     settings.base_model_name_or_path = config.model.path
     settings.inference_mode = True
     out.mkdir(parents=True, exist_ok=True)

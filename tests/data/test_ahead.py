@@ -303,6 +303,22 @@ def test_small_data_that_are_kept_are_not_decoded_again(path, run_config, proces
     assert len(good) <= 2 * len(set(good))  # twice where an epoch's end lies between
 
 
+@pytest.mark.slow
+def test_a_loading_process_ends_without_the_images_that_nobody_will_ask_for(path, run_config, processor, monkeypatch):
+    def slow(sources, *arguments):
+        time.sleep(0.3)
+        return patches_of(sources, *arguments)
+
+    monkeypatch.setattr(steps_module, "image_threads", lambda workers: 1)
+    monkeypatch.setattr(encoder_module, "patches_of", slow)
+    settings = {**LIMITS, "num_workers": 1, "prefetch_factor": 1, "streaming": True}
+    stream = train_stream(run_config(path, settings, global_batch_size=24), processor, rank=0, world_size=1)
+    next(iter(stream))
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 5
+
+
 # --- how an image is opened
 
 

@@ -1,21 +1,27 @@
 """ds_moe/models/lora.py: what a model with low-rank updates needs beside them."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 
+from ds_moe.checkpoint.files import FORMAT, Reader
+from ds_moe.checkpoint.fit import model_misfits
 from ds_moe.config.moe import MoEConfig
+from ds_moe.config.run import RunConfig
+from ds_moe.config.run_file import write_run
 from ds_moe.config.sections import LoRAConfig, ModelConfig
 from ds_moe.errors import UserError
-from ds_moe.export.lora import MergedReader
+from ds_moe.export.lora import MergedReader, write_adapter
 from ds_moe.models.blocks import moe_blocks
 from ds_moe.models.convert import convert
 from ds_moe.models.load import load_model
 from ds_moe.models.lora import add_lora, peft_config, peft_value, update_of
 from ds_moe.models.presets import build_preset
+from ds_moe.weights.files import write_tensors
 from tests.distributed.lora_ranks import from_peft
 from tests.models.test_families import GRADIENT, LOSS, run, slow_but, worst
 from tests.models.tiny_families import build
@@ -98,6 +104,47 @@ def test_a_convolution_that_is_called_like_a_target_is_left_as_it_is():
     add_lora(model, LoRAConfig(rank=8, targets=["proj"]), seed=0)
     updated = [name for name, one in model.named_parameters() if one.requires_grad]
     assert len(updated) == 2 * len(model.model.visual.blocks) and all(".attn.proj.lora_" in name for name in updated)
+
+
+@pytest.fixture
+def of_an_earlier_build(tmp_path):
+    """(a checkpoint, its run's settings) whose lora.targets meant the convolution over patches too."""
+    lora, model = LoRAConfig(rank=8, targets=["proj"]), build_preset("tiny-vl-moe")
+    peft.inject_adapter_in_model(peft_config(lora, lora.targets), model, "default")
+    trained = {f"weight/{name}": one.detach() for name, one in model.named_parameters() if ".lora_" in name}
+    write_tensors(tmp_path / "a.safetensors", trained)
+    pieces = {key: [["a.safetensors", 0, len(one)]] for key, one in trained.items()}
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": {}, "tensors": pieces}))
+    (tmp_path / "state.json").write_text(json.dumps({"base": {}}))
+    run = RunConfig(
+        task="sft",
+        model={"preset": "tiny-vl-moe"},
+        data={"train": "digits"},
+        train={"output_dir": "run", "global_batch_size": 2, "steps": 5},
+        lora=lora,
+        deepspeed="zero3",
+    )
+    write_run(run, tmp_path)
+    return tmp_path, run
+
+
+def test_an_adapter_of_an_earlier_build_keeps_its_update_of_a_convolution(of_an_earlier_build, tmp_path):
+    checkpoint, _ = of_an_earlier_build
+    written = write_adapter(checkpoint, tmp_path / "out", torch.float32, build_preset("tiny-vl-moe"))
+    loaded = peft.PeftModel.from_pretrained(build_preset("tiny-vl-moe"), tmp_path / "out")
+    updates = [one for name, one in loaded.named_parameters() if ".lora_" in name]
+    assert sum(one.numel() for one in updates) == written
+
+
+def test_other_uses_of_that_checkpoint_are_refused(of_an_earlier_build):
+    checkpoint, run = of_an_earlier_build
+    text = "lora.targets updates model.visual.patch_embed.proj, a convolution.*earlier build.*--adapter"
+    with pytest.raises(UserError, match=text):
+        MergedReader(Reader(checkpoint), run, run.lora, torch.float32)
+    model = build_preset("tiny-vl-moe")
+    add_lora(model, run.lora, seed=0)
+    [problem] = model_misfits(checkpoint, model, 1, {})
+    assert "lora.targets no longer means the convolution model.visual.patch_embed.proj (choose another" in problem
 
 
 def test_an_update_of_a_tied_output_layer_is_lost_in_no_export(tmp_path):
