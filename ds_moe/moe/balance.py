@@ -32,6 +32,18 @@ class SharedCounts(NamedTuple):
     ranks: int
 
 
+class Occupancy(NamedTuple):
+    """How full an optimizer step's micro-batches are, over all ranks; the last step of an epoch has empty ones, and so
+    have packed rows that are fewer than the ranks.
+
+    Losses are averaged over all micro-batches and ranks. Divided by one of these, a loss is a mean over what is there.
+    """
+
+    sequences: float  # real sequences of a micro-batch, mean
+    micro_batches: float  # share of the micro-batches that hold a real sequence
+    micro_steps: float  # share of the micro-steps in which some rank's micro-batch holds one
+
+
 class TokenStats(NamedTuple):
     """What a balancer may know about a micro-batch beside the decision; nothing here has a gradient."""
 
@@ -41,7 +53,7 @@ class TokenStats(NamedTuple):
     global_counts: GlobalCounts | None = None  # None unless some balancer's scope is global_batch
     sequence_T: Tensor | None = None  # int64 sequence of each token; None: B of equal length, padding included
     shared: SharedCounts | None = None  # None: this rank has the whole micro-batch
-    mean_sequences: float | None = None  # a micro-batch's share of the optimizer step's sequences; None: those of this
+    occupancy: Occupancy | None = None  # of this micro-batch's optimizer step; None: it is all of the step
 
 
 class Balancer(Protocol):
@@ -55,7 +67,8 @@ class Balancer(Protocol):
     def loss(self, decision: RoutingDecision, stats: TokenStats) -> Tensor:
         """The term to add to the micro-batch's loss: a scalar with grad, already weighted.
 
-        The trainer averages it over the micro-batches and ranks of an optimizer step.
+        The trainer averages it over the micro-batches and ranks of an optimizer step. Where some of these hold fillers
+        alone, `stats.occupancy` makes the average one over the others.
         """
         ...
 
@@ -69,12 +82,14 @@ class AuxLoss:
 
     Args:
         scope: over which tokens f and P are taken. `micro_batch`: those of one forward of this rank, so that the loss
-            depends on micro_batch_size. `global_batch` (Qiu 2025, arXiv 2501.11873): those of the forwards that all
-            ranks run at the same time; averaged over the ranks, it equals the loss of their concatenated
-            micro-batches. The micro-batches of gradient accumulation stay apart. `sequence` (DeepSeek-V3): those of
-            each sequence, averaged over the sequences that have a real token: all of the optimizer step's count alike,
-            however many a micro-batch holds. Ranks that share a micro-batch share its loss: each adds its own tokens'
-            part, times the ranks, so that the average over all ranks is what it would be without them.
+            depends on micro_batch_size; all of the optimizer step's count alike, but for those without a real token,
+            which do not count. `global_batch` (Qiu 2025, arXiv 2501.11873): those of the forwards that all ranks run
+            at the same time; averaged over the ranks, it equals the loss of their concatenated micro-batches. The
+            micro-batches of gradient accumulation stay apart, and count as with `micro_batch`. `sequence`
+            (DeepSeek-V3): those of each sequence, averaged over the sequences that have a real token: all of the
+            optimizer step's count alike, however many a micro-batch holds. Ranks that share a micro-batch share its
+            loss: each adds its own tokens' part, times the ranks, so that the average over all ranks is what it would
+            be without them.
         normalize_by_k: divide by K = assignments a token.
     """
 
@@ -99,7 +114,8 @@ class AuxLoss:
 class ZLoss:
     """Keeps logits small (Zoph 2022, ST-MoE, eq. 5).
 
-    It is `weight * mean(logsumexp(logits)^2)` over the real tokens of a micro-batch.
+    It is `weight * mean(logsumexp(logits)^2)` over the real tokens of a micro-batch; all of the optimizer step's that
+    have some count alike.
     """
 
     scope: Scope = "micro_batch"
@@ -109,7 +125,7 @@ class ZLoss:
 
     def loss(self, decision: RoutingDecision, stats: TokenStats) -> Tensor:
         logits_VE = _real(decision.logits_TE, stats).float()
-        total = self.weight * logits_VE.logsumexp(-1).square().sum()
+        total = self.weight * logits_VE.logsumexp(-1).square().sum() / _filled(stats)
         if stats.shared is not None:
             return stats.shared.ranks * total / stats.shared.tokens_B.sum().clamp_min(1)
         return total / max(logits_VE.shape[0], 1)
@@ -134,9 +150,13 @@ def shared_counts(decision: RoutingDecision, stats: TokenStats, group: SequenceG
     return SharedCounts(sums[:, :-1], sums[:, -1], group.size)
 
 
-# Of G groups of tokens: sums of scores (G, E), assignments (G, E) and tokens (G,), then the number of groups that the
-# sum of their losses is divided by.
+# Of G groups of tokens: sums of scores (G, E), assignments (G, E) and tokens (G,), then what the sum of their losses is
+# divided by so that the average over an optimizer step's micro-batches is one over its groups.
 _Groups = tuple[Tensor, Tensor, Tensor, Tensor | float]
+
+
+def _filled(stats: TokenStats) -> float:
+    return 1.0 if stats.occupancy is None else stats.occupancy.micro_batches
 
 
 def _over_batch(decision: RoutingDecision, stats: TokenStats, scope: Scope) -> _Groups:
@@ -146,12 +166,13 @@ def _over_batch(decision: RoutingDecision, stats: TokenStats, scope: Scope) -> _
         # The loss needs the score sums of all ranks. Each rank contributes its own, times the number of ranks: the
         # trainer's average of the ranks' losses then is the loss of the sums.
         counts_E, tokens, ranks = stats.global_counts
-        return ranks * sums_E.unsqueeze(0), counts_E.unsqueeze(0), tokens.view(1), 1
+        filled = 1.0 if stats.occupancy is None else stats.occupancy.micro_steps
+        return ranks * sums_E.unsqueeze(0), counts_E.unsqueeze(0), tokens.view(1), filled
     if stats.shared is not None:
         counts_BE, tokens_B, ranks = stats.shared
-        return ranks * sums_E.unsqueeze(0), counts_BE.sum(0, keepdim=True), tokens_B.sum().view(1), 1
+        return ranks * sums_E.unsqueeze(0), counts_BE.sum(0, keepdim=True), tokens_B.sum().view(1), _filled(stats)
     tokens = stats.counts_E.new_tensor([scores_VE.shape[0]])
-    return sums_E.unsqueeze(0), stats.counts_E.unsqueeze(0), tokens, 1
+    return sums_E.unsqueeze(0), stats.counts_E.unsqueeze(0), tokens, _filled(stats)
 
 
 def _over_sequences(decision: RoutingDecision, stats: TokenStats) -> _Groups:
@@ -162,7 +183,7 @@ def _over_sequences(decision: RoutingDecision, stats: TokenStats) -> _Groups:
         sums_BE = ranks * sums_BE
     else:
         counts_BE, tokens_B = _by_sequence(decision, stats)
-    groups = stats.mean_sequences or (tokens_B > 0).sum().clamp_min(1)
+    groups = (tokens_B > 0).sum().clamp_min(1) if stats.occupancy is None else stats.occupancy.sequences
     return sums_BE, counts_BE, tokens_B, groups
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ds_moe.distributed import SequenceGroup
+from ds_moe.moe.balance import Occupancy
 
 
 @dataclass
@@ -21,7 +22,7 @@ class ForwardContext:
     sequence_BS: Tensor | None = None  # of the next forward: int64 sequence of each token, any value at padding
     sequences: int = 0  # of the next forward and then of the one that runs: how many there are; used with sequence_T
     sequence_T: Tensor | None = None  # int64 sequence of each token; None: each row is one
-    mean_sequences: float | None = None  # real sequences of the optimizer step over its micro-batches; None: not known
+    occupancy: Occupancy | None = None  # of the optimizer step that runs; None: each micro-batch is a step
     row_group: SequenceGroup | None = None  # the ranks that share each row in training; None: each has its own
     rows: int = 1  # of the batch that runs, padding included; for layers that see a flat list of tokens
     image_T: Tensor | None = None  # bool, true at image tokens; None: there is none

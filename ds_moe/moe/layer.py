@@ -187,8 +187,8 @@ class MoELayer(nn.Module):
         counts = None
         if self.training and any(balancer.scope == "global_batch" for balancer in self.balancers):
             counts = global_counts(token_V, tokens, plan.counts_E)
-        mean, group = self.context.mean_sequences, self.context.row_group
-        stats = TokenStats(token_V, sequences, plan.counts_E, counts, sequence_T, mean_sequences=mean)
+        group = self.context.row_group
+        stats = TokenStats(token_V, sequences, plan.counts_E, counts, sequence_T, occupancy=self.context.occupancy)
         if self.training and self.balancers and group is not None:
             stats = stats._replace(shared=shared_counts(decision, stats, group))
         return stats

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ds_moe.checkpoint.progress import Progress
 from ds_moe.data.batch import Batch
-from ds_moe.distributed import over_ranks, raise_together
+from ds_moe.distributed import Topology, over_ranks, raise_together
 from ds_moe.errors import UserError
 from ds_moe.faults.signals import agreed
 from ds_moe.moe.all_to_all import ExpertParallel
+from ds_moe.moe.balance import Occupancy
 from ds_moe.moe.loss_free import check_biases_agree, update_biases
 from ds_moe.monitor.reports import StepReport
 from ds_moe.tasks.task import Task, TrainingParts
@@ -29,7 +30,7 @@ class StepOutcome:
     """What an optimizer step came to, over all ranks but for `own_loss`."""
 
     loss: float  # mean over the global batch of what the task minimises
-    aux_loss: float  # the balancers' losses, mean over ranks and micro-batches
+    aux_loss: float  # the balancers' losses, mean over the micro-batches of all ranks that hold samples
     sent_bytes: float  # rows sent to other ranks' experts, mean over ranks
     lr: float
     tokens: int  # neither padding nor samples that only fill up a batch are counted
@@ -65,13 +66,11 @@ def optimizer_step(
     """
     engine, device = parts.engine, parts.topology.device
     at("count of the batch's tokens")
-    labels, tokens, samples = _global_counts(task, micro_batches, bad_record, device)
+    labels, tokens, occupancy = _global_counts(task, micro_batches, bad_record, parts.topology)
     # The losses are averaged over ranks and micro-batches; each is divided so that the average is the mean.
-    # A row that ranks share has a micro-batch on each of them: part of its labels, and all of its samples.
-    all_micro_batches = parts.topology.world_size * len(micro_batches)
-    share = max(labels, 1) / all_micro_batches
+    share = max(labels, 1) / (parts.topology.world_size * len(micro_batches))
     if parts.context is not None:
-        parts.context.mean_sequences = samples / all_micro_batches
+        parts.context.occupancy = occupancy
     lr = engine.get_lr()[-1]  # of the last group, whose rate is train.lr unless there is none beside Muon's
     losses = torch.zeros(2, dtype=torch.float64, device=device)  # language, auxiliary
     ep = parts.layers[0].dispatcher.ep if parts.layers else ExpertParallel()
@@ -166,21 +165,34 @@ def _forward_backward(
 
 
 def _global_counts(
-    task: Task, micro_batches: list[Batch], bad_record: str | None, device: torch.device
-) -> tuple[int, int, int]:
-    """(what the loss is a mean over, real tokens, real samples) of this step over all ranks; raises if any met a bad
-    record."""
+    task: Task, micro_batches: list[Batch], bad_record: str | None, topology: Topology
+) -> tuple[int, int, Occupancy]:
+    """(what the loss is a mean over, real tokens, how full the micro-batches are) of this step over all ranks; raises
+    if any met a bad record."""
     labels = sum(task.weight(batch) for batch in micro_batches)
     tokens = sum(batch.tokens for batch in micro_batches)
-    samples = sum(batch.real_B.sum() for batch in micro_batches)
-    counts = torch.tensor([0, 0, 0, int(bad_record is not None)], device=device)
-    for place, count in enumerate((labels, tokens, samples)):
+    # A row that ranks share has a micro-batch on each of them: part of its labels, and all of its samples.
+    samples_M = torch.stack([batch.real_B.sum() for batch in micro_batches])
+    counts = torch.tensor([int(bad_record is not None), 0, 0, 0], device=topology.device)
+    for place, count in enumerate((labels, tokens, samples_M.sum()), start=1):
         counts[place] += count
+    counts = torch.cat([counts, samples_M > 0])
     dist.all_reduce(counts)
-    labelled, real, real_samples, bad = counts.tolist()
+    bad, labelled, real, samples, *ranks_M = counts.tolist()
     if bad:
         raise_together(bad_record)
-    return labelled, real, real_samples
+    return labelled, real, _occupancy(samples, ranks_M, topology.world_size)
+
+
+def _occupancy(samples: int, ranks_M: list[int], world_size: int) -> Occupancy:
+    """`ranks_M`: in each of the M micro-steps, on how many ranks there are samples. A step without any counts as one of
+    a single sample."""
+    micro_batches, micro_steps = world_size * len(ranks_M), sum(ranks > 0 for ranks in ranks_M)
+    return Occupancy(
+        sequences=max(samples, 1) / micro_batches,
+        micro_batches=max(sum(ranks_M), 1) / micro_batches,
+        micro_steps=max(micro_steps, 1) / len(ranks_M),
+    )
 
 
 def _write_skipped(run: Run, own_loss: float) -> None:

@@ -19,6 +19,8 @@ from ds_moe.checkpoint.save import persistent_buffers
 from ds_moe.config.run import RunConfig
 from ds_moe.config.run_file import load_run
 from ds_moe.data.batch import Batch
+from ds_moe.data.digits import digits_samples
+from ds_moe.data.encode import collate, encode, filler
 from ds_moe.engine.build import build_engine
 from ds_moe.engine.prepare import prepare_model
 from ds_moe.engine.start import start_distributed
@@ -26,6 +28,7 @@ from ds_moe.errors import UserError
 from ds_moe.models.convert import convert, moe_layers
 from ds_moe.models.families import BIAS_SUFFIX
 from ds_moe.models.presets import build_preset
+from ds_moe.models.processor import tiny_processor
 from ds_moe.moe.loss_free import LossFreeBalancing
 from ds_moe.tasks.task import Task, TrainingParts
 from ds_moe.train import train
@@ -38,6 +41,7 @@ from tests.launcher import leave, report
 MICRO_BATCHES = 4
 LOSS_FREE = {"kind": "loss_free", "update_rate": 0.01}
 AUX = {"kind": "aux", "weight": 0.5}
+SCOPES = ("micro_batch", "global_batch", "sequence")
 
 
 def run_config(ep_size, checkpointing, balance, steps=1):
@@ -75,13 +79,13 @@ def start(config, stage):
 
 
 def step(parts, progress, everything):
-    optimizer_step(parts, Task(parts), own_share(everything, parts.topology), progress)
+    return optimizer_step(parts, Task(parts), own_share(everything, parts.topology), progress)
 
 
 def own_share(everything, topology):
     """This rank's micro-batches, in the order of accumulation: those of all ranks at one time are neighbours."""
     own = everything[topology.rank :: topology.world_size]
-    return [Batch.of_rows(without_labels(batch), batch["labels"]) for batch in own]
+    return [one if isinstance(one, Batch) else Batch.of_rows(without_labels(one), one["labels"]) for one in own]
 
 
 def without_labels(batch):
@@ -144,7 +148,7 @@ def left_out_of_the_checkpoint():
 
 
 def router_gradients(config, stage, everything):
-    """The gradient of every router in one step, as the optimizer would get it."""
+    """(the gradient of every router in one step, as the optimizer would get it; its auxiliary loss)."""
     (parts, progress), found = start(config, stage), []
     engine_step = parts.engine.step
 
@@ -154,9 +158,9 @@ def router_gradients(config, stage, everything):
         engine_step()
 
     parts.engine.step = spying_step
-    step(parts, progress, everything)
+    outcome = step(parts, progress, everything)
     parts.engine.destroy()
-    return found
+    return found, outcome.aux_loss
 
 
 def plain_gradients(everything, weight, scope, at_once):
@@ -171,7 +175,7 @@ def plain_gradients(everything, weight, scope, at_once):
         layer.gate.register_forward_hook(lambda gate, args, decision: seen.append(decision))
     labelled = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in everything)
     total, terms = 0.0, []
-    for first in range(0, MICRO_BATCHES, at_once):
+    for first in range(0, len(everything), at_once):
         parts = [[] for _ in layers]  # by layer: (scores, one row of uses a token) of groups of real tokens
         for batch in everything[first : first + at_once]:
             seen.clear()
@@ -190,8 +194,9 @@ def plain_gradients(everything, weight, scope, at_once):
             groups = part if scope != "global_batch" else [tuple(map(torch.cat, zip(*part, strict=True)))]
             values = [s.shape[1] * (u.mean(0) * s.mean(0)).sum() for s, u in groups]
             terms.append(at_once * sum(values) / len(values))
-    (total + weight * sum(terms) / MICRO_BATCHES).backward()
-    return [layer.gate.weight.grad for layer in layers]
+    auxiliary = weight * sum(terms) / len(everything)
+    (total + auxiliary).backward()
+    return [layer.gate.weight.grad for layer in layers], auxiliary.item()
 
 
 def worst(ours, theirs):
@@ -201,15 +206,29 @@ def worst(ours, theirs):
 def gradient_rows(everything, world_size):
     sizes = [size for size in (1, 2) if world_size % size == 0]
     rows = []
-    for scope in ("micro_batch", "global_batch", "sequence"):
+    for scope in SCOPES:
         at_once = world_size if scope == "global_batch" else 1
-        expected = plain_gradients(everything, AUX["weight"], scope, at_once)
+        expected, _ = plain_gradients(everything, AUX["weight"], scope, at_once)
         for ep_size in sizes:
             config = run_config(ep_size, ep_size == 1, [{**AUX, "scope": scope}])
-            ours = router_gradients(config, 3 if ep_size == 2 else 1, everything)
+            ours, _ = router_gradients(config, 3 if ep_size == 2 else 1, everything)
             rows.append([scope, ep_size, worst(ours, expected)])
-    doubled = plain_gradients(everything, 2 * AUX["weight"], "sequence", 1)
+    doubled, _ = plain_gradients(everything, 2 * AUX["weight"], "sequence", 1)
     report(gradients=rows, gradients_doubled=worst(ours, doubled))
+
+
+def filler_rows(everything, world_size):
+    """A step of one micro-batch, in padded rows or a packed one, whose other micro-batches hold fillers, against that
+    micro-batch alone."""
+    rows, processor = [], tiny_processor()
+    encoded = [encode(one, processor, 256, 2**20) for one in digits_samples("train")[:SAMPLES]]
+    for scope, packed in [(scope, False) for scope in SCOPES] if world_size > 1 else [("micro_batch", True)]:
+        expected, auxiliary = plain_gradients(everything[:1], AUX["weight"], scope, 1)
+        laid = [encoded, *[[filler(processor)] * (1 if packed else SAMPLES)] * (MICRO_BATCHES - 1)]
+        mixed = [collate(one, processor, packed=packed) for one in laid]
+        ours, found = router_gradients(run_config(1, False, [{**AUX, "scope": scope}]), 1, mixed)
+        rows.append([f"{scope}{', packed' if packed else ''}", worst(ours, expected), found / auxiliary])
+    report(fillers=rows)
 
 
 def topologies(everything, world_size, mode):
@@ -272,6 +291,7 @@ def main():
     topologies(everything, world_size, sys.argv[1])
     if world_size < 4:
         gradient_rows(everything, world_size)
+        filler_rows(everything, world_size)
 
 
 if __name__ == "__main__":

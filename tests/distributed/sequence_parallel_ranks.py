@@ -33,6 +33,7 @@ from ds_moe.models.freeze import set_trainable
 from ds_moe.models.head import at_labels
 from ds_moe.models.presets import build_preset
 from ds_moe.models.processor import tiny_processor
+from ds_moe.moe.balance import Occupancy
 from ds_moe.tasks.task import Task, TrainingParts
 from ds_moe.training.step import optimizer_step
 from tests.distributed.packing_ranks import counting, fill_lora, reading_gradients
@@ -143,7 +144,7 @@ def reference(mode, everything, processor):
     losses, balancing = 0.0, 0.0
     for batch in batches:
         if context is not None:
-            context.real_BS, context.mean_sequences = batch.real_of_token, real / len(batches)
+            context.real_BS, context.occupancy = batch.real_of_token, Occupancy(real / len(batches), 1.0, 1.0)
             context.sequence_BS, context.sequences = batch.sequence_of_token, batch.samples
         loss = at_labels(model, batch.inputs, batch.labels, num_items=labels).loss
         extra = sum(context.aux_losses) / len(batches) if context is not None and context.aux_losses else loss * 0.0

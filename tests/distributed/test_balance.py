@@ -99,6 +99,18 @@ def test_auxiliary_gradients_reach_the_router_once(few, show):
     show("\n".join(lines))
 
 
+def test_fillers_do_not_dilute_the_aux_loss(few, show):
+    """One micro-batch of samples, three of fillers: in 4 micro-steps of one rank, packed, and in 2 of two, padded."""
+    lines = ["one micro-batch beside three of fillers, against it alone: router gradient, aux loss / its own"]
+    for ranks, (found, *_) in enumerate(few, start=1):
+        for scope, difference, ratio in found["fillers"]:
+            lines.append(f"  {scope:<19} {ranks} ranks x accumulation {4 // ranks}: {difference:.1e}, {ratio:.6f}")
+    show("\n".join(lines))
+    for found, *_ in few:
+        for _, difference, ratio in found["fillers"]:
+            assert difference <= GRADIENT and ratio == pytest.approx(1, abs=1e-6)
+
+
 @pytest.mark.slow
 def test_after_20_steps_only_flipped_ties_differ(show):
     """fp32 weights drift apart by rounding; a token between two experts may then go to the other one."""

@@ -17,7 +17,7 @@ from ds_moe.errors import UserError
 from ds_moe.models.convert import EXPERT_BIAS, convert, load_expert_bias, moe_layers
 from ds_moe.models.freeze import set_trainable
 from ds_moe.models.presets import build_preset
-from ds_moe.moe.balance import AuxLoss, TokenStats, ZLoss, global_counts
+from ds_moe.moe.balance import AuxLoss, Occupancy, TokenStats, ZLoss, global_counts
 from ds_moe.moe.decision import RoutingDecision, count_experts
 from ds_moe.moe.loss_free import LossFreeBalancing, loss_free, update_biases
 from ds_moe.moe.tape import checkpoint_contexts
@@ -115,9 +115,18 @@ def test_all_sequences_of_a_step_weigh_the_same_however_micro_batches_share_them
     parts = []
     for first, last in ((0, 5), (5, 14)):
         part = decide(decision.logits_TE[first:last])
-        stats = seen_of(part, 4)._replace(sequence_T=sequence_T[first:last], mean_sequences=4 / 2)
+        stats = seen_of(part, 4)._replace(sequence_T=sequence_T[first:last], occupancy=Occupancy(4 / 2, 1.0, 1.0))
         parts.append(aux.loss(part, stats))
     torch.testing.assert_close(sum(parts) / 2, expected)
+
+
+@pytest.mark.parametrize("balancer", [*(AuxLoss(1.0, scope) for scope in SCOPES), ZLoss(1.0)])
+def test_micro_batches_of_fillers_do_not_dilute_the_mean(balancer):
+    """Two sequences in one micro-batch of four: the mean over the four is its own loss."""
+    decision = decide(torch.randn(10, E))
+    expected = balancer.loss(decision, seen_of(decision, 2))
+    stats = seen_of(decision, 2)._replace(occupancy=Occupancy(2 / 4, 1 / 4, 1 / 4))
+    torch.testing.assert_close(balancer.loss(decision, stats) / 4, expected)
 
 
 def test_z_loss_is_the_mean_square_of_logsumexp_over_real_tokens():
