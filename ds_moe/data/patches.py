@@ -58,8 +58,11 @@ class PixelTable:
         device = bytes_PD.device
         first_C1 = torch.arange(0, channels * VALUES, VALUES, dtype=torch.int32, device=device).unsqueeze(1)
         table = self.values_CV.to(device, non_blocking=True).flatten()
-        floats_PCFA = torch.empty(patches, channels, self.frames, self.area, device=device)
-        size = IN_CACHE if device.type == "cpu" else max(patches, 1)
+        shape, on_cpu = (patches, channels, self.frames, self.area), device.type == "cpu"
+        # NumPy asks the system for large pages, without which the first write of each of many small ones takes longer
+        # than all else here.
+        floats_PCFA = torch.from_numpy(np.empty(shape, np.float32)) if on_cpu else torch.empty(shape, device=device)
+        size = IN_CACHE if on_cpu else max(patches, 1)
         for bytes_pD, floats_pCFA in zip(bytes_PD.split(size), floats_PCFA.split(size), strict=True):
             index_pCX = bytes_pD.view(len(bytes_pD), channels, own_frames * self.area).int().add_(first_C1)
             found = table.index_select(0, index_pCX.flatten())
@@ -201,9 +204,11 @@ def _resizing(processor: ImageProcessor) -> Callable[[list[_Picture], bool, str]
 def _patches_of_bytes(image: _Picture, patch_size: int, merge_size: int, **_: object) -> tuple[np.ndarray, int, int]:
     """((P, C * A) uint8, patches of the height, of the width), in the order of the processors' own `patchify`: patches
     that become one token are neighbours."""
-    pixels_HWC = np.asarray(image.image)
-    rows, columns = pixels_HWC.shape[0] // patch_size, pixels_HWC.shape[1] // patch_size
-    cut = pixels_HWC.reshape(
-        rows // merge_size, merge_size, patch_size, columns // merge_size, merge_size, patch_size, 3
-    )
-    return cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3 * patch_size**2), rows, columns
+    pieces = f"V{patch_size}"  # the bytes of a row of a patch, copied as one
+    rows, columns = image.image.height // patch_size, image.image.width // patch_size
+    cut = np.empty((rows // merge_size, columns // merge_size, merge_size, merge_size, 3, patch_size), dtype=pieces)
+    for channel, name in enumerate("RGB"):
+        of_channel = np.frombuffer(image.image.tobytes("raw", name), dtype=pieces)
+        by_row = of_channel.reshape(rows // merge_size, merge_size, patch_size, columns // merge_size, merge_size)
+        cut[..., channel, :] = by_row.transpose(0, 3, 1, 4, 2)
+    return cut.view(np.uint8).reshape(rows * columns, 3 * patch_size**2), rows, columns

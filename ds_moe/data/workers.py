@@ -42,9 +42,10 @@ def _start_method(workers: int) -> str | None:
 def image_threads(workers: int) -> int:
     """How many threads a process that loads data has for its images, where a rank has so many loading processes.
 
-    They are of the rank's share of this host's cores what training and loading leave, and at least one where the rank
-    loads by itself: images are decoded while it computes.
+    They share what the processes that load leave of the rank's part of this host's cores. A rank that loads by itself
+    has at least one: images are decoded while it computes.
     """
-    spare = len(os.sched_getaffinity(0)) // (ranks_of_host() or 1) - 1 - workers
+    processes = max(workers, 1)
+    spare = len(os.sched_getaffinity(0)) // (ranks_of_host() or 1) - processes
     least = 0 if workers else 1
-    return min(max(spare // max(workers, 1), least), MOST_THREADS)
+    return min(max(spare // processes, least), MOST_THREADS)

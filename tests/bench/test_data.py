@@ -1,13 +1,16 @@
 """The benchmark of loading: what it times is right, and a wrong loader is not timed."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from PIL import Image
 
 from tools.bench.data import bench
-from tools.bench.data.loaders import digest, digests
+from tools.bench.data.loaders import cpu_seconds, digest, digests
 from tools.bench.data.plot import draw
 from tools.bench.mix.records import drawn, read_screens, write_records
 
@@ -34,7 +37,10 @@ def test_images_are_written_in_both_forms(tmp_path):
 
 
 ROUNDS = [
-    {"this": {"samples": 100, "bytes": 2e8, "seconds": own}, "hf": {"samples": 100, "bytes": 2e8, "seconds": its}}
+    {
+        name: {"samples": 100, "bytes": 2e8, "seconds": seconds, "cpu_seconds": 2 * seconds}
+        for name, seconds in (("this", own), ("hf", its))
+    }
     for own, its in ((1.0, 2.0), (2.0, 2.0), (1.0, 4.0))
 ]
 
@@ -42,6 +48,7 @@ ROUNDS = [
 def test_speeds_are_compared_round_by_round_and_drawn(tmp_path, capsys):
     results = [bench.result("png", 1, name, ROUNDS) for name in ("this", "hf")]
     assert [one["median"] for one in results] == [100, 50] and results[1]["speed_of_this"] == 2.0
+    assert [one["cpu_ms"] for one in results] == [20, 40]
     found = {"problems": {}, "results": results, "claims": bench.claims(results, ["e49d3ff"])}
     assert found["claims"] == [
         {"claim": "png, 1 loading processes: 2.00 times the speed of hf, at least 1.5", "holds": True}
@@ -50,6 +57,22 @@ def test_speeds_are_compared_round_by_round_and_drawn(tmp_path, capsys):
     assert "holds: png" in capsys.readouterr().out
     draw(found, tmp_path / "data.png")
     assert Image.open(tmp_path / "data.png").size[0] > 500
+
+
+def test_cpu_time_is_that_of_processes_too_also_of_those_that_have_ended():
+    busy = [sys.executable, "-c", "import time; [0 for _ in iter(lambda: time.process_time() < 0.3, False)]; input()"]
+    before = cpu_seconds()
+    process = subprocess.Popen(busy, stdin=subprocess.PIPE)
+    try:
+        end = time.monotonic() + 30
+        while cpu_seconds() - before < 0.3:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.communicate(b"\n")
+        assert cpu_seconds() - before >= 0.3
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow

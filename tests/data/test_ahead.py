@@ -135,15 +135,15 @@ def test_one_ahead():
     assert list(one_ahead(values(0))) == [] and list(one_ahead(values(1))) == [0]
 
 
-def test_threads_are_what_training_and_loading_processes_leave_of_a_rank_s_cores(monkeypatch):
+def test_threads_are_what_loading_processes_leave_of_a_rank_s_cores(monkeypatch):
     def threads(cores, ranks, workers):
         monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
         monkeypatch.setattr("ds_moe.data.workers.ranks_of_host", lambda: ranks)
         return image_threads(workers)
 
-    assert [threads(2, None, workers) for workers in (0, 1, 2)] == [1, 0, 0]
-    assert threads(2, 2, 0) == 1  # they decode while the device computes
-    assert [threads(64, 8, workers) for workers in (0, 1, 2, 4)] == [MOST_THREADS, MOST_THREADS, 2, 0]
+    assert [threads(2, None, workers) for workers in (0, 1, 2)] == [1, 1, 0]
+    assert [threads(2, 2, workers) for workers in (0, 1)] == [1, 0]  # the one decodes while the device computes
+    assert [threads(64, 8, workers) for workers in (0, 1, 2, 4, 8)] == [MOST_THREADS, MOST_THREADS, 3, 1, 0]
 
 
 def until(true):

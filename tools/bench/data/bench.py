@@ -8,7 +8,8 @@ hf        `datasets` and torch's DataLoader with the same processor and chat tem
 All read the same records: images of the sizes in ../mix/screens.csv, as PNG and as JPEG files, requests and answers of
 its lengths. A contender is timed only if the ids and the floats of every image are those of the plain processor, bit
 for bit. Contenders are processes that take turns; a turn reads all records once, and its clock starts behind the first
-batch. Bytes are those of ids, labels and float pixels, whoever makes them.
+batch. Bytes are those of ids, labels and float pixels, whoever makes them. CPU time is that of all of its processes and
+threads.
 """
 
 import argparse
@@ -157,6 +158,7 @@ def result(form: str, workers: int, name: str, rounds: list[dict[str, Any]]) -> 
         **{"form": form, "workers": workers, "contender": name, "samples_per_s": speeds},
         "median": statistics.median(speeds),
         "mb_per_s": statistics.median(turns[name]["bytes"] / turns[name]["seconds"] / 1e6 for turns in rounds),
+        "cpu_ms": statistics.median(turns[name]["cpu_seconds"] / turns[name]["samples"] * 1e3 for turns in rounds),
         "speed_of_this": statistics.median(mine / its for mine, its in zip(own, speeds, strict=True)),
     }
 
@@ -174,13 +176,16 @@ def claims(results: list[dict[str, Any]], before: list[str]) -> list[Claim]:
 
 def show_results(found: dict[str, Any]) -> None:
     show({key: value for key, value in found.items() if key not in ("results", "claims")})
-    table = new_table(["images", "contender"], ["loading\nprocesses", "samples/s", "min - max", "MB/s", "this is"])
+    table = new_table(
+        ["images", "contender"], ["loading\nprocesses", "samples/s", "min - max", "MB/s", "CPU ms\na sample", "this is"]
+    )
     for one in found["results"]:
         speeds = one["samples_per_s"]
         cells = [one["form"], one["contender"], str(one["workers"]), f"{one['median']:,.1f}"]
         cells += [
             f"{min(speeds):,.1f} - {max(speeds):,.1f}",
             f"{one['mb_per_s']:,.0f}",
+            f"{one['cpu_ms']:.1f}",
             f"x {one['speed_of_this']:.2f}",
         ]
         table.add_row(*cells)

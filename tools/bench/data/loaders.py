@@ -6,6 +6,7 @@ The parent writes a request a line, `{"turn": "check" or "time", "file", "worker
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -119,15 +121,22 @@ def digest(ids: Tensor, pixel_values: Tensor) -> str:
 
 
 def timed(batches: Batches) -> dict[str, float]:
-    """Samples, bytes and seconds of all batches but the first, for which loading processes are started; every tensor
-    is read, as a model would read it."""
+    """Samples, bytes, seconds and CPU-seconds of all batches but the first, for which loading processes are started;
+    every tensor is read, as a model would read it."""
     read(next(batches))
-    began = time.perf_counter()
+    used, began = cpu_seconds(), time.perf_counter()
     samples = size = 0
     for batch in batches:
         samples += len(batch["input_ids"])
         size += read(batch)
-    return {"samples": samples, "bytes": size, "seconds": time.perf_counter() - began}
+    seconds = time.perf_counter() - began
+    return {"samples": samples, "bytes": size, "seconds": seconds, "cpu_seconds": cpu_seconds() - used}
+
+
+def cpu_seconds() -> float:
+    """Of this process and its loading processes, those that have ended included."""
+    running = [one.cpu_times() for one in psutil.Process().children(recursive=True)]
+    return sum(os.times()[:4]) + sum(one.user + one.system for one in running)
 
 
 def read(batch: dict[str, Any]) -> int:
