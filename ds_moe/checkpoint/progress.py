@@ -45,7 +45,7 @@ class Progress:
     evaluation_due: bool = False  # whether an evaluation must follow the step, and has not run yet
     best_loss: float | None = None  # the lowest held-out loss so far, with `train.patience`
     best: Figures | None = None  # of the run, after the evaluation that had it
-    best_checkpoint: str | None = None  # name of the folder with its weights; None: there is none yet
+    best_checkpoint: str | None = None  # name of the folder with its weights; empty: in another run's; None: none yet
     waited: int = 0  # evaluations since then
     figures: Figures = field(default_factory=Figures)
 

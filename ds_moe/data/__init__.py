@@ -7,7 +7,7 @@ images.py    pixels, within limits          record_keys.py     keys that are ref
 videos.py    frames, within limits          video_process.py   the process that decodes them, from outside
 video_worker.py   the program that this process runs
 encode.py    tokens and batches             bad_records.py     records that cannot be used
-ahead.py     threads that decode images     steps.py           steps as they are made
+ahead.py     threads that decode images     steps.py           steps that are loaded
 encoder.py   records into samples           stream.py          what a rank trains on, with an exact position
 order.py     the order of an epoch          eval_set.py        what a rank is evaluated on
 packing.py   samples into rows              token_counts.py    exact lengths, measured once
@@ -18,8 +18,7 @@ rendering.py        what a template writes, and where answers stand in it
 template_probe.py   what a template does, found out by a question and an answer
 video_text.py       frames of videos in a text
 blocks.py    files in pieces, not indexed   windows.py         the order of what is streamed, and places in it
-pools.py     sources that are drawn from     steps.py           steps that loading processes make
-step_dataset.py     a step as it is made    ahead.py           threads that decode images
+pools.py     sources that are drawn from    step_dataset.py    a step as it is made
 tables.py    blocks of Arrow's rows         streaming.py       what a rank trains on where nothing is indexed
 patches.py   images as bytes, and their floats
 row_part.py  the part of a row that one of several ranks computes

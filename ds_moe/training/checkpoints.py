@@ -21,6 +21,10 @@ from ds_moe.models.processor import save_processor
 from ds_moe.models.stored_names import Carried
 from ds_moe.training.run import Run
 
+ELSEWHERE = (
+    ""  # in place of the name of the best evaluation's checkpoint: the run began in another folder, which has it
+)
+
 
 def resume(run: Run) -> None:
     """Go on from the checkpoint that `train.resume` means, whatever topology wrote it."""
@@ -45,13 +49,23 @@ def resume(run: Run) -> None:
     if run.config.train.epochs is not None:
         progress.total_steps += progress.file_from
         run.monitor.total_steps = progress.total_steps
-    if run.patience is not None and progress.best_loss is not None:
-        run.patience.go_on(progress.best_loss, progress.best or progress.figures, progress.waited)
+    wait_on(run, path)
     saved_by = f"{state['world_size']} ranks with ep_size {state['ep_size']}"
     also = ", with the next rollout file" if next_file else ""
     run.monitor.note(f"resumed from {path} at step {progress.step} (saved by {saved_by}){also}")
     for line in changes(path, run.config):
         run.monitor.note(line)
+
+
+def wait_on(run: Run, path: Path) -> None:
+    """With `train.patience`: for an evaluation better than the best one of the run that saved the checkpoint `path`."""
+    progress = run.progress
+    if run.patience is None or progress.best_loss is None:
+        return
+    run.patience.go_on(progress.best_loss, progress.best or progress.figures, progress.waited)
+    if progress.best_checkpoint and path.resolve().parent != (run.folder / "checkpoints").resolve():
+        progress.best_checkpoint = ELSEWHERE  # one of that name here is another run's
+        run.monitor.note(f"the checkpoint of the best evaluation so far stays in {path.parent}")
 
 
 def save_checkpoint(run: Run) -> None:
@@ -121,7 +135,7 @@ def finish_saving(run: Run) -> None:
 def keep_best_newest(run: Run) -> None:
     """At the end of a run with `train.patience`: its newest checkpoint is the best evaluation's, also where a signal
     has stopped the run behind that and left a later one (collective)."""
-    if run.patience is None or run.progress.best_checkpoint is None:
+    if run.patience is None or run.progress.best_checkpoint in (None, ELSEWHERE):
         return
     best = run.folder / "checkpoints" / run.progress.best_checkpoint
     forget = (lambda: forget_later(best)) if run.parts.topology.rank == 0 else lambda: None

@@ -1,8 +1,14 @@
 """EarlyStopping of ds_moe/training/run.py: what counts as better, when waiting ends, and which result stays."""
 
 import math
+from types import SimpleNamespace
 
-from ds_moe.checkpoint.progress import Figures
+import pytest
+
+from ds_moe.checkpoint import save
+from ds_moe.checkpoint.files import step_folders, step_name
+from ds_moe.checkpoint.progress import Figures, Progress
+from ds_moe.training import checkpoints
 from ds_moe.training.run import EarlyStopping
 
 
@@ -34,3 +40,20 @@ def test_a_resumed_run_keeps_its_best_and_waits_on():
     stopping.go_on(0.5, Figures(40), waited=1)  # as `train.resume` does
     assert not stopping.exhausted and not stopping.note(0.6, Figures(50)) and stopping.exhausted
     assert stopping.figures == Figures(40)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_began_in_another_folder_takes_no_checkpoint_there_for_its_best(tmp_path, monkeypatch, elsewhere):
+    """A checkpoint that is called like the best one may be one of an earlier run in the same output folder."""
+    own = tmp_path / "run/checkpoints"
+    for step in (1, 2):
+        (own / step_name(step)).mkdir(parents=True)
+    monkeypatch.setattr(save, "incomplete", lambda path: None)
+    notes, progress = [], Progress(step=2, total_steps=4, best_loss=0.5, best=Figures(1), waited=1)
+    progress.best_checkpoint = step_name(1)
+    run = SimpleNamespace(patience=EarlyStopping(3), progress=progress, folder=tmp_path / "run")
+    run.monitor, run.parts = SimpleNamespace(note=notes.append), SimpleNamespace(topology=SimpleNamespace(rank=0))
+    checkpoints.wait_on(run, (tmp_path / "other/checkpoints" if elsewhere else own) / step_name(2))
+    checkpoints.keep_best_newest(run)
+    assert (run.patience.best, run.patience.waited, run.patience.figures) == (0.5, 1, Figures(1))
+    assert len(step_folders(own)) == (2 if elsewhere else 1) and len(notes) == elsewhere

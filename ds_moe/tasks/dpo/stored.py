@@ -71,11 +71,7 @@ class StoredReference:
         if file.complete:
             return file
         if parts.stream is None:
-            where = f"are not in {folder}" if folder else "are not at hand"
-            fix = "set dpo.reference_dir to the folder data_cache of the run that stored them"
-            raise UserError(
-                f"the reference's log-probs of data.eval {where}: {fix}, or evaluate a LoRA run's checkpoint"
-            )
+            raise UserError(_not_there(split, folder))
         steps = self._missing(file) if split == "train" else None
         if steps is not None and not steps:
             return file
@@ -121,6 +117,18 @@ class StoredReference:
         stream.close()
         stream.load_state_dict({**position, "step": 0})
         stream.fill = None  # the closing table's is of training
+
+
+def _not_there(split: str, folder: str | None) -> str:
+    """Why an evaluation of its own has no log-probs of its data, and what gives it some."""
+    theirs, lora = "the reference's log-probs of data.eval", "or evaluate a LoRA run's checkpoint"
+    if folder is None or not any(Path(folder).glob(f"reference_{split}_*.npz")):
+        where = f"are not in {folder}" if folder else "are not at hand"
+        return f"{theirs} {where}: set dpo.reference_dir to the folder data_cache of the run that stored them, {lora}"
+    return (
+        f"{theirs} in {folder} are of another model, other data or settings (name their run's), or of an earlier build "
+        f"(start their run once more, which stores them anew), {lora}"
+    )
 
 
 class LogprobFile:

@@ -217,6 +217,13 @@ def test_an_evaluation_without_the_file_says_where_it_is(parts):
         StoredReference(replace(made, stream=None))
 
 
+def test_an_evaluation_says_so_where_the_files_are_of_another_build_or_of_other_data(parts, tmp_path):
+    (tmp_path / "reference_held-out_0123456789abcdef.npz").touch()
+    made = parts(dpo={"reference_dir": str(tmp_path)})
+    with pytest.raises(UserError, match=rf"in {tmp_path} are of another .*earlier build \(start their run once more"):
+        StoredReference(replace(made, stream=None))
+
+
 def test_a_record_that_was_bad_when_the_file_was_written_is_named(parts):
     made = parts(evaluates=False)
     reference = StoredReference(made)
