@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from ds_moe.config.deepspeed_json import read_deepspeed
 from ds_moe.config.run import RunConfig
@@ -34,23 +35,44 @@ def changes_of_evaluation(path: Path, config: RunConfig) -> list[str]:
     """As `changes`, of what an evaluation of the checkpoint by this run file depends on.
 
     Raises:
-        UserError: low-rank updates would be multiplied by another factor than they were trained with.
+        UserError: low-rank updates of another rank, or that would be multiplied by another factor than in training.
     """
     try:
         then, changed = load_run(path / "run.yaml"), changed_keys(path, config)
     except UserError as error:
         return [f"the run file was not compared with the checkpoint's: {error}"]
-    trained, now = then.lora, config.lora
-    if trained and now and trained.rank == now.rank and scaling(trained) != scaling(now):
-        text = f"lora.alpha {now.alpha} and lora.rslora {str(now.rslora).lower()} multiply updates by {scaling(now):g}"
-        text += f"; those of {path} were trained with {scaling(trained):g}"
-        fix = f"set them to {trained.alpha} and {str(trained.rslora).lower()}"
-        raise UserError(f"{config.at('lora.alpha')}: {text} ({fix})")
+    if (found := other_updates(path, then, config)) is not None:
+        raise UserError(f"{config.at(found.key)}: {found.text} ({found.fix})")
     return [
         f"changed since the checkpoint: {key} {values}"
         for key, values in changed.items()
         if any(f"{key}.".startswith(f"{one}.") for one in MEASURED)
     ]
+
+
+class OtherUpdates(NamedTuple):
+    """Why the low-rank updates of a checkpoint would be others in a run."""
+
+    key: str
+    text: str
+    fix: str
+
+
+def other_updates(path: Path, then: RunConfig, now: RunConfig) -> OtherUpdates | None:
+    """What makes low-rank updates other ones than in the run `then` of a checkpoint; None: nothing, or only one of the
+    two has any, which their tensors tell."""
+    trained, asked = then.lora, now.lora
+    if trained is None or asked is None:
+        return None
+    if trained.rank != asked.rank:
+        text = f"lora.rank is {asked.rank}; the updates of {path} have rank {trained.rank}"
+        return OtherUpdates("lora.rank", text, f"set it to {trained.rank}")
+    if scaling(trained) == scaling(asked):
+        return None
+    rslora, before = (str(one.rslora).lower() for one in (asked, trained))
+    text = f"lora.alpha {asked.alpha} and lora.rslora {rslora} multiply updates by {scaling(asked):g}"
+    text += f"; those of {path} were trained with {scaling(trained):g}"
+    return OtherUpdates("lora.alpha", text, f"set them to {trained.alpha} and {before}")
 
 
 def changed_keys(path: Path, config: RunConfig) -> dict[str, str]:

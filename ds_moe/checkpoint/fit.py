@@ -4,16 +4,17 @@ Reads manifests, states and the headers of files, no tensor; needs no DeepSpeed.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ds_moe.checkpoint.changes import changed_keys
+from ds_moe.checkpoint.changes import changed_keys, other_updates
 from ds_moe.checkpoint.files import STATE, Reader
 from ds_moe.config.run import RunConfig
+from ds_moe.config.run_file import load_run
 from ds_moe.data.position import DataPosition, position_problems, same_file
 from ds_moe.errors import UserError
 from ds_moe.models.families import full_shape
@@ -89,8 +90,8 @@ def misfits(path: Path, run: Resumption) -> list[str]:
 
     Raises `UserError` for a file whose header cannot be read.
     """
-    state, found = json.loads((path / STATE).read_text()), list(_other_task(path, run.config))
-    if run.model is not None:
+    state, (found, other_rank) = json.loads((path / STATE).read_text()), _other_run(path, run.config)
+    if run.model is not None and not other_rank:
         of_model = model_misfits(path, run.model, run.ep_size, run.base)
         found += of_model or (_unlearned(path, run) if state["adam_step"] else [])
     if run.files_follow and not same_file(state["data"], run.order):
@@ -151,13 +152,17 @@ def _unlearned(path: Path, run: Resumption) -> list[str]:
     ]
 
 
-def _other_task(path: Path, config: RunConfig) -> Iterator[str]:
+def _other_run(path: Path, config: RunConfig) -> tuple[list[str], bool]:
+    """(why a run file does not go on from that of a checkpoint, whatever the tensors are; whether that explains tensors
+    of other shapes)."""
     try:
-        change = changed_keys(path, config).get("task")
-    except UserError:  # of a version whose run files this one cannot read: its tensors tell enough
-        return
-    if change is not None:
-        yield f"checkpoint {path} is of another task ({change}): {START_ANEW}"
+        then, task = load_run(path / "run.yaml"), changed_keys(path, config).get("task")
+    except UserError:  # of a version whose run files this one cannot read: its tensors tell what they can
+        return [], False
+    found = [] if task is None else [f"checkpoint {path} is of another task ({task}): {START_ANEW}"]
+    if (updates := other_updates(path, then, config)) is None:
+        return found, False
+    return [*found, f"{updates.text} ({updates.fix}; or {START_ANEW})"], updates.key == "lora.rank"
 
 
 def saved_parameters(model: torch.nn.Module, with_frozen: bool) -> dict[str, torch.nn.Parameter]:

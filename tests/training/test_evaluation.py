@@ -99,3 +99,5 @@ def test_updates_are_multiplied_by_the_factor_that_they_were_trained_with(config
     for other in ("{rank: 4, alpha: 16}", "{rank: 4, rslora: true}"):
         with pytest.raises(UserError, match=r"updates by \S+; those of \S+ were trained with 8 \(set them to 32"):
             changes_of_evaluation(tmp_path, load_run(DEMO, [f"lora={other}"]))
+    with pytest.raises(UserError, match=r"lora\.rank is 8; the updates of \S+ have rank 4 \(set it to 4\)$"):
+        changes_of_evaluation(tmp_path, load_run(DEMO, ["lora={rank: 8}"]))
