@@ -41,7 +41,7 @@ class MadeAhead:
         self.begun, self.held = False, 0  # whether a thread has it; bytes that wait to be asked for
 
     def take(self) -> Patches:
-        """To be called once. Raises what making them raises."""
+        """Raises what making them raises."""
         self._ahead.hand_over(self)
         return self.made.result()
 

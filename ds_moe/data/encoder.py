@@ -82,7 +82,7 @@ class Encoder:
 
     def begin(self, index: int, ahead: Ahead | None = None) -> Begun:
         """Read a record, and let threads make the patches of its images. What is wrong with it `finish` says."""
-        if index in self._cache or self._prepared is not None:
+        if index in self._cache or (self._prepared is not None and self._prepared.pixels):
             return Begun(index)
         where = self._records.where(index)
         try:
@@ -127,26 +127,28 @@ class Encoder:
 
     def _encode(self, begun: Begun, pixels: bool) -> Encoded | BadRecord:
         kind, limits = self._records.record_kind, (self._data.max_length, self._data.max_pixels)
-        index, parsed = begun.index, begun.parsed
         try:
-            if pixels and self._prepared is not None and (ready := self._ready(self._prepared, index)) is not None:
+            if pixels and self._prepared is not None and (ready := self._ready(self._prepared, begun)) is not None:
                 return ready
-            if isinstance(parsed, Exception):
-                raise parsed
-            parsed = self._records.sample(index) if parsed is None else parsed
-            return kind.encode(parsed, self._processor, *limits, self._rules, begun.images or pixels)
+            return kind.encode(self._parsed(begun), self._processor, *limits, self._rules, begun.images or pixels)
         except RecordError as error:
-            return BadRecord(begun.where or self._records.where(index), str(error))
+            return BadRecord(begun.where or self._records.where(begun.index), str(error))
 
-    def _ready(self, prepared: Prepared, index: int) -> Encoded | None:
+    def _parsed(self, begun: Begun) -> ParsedRecord:
+        """Raises what reading the record raises."""
+        if isinstance(begun.parsed, Exception):
+            raise begun.parsed
+        return self._records.sample(begun.index) if begun.parsed is None else begun.parsed
+
+    def _ready(self, prepared: Prepared, begun: Begun) -> Encoded | None:
         """A prepared record; None where it must be encoded. Raises `RecordError` for an image that is not stored."""
-        form = self._records.record_kind.encodes
+        index, form = begun.index, self._records.record_kind.encodes
         one = prepared.encoded(index, form, lambda: stamps_now(self._records.sample(index)))
         self.aside = self.aside or prepared.problem
         if one is None or one.pixel_values is not None or one.image_grid_thw is None:
             return one
-        images = images_of(self._records.sample(index))
-        pixel_values, grid, _ = encode_images(images, self._processor, self._data.max_pixels)
+        images = images_of(self._parsed(begun))
+        pixel_values, grid, _ = encode_images(images, self._processor, self._data.max_pixels, begun.images or True)
         if grid is None or not torch.equal(grid, one.image_grid_thw):
             self.aside = self.aside or f"an image of record {index} has changed since"
             return None

@@ -20,12 +20,14 @@ from ds_moe.data.ahead import Ahead, one_ahead
 from ds_moe.data.encode import patches_of
 from ds_moe.data.eval_set import EvalSet
 from ds_moe.data.images import ImageSource, RecordError, image_size, load_image
+from ds_moe.data.prepared.make import prepare
+from ds_moe.data.records import records_of
 from ds_moe.data.streaming import train_stream
 from ds_moe.data.workers import MOST_THREADS, image_threads
 from ds_moe.errors import UserError
 from tests.records import chat
 
-RECORDS, STEPS = 26, 9  # with a global batch of 8: three steps an epoch and more
+RECORDS, STEPS = 26, 6  # with a global batch of 8: three steps an epoch and more
 WAIT_S = 20
 
 
@@ -225,7 +227,7 @@ def same(one, other):
     return one == other
 
 
-@pytest.mark.parametrize(("what", "rank"), [*((what, 0) for what in STREAMS), ("packed", 1), ("streamed, packed", 1)])
+@pytest.mark.parametrize(("what", "rank"), [*((what, 0) for what in STREAMS), ("streamed, packed", 1)])
 def test_steps_are_the_same_with_any_number_of_threads_to_the_bit(path, run_config, processor, threads, what, rank):
     micro = {} if "packed" in what else {"micro_batch_size": 2}
     tokens = {"micro_batch_size": 1, "tokens_per_micro_batch": 600} if "packed" in what else {}
@@ -317,6 +319,24 @@ def test_a_loading_process_ends_without_the_images_that_nobody_will_ask_for(path
     began = time.monotonic()
     stream.close()
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_prepared_tokens_have_their_images_decoded_ahead(path, run_config, processor, pixels):
+    config = run_config(path, {**LIMITS, "prepared": str(path.parent / "prepared")})
+    records = records_of(config, "train")
+    prepared = prepare(config, "train", records, processor, pixels=pixels, workers=0, note=lambda line: None)
+    encoder = encoder_module.Encoder(config, records, processor, cache_bytes=0, prepared=prepared)
+    plain = encoder_module.Encoder(config, records, processor, cache_bytes=0)
+    indices, ahead = list(range(len(records))), Ahead(2)
+    begun = [encoder.begin(index, ahead) for index in indices]
+    with_images = [bool(records.sample(index).images) for index in indices]
+    assert [one.images is not None for one in begun] == [not pixels and there for there in with_images]
+    found, used, bad = encoder.finish(begun)
+    expected = plain.encode(indices)
+    assert same([vars(one) for one in found], [vars(one) for one in expected[0]]) and (used, bad) == expected[1:]
+    assert bad and ahead._ready == 0
+    ahead.close()
 
 
 # --- how an image is opened
