@@ -72,7 +72,9 @@ def difference(kept: Fingerprint, now: Fingerprint) -> str:
     found = []
     for name in {**now, **kept}:
         was, is_now = kept.get(name), now.get(name)
-        if was != is_now:
+        if name not in kept:
+            found.append(f"an earlier build did not note {name}")
+        elif was != is_now:
             short = all(len(str(value)) < 40 for value in (was, is_now))
             found.append(f"{name} was {shown(was)} and is {shown(is_now)}" if short else f"{name} changed")
     return ", ".join(found)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_moe.data.encoder import Encoder
 from ds_moe.data.eval_set import EvalSet
+from ds_moe.data.fingerprint import difference
 from ds_moe.data.prepared import chunks, make
 from ds_moe.data.prepared.find import find_prepared
 from ds_moe.data.prepared.make import prepare
@@ -462,3 +463,9 @@ def test_a_shard_holds_what_was_written(tmp_path, file, run_config, processor):
     for wrong in (-1, len(encoded), 10**6):
         with pytest.raises(Damaged):
             read_record(files, tmp_path / "x.safetensors", wrong, type(encoded[0]))
+
+
+def test_what_an_earlier_build_did_not_note_is_not_said_to_have_changed():
+    kept, now = {"data.max_length": 512}, {"data.max_length": 1024, "the records that are left out": "x"}
+    said = "data.max_length was 512 and is 1024, an earlier build did not note the records that are left out"
+    assert difference(kept, now) == said
