@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def check_engine(case: Case) -> Iterator[Finding]:
     """The rounds of a run, whether its engine can be given this model, and what the engine says of itself."""
-    from ds_moe.export.live import unlike_hub
+    from ds_moe.export.live import tied_update, unlike_hub
 
     config, engine = case.config, engine_of(case.config)
     if engine is None:
@@ -32,11 +32,21 @@ def check_engine(case: Case) -> Iterator[Finding]:
         yield Finding("warning", text)
     if case.outline is not None:
         yield _room(case, case.outline)
-    if case.model is not None and (problem := unlike_hub(config, case.model)):
+    problem = None if case.model is None else unlike_hub(config, case.model)
+    if case.outline is not None and not _may_be_apart(case):
+        problem = problem or tied_update(case.outline)
+    if problem is not None:
         yield Finding("error", f"{where}: {problem}")
     elif case.processor is not None:
         yield from _answers(case, where)
     yield from _rewards(case)
+
+
+def _may_be_apart(case: Case) -> bool:
+    """Whether the files hold a weight that the config ties; then values, which nobody reads here, decide."""
+    from ds_moe.models.ties import ties_of
+
+    return case.model is not None and case.files is not None and bool(ties_of(case.model).keys() & case.files.shapes)
 
 
 def _room(case: Case, outline: PreTrainedModel) -> Finding:

@@ -71,7 +71,8 @@ class LiveExport:
         self._model, self._topology, self._processor, self._dtype = model, topology, processor, dtype
         self._scaling = scaling(config.lora) if config.lora is not None else 1.0
         self._weights = _weights_of(model)
-        if problem := unlike_hub(config, model.config) or _tied_apart(model.config, self._weights):
+        problem = unlike_hub(config, model.config) or tied_update(model) or _tied_apart(model.config, self._weights)
+        if problem is not None:
             raise UserError(f"{config.at('rl.engine')}: {problem}")
         self._form = StoredForm(model.config, layout_of(model.config, None))
         self._to_host = HostCopy(topology.device)
@@ -251,6 +252,16 @@ def unlike_hub(config: RunConfig, model: PretrainedConfig) -> str | None:
         return f"rl.engine cannot be given the weights of this model in hub layout: {problem}"
     if (note := routing_note(config.moe, model)) is not None:
         return f"rl.engine would sample from another model: {note.partition(';')[0]}"
+    return None
+
+
+def tied_update(model: PreTrainedModel) -> str | None:
+    """Why an engine cannot be given the low-rank updates of a model, which may lack values; None: it can."""
+    weights = _weights_of(model)
+    for updated, other in ties_of(model.config).items():
+        if updated in weights and weights[updated].base is None:
+            text = f"lora.targets updates {updated}, which is tied to {other}: rl.engine is given one weight for both"
+            return f"{text}, which cannot hold the update (leave {updated.split('.')[-2]} out of lora.targets)"
     return None
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ds_moe.checkpoint import room
 from ds_moe.config.run_file import load_run
+from ds_moe.config.sections import LoRAConfig
 from ds_moe.distributed import Topology
 from ds_moe.errors import UserError
 from ds_moe.export import live
@@ -82,6 +83,19 @@ def test_weights_that_an_engine_would_tie_are_refused(tmp_path):
     with pytest.raises(UserError, match="config.json has tie_word_embeddings: true, but .* are trained apart"):
         exported(model, [], torch.float32, tmp_path / "step_1")
     assert not (tmp_path / "step_1").exists()
+
+
+def test_an_update_of_a_tied_output_layer_is_refused_by_its_target(tmp_path):
+    config = build_preset("tiny-moe").config
+    config.tie_word_embeddings = True
+    model = type(build_preset("tiny-moe"))(config)
+    add_lora(model, LoRAConfig(rank=4, targets=["q_proj", "lm_head"]), 0)
+    with pytest.raises(UserError, match="lora.targets updates lm_head.weight, .*leave lm_head out of lora.targets"):
+        exported(model, ["lora={rank: 4, targets: [q_proj, lm_head]}"], torch.float32, tmp_path / "step_1")
+    without = type(model)(config)
+    add_lora(without, LoRAConfig(rank=4, targets=["q_proj"]), 0)
+    files = exported(without, ["lora={rank: 4, targets: [q_proj]}"], torch.float32, tmp_path / "step_1")
+    assert "lm_head.weight" not in files.shapes and "model.embed_tokens.weight" in files.shapes
 
 
 def test_a_disk_without_room_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
