@@ -141,10 +141,12 @@ def reference(mode, everything, processor):
     context = convert_for(model, config) if mode.moe is not None else None
     batches = [collate(row, processor, packed=True) for rows in everything for row in rows]
     labels, real = sum(int(one.label_tokens) for one in batches), sum(int(one.real_B.sum()) for one in batches)
+    filled = sum(bool(one.real_B.any()) for one in batches)  # one row holds a filler alone
+    occupancy = Occupancy(real / len(batches), filled / len(batches), 1.0)
     losses, balancing = 0.0, 0.0
     for batch in batches:
         if context is not None:
-            context.real_BS, context.occupancy = batch.real_of_token, Occupancy(real / len(batches), 1.0, 1.0)
+            context.real_BS, context.occupancy = batch.real_of_token, occupancy
             context.sequence_BS, context.sequences = batch.sequence_of_token, batch.samples
         loss = at_labels(model, batch.inputs, batch.labels, num_items=labels).loss
         extra = sum(context.aux_losses) / len(batches) if context is not None and context.aux_losses else loss * 0.0
