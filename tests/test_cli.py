@@ -65,6 +65,34 @@ def test_data_files_that_are_not_there_are_said_before_launching(command, said, 
     ]
 
 
+def test_every_form_of_a_source_reaches_the_ranks(tmp_path, monkeypatch):
+    """A list, a section, a pattern with braces, a folder, the bundled scans and a dataset of the hub."""
+    launched = []
+    monkeypatch.setattr("ds_moe.launcher.processes.start", lambda launch, _: launched.append(launch) or 0)
+    for name in ("a0", "a1", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("")
+    forms = ["a*.jsonl", "a{0..1}.jsonl", "b.jsonl", "", "[a]0.jsonl"]
+    sources = [*(f"{tmp_path}/{form}" for form in forms), "digits", "hub:some/chats"]
+    listed = [*(f"data.train={{path: '{source}'}}" for source in sources), *(f"data.train='{s}'" for s in sources)]
+    listed.append(
+        "data.train=[" + ", ".join(f"{{path: '{s}', weight: 2, name: n{i}}}" for i, s in enumerate(sources)) + "]"
+    )
+    for one in listed:
+        assert cli.main(["train", DEMO, one]) == 0, one
+    assert len(launched) == len(listed)
+    assert cli.main(["eval", DEMO, f"data.eval=['{tmp_path}/a*.jsonl', digits]"]) == 0
+
+
+def test_of_a_list_each_source_without_files_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("launched"))
+    (tmp_path / "a.jsonl").write_text("")
+    given = f"data.train=[{tmp_path}/a.jsonl, no.jsonl, '{tmp_path}/b*.jsonl']"
+    assert cli.main(["train", DEMO, given, "data.eval=digits"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "data.train no.jsonl does not exist (give" in first
+    assert f"data.train {tmp_path}/b*.jsonl matches no file (correct the pattern)" in second
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_moe import evaluate
@@ -80,15 +79,24 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _missing(config: RunConfig, *splits: str) -> Iterator[str]:
-    """A complaint about each data file that is not there, and about kernels of attention that are not."""
+    """A complaint about each data source without files here, and about kernels of attention that are not.
+
+    What a dataset of the hub holds is left to the ranks, which may have to download it.
+    """
     from ds_moe.config.check import attention_problem
     from ds_moe.config.deepspeed import trains_on_cpu
+    from ds_moe.config.sections import DIGITS, sources_of
+    from ds_moe.config.sources import HUB
+    from ds_moe.data.sources.files import local_files
 
     for key in splits:
-        path = getattr(config.data, key)
-        if path not in (None, "digits") and not Path(path).exists():
-            text = f'data.{key} {path} does not exist (give a JSONL or Parquet file, or "digits")'
-            yield f"{config.at(f'data.{key}')}: {text}"
+        for source in sources_of(getattr(config.data, key)):
+            if source.path == DIGITS or source.path.startswith(HUB):
+                continue
+            try:
+                local_files(source)
+            except UserError as error:
+                yield f"{config.at(f'data.{key}')}: data.{key} {str(error).removeprefix('data: ')}"
     # Only a run that asks for them pays for the import of torch, which the last answer needs.
     if config.model.attention == "flash_attention_2" and (problem := attention_problem(config, trains_on_cpu())):
         yield problem
