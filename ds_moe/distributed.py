@@ -100,8 +100,8 @@ def over_ranks(value: T) -> list[T]:
 
 
 def raise_together(error: str | None) -> None:
-    """Raise `UserError` on every rank, with the messages of all, if any rank has an error (collective)."""
-    errors = [found for found in over_ranks(error) if found]
+    """Raise `UserError` on every rank, with the messages of all, each once, if any rank has an error (collective)."""
+    errors = dict.fromkeys(found for found in over_ranks(error) if found)
     if errors:
         raise UserError("; ".join(errors))
 
