@@ -63,7 +63,12 @@ class ActivationOffload(_ActivationOffloadEngine):
     def checkpoint(
         self, checkpoint: Callable[..., Any], function: Callable[..., Any], hidden: Tensor, *more: Any
     ) -> Any:
-        """What `checkpoint(function, hidden, *more)` returns. It saves `hidden` outside of the region's own hooks."""
+        """What `checkpoint(function, hidden, *more)` returns. It saves `hidden` outside of the region's own hooks.
+
+        A frozen tower's input is saved too, although no backward pass asks for it: moved, it would stay on the host.
+        """
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            return checkpoint(function, hidden, *more)
 
         def pack(tensor: Tensor) -> Tensor | _Moved:
             number = self.offload_input(tensor) if tensor is hidden else None
