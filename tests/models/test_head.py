@@ -84,11 +84,12 @@ def test_what_a_family_makes_of_its_logits_is_in_the_loss(family, small_tiles, m
     """Scales, limits and rows of the output layer that are no tokens."""
     model, _ = build(family, **OF_FAMILIES[family])
     model.set_experts_implementation("eager")
+    if family == "inkling_text":  # its layers round by themselves: on one CPU 5.3e-6 in fp32 are 1.2e-6 in float64
+        model.double()
     small_tiles(model)
     inputs, labels = tokens(model, 13)
     loss, gradient = difference(model, inputs, labels)
-    # Inkling's layers round by themselves: in float64 its 5.3e-6 on one CPU are 1.2e-6.
-    assert loss <= LOSS and gradient <= (2 if family == "inkling_text" else 1) * GRADIENT
+    assert loss <= LOSS and gradient <= GRADIENT
     monkeypatch.setattr(head.LogitsForm, "of", lambda config: head.PLAIN)
     monkeypatch.setattr(head, "_check", lambda *args: None)
     assert difference(model, inputs, labels)[0] > 1000 * LOSS
