@@ -92,8 +92,8 @@ def test_as_near_to_float64_as_trl(name, show):
     of_trl = distance(theirs)
     text = f"{name}: from float64 TRL {of_trl:.1e}, " + ", ".join(f"{k} {distance(g):.1e}" for k, g in ours.items())
     show(f"{text}; packed from TRL {distance(ours['packed'], theirs):.1e}")
-    for gradients in ours.values():
-        assert distance(gradients, theirs) < of_trl and distance(gradients) < 1.5 * of_trl
+    for kind, most in (("padded", 1.25), ("packed", 1.3)):  # a packed row is summed in another order than TRL's rows
+        assert distance(ours[kind], theirs) < of_trl and distance(ours[kind]) < most * of_trl
 
 
 def test_swapped_answers_are_not_trls():

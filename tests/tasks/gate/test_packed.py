@@ -14,7 +14,7 @@ from tests.tasks.gate.gated import PROCESSOR, SAMPLES, encoded, gated
 from tests.tasks.gate.lora_folders import write
 
 LOSS, GRADIENT = 1e-6, 5e-6
-HIDDEN = 5e-6  # of hidden states, whose fp32 products other CPUs round in another order: 1.2e-6 is the most seen
+HIDDEN = 1.5e-6  # of hidden states, whose fp32 products other CPUs round in another order: 1.2e-6 is the most seen
 READS = [{"text": "embeddings"}, {"text": "last"}, {"text": "layer", "text_layer": 1}, {"text": "first"}]
 GATES = [*READS, {"vision": "mean"}, {"per": "layer"}, {"per": "token"}, {"per": "token", "modalities": "vision"}]
 
